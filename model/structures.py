@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # CPU workers of the pipeline import these records; torch would cost them 200 MB each
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,133 @@
+"""Every way in which something can go wrong, as types and as a closed list of codes.
+
+    HqlabelError
+    ├── ImageError        one image: ends as `failed` in its row, costs nothing else
+    ├── UsageError        the command or configuration is wrong                     exit 2
+    ├── JobRefused        refused before any work: identity, rights, weights, input exit 4
+    ├── SystemicFault     the world is broken, not an image: the job stops, resumes exit 5
+    └── DamageFound       what was written does not verify                          exit 6
+
+Unknown exceptions are bugs and end the job with 1. Messages name the thing, the value found, the
+value wanted and the next step. `clean_text` bounds and escapes whatever comes from outside.
+"""
+
+from __future__ import annotations
+
+MAX_MESSAGE_CHARS = 500
+
+
+class HqlabelError(Exception):
+    """Root of the errors that this product raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(HqlabelError):
+    """The command line or the configuration cannot be used as given."""
+
+    exit_code = 2
+
+
+class JobRefused(HqlabelError):
+    """The job may not start: another identity, no rights, bad weights or bad input files."""
+
+    exit_code = 4
+
+
+class SystemicFault(HqlabelError):
+    """A fault of the surroundings; `code` is one of `SYSTEMIC_CODES`. No image is marked for it."""
+
+    exit_code = 5
+
+    def __init__(self, code: str, message: str) -> None:
+        if code not in SYSTEMIC_CODES:
+            raise ValueError(f"unknown systemic code {code!r}; add it to pipeline/errors.py")
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
+
+class DamageFound(HqlabelError):
+    """Stored files are not what the plan or the manifest says they are."""
+
+    exit_code = 6
+
+
+class ImageError(HqlabelError):
+    """One image cannot be labelled; `code` is one of `IMAGE_CODES`, `message` is already clean."""
+
+    def __init__(self, code: str, message: str) -> None:
+        if code not in IMAGE_CODES:
+            raise ValueError(f"unknown image error code {code!r}; add it to pipeline/errors.py")
+        clean = clean_text(message)
+        super().__init__(code, clean)
+        self.code = code
+        self.message = clean
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
+
+# code -> (stage, meaning). The closed list behind images.error_code; docs/errors.md explains each.
+IMAGE_CODES: dict[str, tuple[str, str]] = {
+    "uri_refused": ("plan", "the uri is outside the allowed schemes and roots, or is malformed"),
+    "boxes_missing": ("plan", "the box list of this image is null"),
+    "labels_mismatch": ("plan", "labels, scores or ids have another length than the boxes"),
+    "no_usable_box": ("decode", "boxes were given, none of them can be used"),
+    "not_found": ("fetch", "there is no object under this uri"),
+    "denied": ("fetch", "the store refuses to read this object"),
+    "too_many_bytes": ("fetch", "the object is larger than limits.max_image_bytes"),
+    "changed": ("fetch", "the object changed while it was read"),
+    "unreachable": ("fetch", "the object could not be read within the retry budget"),
+    "fetch_timeout": ("fetch", "the object did not arrive within limits.fetch_timeout_s"),
+    "empty": ("decode", "the object has no bytes"),
+    "not_an_image": ("decode", "the bytes are of no known picture format"),
+    "format": ("decode", "a picture format that is not on the allow-list"),
+    "truncated": ("decode", "the picture ends early"),
+    "corrupt": ("decode", "the picture's data are damaged"),
+    "too_large": ("decode", "more pixels or metadata than the limit"),
+    "too_elongated": ("decode", "one side would be 0 pixels at the model's input size"),
+    "pixel_type": ("decode", "a pixel type with no stated meaning as RGB"),
+    "crashed": ("worker", "the process that worked on this image died, three times"),
+    "timeout": ("worker", "this image did not finish within its deadline"),
+    "out_of_memory": ("worker", "this image does not fit in memory, even alone"),
+    "detector_failed": ("detect", "the detector raised on this image"),
+    "non_finite": ("segment", "the model gave NaN or infinity"),
+}
+
+# codes that stop the job when they are not one image's fault (see `limits` in docs/errors.md)
+SYSTEMIC_CODES: dict[str, str] = {
+    "denied": "the store refuses everything in a window of images",
+    "credentials": "credentials are missing, expired or wrong",
+    "clock": "the store refuses requests because of this machine's clock",
+    "store": "the store, bucket or folder is gone or answers nothing but errors",
+    "disk": "the disk or the object store is full",
+    "device": "the accelerator failed",
+    "weights": "a worker does not find the job's weights",
+    "resources": "the cluster cannot place what the job needs",
+}
+
+# Reasons why one box has no mask (instances.reject_reason); its row stays.
+BOX_CODES: dict[str, str] = {
+    "box_malformed": "not four numbers",
+    "box_not_finite": "NaN or infinity",
+    "box_inverted": "x2 < x1 or y2 < y1",
+    "box_empty": "no width or no height",
+    "box_outside": "does not touch the image",
+    "prompt_invalid": "points or mask prompt cannot be used",
+    "image_failed": "the whole image failed",
+}
+
+
+def stage_of(code: str) -> str:
+    """The stage in which an image error code arises, as written to images.error_stage."""
+    return IMAGE_CODES[code][0]
+
+
+def clean_text(text: str) -> str:
+    """Text with control characters escaped and at most MAX_MESSAGE_CHARS characters, one line."""
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return safe if len(safe) <= MAX_MESSAGE_CHARS else safe[: MAX_MESSAGE_CHARS - 1] + "…"
