@@ -1,0 +1,336 @@
+"""SAM-HQ: pictures to embeddings, embeddings and prompts to mask logits. No state between calls.
+
+The way of one call: `encode_images` (resize, normalise, pad, encoder, HQ features) gives an
+`ImageEmbedding`; `decode_boxes` or `decode_prompts` give `MaskLogits` at low resolution for any number of
+prompts of each image. Full-resolution masks are made elsewhere (`masks.py`).
+
+Follows the original predictor (`segment-anything-hq`), whose answers the tests hold it to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from model.config import PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
+from model.geometry import resize_longest_side, target_size_hw
+from model.image_encoder import ImageEncoderViT
+from model.mask_decoder import MaskDecoder, SharedImages, TokenMasks
+from model.prompt_encoder import PromptEncoder
+from model.prompts import PromptBatch, group_prompts
+from model.structures import EncoderFeatures, ImageEmbedding, MaskLogits, Prompts
+from model.tiny_vit import TinyViT
+
+Multimask = Literal["single", "best", "three"]
+"""`single`: mask token 0. `best`: of tokens 1 to 3 the one with the highest predicted IoU (the original's
+`multimask_output=True`). `three`: tokens 1 to 3, highest predicted IoU first (transformers')."""
+
+SizeHW = tuple[int, int]
+UInt8Array = npt.NDArray[np.uint8]
+
+PROMPTS_PER_CALL = 16
+"""Default number of prompts in one decoder call; 16 need about 1.3 GiB in fp32 at S = 1024."""
+
+
+class SamHQ(nn.Module):
+    """The whole model. Build it with `from_config` (fresh weights) or `checkpoints.load`.
+
+    The parts `image_encoder`, `prompt_encoder` and `mask_decoder` are plain differentiable modules; the
+    methods of this class run without gradients, in evaluation mode.
+    """
+
+    def __init__(self, config: SamHQConfig) -> None:
+        super().__init__()
+        self.config = config
+        if isinstance(config.vision, TinyVisionConfig):
+            self.image_encoder: ImageEncoderViT | TinyViT = TinyViT(config.vision)
+        else:
+            self.image_encoder = ImageEncoderViT(config.vision)
+        self.prompt_encoder = PromptEncoder(config.prompt_encoder)
+        self.mask_decoder = MaskDecoder(config.mask_decoder)
+
+    @classmethod
+    def from_config(cls, config: SamHQConfig, seed: int, *, position_std: float = 0.0) -> SamHQ:
+        """Return a model with fresh weights, in evaluation mode on the CPU, fp32; the same for the same seed.
+
+        Linear weights and the absolute position are drawn from a normal of deviation 0.02 cut at two
+        deviations, convolutions as PyTorch does, output tokens and prompt embeddings from N(0, 1).
+        `position_std`: deviation of the relative-position tables and attention biases. They start at 0
+        for training; a test needs them otherwise, or it would not see them misread.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = cls(config)
+            for module in model.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+                    nn.init.zeros_(module.bias)
+            for name, parameter in model.named_parameters():
+                if name.endswith("pos_embed"):
+                    nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+                if position_std and name.endswith(("rel_pos_h", "rel_pos_w", "attention_biases")):
+                    nn.init.normal_(parameter, std=position_std)
+        return model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.prompt_encoder.pe_matrix.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the encoder and the decoder multiply in."""
+        return self.mask_decoder.iou_token.dtype
+
+    def cast(self, dtype: torch.dtype) -> SamHQ:
+        """Return self with encoder and decoder weights in `dtype`: float32 or bfloat16.
+
+        The prompt encoder stays fp32, and mask logits come out as fp32 always.
+
+        Raises:
+            ValueError: any other dtype. float16 overflows in the encoders of the published weights and
+                gives masks of noise without an error.
+        """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype {dtype} is not supported; use torch.float32 or torch.bfloat16")
+        self.image_encoder.to(dtype)
+        self.mask_decoder.to(dtype)
+        return self
+
+    # Pictures to embeddings
+
+    def normalise(self, pixels: Sequence[UInt8Array]) -> torch.Tensor:
+        """Return (B, 3, S, S) in the model's dtype, on its device, from resized RGB uint8 (h, w, 3) pictures.
+
+        Mean and deviation first, then zeros at the right and the bottom: padding is 0 *after*
+        normalising, not black.
+        """
+        S = self.config.image_size
+        batch = torch.zeros(len(pixels), 3, S, S, device=self.device)
+        mean, std = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
+        for row, picture in zip(batch, pixels, strict=True):
+            check_picture(picture)
+            height, width = picture.shape[:2]
+            if max(height, width) != S:
+                raise ValueError(f"a prepared picture is {height}x{width}; its long side must be {S}")
+            values = torch.from_numpy(np.ascontiguousarray(picture)).to(self.device).permute(2, 0, 1)
+            row[:, :height, :width] = (values - mean) / std
+        return batch.to(self.dtype)
+
+    @torch.no_grad()
+    def vision_features(self, images: Sequence[UInt8Array]) -> EncoderFeatures:
+        """Return the image encoder's two outputs for upright RGB uint8 (H, W, 3) pictures of any sizes."""
+        self._check_eval()
+        S = self.config.image_size
+        features: EncoderFeatures = self.image_encoder(
+            self.normalise([resize_longest_side(x, S) for x in images])
+        )
+        return features
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[UInt8Array]) -> ImageEmbedding:
+        """Return the embedding of upright RGB uint8 (H, W, 3) pictures of any sizes, in one encoder call.
+
+        Raises:
+            ValueError: no picture, one that is not uint8 (H, W, 3), or one so elongated that its short
+                side would be resized to nothing.
+        """
+        for image in images:
+            check_picture(image)
+        prepared = [resize_longest_side(image, self.config.image_size) for image in images]
+        return self.encode_prepared(prepared, [(x.shape[0], x.shape[1]) for x in images])
+
+    @torch.no_grad()
+    def encode_prepared(self, pixels: Sequence[UInt8Array], sizes_hw: Sequence[SizeHW]) -> ImageEmbedding:
+        """Return the embedding of pictures resized by `geometry.resize_longest_side`, in one encoder call.
+
+        `sizes_hw`: the upright (height, width) of each before that resize.
+
+        Raises:
+            ValueError: no picture, or one whose size does not follow from its upright size.
+        """
+        self._check_eval()
+        if not pixels or len(pixels) != len(sizes_hw):
+            raise ValueError(
+                f"{len(pixels)} pictures and {len(sizes_hw)} sizes; wanted one size each, and at least one"
+            )
+        resized_hw = tuple(target_size_hw(size_hw, self.config.image_size) for size_hw in sizes_hw)
+        for picture, size_hw, wanted in zip(pixels, sizes_hw, resized_hw, strict=True):
+            if picture.shape[:2] != wanted:
+                raise ValueError(
+                    f"a picture of upright size {size_hw} was prepared as {picture.shape[:2]}; "
+                    f"wanted {wanted}"
+                )
+        features = self.image_encoder(self.normalise(pixels))
+        return ImageEmbedding(
+            embedding_BCGG=features.embedding_BCGG,
+            hq_features_BCHW=self.mask_decoder.hq_features(features),
+            sizes_hw=tuple((int(h), int(w)) for h, w in sizes_hw),
+            resized_hw=resized_hw,
+        )
+
+    # Embeddings and prompts to masks
+
+    def decode_boxes(
+        self,
+        embedding: ImageEmbedding,
+        boxes_xyxy: Sequence[np.ndarray],
+        *,
+        boxes_per_call: int = PROMPTS_PER_CALL,
+        multimask: Multimask = "single",
+        hq_token_only: bool = False,
+    ) -> MaskLogits:
+        """Return one mask for each box, in the order of the images and of the boxes of each.
+
+        `boxes_xyxy`: for each image (n_i, 4) in upright pixels, n_i from 0. See `decode_prompts`.
+        """
+        prompts = [Prompts(boxes_xyxy=np.asarray(boxes).reshape(-1, 4)) for boxes in boxes_xyxy]
+        return self.decode_prompts(
+            embedding,
+            prompts,
+            multimask=multimask,
+            hq_token_only=hq_token_only,
+            prompts_per_call=boxes_per_call,
+        )
+
+    @torch.no_grad()
+    def decode_prompts(
+        self,
+        embedding: ImageEmbedding,
+        prompts: Sequence[Prompts],
+        *,
+        multimask: Multimask = "single",
+        hq_token_only: bool = False,
+        prompts_per_call: int = PROMPTS_PER_CALL,
+    ) -> MaskLogits:
+        """Return the masks of all prompts, in the order of the images and of the prompts of each.
+
+        One `Prompts` for each image of `embedding`. Prompts of one kind go through the decoder together,
+        whatever their image, `prompts_per_call` at a time; the last call is filled with copies of its last
+        prompt, and their masks are dropped. M is 1, or 3 with `multimask="three"`. The HQ token's logits are added to
+        each mask at low resolution; with `hq_token_only` they stand alone (M equal masks) and only the
+        predicted IoU, which never knew of them, depends on `multimask`.
+
+        Raises:
+            ValueError: a prompt with nothing in it, with parts of unlike lengths, with a label other
+                than 1, 0 and -1, or with a coordinate or logit that is not finite.
+        """
+        self._check_eval()
+        if prompts_per_call < 1:
+            raise ValueError(f"prompts_per_call is {prompts_per_call}; it must be at least 1")
+        if multimask not in ("single", "best", "three"):
+            raise ValueError(f"multimask is {multimask!r}; wanted 'single', 'best' or 'three'")
+        if len(prompts) != len(embedding.sizes_hw):
+            raise ValueError(
+                f"prompts for {len(prompts)} images; the embedding holds {len(embedding.sizes_hw)}"
+            )
+        side = self.config.mask_size
+        batches, counts = group_prompts(prompts, embedding.sizes_hw, embedding.resized_hw, mask_size=side)
+        N, M = sum(counts), 3 if multimask == "three" else 1
+        masks = torch.zeros(N, M, side, side, device=self.device)
+        ious = torch.zeros(N, M, device=self.device)
+        decoder = ChunkDecoder(self, embedding, multimask=multimask, hq_token_only=hq_token_only)
+        for batch in batches:
+            for chunk, real in batch.chunks(prompts_per_call):
+                place = chunk.place_N[:real].to(self.device)
+                chosen, chosen_iou = decoder.decode(chunk)
+                masks[place], ious[place] = chosen[:real], chosen_iou[:real]
+        image_index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        return MaskLogits(low_res_NMHW=masks, predicted_iou_NM=ious, image_index_N=image_index)
+
+    def _check_eval(self) -> None:
+        if self.training:
+            raise RuntimeError("the model is in training mode; call eval() before encoding or decoding")
+
+
+class ChunkDecoder:
+    """Decodes the chunks of one call. What the images share is computed at the first chunk that needs it."""
+
+    def __init__(
+        self, model: SamHQ, embedding: ImageEmbedding, *, multimask: Multimask, hq_token_only: bool
+    ) -> None:
+        self.model = model
+        self.embedding = embedding
+        self.multimask: Multimask = multimask
+        self.hq_token_only = hq_token_only
+        self.mask_tokens = tokens_needed(multimask, hq_token_only)
+        self.image_pe = model.prompt_encoder.image_pe()
+
+    @cached_property
+    def shared(self) -> SharedImages:
+        """The images' work, without mask prompts."""
+        return self._share(self.embedding.embedding_BCGG, self.model.prompt_encoder.no_mask.view(1, -1, 1, 1))
+
+    def decode(self, chunk: PromptBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mask logits (N, M, 4G, 4G) and predicted IoU (N, M) of a chunk."""
+        sparse, dense = self.model.prompt_encoder(
+            boxes_N4=self._move(chunk.boxes_N4),
+            points_NP2=self._move(chunk.points_NP2),
+            labels_NP=self._move(chunk.labels_NP),
+            masks_NHW=self._move(chunk.masks_NHW),
+        )
+        shared, key_index = self.shared, chunk.image_N
+        if chunk.masks_NHW is not None:
+            # With a mask prompt each prompt's image tokens are its own.
+            images = self.embedding.embedding_BCGG
+            shared = self._share(images.index_select(0, chunk.image_N.to(images.device)), dense)
+            key_index = torch.arange(len(chunk.image_N))
+        tokens = self.model.mask_decoder.decode(
+            shared,
+            sparse_NTC=sparse,
+            key_index_N=key_index,
+            hq_index_N=chunk.image_N,
+            mask_tokens=self.mask_tokens,
+        )
+        return choose_masks(tokens, multimask=self.multimask, hq_token_only=self.hq_token_only)
+
+    def _move(self, part: torch.Tensor | None) -> torch.Tensor | None:
+        return None if part is None else part.to(self.model.device)
+
+    def _share(self, embedding_BCGG: torch.Tensor, dense: torch.Tensor) -> SharedImages:
+        return self.model.mask_decoder.share(
+            embedding_BCGG=embedding_BCGG,
+            hq_features_BCHW=self.embedding.hq_features_BCHW,
+            dense_BCGG=dense,
+            image_pe_1CGG=self.image_pe,
+        )
+
+
+def tokens_needed(multimask: Multimask, hq_token_only: bool) -> tuple[int, ...]:
+    """Return the mask tokens whose logits the answer needs."""
+    if hq_token_only:
+        return ()
+    return (0,) if multimask == "single" else (1, 2, 3)
+
+
+def choose_masks(
+    tokens: TokenMasks, *, multimask: Multimask, hq_token_only: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mask logits (N, M, H, W) and predicted IoU (N, M) of the tokens asked for by `tokens_needed`.
+
+    Of equal scores the lower token comes first.
+    """
+    hq_N1HW = tokens.hq_NHW[:, None]
+    if multimask == "single":
+        ious = tokens.predicted_iou_N4[:, :1]
+        return (hq_N1HW if hq_token_only else tokens.sam_NKHW + hq_N1HW), ious
+    ious, order_N3 = tokens.predicted_iou_N4[:, 1:].sort(dim=1, descending=True, stable=True)
+    M = 1 if multimask == "best" else 3
+    if hq_token_only:
+        return hq_N1HW.expand(-1, M, -1, -1), ious[:, :M]
+    index = order_N3[:, :M, None, None].expand(-1, -1, *hq_N1HW.shape[2:])
+    return tokens.sam_NKHW.gather(1, index) + hq_N1HW, ious[:, :M]
+
+
+def check_picture(picture: UInt8Array) -> None:
+    """Raise `ValueError` unless the array is a uint8 RGB picture, (H, W, 3)."""
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(
+            f"a picture has shape {picture.shape} and dtype {picture.dtype}; wanted (H, W, 3) uint8 RGB"
+        )

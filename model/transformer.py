@@ -1,0 +1,170 @@
+"""The two-way transformer of SAM's mask decoder: tokens look at the image, the image looks at the tokens.
+
+What depends on the image alone is computed once for each image and shared by all its prompts: the first
+layer's image-side projections, and the positional part of every later one (a projection is linear, so
+W (keys + pe) + b = W keys + (W pe + b)). The results are those of the plain definition up to rounding.
+
+Letters: B images, N prompts, T tokens of a prompt, L = G * G image tokens, C width, I width inside attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.config import MaskDecoderConfig
+from model.layers import TORCH_NORM_EPS
+
+
+class Attention(nn.Module):
+    """Multi-head attention with its own four projections; the inner width may be smaller than the outer."""
+
+    def __init__(self, width: int, inner: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, inner)
+        self.k = nn.Linear(width, inner)
+        self.v = nn.Linear(width, inner)
+        self.out = nn.Linear(inner, width)
+
+    def attend(self, q_NTI: torch.Tensor, k_NLI: torch.Tensor, v_NLI: torch.Tensor) -> torch.Tensor:
+        """Return (N, T, C) from projected queries, keys and values."""
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q_NTI, k_NLI, v_NLI))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        out: torch.Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return out
+
+    def forward(self, q_NTC: torch.Tensor, k_NLC: torch.Tensor, v_NLC: torch.Tensor) -> torch.Tensor:
+        """Return (N, T, C)."""
+        return self.attend(self.q(q_NTC), self.k(k_NLC), self.v(v_NLC))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSide:
+    """Image tokens, and their projections for one layer (no `q_NLI` where the image does not ask)."""
+
+    keys_NLC: torch.Tensor
+    k_NLI: torch.Tensor
+    v_NLI: torch.Tensor
+    q_NLI: torch.Tensor
+
+    def select(self, index_N: torch.Tensor) -> ImageSide:
+        """Return the rows of `index_N` (an image for each prompt), copied."""
+        return ImageSide(
+            keys_NLC=self.keys_NLC.index_select(0, index_N),
+            k_NLI=self.k_NLI.index_select(0, index_N),
+            v_NLI=self.v_NLI.index_select(0, index_N),
+            q_NLI=self.q_NLI.index_select(0, index_N),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionTerms:
+    """W pe + b of every projection that sees the image's positional encoding; constants of the weights.
+
+    `t2i_k`, `i2t_q`: one (1, L, I) a layer. `final_k`: (1, L, I).
+    """
+
+    t2i_k: tuple[torch.Tensor, ...]
+    i2t_q: tuple[torch.Tensor, ...]
+    final_k: torch.Tensor
+
+
+class TwoWayBlock(nn.Module):
+    """Self-attention of the tokens, tokens to image, MLP, image to tokens; a norm after each."""
+
+    def __init__(self, config: MaskDecoderConfig, *, first: bool) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.hidden_size // config.attention_downsample_rate
+        heads = config.num_attention_heads
+        self.first = first
+        self.self_attn = Attention(width, width, heads)
+        self.t2i = Attention(width, inner, heads)
+        self.i2t = Attention(width, inner, heads)
+        self.fc1 = nn.Linear(width, config.mlp_dim)
+        self.fc2 = nn.Linear(config.mlp_dim, width)
+        self.norm1 = nn.LayerNorm(width, eps=TORCH_NORM_EPS)
+        self.norm2 = nn.LayerNorm(width, eps=TORCH_NORM_EPS)
+        self.norm3 = nn.LayerNorm(width, eps=TORCH_NORM_EPS)
+        self.norm4 = nn.LayerNorm(width, eps=TORCH_NORM_EPS)
+
+    def project_image(
+        self, keys_NLC: torch.Tensor, t2i_k_pe: torch.Tensor, i2t_q_pe: torch.Tensor
+    ) -> ImageSide:
+        """Return the image tokens with this layer's image-side projections."""
+        return ImageSide(
+            keys_NLC=keys_NLC,
+            k_NLI=F.linear(keys_NLC, self.t2i.k.weight) + t2i_k_pe,
+            v_NLI=self.t2i.v(keys_NLC),
+            q_NLI=F.linear(keys_NLC, self.i2t.q.weight) + i2t_q_pe,
+        )
+
+    def forward(
+        self, queries_NTC: torch.Tensor, initial_NTC: torch.Tensor, image: ImageSide
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the updated tokens (N, T, C) and image tokens (N, L, C).
+
+        `initial_NTC` are the tokens before the first layer; they are added again wherever a token is
+        asked or asks, as its positional encoding.
+        """
+        if self.first:
+            # No residual and no positional encoding here, in the first layer only.
+            queries = self.self_attn(queries_NTC, queries_NTC, queries_NTC)
+        else:
+            q = queries_NTC + initial_NTC
+            queries = queries_NTC + self.self_attn(q, q, queries_NTC)
+        queries = self.norm1(queries)
+
+        q_NTI = self.t2i.q(queries + initial_NTC)
+        queries = self.norm2(queries + self.t2i.attend(q_NTI, image.k_NLI, image.v_NLI))
+        queries = self.norm3(queries + self.fc2(F.relu(self.fc1(queries))))
+
+        k_NTI, v_NTI = self.i2t.k(queries + initial_NTC), self.i2t.v(queries)
+        keys = self.norm4(image.keys_NLC + self.i2t.attend(image.q_NLI, k_NTI, v_NTI))
+        return queries, keys
+
+
+class TwoWayTransformer(nn.Module):
+    """The layers and the last look of the tokens at the image."""
+
+    def __init__(self, config: MaskDecoderConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.hidden_size // config.attention_downsample_rate
+        self.layers = nn.ModuleList(
+            TwoWayBlock(config, first=i == 0) for i in range(config.num_hidden_layers)
+        )
+        self.final_attn = Attention(width, inner, config.num_attention_heads)
+        self.norm_final = nn.LayerNorm(width, eps=TORCH_NORM_EPS)
+
+    def position_terms(self, pe_1LC: torch.Tensor) -> PositionTerms:
+        """Return the projections of the image's positional encoding, (1, L, C) in the weights' dtype."""
+        return PositionTerms(
+            t2i_k=tuple(layer.t2i.k(pe_1LC) for layer in self.layers),
+            i2t_q=tuple(layer.i2t.q(pe_1LC) for layer in self.layers),
+            final_k=self.final_attn.k(pe_1LC),
+        )
+
+    def project_first(self, keys_BLC: torch.Tensor, terms: PositionTerms) -> ImageSide:
+        """Return the image side of the first layer, shared by every prompt of an image."""
+        side: ImageSide = self.layers[0].project_image(keys_BLC, terms.t2i_k[0], terms.i2t_q[0])
+        return side
+
+    def forward(
+        self, tokens_NTC: torch.Tensor, image: ImageSide, terms: PositionTerms
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the final tokens (N, T, C) and the *updated* image tokens (N, L, C).
+
+        `image` is the first layer's side, one row a prompt. The second result is what is upscaled to
+        masks; taking the image tokens from before the transformer instead gives wrong masks and right scores.
+        """
+        queries, keys = self.layers[0](tokens_NTC, tokens_NTC, image)
+        for i, layer in enumerate(list(self.layers)[1:], start=1):
+            side = layer.project_image(keys, terms.t2i_k[i], terms.i2t_q[i])
+            queries, keys = layer(queries, tokens_NTC, side)
+        q_NTI = self.final_attn.q(queries + tokens_NTC)
+        k_NLI = F.linear(keys, self.final_attn.k.weight) + terms.final_k
+        queries = queries + self.final_attn.attend(q_NTI, k_NLI, self.final_attn.v(keys))
+        return self.norm_final(queries), keys
