@@ -1,0 +1,226 @@
+"""One table that says what an error of the outside world means, and the only loop that tries again.
+
+Every storage call goes through `attempt`, with one deadline for all of its tries together. The
+drivers below it have their own retries switched off: three nested loops of five tries turn one
+broken object into minutes. The table looks at the store's error code, the HTTP status and errno
+before the class, because one class stands for many things: a wrong clock, an expired token and a
+forbidden object all arrive as `PermissionError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from pipeline.errors import HqlabelError, clean_text
+
+T = TypeVar("T")
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What an error means.
+
+    `kind`: `retry` (may pass by itself), `image` (this object's own fault), `systemic` (everything
+    will fail alike) or `bug` (nothing known: let it rise). `code`: of IMAGE_CODES for `image`, of
+    SYSTEMIC_CODES for `systemic`, and for `retry` the systemic code to report when it never passes.
+    """
+
+    kind: Literal["retry", "image", "systemic", "bug"]
+    code: str = ""
+
+
+class StorageFault(HqlabelError):
+    """A storage call that is given up; the door turns it into the error its caller promises."""
+
+    def __init__(self, verdict: Verdict, message: str, *, timed_out: bool = False) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+        self.message = message
+        self.timed_out = timed_out
+
+
+class ShortBody(OSError):
+    """Fewer bytes came than the store had announced."""
+
+
+_RETRY = Verdict(kind="retry", code="store")
+_NOT_FOUND = Verdict(kind="image", code="not_found")
+_DENIED = Verdict(kind="systemic", code="denied")
+_CREDENTIALS = Verdict(kind="systemic", code="credentials")
+_STORE = Verdict(kind="systemic", code="store")
+_DISK = Verdict(kind="systemic", code="disk")
+_BUG = Verdict(kind="bug")
+
+_RETRY_CODES = (
+    "SlowDown ServiceUnavailable InternalError RequestTimeout RequestTimeoutException Throttling "
+    "ThrottlingException ThrottledException RequestThrottled TooManyRequests BandwidthLimitExceeded "
+    "PriorRequestNotComplete OperationAborted ConditionalRequestConflict IncompleteBody BadDigest "
+    "XAmzContentSHA256Mismatch"
+)
+_CREDENTIAL_CODES = (
+    "ExpiredToken ExpiredTokenException TokenRefreshRequired InvalidToken InvalidAccessKeyId "
+    "SignatureDoesNotMatch UnrecognizedClientException InvalidClientTokenId NotSignedUp AccountProblem"
+)
+# Error codes of the store itself: they say more than the status they come with.
+_BY_CODE: dict[str, Verdict] = {
+    **dict.fromkeys(_RETRY_CODES.split(), _RETRY),
+    **dict.fromkeys(_CREDENTIAL_CODES.split(), _CREDENTIALS),
+    **dict.fromkeys(["NoSuchKey", "NoSuchVersion", "KeyTooLongError"], _NOT_FOUND),
+    **dict.fromkeys(["AccessDenied", "AllAccessDisabled", "InvalidObjectState"], _DENIED),
+    **dict.fromkeys(["NoSuchBucket", "InvalidBucketName", "PermanentRedirect"], _STORE),
+    **dict.fromkeys(["RequestTimeTooSkewed", "RequestExpired"], Verdict(kind="systemic", code="clock")),
+    **dict.fromkeys(["QuotaExceeded", "XMinioStorageFull", "InsufficientStorage"], _DISK),
+}
+_BY_ERRNO: dict[int, Verdict] = {
+    **dict.fromkeys([errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG], _NOT_FOUND),
+    **dict.fromkeys([errno.EACCES, errno.EPERM, errno.EROFS], _DENIED),
+    **dict.fromkeys([errno.ENOSPC, errno.EDQUOT, errno.EFBIG], _DISK),
+    errno.EIO: Verdict(kind="retry", code="disk"),
+    **dict.fromkeys(
+        [
+            *(errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ESTALE, errno.EPIPE, errno.ETIMEDOUT),
+            *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENETUNREACH),
+            *(errno.EHOSTUNREACH, errno.ENETDOWN, errno.EMFILE, errno.ENFILE, errno.EREMOTEIO),
+        ],
+        _RETRY,
+    ),
+}
+# Classes of libraries that are not imported here (s3fs is an extra), by name along the mro.
+_RETRY_CLASSES = (
+    "EndpointConnectionError ConnectionError ConnectTimeoutError ReadTimeoutError HTTPClientError "
+    "IncompleteRead IncompleteReadError ResponseStreamingError ResponseParserError FlexibleChecksumError "
+    "ChecksumError FSTimeoutError TimeoutError ClientPayloadError ClientConnectionError ShortBody"
+)
+_CREDENTIAL_CLASSES = (
+    "NoCredentialsError PartialCredentialsError CredentialRetrievalError TokenRetrievalError "
+    "SSOTokenLoadError UnauthorizedSSOTokenError ProfileNotFound NoAuthTokenError DefaultCredentialsError"
+)
+_BY_CLASS: dict[str, Verdict] = {
+    **dict.fromkeys(_RETRY_CLASSES.split(), _RETRY),
+    **dict.fromkeys(_CREDENTIAL_CLASSES.split(), _CREDENTIALS),
+    "FileNotFoundError": _NOT_FOUND,
+    "NotADirectoryError": _NOT_FOUND,
+    "IsADirectoryError": _NOT_FOUND,
+    "PermissionError": _DENIED,
+}
+
+
+def classify(error: BaseException) -> Verdict:
+    """What `error` means: by the store's code, then HTTP status, errno and class, causes first.
+
+    Causes come first because wrappers lose the code: s3fs gives `PermissionError` for a wrong clock.
+    """
+    chain = list(_causes(error))
+    for read in (_by_store_code, _by_status, _by_errno, _by_class):
+        for one in reversed(chain):
+            verdict = read(one)
+            if verdict is not None:
+                return verdict
+    return _BUG
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__
+
+
+def _response_error(error: BaseException) -> tuple[str, int | None]:
+    """The store's own code and the HTTP status inside an error, "" and None where it has none."""
+    response: Any = getattr(error, "response", None)
+    if not isinstance(response, dict):
+        statuses = (getattr(error, name, None) for name in ("status", "status_code", "code"))
+        return "", next((s for s in statuses if isinstance(s, int) and 100 <= s < 600), None)
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return str(response.get("Error", {}).get("Code", "")), status
+
+
+def _by_store_code(error: BaseException) -> Verdict | None:
+    return _BY_CODE.get(_response_error(error)[0])
+
+
+def _by_status(error: BaseException) -> Verdict | None:
+    status = _response_error(error)[1]
+    if status is None:
+        return None
+    if status in (408, 409, 425, 429) or status >= 500:
+        return _RETRY
+    known = {404: _NOT_FOUND, 410: _NOT_FOUND, 403: _DENIED, 401: _CREDENTIALS, 507: _DISK}
+    return known.get(status, _STORE if status >= 400 else None)
+
+
+def _by_errno(error: BaseException) -> Verdict | None:
+    if isinstance(error, OSError) and error.errno is not None:
+        return _BY_ERRNO.get(error.errno)
+    return None
+
+
+def _by_class(error: BaseException) -> Verdict | None:
+    for kind in type(error).__mro__:
+        if kind.__name__ in _BY_CLASS:
+            return _BY_CLASS[kind.__name__]
+    return None
+
+
+_QUERY = re.compile(r"(\w+://[^\s?\"']+)\?[^\s\"']*")
+_LOGIN = re.compile(r"(\w+://)[^\s/@\"']+@")
+
+
+def describe(error: BaseException) -> str:
+    """One safe line about an error: class, store code and text; no query string, no login."""
+    code = next((c for c in (_response_error(e)[0] for e in _causes(error)) if c), "")
+    text = _LOGIN.sub(r"\1", _QUERY.sub(r"\1", str(error)))
+    return clean_text(f"{type(error).__name__}{f' {code}' if code else ''}: {text}")
+
+
+def attempt(call: Callable[[float], T], *, deadline: float, what: str, max_tries: int | None = None) -> T:
+    """What `call(seconds_left)` returns, tried again while its errors are of the kind that passes.
+
+    `deadline`: on `time.monotonic()`, for all tries and pauses together; each try is told how long it
+    may still take. `max_tries`: a second bound, for objects that are broken for good. Pauses double
+    from 0.1 s to 5 s, less a random part, so that a thousand workers do not come back at once.
+
+    Raises:
+        StorageFault: given up, with the verdict on the last error. Unknown errors rise as they are.
+    """
+    pause = FIRST_PAUSE_S
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            return call(max(deadline - time.monotonic(), 0.001))
+        except Exception as error:
+            verdict = _verdict_on(error)
+            wait = pause * random.uniform(0.5, 1.0)
+            last = tries == max_tries or time.monotonic() + wait >= deadline
+            if verdict.kind != "retry" or last:
+                raise _fault(error, verdict, what, tries, deadline) from error
+        time.sleep(wait)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def _verdict_on(error: Exception) -> Verdict:
+    """`classify`, but our own errors and unknown ones rise."""
+    verdict = _BUG if isinstance(error, HqlabelError) else classify(error)
+    if verdict.kind == "bug":
+        raise error
+    return verdict
+
+
+def _fault(error: Exception, verdict: Verdict, what: str, tries: int, deadline: float) -> StorageFault:
+    """`timed_out` is true only when the deadline itself cut the last try: a store too slow, not broken."""
+    timed_out = isinstance(error, TimeoutError) and time.monotonic() >= deadline - 0.05
+    counted = f" (given up, tries: {tries})" if verdict.kind == "retry" else ""
+    return StorageFault(verdict, clean_text(f"{what}: {describe(error)}{counted}"), timed_out=timed_out)

@@ -1,0 +1,374 @@
+"""The one door to files and object stores; nothing else in the product opens fsspec or a local path.
+
+`Store` is the folder or prefix of a job, with the two writes everything rests on: `put_if_absent`
+(one creator wins, readers see all or nothing) and `put` (atomic replacement). The functions below it
+read what people point at: images, tables, weights. Every call has one deadline for all its tries.
+
+Errors: on the job's own store a fault is everybody's (`SystemicFault`); on an image it is that
+image's (`ImageError`), unless it is one that every request would meet (credentials, clock, no bucket).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import io
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NoReturn, TypeVar
+
+from pipeline.access import check_uri, options_for, redact_options, refuse_secrets, split_scheme
+from pipeline.buckets import driver_for
+from pipeline.drivers import Driver, FetchedObject, Found
+from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError
+from pipeline.records import Place
+from pipeline.retries import StorageFault, Verdict, attempt, classify, describe
+
+__all__ = [
+    "Entry",
+    "FetchedObject",
+    "NotFound",
+    "Store",
+    "Verdict",
+    "check_uri",
+    "classify",
+    "describe",
+    "fingerprint",
+    "glob_objects",
+    "head_object",
+    "list_objects",
+    "open_input",
+    "open_store",
+    "options_for",
+    "read_object",
+    "redact_options",
+    "refuse_secrets",
+]
+
+T = TypeVar("T")
+
+STORE_BUDGET_S = 120.0
+SLOWEST_BYTES_PER_S = 2**20  # a large body gets this much longer
+READ_TRIES = 8
+BLOCK = 4 * 2**20
+
+
+class NotFound(SystemicFault):
+    """A key that should be in the job's store is not there."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("store", message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One object of a store: key relative to the place, size in bytes, version tag where known."""
+
+    key: str
+    size: int
+    etag: str | None = None
+
+
+class Store:
+    """The objects under one place. Safe in threads; picklable: each process makes its own client.
+
+    `budget_s`: for one call with all its tries. Large bodies get a second more for every MiB.
+    """
+
+    def __init__(self, place: Place, *, budget_s: float = STORE_BUDGET_S) -> None:
+        refuse_secrets(place.options, where=place.uri)
+        scheme, rest = split_scheme(place.uri)
+        self.place = place
+        self.budget_s = budget_s
+        self._scheme = scheme
+        self._base = _base_of(scheme, rest)
+
+    @property
+    def _driver(self) -> Driver:
+        return driver_for(self._scheme, self.place.options)
+
+    def _path(self, key: str) -> str:
+        if key.startswith("/") or any(part in ("", ".", "..") for part in key.split("/")):
+            raise ValueError(f"{key!r} is no key of a store; expected such as units/a.parquet")
+        return self._base + key
+
+    def _try(self, what: str, call: Callable[[float], T], *, size: int = 0) -> T:
+        budget = self.budget_s + size / SLOWEST_BYTES_PER_S
+        try:
+            return attempt(call, deadline=time.monotonic() + budget, what=f"{self.place.uri}: {what}")
+        except StorageFault as fault:
+            _raise_for_store(fault)
+
+    def read(self, key: str) -> bytes:
+        """All bytes under `key`. Raises NotFound, or SystemicFault when the store fails."""
+        path = self._path(key)
+
+        def get(left: float) -> bytes:
+            return self._driver.get(path, max_bytes=None, timeout_s=left).data
+
+        return self._try(f"read {key}", get)
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes start..stop (end-exclusive) under `key`; fewer at the end of the object."""
+        path = self._path(key)
+        return self._try(
+            f"read {key}", lambda left: self._driver.get_range(path, start, stop, timeout_s=left)
+        )
+
+    def open_parquet(self, key: str) -> BinaryIO:
+        """A seekable file for pyarrow, read in blocks with this store's retries; NotFound if absent."""
+        entry = self.head(key)
+        if entry is None:
+            raise NotFound(f"{self.place.uri}: there is no {key}")
+        return _blockwise(lambda start, stop: self.read_range(key, start, stop), entry.size)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """True when these bytes now stand under `key` by this call; False when something was there.
+
+        Atomic: of all callers in the world one gets True, and no reader sees a part. A try whose reply
+        was lost may have won: then what is there is read back, and equal bytes count as ours.
+        """
+        path = self._path(key)
+        unclear: list[Exception] = []
+
+        def create(left: float) -> bool:
+            try:
+                self._driver.create(path, data, timeout_s=left)
+            except FileExistsError:
+                return bool(unclear) and self.read(key) == data
+            except Exception as error:
+                unclear.append(error)
+                raise
+            return True
+
+        return self._try(f"create {key}", create, size=len(data))
+
+    def put(self, key: str, data: bytes) -> None:
+        """None; `key` now holds `data`, replaced in one step."""
+        path = self._path(key)
+        self._try(
+            f"write {key}", lambda left: self._driver.replace(path, data, timeout_s=left), size=len(data)
+        )
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        """Every object whose key begins with `prefix`, at any depth, sorted by key. Never from a cache."""
+        start = self._base + prefix
+        found = self._try(f"list {prefix}", lambda left: self._driver.walk(start, timeout_s=left))
+        entries = [Entry(key=f.path.removeprefix(self._base), size=f.size, etag=f.etag) for f in found]
+        return sorted(entries, key=lambda entry: entry.key)
+
+    def head(self, key: str) -> Entry | None:
+        """Size and tag of `key`, or None when it is absent."""
+        path = self._path(key)
+        found = self._try(f"look up {key}", lambda left: self._driver.stat(path, timeout_s=left))
+        return None if found is None else Entry(key=key, size=found.size, etag=found.etag)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """None; the keys are gone. Only `hqlabel clean` calls this: no other command needs the right."""
+        paths = [self._path(key) for key in keys]
+        self._try(f"delete {len(keys)} objects", lambda left: self._driver.delete(paths, timeout_s=left))
+
+    def abort_stale_uploads(self) -> int:
+        """How many unfinished writes of dead processes were dropped (S3 uploads, local temporary files)."""
+        return self._try("abort uploads", lambda left: self._driver.abort_stale(self._base, timeout_s=left))
+
+
+def open_store(place: Place) -> Store:
+    """The store at a place; nothing is created or asked until the first call."""
+    return Store(place)
+
+
+def _base_of(scheme: str, rest: str) -> str:
+    """What every path of a store begins with, ending in "/"."""
+    if scheme == "file":
+        return os.path.abspath(rest).rstrip("/") + "/"
+    if scheme in ("http", "https"):
+        raise UsageError(f"{scheme}:// can be read, not written; choose a folder or an object store")
+    base = rest.strip("/")
+    if not base or any(part in ("", ".", "..") for part in base.split("/")):
+        raise UsageError(f"{scheme}://{rest} names no bucket and folder")
+    return base + "/"
+
+
+def _raise_for_store(fault: StorageFault) -> NoReturn:
+    verdict = fault.verdict
+    if verdict.kind == "image":
+        raise NotFound(fault.message) from fault
+    raise SystemicFault(verdict.code, fault.message) from fault
+
+
+class _BlockReader(io.RawIOBase):
+    """A read-only file over a function that reads ranges."""
+
+    def __init__(self, read_range: Callable[[int, int], bytes], size: int) -> None:
+        self._read_range = read_range
+        self._size = size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        stop = min(self._at + len(view), self._size)
+        if stop <= self._at:
+            return 0
+        data = self._read_range(self._at, stop)
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _blockwise(read_range: Callable[[int, int], bytes], size: int) -> BinaryIO:
+    return io.BufferedReader(_BlockReader(read_range, size), buffer_size=BLOCK)
+
+
+# ---------------------------------------------------------------------------------------------
+# What people point at: images, tables, box files, weights
+# ---------------------------------------------------------------------------------------------
+
+
+def _open(uri: str, options: Mapping[str, Any]) -> tuple[Driver, str]:
+    """The driver for a uri and the path it takes."""
+    scheme, rest = split_scheme(uri)
+    path = os.path.abspath(rest) if scheme == "file" else rest
+    return driver_for(scheme, options), uri if scheme in ("http", "https") else path
+
+
+def read_object(
+    uri: str, options: Mapping[str, Any], *, max_bytes: int | None, deadline_monotonic: float
+) -> FetchedObject:
+    """The bytes of one object with size and version tag; `check_uri` has already passed it.
+
+    Raises:
+        ImageError: not_found, denied, too_many_bytes, changed, unreachable, fetch_timeout, uri_refused.
+        SystemicFault: credentials, clock, store (no such bucket), disk.
+    """
+    driver, path = _open(uri, options)
+
+    def get(left: float) -> FetchedObject:
+        return driver.get(path, max_bytes=max_bytes, timeout_s=left)
+
+    try:
+        return attempt(get, deadline=deadline_monotonic, what="read", max_tries=READ_TRIES)
+    except StorageFault as fault:
+        _raise_for_image(fault)
+
+
+def _raise_for_image(fault: StorageFault) -> NoReturn:
+    verdict = fault.verdict
+    if verdict.kind == "image":
+        raise ImageError(verdict.code, fault.message) from fault
+    if verdict.kind == "retry":
+        raise ImageError("fetch_timeout" if fault.timed_out else "unreachable", fault.message) from fault
+    if verdict.code == "denied":  # one object may be forbidden; the job judges a window of them
+        raise ImageError("denied", fault.message) from fault
+    raise SystemicFault(verdict.code, fault.message) from fault
+
+
+def _for_input(uri: str, what: str, call: Callable[[float], T]) -> T:
+    """`call`, for a file the whole job needs: what fails here refuses the job before any work."""
+    try:
+        return attempt(call, deadline=time.monotonic() + STORE_BUDGET_S, what=f"{what} {uri}")
+    except StorageFault as fault:
+        raise JobRefused(fault.message) from fault
+    except ImageError as error:
+        raise JobRefused(f"{what} {uri}: {error.message}") from error
+
+
+def head_object(uri: str, options: Mapping[str, Any]) -> Entry | None:
+    """Size and version tag of one object (`key` is the uri), or None when there is none."""
+    driver, path = _open(uri, options)
+    found = _for_input(uri, "look up", lambda left: driver.stat(path, timeout_s=left))
+    return None if found is None else Entry(key=uri, size=found.size, etag=found.etag)
+
+
+def list_objects(uri: str, options: Mapping[str, Any]) -> list[Entry]:
+    """Every object below a folder or prefix, at any depth, sorted by uri (`key` is the uri).
+
+    Local: links to files are listed as files, also dangling ones; links to folders are not entered.
+    """
+    base = uri.rstrip("/") + "/"
+    driver, path = _open(base, options)
+    prefix = path.rstrip("/") + "/"
+    found = _for_input(uri, "list", lambda left: driver.walk(prefix, timeout_s=left))
+    return _entries(found, prefix, base)
+
+
+def _entries(found: Sequence[Found], prefix: str, base: str) -> list[Entry]:
+    entries = [
+        Entry(key=base + one.path.removeprefix(prefix), size=one.size, etag=one.etag)
+        for one in found
+        if not one.path.endswith("/")  # the empty objects that S3 consoles make for folders
+    ]
+    for entry in entries:
+        if not entry.key.isprintable() and any("\ud800" <= c <= "\udfff" for c in entry.key):
+            raise JobRefused(f"the name {entry.key!a} is not UTF-8; rename the file: tables cannot hold it")
+    return sorted(entries, key=lambda entry: entry.key)
+
+
+def glob_objects(pattern: str, options: Mapping[str, Any]) -> list[Entry]:
+    """Every object whose uri matches, sorted by uri. `*`, `?` and `[a-z]` stop at "/", `**` does not."""
+    match = re.search(r"[*?\[]", pattern)
+    if match is None:
+        raise UsageError(f"{pattern!r} is no pattern: it has none of * ? [")
+    root = pattern[: match.start()].rpartition("/")[0]
+    accepts = re.compile(_glob_regex(pattern))
+    return [entry for entry in list_objects(root, options) if accepts.fullmatch(entry.key)]
+
+
+def _glob_regex(pattern: str) -> str:
+    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])", pattern)
+    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "(?s:" + "".join(meaning.get(p) or _glob_piece(p) for p in pieces) + ")"
+
+
+def _glob_piece(piece: str) -> str:
+    return fnmatch.translate(piece)[4:-3] if piece.startswith("[") else re.escape(piece)
+
+
+def open_input(uri: str, options: Mapping[str, Any]) -> BinaryIO:
+    """A seekable binary file over one object, read in blocks; JobRefused when it is absent or refused.
+
+    For tables, box files and weights: streams of any size in bounded memory.
+    """
+    driver, path = _open(uri, options)
+    found = _for_input(uri, "look up", lambda left: driver.stat(path, timeout_s=left))
+    if found is None:
+        raise JobRefused(f"{uri}: there is no such file")
+
+    def read_range(start: int, stop: int) -> bytes:
+        return _for_input(uri, "read", lambda left: driver.get_range(path, start, stop, timeout_s=left))
+
+    return _blockwise(read_range, found.size)
+
+
+def fingerprint(uri: str, options: Mapping[str, Any]) -> dict[str, str | int]:
+    """What tells one version of an input file from another: uri, size and sha256, or the store's etag.
+
+    Local files are hashed, because a copy or a checkout changes their times; remote ones have etags.
+    """
+    entry = head_object(uri, options)
+    if entry is None:
+        raise JobRefused(f"{uri}: there is no such file")
+    if entry.etag is not None and split_scheme(uri)[0] != "file":
+        return {"uri": uri, "size": entry.size, "etag": entry.etag}
+    digest = hashlib.sha256()
+    with open_input(uri, options) as file:
+        while chunk := file.read(BLOCK):
+            digest.update(chunk)
+    return {"uri": uri, "size": entry.size, "sha256": digest.hexdigest()}
