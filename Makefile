@@ -1,0 +1,59 @@
+# `make` prints what there is. Everything below works from a fresh clone: setup comes by itself.
+# Knobs: PYTHON=python3.12, and LOCK=constraints.txt on a machine whose wheels requirements.lock does not name.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check fix test faults bench lock clean
+
+PYTHON ?= python3
+LOCK ?= requirements.lock
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+HASHES := $(if $(filter %.lock,$(LOCK)),--require-hashes)
+TEST_SECONDS ?= 1500
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+
+setup: $(STAMP)  ## .venv with the pinned versions; repeated only when a pin changed
+
+# torch first and by itself: its wheel differs by machine (CPU, CUDA), so it has no hash, and nothing may
+# bring another one. The rest is a closed list: --no-deps, so pip adds nothing of its own.
+$(STAMP): pyproject.toml constraints.txt requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	  sys.exit(0 if (3, 11) <= v < (3, 13) else "hqlabel needs Python 3.11 or 3.12, found %d.%d; try: make setup PYTHON=python3.11" % v[:2])'
+	@echo "setup: $(VENV) with the versions of $(LOCK); a few minutes, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install --no-deps $(HASHES) -r $(LOCK)
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)  ## labels the shipped photographs: a table here, overlay pictures in demo-out/
+	$(BIN)/python examples/demo.py
+
+check: $(STAMP)  ## ruff, mypy --strict, import contracts; under a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(STAMP)  ## what ruff can mend by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: check  ## check, then every test that needs no GPU, no network and no kills
+	$(BIN)/pytest -m "not faults and not gpu and not network" --session-timeout=$(TEST_SECONDS)
+
+faults: $(STAMP)  ## kills and injected faults: minutes long
+	$(BIN)/pytest -m "faults and not gpu and not network"
+
+bench: $(STAMP)  ## measured throughput of this machine, one table
+	$(BIN)/hqlabel bench
+
+lock: $(STAMP)  ## resolves pyproject.toml again and writes the pins, versions kept (about eight minutes)
+	$(BIN)/python tools/lock.py
+
+clean:  ## removes what make made, but not your outputs
+	rm -rf $(VENV) demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,66 @@
+"""The pins are whole: what the project asks for is in them, at a version that it allows."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK_EXTRAS = {
+    "constraints.txt": ("s3", "gcs", "detect", "eval", "dev"),
+    "requirements.lock": ("s3", "detect", "eval", "dev"),
+    "deploy/requirements.lock": ("s3", "gcs", "detect"),
+}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(path: str) -> dict[str, str]:
+    found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s\\]+)", (ROOT / path).read_text(), flags=re.MULTILINE)
+    return {normal(name): version for name, version in found}
+
+
+def asked_for(extras: tuple[str, ...]) -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = list(project["dependencies"])
+    for extra in extras:
+        lines += project["optional-dependencies"][extra]
+    return [Requirement(line) for line in lines]
+
+
+@pytest.mark.parametrize("path", LOCK_EXTRAS)
+def test_every_requirement_of_the_project_is_pinned_at_an_allowed_version(path: str) -> None:
+    pinned = pins(path) | {"torch": pins("constraints.txt")["torch"]}
+
+    wrong = [
+        f"{r} (pinned: {pinned.get(normal(r.name))})"
+        for r in asked_for(LOCK_EXTRAS[path])
+        if normal(r.name) not in pinned or not r.specifier.contains(pinned[normal(r.name)])
+    ]
+
+    assert wrong == [], f"run `make lock`: {wrong}"
+
+
+@pytest.mark.parametrize("path", ["requirements.lock", "deploy/requirements.lock"])
+def test_a_lock_has_the_versions_of_the_constraints_and_a_hash_for_each(path: str) -> None:
+    versions = pins("constraints.txt")
+    blocks = (ROOT / path).read_text().split("\n", 2)[2]
+
+    assert {n: v for n, v in pins(path).items() if versions.get(n) != v} == {}
+    for block in re.split(r"\n(?=[a-z])", blocks.strip()):
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", block), f"no hash: {block.splitlines()[0]}"
+
+
+def test_nothing_but_the_constraints_names_torch_so_that_no_gigabytes_come_unasked() -> None:
+    for path in ("requirements.lock", "deploy/requirements.lock"):
+        heavy = {"torch", "torchvision", "timm", "triton"} | {
+            n for n in pins(path) if n.startswith("nvidia-")
+        }
+
+        assert heavy & set(pins(path)) == set()
