@@ -9,7 +9,7 @@ LOCK ?= requirements.lock
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 HASHES := $(if $(filter %.lock,$(LOCK)),--require-hashes)
 TEST_SECONDS ?= 1500
 

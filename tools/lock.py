@@ -1,4 +1,4 @@
-"""Writes the pins: constraints.txt (every version), requirements.lock and deploy/requirements.lock (with hashes).
+"""Writes the pins: constraints.txt (every version) and two hashed locks, the root one and the one of deploy/.
 
 pip resolves, nothing is installed: `pip install --dry-run --report` once for each set of extras, then once
 for each machine of TARGETS with the versions fixed, for the sha256 of the wheel which pip would take there.
