@@ -1,0 +1,218 @@
+"""Starting a private Ray on this machine, or joining the cluster that was named; nothing else.
+
+A private Ray is closed: no dashboard, token authentication with a token of its own, files for the
+owner alone, never another cluster that happens to run here. Importing Ray and starting it costs
+seconds, so this file is imported only by the commands that compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.config import ClusterSection
+from pipeline.errors import JobRefused, SystemicFault, UsageError, clean_text
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+# A socket path has at most 107 bytes; Ray's session folder and socket names take 63 of them.
+_LONGEST_ROOT = 40
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_IN_USE = "in-use"
+_SOURCE_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterInfo:
+    """What a running Ray offers. `private`: started by this process, and ended with it."""
+
+    address: str
+    private: bool
+    nodes: int
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        where = "private Ray on this machine" if self.private else f"Ray at {self.address}"
+        gpus = f", {self.gpus:g} GPUs" if self.gpus else ", no GPU"
+        nodes = "" if self.nodes == 1 else f", {self.nodes} nodes"
+        return f"{where}: {self.cpus:g} CPU cores{gpus}{nodes}"
+
+
+def address_to_join(wanted: str | None, environ: Mapping[str, str]) -> str | None:
+    """The address of the cluster to join, or None for a private Ray.
+
+    `wanted` (from the command or the configuration) goes before RAY_ADDRESS, which `ray job submit`
+    sets for its entrypoint; `local` asks for a private Ray in any case. Raises `UsageError`.
+    """
+    address = wanted or environ.get("RAY_ADDRESS") or None
+    if address in (None, "local"):
+        return None
+    if address.startswith("ray://"):
+        raise UsageError(
+            f"--ray-address {address}: the Ray Client is not supported, because the job would end with this "
+            "terminal; submit it instead: ray job submit --working-dir . -- python -m jobs label ..."
+        )
+    if address.startswith(("http://", "https://")):
+        raise UsageError(
+            f"--ray-address {address} is a dashboard; give the cluster's host:port (often port 6379), or "
+            f"submit the job: ray job submit --address {address} --working-dir . -- python -m jobs label ..."
+        )
+    return address
+
+
+@contextlib.contextmanager
+def running_ray(section: ClusterSection, environ: MutableMapping[str, str]) -> Iterator[ClusterInfo]:
+    """A Ray to work on, until the block ends; `environ` is this process's, and gets Ray's switches.
+
+    Raises:
+        UsageError: an address of a kind that cannot be joined.
+        JobRefused: no cluster answers at the address.
+        SystemicFault: `resources`, when a private Ray does not start.
+    """
+    address = address_to_join(section.ray_address, environ)
+    if address is None:
+        with _private_folder() as folder:
+            ray = _import_ray(environ, token_file=folder / "auth_token")
+            yield from _session(ray, _start_private(ray, section, folder))
+    else:
+        ray = _import_ray(environ, token_file=None)
+        yield from _session(ray, _join(ray, address, environ))
+
+
+def refuse_local_output(info: ClusterInfo, output_uri: str, *, is_local: bool, shared_paths: bool) -> None:
+    """Raise `JobRefused` when several nodes would each write to a disk of their own."""
+    if is_local and info.nodes > 1 and not shared_paths:
+        raise JobRefused(
+            f"the output {output_uri} is a local path, and the cluster has {info.nodes} nodes with a disk "
+            "each; give a store such as s3://bucket/folder or, when it is one shared folder on all of them, "
+            "--set cluster.shared_paths=true"
+        )
+
+
+def usable_cpus() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _session(ray: ModuleType, info: ClusterInfo) -> Iterator[ClusterInfo]:
+    try:
+        yield info
+    finally:
+        ray.shutdown()
+
+
+def _import_ray(environ: MutableMapping[str, str], token_file: Path | None) -> ModuleType:
+    """Ray, imported after the switches that it reads while it is imported."""
+    environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # leave CUDA_VISIBLE_DEVICES of CPU tasks alone
+    if token_file is not None:
+        environ["RAY_AUTH_MODE"] = "token"
+        if not environ.get("RAY_AUTH_TOKEN") and not environ.get("RAY_AUTH_TOKEN_PATH"):
+            _write_token(token_file)
+            environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
+    elif _JOB_VARIABLE not in environ:  # a submitted job goes by what its cluster was started with
+        environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    return ray
+
+
+def _write_token(path: Path) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(secrets.token_hex(32))
+
+
+def _start_private(ray: ModuleType, section: ClusterSection, folder: Path) -> ClusterInfo:
+    try:
+        ray.init(
+            address="local",
+            num_cpus=section.cpus or usable_cpus(),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(folder),
+        )
+    except Exception as error:
+        raise SystemicFault("resources", f"Ray does not start on this machine: {_reason(error)}") from error
+    return _info(ray, "local", private=True)
+
+
+def _join(ray: ModuleType, address: str, environ: Mapping[str, str]) -> ClusterInfo:
+    options: dict[str, Any] = {}
+    if _JOB_VARIABLE not in environ:  # a submitted job has brought its code as working_dir
+        options["runtime_env"] = {"py_modules": [str(_SOURCE_ROOT / name) for name in ("model", "pipeline")]}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+    except Exception as error:
+        raise JobRefused(
+            f"no Ray cluster can be joined at {address}: {_reason(error)}. Check `ray status` there, and "
+            "that RAY_AUTH_MODE and the token here are those of the cluster"
+        ) from error
+    return _info(ray, address, private=False)
+
+
+def _info(ray: ModuleType, address: str, *, private: bool) -> ClusterInfo:
+    total = ray.cluster_resources()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return ClusterInfo(
+        address=address,
+        private=private,
+        nodes=len(alive),
+        cpus=float(total.get("CPU", 0)),
+        gpus=float(total.get("GPU", 0)),
+    )
+
+
+def _reason(error: BaseException) -> str:
+    first = str(error).strip().splitlines()[:1]
+    return clean_text(first[0] if first else type(error).__name__)
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder of this process alone for Ray's session; removed at the end, as are those of the dead."""
+    root = _private_root()
+    _remove_abandoned(root)
+    folder = Path(tempfile.mkdtemp(prefix="r", dir=root))
+    with (folder / _IN_USE).open("w") as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies, however it dies
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _private_root() -> Path:
+    """A folder under the temporary folder that belongs to this user and is closed to others."""
+    base = Path(tempfile.gettempdir())
+    root = base / f"hqlabel-{os.getuid()}"
+    if len(os.fsencode(root)) > _LONGEST_ROOT - 16:
+        root = Path("/tmp") / root.name
+    root.mkdir(mode=0o700, exist_ok=True)
+    state = root.lstat()
+    if root.is_symlink() or state.st_uid != os.getuid() or state.st_mode & 0o077:
+        raise JobRefused(
+            f"the folder {root} for Ray's files is not this user's alone; remove it, or set TMPDIR to another"
+        )
+    return root
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove the sessions whose process was killed; their spilled objects may fill the disk."""
+    for mark in root.glob(f"*/{_IN_USE}"):
+        with contextlib.suppress(OSError), mark.open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(mark.parent, ignore_errors=True)

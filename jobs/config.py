@@ -1,0 +1,270 @@
+"""The configuration of a job: one YAML file, flags for the common cases, `--set a.b=v` on top.
+
+Every name that a person can write is a field here, with its meaning; an unknown name is an error that
+proposes the nearest known one. Secrets have no field: they come from the environment, a profile or a
+role of the machine. The resolved configuration is written to `config.yaml` in the output.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import UsageError
+from pipeline.records import BoxFormat, BoxFrame
+
+Number = Annotated[float, Field(strict=False)]
+"""A float that YAML may also write as 1 or 1e-3 (PyYAML reads the latter as text)."""
+Share = Annotated[Number, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class InputSection(_Section):
+    """Which images, which boxes, and how the boxes are to be read."""
+
+    images: str | None = None
+    """Folder, prefix, glob, table of uris (Parquet, CSV, JSONL) or COCO instances file."""
+    boxes: str | None = None
+    """Table of boxes (Parquet, CSV, JSONL), COCO results or instances file, or an earlier output."""
+    box_format: BoxFormat | None = None
+    """Default: xyxy for tables, xywh for COCO files."""
+    box_frame: BoxFrame = "upright"
+    """`upright`: boxes are in the picture as people see it (EXIF applied); `stored`: as the file has it."""
+    columns: dict[str, str] = {}
+    """Where a table has other column names: our name (such as image_uri) to the table's."""
+    limit: int | None = Field(default=None, ge=1)
+    """Only the first N images in the order of their ids."""
+    allow_unmatched: bool = False
+    """Leave out boxes whose image is not listed, instead of refusing the job."""
+    allow_roots: list[str] = []
+    """Further local folders that image uris may point into."""
+    allow_schemes: list[str] = []
+    """Further uri schemes, such as https; s3, gs, az, abfs and hf are allowed anyway."""
+
+
+class ModelSection(_Section):
+    """The checkpoint, and what the model is asked for; all of it changes masks."""
+
+    checkpoint: str | None = None
+    """File, folder, uri, hub id, or `demo` for the small model that comes with hqlabel."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 where the hardware multiplies it natively, else float32; resolved once per job."""
+    images_per_call: int = Field(default=1, ge=1)
+    """Images in one encoder call."""
+    boxes_per_call: int = Field(default=16, ge=1)
+    """Boxes in one decoder call; the last call is padded to it."""
+    multimask: Literal["single", "best"] = "single"
+    """single: SAM's single-mask output, as HQ-SAM was measured; best: the best-scored of three."""
+    hq_token_only: bool = False
+    """True leaves SAM's own mask logits out of the sum."""
+    stability_offset: Number = Field(default=1.0, gt=0)
+    """Logit offset of stability_score."""
+
+
+class FilterSection(_Section):
+    """What is marked as not accepted when tables are published; nothing is ever deleted."""
+
+    min_predicted_iou: Share | None = None
+    """Masks below this are marked; null: no such filter."""
+    min_stability_score: Share | None = None
+    min_detector_score: Number | None = None
+    min_box_iou: Share | None = None
+    min_area_px: int | None = Field(default=None, ge=0)
+    nms_mode: Literal["none", "class", "all"] = "none"
+    """Mark the worse of two boxes that overlap: within one class, or over all classes."""
+    nms_iou: Share = 0.7
+
+
+class OutputSection(_Section):
+    """Where the labels go."""
+
+    uri: str | None = None
+    """A folder or prefix that belongs to this job alone."""
+    images_per_unit: int = Field(default=64, ge=1, le=4096)
+    """Images a unit of work and a commit; a decoded unit near 150 MB is good."""
+
+
+class LimitsSection(_Section):
+    """Bounds on one image and on the job."""
+
+    max_image_bytes: int = Field(default=256 * 2**20, ge=1)
+    max_image_pixels: int = Field(default=89_478_485, ge=1)
+    max_boxes_per_image: int = Field(default=10_000, ge=1)
+    fetch_timeout_s: Number = Field(default=60.0, gt=0)
+    decode_timeout_s: Number = Field(default=60.0, gt=0)
+    segment_timeout_s: Number = Field(default=300.0, gt=0)
+    decode_memory_bytes: int = Field(default=4 * 2**30, ge=2**20)
+    max_failure_rate: Share = 0.05
+    """More failed images than this share end the job with exit code 3."""
+    failure_rate_from_images: int = Field(default=1000, ge=1)
+    """The share is judged from this many images on."""
+
+
+class ClusterSection(_Section):
+    """The machines; may change between resumes."""
+
+    ray_address: str | None = None
+    """A running cluster (host:port); null: a private Ray on this machine. Also from RAY_ADDRESS."""
+    actors: int | None = Field(default=None, ge=1)
+    """Model processes; null: one a GPU, or what the cores allow."""
+    actors_min: int | None = Field(default=None, ge=1)
+    """Let the pool begin with fewer than `actors` and grow; null: the same as `actors`."""
+    gpus_per_actor: Number | None = Field(default=None, ge=0, le=1)
+    """Share of a GPU for a model process; null: 1 where the cluster has GPUs, else 0."""
+    cpus_per_actor: Number | None = Field(default=None, gt=0)
+    """CPU cores for a model process; null: chosen from the machine."""
+    cpus: int | None = Field(default=None, ge=1)
+    """Cores of the private local Ray; null: all this process may use."""
+    shared_paths: bool = False
+    """Local paths are one shared folder on every node; else several nodes refuse a local output."""
+
+    @model_validator(mode="after")
+    def _pool(self) -> ClusterSection:
+        if self.actors is not None and self.actors_min is not None and self.actors_min > self.actors:
+            raise ValueError(f"actors_min {self.actors_min} is more than actors {self.actors}")
+        return self
+
+
+class Config(_Section):
+    """A whole job."""
+
+    version: Literal[1] = 1
+    input: InputSection = InputSection()
+    model: ModelSection = ModelSection()
+    filter: FilterSection = FilterSection()
+    output: OutputSection = OutputSection()
+    limits: LimitsSection = LimitsSection()
+    cluster: ClusterSection = ClusterSection()
+    storage: dict[str, dict[str, Any]] = {}
+    """fsspec options by uri scheme, such as s3: {endpoint_url: ...}; no secrets."""
+
+
+def load_config(
+    path: str | None, *, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
+) -> Config:
+    """The configuration from a YAML file (or none), then flags by dotted name, then `a.b=value` texts.
+
+    Flags with the value None were not given. Raises `UsageError` with one line for every mistake.
+    """
+    tree = read_yaml(path) if path else {}
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    for name, value in given.items():
+        _put(tree, name, value, origin="a flag")
+    for name, value in map(parse_set, sets):
+        if given.get(name, value) != value:
+            raise UsageError(
+                f"--set {name}={value} contradicts the flag that gives {given[name]!r}; keep one"
+            )
+        _put(tree, name, value, origin="--set")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(_explain(error)) from None
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a local YAML file. Raises `UsageError` naming the file, the line and the fault."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"--config {path}: cannot be read: {reason}") from None
+    try:
+        tree = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path}: not valid YAML: {_one_line(error)}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UsageError(
+            f"--config {path}: wanted `name: value` lines at the top, found a {type(tree).__name__}"
+        )
+    return tree
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """The dotted name and the YAML-typed value of one `--set a.b=v`."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise UsageError(f"--set {text!r}: wanted name=value, such as --set model.dtype=float32")
+    try:
+        return name.strip(), yaml.safe_load(value) if value else None
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {text!r}: the value is not valid YAML: {_one_line(error)}") from None
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `--config` reads back to an equal `Config`."""
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, default_flow_style=False)
+    return f"# the resolved configuration of this job; `hqlabel label --config` reads it\n{text}"
+
+
+def known_names() -> list[str]:
+    """Every dotted name of the configuration, in the order of the sections."""
+    return list(_names(Config, ""))
+
+
+def _names(model: type[BaseModel], prefix: str) -> list[str]:
+    names: list[str] = []
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        nested = isinstance(kind, type) and issubclass(kind, BaseModel)
+        names += _names(kind, f"{prefix}{name}.") if nested else [prefix + name]  # type: ignore[arg-type]
+    return names
+
+
+def _put(tree: dict[str, Any], name: str, value: Any, *, origin: str) -> None:
+    *folders, leaf = name.split(".")
+    for folder in folders:
+        inner = tree.get(folder)
+        if inner is None:
+            inner = tree[folder] = {}
+        if not isinstance(inner, dict):
+            raise UsageError(f"{origin}: {name} cannot be set, because {folder} is the value {inner!r}")
+        tree = inner
+    tree[leaf] = value
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.6)
+            lines.append(f"{name}: no such name" + (f"; did you mean {near[0]}?" if near else ""))
+        else:
+            found = "" if item["type"] == "value_error" else f" (found {item['input']!r})"
+            wanted = _SECTION if item["type"] == "model_type" else item["msg"]
+            lines.append(f"{name}: {wanted.removeprefix('Value error, ')}{found}")
+    return "configuration: " + "; ".join(dict.fromkeys(lines))
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    return " ".join(str(error).split())
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key written twice: YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                problem = f"the name {key!r} is written twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_SECTION = "wanted a section of `name: value` lines"
+BOX_FORMATS: tuple[str, ...] = get_args(BoxFormat)
+BOX_FRAMES: tuple[str, ...] = get_args(BoxFrame)

@@ -1,0 +1,148 @@
+"""What people read (stderr) and what programs read (stdout), kept apart.
+
+Tables, numbers and wording are made here so that every command says the same thing the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.errors import clean_text
+
+
+def say(text: str = "") -> None:
+    """Write one line for people on stderr; a closed stderr is no reason to end a job."""
+    _write(sys.stderr, text)
+
+
+def data(text: str) -> None:
+    """Write one line of data on stdout."""
+    _write(sys.stdout, text)
+
+
+def data_json(value: Mapping[str, Any]) -> None:
+    """Write one JSON object on stdout: one line, UTF-8, NaN and infinity as null."""
+    _write(sys.stdout, json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
+
+
+def pairs(rows: Sequence[tuple[str, str]], indent: int = 2) -> str:
+    """Lines of `name  value`, the values in one column."""
+    width = max((cells(name) for name, _ in rows), default=0)
+    return "\n".join(" " * indent + name + " " * (width - cells(name) + 2) + value for name, value in rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], indent: int = 2) -> str:
+    """A plain table, columns as wide as their longest cell; numbers (by their look) to the right."""
+    lines = [list(head), *[list(row) for row in rows]]
+    widths = [max(cells(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join(
+        " " * indent + "  ".join(_fit(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def cells(text: str) -> int:
+    """How many terminal cells `text` takes: wide East Asian characters take two, marks none."""
+    return sum(_char_cells(c) for c in text)
+
+
+def shown(text: str, most: int = 60) -> str:
+    """`text` from outside made safe for a terminal, its middle left out when longer than `most`."""
+    safe = clean_text(text)
+    half = (most - 1) // 2
+    return safe if len(safe) <= most else f"{safe[: most - 1 - half]}…{safe[-half:]}"
+
+
+def count(number: int, noun: str = "", plural: str | None = None) -> str:
+    """A count with thousands separated, and its noun in the right number: `1 image`, `12,000 images`."""
+    if not noun:
+        return f"{number:,}"
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def size(number: float) -> str:
+    """Bytes for people, powers of 1000: `812 B`, `4.1 MB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(number) < 1000 or unit == "TB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    raise AssertionError("unreachable")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `8.4 s`, `3 min 20 s`, `2 h 05 min`, `3 d 4 h`."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def rate(number: float) -> str:
+    """A rate with about three digits: `0.42`, `31.2`, `1,204`."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+
+
+def share(part: int, whole: int) -> str:
+    """`part` of `whole` in per cent; never rounded to 0 or 100 when it is not."""
+    if whole == 0:
+        return "0%"
+    percent = 100 * part / whole
+    if 0 < percent < 0.1:
+        return "<0.1%"
+    return ">99.9%" if 99.9 < percent < 100 else f"{percent:.1f}%".replace(".0%", "%")
+
+
+def command(words: Sequence[str]) -> str:
+    """A command line that can be pasted into a shell as it stands."""
+    return " ".join(_shell_word(word) for word in words)
+
+
+def _shell_word(word: str) -> str:
+    safe = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:=@%+,")
+    return word if word and set(word) <= safe else "'" + word.replace("'", "'\"'\"'") + "'"
+
+
+def _fit(cell: str, width: int) -> str:
+    space = " " * (width - cells(cell))
+    return space + cell if cell[:1].isdigit() or cell[:1] in "<>-" else cell + space
+
+
+def _char_cells(char: str) -> int:
+    if unicodedata.combining(char):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def _write(stream: Any, text: str) -> None:
+    """Write a line; characters that the terminal cannot show are escaped, a closed pipe is left alone."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    safe = text.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        stream.write(safe + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        # `hqlabel status | head`: what is left is not wanted. The job goes on.
+        if stream in (sys.__stdout__, sys.__stderr__):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,106 @@
+"""SIGINT and SIGTERM: the job ends within three seconds with exit code 130, ready to resume.
+
+`ray job stop` kills three seconds after its SIGTERM, so there is no long drain: what is committed is
+safe, the rest is done again. A signal reaches us in two ways. Python runs the handler between two
+bytecodes of the main thread, and it raises `Interrupted` there. A C call that takes long (a read, a
+decode, Ray) delays that without limit; therefore the wake-up pipe of the interpreter is watched by a
+thread, which gives the owner mark back and ends the process when the main thread does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+EXIT_INTERRUPTED = 130
+GRACE_S = 2.4
+_RELEASE_AFTER_S = 1.2
+_SHOW_CURSOR = b"\x1b[?25h"  # a live progress line hides it
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised in the main thread by SIGINT or SIGTERM; a BaseException, so nothing takes it for an error."""
+
+
+class Interrupts:
+    """The state of interruption of this process; one for the life of a command.
+
+    `requested` is set by the first signal. `on_exit` holds what must be given back even when the main
+    thread is stuck (the owner mark); each runs at most once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+        self._releases: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._handled = False
+        self._wakeup: socket.socket | None = None
+
+    def install(self) -> None:
+        """Take over SIGINT and SIGTERM, also when the shell made them ignored; start the watcher once.
+
+        Called again after `ray.init`, which puts a SIGTERM handler of its own in our place.
+        """
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)
+        if self._wakeup is None:
+            reader, self._wakeup = socket.socketpair()
+            self._wakeup.setblocking(False)
+            threading.Thread(target=self._watch, args=(reader,), name="interrupts", daemon=True).start()
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+
+    def give_back_on_exit(self, release: Callable[[], None]) -> None:
+        """Remember `release`, to be called once by `give_back` or before the process is ended."""
+        with self._lock:
+            self._releases.append(release)
+
+    def give_back(self) -> None:
+        """Call everything remembered, last first, each at most once; errors are left to the next owner."""
+        while True:
+            with self._lock:
+                if not self._releases:
+                    return
+                release = self._releases.pop()
+            with contextlib.suppress(Exception):
+                release()
+
+    def should_stop(self) -> bool:
+        """True once a signal has come; what long loops ask."""
+        return self.requested.is_set()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self._handled:  # an impatient second Ctrl-C: nothing is lost by ending here
+            end_now()
+        self._handled = True  # not `requested`: the watcher may have set that before this ran
+        self.requested.set()
+        raise Interrupted
+
+    def _watch(self, reader: socket.socket) -> None:
+        wanted = {int(number) for number in _SIGNALS}
+        while True:
+            if wanted & set(reader.recv(64)):
+                break
+        self.requested.set()
+        time.sleep(_RELEASE_AFTER_S)
+        threading.Thread(target=self.give_back, name="give-back", daemon=True).start()
+        time.sleep(GRACE_S - _RELEASE_AFTER_S)
+        end_now()
+
+
+def end_now() -> None:
+    """End the process with 130 at once, without finalizers; Ray's local processes follow by themselves."""
+    if sys.__stderr__ is not None and sys.__stderr__.isatty():
+        os.write(sys.__stderr__.fileno(), _SHOW_CURSOR)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(EXIT_INTERRUPTED)
