@@ -43,7 +43,8 @@ def relative_position_attention(
     rel_w = torch.einsum("nhyxd,xkd->nhyxk", q_grid, table_w[offset])
     logits = ((q_nhLd * d**-0.5) @ k_nhLd.transpose(-2, -1)).view(n, h, side, side, side, side)
     logits = logits + rel_h[..., :, None] + rel_w[..., None, :]
-    return logits.view(n, h, length, length).softmax(-1) @ v_nhLd
+    weights: torch.Tensor = logits.view(n, h, length, length).softmax(-1)
+    return weights @ v_nhLd
 
 
 class Attention(nn.Module):

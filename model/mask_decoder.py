@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -92,10 +93,10 @@ class MaskFeature(nn.Module):
         """
         hidden = F.gelu(self.norm(self.conv1(upscaled_NUHW)))
         N, channels, H, W = hidden.shape
-        kernel = self.conv2.weight.float().flip(2, 3)
+        kernel, bias = self.conv2.weight.float().flip(2, 3), cast(torch.Tensor, self.conv2.bias).float()
         taps_N9C = torch.einsum("nu,ucyx->nyxc", vector_NU, kernel).reshape(N, 9, channels)
         products_N9L = taps_N9C @ hidden.float().flatten(2)
-        bias_N = vector_NU @ self.conv2.bias.float()
+        bias_N = vector_NU @ bias
         return F.fold(products_N9L, (H, W), 3, padding=1)[:, 0] + bias_N[:, None, None]
 
 
@@ -171,7 +172,7 @@ class MaskDecoder(nn.Module):
         out_NTC, keys_NLC = self.transformer(tokens, image, shared.terms)
 
         G = shared.hq_features_BCHW.shape[-1] // 4
-        keys_NCGG = keys_NLC.transpose(1, 2).unflatten(2, (G, G))
+        keys_NCGG = keys_NLC.transpose(1, 2).reshape(N, -1, G, G)
         upscaled = F.gelu(self.up(keys_NCGG))
         hq_vector_NU = self.hyper_hq(out_NTC[:, 1 + len(self.hyper)]).float()
         hq = self.hq_mask.dot(upscaled, hq_vector_NU)
@@ -184,12 +185,11 @@ class MaskDecoder(nn.Module):
     def _mask_token_logits(
         self, out_NTC: torch.Tensor, upscaled_NUHW: torch.Tensor, mask_tokens: Sequence[int]
     ) -> torch.Tensor:
+        N, _, H, W = upscaled_NUHW.shape
         if not mask_tokens:
-            N, _, H, W = upscaled_NUHW.shape
             return torch.zeros(N, 0, H, W, device=upscaled_NUHW.device)
         vectors = torch.stack([self.hyper[k](out_NTC[:, 1 + k]) for k in mask_tokens], dim=1)
-        products = vectors.float() @ upscaled_NUHW.float().flatten(2)
-        return products.unflatten(2, upscaled_NUHW.shape[2:])
+        return (vectors.float() @ upscaled_NUHW.float().flatten(2)).view(N, -1, H, W)
 
     def forward(
         self,
@@ -241,4 +241,4 @@ def image_products(
         products = vector_NU @ features_BUHW[image].float().flatten(1)
         parts.append(products[start : start + count])
         start += count
-    return torch.cat(parts).unflatten(1, features_BUHW.shape[2:])
+    return torch.cat(parts).view(len(vector_NU), *features_BUHW.shape[2:])

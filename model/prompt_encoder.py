@@ -74,7 +74,7 @@ class PromptEncoder(nn.Module):
         return torch.cat([phase.sin(), phase.cos()], dim=-1)
 
     def image_pe(self) -> torch.Tensor:
-        """Return the positional encoding of the cell centres, (1, C, G, G), fp32; constant for the weights."""
+        """Return the positional encoding of the cell centres, (1, C, G, G), fp32."""
         centre = (
             torch.arange(self.grid, device=self.pe_matrix.device, dtype=torch.float32) + 0.5
         ) / self.grid
@@ -117,9 +117,14 @@ class PromptEncoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return sparse tokens (N, T, C), points before boxes, and the dense map.
 
-        The map is (N, C, G, G), or (1, C, 1, 1) without masks. A mask alone gives T = 0. At least one of the three must be there.
+        The map is (N, C, G, G), or (1, C, 1, 1) without masks. A mask alone gives T = 0.
+
+        Raises:
+            ValueError: none of the three is given, or points without labels.
         """
         tokens: list[torch.Tensor] = []
+        if (points_NP2 is None) != (labels_NP is None):
+            raise ValueError("points_NP2 and labels_NP go together; one of them is missing")
         if points_NP2 is not None and labels_NP is not None:
             tokens.append(self.embed_points(points_NP2, labels_NP, pad=boxes_N4 is None))
         if boxes_N4 is not None:

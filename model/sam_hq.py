@@ -213,9 +213,9 @@ class SamHQ(nn.Module):
 
         One `Prompts` for each image of `embedding`. Prompts of one kind go through the decoder together,
         whatever their image, `prompts_per_call` at a time; the last call is filled with copies of its last
-        prompt, and their masks are dropped. M is 1, or 3 with `multimask="three"`. The HQ token's logits are added to
-        each mask at low resolution; with `hq_token_only` they stand alone (M equal masks) and only the
-        predicted IoU, which never knew of them, depends on `multimask`.
+        prompt, and their masks are dropped. M is 1, or 3 with `multimask="three"`. The HQ token's logits
+        are added to each mask at low resolution; with `hq_token_only` they stand alone (M equal masks) and
+        only the predicted IoU, which never knew of them, depends on `multimask`.
 
         Raises:
             ValueError: a prompt with nothing in it, with parts of unlike lengths, with a label other

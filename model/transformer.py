@@ -10,6 +10,7 @@ Letters: B images, N prompts, T tokens of a prompt, L = G * G image tokens, C wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ class Attention(nn.Module):
 
     def attend(self, q_NTI: torch.Tensor, k_NLI: torch.Tensor, v_NLI: torch.Tensor) -> torch.Tensor:
         """Return (N, T, C) from projected queries, keys and values."""
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q_NTI, k_NLI, v_NLI))
+        q, k, v = (x.view(*x.shape[:2], self.heads, -1).transpose(1, 2) for x in (q_NTI, k_NLI, v_NLI))
         attended = F.scaled_dot_product_attention(q, k, v)
         out: torch.Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return out
@@ -139,18 +140,21 @@ class TwoWayTransformer(nn.Module):
         self.final_attn = Attention(width, inner, config.num_attention_heads)
         self.norm_final = nn.LayerNorm(width, eps=TORCH_NORM_EPS)
 
+    def blocks(self) -> list[TwoWayBlock]:
+        """Return the layers in order."""
+        return [cast(TwoWayBlock, layer) for layer in self.layers]
+
     def position_terms(self, pe_1LC: torch.Tensor) -> PositionTerms:
         """Return the projections of the image's positional encoding, (1, L, C) in the weights' dtype."""
         return PositionTerms(
-            t2i_k=tuple(layer.t2i.k(pe_1LC) for layer in self.layers),
-            i2t_q=tuple(layer.i2t.q(pe_1LC) for layer in self.layers),
+            t2i_k=tuple(block.t2i.k(pe_1LC) for block in self.blocks()),
+            i2t_q=tuple(block.i2t.q(pe_1LC) for block in self.blocks()),
             final_k=self.final_attn.k(pe_1LC),
         )
 
     def project_first(self, keys_BLC: torch.Tensor, terms: PositionTerms) -> ImageSide:
         """Return the image side of the first layer, shared by every prompt of an image."""
-        side: ImageSide = self.layers[0].project_image(keys_BLC, terms.t2i_k[0], terms.i2t_q[0])
-        return side
+        return self.blocks()[0].project_image(keys_BLC, terms.t2i_k[0], terms.i2t_q[0])
 
     def forward(
         self, tokens_NTC: torch.Tensor, image: ImageSide, terms: PositionTerms
@@ -160,10 +164,11 @@ class TwoWayTransformer(nn.Module):
         `image` is the first layer's side, one row a prompt. The second result is what is upscaled to
         masks; taking the image tokens from before the transformer instead gives wrong masks and right scores.
         """
-        queries, keys = self.layers[0](tokens_NTC, tokens_NTC, image)
-        for i, layer in enumerate(list(self.layers)[1:], start=1):
-            side = layer.project_image(keys, terms.t2i_k[i], terms.i2t_q[i])
-            queries, keys = layer(queries, tokens_NTC, side)
+        first, *later = self.blocks()
+        queries, keys = first(tokens_NTC, tokens_NTC, image)
+        for i, block in enumerate(later, start=1):
+            side = block.project_image(keys, terms.t2i_k[i], terms.i2t_q[i])
+            queries, keys = block(queries, tokens_NTC, side)
         q_NTI = self.final_attn.q(queries + tokens_NTC)
         k_NLI = F.linear(keys, self.final_attn.k.weight) + terms.final_k
         queries = queries + self.final_attn.attend(q_NTI, k_NLI, self.final_attn.v(keys))

@@ -1,0 +1,263 @@
+"""Weights in and out: where they come from, what they are, whether they are whole.
+
+    bytes of a file, folder or hub id  ->  SHA-256  ->  tensors  ->  our names  ->  architecture  ->  SamHQ
+
+Strict throughout. The original loader only prints what is missing or left over, so that a file of plain SAM
+gives HQ-SAM with random HQ weights; here each such tensor is an error by name.
+No file is unpickled beyond tensors, whatever the environment says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from model.architecture import config_from_shapes
+from model.config import ConfigError, SamHQConfig, TinyVisionConfig
+from model.config_json import config_from_json, config_to_json
+from model.layouts import IGNORED, TIED_PE, Layout, detect_layout, foreign_model, rename
+from model.sam_hq import SamHQ
+from model.structures import WeightsInfo
+from model.weight_files import CONFIG, SINGLE, CheckpointError, Source, read_weights, write_atomically
+
+__all__ = ["DEMO_FOLDER", "CheckpointError", "LoadedModel", "load", "save_original", "save_transformers"]
+
+DEMO_FOLDER = Path(__file__).parent / "weights" / "hqlabel-demo"
+"""The small model that comes with the package, in the transformers layout."""
+
+STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FP16_MAX = 65504.0
+NAMES_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready to encode and decode, and where its weights came from."""
+
+    model: SamHQ
+    weights: WeightsInfo
+
+
+def load(
+    source: Source,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> LoadedModel:
+    """Return the model in `source`, in evaluation mode.
+
+    `source`: a path of a `.pth` or `.safetensors` file, of a `model.safetensors.index.json`, or of a folder
+    in the transformers layout; bytes or an open binary file of one of the two kinds of file; a mapping of
+    file names to bytes or open files, for a folder that lies elsewhere; or a hub id, `org/name` (transformers
+    layout) or `org/name/file.pth`, when no such path exists. `revision`: of a hub id.
+    `dtype`: float32 or bfloat16, see `SamHQ.cast`. Weights stored as fp16 or bf16 become fp32 first.
+
+    Raises:
+        CheckpointError: nothing there, not a weights file, another model's, or a tensor that is missing,
+            left over, of a wrong shape or dtype, or not finite: the message names it.
+        ConfigError: a `config.json` that contradicts itself or asks for the unknown.
+    """
+    files = read_weights(source, revision=revision)
+    layout, native, ignored = to_native(files.tensors)
+    config = read_config(native, files.config)
+    model = build(config, native)
+    info = WeightsInfo(
+        sha256=files.sha256,
+        layout=layout,
+        architecture=config.vision.name,
+        license=files.license,
+        source=files.source,
+        ignored_keys=tuple(sorted(ignored)),
+    )
+    return LoadedModel(model=model.cast(dtype).to(device), weights=info)
+
+
+def to_native(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str, torch.Tensor], list[str]]:
+    """Return the layout, the tensors under our names, and the names that are known not to matter."""
+    foreign = foreign_model(tensors)
+    if foreign is not None:
+        raise CheckpointError(
+            f"the file holds {foreign}, not SAM-HQ: there is no HQ token in it. Use a SAM-HQ checkpoint, "
+            "such as sam_hq_vit_b.pth or syscv-community/sam-hq-vit-base"
+        )
+    layout = detect_layout(tensors)
+    if layout is None:
+        raise CheckpointError(
+            f"the file holds {len(tensors)} tensors, none of an image encoder; it is not SAM-HQ "
+            f"(first names: {shown(sorted(tensors))})"
+        )
+    native: dict[str, torch.Tensor] = {}
+    ignored, left_over = [], []
+    for name, tensor in tensors.items():
+        ours = rename(name, layout, "native")
+        if ours is not None:
+            native[ours] = tensor
+        elif name == TIED_PE and layout == "transformers":
+            add_tied_matrix(native, tensor, tensors)
+        elif IGNORED.fullmatch(name):
+            ignored.append(name)
+        else:
+            left_over.append(name)
+    if left_over:
+        raise CheckpointError(f"{len(left_over)} tensors are left over: {shown(sorted(left_over))}")
+    return layout, native, ignored
+
+
+def add_tied_matrix(
+    native: dict[str, torch.Tensor], tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Take transformers' second copy of the positional matrix, which must equal the first if that is there."""
+    first = tensors.get("shared_image_embedding.positional_embedding")
+    if first is not None and not torch.equal(first, tensor):
+        raise CheckpointError(f"{TIED_PE} differs from shared_image_embedding.positional_embedding")
+    native["prompt_encoder.pe_matrix"] = tensor
+
+
+def read_config(native: Mapping[str, torch.Tensor], values: Mapping[str, Any] | None) -> SamHQConfig:
+    """Return the architecture of the tensors, after checking it against a `config.json` if there is one."""
+    given = None if values is None else config_from_json(values)
+    tiny_side = given.image_size if given and isinstance(given.vision, TinyVisionConfig) else None
+    try:
+        config = config_from_shapes({n: tuple(t.shape) for n, t in native.items()}, image_size=tiny_side)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    if given is not None and given != config:
+        differing = [
+            f"{part}: config.json says {getattr(given, part)}, the tensors {getattr(config, part)}"
+            for part in ("vision", "prompt_encoder", "mask_decoder")
+            if getattr(given, part) != getattr(config, part)
+        ]
+        raise CheckpointError("config.json and tensors disagree; " + "; ".join(differing))
+    return config
+
+
+def build(config: SamHQConfig, native: dict[str, torch.Tensor]) -> SamHQ:
+    """Return the model with exactly these tensors, as fp32, in evaluation mode."""
+    with torch.device("meta"):
+        model = SamHQ(config)
+    expected = model.state_dict()
+    tensors = dict(native)
+    for name in expected:
+        # BatchNorm's counter of training steps: some files leave it out, and inference does not read it.
+        if name.endswith("num_batches_tracked"):
+            tensors.setdefault(name, torch.tensor(0))
+    check_names(expected, tensors)
+    for name, tensor in tensors.items():
+        tensors[name] = checked(name, tensor, expected[name])
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def check_names(expected: Mapping[str, object], found: Mapping[str, object]) -> None:
+    """Raise `CheckpointError` naming tensors that are missing or that the architecture has no place for."""
+    missing, left_over = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing:
+        raise CheckpointError(f"{len(missing)} tensors are missing: {shown(missing)} (our names)")
+    if left_over:
+        raise CheckpointError(f"{len(left_over)} tensors are left over: {shown(left_over)} (our names)")
+
+
+def checked(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return the tensor as fp32 (a counter as int64), or raise `CheckpointError` naming it."""
+    if tensor.shape != expected.shape:
+        raise CheckpointError(
+            f"tensor {name} has shape {tuple(tensor.shape)}; wanted {tuple(expected.shape)}"
+        )
+    if not expected.is_floating_point():
+        return tensor.to(expected.dtype)
+    if tensor.dtype not in STORED_DTYPES:
+        raise CheckpointError(f"tensor {name} is {tensor.dtype}; wanted float32, float16 or bfloat16")
+    tensor = tensor.detach().to(torch.float32).contiguous()
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        tensor = tensor.clone()  # a part of something larger would keep all of it alive
+    if not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"tensor {name} holds values that are not finite")
+    return tensor
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return some names, and how many more there are."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def save_transformers(
+    model: SamHQ, folder: str | Path, *, half: bool = False, license: str | None = None
+) -> WeightsInfo:
+    """Write `config.json` and `model.safetensors`, as transformers reads them, and return what was written.
+
+    `half`: store fp16, rounded, but for the positional matrix, whose rounding would move boxes. Without
+    it the round trip through `load` is bit-exact. `license`: an SPDX name, kept in the file.
+
+    Raises:
+        CheckpointError: weights that are not fp32 (cast down before), or too large for fp16.
+    """
+    tensors = stored_tensors(model, "transformers")
+    if half:
+        tensors = {name: to_half(name, tensor) for name, tensor in tensors.items()}
+    metadata = {"format": "pt"} | ({"license": license} if license else {})
+    data = safetensors.torch.save(tensors, metadata)
+    config = json.dumps(config_to_json(model.config), indent=2, sort_keys=True) + "\n"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(folder) / SINGLE, data)
+    write_atomically(Path(folder) / CONFIG, config.encode())
+    return written(model, data, "transformers", str(folder), license)
+
+
+def save_original(model: SamHQ, path: str | Path) -> WeightsInfo:
+    """Write a `.pth` as the original loads it, and return what was written.
+
+    The round trip through `load` is bit-exact. TinyViT's classifier, which nothing reads, is not in it.
+
+    Raises:
+        CheckpointError: weights that are not fp32 (cast down before).
+    """
+    buffer = io.BytesIO()
+    torch.save(stored_tensors(model, "original"), buffer)
+    write_atomically(Path(path), buffer.getvalue())
+    return written(model, buffer.getvalue(), "original", str(path), None)
+
+
+def stored_tensors(model: SamHQ, layout: Layout) -> dict[str, torch.Tensor]:
+    """Return the model's tensors under the layout's names, on the host."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise CheckpointError(
+                f"tensor {name} is {tensor.dtype}; only a model that was not cast can be saved"
+            )
+        stored = rename(name, "native", layout)
+        assert stored is not None, name
+        tensors[stored] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def to_half(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor as fp16, or as it is where rounding would hurt: the positional matrix, statistics."""
+    if not tensor.is_floating_point() or "positional_embedding" in name or ".running_" in name:
+        return tensor
+    if tensor.abs().max().item() > FP16_MAX:
+        raise CheckpointError(
+            f"tensor {name} holds {tensor.abs().max().item():g}, too large for fp16; save it whole"
+        )
+    return tensor.half()
+
+
+def written(model: SamHQ, data: bytes, layout: Layout, source: str, license: str | None) -> WeightsInfo:
+    """Return the record of a file just written."""
+    return WeightsInfo(
+        sha256=hashlib.sha256(data).hexdigest(),
+        layout=layout,
+        architecture=model.config.vision.name,
+        license=license,
+        source=source,
+    )
