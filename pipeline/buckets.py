@@ -157,8 +157,11 @@ async def _drain(read: Callable[[int], Any], max_bytes: int | None) -> bytes:
 class S3Driver:
     """S3 and its likes. s3fs makes the client; the requests are spelled out, one for each promise.
 
-    Retries of s3fs (5) and botocore (4) are off: `retries.attempt` is the only loop.
+    Retries of s3fs (5) and botocore (4) are off: `retries.attempt` is the only loop (but for aiohttp,
+    which repeats an idempotent request once when a kept connection turns out to be closed).
     """
+
+    page_size = 1000
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         config = {
@@ -236,7 +239,9 @@ class S3Driver:
         found: list[Found] = []
         more: dict[str, Any] = {}
         while True:
-            page = self._call("list_objects_v2", bucket, Prefix=key, timeout_s=timeout_s, **more)
+            page = self._call(
+                "list_objects_v2", bucket, Prefix=key, MaxKeys=self.page_size, timeout_s=timeout_s, **more
+            )
             for one in page.get("Contents", []):
                 found.append(Found(path=f"{bucket}/{one['Key']}", size=one["Size"], etag=_s3_tag(one)))
             if not page.get("IsTruncated"):

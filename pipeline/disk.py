@@ -25,12 +25,14 @@ class LocalDriver:
         deadline = time.monotonic() + timeout_s
         # Non-blocking, because opening a named pipe would wait for ever for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
+        try:
             before = os.fstat(descriptor)
             check_regular(before.st_mode)
             too_many_bytes(before.st_size, max_bytes)
-            data = _read_within(file.read, deadline, max_bytes)
+            data = _read_within(lambda size: os.read(descriptor, size), deadline, max_bytes)
             after = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise ImageError("changed", "the file was written to while it was read")
         return FetchedObject(data=data, size=len(data), etag=_local_tag(after))

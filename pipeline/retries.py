@@ -13,7 +13,7 @@ import errno
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -141,7 +141,9 @@ def _response_error(error: BaseException) -> tuple[str, int | None]:
     """The store's own code and the HTTP status inside an error, "" and None where it has none."""
     response: Any = getattr(error, "response", None)
     if not isinstance(response, dict):
-        statuses = (getattr(error, name, None) for name in ("status", "status_code", "code"))
+        # Not `code` alone: aiohttp gives every broken body the code 400. gcsfs has no other name for it.
+        names = ("status", "status_code", *(["code"] if type(error).__name__ == "HttpError" else []))
+        statuses = (getattr(error, name, None) for name in names)
         return "", next((s for s in statuses if isinstance(s, int) and 100 <= s < 600), None)
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     return str(response.get("Error", {}).get("Code", "")), status
@@ -196,17 +198,16 @@ def attempt(call: Callable[[float], T], *, deadline: float, what: str, max_tries
         StorageFault: given up, with the verdict on the last error. Unknown errors rise as they are.
     """
     pause = FIRST_PAUSE_S
-    tries = 0
+    errors: list[Exception] = []
     while True:
-        tries += 1
         try:
             return call(max(deadline - time.monotonic(), 0.001))
         except Exception as error:
-            verdict = _verdict_on(error)
+            errors.append(error)
             wait = pause * random.uniform(0.5, 1.0)
-            last = tries == max_tries or time.monotonic() + wait >= deadline
-            if verdict.kind != "retry" or last:
-                raise _fault(error, verdict, what, tries, deadline) from error
+            last = len(errors) == max_tries or time.monotonic() + wait >= deadline
+            if _verdict_on(error).kind != "retry" or last:
+                raise _fault(errors, what, deadline) from error
         time.sleep(wait)
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
@@ -219,8 +220,16 @@ def _verdict_on(error: Exception) -> Verdict:
     return verdict
 
 
-def _fault(error: Exception, verdict: Verdict, what: str, tries: int, deadline: float) -> StorageFault:
-    """`timed_out` is true only when the deadline itself cut the last try: a store too slow, not broken."""
-    timed_out = isinstance(error, TimeoutError) and time.monotonic() >= deadline - 0.05
-    counted = f" (given up, tries: {tries})" if verdict.kind == "retry" else ""
-    return StorageFault(verdict, clean_text(f"{what}: {describe(error)}{counted}"), timed_out=timed_out)
+def _fault(errors: Sequence[Exception], what: str, deadline: float) -> StorageFault:
+    """The fault of the last error; of one before it, when the last is only the deadline's own cut.
+
+    `timed_out` is true only when there was nothing but the cut: a store too slow, not a broken one.
+    """
+    cut = isinstance(errors[-1], TimeoutError) and time.monotonic() >= deadline - 0.05
+    broken = [error for error in errors if not isinstance(error, TimeoutError)]
+    told = broken[-1] if cut and broken else errors[-1]
+    verdict = _verdict_on(told)
+    counted = f" (given up, tries: {len(errors)})" if verdict.kind == "retry" else ""
+    return StorageFault(
+        verdict, clean_text(f"{what}: {describe(told)}{counted}"), timed_out=cut and not broken
+    )

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.records import Place
 from pipeline.storage import Store, open_store
+from tests.s3_proxy import FaultProxy, fault_proxy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,13 @@ def moto_s3(aws_environment: None) -> Iterator[MotoS3]:
     fsspec.filesystem("s3", endpoint_url=endpoint, skip_instance_cache=True).mkdir("bucket")
     yield MotoS3(endpoint=endpoint, bucket="bucket")
     server.stop()
+
+
+@pytest.fixture
+def s3_faults(moto_s3: MotoS3) -> Iterator[FaultProxy]:
+    """A proxy before moto that breaks what it is told to; see tests/s3_proxy.py."""
+    with fault_proxy(moto_s3.endpoint) as proxy:
+        yield proxy
 
 
 def make_place(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> Place:
