@@ -26,8 +26,11 @@ _SHOW_CURSOR = b"\x1b[?25h"  # a live progress line hides it
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(KeyboardInterrupt):
-    """Raised in the main thread by SIGINT or SIGTERM; a BaseException, so nothing takes it for an error."""
+class Interrupted(BaseException):
+    """Raised in the main thread by SIGINT or SIGTERM; no Exception, so nothing takes it for an error.
+
+    No KeyboardInterrupt either: the command-line library would answer that with exit code 1.
+    """
 
 
 class Interrupts:

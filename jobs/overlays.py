@@ -33,7 +33,7 @@ _PAPER, _INK, _FAINT = (24, 26, 30), (235, 236, 238), (158, 163, 170)
 Box = tuple[float, float, float, float]
 Corners = tuple[int, int, int, int]
 Colour = tuple[int, int, int]
-_FILL = 0.32
+_FILL = 0.26
 _TEXT_PX, _HEAD_PX = 13, 20
 _MOST_LABELS = 40
 """More scores than this on one picture cover it; the caption still says their range."""
@@ -177,7 +177,7 @@ def _draw_label(canvas: Image.Image, instance: DrawnInstance, sx: float, sy: flo
     left = min(corners[0], max(0, canvas.width - text_w))
     top = corners[1] - text_h if corners[1] >= text_h else corners[1] + 1
     pen.rectangle((left, top, left + text_w, top + text_h - 1), fill=(*_PAPER, 190))
-    pen.text((left + 2, top), text, font=font, fill=_INK if instance.counts else _NO_MASK)
+    pen.text((left + 2, top + 1), text, font=font, fill=_INK if instance.counts else _NO_MASK)
 
 
 def _drawable(box_xyxy: Box | None, sx: float, sy: float, size_wh: tuple[int, int]) -> Corners | None:

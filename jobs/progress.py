@@ -144,12 +144,12 @@ class Progress:
 
     def _rates(self, now: float) -> tuple[float, float]:
         began, images, instances = self._samples[0]
-        seconds = max(now - began, 1e-9)
+        seconds = max(min(now - began, _WINDOW_S), 1e-9)
         return (self._counts.images - images) / seconds, (self._counts.instances - instances) / seconds
 
     def _forget_old(self, now: float) -> None:
-        """Drop samples older than the window, keeping the last of them as the window's start."""
-        while len(self._samples) > 2 and self._samples[1][0] < now - _WINDOW_S:
+        """Keep the samples inside the window, and the last one before it: what stood when it began."""
+        while len(self._samples) > 1 and self._samples[1][0] <= now - _WINDOW_S:
             self._samples.popleft()
 
     def _write_lines(self) -> None:

@@ -1,0 +1,5 @@
+"""`python -m jobs`: the same command line as `hqlabel`, for a checkout that is not installed."""
+
+from jobs.cli import main
+
+main()

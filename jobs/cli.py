@@ -1,0 +1,383 @@
+"""The command line: `hqlabel COMMAND`, also `python -m jobs COMMAND`.
+
+Stdout is data, stderr is for people. Exit codes: 0 complete, 1 a bug, 2 usage or configuration,
+3 complete but over the failure budget, 4 refused before work, 5 stopped by a fault of the
+surroundings, 6 damage found, 130 interrupted. After 5 and 130 the same command goes on.
+
+Every command takes `verbose` for the decorator that reports its errors. A command's module is imported
+when the command runs: Ray and torch cost seconds, `--help` must not.
+"""
+# ruff: noqa: ARG001 - `verbose` is read by the decorator
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any, ParamSpec
+
+import typer
+
+from jobs import console, options
+from jobs.config import Config, load_config
+from jobs.environment import make_private, refuse_dangerous_switches
+from jobs.interrupts import Interrupted, Interrupts, end_now
+from pipeline.errors import HqlabelError
+
+P = ParamSpec("P")
+
+EXIT_BUG = 1
+_EPILOG = (
+    "Exit codes: 0 complete, 2 usage, 3 over the failure budget, 4 refused before work, 5 stopped by a fault "
+    "(start again: it resumes), 6 damage found, 130 interrupted (start again: it resumes)."
+)
+
+app = typer.Typer(
+    name="hqlabel",
+    help="Detector boxes in, SAM-HQ masks out: a job that can be killed and simply started again.\n\n"
+    "Begin with:  hqlabel label --images photos/ --boxes boxes.json --checkpoint demo --output out",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+interrupts = Interrupts()
+
+
+def main() -> None:
+    """Run the command line of this process and end it with the command's exit code."""
+    interrupts.install()
+    make_private()
+    try:
+        app()
+    except Interrupted:
+        _end_interrupted()
+
+
+def command(function: Callable[P, int]) -> Callable[P, None]:
+    """A command whose result is its exit code, with every error turned into a sentence and a code."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        verbose = bool(kwargs.get("verbose"))
+        try:
+            refuse_dangerous_switches(os.environ)
+            code = function(*args, **kwargs)
+        except Interrupted:
+            _end_interrupted()
+        except HqlabelError as error:
+            code = _explain(error, verbose)
+        except Exception as error:
+            code = _report_bug(error)
+        raise typer.Exit(code)
+
+    return run
+
+
+def _end_interrupted() -> None:
+    interrupts.give_back()
+    console.say("interrupted; what is committed is safe, the same command goes on from there")
+    end_now()
+
+
+def _explain(error: HqlabelError, verbose: bool) -> int:
+    if verbose:
+        traceback.print_exception(error)
+    console.say(f"hqlabel: {error}")
+    if error.exit_code == 5:
+        console.say("hqlabel: stopped; what is committed is safe, the same command goes on from there")
+    return error.exit_code
+
+
+def _report_bug(error: Exception) -> int:
+    traceback.print_exception(error)
+    console.say("hqlabel: this is a bug in hqlabel; what is committed is safe. Please report the lines above")
+    return EXIT_BUG
+
+
+def _config(path: str | None, sets: list[str] | None, **flags: Any) -> Config:
+    """The configuration, with flags given by names in which `__` stands for the dot."""
+    named = {name.replace("__", "."): value for name, value in flags.items()}
+    return load_config(path, flags=named, sets=sets or ())
+
+
+@app.command(rich_help_panel="Labelling")
+@command
+def label(
+    images: options.Images = None,
+    boxes: options.Boxes = None,
+    checkpoint: options.Checkpoint = None,
+    output: options.Output = None,
+    limit: options.Limit = None,
+    box_format: options.BoxFormatOption = None,
+    box_frame: options.BoxFrameOption = None,
+    allow_root: options.AllowRoot = None,
+    allow_scheme: options.AllowScheme = None,
+    allow_unmatched: options.AllowUnmatched = False,
+    ray_address: options.RayAddress = None,
+    slice_: options.Slice = None,
+    check_inputs: options.CheckInputs = False,
+    no_progress: options.NoProgress = False,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Make masks for boxes; start it again to go on after any end.
+
+    Example:  hqlabel label --images photos/ --boxes boxes.json --checkpoint demo --output out
+
+    The output holds instances/ (one row a box) and images/ (one row an image), both Parquet, and a
+    picture of some results. Run the same command again after any end: what is done is not done again.
+    """
+    from jobs import label as job
+
+    settings = _config(
+        config,
+        set_,
+        input__images=images,
+        input__boxes=boxes,
+        input__limit=limit,
+        input__box_format=box_format,
+        input__box_frame=box_frame,
+        input__allow_roots=allow_root,
+        input__allow_schemes=allow_scheme,
+        input__allow_unmatched=allow_unmatched or None,
+        model__checkpoint=checkpoint,
+        output__uri=output,
+        cluster__ray_address=ray_address,
+    )
+    how = job.Run(slice_text=slice_, check_inputs=check_inputs, progress=not no_progress, json=json)
+    return job.run(settings, how, interrupts)
+
+
+@app.command(rich_help_panel="Labelling")
+@command
+def plan(
+    images: options.Images = None,
+    boxes: options.Boxes = None,
+    checkpoint: options.Checkpoint = None,
+    output: options.Output = None,
+    limit: options.Limit = None,
+    box_format: options.BoxFormatOption = None,
+    box_frame: options.BoxFrameOption = None,
+    allow_root: options.AllowRoot = None,
+    allow_scheme: options.AllowScheme = None,
+    allow_unmatched: options.AllowUnmatched = False,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Say what label would do with the same options; write nothing.
+
+    Example:  hqlabel plan --images photos/ --boxes boxes.json --output out
+    """
+    from jobs import plan as job
+
+    settings = _config(
+        config,
+        set_,
+        input__images=images,
+        input__boxes=boxes,
+        input__limit=limit,
+        input__box_format=box_format,
+        input__box_frame=box_frame,
+        input__allow_roots=allow_root,
+        input__allow_schemes=allow_scheme,
+        input__allow_unmatched=allow_unmatched or None,
+        model__checkpoint=checkpoint,
+        output__uri=output,
+    )
+    return job.run(settings, json=json)
+
+
+@app.command(rich_help_panel="Labelling")
+@command
+def status(
+    output: options.Output = None,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Say how far a job is, from its output alone.
+
+    Works from any machine that can read the output, during the run and after it.
+
+    Example:  hqlabel status --output out
+    """
+    from jobs import status as job
+
+    return job.run(_config(config, set_, output__uri=output), json=json)
+
+
+@app.command(rich_help_panel="Labelling")
+@command
+def retry(
+    output: options.Output = None,
+    code: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--code",
+            help="Only images that failed with this code, such as not_found. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    ray_address: options.RayAddress = None,
+    no_progress: options.NoProgress = False,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Do only the failed images again, once the cause is mended.
+
+    All other rows keep every value.
+
+    Example:  hqlabel retry --output out --code not_found
+    """
+    from jobs import retry as job
+
+    settings = _config(config, set_, output__uri=output, cluster__ray_address=ray_address)
+    how = job.Run(codes=tuple(code or ()), progress=not no_progress, json=json)
+    return job.run(settings, how, interrupts)
+
+
+@app.command(rich_help_panel="Results")
+@command
+def publish(
+    output: options.Output = None,
+    min_predicted_iou: Annotated[
+        float | None,
+        typer.Option("--min-predicted-iou", help="Mark masks with a lower score.", show_default=False),
+    ] = None,
+    min_stability_score: Annotated[
+        float | None,
+        typer.Option("--min-stability-score", help="Mark masks with a lower score.", show_default=False),
+    ] = None,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Write the tables again with other filters; no model runs.
+
+    Example:  hqlabel publish --output out --min-predicted-iou 0.8
+
+    Nothing is deleted: a filter marks rows (accepted, reject_reason). All filters: --set filter.NAME=VALUE.
+    """
+    from jobs import publish as job
+
+    settings = _config(
+        config,
+        set_,
+        output__uri=output,
+        filter__min_predicted_iou=min_predicted_iou,
+        filter__min_stability_score=min_stability_score,
+    )
+    return job.run(settings, interrupts, json=json)
+
+
+@app.command(rich_help_panel="Results")
+@command
+def validate(
+    output: options.Output = None,
+    sample: Annotated[
+        int, typer.Option("--sample", min=0, help="Decode this many masks in every part, besides all sums.")
+    ] = 64,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Read everything again and check it; finds one flipped bit.
+
+    Exit code 0: sound; 6: damage, named on stderr.
+
+    Example:  hqlabel validate --output out
+    """
+    from jobs import validate as job
+
+    return job.run(_config(config, set_, output__uri=output), sample=sample, json=json)
+
+
+@app.command(rich_help_panel="Results")
+@command
+def inspect(
+    image_id: Annotated[
+        str, typer.Argument(help="The image_id as it stands in the tables.", show_default=False)
+    ],
+    output: options.Output = None,
+    picture: Annotated[
+        str | None,
+        typer.Option(
+            "--picture", help="Where to write the overlay PNG. Default: overlay.png here.", show_default=False
+        ),
+    ] = None,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Show one image: its rows, and a picture with boxes and masks.
+
+    Example:  hqlabel inspect street/0001.jpg --output out
+    """
+    from jobs import inspect_image as job
+
+    return job.run(_config(config, set_, output__uri=output), image_id, picture=picture, json=json)
+
+
+@app.command(rich_help_panel="Results")
+@command
+def clean(
+    output: options.Output = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Delete the working files of a finished job; the tables stay.
+
+    Example:  hqlabel clean --output out --yes
+
+    Afterwards the tables can be read and validated, but no longer be retried or published anew.
+    Needs the right to delete; no other command does.
+    """
+    from jobs import clean as job
+
+    return job.run(_config(config, set_, output__uri=output), interrupts, sure=yes, json=json)
+
+
+@app.command(rich_help_panel="This machine")
+@command
+def doctor(
+    checkpoint: options.Checkpoint = None,
+    output: options.Output = None,
+    ray_address: options.RayAddress = None,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="Do not start or join Ray.")] = False,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Check this machine: versions, devices, weights, rights, Ray.
+
+    Example:  hqlabel doctor --checkpoint demo --output s3://bucket/labels
+    """
+    from jobs import doctor as job
+
+    settings = _config(
+        config, set_, model__checkpoint=checkpoint, output__uri=output, cluster__ray_address=ray_address
+    )
+    return job.run(settings, with_ray=not no_ray, json=json)
+
+
+if __name__ == "__main__":
+    sys.exit("run `python -m jobs` or `hqlabel`")

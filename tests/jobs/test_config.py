@@ -1,0 +1,116 @@
+"""The configuration: what wins over what, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.config import Config, known_names, load_config, parse_set, to_yaml
+from pipeline.errors import UsageError
+
+
+def written(folder: Path, text: str) -> str:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_set_goes_over_flags_and_flags_go_over_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "input: {images: from-file, boxes: from-file}\nmodel: {dtype: bfloat16}\n")
+    config = load_config(
+        path, flags={"input.images": "from-flag", "input.limit": None}, sets=["model.dtype=float32"]
+    )
+    assert config.input.images == "from-flag"
+    assert config.input.boxes == "from-file"
+    assert config.input.limit is None
+    assert config.model.dtype == "float32"
+
+
+def test_values_of_set_have_the_types_of_yaml() -> None:
+    sets = ["limits.max_failure_rate=1e-3", "cluster.actors=2", "storage.s3={endpoint_url: 'http://x:9000'}"]
+    config = load_config(None, sets=[*sets, "input.limit=null", "input.allow_roots=[/a, /b]"])
+    assert config.limits.max_failure_rate == 0.001
+    assert config.cluster.actors == 2
+    assert config.storage == {"s3": {"endpoint_url": "http://x:9000"}}
+    assert config.input.limit is None
+    assert config.input.allow_roots == ["/a", "/b"]
+    assert parse_set("a.b=c=d") == ("a.b", "c=d")
+
+
+def test_the_saved_configuration_is_read_back_equal(tmp_path: Path) -> None:
+    config = load_config(None, flags={"input.images": "ü/ä b"}, sets=["filter.min_predicted_iou=0.8"])
+    assert load_config(written(tmp_path, to_yaml(config))) == config
+    assert Config.model_validate(yaml.safe_load(to_yaml(Config()))) == Config()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("limits.max_failure_rat=1", "did you mean limits.max_failure_rate?"),
+        ("images=x", "did you mean input.images?"),
+        ("model.dtype=half", "model.dtype: Input should be 'auto', 'float32' or 'bfloat16' (found 'half')"),
+        ("model.dtype=float16", "model.dtype"),
+        ("cluster.actors=true", "cluster.actors: Input should be a valid integer (found True)"),
+        ("cluster.actors=0", "cluster.actors: Input should be greater than or equal to 1 (found 0)"),
+        ("limits.max_failure_rate=5", "less than or equal to 1 (found 5)"),
+        ("model=3", "model: wanted a section"),
+        ("model.checkpoint.x=3", "model.checkpoint: Input should be a valid string"),
+        ("cluster.actors", "wanted name=value"),
+        ("cluster.actors=[", "not valid YAML"),
+        ("version=2", "version: Input should be 1 (found 2)"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_was_wanted(setting: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(None, sets=[setting])
+    assert said in str(caught.value)
+
+
+def test_every_mistake_is_named_at_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(None, sets=["cluster.actors=none", "outptu.uri=x"])
+    assert "cluster.actors" in str(caught.value)
+    assert "outptu" in str(caught.value)
+
+
+def test_a_pool_that_begins_larger_than_it_may_grow_is_refused() -> None:
+    with pytest.raises(UsageError, match="actors_min 3 is more than actors 2"):
+        load_config(None, sets=["cluster.actors=2", "cluster.actors_min=3"])
+
+
+def test_a_flag_and_a_set_that_disagree_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"--set output.uri=b contradicts the flag that gives 'a'"):
+        load_config(None, flags={"output.uri": "a"}, sets=["output.uri=b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: {dtype: float32, dtype: bfloat16}", "the name 'dtype' is written twice"),
+        ("- a\n- b", "wanted `name: value` lines at the top, found a list"),
+        ("a: [", "not valid YAML"),
+        ("!!python/object/apply:os.system [ls]", "not valid YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(UsageError) as caught:
+        load_config(path)
+    assert path in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no\.yaml: cannot be read: No such file"):
+        load_config(str(tmp_path / "no.yaml"))
+
+
+def test_an_empty_file_is_an_empty_configuration(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, "# nothing yet\n")) == Config()
+
+
+def test_the_names_that_scripts_rely_on_are_there() -> None:
+    wanted = {"model.dtype", "output.images_per_unit", "cluster.actors", "limits.max_failure_rate"}
+    assert wanted <= set(known_names())
