@@ -1,0 +1,105 @@
+"""Image uris -> their bytes: one object under one deadline, or the objects of a unit, several at a time.
+
+The rules on uris are checked here again, right before anything is opened: a plan file may be older
+than the job's rules, and a link may have moved. Tries and verdicts are the storage door's business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from pipeline.errors import ImageError, SystemicFault
+from pipeline.records import AccessRules, Limits
+from pipeline.storage import FetchedObject, check_uri, options_for, read_object
+
+FETCH_THREADS = 8
+"""Requests in flight for one unit: at 50 ms each they feed 160 images/s, and hold 8 objects at most."""
+
+DENIED_AT_LEAST = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchOutcome:
+    """What became of one uri: its bytes, or why not; `index` is its place in the sequence asked for."""
+
+    index: int
+    fetched: FetchedObject | None
+    error: ImageError | None
+    fetch_ms: float
+
+
+def fetch_object(uri: str, access: AccessRules, limits: Limits) -> FetchedObject:
+    """The bytes of one image with their size and etag, within `limits.fetch_timeout_s` in all.
+
+    Raises:
+        ImageError: uri_refused, not_found, denied, too_many_bytes, changed, unreachable, fetch_timeout.
+        SystemicFault: credentials, clock, store or disk: what every image would meet.
+    """
+    check_uri(uri, access)
+    return read_object(
+        uri,
+        options_for(uri, access),
+        max_bytes=limits.max_image_bytes,
+        deadline_monotonic=time.monotonic() + limits.fetch_timeout_s,
+    )
+
+
+def fetch_ahead(
+    uris: Sequence[str], access: AccessRules, limits: Limits, *, threads: int = FETCH_THREADS
+) -> Iterator[FetchOutcome]:
+    """One outcome for every uri, in the order they arrive; at most `threads` objects are held ahead.
+
+    A slow object holds back no other. Raises SystemicFault as soon as one request meets one.
+    """
+    pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="fetch")
+    waiting = iter(enumerate(uris))
+    running: set[Future[FetchOutcome]] = set()
+    try:
+        while True:
+            for index, uri in waiting:
+                running.add(pool.submit(_fetch_one, index, uri, access, limits))
+                if len(running) >= threads:
+                    break
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            while done:
+                yield done.pop().result()
+    finally:
+        # No waiting: after a fault, or when the caller has had enough, nobody wants the rest.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _fetch_one(index: int, uri: str, access: AccessRules, limits: Limits) -> FetchOutcome:
+    start = time.monotonic()
+    fetched: FetchedObject | None = None
+    problem: ImageError | None = None
+    try:
+        fetched = fetch_object(uri, access, limits)
+    except ImageError as error:
+        problem = error
+    return FetchOutcome(
+        index=index, fetched=fetched, error=problem, fetch_ms=1000 * (time.monotonic() - start)
+    )
+
+
+def stop_if_denied(errors: Sequence[ImageError | None]) -> None:
+    """None unless the store refuses a whole unit: at least 3 objects and half of those asked for.
+
+    One forbidden object is that image's failure. A unit of them means a missing right, which nobody
+    wants written into a million rows.
+
+    Raises:
+        SystemicFault: `denied`.
+    """
+    denied = [error for error in errors if error is not None and error.code == "denied"]
+    if len(denied) >= DENIED_AT_LEAST and 2 * len(denied) >= len(errors):
+        raise SystemicFault(
+            "denied",
+            f"the store refused {len(denied)} of {len(errors)} images of a unit, for example: "
+            f"{denied[0].message}. Grant read access and start again (S3 also answers 403 for objects "
+            "that do not exist when listing the bucket is not allowed)",
+        )
