@@ -1,0 +1,234 @@
+"""Masks <-> COCO run-length encoding: the runs of many masks at once, and their compressed strings.
+
+COCO's runs go down the columns: position p = x * H + y. Their lengths alternate outside, inside,
+outside, ... and begin with outside, of length 0 when pixel (0, 0) is inside. The compressed string is
+ASCII, 5 bits a character; the format is that of `maskApi.c` in cocodataset/cocoapi, and every string
+made here equals that of `pycocotools.mask.encode` byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pycocotools import mask as coco_mask
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """The uncompressed runs of N masks of one size.
+
+    `lengths`: int64 (R,), the run lengths of all masks one after the other; those of mask n are
+    `lengths[offsets[n] : offsets[n + 1]]` and sum to H * W. `offsets`: int64 (N + 1,).
+    `size_hw`: (H, W).
+    """
+
+    lengths: Int64Array
+    offsets: Int64Array
+    size_hw: tuple[int, int]
+
+    def __len__(self) -> int:
+        """The number of masks."""
+        return len(self.offsets) - 1
+
+
+def runs_from_edges(edges: npt.NDArray[np.int64], num_masks: int, size_hw: tuple[int, int]) -> Runs:
+    """The runs of `num_masks` masks from the places where they change; nothing is compared pixel by pixel.
+
+    Args:
+        edges: int64 (E,), in any order: n * (H * W + 1) + p for every position p at which a vertical run
+            of mask n starts or, one past its last pixel, ends. A run that touches the bottom of column x
+            ends at p = (x + 1) * H. Where one run's end is the next one's start (a mask that touches both
+            bottom and top), both are given, and cancel.
+        num_masks: how many masks there are; a mask without edges is empty.
+        size_hw: (H, W) of each.
+    """
+    height, width = size_hw
+    stride = height * width + 1
+    # The end of a mask is a place where its last run ends, whether inside or outside; a mask that is
+    # inside up to there has given that edge itself, and it must not stand twice.
+    terminators = np.arange(1, num_masks + 1, dtype=np.int64) * stride - 1
+    edges = np.sort(edges)
+    single = np.ones(len(edges), dtype=np.bool_)
+    equal = edges[1:] == edges[:-1]
+    single[1:] &= ~equal
+    single[:-1] &= ~equal
+    single &= edges % stride != stride - 1
+    edges = np.sort(np.concatenate([edges[single], terminators]), kind="stable")
+    offsets = np.concatenate([[0], np.searchsorted(edges, terminators) + 1]).astype(np.int64)
+    lengths = np.diff(edges, prepend=0)
+    lengths[offsets[1:-1]] -= 1  # the first run of mask n > 0 starts one past the terminator before it
+    return Runs(lengths=lengths, offsets=offsets, size_hw=size_hw)
+
+
+def runs_from_masks(masks_NHW: torch.Tensor) -> Runs:
+    """The runs of dense masks, bool (N, H, W), found on the tensor's device; only edges leave it."""
+    if masks_NHW.dtype != torch.bool or masks_NHW.ndim != 3:
+        raise ValueError(f"masks are {masks_NHW.dtype} {tuple(masks_NHW.shape)}; wanted bool (N, H, W)")
+    num_masks, height, width = masks_NHW.shape
+    columns_NWH = masks_NHW.transpose(1, 2)
+    border = columns_NWH.new_zeros((num_masks, width, 1))
+    padded = torch.cat([border, columns_NWH, border], dim=2)
+    n, x, y = torch.nonzero(padded[:, :, 1:] ^ padded[:, :, :-1], as_tuple=True)
+    edges = n * (height * width + 1) + x * height + y
+    return runs_from_edges(edges.cpu().numpy(), num_masks, (height, width))
+
+
+def concatenate(parts: Sequence[Runs]) -> Runs:
+    """The masks of all parts as one, in order. The parts, at least one, are of one size."""
+    num_runs = np.cumsum([0] + [len(part.lengths) for part in parts])
+    offsets = [part.offsets[1:] + start for part, start in zip(parts, num_runs[:-1], strict=True)]
+    return Runs(
+        lengths=np.concatenate([part.lengths for part in parts]),
+        offsets=np.concatenate([[0], *offsets]).astype(np.int64),
+        size_hw=parts[0].size_hw,
+    )
+
+
+def run_areas(runs: Runs) -> Int64Array:
+    """The number of pixels inside each mask, int64 (N,)."""
+    inside = np.where(_is_inside(runs), runs.lengths, 0)
+    return _sum_per_mask(inside, runs.offsets)
+
+
+def run_bboxes_xywh(runs: Runs) -> npt.NDArray[np.float32]:
+    """The tight box (x, y, width, height) of each mask in pixels, float32 (N, 4); zeros for an empty mask."""
+    height, _ = runs.size_hw
+    boxes = np.zeros((len(runs), 4), dtype=np.float32)
+    ends = np.cumsum(runs.lengths)
+    ends -= np.repeat(np.concatenate([[0], ends])[runs.offsets[:-1]], np.diff(runs.offsets))
+    inside = _is_inside(runs) & (runs.lengths > 0)
+    first, last = (ends - runs.lengths)[inside], ends[inside] - 1
+    mask_index = np.repeat(np.arange(len(runs)), np.diff(runs.offsets))[inside]
+    if len(mask_index) == 0:
+        return boxes
+    # A run that goes on into the next column touches both top and bottom.
+    wraps = first // height != last // height
+    top, bottom = np.where(wraps, 0, first % height), np.where(wraps, height - 1, last % height)
+    starts = np.flatnonzero(np.diff(mask_index, prepend=-1))
+    x1, x2 = np.minimum.reduceat(first // height, starts), np.maximum.reduceat(last // height, starts)
+    y1, y2 = np.minimum.reduceat(top, starts), np.maximum.reduceat(bottom, starts)
+    boxes[mask_index[starts]] = np.stack([x1, y1, x2 - x1 + 1, y2 - y1 + 1], axis=1)
+    return boxes
+
+
+def compress(runs: Runs) -> tuple[str, ...]:
+    """The COCO compressed string of each mask: ASCII, equal to pycocotools' byte for byte.
+
+    From the fourth run of a mask on, the difference to the run two before is written; each number as
+    groups of 5 bits, lowest first, 32 marking that more follow, plus 48 to be printable.
+    """
+    values = runs.lengths.copy()
+    index = np.arange(len(values)) - np.repeat(runs.offsets[:-1], np.diff(runs.offsets))
+    relative = np.flatnonzero(index > 2)
+    values[relative] -= runs.lengths[relative - 2]
+    groups = []
+    more = np.ones(len(values), dtype=np.bool_)
+    num_characters = np.zeros(len(values), dtype=np.int64)
+    while more.any():
+        low_bits = values & 31
+        num_characters += more
+        values >>= 5
+        more = more & np.where(low_bits & 16, values != -1, values != 0)
+        groups.append((low_bits + 32 * more + 48).astype(np.uint8))
+    used = np.arange(len(groups)) < num_characters[:, None]
+    text = np.stack(groups, axis=1)[used].tobytes().decode("ascii") if groups else ""
+    ends = np.concatenate([[0], np.cumsum(num_characters)])[runs.offsets].tolist()
+    return tuple(text[start:end] for start, end in pairwise(ends))
+
+
+def encode_masks(masks_NHW: torch.Tensor) -> tuple[str, ...]:
+    """The COCO compressed strings of dense masks, bool (N, H, W), found on the tensor's device."""
+    return compress(runs_from_masks(masks_NHW))
+
+
+def decompress(counts: Sequence[str], size_hw: tuple[int, int]) -> Runs:
+    """The runs of N compressed strings of one size, each checked: the inverse of `compress`.
+
+    Raises:
+        ValueError: a string that is not the runs of a mask of `size_hw`. pycocotools looks no further than
+            for runs too long; from runs too short it makes a mask with whatever stood in memory before.
+    """
+    parts = [_parse(text, size_hw, index) for index, text in enumerate(counts)]
+    return Runs(
+        lengths=np.concatenate([np.zeros(0, dtype=np.int64), *parts]),
+        offsets=np.cumsum([0] + [len(part) for part in parts]),
+        size_hw=size_hw,
+    )
+
+
+def decode_rle(counts: str, size_hw: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """The mask of a compressed string, uint8 (H, W), 1 inside. Errors as `decompress`."""
+    return cast("npt.NDArray[np.uint8]", coco_mask.decode(_checked([counts], size_hw)[0]))
+
+
+def rle_area(counts: Sequence[str], size_hw: tuple[int, int]) -> Int64Array:
+    """The pixels inside each of N masks of one size, int64 (N,). Errors as `decompress`."""
+    return np.asarray(coco_mask.area(_checked(counts, size_hw)), dtype=np.int64).reshape(-1)
+
+
+def rle_bbox_xywh(counts: Sequence[str], size_hw: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """The tight box (x, y, width, height) of each of N masks, float32 (N, 4); zeros for an empty mask.
+
+    Errors as `decompress`.
+    """
+    return np.asarray(coco_mask.toBbox(_checked(counts, size_hw)), dtype=np.float32).reshape(-1, 4)
+
+
+def rle_iou(
+    counts_a: Sequence[str], counts_b: Sequence[str], size_hw: tuple[int, int]
+) -> npt.NDArray[np.float64]:
+    """Intersection over union of each of A masks with each of B masks of one size, float64 (A, B).
+
+    Two empty masks give 0. Errors as `decompress`.
+    """
+    masks_a, masks_b = _checked(counts_a, size_hw), _checked(counts_b, size_hw)
+    if not masks_a or not masks_b:
+        return np.zeros((len(masks_a), len(masks_b)))
+    return np.asarray(coco_mask.iou(masks_a, masks_b, [0] * len(masks_b)), dtype=np.float64)
+
+
+def _parse(text: str, size_hw: tuple[int, int], index: int) -> Int64Array:
+    """The run lengths of one compressed string."""
+    what = f"RLE string {index}"
+    codes = np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64) - 48
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        raise ValueError(f"{what} is not a COCO compressed RLE: {text[:40]!r} of length {len(text)}")
+    last = np.flatnonzero(codes & 32 == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    place = np.arange(len(codes)) - np.repeat(first, last - first + 1)
+    if place.max() > 6:
+        raise ValueError(f"{what} holds a number of more than 7 characters: {text[:40]!r}")
+    values = np.add.reduceat((codes & 31) << (5 * place), first)
+    values -= np.where(codes[last] & 16, 1 << (5 * (place[last] + 1)), 0)
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    if values.min() < 0 or values.sum() != size_hw[0] * size_hw[1]:
+        raise ValueError(
+            f"{what} has runs that sum to {values.sum()}, the shortest {values.min()}; wanted none below 0 "
+            f"and {size_hw[0] * size_hw[1]} in all, for a mask of height {size_hw[0]} and width {size_hw[1]}"
+        )
+    return values
+
+
+def _checked(counts: Sequence[str], size_hw: tuple[int, int]) -> list[dict[str, Any]]:
+    decompress(counts, size_hw)
+    return [{"size": list(size_hw), "counts": text.encode("ascii")} for text in counts]
+
+
+def _is_inside(runs: Runs) -> npt.NDArray[np.bool_]:
+    """Whether each run lies inside its mask: every second one, beginning with the second; bool (R,)."""
+    index = np.arange(len(runs.lengths)) - np.repeat(runs.offsets[:-1], np.diff(runs.offsets))
+    return cast("npt.NDArray[np.bool_]", index % 2 == 1)
+
+
+def _sum_per_mask(values: Int64Array, offsets: Int64Array) -> Int64Array:
+    totals = np.concatenate([[0], np.cumsum(values)])
+    return np.diff(totals[offsets])
