@@ -1,0 +1,127 @@
+"""Arrow lists measured, gathered, rebuilt and hashed by whole columns: no row becomes a Python object.
+
+Lists are handled as (lengths, values): numpy counts beside one flat Arrow array. A null list counts as
+length 0 and contributes no values; who needs the difference keeps the null mask beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+HASH_ROWS = 65_536
+
+
+def single(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """One array with the values of a column; large_string and large_list never overflow by it."""
+    if isinstance(column, pa.Array):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [_none(column)])
+
+
+def _none(column: pa.ChunkedArray) -> pa.Array:
+    return pa.array([], type=column.type)
+
+
+def list_lengths(lists: pa.Array) -> Int64Array:
+    """How many values each list holds, int64 (n,); 0 for a null list."""
+    return _numpy(pc.fill_null(pc.cast(pc.list_value_length(lists), pa.int64()), 0))
+
+
+def null_mask(array: pa.Array) -> BoolArray:
+    """True where a value is null; bool (n,)."""
+    return _numpy(array.is_null())
+
+
+def starts_of(lengths: Int64Array) -> Int64Array:
+    """Where each of the lists laid end to end begins; int64 (n,)."""
+    return np.cumsum(lengths) - lengths
+
+
+def ranges(starts: Int64Array, lengths: Int64Array) -> Int64Array:
+    """The indices of many ranges laid end to end: starts[0] .. starts[0]+lengths[0]-1, starts[1] .."""
+    shift = starts - starts_of(lengths)
+    return np.repeat(shift, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)
+
+
+def to_lists(
+    lengths: Int64Array, values: pa.Array, *, kind: pa.ListType, null: BoolArray | None = None
+) -> pa.Array:
+    """A list array of `kind` from flat values; null where `null` says so (its length is then 0).
+
+    Raises:
+        OverflowError: more than 2**31 - 1 values, which one chunk cannot address.
+    """
+    if len(values) >= 2**31:
+        raise OverflowError(f"{len(values)} values do not fit into one list chunk")
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    mask = None if null is None or not null.any() else pa.array(null)
+    return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind, mask=mask)
+
+
+def join_columns(parts: list[pa.Array], kind: pa.DataType) -> pa.Array:
+    """The parts one after the other as one array of `kind`; an empty array when there are none."""
+    return pa.concat_arrays([pa.array([], type=kind), *parts])
+
+
+def adjacent_equal(ordered: pa.Array) -> Int64Array:
+    """Positions whose value equals the one before, in an array that is already sorted; int64."""
+    if len(ordered) < 2:
+        return np.zeros(0, dtype=np.int64)
+    same = pc.fill_null(pc.equal(ordered[1:], ordered[:-1]), False)
+    return np.flatnonzero(_numpy(same)) + 1
+
+
+def table_sha256(table: pa.Table) -> str:
+    """Hex sha256 of a table's names and values: the same for every chunking and library version.
+
+    Nulls, lengths and values are hashed column by column over slices of HASH_ROWS rows.
+    """
+    digest = hashlib.sha256()
+    for field in table.schema:
+        digest.update(field.name.encode() + b"\0")
+    digest.update(str(table.num_rows).encode())
+    for start in range(0, table.num_rows, HASH_ROWS):
+        rows = table.slice(start, HASH_ROWS)
+        for column in rows.columns:
+            _hash_array(digest, single(column.combine_chunks()))
+    return digest.hexdigest()
+
+
+def _hash_array(digest: Any, array: pa.Array) -> None:
+    digest.update(np.packbits(null_mask(array)).tobytes())
+    kind = array.type
+    if pa.types.is_struct(kind):
+        for child in array.flatten():
+            _hash_array(digest, child)
+    elif pa.types.is_list(kind):
+        digest.update(list_lengths(array).astype("<i8").tobytes())
+        _hash_array(digest, array.flatten())
+    elif pa.types.is_string(kind):
+        digest.update(_numpy(pc.fill_null(pc.binary_length(array), 0)).astype("<i4").tobytes())
+        digest.update(_text_bytes(array))
+    else:
+        values = _numpy(pc.fill_null(array, 0))
+        digest.update(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes())
+
+
+def _text_bytes(array: pa.Array) -> bytes:
+    """The UTF-8 bytes of all strings end to end."""
+    joined = pc.binary_join(
+        pa.LargeListArray.from_arrays(pa.array([0, len(array)], pa.int64()), pc.fill_null(array, "")), ""
+    )
+    return bytes(joined[0].as_buffer() or b"")
+
+
+def _numpy(array: pa.Array) -> npt.NDArray[Any]:
+    result: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)
+    return result
