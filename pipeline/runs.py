@@ -1,0 +1,166 @@
+"""Reading COCO run-length strings without decoding masks: numpy only, many masks of one size at once.
+
+A mask's runs go down the columns (position p = x * H + y) and alternate outside, inside. Cut at the
+column ends they become vertical strips, and everything measured here is arithmetic on strips: a
+30,000-run mask of a 12-megapixel image takes milliseconds and no frame. The encoder is model/rle.py.
+
+Letters: N masks of one size H x W, R runs, S strips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strips:
+    """The vertical strips of N masks, in order of mask, column and row; none is empty.
+
+    `mask`, `x`, `top`, `bottom`: int64 (S,); rows top..bottom (end-exclusive) of column x of that
+    mask. `num_masks`: N. `size_hw`: (H, W).
+    """
+
+    mask: Int64Array
+    x: Int64Array
+    top: Int64Array
+    bottom: Int64Array
+    num_masks: int
+    size_hw: tuple[int, int]
+
+
+def read_strips(counts: Sequence[str], size_hw: tuple[int, int]) -> Strips:
+    """The strips of N compressed strings.
+
+    Raises:
+        ValueError: a string is not the runs of a mask of `size_hw`; says which and why.
+    """
+    height, width = size_hw
+    lengths, mask = _read_lengths(counts)
+    ends = np.cumsum(lengths)
+    firsts = np.flatnonzero(np.diff(mask, prepend=-1))
+    totals = np.add.reduceat(lengths, firsts) if len(lengths) else lengths
+    wrong = np.flatnonzero(totals != height * width)
+    if len(wrong):
+        raise ValueError(f"mask {wrong[0]}: runs of {totals[wrong[0]]} pixels, wanted {height} x {width}")
+    ends -= mask * (height * width)
+    order = np.arange(len(lengths)) - np.repeat(firsts, np.diff(np.append(firsts, len(lengths))))
+    inside = (order % 2 == 1) & (lengths > 0)
+    return _cut_at_columns(mask[inside], (ends - lengths)[inside], ends[inside], len(counts), size_hw)
+
+
+def _read_lengths(counts: Sequence[str]) -> tuple[Int64Array, Int64Array]:
+    """Run lengths of all masks one after the other, and the mask of each; int64 (R,) both."""
+    text_sizes = np.array([len(text) for text in counts], dtype=np.int64)
+    if (text_sizes == 0).any():
+        raise ValueError(f"mask {int(np.flatnonzero(text_sizes == 0)[0])}: an empty run-length string")
+    # DEL is outside the alphabet too, so what is no ASCII is found with the rest.
+    text = "".join(c if c.isascii() else "\x7f" * len(c) for c in counts)
+    codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
+    mask_of_code = np.repeat(np.arange(len(counts)), text_sizes)
+    if len(codes) == 0:
+        return codes, mask_of_code
+    bad = np.flatnonzero((codes < 0) | (codes > 63))
+    if len(bad):
+        raise ValueError(f"mask {mask_of_code[bad[0]]}: a character outside the run-length alphabet")
+    last = codes < 32  # the last character of a number has no continuation bit
+    stops = np.cumsum(text_sizes) - 1
+    if not last[stops].all():
+        raise ValueError(
+            f"mask {int(np.flatnonzero(~last[stops])[0])}: the run-length string ends in a number"
+        )
+    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
+    place = np.arange(len(codes)) - np.repeat(starts, np.diff(np.append(starts, len(codes))))
+    if place.max() > 7:  # 40 bits: more than any image has pixels
+        raise ValueError(f"mask {mask_of_code[place.argmax()]}: a run length of more than 40 bits")
+    values = np.add.reduceat((codes & 31) << (5 * place), starts)
+    negative = (codes[last] & 16) != 0
+    values -= np.where(negative, np.int64(1) << (5 * (place[last] + 1)), 0)
+    mask = mask_of_code[starts]
+    lengths = _undo_differences(values, mask)
+    if (lengths < 0).any():
+        raise ValueError(f"mask {mask[np.flatnonzero(lengths < 0)[0]]}: a negative run length")
+    return lengths, mask
+
+
+def _undo_differences(values: Int64Array, mask: Int64Array) -> Int64Array:
+    """Lengths from stored values: from the fourth run of a mask on, the difference to two before."""
+    firsts = np.flatnonzero(np.diff(mask, prepend=-1))
+    order = np.arange(len(values)) - np.repeat(firsts, np.diff(np.append(firsts, len(values))))
+    lengths = values.copy()
+    for chain in ((order % 2 == 1), (order % 2 == 0) & (order > 0)):
+        sums = np.cumsum(np.where(chain, values, 0))
+        before = np.repeat(np.concatenate([[0], sums])[firsts], np.diff(np.append(firsts, len(values))))
+        lengths[chain] = (sums - before)[chain]
+    return lengths
+
+
+def _cut_at_columns(
+    mask: Int64Array, start: Int64Array, end: Int64Array, num_masks: int, size_hw: tuple[int, int]
+) -> Strips:
+    height = size_hw[0]
+    first, last = start // height, (end - 1) // height
+    repeats = last - first + 1
+    row = np.repeat(np.arange(len(start)), repeats)
+    x = np.arange(len(row)) - np.repeat(np.cumsum(repeats) - repeats, repeats) + first[row]
+    top = np.where(x == first[row], start[row] % height, 0)
+    bottom = np.where(x == last[row], (end[row] - 1) % height + 1, height)
+    return Strips(mask=mask[row], x=x, top=top, bottom=bottom, num_masks=num_masks, size_hw=size_hw)
+
+
+def count_inside(strips: Strips, boxes_xyxy: npt.NDArray[np.float64]) -> Int64Array:
+    """The pixels of each mask whose centre lies in its box (N, 4), edges included; int64 (N,)."""
+    height, width = strips.size_hw
+    limit = np.array([width, height], dtype=np.float64)
+    low = np.clip(np.ceil(boxes_xyxy[:, :2] - 0.5), 0, limit).astype(np.int64)
+    high = np.clip(np.floor(boxes_xyxy[:, 2:] - 0.5) + 1, 0, limit).astype(np.int64)
+    rows = np.minimum(strips.bottom, high[strips.mask, 1]) - np.maximum(strips.top, low[strips.mask, 1])
+    in_columns = (strips.x >= low[strips.mask, 0]) & (strips.x < high[strips.mask, 0])
+    inside = np.where(in_columns, np.maximum(rows, 0), 0)
+    return np.bincount(strips.mask, weights=inside, minlength=strips.num_masks).astype(np.int64)
+
+
+def count_components(strips: Strips) -> Int64Array:
+    """The connected parts of each mask, where pixels touch by edge or corner (8 neighbours); int64 (N,)."""
+    parent = _roots(len(strips.x), *_touching(strips))
+    is_root = parent == np.arange(len(parent))
+    return np.bincount(strips.mask[is_root], minlength=strips.num_masks).astype(np.int64)
+
+
+def _touching(strips: Strips) -> tuple[Int64Array, Int64Array]:
+    """Pairs of strips that touch: in the next column with rows that meet, or joined in one column."""
+    height, width = strips.size_hw
+    # One number a column of a mask; a spare column keeps the masks apart, a spare row the columns.
+    column = strips.mask * (width + 1) + strips.x
+    stride = height + 2
+    tops, bottoms = column * stride + strips.top, column * stride + strips.bottom
+    # A strip of the next column touches when its top <= our bottom and its bottom >= our top.
+    first = np.searchsorted(bottoms, tops + stride, side="left")
+    stop = np.searchsorted(tops, bottoms + stride, side="right")
+    repeats = np.maximum(stop - first, 0)
+    left = np.repeat(np.arange(len(column)), repeats)
+    right = np.arange(len(left)) - np.repeat(np.cumsum(repeats) - repeats, repeats) + first[left]
+    joined = np.flatnonzero(tops[1:] == bottoms[:-1])  # a run of length 0 lay between
+    return np.concatenate([left, joined]), np.concatenate([right, joined + 1])
+
+
+def _roots(count: int, a: Int64Array, b: Int64Array) -> Int64Array:
+    """The smallest member of each one's group, given pairs of the same group; int64 (count,).
+
+    Union-find on whole arrays: every round hooks each root below a smaller one and flattens the trees.
+    """
+    parent = np.arange(count)
+    while len(a):
+        low, high = np.minimum(parent[a], parent[b]), np.maximum(parent[a], parent[b])
+        apart = low != high
+        a, b, low, high = a[apart], b[apart], low[apart], high[apart]
+        np.minimum.at(parent, high, low)
+        while not np.array_equal(flat := parent[parent], parent):
+            parent = flat
+    return parent
