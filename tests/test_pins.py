@@ -64,3 +64,15 @@ def test_nothing_but_the_constraints_names_torch_so_that_no_gigabytes_come_unask
         }
 
         assert heavy & set(pins(path)) == set()
+
+
+def test_the_inventory_lists_every_pin_with_its_version_and_a_licence() -> None:
+    rows = re.findall(
+        r"^\| (\S+) \| (\S+) \| ([^|]*) \|", (ROOT / "docs" / "dependencies.md").read_text(), re.M
+    )
+    listed = {name: version for name, version, _ in rows[1:]}
+
+    assert listed == pins("constraints.txt"), "run tools/dependencies.py"
+    assert not [
+        name for name, _, licence in rows[1:] if licence in ("", "none stated") or "not inst" in licence
+    ]
