@@ -115,7 +115,7 @@ def to_native(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str, to
 def add_tied_matrix(
     native: dict[str, torch.Tensor], tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Take transformers' second copy of the positional matrix, which must equal the first if that is there."""
+    """Take transformers' second copy of the positional matrix; it must equal the first if that is there."""
     first = tensors.get("shared_image_embedding.positional_embedding")
     if first is not None and not torch.equal(first, tensor):
         raise CheckpointError(f"{TIED_PE} differs from shared_image_embedding.positional_embedding")

@@ -136,5 +136,5 @@ class PromptEncoder(nn.Module):
                 )
             return torch.cat(tokens, dim=1), self.no_mask.view(1, -1, 1, 1)
         if not tokens:
-            tokens.append(self.no_mask.new_zeros(masks_NHW.shape[0], 0, self.no_mask.shape[0]))
+            tokens.append(self.no_mask.new_zeros(masks_NHW.shape[0], 0, self.no_mask.shape[1]))
         return torch.cat(tokens, dim=1), self.embed_masks(masks_NHW)

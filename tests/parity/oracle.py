@@ -4,11 +4,11 @@ from functools import partial
 
 import numpy as np
 import torch
-from tests.parity.stand_ins import import_original
 
 from model.config import PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
 from model.layouts import rename
 from model.sam_hq import SamHQ
+from tests.parity.stand_ins import import_original
 
 
 def original_state(model: SamHQ) -> dict[str, torch.Tensor]:
