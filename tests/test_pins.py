@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,3 +78,34 @@ def test_the_inventory_lists_every_pin_with_its_version_and_a_licence() -> None:
     assert not [
         name for name, _, licence in rows[1:] if licence in ("", "none stated") or "not inst" in licence
     ]
+
+
+MACHINES = [
+    default_environment()
+    | {"python_version": python, "python_full_version": f"{python}.7", "extra": ""}
+    | {"sys_platform": system.lower(), "platform_system": system, "platform_machine": machine}
+    for python in ("3.11", "3.12")
+    for system, machine in (("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64"))
+]
+EXTRAS_IN_USE = {"ray": "data", "moto": "server", "google-api-core": "grpc"}
+
+
+def needed(requirement: Requirement, extra: str) -> bool:
+    marker = requirement.marker
+    return marker is None or any(
+        marker.evaluate(machine | {"extra": chosen}) for machine in MACHINES for chosen in {"", extra}
+    )
+
+
+def test_nothing_that_a_pinned_package_needs_is_missing_on_any_machine() -> None:
+    pinned = pins("constraints.txt")
+    missing = []
+    for name in set(pinned) - {"segment-anything-hq"}:  # pinned without its dependencies, on purpose
+        try:
+            lines = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue  # an extra that this environment has not
+        wanted = [r for r in map(Requirement, lines) if needed(r, EXTRAS_IN_USE.get(name, ""))]
+        missing += [f"{name} needs {r.name}" for r in wanted if normal(r.name) not in pinned]
+
+    assert missing == []
