@@ -24,8 +24,8 @@ from pipeline.errors import JobRefused, SystemicFault, UsageError, clean_text
 if TYPE_CHECKING:
     from types import ModuleType
 
-# A socket path has at most 107 bytes; Ray's session folder and socket names take 63 of them.
-_LONGEST_ROOT = 40
+# A socket path has at most 107 bytes; our folder, Ray's session and its socket names take 76 of them.
+_LONGEST_ROOT = 31
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _IN_USE = "in-use"
 _SOURCE_ROOT = Path(__file__).resolve().parent.parent
@@ -143,7 +143,7 @@ def _start_private(ray: ModuleType, section: ClusterSection, folder: Path) -> Cl
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            _temp_dir=str(folder),
+            _temp_dir=str(folder / "s"),  # Ray opens this very folder to all; the one above it stays closed
         )
     except Exception as error:
         raise SystemicFault("resources", f"Ray does not start on this machine: {_reason(error)}") from error
@@ -199,7 +199,7 @@ def _private_root() -> Path:
     """A folder under the temporary folder that belongs to this user and is closed to others."""
     base = Path(tempfile.gettempdir())
     root = base / f"hqlabel-{os.getuid()}"
-    if len(os.fsencode(root)) > _LONGEST_ROOT - 16:
+    if len(os.fsencode(root)) > _LONGEST_ROOT:
         root = Path("/tmp") / root.name
     root.mkdir(mode=0o700, exist_ok=True)
     state = root.lstat()
