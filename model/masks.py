@@ -152,8 +152,8 @@ def _trace_step(low_NLL: torch.Tensor, grid: TileGrid, offset: float) -> TracedM
     lowest_NXY, highest_NXY = _tile_levels(low_NLL, grid, offset)
     crossed_NXY = lowest_NXY != highest_NXY
     # A run along the frame's top or bottom starts or ends there, even where the mask is solid.
-    for y in (0, -1):
-        crossed_NXY[:, :, y] |= highest_NXY[:, :, y] >= 2
+    for border in (0, -1):
+        crossed_NXY[:, :, border] |= highest_NXY[:, :, border] >= 2
     solid_NXY = torch.where(crossed_NXY, 0, grid.inside_XY)
     above_N = (solid_NXY * (lowest_NXY == 3)).sum((1, 2))
     below_N = (solid_NXY * (lowest_NXY >= 1)).sum((1, 2))
