@@ -1,0 +1,170 @@
+"""How many processes of which kind a cluster can hold: arithmetic on nodes, without Ray.
+
+Ray places what fits and lets the rest wait in silence, for ever: a pool of actors that takes every
+core leaves none for the tasks that feed it, and the job stands still without a message. So the
+requests are worked out here, and refused with a reason, before anything starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import SystemicFault
+
+COMMIT_CPUS = 0.05
+"""Request of a commit task. With a whole core, finished units waited behind decoding (38 of 40, measured)."""
+
+CPU_ACTOR_BYTES = 4 * 2**30
+"""Memory to reckon for a model process on the CPU: weights, features and one call of the decoder."""
+
+# Just below 1, so that the cores that decoding fills always leave a rest for commit tasks. It must differ
+# from an actor's request: Ray fuses neighbours with equal requests, and decoding would run inside the actor.
+_DECODE_CPUS = 0.95
+_DECODE_CPUS_OF_ONE = 0.45
+_ACTOR_CPUS_OF_ONE = 0.5
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What one live node offers to Ray, all of it taken as free. `memory_bytes`: 0 where unknown."""
+
+    cpus: float
+    gpus: float = 0.0
+    memory_bytes: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSettings:
+    """What a person asks of the cluster; None: chosen from its nodes.
+
+    `actors`: model processes. `actors_min`: where the pool may begin; None: the same as `actors`.
+    `gpus_per_actor`: 1 where there are GPUs, else 0. `cpus_per_actor`: 1; CPU cores, and on a CPU the
+    model's threads. `decode_cpus`: request of a task that fetches and decodes one unit at a time.
+    `wait_for_nodes_s`: how long nodes that an autoscaler brings may take at the start.
+    """
+
+    actors: int | None = None
+    actors_min: int | None = None
+    gpus_per_actor: float | None = None
+    cpus_per_actor: float | None = None
+    decode_cpus: float | None = None
+    wait_for_nodes_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """What each kind of process asks Ray for, and how many actors there may be."""
+
+    actors_min: int
+    actors_max: int
+    gpus_per_actor: float
+    cpus_per_actor: float
+    decode_cpus: float
+    commit_cpus: float = COMMIT_CPUS
+
+
+def fit(settings: ClusterSettings, nodes: Sequence[Node]) -> Requests:
+    """The requests for these nodes; however Ray packs the actors, some node keeps room for a task.
+
+    Raises:
+        SystemicFault: `resources`, naming what is asked for, what there is, and what to set.
+    """
+    largest = max((node.cpus for node in nodes), default=0.0)
+    if largest < _ACTOR_CPUS_OF_ONE + _DECODE_CPUS_OF_ONE + COMMIT_CPUS:
+        raise _refused(f"the largest of {len(nodes)} nodes offers {largest:g} CPU cores, wanted at least 1")
+    gpus = settings.gpus_per_actor
+    if gpus is None:
+        gpus = 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
+    hosts = [node for node in nodes if not gpus or node.gpus + _EPSILON >= gpus]
+    if not hosts:
+        most = max(node.gpus for node in nodes)
+        raise _refused(
+            f"cluster.gpus_per_actor is {gpus:g}, the node with most GPUs has {most:g}; set it to 0 for CPU"
+        )
+    one_core = largest < 2
+    actor_cpus = settings.cpus_per_actor or (_ACTOR_CPUS_OF_ONE if one_core else 1.0)
+    decode_cpus = settings.decode_cpus or (_DECODE_CPUS_OF_ONE if one_core else _DECODE_CPUS)
+    if not gpus and decode_cpus == actor_cpus:
+        decode_cpus -= 0.01
+    placing = _Placing(nodes=tuple(nodes), actor_cpus=actor_cpus, gpus=gpus, decode_cpus=decode_cpus)
+    actors = settings.actors or _default_actors(placing)
+    actors_min = min(settings.actors_min or actors, actors)
+    _check(placing, actors, actors_min)
+    return Requests(
+        actors_min=actors_min,
+        actors_max=actors,
+        gpus_per_actor=gpus,
+        cpus_per_actor=actor_cpus,
+        decode_cpus=decode_cpus,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Placing:
+    """Nodes with the requests of one actor and of one decode task."""
+
+    nodes: tuple[Node, ...]
+    actor_cpus: float
+    gpus: float
+    decode_cpus: float
+
+    def actors_on(self, node: Node) -> int:
+        """How many actors fit on an empty node."""
+        by_cpus = math.floor(node.cpus / self.actor_cpus + _EPSILON)
+        return min(by_cpus, math.floor(node.gpus / self.gpus + _EPSILON)) if self.gpus else by_cpus
+
+    def places(self) -> int:
+        return sum(self.actors_on(node) for node in self.nodes)
+
+    def most_actors_with_room(self) -> int | None:
+        """The largest pool that cannot crowd out a decode task on every node; None when no pool can.
+
+        The worst packing puts on each node just enough actors to leave less than a task's request.
+        """
+        crowding = 0
+        for node in self.nodes:
+            room = node.cpus - self.decode_cpus
+            if room < -_EPSILON:
+                continue
+            needed = math.floor(room / self.actor_cpus + _EPSILON) + 1
+            if self.actors_on(node) < needed:
+                return None
+            crowding += needed
+        return max(crowding - 1, 0)
+
+
+def _default_actors(placing: _Placing) -> int:
+    """One actor for every place there is, as long as decoding keeps room and memory lasts (on the CPU)."""
+    room = placing.most_actors_with_room()
+    places = placing.places() if room is None else min(placing.places(), room)
+    if not placing.gpus:
+        by_memory = sum(int(node.memory_bytes // CPU_ACTOR_BYTES) for node in placing.nodes)
+        known = all(node.memory_bytes for node in placing.nodes)
+        places = min(places, max(1, by_memory)) if known else places
+    return max(places, 1)
+
+
+def _check(placing: _Placing, actors: int, actors_min: int) -> None:
+    one = f"{placing.actor_cpus:g} CPU cores" + (f" and {placing.gpus:g} GPUs" if placing.gpus else "")
+    offers = ", ".join(
+        f"{node.cpus:g} CPU cores" + (f" + {node.gpus:g} GPUs" if node.gpus else "") for node in placing.nodes
+    )
+    if actors_min > placing.places():
+        raise _refused(
+            f"{actors_min} model processes of {one} each are wanted and {placing.places()} can be placed on "
+            f"the nodes ({offers}); lower cluster.actors, or cluster.cpus_per_actor"
+        )
+    room = placing.most_actors_with_room()
+    if room is not None and min(actors, placing.places()) > room:
+        raise _refused(
+            f"{actors} model processes of {one} each can leave no node with the {placing.decode_cpus:g} CPU "
+            f"cores that decoding needs (nodes: {offers}); set cluster.actors to {room or 'less'}, or lower "
+            "cluster.cpus_per_actor"
+        )
+
+
+def _refused(reason: str) -> SystemicFault:
+    return SystemicFault("resources", reason)

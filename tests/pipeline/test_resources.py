@@ -1,0 +1,105 @@
+"""What is asked of a cluster always fits it, and what cannot fit is refused with the reason."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import SystemicFault
+from pipeline.resources import COMMIT_CPUS, ClusterSettings, Node, fit
+
+GIB = 2**30
+
+
+def test_one_core_is_enough():
+    found = fit(ClusterSettings(), [Node(cpus=1)])
+
+    assert (found.actors_max, found.gpus_per_actor) == (1, 0)
+    assert found.cpus_per_actor + found.decode_cpus + found.commit_cpus <= 1.0
+
+
+def test_a_laptop_of_two_cores_runs_one_actor_beside_decoding():
+    found = fit(ClusterSettings(), [Node(cpus=2)])
+
+    assert (found.actors_min, found.actors_max, found.cpus_per_actor) == (1, 1, 1.0)
+    assert found.cpus_per_actor + found.decode_cpus + found.commit_cpus <= 2.0
+
+
+def test_actor_and_decode_requests_differ_wherever_fusion_could_join_them():
+    for settings in (
+        ClusterSettings(),
+        ClusterSettings(cpus_per_actor=0.95),
+        ClusterSettings(cpus_per_actor=2),
+    ):
+        found = fit(settings, [Node(cpus=8)])
+        assert found.cpus_per_actor != found.decode_cpus
+
+
+def test_gpus_are_used_where_they_are():
+    nodes = [Node(cpus=8, gpus=1), Node(cpus=8, gpus=4), Node(cpus=16)]
+
+    found = fit(ClusterSettings(), nodes)
+
+    assert (found.actors_max, found.gpus_per_actor, found.cpus_per_actor) == (5, 1.0, 1.0)
+    assert fit(ClusterSettings(gpus_per_actor=0.5), nodes).actors_max == 10
+    assert fit(ClusterSettings(gpus_per_actor=0), nodes).gpus_per_actor == 0
+
+
+def test_a_gpu_node_with_few_cores_still_keeps_one_for_decoding():
+    assert fit(ClusterSettings(), [Node(cpus=4, gpus=8)]).actors_max == 3
+
+
+def test_processes_on_the_cpu_are_bounded_by_memory():
+    assert fit(ClusterSettings(), [Node(cpus=64, memory_bytes=16 * GIB)]).actors_max == 4
+    assert fit(ClusterSettings(), [Node(cpus=64, memory_bytes=1 * GIB)]).actors_max == 1
+
+
+def test_a_pool_may_begin_small():
+    found = fit(ClusterSettings(actors=6, actors_min=2), [Node(cpus=8)])
+
+    assert (found.actors_min, found.actors_max) == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "says"),
+    [
+        (ClusterSettings(), [], "0 nodes offers 0 CPU cores"),
+        (ClusterSettings(), [Node(cpus=0), Node(cpus=0.5)], "wanted at least 1"),
+        (ClusterSettings(gpus_per_actor=1), [Node(cpus=4)], "most GPUs has 0; set it to 0"),
+        (ClusterSettings(cpus_per_actor=8), [Node(cpus=4)], "0 can be placed"),
+        (ClusterSettings(actors=4), [Node(cpus=2), Node(cpus=1)], "3 can be placed"),
+        (ClusterSettings(actors=2), [Node(cpus=2)], "set cluster.actors to 1"),
+        (ClusterSettings(actors=4), [Node(cpus=2), Node(cpus=2)], "set cluster.actors to 3"),
+        (ClusterSettings(cpus_per_actor=1), [Node(cpus=1)], "set cluster.actors to less"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_reason(settings, nodes, says):
+    with pytest.raises(SystemicFault, match=says) as caught:
+        fit(settings, nodes)
+    assert caught.value.code == "resources"
+
+
+@given(
+    cpus=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    gpus=st.lists(st.integers(0, 3), min_size=3, max_size=3),
+    actors=st.none() | st.integers(1, 8),
+    cpus_per_actor=st.sampled_from([None, 0.5, 1.0, 1.5, 2.0]),
+)
+def test_however_the_actors_are_packed_a_task_finds_room(cpus, gpus, actors, cpus_per_actor):
+    nodes = [Node(cpus=c, gpus=g) for c, g in zip(cpus, gpus, strict=False)]
+    try:
+        found = fit(ClusterSettings(actors=actors, cpus_per_actor=cpus_per_actor), nodes)
+    except SystemicFault:
+        return
+    most = [
+        min(int(n.cpus / found.cpus_per_actor), int(n.gpus) if found.gpus_per_actor else 99) for n in nodes
+    ]
+    for packing in itertools.product(*(range(m + 1) for m in most)):
+        if sum(packing) <= found.actors_max:
+            rests = [n.cpus - p * found.cpus_per_actor for n, p in zip(nodes, packing, strict=True)]
+            assert max(rests) >= found.decode_cpus - 1e-6, (packing, found)
+    assert found.actors_min <= sum(most)
+    assert found.commit_cpus == COMMIT_CPUS
