@@ -25,8 +25,8 @@ PHOTOS = Path(__file__).resolve().parent / "photos"
 SHOWN = ("coins.png", "coffee.jpg", "cat.jpg")
 REFUSED = 4
 RANDOM = (
-    "NOTE: this checkout has no demo checkpoint. These masks come from RANDOM weights: they show the way of the\n"
-    "      data, and nothing about quality."
+    "NOTE: this checkout has no demo checkpoint. These masks come from RANDOM weights: they show the way of\n"
+    "      the data, and nothing about quality."
 )
 
 
