@@ -123,14 +123,15 @@ class SamHQ(nn.Module):
             row[:, :height, :width] = (values - mean) / std
         return batch.to(self.dtype)
 
+    def normalise_images(self, images: Sequence[UInt8Array]) -> torch.Tensor:
+        """Return the encoder's input (B, 3, S, S) for upright RGB uint8 (H, W, 3) pictures of any sizes."""
+        return self.normalise([resize_longest_side(image, self.config.image_size) for image in images])
+
     @torch.no_grad()
     def vision_features(self, images: Sequence[UInt8Array]) -> EncoderFeatures:
         """Return the image encoder's two outputs for upright RGB uint8 (H, W, 3) pictures of any sizes."""
         self._check_eval()
-        S = self.config.image_size
-        features: EncoderFeatures = self.image_encoder(
-            self.normalise([resize_longest_side(x, S) for x in images])
-        )
+        features: EncoderFeatures = self.image_encoder(self.normalise_images(images))
         return features
 
     @torch.no_grad()
