@@ -75,12 +75,17 @@ class FilterSection(_Section):
     min_predicted_iou: Share | None = None
     """Masks below this are marked; null: no such filter."""
     min_stability_score: Share | None = None
+    """Masks whose edge moves more than this with the threshold are marked."""
     min_detector_score: Number | None = None
+    """Boxes with a lower score of the detector are marked; one without a score never is."""
     min_box_iou: Share | None = None
+    """Masks whose tight box agrees less with the prompt box are marked."""
     min_area_px: int | None = Field(default=None, ge=0)
+    """Masks of fewer pixels are marked."""
     nms_mode: Literal["none", "class", "all"] = "none"
     """Mark the worse of two boxes that overlap: within one class, or over all classes."""
     nms_iou: Share = 0.7
+    """IoU of two masks over which `nms_mode` marks the worse."""
 
 
 class OutputSection(_Section):
@@ -96,12 +101,19 @@ class LimitsSection(_Section):
     """Bounds on one image and on the job."""
 
     max_image_bytes: int = Field(default=256 * 2**20, ge=1)
+    """A larger object fails (too_many_bytes) before it is downloaded."""
     max_image_pixels: int = Field(default=89_478_485, ge=1)
+    """A picture of more pixels fails (too_large) before it is decoded."""
     max_boxes_per_image: int = Field(default=10_000, ge=1)
+    """Boxes that one image may have."""
     fetch_timeout_s: Number = Field(default=60.0, gt=0)
+    """Seconds for one object, all retries together (fetch_timeout)."""
     decode_timeout_s: Number = Field(default=60.0, gt=0)
+    """Seconds for decoding one picture (timeout)."""
     segment_timeout_s: Number = Field(default=300.0, gt=0)
+    """Seconds for the masks of one image (timeout)."""
     decode_memory_bytes: int = Field(default=4 * 2**30, ge=2**20)
+    """Memory of the process that decodes one picture (out_of_memory)."""
     max_failure_rate: Share = 0.05
     """More failed images than this share end the job with exit code 3."""
     failure_rate_from_images: int = Field(default=1000, ge=1)
