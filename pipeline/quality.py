@@ -66,7 +66,7 @@ def measure(instances: Instances, prompts_xyxy: npt.NDArray[np.float32]) -> Mask
         ValueError: a run-length string is not a mask of the image's size.
     """
     boxes = np.asarray(prompts_xyxy, dtype=np.float64).reshape(-1, 4)
-    no_box = ~np.isfinite(boxes).all(axis=1)
+    no_box = np.asarray(~np.isfinite(boxes).all(axis=1), dtype=np.bool_)
     boxes = np.where(no_box[:, None], 0.0, boxes)
     inside, components = _count(instances, boxes)
     area = np.asarray(instances.area, dtype=np.int64)
@@ -74,13 +74,14 @@ def measure(instances: Instances, prompts_xyxy: npt.NDArray[np.float32]) -> Mask
     tight = np.asarray(instances.bbox_xywh, dtype=np.float64).reshape(-1, 4)
     box_iou = np.where(no_box, np.nan, np.where(empty, 0.0, _box_iou(boxes, tight)))
     mask_in_box = np.where(no_box | empty, np.nan, inside / np.maximum(area, 1))
-    named: dict[str, BoolArray] = {
+    rules = {
         "empty": empty,
         "tiny": ~empty & (area < TINY_PX),
         "fills_box": ~empty & ~no_box & (inside >= FILLS_BOX_SHARE * _box_pixels(boxes)),
         "leaks_box": ~empty & ~no_box & (mask_in_box < LEAKS_BOX_SHARE),
         "fragmented": components >= FRAGMENTED_FROM,
     }
+    named = {name: np.asarray(rule, dtype=np.bool_) for name, rule in rules.items()}
     return MaskQuality(
         box_iou=box_iou,
         mask_in_box=mask_in_box,

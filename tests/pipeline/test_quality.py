@@ -214,7 +214,8 @@ def rows_of(*rows: dict) -> pa.Table:
         base = {
             "image_index": 0, "instance_index": n, "area": int(mask.sum()),
             "bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": {"size": [50, 50], "counts": counts_of(mask)},
-            "predicted_iou": 0.9, "stability_score": 0.9, "box_iou": 0.9, "detector_score": 0.5, "qc_flags": [], "category_id": 1,
+            "predicted_iou": 0.9, "stability_score": 0.9, "box_iou": 0.9, "detector_score": 0.5,
+            "qc_flags": [], "category_id": 1,
         }  # fmt: skip
         full.append(base | row)
     schema = pa.schema([pa.field("image_index", pa.int64()), *UNIT_INSTANCE])

@@ -1,0 +1,172 @@
+"""How every Parquet file of a job is written and read: one set of options, sealed, verified.
+
+Page checksums are off in Parquet unless writer and reader both ask, and they do not cover headers,
+statistics and the footer. So each file also carries a seal: the sha256 of the file itself with the
+seal's own 64 digits set to zero, kept in the footer. One flipped bit anywhere is found from the file
+alone. Equal tables give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import DamageFound
+
+ROW_GROUP_ROWS = 122_880  # DuckDB's own: far below what viewers scan, large enough to compress
+
+# Columns with few distinct values. Counts and floats are larger with a dictionary than without.
+_REPEATING = frozenset(
+    [
+        *("image_uri", "status", "error_stage", "error_code", "box_error", "reject_reason", "run_id"),
+        *("category_id", "category_name", "qc_flags", "size", "instance_index", "num_components"),
+        *("exif_orientation", "unit_id", "attempts", "processed_at"),
+    ]
+)
+_SEAL_KEY = "hqlabel.file_sha256"
+_BLANK = b"sha256=" + b"0" * 64
+_SEAL = re.compile(rb"sha256=([0-9a-f]{64})")
+
+
+class ParquetSink:
+    """Tables in, one sealed Parquet body out; row groups of `row_group_rows`, buffered up to one.
+
+    Memory: the compressed body so far, and at most one row group of rows.
+    """
+
+    def __init__(
+        self, schema: pa.Schema, footer: Mapping[str, str], *, row_group_rows: int = ROW_GROUP_ROWS
+    ) -> None:
+        self._schema = schema.with_metadata({f"hqlabel.{k}": v for k, v in sorted(footer.items())})
+        self._buffer = pa.BufferOutputStream()
+        self._writer = pq.ParquetWriter(
+            self._buffer,
+            self._schema,
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=_dictionary_paths(schema),
+            write_page_checksum=True,
+            write_page_index=True,
+        )
+        self._row_group_rows = row_group_rows
+        self._waiting: list[pa.Table] = []
+        self._rows_waiting = 0
+        self.rows = 0
+
+    def write(self, table: pa.Table) -> None:
+        """None; the rows will follow those written before. Raises ValueError for another schema."""
+        if not table.schema.equals(self._schema, check_metadata=False):
+            raise ValueError(f"rows of another schema:\n{table.schema}\nwanted\n{self._schema}")
+        self.rows += table.num_rows
+        self._waiting.append(table)
+        self._rows_waiting += table.num_rows
+        while self._rows_waiting >= self._row_group_rows:
+            self._write_group(self._row_group_rows)
+
+    def _write_group(self, rows: int) -> None:
+        table = pa.concat_tables([t.replace_schema_metadata() for t in self._waiting]).combine_chunks()
+        group = table.slice(0, rows).replace_schema_metadata(self._schema.metadata)
+        self._writer.write_table(group, row_group_size=max(rows, 1))
+        rest = table.slice(rows)
+        self._waiting, self._rows_waiting = [rest], rest.num_rows
+
+    def finish(self) -> bytes:
+        """The whole file. Nothing may be written after."""
+        if self._rows_waiting:
+            self._write_group(self._rows_waiting)
+        self._writer.add_key_value_metadata({_SEAL_KEY: _BLANK.decode("ascii")})
+        self._writer.close()
+        return seal(self._buffer.getvalue().to_pybytes())
+
+
+def encode(table: pa.Table, footer: Mapping[str, str]) -> bytes:
+    """One table as one sealed Parquet body; `footer` keys without the `hqlabel.` prefix."""
+    sink = ParquetSink(table.schema, footer)
+    sink.write(table)
+    return sink.finish()
+
+
+def _dictionary_paths(schema: pa.Schema) -> list[str]:
+    """Parquet's dotted paths of the columns that repeat, at any depth."""
+    return [path for path in _leaf_paths(schema) if _REPEATING & set(path.split("."))]
+
+
+def _leaf_paths(fields: Iterable[pa.Field], prefix: str = "") -> Iterable[str]:
+    for field in fields:
+        path, kind = f"{prefix}{field.name}", field.type
+        if pa.types.is_struct(kind):
+            yield from _leaf_paths(kind, f"{path}.")
+        elif pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+            yield from _leaf_paths([kind.value_field], f"{path}.list.")
+        else:
+            yield path
+
+
+def seal(body: bytes) -> bytes:
+    """The file with its blank seal filled in."""
+    if body.count(_BLANK) != 1:
+        raise ValueError(f"found {body.count(_BLANK)} blank seals in a new Parquet file; wanted 1")
+    return body.replace(_BLANK, b"sha256=" + hashlib.sha256(body).hexdigest().encode("ascii"))
+
+
+def check_seal(body: bytes, name: str) -> None:
+    """None when the file is bit for bit what was written; else DamageFound with its `name`."""
+    for match in _SEAL.finditer(body):
+        start, stop = match.span(1)
+        digest = hashlib.sha256(body[:start])
+        digest.update(b"0" * 64)
+        digest.update(memoryview(body)[stop:])
+        if digest.hexdigest().encode("ascii") == match.group(1):
+            return
+    raise DamageFound(f"{name}: the file's sha256 is not the one in its footer; some bytes were changed")
+
+
+def decode(body: bytes, schema: pa.Schema, name: str) -> pa.Table:
+    """All rows of a file, seal and page checksums verified, with exactly `schema`.
+
+    Raises:
+        DamageFound: with `name` and what is wrong.
+    """
+    check_seal(body, name)
+    with open_body(pa.BufferReader(body), schema, name) as file:
+        return read_all(file, name)
+
+
+def open_body(source: Any, schema: pa.Schema, name: str) -> pq.ParquetFile:
+    """A Parquet file with page checksums on, after its whole schema was compared; DamageFound if unlike."""
+    try:
+        file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True)
+    except (OSError, pa.ArrowException) as error:
+        raise DamageFound(f"{name}: this is no readable Parquet file ({_one_line(error)})") from error
+    if not file.schema_arrow.equals(schema, check_metadata=False):
+        found, wanted = set(file.schema_arrow), set(schema)
+        unlike = sorted(f.name for f in found ^ wanted) or ["the order of columns"]
+        file.close()
+        raise DamageFound(f"{name}: the columns are not those of this version; unlike: {', '.join(unlike)}")
+    return file
+
+
+def read_all(file: pq.ParquetFile, name: str) -> pa.Table:
+    """Every row, page checksums verified, footer metadata left out; DamageFound with `name`."""
+    try:
+        table = file.read().replace_schema_metadata()
+        table.validate(full=True)
+    except (OSError, pa.ArrowException) as error:
+        raise DamageFound(f"{name}: rows cannot be read back ({_one_line(error)})") from error
+    return table
+
+
+def footer_of(file: pq.ParquetFile) -> dict[str, str]:
+    """The `hqlabel.` entries of a file's footer, without the prefix."""
+    entries = file.metadata.metadata or {}
+    named = {k.decode(): v.decode() for k, v in entries.items() if k.startswith(b"hqlabel.")}
+    return {key.removeprefix("hqlabel."): value for key, value in sorted(named.items())}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
