@@ -102,6 +102,11 @@ class JobContext:
     limits: Limits
     lineage: Mapping[str, str] = field(default_factory=dict)
     """Footer entries beyond the fixed ones, already strings; keys without the `hqlabel.` prefix."""
+    segmenter: str = "pipeline.weights:load_segmenter"
+    """`module:function` that makes a worker's segmenter from (context, use_gpu). Tests and benchmarks put a
+    stub here. It names code that is run: it comes from this process, never from a file of the output."""
+    decoder: str = "pipeline.decode:decode_image"
+    """`module:function` that the decoding child calls; the same holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
