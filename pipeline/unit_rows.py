@@ -11,7 +11,7 @@ import datetime as dt
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,9 @@ import pyarrow as pa
 
 from model.structures import Instances
 from pipeline import quality, schema
+from pipeline.boxes import ResolvedBoxes
 from pipeline.errors import BOX_CODES, clean_text, stage_of
 from pipeline.records import JobContext
-
-if TYPE_CHECKING:
-    from pipeline.boxes import ResolvedBoxes
 
 Float64Array = npt.NDArray[np.float64]
 

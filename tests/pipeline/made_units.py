@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -11,22 +11,13 @@ from pycocotools import mask as coco_mask
 
 from model.structures import Instances
 from pipeline import schema
+from pipeline.boxes import ResolvedBoxes, resolve_boxes
 from pipeline.records import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Place, Weights
 from pipeline.storage import Store
 from pipeline.units import ImageResult, build_unit_table, check_against_plan, commit, encode
 
 SIZE_HW = (40, 60)
 WHEN = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resolved:
-    """The prompts of one image, as pipeline.boxes resolves them."""
-
-    prompt_xyxy: np.ndarray
-    usable: np.ndarray
-    error: tuple[str | None, ...]
-    flags: tuple[tuple[str, ...], ...]
 
 
 def make_context(output: str = "/nowhere", *, images_per_unit: int = 4, run_id: str = "run-1") -> JobContext:
@@ -58,19 +49,9 @@ def plan_table(rows: list[dict]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema.PLAN)
 
 
-def resolve(boxes: list[dict], **fields) -> Resolved:
-    """Boxes of four increasing numbers are usable; others get the reason in `error`."""
-    xyxy = np.full((len(boxes), 4), np.nan, np.float32)
-    errors: list[str | None] = []
-    for n, box in enumerate(boxes):
-        given = box["given"]
-        good = given is not None and len(given) == 4 and given[0] < given[2] and given[1] < given[3]
-        errors.append(None if good else "box_inverted" if given and len(given) == 4 else "box_malformed")
-        if good:
-            xyxy[n] = given
-    usable = np.array([e is None for e in errors], dtype=bool)
-    values = {"prompt_xyxy": xyxy, "usable": usable, "error": tuple(errors), "flags": ((),) * len(boxes)}
-    return Resolved(**(values | fields))
+def resolve(boxes: list[dict], **fields) -> ResolvedBoxes:
+    """The boxes of one image as the pipeline resolves them, with some fields put in by the test."""
+    return dataclasses.replace(resolve_boxes(boxes, BoxRules(), upright_size_hw=SIZE_HW), **fields)
 
 
 def draw(xyxy, size_hw=SIZE_HW) -> np.ndarray:
