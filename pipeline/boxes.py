@@ -1,0 +1,333 @@
+"""Given boxes -> prompts in upright pixels: each box judged alone, none swapped, none lost.
+
+A box is read in the job's format and frame, turned into the upright picture, and cut to it. One that
+cannot be used keeps its place with the reason (a code of errors.BOX_CODES). Letters: N boxes of one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from model.geometry import BoxFormat as PlainFormat
+from model.geometry import boxes_to_xyxy, clip_boxes, denormalise_boxes
+from pipeline.records import BoxFormat, BoxFrame, BoxRules
+
+Float64Array = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+Codes = npt.NDArray[np.int8]
+
+NORMALISED = "-normalised"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedBoxes:
+    """The prompts of one image, one entry for each given box, in order.
+
+    `prompt_xyxy`: float32 (N, 4) in upright pixels, inside the picture, x1 < x2 and y1 < y2; a row of NaN
+    where there is no usable box. `usable`: bool (N,), the prompt goes to the model; without a box it has
+    points or a mask. `error`: a code of BOX_CODES, or None when usable. `flags`: `box_clipped`.
+    `points_xy`: float32 (P, 2) in upright pixels with `point_labels` int32 (P,) of 1, 0 or -1, or None.
+    `prompt_mask`: compressed COCO runs of the upright picture, or None.
+    """
+
+    prompt_xyxy: npt.NDArray[np.float32]
+    usable: BoolArray
+    error: tuple[str | None, ...]
+    flags: tuple[tuple[str, ...], ...]
+    points_xy: tuple[npt.NDArray[np.float32] | None, ...]
+    point_labels: tuple[npt.NDArray[np.int32] | None, ...]
+    prompt_mask: tuple[str | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Frame:
+    """The picture that coordinates are measured in, and the orientation that makes it upright."""
+
+    size_hw: tuple[int, int]
+    orientation: int
+    upright_size_hw: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Extra:
+    """The points and the mask of one prompt; `sound`: they can be used."""
+
+    points_xy: npt.NDArray[np.float32] | None = None
+    point_labels: npt.NDArray[np.int32] | None = None
+    mask: str | None = None
+    sound: bool = True
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.points_xy is not None or self.mask is not None
+
+
+def resolve_boxes(
+    boxes: Sequence[Mapping[str, Any]],
+    rules: BoxRules,
+    *,
+    upright_size_hw: tuple[int, int],
+    stored_size_hw: tuple[int, int] | None = None,
+    orientation: int | None = None,
+) -> ResolvedBoxes:
+    """The prompts of one image from its planned boxes (the `boxes` of a row of schema.PLAN).
+
+    `orientation`: EXIF, 1 to 8, None for a picture without; `stored_size_hw`: before it is applied. Both
+    matter only for boxes in the stored frame.
+
+    Raises:
+        ValueError: an orientation that does not exist, or sizes that do not belong to it.
+    """
+    frame = _frame(rules.box_frame, upright_size_hw, stored_size_hw, orientation)
+    given = [box.get("given") for box in boxes]
+    has_box = np.array([box is not None for box in given], dtype=np.bool_)
+    prompt_N4, clipped, codes = _judge(given, rules.box_format, frame)
+    extras = [_extra(box, frame) for box in boxes]
+    without = ~has_box & np.array([extra.is_prompt for extra in extras], dtype=np.bool_)
+    codes[without] = 0
+    _mark(codes, np.array([not extra.sound for extra in extras], dtype=np.bool_), "prompt_invalid")
+    usable = codes == 0
+    shown = usable & has_box
+    return ResolvedBoxes(
+        prompt_xyxy=np.where(shown[:, None], prompt_N4, np.float32("nan")).astype(np.float32),
+        usable=usable,
+        error=tuple(_CODES[code] for code in codes.tolist()),
+        flags=tuple(("box_clipped",) if cut else () for cut in (shown & clipped).tolist()),
+        points_xy=tuple(extra.points_xy for extra in extras),
+        point_labels=tuple(extra.point_labels for extra in extras),
+        prompt_mask=tuple(extra.mask for extra in extras),
+    )
+
+
+# 0 is a usable box; the first reason that holds is the one that is kept.
+_CODES = (
+    None,
+    "box_malformed",
+    "box_not_finite",
+    "box_inverted",
+    "box_empty",
+    "box_outside",
+    "prompt_invalid",
+)
+
+
+def _mark(codes: Codes, where: BoolArray, code: str) -> None:
+    codes[where & (codes == 0)] = _CODES.index(code)
+
+
+def _any(where_NK: BoolArray) -> BoolArray:
+    """True for the rows that have a True; bool (N,)."""
+    return np.asarray(where_NK.any(axis=1))
+
+
+def _judge(
+    given: Sequence[Sequence[float | None] | None], box_format: BoxFormat, frame: _Frame
+) -> tuple[npt.NDArray[np.float32], BoolArray, Codes]:
+    """Boxes (N, 4) in the upright picture, whether each was cut to it, and each one's code."""
+    sound = np.array([box is not None and len(box) == 4 and None not in box for box in given], dtype=np.bool_)
+    given_N4 = np.full((len(given), 4), np.nan)
+    given_N4[sound] = np.array([box for box, good in zip(given, sound, strict=True) if good]).reshape(-1, 4)
+    codes = np.zeros(len(given), dtype=np.int8)
+    _mark(codes, ~sound, "box_malformed")
+    with np.errstate(over="ignore", invalid="ignore"):
+        xyxy_N4 = _in_frame(given_N4, box_format, frame.size_hw)
+        turned_N4 = _turn_boxes(xyxy_N4, frame)
+        inside_N4 = clip_boxes(turned_N4, frame.upright_size_hw) + 0.0  # -0.0 becomes 0.0
+    prompt_N4 = inside_N4.astype(np.float32)
+    broken = _any(~np.isfinite(given_N4) | np.isnan(xyxy_N4))
+    _mark(codes, broken, "box_not_finite")
+    _mark(codes, _any(xyxy_N4[:, 2:] < xyxy_N4[:, :2]), "box_inverted")
+    _mark(codes, _any(xyxy_N4[:, 2:] == xyxy_N4[:, :2]), "box_empty")
+    _mark(codes, _any(inside_N4[:, 2:] <= inside_N4[:, :2]), "box_outside")
+    _mark(codes, _any(prompt_N4[:, 2:] <= prompt_N4[:, :2]), "box_empty")  # float32 cannot tell
+    return prompt_N4, _any(inside_N4 != turned_N4), codes
+
+
+def _in_frame(given_N4: Float64Array, box_format: BoxFormat, size_hw: tuple[int, int]) -> Float64Array:
+    """Boxes as given -> xyxy in pixels of the frame they were given in."""
+    if box_format.endswith(NORMALISED):
+        given_N4 = denormalise_boxes(given_N4, size_hw)
+    return boxes_to_xyxy(given_N4, cast(PlainFormat, box_format.removesuffix(NORMALISED)))
+
+
+def _frame(
+    box_frame: BoxFrame,
+    upright_size_hw: tuple[int, int],
+    stored_size_hw: tuple[int, int] | None,
+    orientation: int | None,
+) -> _Frame:
+    turn = 1 if orientation is None else orientation
+    if turn not in range(1, 9):
+        raise ValueError(f"EXIF orientation {orientation} does not exist; wanted 1 to 8 or None")
+    if box_frame == "upright":
+        return _Frame(size_hw=upright_size_hw, orientation=1, upright_size_hw=upright_size_hw)
+    height, width = upright_size_hw
+    stored = (width, height) if turn >= 5 else (height, width)
+    if stored_size_hw is not None and stored_size_hw != stored:
+        raise ValueError(
+            f"a picture of upright size {upright_size_hw} and EXIF orientation {turn} is stored as {stored}, "
+            f"not {stored_size_hw}"
+        )
+    return _Frame(size_hw=stored, orientation=turn, upright_size_hw=upright_size_hw)
+
+
+def _turn_boxes(xyxy_N4: Float64Array, frame: _Frame) -> Float64Array:
+    """Boxes in the frame -> in the upright picture, each with its corners in order again."""
+    if frame.orientation == 1:
+        return xyxy_N4
+    corners = _turn_points(xyxy_N4.reshape(-1, 2), frame).reshape(-1, 2, 2)
+    return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+
+
+def _turn_points(points_xy: Float64Array, frame: _Frame) -> Float64Array:
+    """Points (P, 2) in the frame -> in the upright picture.
+
+    EXIF 2.32, tag 0x0112: 2 mirrored left to right, 3 upside down, 4 mirrored top to bottom, 6 and 8 to be
+    turned clockwise and anticlockwise by a quarter, 5 and 7 the same mirrored.
+    """
+    height, width = frame.size_hw
+    x, y = points_xy[:, 0], points_xy[:, 1]
+    across, down = width - x, height - y
+    turned = {
+        1: (x, y),
+        2: (across, y),
+        3: (across, down),
+        4: (x, down),
+        5: (y, x),
+        6: (down, x),
+        7: (down, across),
+        8: (y, across),
+    }[frame.orientation]
+    return np.stack(turned, axis=1)
+
+
+def _extra(box: Mapping[str, Any], frame: _Frame) -> _Extra:
+    """The points and the mask beside, or instead of, a box."""
+    flat, labels, mask = box.get("points_xy"), box.get("point_labels"), box.get("prompt_mask")
+    if not flat and not labels and mask is None:
+        return _Extra()
+    points = _points(flat or [], labels or [], frame)
+    # A mask in another frame would have to be turned by its pixels; only upright ones are taken.
+    fits = mask is None or (tuple(mask["size"]) == frame.upright_size_hw and frame.orientation == 1)
+    if points is None or not fits:
+        return _Extra(sound=False)
+    points_xy, point_labels = points if len(points[1]) else (None, None)
+    return _Extra(points_xy=points_xy, point_labels=point_labels, mask=mask and mask["counts"])
+
+
+def _points(
+    flat: Sequence[float | None], labels: Sequence[int | None], frame: _Frame
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]] | None:
+    """Points and labels in the upright picture; None where they do not fit each other or the picture."""
+    if len(flat) != 2 * len(labels) or None in flat or not all(label in (1, 0, -1) for label in labels):
+        return None
+    turned = _turn_points(np.array(flat, dtype=np.float64).reshape(-1, 2), frame)
+    height, width = frame.upright_size_hw
+    inside = (turned >= 0).all(axis=1) & (turned <= [width, height]).all(axis=1)
+    padding = np.array(labels, dtype=np.int32) == -1
+    if not (inside | padding).all():
+        return None
+    return np.where(padding[:, None], 0, turned).astype(np.float32), np.array(labels, dtype=np.int32)
+
+
+# ---------------------------------------------------------------------------------------------
+# Likely mistakes, found before any work
+# ---------------------------------------------------------------------------------------------
+
+SUSPICIOUS_SHARE = 0.1
+"""Of the boxes looked at; real detectors stay far below, a wrong format far above."""
+
+
+def suspicions(
+    given_N4: Float64Array,
+    rules: BoxRules,
+    *,
+    upright_size_hw: npt.NDArray[np.int64] | None = None,
+    stored_size_hw: npt.NDArray[np.int64] | None = None,
+) -> tuple[str, ...]:
+    """Sentences on boxes that look as if they were read in the wrong format or frame, with the flag to set.
+
+    `given_N4`: boxes as given, of any images; rows with NaN or infinity are left out. `upright_size_hw`,
+    `stored_size_hw`: int64 (N, 2), the sizes of the pictures they lie in, where known; 0 where not.
+    """
+    finite = np.isfinite(given_N4).all(axis=1)
+    boxes_N4 = given_N4[finite]
+    if not len(boxes_N4):
+        return ()
+    base = rules.box_format.removesuffix(NORMALISED)
+    found = [_wrong_unit(boxes_N4, rules.box_format, base), _wrong_corners(boxes_N4, base)]
+    if upright_size_hw is not None and rules.box_format == base:
+        xyxy_N4 = boxes_to_xyxy(boxes_N4, cast(PlainFormat, base))
+        stored = None if stored_size_hw is None else stored_size_hw[finite]
+        found += [
+            _too_far(xyxy_N4, base, upright_size_hw[finite]),
+            _wrong_frame(xyxy_N4, rules, upright_size_hw[finite], stored),
+        ]
+    return tuple(sentence for sentence in found if sentence)
+
+
+def _wrong_unit(boxes_N4: Float64Array, box_format: BoxFormat, base: str) -> str | None:
+    largest = float(np.abs(boxes_N4).max())
+    if box_format == base and largest <= 1:
+        return (
+            f"all {len(boxes_N4)} boxes lie within 0 to 1, which as pixels is a corner of one pixel; "
+            f"if they are shares of the picture: --box-format {base}{NORMALISED}"
+        )
+    if box_format != base and np.median(np.abs(boxes_N4).max(axis=1)) > 2:
+        return (
+            f"the boxes are read as shares of the picture, but reach {largest:g}; "
+            f"if they are pixels: --box-format {base}"
+        )
+    return None
+
+
+def _wrong_corners(boxes_N4: Float64Array, base: str) -> str | None:
+    if base != "xyxy":
+        return None
+    share = float((boxes_N4[:, 2:] <= boxes_N4[:, :2]).any(axis=1).mean())
+    if share <= SUSPICIOUS_SHARE:
+        return None
+    return (
+        f"{share:.0%} of the boxes, read as x1, y1, x2, y2, end before they begin; "
+        "if they are x, y, width, height: --box-format xywh"
+    )
+
+
+def _too_far(xyxy_N4: Float64Array, base: str, size_hw: npt.NDArray[np.int64]) -> str | None:
+    if base == "xyxy":
+        return None
+    known = (size_hw > 0).all(axis=1)
+    beyond = _any(xyxy_N4[known, 2:] > size_hw[known][:, ::-1] * 1.01)
+    share = float(beyond.mean()) if len(beyond) else 0.0
+    if share <= SUSPICIOUS_SHARE:
+        return None
+    return (
+        f"{share:.0%} of the boxes, read as {base}, reach over the right or lower edge of their picture; "
+        "if they are x1, y1, x2, y2: --box-format xyxy"
+    )
+
+
+def _wrong_frame(
+    xyxy_N4: Float64Array,
+    rules: BoxRules,
+    upright_size_hw: npt.NDArray[np.int64],
+    stored_size_hw: npt.NDArray[np.int64] | None,
+) -> str | None:
+    if stored_size_hw is None or rules.box_frame != "upright":
+        return None
+    turned = _any(upright_size_hw != stored_size_hw)
+    outside = _any(xyxy_N4[turned, 2:] > upright_size_hw[turned][:, ::-1] * 1.01)
+    fits = ~_any(xyxy_N4[turned, 2:] > stored_size_hw[turned][:, ::-1] * 1.01)
+    share = float((outside & fits).mean()) if turned.any() else 0.0
+    if share <= SUSPICIOUS_SHARE:
+        return None
+    return (
+        f"{share:.0%} of the boxes on turned photographs fit the picture as stored, not as people see it; "
+        "if the detector ignored EXIF: --box-frame stored"
+    )
