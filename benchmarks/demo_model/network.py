@@ -1,0 +1,170 @@
+"""The demo checkpoint's network: size, first weights, change of the input side, the two forward passes.
+
+The parts are those of `model/`; only the training's way through them is here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.demo_model.batches import PATCH, PIXEL_MEAN, PIXEL_STD, Batch
+from benchmarks.demo_model.cache import SceneCache
+from model.config import SamHQConfig, vit_config
+from model.image_encoder import ImageEncoderViT
+from model.mask_decoder import MaskDecoder
+from model.prompt_encoder import PromptEncoder
+
+AFFINITY_WIDTH = 64
+HQ_PARTS = ("hq_token", "hyper_hq", "hq_vit", "hq_emb", "hq_mask")
+
+
+def demo_config(side: int) -> SamHQConfig:
+    """The demo checkpoint's configuration at an input side of `side` pixels."""
+    return vit_config(
+        embed_dim=192, depth=8, num_heads=6, global_attn_indexes=(2, 5), window_size=8, image_size=side
+    )
+
+
+def position_frequencies() -> torch.Tensor:
+    """The positional matrix (2, 128): 48 frequencies along x, 48 along y, 32 in random directions.
+
+    SAM draws all of it from a Gaussian. With low frequencies along the axes "right of this corner" is a
+    linear function of the encoding, and the decoder learns to fill a box several times sooner.
+    """
+    along = torch.logspace(math.log10(0.06), math.log10(2.0), 48)
+    nothing = torch.zeros(48)
+    axes = [torch.stack([along, nothing]), torch.stack([nothing, along])]
+    return torch.cat([*axes, 0.7 * torch.randn(2, 32)], dim=1)
+
+
+class DemoNetwork(nn.Module):
+    """The three parts of a SAM-HQ, trainable at any side that is a multiple of 128."""
+
+    def __init__(self, side: int = 256) -> None:
+        super().__init__()
+        config = demo_config(side)
+        self.image_encoder = ImageEncoderViT(config.vision)
+        self.prompt_encoder = PromptEncoder(config.prompt_encoder)
+        self.mask_decoder = MaskDecoder(config.mask_decoder)
+        self.affinity = nn.Linear(config.mask_decoder.hidden_size, AFFINITY_WIDTH)  # for training alone
+        self._first_weights()
+
+    def _first_weights(self) -> None:
+        for module in self.image_encoder.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.image_encoder.pos_embed, std=0.02)
+        # Learned tokens and the picture start quiet beside the positions: "where is the box" comes first.
+        prompts, decoder = self.prompt_encoder, self.mask_decoder
+        with torch.no_grad():
+            for token in (
+                *prompts.point_embed,
+                prompts.no_mask,
+                decoder.iou_token,
+                decoder.mask_tokens,
+                decoder.hq_token,
+            ):
+                token.mul_(0.2)
+            self.image_encoder.neck.norm2.weight.fill_(0.2)
+            prompts.pe_matrix.copy_(position_frequencies())
+
+    @torch.no_grad()
+    def whiten_patches(self, cache: SceneCache, *, pictures: int = 300) -> None:
+        """Sets the patch embedding to the whitened main components of real patches.
+
+        A random projection sees little but each patch's mean colour; this one gives every direction the
+        same weight from the first step on.
+        """
+        rng = np.random.default_rng(0)
+        patches = []
+        for index in range(min(pictures, len(cache))):
+            pixels, _ = cache[index]
+            height, width = (size // PATCH * PATCH for size in pixels.shape[:2])
+            cut = (pixels[:height, :width].astype(np.float32) - PIXEL_MEAN) / PIXEL_STD
+            cut = cut.reshape(height // PATCH, PATCH, width // PATCH, PATCH, 3).transpose(0, 2, 4, 1, 3)
+            patches.append(
+                cut.reshape(-1, 3 * PATCH * PATCH)[rng.permutation(cut.shape[0] * cut.shape[1])[:100]]
+            )
+        sample = torch.from_numpy(np.concatenate(patches)).double()
+        spread = torch.cov(sample.T)
+        strength, direction = torch.linalg.eigh(spread)
+        projection = self.image_encoder.patch_embed
+        width = projection.weight.shape[0]
+        kept = (direction[:, -width:] / (strength[-width:] + 0.05).sqrt()).T.float()
+        projection.weight.copy_(kept.reshape(projection.weight.shape))
+        projection.bias.copy_(-(kept @ sample.mean(0).float()))
+
+    @torch.no_grad()
+    def set_side(self, side: int) -> None:
+        """Moves the network to another input side: positional tables of the whole grid are interpolated."""
+        grid = side // PATCH
+        encoder = self.image_encoder
+        table = F.interpolate(
+            encoder.pos_embed.permute(0, 3, 1, 2), (grid, grid), mode="bicubic", antialias=True
+        )
+        encoder.pos_embed = nn.Parameter(table.permute(0, 2, 3, 1).contiguous())
+        for block in encoder.blocks:
+            if block.window == 0:
+                for name in ("rel_pos_h", "rel_pos_w"):
+                    old = getattr(block.attn, name)
+                    new = F.interpolate(old.T[None], 2 * grid - 1, mode="linear", align_corners=True)[0].T
+                    setattr(block.attn, name, nn.Parameter(new.contiguous()))
+        self.prompt_encoder.side, self.prompt_encoder.grid = side, grid
+
+    def freeze_sam_part(self) -> None:
+        """Leaves only the HQ token, its MLP and the fusion convolutions to train: the paper's second step."""
+        for name, weight in self.named_parameters():
+            weight.requires_grad = name.split(".")[1] in HQ_PARTS and name.startswith("mask_decoder")
+
+    def sam_forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `sam_decode` returns, and the affinity vectors (B, G * G, 64) of the cells."""
+        embedding = self.image_encoder(batch.pixels_B3SS).embedding_BCGG
+        logits, predicted_iou = self.sam_decode(embedding, batch.boxes_N4, batch.image_index_N)
+        return logits, predicted_iou, self.affinity(embedding.flatten(2).transpose(1, 2))
+
+    def sam_decode(
+        self, embedding: torch.Tensor, boxes_N4: torch.Tensor, image_index_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the SAM masks (N, 4, 4G, 4G) and predicted IoUs (N, 4); no HQ branch.
+
+        The HQ token already sits among the tokens, at its first value, so that adding its training later
+        moves the SAM masks little.
+        """
+        decoder = self.mask_decoder
+        sparse, dense = self.prompt_encoder(boxes_N4=boxes_N4)
+        shared = decoder.share(
+            embedding_BCGG=embedding,
+            hq_features_BCHW=embedding,  # not looked at on this road
+            dense_BCGG=dense,
+            image_pe_1CGG=self.prompt_encoder.image_pe(),
+        )
+        fixed = torch.cat([decoder.iou_token, decoder.mask_tokens, decoder.hq_token])
+        tokens = torch.cat([fixed.expand(len(sparse), -1, -1), sparse], dim=1)
+        out, keys = decoder.transformer(tokens, shared.first.select(image_index_N), shared.terms)
+        grid = embedding.shape[-1]
+        upscaled = F.gelu(decoder.up(keys.transpose(1, 2).unflatten(2, (grid, grid))))
+        vectors = torch.stack([mlp(out[:, 1 + k]) for k, mlp in enumerate(decoder.hyper)], dim=1)
+        logits = (vectors @ upscaled.flatten(2)).unflatten(2, upscaled.shape[2:])
+        return logits, decoder.iou_head(out[:, 0])
+
+    def hq_forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits (N, 4G, 4G) of mask 0 and of the HQ token, and the predicted IoU (N,) of mask 0."""
+        with torch.no_grad():
+            features = self.image_encoder(batch.pixels_B3SS)
+            sparse, dense = self.prompt_encoder(boxes_N4=batch.boxes_N4)
+        masks = self.mask_decoder(
+            embedding_BCGG=features.embedding_BCGG,
+            hq_features_BCHW=self.mask_decoder.hq_features(features),
+            image_index_N=batch.image_index_N,
+            sparse_NTC=sparse,
+            dense_BCGG=dense,
+            image_pe_1CGG=self.prompt_encoder.image_pe(),
+            mask_tokens=(0,),
+        )
+        return masks.sam_NKHW[:, 0], masks.hq_NHW, masks.predicted_iou_N4[:, 0]

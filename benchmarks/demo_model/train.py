@@ -1,0 +1,312 @@
+"""Makes the demo checkpoint from synthetic scenes, in the two steps of HQ-SAM.
+
+python -m benchmarks.demo_model.train --out DIR --caches DIR256 DIR512 --minutes 90 [--resume]
+
+The decoder first learns, without pictures, to fill a box; without this it answers "nothing" for a long time.
+Step one trains the SAM part (encoder, prompt encoder, decoder, IoU head) at side 128, 256, and the final one.
+Step two freezes it and trains the HQ token, its MLP and the fusion convolutions, with a loss heavy on edges.
+This is no fine-tuning tool: it knows only its own scenes and its own small network.
+
+The stages' lengths are shares of the time given: a slow machine makes a weaker checkpoint, not a late one.
+DIR/state.pt is written every two minutes and on SIGTERM; `--resume` goes on from it. Batches are drawn from
+(seed, stage, step), so a resumed run sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.demo_model import losses
+from benchmarks.demo_model.batches import PATCH, Batch, make_batch, random_boxes
+from benchmarks.demo_model.cache import SceneCache
+from benchmarks.demo_model.network import DemoNetwork
+from benchmarks.demo_model.optimiser import Muon, split_parameters
+
+NOTICE = "This makes hqlabel's demo checkpoint from synthetic scenes. It is no fine-tuning tool."
+MUON_RATE, ADAM_RATE, HQ_RATE = 0.005, 1e-3, 2e-3
+WARM_UP_STEPS, LAST_RATE = 60, 0.02
+EMA_STEPS = 150  # the exported weights average about this many steps
+SAVE_EVERY_S, REPORT_EVERY_S = 120, 30
+GRADIENT_LIMIT = 1.0
+AFFINITY_WEIGHT = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of training: `images` pictures a step, `boxes` prompts each, `share` of the time."""
+
+    name: str
+    side: int
+    images: int
+    boxes: int
+    share: float
+    kind: str = "sam"
+
+    @property
+    def hq(self) -> bool:
+        return self.kind == "hq"
+
+
+def stages_for(final_side: int) -> tuple[Stage, ...]:
+    return (
+        Stage(name="boxes-128", side=128, images=0, boxes=48, share=0.03, kind="boxes"),
+        Stage(name="sam-128", side=128, images=16, boxes=4, share=0.20),
+        Stage(name="sam-256", side=256, images=8, boxes=6, share=0.40),
+        Stage(name="sam-final", side=final_side, images=4, boxes=6, share=0.17),
+        Stage(name="hq-256", side=256, images=8, boxes=4, share=0.08, kind="hq"),
+        Stage(name="hq-final", side=final_side, images=3, boxes=4, share=0.12, kind="hq"),
+    )
+
+
+class Training:
+    """One run: the network, its average, its optimisers, and where in the stages it stands."""
+
+    def __init__(
+        self, caches: list[SceneCache], *, stages: tuple[Stage, ...], minutes: float, seed: int
+    ) -> None:
+        torch.manual_seed(seed)
+        self.caches, self.stages, self.minutes, self.seed = caches, stages, minutes, seed
+        self.network = DemoNetwork()
+        self.network.whiten_patches(caches[0])
+        self.stage_index, self.step, self.spent_s = 0, 0, 0.0
+        self._enter_stage()
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[self.stage_index]
+
+    def _enter_stage(self) -> None:
+        """Sets the side, what trains, and fresh optimisers and average for the current stage."""
+        self.network.set_side(self.stage.side)
+        if self.stage.hq:
+            self.network.freeze_sam_part()
+        matrices, others = split_parameters(self.network)
+        self.optimisers: list[tuple[torch.optim.Optimizer, float]] = [
+            (
+                torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+                HQ_RATE if self.stage.hq else ADAM_RATE,
+            ),
+            (Muon(matrices, lr=MUON_RATE), MUON_RATE),
+        ]
+        self.trained = [weight for group in (matrices, others) for weight in group]
+        self.average = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+
+    def next_stage(self) -> bool:
+        """Moves on with the averaged weights; False after the last stage."""
+        self.network.load_state_dict(self.average)
+        if self.stage_index + 1 == len(self.stages):
+            return False
+        self.stage_index, self.step, self.spent_s = self.stage_index + 1, 0, 0.0
+        self._enter_stage()
+        return True
+
+    @property
+    def progress(self) -> float:
+        """Share of the current stage's time that is spent, 0..1."""
+        return min(self.spent_s / (60 * self.minutes * self.stage.share), 1.0)
+
+    def _rate_factor(self) -> float:
+        """Warm-up in every stage, and one cosine over each of the two steps."""
+        group = [stage for stage in self.stages if stage.hq == self.stage.hq]
+        before = sum(stage.share for stage in group[: group.index(self.stage)])
+        through = (before + self.progress * self.stage.share) / sum(stage.share for stage in group)
+        cosine = LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * through)) / 2
+        return min(1.0, (self.step + 1) / WARM_UP_STEPS) * cosine
+
+    def draw(self, *, cell: int) -> Batch:
+        rng = np.random.default_rng([self.seed, self.stage_index, self.step])
+        usable = [cache for cache in self.caches if len(cache)]
+        if self.stage.side < 256:
+            usable = usable[:1]
+        elif self.stage.side > 256:
+            usable = usable[-1:]
+        cache = usable[int(rng.integers(len(usable)))]
+        return make_batch(
+            cache, rng, side=self.stage.side, images=self.stage.images, boxes=self.stage.boxes, cell=cell
+        )
+
+    def run_step(self) -> dict[str, float]:
+        started = time.monotonic()
+        makers = {"boxes": self._box_loss, "sam": self._sam_loss, "hq": self._hq_loss}
+        loss, figures = makers[self.stage.kind]()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.trained, GRADIENT_LIMIT)
+        factor = self._rate_factor()
+        for optimiser, rate in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = rate * factor
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        weight = max(1 / EMA_STEPS, 1 / (self.step + 1))
+        current = self.network.state_dict()
+        for name, value in self.average.items():
+            value.lerp_(current[name], weight)
+        self.step += 1
+        self.spent_s += time.monotonic() - started
+        return {"loss": loss.item(), "norm": norm.item(), **figures}
+
+    def _box_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
+        """The decoder alone learns to fill the box it is given: an empty picture, no encoder."""
+        rng = np.random.default_rng([self.seed, self.stage_index, self.step])
+        boxes, targets = random_boxes(rng, side=self.stage.side, boxes=self.stage.boxes)
+        grid = self.stage.side // PATCH
+        empty = torch.zeros(1, 256, grid, grid)
+        logits, predicted_iou = self.network.sam_decode(
+            empty, boxes, torch.zeros(len(boxes), dtype=torch.int64)
+        )
+        near = losses.near_box(boxes, cells=logits.shape[-1], side=self.stage.side)
+        loss, true_iou = losses.step_one(logits, predicted_iou, targets, near)
+        return loss, {"iou_m0": true_iou.mean().item()}
+
+    def _sam_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
+        batch = self.draw(cell=4)
+        logits, predicted_iou, vectors = self.network.sam_forward(batch)
+        near = losses.near_box(batch.boxes_N4, cells=logits.shape[-1], side=self.stage.side)
+        loss, true_iou = losses.step_one(logits, predicted_iou, batch.targets_NHW, near)
+        alike = losses.affinity(vectors, batch.labels_BL)
+        error = (predicted_iou[:, 0].detach() - true_iou).square().mean().item()
+        return loss + AFFINITY_WEIGHT * alike, {
+            "iou_m0": true_iou.mean().item(),
+            "affinity": alike.item(),
+            "score_mse": error,
+        }
+
+    def _hq_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
+        """The loss of m_0 + m_hq, as inference sums them, at twice the low resolution."""
+        batch = self.draw(cell=2)
+        sam, hq, _ = self.network.hq_forward(batch)
+        fine = {
+            name: F.interpolate(logits[:, None], scale_factor=2, mode="bilinear")[:, 0]
+            for name, logits in (("m0", sam), ("sum", sam.detach() + hq), ("hq", hq))
+        }
+        near = losses.near_box(batch.boxes_N4, cells=fine["hq"].shape[-1], side=self.stage.side)
+        loss = losses.step_two(fine["sum"], batch.targets_NHW, near)
+        loss = loss + losses.step_two(fine["hq"], batch.targets_NHW, near)
+        ious = {
+            f"iou_{name}": losses.iou(logits, batch.targets_NHW).mean().item()
+            for name, logits in fine.items()
+        }
+        return loss, ious
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "stage_index": self.stage_index,
+            "step": self.step,
+            "spent_s": self.spent_s,
+            "network": self.network.state_dict(),
+            "average": self.average,
+            "optimisers": [optimiser.state_dict() for optimiser, _ in self.optimisers],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.stage_index = state["stage_index"]
+        self._enter_stage()
+        self.network.load_state_dict(state["network"])
+        self.average = state["average"]
+        for (optimiser, _), saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.step, self.spent_s = state["step"], state["spent_s"]
+
+
+def write_atomically(value: Any, path: Path) -> None:
+    fresh = path.with_suffix(".tmp")
+    torch.save(value, fresh)
+    os.replace(fresh, path)
+
+
+class Journal:
+    """Progress for people on stdout, and every report as a line of DIR/log.jsonl."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = (folder / "log.jsonl").open("a")
+        self.sums: dict[str, float] = {}
+        self.count, self.last = 0, time.monotonic()
+
+    def add(self, training: Training, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        if time.monotonic() - self.last > REPORT_EVERY_S:
+            self.report(training)
+
+    def report(self, training: Training) -> None:
+        if not self.count:
+            return
+        means = {name: round(value / self.count, 4) for name, value in self.sums.items()}
+        rate = round((time.monotonic() - self.last) / self.count, 2)
+        line = {
+            "stage": training.stage.name,
+            "step": training.step,
+            "progress": round(training.progress, 3),
+            "s_per_step": rate,
+            **means,
+        }
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        print(" ".join(f"{key}={value}" for key, value in line.items()), flush=True)
+        self.sums, self.count, self.last = {}, 0, time.monotonic()
+
+
+def run(training: Training, folder: Path) -> bool:
+    """Trains to the end (True) or to a SIGTERM (False)."""
+    journal, stop = Journal(folder), []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.append(True))
+    saved = time.monotonic()
+    while not stop:
+        journal.add(training, training.run_step())
+        if training.progress >= 1:
+            journal.report(training)
+            write_atomically({"average": training.average}, folder / f"after-{training.stage.name}.pt")
+            if not training.next_stage():
+                return True
+            write_atomically(training.state(), folder / "state.pt")
+        elif time.monotonic() - saved > SAVE_EVERY_S:
+            write_atomically(training.state(), folder / "state.pt")
+            saved = time.monotonic()
+    write_atomically(training.state(), folder / "state.pt")
+    return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=NOTICE)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--caches", type=Path, nargs="+", required=True, help="folders of benchmarks.demo_model.cache"
+    )
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--final-side", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args()
+    print(NOTICE, flush=True)
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    training = Training(
+        [SceneCache(folder) for folder in options.caches],
+        stages=stages_for(options.final_side),
+        minutes=options.minutes,
+        seed=options.seed,
+    )
+    if options.resume:
+        training.restore(torch.load(options.out / "state.pt", weights_only=True))
+    finished = run(training, options.out)
+    print("finished" if finished else "stopped; go on with --resume", flush=True)
+
+
+if __name__ == "__main__":
+    main()
