@@ -133,6 +133,10 @@ class ClusterSection(_Section):
     """Share of a GPU for a model process; null: 1 where the cluster has GPUs, else 0."""
     cpus_per_actor: Number | None = Field(default=None, gt=0)
     """CPU cores for a model process; null: chosen from the machine."""
+    decode_cpus: Number | None = Field(default=None, gt=0)
+    """CPU cores for a task that fetches and decodes one unit; null: chosen from the machine."""
+    wait_for_nodes_s: Number = Field(default=0.0, ge=0)
+    """How long the nodes that an autoscaler brings may take at the start."""
     cpus: int | None = Field(default=None, ge=1)
     """Cores of the private local Ray; null: all this process may use."""
     shared_paths: bool = False

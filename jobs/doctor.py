@@ -143,7 +143,7 @@ def _shared_memory() -> Iterator[Finding]:
         return
     free = shutil.disk_usage(shm).free
     if free < _SMALL_SHM:
-        text = f"{console.size(free)} free in /dev/shm: Ray will use the disk; start the container with --shm-size=4g"
+        text = f"{console.size(free)} free in /dev/shm, the rest goes to disk; containers: --shm-size=4g"
         yield Finding(area="machine", name="shared memory", state="note", text=text)
     else:
         yield Finding(area="machine", name="shared memory", state="ok", text=f"{console.size(free)} free")
