@@ -1,0 +1,74 @@
+"""The usable prompts of one image, grouped by kind as the model takes them.
+
+A call of the model needs prompts of one kind: the same parts, and the same number of points. Nearly
+every image has boxes alone and so one group. Where kinds are mixed, the picture is encoded once a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from model.structures import Instances, Prompts
+from pipeline.boxes import ResolvedBoxes
+
+MaskPrompt = Callable[[str, tuple[int, int]], npt.NDArray[np.float32]]
+"""Compressed runs and their (height, width) -> low-resolution logits for `Prompts.mask_logits`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptGroup:
+    """Prompts of one kind, and which of the image's usable boxes they are, ascending."""
+
+    places: npt.NDArray[np.int64]
+    prompts: Prompts
+
+
+def group_by_kind(
+    boxes: ResolvedBoxes, size_hw: tuple[int, int], mask_prompt: MaskPrompt
+) -> list[PromptGroup]:
+    """The usable prompts in groups of one kind; together they are every usable box once."""
+    rows = np.flatnonzero(boxes.usable)
+    kinds: dict[tuple[bool, int, bool], list[int]] = {}
+    for place, row in enumerate(rows):
+        kinds.setdefault(_kind(boxes, int(row)), []).append(place)
+    groups = []
+    for (has_box, num_points, has_mask), places in kinds.items():
+        chosen = rows[places]
+        points = [p for p in (boxes.points_xy[row] for row in chosen) if p is not None]
+        labels = [p for p in (boxes.point_labels[row] for row in chosen) if p is not None]
+        masks = [m for m in (boxes.prompt_mask[row] for row in chosen) if m is not None]
+        prompts = Prompts(
+            boxes_xyxy=boxes.prompt_xyxy[chosen] if has_box else None,
+            points_xy=np.stack(points) if num_points else None,
+            point_labels=np.stack(labels) if num_points else None,
+            mask_logits=np.stack([mask_prompt(m, size_hw) for m in masks]) if has_mask else None,
+        )
+        groups.append(PromptGroup(places=np.array(places, np.int64), prompts=prompts))
+    return groups
+
+
+def _kind(boxes: ResolvedBoxes, row: int) -> tuple[bool, int, bool]:
+    points = boxes.points_xy[row]
+    has_box = bool(np.isfinite(boxes.prompt_xyxy[row]).all())
+    return has_box, 0 if points is None else len(points), boxes.prompt_mask[row] is not None
+
+
+def join(groups: list[PromptGroup], answers: list[Instances]) -> Instances:
+    """The masks of all groups of one image, in the order of its usable boxes; flags of any are kept."""
+    if len(groups) == 1:
+        return answers[0]
+    order = np.argsort(np.concatenate([group.places for group in groups]), kind="stable")
+    counts = [text for answer in answers for text in answer.counts]
+    return Instances(
+        size_hw=answers[0].size_hw,
+        counts=tuple(counts[i] for i in order),
+        area=np.concatenate([answer.area for answer in answers])[order],
+        bbox_xywh=np.concatenate([answer.bbox_xywh for answer in answers])[order],
+        predicted_iou=np.concatenate([answer.predicted_iou for answer in answers])[order],
+        stability_score=np.concatenate([answer.stability_score for answer in answers])[order],
+        flags=tuple(dict.fromkeys(flag for answer in answers for flag in answer.flags)),
+    )
