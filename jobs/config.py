@@ -40,6 +40,8 @@ class InputSection(_Section):
     """`upright`: boxes are in the picture as people see it (EXIF applied); `stored`: as the file has it."""
     columns: dict[str, str] = {}
     """Where a table has other column names: our name (such as image_uri) to the table's."""
+    image_root: str | None = None
+    """Folder or prefix that relative uris and COCO file names start from; null: the folder of their table."""
     limit: int | None = Field(default=None, ge=1)
     """Only the first N images in the order of their ids."""
     allow_unmatched: bool = False

@@ -13,11 +13,13 @@ from typing import Any
 from jobs.config import Config
 from model.structures import CallShape
 from pipeline.errors import UsageError
+from pipeline.inputs import InputSettings
+from pipeline.quality import FilterSettings
 from pipeline.records import AccessRules, Limits, MaskSettings, Place
+from pipeline.resources import ClusterSettings
 from pipeline.storage import refuse_secrets
 
 _REMOTE = re.compile(r"[a-z][a-z0-9+.\-]*://")
-_GLOB = re.compile(r"[*?\[]")
 
 
 def is_local(uri: str) -> bool:
@@ -28,6 +30,25 @@ def is_local(uri: str) -> bool:
 def absolute(uri: str) -> str:
     """A local path made absolute (links are not followed); any other uri as it is."""
     return os.path.abspath(uri.removeprefix("file://")) if is_local(uri) else uri
+
+
+def resolved(config: Config) -> Config:
+    """The configuration with every local place absolute: what `config.yaml` in the output holds."""
+    given, model = config.input, config.model
+    places = {name: getattr(given, name) for name in ("images", "boxes", "image_root")}
+    inputs: dict[str, Any] = {name: absolute(place) for name, place in places.items() if place}
+    inputs["allow_roots"] = [os.path.realpath(root) for root in given.allow_roots]
+    checkpoint = model.checkpoint
+    if checkpoint and is_local(checkpoint) and os.path.exists(absolute(checkpoint)):
+        checkpoint = absolute(checkpoint)
+    uri = config.output.uri
+    return config.model_copy(
+        update={
+            "input": given.model_copy(update=inputs),
+            "model": model.model_copy(update={"checkpoint": checkpoint}),
+            "output": config.output.model_copy(update={"uri": absolute(uri) if uri else uri}),
+        }
+    )
 
 
 def storage_options(config: Config, uri: str) -> Mapping[str, Any]:
@@ -50,17 +71,40 @@ def require(value: str | None, flag: str, wanted: str) -> str:
     return value
 
 
-def access_rules(config: Config) -> AccessRules:
-    """What image uris may point at: below the inputs' own folders and --allow-root, and allowed schemes."""
+def input_settings(config: Config) -> InputSettings:
+    """What to label and how to read it, with local places as they were written (the reader resolves them)."""
+    given = config.input
+    if not given.images and not given.boxes:
+        raise UsageError("--images and --boxes are missing: name images, boxes, or both")
+    schemes = [*AccessRules().schemes, *given.allow_schemes]
     storage_options(config, "")
-    inputs = [uri for uri in (config.input.images, config.input.boxes) if uri and is_local(uri)]
-    folders = [*map(_folder_of, inputs), *map(_existing_folder, config.input.allow_roots)]
-    schemes = [*AccessRules().schemes, *config.input.allow_schemes]
-    return AccessRules(
-        roots=tuple(dict.fromkeys(os.path.realpath(folder) for folder in folders)),
-        schemes=tuple(dict.fromkeys(schemes)),
-        options=config.storage,
+    return InputSettings(
+        images=given.images,
+        boxes=given.boxes,
+        box_format=given.box_format,
+        box_frame=given.box_frame,
+        columns=given.columns,
+        image_root=given.image_root,
+        limit=given.limit,
+        allow_unmatched=given.allow_unmatched,
+        access=AccessRules(
+            roots=tuple(os.path.realpath(_existing_folder(root)) for root in given.allow_roots),
+            schemes=tuple(dict.fromkeys(schemes)),
+            options=config.storage,
+        ),
+        images_per_unit=config.output.images_per_unit,
     )
+
+
+def cluster_settings(config: Config) -> ClusterSettings:
+    """What the job asks of the cluster."""
+    fields = config.cluster.model_dump()
+    return ClusterSettings(**{name: fields[name] for name in ClusterSettings.__dataclass_fields__})
+
+
+def filter_settings(config: Config) -> FilterSettings:
+    """What `accepted` asks of a mask."""
+    return FilterSettings(**config.filter.model_dump())
 
 
 def limits(config: Config) -> Limits:
@@ -81,15 +125,6 @@ def mask_settings(config: Config, dtype: str) -> MaskSettings:
         hq_token_only=model.hq_token_only,
         stability_offset=model.stability_offset,
     )
-
-
-def _folder_of(uri: str) -> str:
-    """The folder of a local input: itself, the part of a glob before its first sign, or a file's folder."""
-    path = absolute(uri)
-    sign = _GLOB.search(path)
-    if os.path.isdir(path):
-        return path
-    return os.path.dirname(path[: sign.start()] if sign and not os.path.exists(path) else path)
 
 
 def _existing_folder(path: str) -> str:

@@ -49,7 +49,7 @@ def _source(named: str) -> str:
     if os.path.exists(path):
         return path
     # Asking the hub for what was meant as a path takes half a minute and ends in a misleading answer.
-    meant_as_path = os.path.isabs(named) or os.path.isdir(os.path.dirname(path)) and os.sep in named
+    meant_as_path = os.path.isabs(named) or (os.path.isdir(os.path.dirname(path)) and os.sep in named)
     if meant_as_path or (named.count("/") < 2 and named.endswith((".pth", ".safetensors"))):
         raise JobRefused(f"--checkpoint {named}: there is no such file or folder")
     return named
