@@ -48,10 +48,12 @@ def test_no_file_names_a_package_registry() -> None:
 
 
 def test_no_file_names_a_path_of_this_machine() -> None:
-    machine = tuple(
-        re.escape(f"{place}/") for place in {ROOT, ROOT.parent, Path.home()} if len(str(place)) > 1
-    )
-    assert hits((*machine, "/opt/" + "pypi", "/opt/" + "wheels", r"\B/" + "work/")) == []
+    places = [
+        re.escape(f"{place}/")
+        for place in (ROOT, Path.home(), "/opt/" + "pypi", "/opt/" + "wheels", "/" + "work")
+    ]
+
+    assert hits(tuple(rf"(?<![\w.}}]){place}" for place in places)) == []
 
 
 def test_no_file_holds_a_secret() -> None:
