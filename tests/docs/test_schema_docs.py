@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools import mask as coco_mask
 
-from pipeline import schema
+from pipeline import quality, schema
 from tests.docs.markdown import blocks, column, section, table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -49,6 +49,12 @@ def test_the_statuses_are_the_codes_own() -> None:
     row = next(r for r in table(section(PAGE, "images")) if r["column"] == "status")
 
     assert all(status in row["meaning"] for status in schema.STATUSES)
+
+
+def test_the_flags_are_the_codes_own_with_their_meaning() -> None:
+    rows = table(section(PAGE, "Flags"))
+
+    assert [(row["flag"], row["meaning"]) for row in rows] == list(quality.FLAGS.items())
 
 
 def instance(image_id: str, index: int, **changes: Any) -> dict[str, Any]:
