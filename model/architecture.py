@@ -114,8 +114,9 @@ def dimension(shapes: Mapping[str, tuple[int, ...]], name: str, axis: int) -> in
 
 
 def count_blocks(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
-    """Return one more than the highest N of names `prefix.N.…`; a gap shows later, as a missing tensor."""
-    numbers = [int(name[len(prefix) + 1 :].split(".")[0]) for name in shapes if name.startswith(prefix + ".")]
-    if not numbers:
-        raise ConfigError(f"the architecture cannot be read: no tensor is called {prefix}.<number>")
-    return 1 + max(numbers)
+    """Return how many blocks `prefix.0`, `prefix.1`, ... there are, or raise `ConfigError` naming a gap."""
+    numbers = {int(name[len(prefix) + 1 :].split(".")[0]) for name in shapes if name.startswith(prefix + ".")}
+    gap = next((i for i in range(len(numbers) + 1) if i not in numbers), 0)
+    if not numbers or gap < len(numbers):
+        raise ConfigError(f"the architecture cannot be read: no tensor of {prefix}.{gap}")
+    return len(numbers)

@@ -69,7 +69,7 @@ def load(
     files = read_weights(source, revision=revision)
     layout, native, ignored = to_native(files.tensors)
     config = read_config(native, files.config)
-    model = build(config, native)
+    model = build(config, native, layout)
     info = WeightsInfo(
         sha256=files.sha256,
         layout=layout,
@@ -140,8 +140,8 @@ def read_config(native: Mapping[str, torch.Tensor], values: Mapping[str, Any] | 
     return config
 
 
-def build(config: SamHQConfig, native: dict[str, torch.Tensor]) -> SamHQ:
-    """Return the model with exactly these tensors, as fp32, in evaluation mode."""
+def build(config: SamHQConfig, native: Mapping[str, torch.Tensor], layout: Layout) -> SamHQ:
+    """Return the model with exactly these tensors, as fp32, for evaluation; errors use the file's names."""
     with torch.device("meta"):
         model = SamHQ(config)
     expected = model.state_dict()
@@ -150,28 +150,33 @@ def build(config: SamHQConfig, native: dict[str, torch.Tensor]) -> SamHQ:
         # BatchNorm's counter of training steps: some files leave it out, and inference does not read it.
         if name.endswith("num_batches_tracked"):
             tensors.setdefault(name, torch.tensor(0))
-    check_names(expected, tensors)
-    for name, tensor in tensors.items():
-        tensors[name] = checked(name, tensor, expected[name])
+    check_names("missing", set(expected) - set(tensors), layout)
+    check_names("left over", set(tensors) - set(expected), layout)
+    for name in expected:
+        tensors[name] = checked(file_name(name, layout), tensors[name], expected[name])
     model.load_state_dict(tensors, strict=True, assign=True)
-    return model.requires_grad_(True).eval()
+    return model.eval()
 
 
-def check_names(expected: Mapping[str, object], found: Mapping[str, object]) -> None:
-    """Raise `CheckpointError` naming tensors that are missing or that the architecture has no place for."""
-    missing, left_over = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing:
-        raise CheckpointError(f"{len(missing)} tensors are missing: {shown(missing)} (our names)")
-    if left_over:
-        raise CheckpointError(f"{len(left_over)} tensors are left over: {shown(left_over)} (our names)")
+def file_name(name: str, layout: Layout) -> str:
+    """Return what a tensor of ours is called in a file of this layout."""
+    found = rename(name, "native", layout)
+    assert found is not None, name
+    return found
+
+
+def check_names(what: str, names: set[str], layout: Layout) -> None:
+    """Raise `CheckpointError` when there are such tensors, naming them as the file does."""
+    if names:
+        found = sorted(file_name(name, layout) for name in names)
+        raise CheckpointError(f"{len(names)} tensors are {what}: {shown(found)}")
 
 
 def checked(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Return the tensor as fp32 (a counter as int64), or raise `CheckpointError` naming it."""
     if tensor.shape != expected.shape:
-        raise CheckpointError(
-            f"tensor {name} has shape {tuple(tensor.shape)}; wanted {tuple(expected.shape)}"
-        )
+        found, wanted = tuple(tensor.shape), tuple(expected.shape)
+        raise CheckpointError(f"tensor {name} has shape {found}; wanted {wanted}")
     if not expected.is_floating_point():
         return tensor.to(expected.dtype)
     if tensor.dtype not in STORED_DTYPES:
@@ -230,14 +235,11 @@ def save_original(model: SamHQ, path: str | Path) -> WeightsInfo:
 def stored_tensors(model: SamHQ, layout: Layout) -> dict[str, torch.Tensor]:
     """Return the model's tensors under the layout's names, on the host."""
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for ours, tensor in model.state_dict().items():
+        name = file_name(ours, layout)
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            raise CheckpointError(
-                f"tensor {name} is {tensor.dtype}; only a model that was not cast can be saved"
-            )
-        stored = rename(name, "native", layout)
-        assert stored is not None, name
-        tensors[stored] = tensor.detach().cpu().contiguous()
+            raise CheckpointError(f"tensor {name} is {tensor.dtype}; save the model before casting it")
+        tensors[name] = tensor.detach().cpu().contiguous()
     return tensors
 
 
@@ -245,10 +247,9 @@ def to_half(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor as fp16, or as it is where rounding would hurt: the positional matrix, statistics."""
     if not tensor.is_floating_point() or "positional_embedding" in name or ".running_" in name:
         return tensor
-    if tensor.abs().max().item() > FP16_MAX:
-        raise CheckpointError(
-            f"tensor {name} holds {tensor.abs().max().item():g}, too large for fp16; save it whole"
-        )
+    largest = tensor.abs().max().item()
+    if largest > FP16_MAX:
+        raise CheckpointError(f"tensor {name} holds {largest:g}, too large for fp16; save with half=False")
     return tensor.half()
 
 

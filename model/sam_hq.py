@@ -34,6 +34,8 @@ Multimask = Literal["single", "best", "three"]
 SizeHW = tuple[int, int]
 UInt8Array = npt.NDArray[np.uint8]
 
+DTYPES = (torch.float32, torch.bfloat16)
+
 PROMPTS_PER_CALL = 16
 """Default number of prompts in one decoder call; 16 need about 1.3 GiB in fp32 at S = 1024."""
 
@@ -97,7 +99,7 @@ class SamHQ(nn.Module):
             ValueError: any other dtype. float16 overflows in the encoders of the published weights and
                 gives masks of noise without an error.
         """
-        if dtype not in (torch.float32, torch.bfloat16):
+        if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype} is not supported; use torch.float32 or torch.bfloat16")
         self.image_encoder.to(dtype)
         self.mask_decoder.to(dtype)
@@ -130,7 +132,7 @@ class SamHQ(nn.Module):
     @torch.no_grad()
     def vision_features(self, images: Sequence[UInt8Array]) -> EncoderFeatures:
         """Return the image encoder's two outputs for upright RGB uint8 (H, W, 3) pictures of any sizes."""
-        self._check_eval()
+        self._check_ready()
         features: EncoderFeatures = self.image_encoder(self.normalise_images(images))
         return features
 
@@ -156,7 +158,7 @@ class SamHQ(nn.Module):
         Raises:
             ValueError: no picture, or one whose size does not follow from its upright size.
         """
-        self._check_eval()
+        self._check_ready()
         if not pixels or len(pixels) != len(sizes_hw):
             raise ValueError(
                 f"{len(pixels)} pictures and {len(sizes_hw)} sizes; wanted one size each, and at least one"
@@ -222,7 +224,7 @@ class SamHQ(nn.Module):
             ValueError: a prompt with nothing in it, with parts of unlike lengths, with a label other
                 than 1, 0 and -1, or with a coordinate or logit that is not finite.
         """
-        self._check_eval()
+        self._check_ready()
         if prompts_per_call < 1:
             raise ValueError(f"prompts_per_call is {prompts_per_call}; it must be at least 1")
         if multimask not in ("single", "best", "three"):
@@ -245,9 +247,15 @@ class SamHQ(nn.Module):
         image_index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         return MaskLogits(low_res_NMHW=masks, predicted_iou_NM=ious, image_index_N=image_index)
 
-    def _check_eval(self) -> None:
+    def _check_ready(self) -> None:
         if self.training:
             raise RuntimeError("the model is in training mode; call eval() before encoding or decoding")
+        positions = self.prompt_encoder.pe_matrix.dtype
+        if positions != torch.float32 or self.dtype not in DTYPES:
+            raise TypeError(
+                f"the model is {self.dtype} and its positional matrix {positions}; the matrix must be "
+                "torch.float32 and the rest torch.float32 or torch.bfloat16. Change it with SamHQ.cast"
+            )
 
 
 class ChunkDecoder:

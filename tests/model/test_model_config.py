@@ -1,0 +1,149 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.architecture import config_from_shapes
+from model.config import PUBLISHED, ConfigError, SamHQConfig, TinyVisionConfig, VisionConfig, vit_config
+from model.config_json import config_from_json, config_to_json
+from model.sam_hq import SamHQ
+
+SMALL = vit_config(
+    embed_dim=96, depth=3, num_heads=3, global_attn_indexes=(1, 2), window_size=7, image_size=224
+)
+SMALL_TINY = SamHQConfig.around(
+    TinyVisionConfig(embed_dims=(16, 32, 40, 80), depths=(1, 2, 1, 1), num_heads=(2, 4, 5), image_size=256)
+)
+ALL = {**PUBLISHED, "small": SMALL, "small_tiny": SMALL_TINY}
+
+
+def values(config=SMALL, **changes):
+    """A parsed config.json with changes such as vision_config__window_size=3."""
+    result = json.loads(json.dumps(config_to_json(config)))
+    for path, value in changes.items():
+        *parts, key = path.split("__")
+        target = result
+        for part in parts:
+            target = target[part]
+        target[key] = value
+    return result
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_a_configuration_comes_back_from_its_file(name):
+    assert config_from_json(values(ALL[name])) == ALL[name]
+
+
+@pytest.mark.parametrize("name", ["small", "small_tiny", "vit_b"])
+def test_a_configuration_comes_back_from_the_shapes_of_its_tensors(name):
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in SamHQ(ALL[name]).state_dict().items()}
+
+    assert config_from_shapes(shapes, image_size=ALL[name].image_size) == ALL[name]
+
+
+def test_names_of_sizes():
+    assert [c.vision.name for c in PUBLISHED.values()] == list(PUBLISHED)
+    assert SMALL.vision.name == "vit_96x3"
+    assert SMALL_TINY.vision.name == "tiny_16-32-40-80x1-2-1-1"
+
+
+def test_sides_follow_from_the_grid():
+    assert (SMALL.image_size, SMALL.vision.grid, SMALL.mask_size) == (224, 14, 56)
+    assert (PUBLISHED["vit_tiny"].vision.grid, PUBLISHED["vit_tiny"].mask_size) == (64, 256)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 100}, "multiple of the 12 attention heads"),
+        ({"global_attn_indexes": ()}, "gives the early feature"),
+        ({"global_attn_indexes": (12,)}, "one or more of the 12 blocks"),
+        ({"global_attn_indexes": (5, 2)}, "in rising order"),
+        ({"window_size": 64}, "less than the grid's side 64"),
+        ({"image_size": 1000}, "multiple of 16"),
+        ({"patch_size": 14}, "only 16 is known"),
+    ],
+)
+def test_an_impossible_encoder_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        VisionConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("prompt_encoder", {"image_size": 512}, "image_size differ: 224 and 512"),
+        ("prompt_encoder", {"hidden_size": 128}, "hidden_size differ: 128 and 256"),
+        ("mask_decoder", {"vit_dim": 768}, "vit_dim differ: 96 and 768"),
+        ("mask_decoder", {"hidden_size": 128}, "hidden_size differ: 256 and 128"),
+        ("mask_decoder", {"num_attention_heads": 4}, "num_attention_heads is 4; only 8"),
+        ("mask_decoder", {"hidden_size": 100}, "multiple of 16"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(part, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(SMALL, **{part: replace(getattr(SMALL, part), **changes)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "sam"}, "model_type 'sam'; wanted 'sam_hq'"),
+        ({"vision_encoder_dim": 768}, "remote code"),
+        ({"surprise": 1}, "config.json: unknown keys surprise"),
+        ({"vision_config__surprise": 1}, "vision_config: unknown keys surprise"),
+        ({"vision_config__model_type": "sam_vision_model"}, "wanted 'sam_hq_vision_model'"),
+        ({"vision_config__hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'; only 'gelu'"),
+        ({"vision_config__layer_norm_eps": 1e-5}, "layer_norm_eps is 1e-05"),
+        ({"vision_config__use_rel_pos": False}, "use_rel_pos is False"),
+        ({"vision_config__mlp_ratio": 3.0}, "contradicts mlp_ratio"),
+        ({"vision_config__num_pos_feats": 64}, "num_pos_feats 64"),
+        ({"vision_config__image_size": [224, 256]}, "not square"),
+        ({"vision_config__window_size": "7"}, "window_size is '7'; wanted whole numbers"),
+        ({"prompt_encoder_config__image_embedding_size": 64}, "image_embedding_size 64; wanted 14"),
+        ({"prompt_encoder_config__num_point_embeddings": 5}, "num_point_embeddings is 5"),
+        ({"mask_decoder_config__iou_head_depth": 2}, "iou_head_depth is 2"),
+        ({"mask_decoder_config__layer_norm_eps": 1e-3}, "layer_norm_eps is 0.001; only 1e-05 or 1e-06"),
+        ({"mask_decoder_config__num_multimask_outputs": 4}, "num_multimask_outputs is 4"),
+    ],
+)
+def test_a_file_that_asks_for_the_unknown_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config_from_json(values(**changes))
+
+
+def test_what_a_file_leaves_out_is_vit_b():
+    assert config_from_json({"model_type": "sam_hq"}) == PUBLISHED["vit_b"]
+    wide = {
+        "model_type": "sam_hq",
+        "vision_config": {"hidden_size": 96},
+        "mask_decoder_config": {"vit_dim": 96},
+    }
+    assert config_from_json(wide).vision.mlp_dim == 384
+
+
+def test_sizes_may_be_written_as_pairs():
+    assert config_from_json(values(vision_config__image_size=[224, 224])) == SMALL
+
+
+@pytest.mark.parametrize(
+    "missing", ["image_encoder.pos_embed", "prompt_encoder.no_mask", "mask_decoder.iou_token"]
+)
+def test_shapes_without_a_deciding_tensor_are_refused_by_its_name(missing):
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in SamHQ(SMALL).state_dict().items()}
+    del shapes[missing]
+
+    with pytest.raises(ConfigError, match=missing):
+        config_from_shapes(shapes)
+
+
+def test_windows_of_two_sizes_are_refused():
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in SamHQ(SMALL).state_dict().items()}
+    shapes["image_encoder.blocks.1.attn.rel_pos_h"] = (9, 32)
+
+    with pytest.raises(ConfigError, match=r"windows of \[5, 7\]"):
+        config_from_shapes(shapes)
