@@ -19,6 +19,9 @@ import numpy as np
 if TYPE_CHECKING:  # CPU workers of the pipeline import these records; torch would cost them 200 MB each
     import torch
 
+MODEL_PROTOCOL = 1
+"""Moves when equal weights and settings give other masks or scores than before; part of a job's identity."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderFeatures:
