@@ -90,12 +90,12 @@ class FsspecDriver:
         """The object with new bytes, whole."""
         self._call("pipe_file", path, data, timeout_s=timeout_s)
 
-    def walk(self, prefix: str, *, timeout_s: float) -> list[Found]:
+    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Found]:
         """Every object whose path begins with `prefix`."""
         folder = prefix.rpartition("/")[0]
         infos = self._call("find", folder, detail=True, timeout_s=timeout_s).values()
         found = [_found(info) for info in infos if info["type"] != "directory"]
-        return [one for one in found if one.path.startswith(prefix)]
+        return [one for one in found if one.path.startswith(prefix)][:limit]
 
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:
         """Nothing; an object that is already gone is no error."""
@@ -233,7 +233,7 @@ class S3Driver:
         _check_one_put(data)
         self._call("put_object", path, Body=data, timeout_s=timeout_s)
 
-    def walk(self, prefix: str, *, timeout_s: float) -> list[Found]:
+    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Found]:
         """Every object whose path begins with `prefix`, 1,000 a request; S3 lists what was put."""
         bucket, _, key = prefix.partition("/")
         found: list[Found] = []
@@ -244,8 +244,8 @@ class S3Driver:
             )
             for one in page.get("Contents", []):
                 found.append(Found(path=f"{bucket}/{one['Key']}", size=one["Size"], etag=_s3_tag(one)))
-            if not page.get("IsTruncated"):
-                return found
+            if not page.get("IsTruncated") or (limit is not None and len(found) >= limit):
+                return found[:limit]
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import secrets
 import stat
@@ -95,11 +96,12 @@ class LocalDriver:
                 os.unlink(temporary)
         _sync_folder(folder)
 
-    def walk(self, prefix: str, *, timeout_s: float) -> list[Found]:
+    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Found]:
         """Every file whose path begins with `prefix`, temporary ones left out. Links to folders are files."""
         del timeout_s
         folder = prefix if prefix.endswith("/") else os.path.dirname(prefix)
-        return [found for found in _walk_folder(folder.rstrip("/") or "/") if found.path.startswith(prefix)]
+        found = (one for one in _walk_folder(folder.rstrip("/") or "/") if one.path.startswith(prefix))
+        return list(itertools.islice(found, limit))
 
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:
         """Nothing; a file that is already gone is no error."""

@@ -47,7 +47,7 @@ class Driver(Protocol):
     def stat(self, path: str, *, timeout_s: float) -> Found | None: ...  # noqa: D102
     def create(self, path: str, data: bytes, *, timeout_s: float) -> None: ...  # noqa: D102
     def replace(self, path: str, data: bytes, *, timeout_s: float) -> None: ...  # noqa: D102
-    def walk(self, prefix: str, *, timeout_s: float) -> list[Found]: ...  # noqa: D102
+    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Found]: ...  # noqa: D102
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None: ...  # noqa: D102
     def abort_stale(self, prefix: str, *, timeout_s: float) -> int: ...  # noqa: D102
 

@@ -151,10 +151,15 @@ class Store:
             f"write {key}", lambda left: self._driver.replace(path, data, timeout_s=left), size=len(data)
         )
 
-    def list(self, prefix: str = "") -> list[Entry]:
-        """Every object whose key begins with `prefix`, at any depth, sorted by key. Never from a cache."""
+    def list(self, prefix: str = "", *, limit: int | None = None) -> list[Entry]:
+        """Every object whose key begins with `prefix`, at any depth, sorted by key. Never from a cache.
+
+        `limit`: no more than so many, whichever come first, to ask whether there is anything.
+        """
         start = self._base + prefix
-        found = self._try(f"list {prefix}", lambda left: self._driver.walk(start, timeout_s=left))
+        found = self._try(
+            f"list {prefix}", lambda left: self._driver.walk(start, timeout_s=left, limit=limit)
+        )
         entries = [Entry(key=f.path.removeprefix(self._base), size=f.size, etag=f.etag) for f in found]
         return sorted(entries, key=lambda entry: entry.key)
 
@@ -308,7 +313,7 @@ def list_objects(uri: str, options: Mapping[str, Any]) -> list[Entry]:
     base = uri.rstrip("/") + "/"
     driver, path = _open(base, options)
     prefix = path.rstrip("/") + "/"
-    found = _for_input(uri, "list", lambda left: driver.walk(prefix, timeout_s=left))
+    found = _for_input(uri, "list", lambda left: driver.walk(prefix, timeout_s=left, limit=None))
     return _entries(found, prefix, base)
 
 

@@ -72,6 +72,7 @@ def test_a_listing_shows_every_put_at_once_sorted_and_by_prefix(store: Store):
         ("units/00000002.g0", 17),
     ]
     assert store.list("units/9") == []
+    assert len(store.list(limit=2)) == 2
 
 
 def test_a_place_does_not_see_its_neighbour_of_a_longer_name(store: Store):
