@@ -7,9 +7,11 @@ than the job's rules, and a link may have moved. Tries and verdicts are the stor
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 from pipeline.errors import ImageError, SystemicFault
 from pipeline.records import AccessRules, Limits
@@ -23,9 +25,8 @@ DENIED_AT_LEAST = 3
 
 @dataclass(frozen=True, kw_only=True)
 class FetchOutcome:
-    """What became of one uri: its bytes, or why not; `index` is its place in the sequence asked for."""
+    """What became of one uri: its bytes, or why there are none."""
 
-    index: int
     fetched: FetchedObject | None
     error: ImageError | None
     fetch_ms: float
@@ -50,30 +51,26 @@ def fetch_object(uri: str, access: AccessRules, limits: Limits) -> FetchedObject
 def fetch_ahead(
     uris: Sequence[str], access: AccessRules, limits: Limits, *, threads: int = FETCH_THREADS
 ) -> Iterator[FetchOutcome]:
-    """One outcome for every uri, in the order they arrive; at most `threads` objects are held ahead.
+    """One outcome for every uri, in their order; at most `threads` objects are held ahead of the caller.
 
-    A slow object holds back no other. Raises SystemicFault as soon as one request meets one.
+    A slow object costs its unit its own time, while the next ones arrive behind it. Raises SystemicFault
+    when a request meets one.
     """
     pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="fetch")
-    waiting = iter(enumerate(uris))
-    running: set[Future[FetchOutcome]] = set()
+    waiting = iter(uris)
+    ahead: deque[Future[FetchOutcome]] = deque()
     try:
-        while True:
-            for index, uri in waiting:
-                running.add(pool.submit(_fetch_one, index, uri, access, limits))
-                if len(running) >= threads:
-                    break
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            while done:
-                yield done.pop().result()
+        ahead.extend(pool.submit(_fetch_one, uri, access, limits) for uri in islice(waiting, threads))
+        while ahead:
+            outcome = ahead.popleft().result()
+            ahead.extend(pool.submit(_fetch_one, uri, access, limits) for uri in islice(waiting, 1))
+            yield outcome
     finally:
         # No waiting: after a fault, or when the caller has had enough, nobody wants the rest.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _fetch_one(index: int, uri: str, access: AccessRules, limits: Limits) -> FetchOutcome:
+def _fetch_one(uri: str, access: AccessRules, limits: Limits) -> FetchOutcome:
     start = time.monotonic()
     fetched: FetchedObject | None = None
     problem: ImageError | None = None
@@ -81,9 +78,7 @@ def _fetch_one(index: int, uri: str, access: AccessRules, limits: Limits) -> Fet
         fetched = fetch_object(uri, access, limits)
     except ImageError as error:
         problem = error
-    return FetchOutcome(
-        index=index, fetched=fetched, error=problem, fetch_ms=1000 * (time.monotonic() - start)
-    )
+    return FetchOutcome(fetched=fetched, error=problem, fetch_ms=1000 * (time.monotonic() - start))
 
 
 def stop_if_denied(errors: Sequence[ImageError | None]) -> None:

@@ -1,4 +1,4 @@
-"""The usable prompts of one image, grouped by kind as the model takes them.
+"""The prompts of one image: resolved from its planned boxes, and grouped by kind as the model takes them.
 
 A call of the model needs prompts of one kind: the same parts, and the same number of points. Nearly
 every image has boxes alone and so one group. Where kinds are mixed, the picture is encoded once a group.
@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from model.structures import Instances, Prompts
-from pipeline.boxes import ResolvedBoxes
+from pipeline.boxes import ResolvedBoxes, resolve_boxes
+from pipeline.records import BoxRules
+from pipeline.unit_rows import ImageResult
 
 MaskPrompt = Callable[[str, tuple[int, int]], npt.NDArray[np.float32]]
 """Compressed runs and their (height, width) -> low-resolution logits for `Prompts.mask_logits`."""
@@ -25,6 +27,18 @@ class PromptGroup:
 
     places: npt.NDArray[np.int64]
     prompts: Prompts
+
+
+def resolved_boxes(image: ImageResult, rules: BoxRules) -> ResolvedBoxes:
+    """The prompts of a decoded image; the same in every stage, because it is arithmetic on the plan."""
+    assert image.size_hw is not None
+    return resolve_boxes(
+        image.planned["boxes"],
+        rules,
+        upright_size_hw=image.size_hw,
+        stored_size_hw=image.stored_size_hw,
+        orientation=image.exif_orientation,
+    )
 
 
 def group_by_kind(

@@ -7,8 +7,16 @@ import os
 import re
 import signal
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from model.structures import CallShape, Instances, PreparedImage, SegmentFailure
 from pipeline.decode import DecodedImage, decode_image
+from pipeline.records import JobContext
 
 TROUBLE = b"TROUBLE:"
 
@@ -25,10 +33,6 @@ def troubled_decoder(data: bytes, *, max_pixels: int, side: int) -> DecodedImage
     return decode_image(data, max_pixels=max_pixels, side=side)
 
 
-def _bug() -> None:
-    raise RuntimeError("a bug in the decoder")
-
-
 _MISBEHAVE = {
     "crash": lambda: ctypes.string_at(0),
     "exit": lambda: os._exit(137),
@@ -36,5 +40,105 @@ _MISBEHAVE = {
     "sleep": lambda: time.sleep(10**6),
     "spin": lambda: re.match(r"(a+)+$", "a" * 64 + "b"),  # for ever, and never lets go of the GIL
     "bomb": lambda: bytearray(64 * 2**30),
-    "bug": _bug,
+    "bug": lambda: _raise(RuntimeError("a bug in the decoder")),
 }
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------
+
+_HARM = {
+    "crash": lambda: ctypes.string_at(0),
+    "exit": lambda: os._exit(137),
+    "sleep": lambda: time.sleep(10**6),
+    "spin": lambda: re.match(r"(a+)+$", "a" * 64 + "b"),
+    "device": lambda: _raise(RuntimeError("CUDA error: an illegal memory access was encountered")),
+    "bug": lambda: _raise(KeyError("a bug in the model")),
+}
+_HARM_COLOURS = {kind: (255, 0, 200 + number) for number, kind in enumerate([*_HARM, "nan"])}
+
+
+def harmful_picture(kind: str, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """A picture that decodes well and makes `BoxSegmenter` crash, exit, sleep, spin, lose its device,
+    raise or give NaN."""
+    return Image.new("RGB", size, _HARM_COLOURS[kind])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxSegmenter:
+    """A model whose masks are its boxes, rounded, and whose scores tell the pixels it was given.
+
+    Works without weights and in no time. `lineage` of the job steers it: `stub_sleep_s` is how long an
+    image takes, `stub_trace` a folder with one line an image, by process, written before the work.
+    """
+
+    call_shape: CallShape
+    lineage: Mapping[str, str]
+
+    def segment_prepared(self, images: Sequence[PreparedImage]) -> list[Instances | SegmentFailure]:
+        return [self._segment(image) for image in images]
+
+    def mask_prompt(self, counts: str, size_hw: tuple[int, int]) -> np.ndarray:
+        return np.full((4, 4), len(counts), np.float32)
+
+    def _segment(self, image: PreparedImage) -> Instances | SegmentFailure:
+        if "stub_trace" in self.lineage:
+            line = f"{image.size_hw} {image.pixels_hwc.mean():.6f}\n"
+            with open(os.path.join(self.lineage["stub_trace"], f"{os.getpid()}.txt"), "a") as file:
+                file.write(line)
+        time.sleep(float(self.lineage.get("stub_sleep_s", "0")))
+        for kind, colour in _HARM_COLOURS.items():
+            if tuple(image.pixels_hwc[0, 0]) == colour:
+                if kind == "nan":
+                    return SegmentFailure(code="non_finite", message="the stub's logits are not finite")
+                _HARM[kind]()
+        return box_masks(image)
+
+
+def box_segmenter(context: JobContext, use_gpu: bool) -> BoxSegmenter:
+    """For `JobContext.segmenter`: "tests.fakes:box_segmenter"."""
+    return BoxSegmenter(call_shape=context.masks.call_shape, lineage=context.lineage)
+
+
+def box_masks(image: PreparedImage) -> Instances:
+    """The prompts' boxes as masks, rounded; a prompt without box covers the picture."""
+    prompts, (height, width) = image.prompts, image.size_hw
+    given = (prompts.boxes_xyxy, prompts.points_xy, prompts.mask_logits)
+    count = next(len(one) for one in given if one is not None)
+    boxes = np.tile(np.array([[0, 0, width, height]], np.float64), (count, 1))
+    if prompts.boxes_xyxy is not None:
+        boxes = np.rint(prompts.boxes_xyxy)
+    rows = [_runs_of_box([int(v) for v in box], height, width) for box in boxes]
+    encoded = coco_mask.frPyObjects(
+        [{"size": [height, width], "counts": runs} for runs in rows], height, width
+    )
+    area = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).astype(np.int64)
+    xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    tint = image.pixels_hwc.mean() / 255
+    return Instances(
+        size_hw=image.size_hw,
+        counts=tuple(one["counts"].decode() for one in encoded),
+        area=area,
+        bbox_xywh=np.where(area[:, None] > 0, xywh, 0).astype(np.float32),
+        predicted_iou=np.full(count, tint, np.float32),
+        stability_score=np.linspace(1, 0.5, count, dtype=np.float32),
+    )
+
+
+def _runs_of_box(box: Sequence[int], height: int, width: int) -> list[int]:
+    """Column-major run lengths, outside first."""
+    x1, y1, x2, y2 = box
+    if x2 <= x1 or y2 <= y1:
+        return [height * width]
+    if y2 - y1 == height:
+        runs = [x1 * height, (x2 - x1) * height, (width - x2) * height]
+    else:
+        gap = height - (y2 - y1)
+        runs = [x1 * height + y1, *[y2 - y1, gap] * (x2 - x1 - 1), y2 - y1]
+        runs.append(height * width - sum(runs))
+    return runs if runs[-1] else runs[:-1]
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -95,15 +95,15 @@ def test_faults_of_one_object_have_their_own_codes(folder, tmp_path_factory):
     assert code_of(str(folder / "dir.jpg"), rules(folder)) in ("not_found", "uri_refused")
 
 
-def test_every_uri_of_a_unit_gets_one_outcome(folder):
+def test_every_uri_of_a_unit_gets_one_outcome_in_order(folder):
     uris = [str(folder / f"{name}.jpg") for name in "abcXdefYghijZ"]
 
-    outcomes = {one.index: one for one in fetch_ahead(uris, rules(folder), Limits(), threads=3)}
+    outcomes = list(fetch_ahead(uris, rules(folder), Limits(), threads=3))
 
-    assert sorted(outcomes) == list(range(13))
-    assert {i for i, one in outcomes.items() if one.error} == {3, 7, 12}
-    assert outcomes[4].fetched.data == b"d" * 100
-    assert all(one.fetch_ms >= 0 for one in outcomes.values())
+    found = [one.fetched.data[:1].decode() if one.fetched else one.error.code for one in outcomes]
+    missing = "not_found"
+    assert found == [*"abc", missing, *"def", missing, *"ghij", missing]
+    assert all(one.fetch_ms >= 0 for one in outcomes)
     assert list(fetch_ahead([], rules(folder), Limits())) == []
 
 
@@ -115,20 +115,19 @@ def test_no_more_objects_are_held_ahead_than_there_are_threads(folder, monkeypat
     next(arriving)
     time.sleep(0.2)
 
-    assert len(opened) <= 4
+    assert len(opened) <= 5  # the one in hand, and four
     arriving.close()
 
 
-def test_a_dripping_object_meets_its_deadline_and_holds_back_no_other(folder, dripping_server):
+def test_a_dripping_object_meets_its_deadline_and_costs_no_other(folder, dripping_server):
     access = rules(folder, "http")
     uris = [f"{dripping_server}/slow", *[f"{dripping_server}/fast"] * 5]
     start = time.monotonic()
 
     outcomes = list(fetch_ahead(uris, access, Limits(fetch_timeout_s=1.5), threads=2))
 
-    assert [one.index for one in outcomes][-1] == 0
-    assert outcomes[-1].error.code == "fetch_timeout"
-    assert [one.error for one in outcomes[:-1]] == [None] * 5
+    assert outcomes[0].error.code == "fetch_timeout"
+    assert [one.error for one in outcomes[1:]] == [None] * 5
     assert time.monotonic() - start < 8
 
 

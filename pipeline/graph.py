@@ -1,0 +1,316 @@
+"""The chain of stages on Ray Data: the only file that knows Ray.
+
+    units ──► prepare (CPU tasks) ──► segment (actors) ──► commit (light tasks) ──► outcomes
+
+One row is one unit, so no block shaping can split or mix them. Every stage states its requests, none is
+like its neighbour's, and so none is fused with another. A systemic fault travels as a value to the
+driver: exceptions come back wrapped and rewritten, and Ray would log each with a trace. An exception that
+does come through is a bug, and ends the job.
+
+What Ray Data 2.60 does by itself is switched off where it would lose rows (`max_errored_blocks`) or
+never end (`actor_task_retry_on_errors`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray
+import ray.data
+import ray.data.exceptions
+import ray.exceptions
+from ray.autoscaler.sdk import request_resources
+
+from pipeline.commit import commit_unit, read_outcome
+from pipeline.decode_child import DecodeChild
+from pipeline.errors import SystemicFault, clean_text
+from pipeline.prepare import prepare_unit
+from pipeline.records import JobContext, Limits, UnitOutcome
+from pipeline.resources import ClusterSettings, Node, Requests, fit
+from pipeline.rows import UnitRow, pack, unpack
+from pipeline.segment import SegmentWorker
+from pipeline.storage import open_store
+
+_ray: Any = ray  # some of it has no types
+
+T = TypeVar("T")
+A = TypeVar("A")
+
+UNITS_PER_WAVE = 5000
+"""Units of one Ray Data execution. Ray keeps some 20 KB a unit on the driver until an execution ends, and a
+new one costs the actors' start; with 64 images a unit this is 320,000 images."""
+
+UNITS_QUEUED_PER_ACTOR = 4
+NO_PROGRESS_AT_LEAST_S = 2 * 3600.0
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """Which rows of committed units to do again. `generations`: of each unit, the one to be written.
+
+    `codes`: the error codes whose images are done again; empty: all failed images.
+    """
+
+    generations: Mapping[int, int]
+    codes: tuple[str, ...] = ()
+
+
+def run_units(
+    unit_ids: Sequence[int],
+    context: JobContext,
+    cluster: ClusterSettings,
+    *,
+    epoch: int,
+    on_outcome: Callable[[UnitOutcome], None],
+    should_stop: Callable[[], bool],
+    retry: Retry | None = None,
+) -> None:
+    """None, after every unit is committed and told to `on_outcome`, in the order of their commits.
+
+    Returns early once `should_stop` is true; it is asked after every outcome. Ray must be running.
+    `epoch`: the number of this driver (`Owner.number`), under which deaths of workers are counted.
+
+    Raises:
+        SystemicFault: what the first unit to meet one met, or `resources` when nothing can be placed or
+            Ray makes no progress. What is committed stays, and the rest can be done later.
+        Exception: a bug in a stage, as the exception that was raised there.
+    """
+    requests = check_resources(cluster)
+    for at in range(0, len(unit_ids), UNITS_PER_WAVE):
+        units = [_first_row(unit_id, retry) for unit_id in unit_ids[at : at + UNITS_PER_WAVE]]
+        with contextlib.closing(_outcomes(units, context, requests, epoch)) as outcomes:
+            for outcome in outcomes:
+                on_outcome(outcome)
+                if should_stop():
+                    return
+
+
+def _first_row(unit_id: int, retry: Retry | None) -> UnitRow:
+    if retry is None:
+        return UnitRow(unit_id=unit_id)
+    return UnitRow(unit_id=unit_id, generation=retry.generations[unit_id], redo_codes=retry.codes)
+
+
+def _outcomes(
+    units: Sequence[UnitRow], context: JobContext, requests: Requests, epoch: int
+) -> Generator[UnitOutcome, None, None]:
+    with _settings(context), _unwrapped():
+        batches = iter(
+            chain(units, context, requests, epoch=epoch).iter_batches(
+                batch_size=1, batch_format="pyarrow", prefetch_batches=0
+            )
+        )
+        for batch in batches:
+            yield read_outcome(batch)
+
+
+def chain(
+    units: Sequence[UnitRow], context: JobContext, requests: Requests, *, epoch: int
+) -> ray.data.Dataset:
+    """The three stages over these units, not yet started; each row that comes out is a commit.OUTCOME."""
+    rows: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+    actors = ray.data.ActorPoolStrategy(
+        min_size=requests.actors_min,
+        max_size=requests.actors_max,
+        max_tasks_in_flight_per_actor=UNITS_QUEUED_PER_ACTOR,
+        # Two calls: while one unit is in the model, the next is read and the last one sent off.
+        max_concurrent_calls_per_actor=2,
+    )
+    first: Any = prepare  # Ray's types know no tables of Arrow's
+    last: Any = commit
+    return (
+        ray.data.from_arrow([pack(unit) for unit in units])
+        .map_batches(first, fn_kwargs={"context": context}, num_cpus=requests.decode_cpus, **rows)
+        .map_batches(
+            Segment,
+            fn_constructor_kwargs={
+                "context": context,
+                "epoch": epoch,
+                "use_gpu": requests.gpus_per_actor > 0,
+            },
+            compute=actors,
+            num_cpus=requests.cpus_per_actor,
+            num_gpus=requests.gpus_per_actor,
+            **rows,
+        )
+        .map_batches(last, fn_kwargs={"context": context}, num_cpus=requests.commit_cpus, **rows)
+    )
+
+
+def prepare(table: pa.Table, context: JobContext) -> pa.Table:
+    """Stage one: the unit, fetched and decoded; schema rows.TRAVEL."""
+    child = _child(context.limits, context.weights.input_side, context.decoder)
+    unit, arena = prepare_unit(unpack(table), context, open_store(context.output), child)
+    return pack(unit, arena)
+
+
+@functools.lru_cache(maxsize=1)
+def _child(limits: Limits, side: int, decoder: str) -> DecodeChild:
+    """This worker process's decoder; it serves every unit the process is given."""
+    return DecodeChild(limits, side, decoder=decoder)
+
+
+class Segment:
+    """Stage two: one actor with the model; a unit in, the unit with its masks out, schema rows.TRAVEL."""
+
+    def __init__(self, context: JobContext, epoch: int, use_gpu: bool) -> None:
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self._worker = SegmentWorker(context, epoch=epoch, use_gpu=use_gpu, restarted=restarted)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """See the class."""
+        return pack(self._worker.run(unpack(table)))
+
+
+def commit(table: pa.Table, context: JobContext) -> pa.Table:
+    """Stage three: the outcome, after the unit's file is in the store; schema commit.OUTCOME."""
+    return commit_unit(unpack(table), context, open_store(context.output))
+
+
+def plan_operators(dataset: ray.data.Dataset) -> list[str]:
+    """The names of the operators that Ray makes of a dataset, first to last, after its optimizer ran."""
+    from ray.data._internal.logical.optimizers import get_execution_plan
+
+    plan, _ = get_execution_plan(dataset._logical_plan)
+    names, operator = [], plan.dag
+    while True:
+        names.append(operator.name)
+        if not operator.input_dependencies:
+            return names[::-1]
+        (operator,) = operator.input_dependencies
+
+
+def check_resources(cluster: ClusterSettings) -> Requests:
+    """The requests that fit the running cluster; waits for nodes as long as the settings allow.
+
+    Raises:
+        SystemicFault: `resources`, saying what is missing.
+    """
+    deadline = time.monotonic() + cluster.wait_for_nodes_s
+    asked = False
+    while True:
+        try:
+            return fit(cluster, _nodes())
+        except SystemicFault:
+            if time.monotonic() >= deadline:
+                raise
+        if not asked:
+            gpus = 1 if cluster.gpus_per_actor is None or cluster.gpus_per_actor > 0 else 0
+            request_resources(bundles=[{"CPU": 2, "GPU": gpus}] * (cluster.actors_min or cluster.actors or 1))
+            asked = True
+        time.sleep(_POLL_S)
+
+
+def _nodes() -> list[Node]:
+    alive = [node["Resources"] for node in _ray.nodes() if node["Alive"]]
+    return [
+        Node(cpus=one.get("CPU", 0.0), gpus=one.get("GPU", 0.0), memory_bytes=one.get("memory", 0.0))
+        for one in alive
+    ]
+
+
+def map_parts(function: Callable[[A], T], arguments: Sequence[A], *, num_cpus: float = 0.9) -> Iterator[T]:
+    """`function` of every argument, each in a Ray task of its own, in the order they finish.
+
+    Few at a time, so that neither arguments nor results pile up. `function` and `arguments` must pickle.
+
+    Raises:
+        Exception: what `function` raised.
+    """
+    task = ray.remote(num_cpus=num_cpus, max_retries=3)(function)
+    most = max(2, int(_ray.cluster_resources().get("CPU", 1) / num_cpus))
+    waiting = iter(arguments)
+    running: list[Any] = []
+    with _unwrapped():
+        while True:
+            for argument in waiting:
+                running.append(task.remote(argument))
+                if len(running) >= most:
+                    break
+            if not running:
+                return
+            done, running = ray.wait(running, num_returns=1)
+            yield ray.get(done[0])
+
+
+def run_on_model_node(function: Callable[[bool], T], cluster: ClusterSettings) -> T:
+    """`function(use_gpu)` in a process placed like a model's: to probe what such a node can do.
+
+    Raises:
+        SystemicFault: `resources`.
+        Exception: what `function` raised.
+    """
+    requests = check_resources(cluster)
+    task = ray.remote(num_cpus=requests.cpus_per_actor, num_gpus=requests.gpus_per_actor)(function)
+    with _unwrapped():
+        result: T = ray.get(task.remote(requests.gpus_per_actor > 0))
+    return result
+
+
+@contextlib.contextmanager
+def _settings(context: JobContext) -> Iterator[None]:
+    """Ray Data's settings for the block, of this process and of what it starts; restored afterwards."""
+    ctx = ray.data.DataContext.get_current()
+    wanted = {
+        "max_errored_blocks": 0,
+        "actor_task_retry_on_errors": False,
+        "raise_original_map_exception": True,
+        "enable_progress_bars": False,
+        "actor_init_retry_on_errors": True,  # a hiccup while weights are read
+        "max_consecutive_actor_init_deaths": 8,
+        "execution_no_progress_timeout_s": _no_progress_s(context),
+    }
+    before = {name: getattr(ctx, name) for name in wanted}
+    order, logger = ctx.execution_options.preserve_order, logging.getLogger("ray.data")
+    level = logger.level
+    try:
+        for name, value in wanted.items():
+            setattr(ctx, name, value)
+        ctx.execution_options.preserve_order = False
+        logger.setLevel(logging.CRITICAL)  # what goes wrong is raised; its own words would be said twice
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(ctx, name, value)
+        ctx.execution_options.preserve_order = order
+        logger.setLevel(level)
+
+
+def _no_progress_s(context: JobContext) -> float:
+    """How long nothing at all may finish: two hours, or what one unit may lawfully take twice over."""
+    return max(NO_PROGRESS_AT_LEAST_S, 2 * context.images_per_unit * context.limits.segment_timeout_s)
+
+
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Lets what was raised in a task rise here as itself, and gives Ray's own ends their meaning."""
+    try:
+        yield
+    except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
+        raise _translated(error) from error
+
+
+def _translated(error: BaseException) -> BaseException:
+    if isinstance(error, ray.exceptions.RayTaskError):
+        cause = error.cause
+        return _translated(cause) if isinstance(cause, Exception) else error
+    if isinstance(error, ray.exceptions.OutOfDiskError | ray.exceptions.ObjectStoreFullError):
+        return SystemicFault("disk", f"Ray's object store: {_first_line(error)}")
+    if isinstance(error, ray.data.exceptions.ExecutionTimeoutError):
+        return SystemicFault("resources", f"nothing has finished for hours: {_first_line(error)}")
+    if isinstance(error, ray.exceptions.RayError):
+        return SystemicFault("resources", f"Ray: {_first_line(error)}")
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return clean_text(lines[0])

@@ -1,0 +1,246 @@
+"""Decoded units in, masks out: the process around the model, and what becomes of it when an image is bad.
+
+A model process cannot be supervised like a decoder: its weights take seconds to load, and a lost GPU
+takes the whole process with it. So it is allowed to die, and Ray starts it again. Each start of a unit
+is noted in the store beforehand; from the second one on the images go through alone, each noted before
+it is tried, so that a later start knows which of them kills and writes it as failed (`attempts`).
+
+No Ray here, and no torch: the model comes by the name of its factory (`JobContext.segmenter`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from model.structures import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
+from pipeline.attempts import Attempts, Start
+from pipeline.errors import SystemicFault, clean_text
+from pipeline.prompts import PromptGroup, group_by_kind, join, resolved_boxes
+from pipeline.records import JobContext, Limits
+from pipeline.rows import UInt8Array, UnitRow
+from pipeline.storage import open_store
+from pipeline.unit_rows import ImageResult
+
+BOXES_PER_DEADLINE = 100
+"""So many boxes give an image `limits.segment_timeout_s` once more."""
+_BACKSTOP_S = 15.0
+_EXIT_STATUS = 1
+_KILLED = {
+    "crashed": "the process that worked on this image died each time; twice it was tried alone",
+    "timeout": "this image did not finish within its deadline, also alone (limits.segment_timeout_s)",
+}
+_log = logging.getLogger(__name__)
+
+
+class MaskModel(Protocol):
+    """What a factory named in `JobContext.segmenter` returns."""
+
+    @property
+    def call_shape(self) -> CallShape:
+        """The fixed shapes of the model's calls."""
+
+    def segment_prepared(self, images: Sequence[PreparedImage]) -> list[Instances | SegmentFailure]:
+        """One result an image, in order; see `model.segmenter.Segmenter`."""
+
+    def mask_prompt(self, counts: str, size_hw: tuple[int, int]) -> npt.NDArray[np.float32]:
+        """Compressed runs of the upright picture as low-resolution logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One image that goes to the model: its place in the unit, pixels and prompts by kind."""
+
+    place: int
+    image_id: str
+    pixels_hwc: UInt8Array
+    size_hw: tuple[int, int]
+    groups: list[PromptGroup]
+
+    @property
+    def boxes(self) -> int:
+        return sum(len(group.places) for group in self.groups)
+
+    def prepared(self) -> list[PreparedImage]:
+        return [
+            PreparedImage(pixels_hwc=self.pixels_hwc, size_hw=self.size_hw, prompts=group.prompts)
+            for group in self.groups
+        ]
+
+
+class SegmentWorker:
+    """The model of one process, and the rules for its death. One unit at a time.
+
+    `epoch`: the number of the job's driver, under which starts are noted. `restarted`: an earlier process
+    of the same worker has died. `end_process`: how this one ends itself when it must; a test may give
+    another way.
+    """
+
+    def __init__(
+        self,
+        context: JobContext,
+        *,
+        epoch: int,
+        use_gpu: bool,
+        restarted: bool = False,
+        end_process: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self._context = context
+        self._attempts = Attempts(open_store(context.output), epoch=epoch)
+        self._end_process = end_process
+        self._fault: SystemicFault | None = None
+        try:
+            self._model: MaskModel = load_by_name(context.segmenter)(context, use_gpu)
+            if use_gpu or restarted:
+                self._prove_device()
+        except SystemicFault as fault:  # kept, and said of every unit: Ray would start us again for ever
+            self._fault = fault
+
+    def run(self, unit: UnitRow) -> UnitRow:
+        """The unit with masks or an error for every image that has pixels, and without its pixels."""
+        if unit.fault is not None or self._fault is not None:
+            return replace(unit, fault=unit.fault or self._fault, images=(), pixels=())
+        began = time.monotonic()
+        try:
+            # Without pixels there is nothing to die of, and nothing to note in the store.
+            images = self._segment(unit) if any(one is not None for one in unit.pixels) else unit.images
+        except SystemicFault as fault:
+            return replace(unit, fault=fault, images=(), pixels=())
+        seconds = unit.seconds + time.monotonic() - began
+        return replace(unit, images=tuple(images), pixels=(None,) * len(images), seconds=seconds)
+
+    def _segment(self, unit: UnitRow) -> Sequence[ImageResult]:
+        start = self._attempts.note_start(unit.unit_id, unit.generation)
+        images = [replace(image, attempts=start.earlier + 1) for image in unit.images]
+        jobs: list[_Job] = []
+        for place, (image, pixels) in enumerate(zip(images, unit.pixels, strict=True)):
+            code = start.crashed.get(image.planned["image_id"])
+            if pixels is None:
+                continue
+            if code is None:
+                jobs.append(self._job(place, image, pixels))
+            else:
+                images[place] = replace(image, error_code=code, error_message=_KILLED[code])
+        size = 1 if start.image_by_image else self._model.call_shape.images_per_call
+        for at in range(0, len(jobs), size):
+            if start.image_by_image:
+                self._attempts.note_image(start, jobs[at].image_id)
+            self._call(jobs[at : at + size], images, start)
+        if start.image_by_image:
+            self._attempts.note_image(start, None)
+        return images
+
+    def _job(self, place: int, image: ImageResult, pixels: UInt8Array) -> _Job:
+        assert image.size_hw is not None
+        boxes = resolved_boxes(image, self._context.box_rules)
+        return _Job(
+            place=place,
+            image_id=image.planned["image_id"],
+            pixels_hwc=pixels,
+            size_hw=image.size_hw,
+            groups=group_by_kind(boxes, image.size_hw, self._model.mask_prompt),
+        )
+
+    def _call(self, jobs: Sequence[_Job], images: list[ImageResult], start: Start) -> None:
+        """Puts the results of one call of the model into `images`."""
+
+        def too_late() -> None:
+            with contextlib.suppress(Exception):  # without the word, this counts as a crash
+                if len(jobs) == 1:
+                    self._attempts.note_image(start, jobs[0].image_id, code="timeout")
+            self._end_process(_EXIT_STATUS)
+
+        began = time.monotonic()
+        with _deadline(sum(deadline_s(self._context.limits, job.boxes) for job in jobs), too_late):
+            try:
+                answers = self._model.segment_prepared([one for job in jobs for one in job.prepared()])
+            except RuntimeError as error:
+                if is_device_lost(error):
+                    _log.error("the GPU is lost to this process, which ends: %s", error)
+                    self._end_process(_EXIT_STATUS)
+                raise
+        segment_ms = 1000 * (time.monotonic() - began) / len(jobs)
+        for job in jobs:
+            mine, answers = answers[: len(job.groups)], answers[len(job.groups) :]
+            images[job.place] = _with_masks(
+                replace(images[job.place], segment_ms=segment_ms), job.groups, mine
+            )
+
+    def _prove_device(self) -> None:
+        """None when the device computes: on a broken one, every image would look like a killer.
+
+        Raises:
+            SystemicFault: `device`.
+        """
+        side = self._context.weights.input_side
+        blank = PreparedImage(
+            pixels_hwc=np.zeros((side, side, 3), np.uint8),
+            size_hw=(side, side),
+            prompts=Prompts(boxes_xyxy=np.array([[0, 0, side, side]], np.float64)),
+        )
+        try:
+            self._model.segment_prepared([blank])
+        except RuntimeError as error:
+            if not is_device_lost(error):
+                raise
+            raise SystemicFault("device", clean_text(f"on a blank image: {error}")) from error
+
+
+def load_by_name(name: str) -> Any:
+    """The object that `module:name` names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def deadline_s(limits: Limits, boxes: int) -> float:
+    """Seconds that the model may take for one image with so many boxes."""
+    return limits.segment_timeout_s * (1 + boxes / BOXES_PER_DEADLINE)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether an error says that the GPU is gone for this process: a CUDA error that is not about memory.
+
+    After one, every later call in the process fails or gives wrong numbers.
+    """
+    text = str(error)
+    lost = "CUDA error" in text or type(error).__name__ == "AcceleratorError"
+    return lost and "out of memory" not in text.lower()
+
+
+def _with_masks(
+    image: ImageResult, groups: list[PromptGroup], answers: list[Instances | SegmentFailure]
+) -> ImageResult:
+    for answer in answers:
+        if isinstance(answer, SegmentFailure):
+            return replace(image, error_code=answer.code, error_message=answer.message)
+    return replace(image, instances=join(groups, [one for one in answers if isinstance(one, Instances)]))
+
+
+@contextlib.contextmanager
+def _deadline(timeout_s: float, on_timeout: Callable[[], None]) -> Iterator[None]:
+    """Calls `on_timeout` in another thread when the block takes too long; it ends the process.
+
+    A block that never lets go of the interpreter also keeps that thread from running. For it there is
+    Python's own watchdog, which needs no interpreter: it prints where all threads are and exits.
+    """
+    timer = threading.Timer(timeout_s, on_timeout)
+    timer.daemon = True
+    timer.start()
+    faulthandler.dump_traceback_later(timeout_s + _BACKSTOP_S, exit=True, file=sys.__stderr__ or 2)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()

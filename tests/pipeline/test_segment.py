@@ -1,0 +1,236 @@
+"""One process with the model: what it makes of a unit, and how an image that kills it is found out."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from model.structures import CallShape
+from pipeline.decode_child import DecodeChild
+from pipeline.errors import SystemicFault
+from pipeline.prepare import prepare_unit
+from pipeline.records import Limits, MaskSettings
+from pipeline.rows import UnitRow, pack, unpack
+from pipeline.segment import SegmentWorker, deadline_s, is_device_lost
+from pipeline.storage import open_store
+from tests.fakes import harmful_picture, trouble
+from tests.pipeline.made_jobs import BOXES, make_job, noise, png
+
+
+class Ended(Exception):
+    """Stands for the end of the process in tests that live on."""
+
+
+def end(status):
+    raise Ended(status)
+
+
+@pytest.fixture(scope="module")
+def child():
+    made = DecodeChild(Limits(decode_timeout_s=5), 64, decoder="tests.fakes:troubled_decoder")
+    yield made
+    made.close()
+
+
+def prepared(job, child, unit_id=0):
+    unit, _ = prepare_unit(UnitRow(unit_id=unit_id), job.context, open_store(job.context.output), child)
+    return unit
+
+
+def worker(job, **options):
+    return SegmentWorker(job.context, **({"epoch": 1, "use_gpu": False, "end_process": end} | options))
+
+
+def codes(unit):
+    return {image.planned["image_id"]: image.error_code for image in unit.images}
+
+
+def drawn(box, height=48, width=64):
+    x1, y1, x2, y2 = (round(v) for v in box)
+    mask = np.zeros((height, width), np.uint8)
+    mask[y1:y2, x1:x2] = 1
+    return mask
+
+
+def test_every_usable_box_has_its_mask_and_the_pixels_are_gone(tmp_path, child):
+    given = [BOXES[0], [9, 9, 3, 3], BOXES[1], [float("nan")] * 4]
+    job = make_job(tmp_path, {"a.png": png(noise(1)), "b.png": png(noise(2))}, {"a.png": given})
+
+    found = worker(job).run(prepared(job, child))
+
+    first = found.images[0].instances
+    masks = coco_mask.decode([{"size": [48, 64], "counts": text} for text in first.counts])
+    assert np.array_equal(np.moveaxis(masks, 2, 0), np.stack([drawn(given[0]), drawn(given[2])]))
+    assert len(found.images[1].instances.counts) == 2
+    assert first.predicted_iou[0] == pytest.approx(
+        np.asarray(noise(1).resize((64, 48))).mean() / 255, abs=1e-3
+    )
+    assert found.pixels == (None, None)
+    assert all(image.attempts == 1 and image.segment_ms >= 0 for image in found.images)
+
+
+def test_a_unit_is_the_same_through_arrow_and_without(tmp_path, child):
+    job = make_job(tmp_path, {f"{i}.png": png(noise(i)) for i in range(4)})
+    unit, arena = prepare_unit(UnitRow(unit_id=0), job.context, open_store(job.context.output), child)
+
+    through = worker(job).run(unpack(pack(unit, arena)))
+    straight = worker(job).run(unit)
+
+    for one, other in zip(through.images, straight.images, strict=True):
+        assert one.instances.counts == other.instances.counts
+        assert np.array_equal(one.instances.predicted_iou, other.instances.predicted_iou)
+
+
+def test_call_shapes_of_several_images_give_the_same_as_one(tmp_path, child):
+    job = make_job(tmp_path, {f"{i}.png": png(noise(i)) for i in range(7)}, images_per_unit=7)
+    several = replace(job.context, masks=MaskSettings(call_shape=CallShape(images_per_call=3)))
+    unit = prepared(job, child)
+
+    one = worker(job).run(unit)
+    three = SegmentWorker(several, epoch=1, use_gpu=False, end_process=end).run(unit)
+
+    assert [i.instances.counts for i in one.images] == [i.instances.counts for i in three.images]
+
+
+def test_images_that_failed_or_need_no_model_pass_through(tmp_path, child):
+    pictures = {"a.png": png(noise(1)), "b.png": b"", "c.png": png(noise(3)), "d.png": trouble("exit")}
+    job = make_job(tmp_path, pictures, {"c.png": []})
+
+    found = worker(job).run(prepared(job, child))
+
+    assert codes(found) == {"a.png": None, "b.png": "empty", "c.png": None, "d.png": "crashed"}
+    assert [image.instances is None for image in found.images] == [False, True, True, True]
+
+
+def test_numbers_that_are_not_finite_cost_their_image(tmp_path, child):
+    job = make_job(tmp_path, {"a.png": png(noise(1)), "b.png": png(harmful_picture("nan"))})
+
+    assert codes(worker(job).run(prepared(job, child))) == {"a.png": None, "b.png": "non_finite"}
+
+
+def test_an_image_that_kills_is_failed_after_three_deaths_and_its_neighbours_are_labelled(tmp_path, child):
+    pictures = {"a.png": png(noise(1)), "b.png": png(harmful_picture("device")), "c.png": png(noise(3))}
+    job = make_job(tmp_path, pictures)
+    unit = prepared(job, child)
+
+    for _ in range(3):
+        with pytest.raises(Ended):
+            worker(job).run(unit)
+    found = worker(job).run(unit)
+
+    assert codes(found) == {"a.png": None, "b.png": "crashed", "c.png": None}
+    assert {image.attempts for image in found.images} == {4}
+
+
+def test_an_image_that_hangs_is_failed_as_timeout(tmp_path, child):
+    pictures = {"a.png": png(noise(1)), "b.png": png(harmful_picture("sleep"))}
+    job = make_job(tmp_path, pictures, limits=Limits(segment_timeout_s=0.5))
+    unit, began = prepared(job, child), time.monotonic()
+
+    starts = 0
+    while True:
+        # Another process for each start: a sleeping thread cannot be raised from.
+        starts += 1
+        if run_in_process(job, unit, tmp_path) == 0:
+            break
+    found = pickle.loads((tmp_path / "found.pickle").read_bytes())
+
+    assert codes(found) == {"a.png": None, "b.png": "timeout"}
+    assert starts <= 4
+    assert time.monotonic() - began < 60
+
+
+def run_in_process(job, unit, folder, *, first="pass"):
+    """The exit status of a process that runs the unit; its result is left in the folder."""
+    (folder / "unit.pickle").write_bytes(pickle.dumps((job.context, unit)))
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        "import pickle, pathlib; from pipeline import segment\n"
+        f"folder = pathlib.Path({str(folder)!r}); {first}\n"
+        "context, unit = pickle.loads((folder / 'unit.pickle').read_bytes())\n"
+        "found = segment.SegmentWorker(context, epoch=1, use_gpu=False).run(unit)\n"
+        "(folder / 'found.pickle').write_bytes(pickle.dumps(found))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    return done.returncode
+
+
+def test_a_hang_that_keeps_the_interpreter_ends_too(tmp_path, child):
+    pictures = {"a.png": png(harmful_picture("spin"))}
+    job = make_job(tmp_path, pictures, limits=Limits(segment_timeout_s=0.3))
+    began = time.monotonic()
+
+    assert run_in_process(job, prepared(job, child), tmp_path, first="segment._BACKSTOP_S = 1") == 1
+
+    assert time.monotonic() - began < 30
+
+
+def test_a_broken_device_stops_the_job_and_marks_no_image(tmp_path, child, monkeypatch):
+    job = make_job(tmp_path, {"a.png": png(noise(1))})
+    monkeypatch.setattr("tests.fakes.BoxSegmenter.segment_prepared", lost)
+
+    found = worker(job, restarted=True).run(prepared(job, child))
+
+    assert found.fault.code == "device"
+    assert found.images == ()
+    assert open_store(job.context.output).list("attempts/") == []
+
+
+def lost(self, images):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_weights_that_are_not_the_jobs_stop_the_job(tmp_path, child):
+    checkpoint = tmp_path / "w.pth"
+    checkpoint.write_bytes(b"not weights")
+    job = make_job(tmp_path, {"a.png": png(noise(1))})
+    weights = replace(job.context.weights, source=str(checkpoint))
+    context = replace(job.context, weights=weights, segmenter="pipeline.weights:load_segmenter")
+
+    found = SegmentWorker(context, epoch=1, use_gpu=False).run(prepared(job, child))
+
+    assert found.fault.code == "weights"
+    assert str(checkpoint) in found.fault.message
+
+
+def test_a_fault_from_before_is_passed_on(tmp_path, child):
+    job = make_job(tmp_path, {"a.png": png(noise(1))})
+    fault = SystemicFault("denied", "no")
+
+    assert worker(job).run(UnitRow(unit_id=0, fault=fault)).fault is fault
+
+
+def test_a_bug_in_the_model_is_no_fault_of_an_image(tmp_path, child):
+    job = make_job(tmp_path, {"a.png": png(harmful_picture("bug"))})
+
+    with pytest.raises(KeyError, match="a bug in the model"):
+        worker(job).run(prepared(job, child))
+
+
+def test_a_unit_without_work_for_the_model_leaves_no_mark(tmp_path, child):
+    job = make_job(tmp_path, {"a.png": png(noise(1))}, {"a.png": []})
+
+    worker(job).run(prepared(job, child))
+
+    assert open_store(job.context.output).list("attempts/") == []
+
+
+def test_deadlines_grow_with_the_boxes():
+    limits = Limits(segment_timeout_s=10)
+
+    assert [deadline_s(limits, boxes) for boxes in (0, 100, 1000)] == [10, 20, 110]
+
+
+def test_lost_devices_are_told_from_lack_of_memory():
+    assert is_device_lost(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert is_device_lost(type("AcceleratorError", (RuntimeError,), {})("unspecified launch failure"))
+    assert not is_device_lost(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not is_device_lost(RuntimeError("CUDA error: out of memory"))
+    assert not is_device_lost(ValueError("boxes"))
