@@ -1,0 +1,96 @@
+"""The code in docs/model.md runs, and its tables name what exists."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.checkpoints import save_transformers
+from model.config import PUBLISHED
+from model.sam_hq import SamHQ
+from tests.docs.markdown import blocks, column, section, table
+from tests.parity.lively import SMALL_VITS, lively, photo
+
+PAGE = (Path(__file__).parents[2] / "docs" / "model.md").read_text()
+EXAMPLES = blocks(section(PAGE, "Use"), "python")
+PUBLISHED_ID = "syscv-community/sam-hq-vit-base"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with the pictures that the examples open, and weights under the hub id's path."""
+    monkeypatch.chdir(tmp_path)
+    save_transformers(lively(SMALL_VITS["grid14-window7"]), tmp_path / PUBLISHED_ID)
+    for name in ("car.png", "street.png"):
+        Image.fromarray(photo(1200, 1800)).save(name)
+    Image.fromarray(np.eye(1200, 1800) > 0).save("mask.png")
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_examples_run_and_give_what_their_comments_say(place, number):
+    names: dict[str, object] = {}
+    exec(EXAMPLES[number], names)
+    answer = names["answer"]
+
+    assert len(EXAMPLES) == 3
+    assert [list(answer.low_res_NMHW.shape[:2]), answer.image_index_N.tolist()] == [
+        [[3, 1], [0, 1, 1]],
+        [[1, 3], [0]],
+        [[1, 1], [0]],
+    ][number]
+    if number == 0:
+        assert names["mask"].shape == (1200, 1800)
+
+
+def test_each_example_is_ten_lines_of_code_or_fewer_beside_its_imports():
+    for code in EXAMPLES:
+        lines = [line for line in code.splitlines() if line and not re.match(r"(import|from) ", line)]
+        assert len(lines) <= 10
+
+
+def test_the_script_shows_the_fault(capsys):
+    (script,) = blocks(section(PAGE, "The fault in transformers"), "python")
+    exec(script, {})
+
+    assert "upscaled is updated: False" in capsys.readouterr().out
+    assert len([line for line in script.splitlines() if line]) <= 13
+
+
+def test_every_name_of_ours_in_the_table_of_compatibility_exists():
+    text = " ".join(column(table(section(PAGE, "What others can be asked, and its name here")), "here"))
+    modules = (
+        "checkpoints",
+        "config",
+        "config_json",
+        "masks",
+        "prompts",
+        "sam_hq",
+        "segmenter",
+        "structures",
+    )
+    known = {name for module in modules for name in vars(importlib.import_module(f"model.{module}"))}
+    with torch.device("meta"):
+        model = SamHQ(PUBLISHED["vit_tiny"])
+
+    called = re.findall(r"\bmodel\.([a-z_]+)\(", text)
+    assert called
+    assert all(hasattr(model, name) for name in called)
+    of_modules = re.findall(r"\b(?:masks|checkpoints|config|config_json)\.(\w+)", text)
+    of_modules += re.findall(
+        r"\b(Prompts|MaskLogits|ImageEmbedding|Segmenter|save_\w+|mask_to_prompt)\b", text
+    )
+    assert set(of_modules) <= known
+
+
+def test_parameters_of_the_table_are_those_of_the_models():
+    rows = table(section(PAGE, "Published numbers to expect"))
+    for row, size in zip(rows, ("vit_b", "vit_l", "vit_h", "vit_tiny"), strict=True):
+        with torch.device("meta"):
+            count = sum(p.numel() for p in SamHQ(PUBLISHED[size]).parameters())
+        assert row["parameters"].split()[0] == f"{count / 1e6:.1f}"
