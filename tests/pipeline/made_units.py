@@ -11,7 +11,10 @@ from pycocotools import mask as coco_mask
 
 from model.structures import Instances
 from pipeline import schema
+from pipeline.arrays import table_sha256
 from pipeline.boxes import ResolvedBoxes, resolve_boxes
+from pipeline.ledger import Job, identity_of, open_job
+from pipeline.plan import Plan, write_plan
 from pipeline.records import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Place, Weights
 from pipeline.storage import Store
 from pipeline.units import ImageResult, build_unit_table, check_against_plan, commit, encode
@@ -131,3 +134,50 @@ def commit_units(store: Store, plan: pa.Table, context: JobContext, unit_ids, *,
     for unit_id in unit_ids:
         table = build_unit(plan, unit_id, context, failing=failing)
         assert commit(store, unit_id, generation, encode(table, context))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MadeJob:
+    """A job in a store with its plan, of which some units are committed."""
+
+    store: Store
+    job: Job
+    plan: pa.Table
+
+    @property
+    def context(self) -> JobContext:
+        return self.job.context
+
+    def commit(self, unit_ids=None, **how) -> None:
+        """These units committed; all when not said."""
+        chosen = range(self.job.units) if unit_ids is None else unit_ids
+        commit_units(self.store, self.plan, self.context, chosen, **how)
+
+
+def make_job(
+    store: Store, num_images: int = 22, *, units_per_part: int = 2, images_per_unit: int = 4
+) -> MadeJob:
+    """A job of 22 images in 6 units of 4, 2 units a part; nothing committed yet."""
+    rows = make_plan(num_images, images_per_unit=images_per_unit)
+    sha256 = table_sha256(rows)
+    plan = Plan(
+        table=rows,
+        summary=None,  # only people read it
+        categories=(),
+        sha256=sha256,
+        images_per_unit=images_per_unit,
+        access=AccessRules(),
+    )
+    context = dataclasses.replace(
+        make_context(images_per_unit=images_per_unit), output=store.place, plan_sha256=sha256
+    )
+    job = Job(
+        identity=identity_of(context, inputs={}, limit=None, protocol=1),
+        context=context,
+        plan={"images": num_images, "boxes": 0, "units": -(-num_images // images_per_unit)},
+        categories=({"id": 1, "name": "cat"},),
+        units_per_part=units_per_part,
+    )
+    job = open_job(store, job)
+    write_plan(store, plan)
+    return MadeJob(store=store, job=job, plan=rows)
