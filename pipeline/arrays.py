@@ -68,9 +68,10 @@ def to_lists(
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind, mask=mask)
 
 
-def join_columns(parts: list[pa.Array], kind: pa.DataType) -> pa.Array:
-    """The parts one after the other as one array of `kind`; an empty array when there are none."""
-    return pa.concat_arrays([pa.array([], type=kind), *parts])
+def positions(values: pa.Array, among: pa.Array) -> Int64Array:
+    """Where each value first stands in `among`, int64 (n,); -1 for a null, or where it does not."""
+    found = pc.index_in(values, value_set=among, skip_nulls=True)
+    return _numpy(pc.fill_null(found, -1)).astype(np.int64)
 
 
 def adjacent_equal(ordered: pa.Array) -> Int64Array:

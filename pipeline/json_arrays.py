@@ -63,6 +63,8 @@ def first_byte(file: BinaryIO) -> str:
 def split_arrays(file: BinaryIO, names: Collection[str]) -> Iterator[Lines]:
     """The records of the wanted arrays, in the order of the file, in blocks of about BLOCK_BYTES.
 
+    An array without records gives one block of none, so that it can be told from no array.
+
     `names`: keys of the top-level object; {""} for a file that is one array.
 
     Raises:
@@ -196,5 +198,5 @@ class _Cutter:
         """The last records of the current array. A blank one (after a comma) is counted, as no JSON."""
         name, last = self._current or "", self._carry + text
         self._current, self._carry = None, b""
-        if last.strip() or self._parted:
-            yield Lines(name=name, text=last, count=last.count(b"\n") + 1)
+        has_records = bool(last.strip()) or self._parted
+        yield Lines(name=name, text=last, count=last.count(b"\n") + 1 if has_records else 0)

@@ -25,8 +25,9 @@ def split(text: bytes, *names: str) -> list[Lines]:
 
 
 def parsed(lines: list[Lines], name: str) -> list[Any]:
-    found = [json.loads(line) for part in lines if part.name == name for line in part.text.split(b"\n")]
-    assert len(found) == sum(part.count for part in lines if part.name == name)
+    parts = [part for part in lines if part.name == name and part.count]
+    found = [json.loads(line) for part in parts for line in part.text.split(b"\n")]
+    assert len(found) == sum(part.count for part in parts)
     return found
 
 
@@ -41,9 +42,8 @@ def test_a_list_comes_back_record_by_record_for_any_block_size(wanted, indent, a
         patch.setattr(json_arrays, "BLOCK_BYTES", block)
         lines = split(text)
 
-    found = [
-        json.loads(line.decode("utf-8", "surrogatepass")) for part in lines for line in part.text.split(b"\n")
-    ]
+    texts = [part.text.decode("utf-8", "surrogatepass") for part in lines if part.count]
+    found = [json.loads(line) for text in texts for line in text.split("\n")]
     assert wanted == found
     assert len(wanted) == sum(part.count for part in lines)
 
@@ -117,6 +117,10 @@ def test_a_record_of_any_length_is_refused_before_it_fills_memory(monkeypatch):
 
     with pytest.raises(JsonDamage, match="longer than"):
         split(b'[{"a": "' + b"x" * 2000 + b'"}]')
+
+
+def test_an_array_without_records_is_told_from_no_array():
+    assert [("images", 0)] == [(part.name, part.count) for part in split(b'{"images": [ ]}', "images", "x")]
 
 
 def test_a_byte_order_mark_is_skipped():

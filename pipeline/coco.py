@@ -1,0 +1,221 @@
+"""COCO files of any size: instances (images, annotations, categories) and results (a list of boxes).
+
+Streamed: records go from the file into Arrow columns in blocks. Keys that are not named here
+(segmentation, iscrowd, keypoints, licences) are skipped unread. A box is xywh in pixels. Image ids may be
+integers or strings; integers become decimal strings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.arrays import Int64Array, null_mask, single
+from pipeline.box_tables import box_columns
+from pipeline.columns import Kind
+from pipeline.errors import JobRefused
+from pipeline.json_arrays import Lines, first_byte, split_arrays
+from pipeline.listings import (
+    TEXT,
+    BoxList,
+    ImageList,
+    group_rows,
+    grouped_boxes,
+    refuse_repeated,
+    with_all_images,
+)
+from pipeline.records import AccessRules
+from pipeline.storage import open_input, options_for
+from pipeline.tables import naming
+from pipeline.text_tables import read_lines, sampled_leaf
+
+_BOX = {
+    "image_id": Kind(0, "key"),
+    "category_id": Kind(0, "integer"),
+    "bbox": Kind(1, "number"),
+    "score": Kind(0, "number"),
+    "id": Kind(0, "key"),
+}
+_RECORDS: dict[str, dict[str, Kind]] = {
+    "": _BOX,
+    "annotations": _BOX,
+    "images": {
+        "id": Kind(0, "key"),
+        "file_name": Kind(0, "text"),
+        "width": Kind(0, "number"),
+        "height": Kind(0, "number"),
+    },
+    "categories": {"id": Kind(0, "integer"), "name": Kind(0, "text")},
+}
+_SAMPLE_RECORDS = 100
+_SHAPE = "wanted COCO: an object with lists `images` and `annotations`, or a list of results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoImages:
+    """The `images` of a file: large_string ids and file names, sizes int64 (n, 2) with 0 where unknown."""
+
+    image_id: pa.Array
+    file_name: pa.Array
+    size_hw: Int64Array
+
+
+def is_results(uri: str, access: AccessRules) -> bool:
+    """True for a file that is a list (results), False for an object (instances).
+
+    Raises:
+        JobRefused: neither.
+    """
+    with open_input(uri, options_for(uri, access)) as stream:
+        first = first_byte(stream)
+    if first not in ("[", "{"):
+        found = f"it begins with {first!r}" if first else "it is empty"
+        raise JobRefused(f"{uri}: not a sound JSON file: {found}; {_SHAPE}")
+    return first == "["
+
+
+def read_results(uri: str, access: AccessRules, *, folder: str) -> BoxList:
+    """The boxes of a results file, by image id; it names no files."""
+    blocks = _read(uri, {""}, access)
+    return _grouped(uri, blocks[""], folder)
+
+
+def read_coco_images(uri: str, access: AccessRules, *, folder: str) -> ImageList:
+    """The images of an instances file; `image_uri` holds the file names as written."""
+    images = _images(uri, _read(uri, {"images"}, access))
+    return ImageList(
+        image_uri=images.file_name,
+        image_id=images.image_id,
+        root=folder,
+        size_hw=images.size_hw,
+        files=(uri,),
+    )
+
+
+def read_instances(uri: str, access: AccessRules, *, folder: str) -> BoxList:
+    """The boxes of an instances file, and every image it names: those without boxes have none.
+
+    Annotations of an image that the file does not name come last, with a null uri.
+    """
+    blocks = _read(uri, {"images", "annotations", "categories"}, access)
+    if "annotations" not in blocks:
+        raise JobRefused(f"{uri}: there is no list `annotations`; {_SHAPE}")
+    images = _images(uri, blocks)
+    boxes = _grouped(uri, blocks["annotations"], folder)
+    listed = with_all_images(boxes, images.image_id, images.file_name)
+    size_hw = np.zeros((len(listed.lengths), 2), dtype=np.int64)
+    size_hw[: len(images.size_hw)] = images.size_hw
+    return replace(listed, categories=_categories(uri, blocks.get("categories")), size_hw=size_hw)
+
+
+def _read(uri: str, names: Collection[str], access: AccessRules) -> dict[str, list[pa.Table]]:
+    """The wanted arrays of the file as blocks of plain columns; an array that is absent is no key."""
+    schemas: dict[str, pa.Schema] = {}
+    blocks: dict[str, list[pa.Table]] = {}
+    with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
+        for lines in split_arrays(stream, names):
+            if lines.name not in schemas:
+                schemas[lines.name] = _schema(lines)
+            table = read_lines(lines.text, lines.count, schemas[lines.name])
+            blocks.setdefault(lines.name, []).append(_compact(table))
+    return blocks
+
+
+def _schema(lines: Lines) -> pa.Schema:
+    """The columns of an array; whether its ids are integers or strings is seen from its first records."""
+    records = [_record(line) for line in lines.text.split(b"\n", _SAMPLE_RECORDS)[:_SAMPLE_RECORDS]]
+    fields = []
+    for name, kind in _RECORDS[lines.name].items():
+        leaf = sampled_leaf(record.get(name) for record in records)
+        if kind.leaf == "key":
+            kind = replace(kind, leaf="text" if leaf == "null" else leaf)
+        if leaf == "text" and name in ("width", "height"):
+            continue  # only used to guess mistakes; not worth a refusal
+        fields.append(pa.field(name, kind.arrow_type()))
+    return pa.schema(fields)
+
+
+def _record(line: bytes) -> Mapping[str, object]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}  # the reader says where and why
+    return value if isinstance(value, dict) else {}
+
+
+def _compact(table: pa.Table) -> pa.Table:
+    """The same, with image ids as dictionary-encoded text: five million boxes name few images."""
+    if "image_id" not in table.column_names:
+        return table
+    at = table.column_names.index("image_id")
+    ids = pc.cast(single(table.column("image_id")), TEXT).dictionary_encode()
+    return table.set_column(at, "image_id", ids)
+
+
+def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
+    table = pa.concat_tables(blocks)
+    ids = table.column("image_id")
+    if ids.null_count:
+        raise JobRefused(f"{uri}: record {_first_null(ids)} (from 0) has no image_id; {_SHAPE}")
+    if table.num_rows and table.column("bbox").null_count == table.num_rows:
+        raise JobRefused(f"{uri}: none of its {table.num_rows} records has a bbox; {_SHAPE}")
+    flat = {
+        "given": single(table.column("bbox")),
+        "category_id": single(table.column("category_id")),
+        "score": single(table.column("score")),
+        "box_id": single(table.column("id")),
+    }
+    with naming(uri, "JSON"):
+        boxes = pa.table(box_columns({name: column for name, column in flat.items() if _holds(column)}))
+    return grouped_boxes(group_rows(ids, None), boxes, folder=folder, box_format="xywh", files=[uri])
+
+
+def _holds(column: pa.Array) -> bool:
+    """True unless every value is null: such a column was never given."""
+    return not len(column) or column.null_count < len(column)
+
+
+def _images(uri: str, blocks: Mapping[str, list[pa.Table]]) -> CocoImages:
+    if "images" not in blocks:
+        raise JobRefused(f"{uri}: there is no list `images`; {_SHAPE}")
+    table = pa.concat_tables(blocks["images"])
+    for name in ("id", "file_name"):
+        if table.column(name).null_count:
+            raise JobRefused(f"{uri}: image {_first_null(table.column(name))} (from 0) has no {name}")
+    ids = pc.cast(single(table.column("id")), TEXT)
+    refuse_repeated(ids, uri)
+    return CocoImages(image_id=ids, file_name=single(table.column("file_name")), size_hw=_sizes(table))
+
+
+def _sizes(table: pa.Table) -> Int64Array:
+    """Height and width as the file says; 0 where it says none, or nothing that could be a size."""
+    size_hw = np.zeros((table.num_rows, 2), dtype=np.int64)
+    for axis, name in enumerate(("height", "width")):
+        if name in table.column_names:
+            values = np.nan_to_num(
+                pc.fill_null(table.column(name), 0.0).to_numpy(), nan=0, posinf=0, neginf=0
+            )
+            size_hw[:, axis] = np.clip(values, 0, 2**31)
+    return size_hw
+
+
+def _categories(uri: str, blocks: list[pa.Table] | None) -> dict[int, str]:
+    """Category id -> name, for those that have a name."""
+    names: dict[int, str] = {}
+    for row in pa.concat_tables(blocks).to_pylist() if blocks else []:
+        if row["id"] is None or row["name"] is None:
+            continue
+        if names.setdefault(row["id"], row["name"]) != row["name"]:
+            raise JobRefused(
+                f"{uri}: category {row['id']} has two names: {names[row['id']]!r} and {row['name']!r}"
+            )
+    return names
+
+
+def _first_null(column: pa.ChunkedArray) -> int:
+    return int(np.flatnonzero(null_mask(single(column)))[0])

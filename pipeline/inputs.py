@@ -1,0 +1,298 @@
+"""Whatever a person points at -> the lists of images and of boxes; which reader takes it is told by its name.
+
+Names are told apart by their ending (.parquet, .csv, .jsonl, .json) and by what a folder holds; the
+content is checked by the reader. Nothing is opened here but the input files themselves, no image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.access import split_scheme
+from pipeline.arrays import single
+from pipeline.box_tables import BOX_ROWS, IMAGE_ROWS, image_keys, read_box_tables
+from pipeline.coco import is_results, read_coco_images, read_instances, read_results
+from pipeline.columns import missing_column
+from pipeline.earlier import EarlierParts, find_parts, read_earlier_boxes, read_earlier_images
+from pipeline.errors import JobRefused, UsageError
+from pipeline.listings import TEXT, BoxList, ImageList, examples
+from pipeline.records import AccessRules, BoxFormat, BoxFrame
+from pipeline.storage import Entry, glob_objects, head_object, list_objects, options_for
+from pipeline.tables import TABLE_SUFFIXES, TableFormat, inspect_tables, read_batches, table_format
+
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".heic", ".heif"),
+)
+"""Which files of a folder are taken for pictures, in any case. Decoding goes by content, not by name."""
+
+_COLUMN_NAMES = frozenset(IMAGE_ROWS) | frozenset(BOX_ROWS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSettings:
+    """What to label, and how to read it.
+
+    `images`, `boxes`: paths or uris, at least one of them. `columns`: our column name to the table's.
+    `image_root`: folder or prefix that relative uris and COCO file names start from; None: the folder of
+    the table that names them. `limit`: the first N images in the order of their ids. `access`: further
+    local roots, allowed schemes, storage options.
+    """
+
+    images: str | None = None
+    boxes: str | None = None
+    box_format: BoxFormat | None = None
+    box_frame: BoxFrame = "upright"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    image_root: str | None = None
+    limit: int | None = None
+    allow_unmatched: bool = False
+    access: AccessRules = field(default_factory=AccessRules)
+    images_per_unit: int = 64
+
+
+def allowed_access(settings: InputSettings) -> AccessRules:
+    """`settings.access` with the local folders that the inputs imply: image root and tables' folders.
+
+    Planning and workers must use the same rules, so a job keeps these in its context. Absolute, links
+    resolved.
+    """
+    implied = [settings.image_root, _folder_of(settings.images)]
+    if settings.images is None:
+        implied.append(_folder_of(settings.boxes))
+    local = [folder for folder in implied if folder is not None and split_scheme(folder)[0] == "file"]
+    roots = [os.path.realpath(split_scheme(folder)[1]) for folder in (*settings.access.roots, *local)]
+    return replace(settings.access, roots=tuple(dict.fromkeys(roots)))
+
+
+def _folder_of(argument: str | None) -> str | None:
+    """The folder that relative names in an input start from: its own, or the one that a table lies in."""
+    if argument is None:
+        return None
+    uri = absolute(argument)
+    if _is_pattern(uri):
+        return _pattern_root(uri)
+    is_file = _is_json(uri) or table_format(uri) is not None
+    return uri.rpartition("/")[0] if is_file and not os.path.isdir(uri) else uri
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute, `file://` taken off; another uri as it is, without "/" at the end."""
+    scheme, rest = split_scheme(uri)
+    return os.path.abspath(rest) if scheme == "file" else uri.rstrip("/")
+
+
+def read_images(settings: InputSettings) -> ImageList:
+    """The images that `settings.images` lists, with uris that can be opened.
+
+    Raises:
+        JobRefused: nothing there, no pictures, an unreadable table, an image without a uri.
+    """
+    assert settings.images is not None, "the caller asks only for what is given"
+    uri, access = absolute(settings.images), settings.access
+    if _is_pattern(uri):
+        return _from_listing(uri, glob_objects(uri, options_for(uri, access)), root=_pattern_root(uri))
+    if _is_json(uri):
+        _refuse_results(uri, access)
+        return _resolved(read_coco_images(uri, access, folder=_parent(uri)), settings)
+    if table_format(uri) is not None and _is_file(uri, access):
+        return _resolved(_read_image_tables([uri], settings, _parent(uri)), settings)
+    entries = list_objects(uri, options_for(uri, access))
+    if any(_is_picture(entry.key) for entry in entries):
+        return _from_listing(uri, entries, root=uri)
+    parts = find_parts(uri, entries)
+    if parts is not None:
+        return read_earlier_images(parts, access)
+    return _resolved(_read_image_tables(_tables_in(uri, entries, access), settings, uri), settings)
+
+
+def read_boxes(settings: InputSettings) -> BoxList:
+    """The boxes of `settings.boxes`; their uris are as written (see `resolve_uris`).
+
+    Raises:
+        JobRefused: nothing there, no table of boxes, or one that is not sound.
+    """
+    assert settings.boxes is not None, "the caller asks only for what is given"
+    uri, access = absolute(settings.boxes), settings.access
+    if _is_json(uri):
+        read = read_results if is_results(uri, access) else read_instances
+        return read(uri, access, folder=_root(settings, _parent(uri)))
+    if table_format(uri) is not None and _is_file(uri, access):
+        folder = _root(settings, _parent(uri))
+        return read_box_tables([uri], settings.columns, access, folder=folder)
+    entries = list_objects(uri, options_for(uri, access))
+    parts = find_parts(uri, entries)
+    if parts is not None:
+        return _earlier_boxes(parts, settings)
+    uris = _tables_in(uri, entries, access)
+    return read_box_tables(uris, settings.columns, access, folder=_root(settings, uri))
+
+
+def resolve_uris(uris: pa.Array, folder: str) -> pa.Array:
+    """Relative uris put below `folder`; absolute ones, blank ones and those with a scheme are left alone.
+
+    Names are bytes: nothing is decoded or normalised but "./" at the beginning, which `find` writes.
+    """
+    names = pc.replace_substring_regex(uris, r"\A(\./+)+", "")
+    complete = pc.match_substring_regex(uris, r"\A(/|\s*\z|data:|[A-Za-z][A-Za-z0-9+.\-]*:[/:])")
+    return pc.if_else(
+        complete, uris, pc.binary_join_element_wise(_text(folder.rstrip("/")), names, _text("/"))
+    )
+
+
+def _text(value: str) -> pa.Scalar:
+    return pa.scalar(value, TEXT)
+
+
+def check_columns(settings: InputSettings, found: Sequence[str]) -> None:
+    """None when every mapped name is one of ours and stands in a table; `found`: the tables' columns.
+
+    Raises:
+        UsageError: our name is unknown. JobRefused: no table has the other name.
+    """
+    for ours, theirs in settings.columns.items():
+        if ours not in _COLUMN_NAMES:
+            raise UsageError(
+                f"input.columns: {ours!r} is no column of ours; known: {', '.join(sorted(_COLUMN_NAMES))}"
+            )
+        if theirs not in found:
+            shown = ", ".join(found) or "none (columns are mapped in Parquet, CSV and JSONL tables)"
+            raise JobRefused(f"input.columns: no table has a column {theirs!r}; found {shown}")
+
+
+def _from_listing(uri: str, entries: Sequence[Entry], *, root: str) -> ImageList:
+    """The pictures among listed files; every file where a pattern states the ending."""
+    keys = [entry.key for entry in entries if _states_ending(uri) or _is_picture(entry.key)]
+    if not keys:
+        raise _nothing_in(uri, entries, "pictures")
+    return ImageList(
+        image_uri=pa.array(keys, TEXT),
+        image_id=None,
+        root=root,
+        listed=True,
+        skipped_files=len(entries) - len(keys),
+    )
+
+
+def _nothing_in(uri: str, entries: Sequence[Entry], wanted: str) -> JobRefused:
+    found = (
+        f"{len(entries)} other files, such as {examples([e.key for e in entries])}" if entries else "nothing"
+    )
+    return JobRefused(f"{uri}: no {wanted}; found {found}")
+
+
+def _is_picture(key: str) -> bool:
+    name = key.rpartition("/")[2]
+    return not name.startswith(".") and name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def _is_pattern(uri: str) -> bool:
+    """True with a wildcard, unless a local file or folder has that very name."""
+    scheme, path = split_scheme(uri)
+    return any(sign in uri for sign in "*?[") and not (scheme == "file" and os.path.lexists(path))
+
+
+def _pattern_root(pattern: str) -> str:
+    """The folder above the first wildcard."""
+    first = min(pattern.index(sign) for sign in "*?[" if sign in pattern)
+    return pattern[:first].rpartition("/")[0]
+
+
+def _states_ending(uri: str) -> bool:
+    _, dot, ending = uri.rpartition("/")[2].rpartition(".")
+    return _is_pattern(uri) and bool(dot) and not any(sign in ending for sign in "*?[")
+
+
+def _is_json(uri: str) -> bool:
+    return uri.lower().endswith(".json")
+
+
+def _is_file(uri: str, access: AccessRules) -> bool:
+    """False for a folder that is called like a table, as Spark writes them."""
+    return head_object(uri, options_for(uri, access)) is not None
+
+
+def _parent(uri: str) -> str:
+    return uri.rpartition("/")[0]
+
+
+def _refuse_results(uri: str, access: AccessRules) -> None:
+    if is_results(uri, access):
+        raise JobRefused(
+            f"{uri}: COCO results name no image files; "
+            "give the instances file as --images and this one as --boxes"
+        )
+
+
+def _tables_in(uri: str, entries: Sequence[Entry], access: AccessRules) -> list[str]:
+    """The tables of a folder, all of one kind; hidden files and folders are left out."""
+    shown = [entry.key for entry in entries if not _is_hidden(entry.key.removeprefix(uri))]
+    kinds: dict[TableFormat, list[str]] = {}
+    for key in shown:
+        kind = table_format(key)
+        if kind is not None:
+            kinds.setdefault(kind, []).append(key)
+    if len(kinds) > 1:
+        found = ", ".join(f"{len(keys)} {kind} ({keys[0]})" for kind, keys in kinds.items())
+        raise JobRefused(f"{uri}: tables of several kinds: {found}; give a folder of one kind, or one file")
+    if kinds:
+        return next(iter(kinds.values()))
+    if not entries and _is_file(uri, access):
+        raise JobRefused(f"{uri}: a file of no known kind; wanted {', '.join((*TABLE_SUFFIXES, '.json'))}")
+    raise _nothing_in(uri, entries, f"pictures or tables ({', '.join(TABLE_SUFFIXES)})")
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith((".", "_")) for part in path.split("/"))
+
+
+def _read_image_tables(uris: Sequence[str], settings: InputSettings, folder: str) -> ImageList:
+    """The images that tables name; `image_uri` as written."""
+    wanted = {name: BOX_ROWS[name] for name in ("image_uri", "image_id")}
+    files = inspect_tables(uris, wanted, settings.columns, settings.access)
+    batches: list[pa.Table] = []
+    for file in files:
+        if "image_uri" not in file.names:
+            raise missing_column(file.uri, "image_uri", file.all_names)
+        row = 0
+        for batch in read_batches(file, settings.access):
+            batches.append(pa.table(image_keys(batch, file.uri, row)))
+            row += batch.num_rows
+    nothing = pa.table({name: pa.array([], TEXT) for name in files[0].names})
+    table = pa.concat_tables([nothing, *(batch.select(nothing.column_names) for batch in batches)])
+    return ImageList(
+        image_uri=single(table.column("image_uri")),
+        image_id=single(table.column("image_id")) if "image_id" in files[0].names else None,
+        root=folder,
+        files=tuple(uris),
+        columns=files[0].all_names,
+    )
+
+
+def _resolved(images: ImageList, settings: InputSettings) -> ImageList:
+    root = _root(settings, images.root)
+    return replace(images, image_uri=resolve_uris(images.image_uri, root), root=root)
+
+
+def _root(settings: InputSettings, otherwise: str) -> str:
+    return otherwise if settings.image_root is None else absolute(settings.image_root)
+
+
+def _earlier_boxes(parts: EarlierParts, settings: InputSettings) -> BoxList:
+    """An earlier job's prompts say themselves how they are to be read."""
+    boxes = read_earlier_boxes(parts, settings.access)
+    if settings.box_format not in (None, boxes.box_format):
+        raise UsageError(
+            f"--box-format {settings.box_format}: the boxes of {parts.folder} are {boxes.box_format}; "
+            "leave it out"
+        )
+    if settings.box_frame == "stored" != boxes.box_frame:
+        raise UsageError(
+            f"--box-frame stored: the boxes of {parts.folder} are {boxes.box_frame}; leave it out"
+        )
+    return boxes

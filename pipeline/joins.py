@@ -1,0 +1,263 @@
+"""Which boxes belong to which image, and what every image is called: joined once, by whole columns.
+
+Joined by id where images and boxes both have given ids, else by uri, else by the ids that follow from the
+uris. Ids: the given ones; else the uri below the image root; else the whole uri. Bytes are compared:
+no case, Unicode or percent folding. What does not fit is refused with examples from both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.arrays import BoolArray, Int64Array, positions
+from pipeline.errors import JobRefused, clean_text
+from pipeline.inputs import resolve_uris
+from pipeline.listings import BoxList, ImageList, examples
+
+_LOOK_AT = 20_000  # ids looked at to find out why nothing matches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unmatched:
+    """Boxes whose image is not listed: how many, of how many images, and a few of their names."""
+
+    boxes: int = 0
+    images: int = 0
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """Every image, in the order of the input, with its id and its place in the box list.
+
+    `image_id`, `image_uri`: large_string (n,). `mention`: int64 (n,), the image's place in `BoxList`, -1
+    where no box file names it. `id_rule`: how ids and joins came about, in words.
+    """
+
+    image_id: pa.Array
+    image_uri: pa.Array
+    mention: Int64Array
+    unmatched: Unmatched
+    id_rule: str
+
+
+def images_of(boxes: BoxList) -> ImageList:
+    """The images that a box file names by itself.
+
+    Raises:
+        JobRefused: it names no uris, or not for every box.
+    """
+    uris = boxes.image_uri
+    if uris is None:
+        raise JobRefused(
+            f"{boxes.files[0]}: the boxes name images by id alone; say with --images where they are"
+        )
+    if uris.null_count:
+        assert boxes.image_id is not None, "only images named by id can lack a uri"
+        lost = boxes.image_id.filter(uris.is_null())
+        raise JobRefused(
+            f"{boxes.files[0]}: {len(lost)} image ids have boxes but no entry in `images`, "
+            f"such as {examples(lost)}"
+        )
+    return ImageList(
+        image_uri=resolve_uris(uris, boxes.folder),
+        image_id=boxes.image_id,
+        root=boxes.folder,
+        size_hw=boxes.size_hw,
+    )
+
+
+def join(images: ImageList, boxes: BoxList | None, *, allow_unmatched: bool) -> Joined:
+    """Every image with its boxes' place.
+
+    Raises:
+        JobRefused: an image named twice, one id for two images, or boxes whose image is not listed (unless
+            they may be left out).
+    """
+    if boxes is None:
+        ids, rule = _ids(images)
+        joined = Joined(
+            image_id=ids,
+            image_uri=images.image_uri,
+            mention=np.full(len(ids), -1, dtype=np.int64),
+            unmatched=Unmatched(),
+            id_rule=rule,
+        )
+    else:
+        joined = _match(images, boxes, allow_unmatched)
+    _refuse_doubles(joined)
+    return joined
+
+
+def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool) -> Joined:
+    ids, rule = _ids(images)
+    by_uri = boxes.image_uri is not None and (images.image_id is None or boxes.image_id is None)
+    if by_uri:
+        keys, wanted, how = _uri_keys(images, boxes)
+    else:
+        assert boxes.image_id is not None, "boxes are named by id or by uri"
+        keys, wanted, how = ids, boxes.image_id, "joined by image_id"
+        if boxes.image_uri is not None:
+            how += " (the uris of the box file are not used)"
+    _refuse_repeated(wanted, boxes)
+    mention = positions(keys, wanted)
+    unmatched = _unmatched(wanted, boxes, mention)
+    if unmatched.boxes and not allow_unmatched:
+        raise _refusal(unmatched, keys, wanted, boxes)
+    if by_uri and boxes.image_id is not None:
+        ids = _adopted(ids, boxes.image_id, mention)
+        rule = f"ids of {boxes.files[0]}, for images it does not name: {rule}"
+    return Joined(
+        image_id=ids,
+        image_uri=images.image_uri,
+        mention=mention,
+        unmatched=unmatched,
+        id_rule=f"{rule}; {how}",
+    )
+
+
+def _ids(images: ImageList) -> tuple[pa.Array, str]:
+    """The id of each image, and the rule in words."""
+    if images.image_id is not None:
+        return images.image_id, "ids as given"
+    below = pc.starts_with(images.image_uri, f"{images.root.rstrip('/')}/")
+    names = pc.utf8_slice_codeunits(images.image_uri, start=len(images.root.rstrip("/")) + 1)
+    return pc.if_else(below, names, images.image_uri), f"ids are the uris below {images.root}"
+
+
+def _adopted(ids: pa.Array, given: pa.Array, mention: Int64Array) -> pa.Array:
+    """The ids of the box file for the images that it names, the others as they are."""
+    named = given.take(pa.array(mention, mask=mention < 0))
+    return pc.coalesce(named, ids)
+
+
+def _uri_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, str]:
+    """Both sides' uris to compare, and how relative ones were read.
+
+    Relative uris of a box file start from its folder. Where none of them is found so, and the images were
+    listed from a folder, they are read as names below that folder: all of them or none.
+    """
+    assert boxes.image_uri is not None, "the caller has looked"
+    keys = _comparable(images.image_uri)
+    wanted = _comparable(resolve_uris(boxes.image_uri, boxes.folder))
+    if boxes.folder == images.root or (positions(wanted, keys) >= 0).any():
+        return keys, wanted, "joined by image_uri"
+    below_root = _comparable(resolve_uris(boxes.image_uri, images.root))
+    if (positions(below_root, keys) >= 0).any():
+        return keys, below_root, f"joined by image_uri, relative ones below {images.root}"
+    return keys, wanted, "joined by image_uri"
+
+
+def _comparable(uris: pa.Array) -> pa.Array:
+    """`file:///a` and `/a` are one file."""
+    return pc.replace_substring_regex(uris, r"\Afile://(localhost)?/", "/")
+
+
+def _unmatched(wanted: pa.Array, boxes: BoxList, mention: Int64Array) -> Unmatched:
+    lost = boxes.lengths > 0
+    lost[mention[mention >= 0]] = False
+    names = _names(wanted, boxes, lost)
+    return Unmatched(
+        boxes=int(boxes.lengths[lost].sum()),
+        images=int(lost.sum()),
+        examples=tuple(names.slice(0, 5).to_pylist()),
+    )
+
+
+def _names(wanted: pa.Array, boxes: BoxList, where: BoolArray) -> pa.Array:
+    """The keys of some mentions; where there is no uri, the id."""
+    keys = wanted.filter(pa.array(where))
+    return keys if boxes.image_id is None else pc.coalesce(keys, boxes.image_id.filter(pa.array(where)))
+
+
+def _refuse_repeated(wanted: pa.Array, boxes: BoxList) -> None:
+    named = wanted.drop_null()
+    if pc.count_distinct(named).as_py() == len(named):
+        return
+    counts = pc.value_counts(named)
+    twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if boxes.one_row_per_image:
+        reason = "more than one row; join their lists, or give a table with one row a box"
+    else:
+        reason = "more than one id or spelling of the uri; give each image one"
+    raise JobRefused(f"{boxes.files[0]}: {len(twice)} images, such as {examples(twice)}, have {reason}")
+
+
+def _refusal(unmatched: Unmatched, keys: pa.Array, wanted: pa.Array, boxes: BoxList) -> JobRefused:
+    hint = _why(keys, wanted.drop_null())
+    return JobRefused(
+        f"{unmatched.boxes} boxes of {unmatched.images} images (of {len(boxes.lengths)}) have no image: "
+        f"the box file names {examples(unmatched.examples)}; the images are {examples(keys) or 'none'}. "
+        f"{hint}Mend --images or --boxes, or leave these boxes out with --allow-unmatched"
+    )
+
+
+def _refuse_doubles(joined: Joined) -> None:
+    """None when every id and every uri is there once."""
+    for name, keys in (("image_id", joined.image_id), ("image_uri", _comparable(joined.image_uri))):
+        filled = keys.filter(pc.not_equal(keys, "")) if name == "image_uri" else keys
+        if pc.count_distinct(filled).as_py() < len(filled):
+            raise _doubled(joined, keys, name)
+    if pc.any(pc.equal(joined.image_id, "")).as_py():
+        raise JobRefused("an image has the empty string as its image_id; every image needs an id of its own")
+
+
+def _doubled(joined: Joined, keys: pa.Array, name: str) -> JobRefused:
+    counts = pc.value_counts(keys)
+    twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    rows = pc.indices_nonzero(pc.equal(keys, twice[0])).slice(0, 2)
+    ids, uris = joined.image_id.take(rows).to_pylist(), joined.image_uri.take(rows).to_pylist()
+    if name == "image_id" and uris[0] != uris[1]:
+        what = f"image_id {ids[0]!r} stands for {uris[0]!r} and for {uris[1]!r}"
+    else:
+        what = f"{uris[0]!r} is there twice, with ids {ids[0]!r} and {ids[1]!r}"
+    return JobRefused(
+        f"{len(twice)} images are not told apart by {name}: {clean_text(what)}; name each image once"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Why nothing matches
+# ---------------------------------------------------------------------------------------------
+
+
+def _base(keys: pa.Array) -> pa.Array:
+    return pc.replace_substring_regex(keys, r"\A.*/", "")
+
+
+def _stem(keys: pa.Array) -> pa.Array:
+    return pc.replace_substring_regex(keys, r"\.[^./]*\z", "")
+
+
+def _bare(keys: pa.Array) -> pa.Array:
+    return _stem(_base(keys))
+
+
+_GUESSES: tuple[tuple[str, Callable[[pa.Array], pa.Array]], ...] = (
+    ("they differ in upper and lower case", pc.utf8_lower),
+    ("they differ in Unicode form (NFC, NFD)", lambda keys: pc.utf8_normalize(keys, form="NFC")),
+    ("the ids of the boxes look like names without their ending", _stem),
+    ("they agree but for the folder", _base),
+    ("the ids of the boxes look like file stems", _bare),
+    (
+        "the ids of the boxes look like the numbers in the file names; "
+        "for COCO results give the instances JSON as --images",
+        lambda keys: pc.replace_substring_regex(_bare(keys), r"\A0+", ""),
+    ),
+)
+
+
+def _why(keys: pa.Array, wanted: pa.Array) -> str:
+    """A sentence when most boxes would match but for a difference of spelling, else ""."""
+    step = max(1, len(wanted) // _LOOK_AT)
+    sample = wanted.take(pa.array(np.arange(0, len(wanted), step)))
+    for sentence, spelling in _GUESSES:
+        found = positions(spelling(sample), spelling(keys)) >= 0
+        if len(found) and found.mean() > 0.5:
+            return f"{sentence[0].upper()}{sentence[1:]}. "
+    return ""

@@ -1,0 +1,202 @@
+"""Tables that people bring (Parquet, CSV, JSONL), read as plain columns in batches of bounded memory.
+
+Two steps. `inspect_tables` opens every file, finds the wanted columns and checks their types, so that a
+job is refused before any value is used. `read_batches` then reads only those columns. A file that cannot
+be read, or is no table of its kind, refuses the job by name: half of a table is never labelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import BinaryIO, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.columns import Kind, check_type, locate, plain, settle
+from pipeline.errors import HqlabelError, JobRefused, clean_text
+from pipeline.json_arrays import JsonDamage
+from pipeline.records import AccessRules
+from pipeline.storage import open_input, options_for
+from pipeline.text_tables import (
+    BLOCK_BYTES,
+    csv_batches,
+    csv_header,
+    jsonl_batches,
+    jsonl_sample,
+    sampled_leaf,
+)
+
+TableFormat = Literal["parquet", "csv", "jsonl"]
+TABLE_SUFFIXES: dict[str, TableFormat] = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
+BATCH_ROWS = 65_536
+BATCH_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableFile:
+    """One checked file: `names` our name -> its name, `kinds` our name -> what the column holds.
+
+    `all_names`: every column of the file, for messages.
+    """
+
+    uri: str
+    file_format: TableFormat
+    names: Mapping[str, str]
+    kinds: Mapping[str, Kind]
+    all_names: tuple[str, ...]
+
+
+def table_format(uri: str) -> TableFormat | None:
+    """The format that a file's name says, in any case; None for other names."""
+    lowered = uri.lower()
+    return next((kind for suffix, kind in TABLE_SUFFIXES.items() if lowered.endswith(suffix)), None)
+
+
+def inspect_tables(
+    uris: Sequence[str], wanted: Mapping[str, Kind], mapping: Mapping[str, str], access: AccessRules
+) -> tuple[TableFile, ...]:
+    """The files of one table, their wanted columns found, checked and of one kind throughout.
+
+    Raises:
+        JobRefused: unreadable, a type other than wanted, or files that differ (one is named).
+    """
+    files = [_inspect(uri, wanted, mapping, access) for uri in uris]
+    for file in files[1:]:
+        _check_same_columns(file, files[0])
+    kinds = {
+        name: settle(name, {file.uri: file.kinds[name] for file in files if name in file.kinds}, kind)
+        for name, kind in wanted.items()
+    }
+    return tuple(replace(file, kinds={name: kinds[name] for name in file.names}) for file in files)
+
+
+def _check_same_columns(file: TableFile, first: TableFile) -> None:
+    if file.file_format != first.file_format:
+        raise JobRefused(f"{file.uri}: another kind of file than {first.uri}; give one folder for each kind")
+    if file.file_format == "jsonl":
+        return  # a key that is missing means null there
+    for name in first.names.keys() ^ file.names.keys():
+        lacking, other = (file, first) if name in first.names else (first, file)
+        raise JobRefused(f"{lacking.uri}: no column {name}, which {other.uri} has; the files must agree")
+
+
+def read_batches(file: TableFile, access: AccessRules) -> Iterator[pa.Table]:
+    """The file's rows with our column names and plain types, about BATCH_ROWS at a time, in order."""
+    with naming(file.uri, file.file_format), open_input(file.uri, options_for(file.uri, access)) as stream:
+        for batch in _batches(file, stream):
+            yield _plain_table(file, batch)
+
+
+def _batches(file: TableFile, stream: BinaryIO) -> Iterator[pa.RecordBatch]:
+    columns = {theirs: file.kinds[ours] for ours, theirs in file.names.items()}
+    if file.file_format == "csv":
+        return csv_batches(stream, columns)
+    if file.file_format == "jsonl":
+        return jsonl_batches(stream, columns)
+    parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+    batches: Iterator[pa.RecordBatch] = parquet.iter_batches(
+        _batch_rows(parquet, columns), columns=list(columns)
+    )
+    return batches
+
+
+def _batch_rows(parquet: pq.ParquetFile, names: Collection[str]) -> int:
+    """As many rows as take about BATCH_BYTES, at most BATCH_ROWS: rows with thousands of boxes exist."""
+    widest = 1.0
+    for group in map(parquet.metadata.row_group, range(parquet.num_row_groups)):
+        columns = map(group.column, range(group.num_columns))
+        wanted = [c for c in columns if any(f"{c.path_in_schema}.".startswith(f"{n}.") for n in names)]
+        size = sum(max(c.total_uncompressed_size, 8 * c.num_values) for c in wanted)
+        widest = max(widest, size / max(1, group.num_rows))
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / widest)))
+
+
+def _plain_table(file: TableFile, batch: pa.RecordBatch) -> pa.Table:
+    columns: dict[str, pa.Array] = {}
+    for ours, theirs in file.names.items():
+        try:
+            columns[ours] = plain(batch.column(theirs), file.kinds[ours])
+        except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+            raise JobRefused(f"{file.uri}: column {theirs!r}: {clean_text(str(error))}") from error
+    return pa.table(columns)
+
+
+@contextlib.contextmanager
+def naming(uri: str, what: str) -> Iterator[None]:
+    """Turns what a parser raises into a JobRefused that names the file; our own errors pass."""
+    try:
+        yield
+    except HqlabelError:
+        raise
+    except JsonDamage as error:
+        raise JobRefused(f"{uri}: not a sound {what} file: {clean_text(str(error))}") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError, RecursionError) as error:
+        text = str(error)
+        if "straddl" in text:
+            text = f"a row is longer than {BLOCK_BYTES >> 20} MiB"
+        raise JobRefused(f"{uri}: not a sound {what} file: {clean_text(text)}") from error
+
+
+def _inspect(
+    uri: str, wanted: Mapping[str, Kind], mapping: Mapping[str, str], access: AccessRules
+) -> TableFile:
+    file_format = table_format(uri)
+    if file_format is None:
+        raise JobRefused(f"{uri}: no known table; wanted a name ending in {', '.join(TABLE_SUFFIXES)}")
+    with naming(uri, file_format), open_input(uri, options_for(uri, access)) as stream:
+        if not stream.read(1):
+            raise JobRefused(f"{uri}: the file is empty (0 bytes)")
+        stream.seek(0)
+        names, kind_of = _FIELDS[file_format](stream, uri)
+    found = locate(names, wanted, mapping, uri=uri)
+    kinds = {ours: kind_of(theirs, ours, wanted[ours]) for ours, theirs in found.items()}
+    return TableFile(uri=uri, file_format=file_format, names=found, kinds=kinds, all_names=tuple(names))
+
+
+KindOf = Callable[[str, str, Kind], Kind]
+"""(the file's column, our name for it, the kind we want) -> the kind it has."""
+
+
+def _parquet_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
+    schema = pq.ParquetFile(stream).schema_arrow
+
+    def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
+        return check_type(schema.field(theirs), wanted, uri=uri, ours=ours)
+
+    return schema.names, kind_of
+
+
+def _csv_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
+    del uri
+    names, samples = csv_header(stream)
+
+    def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
+        del ours
+        if wanted.leaf != "key":
+            return wanted
+        return replace(wanted, leaf=sampled_leaf(samples.get(theirs, [])) if wanted.depth else "text")
+
+    return names, kind_of
+
+
+def _jsonl_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
+    del uri
+    samples = jsonl_sample(stream)
+
+    def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
+        del ours
+        return wanted if wanted.leaf != "key" else replace(wanted, leaf=sampled_leaf(samples[theirs]))
+
+    return list(samples), kind_of
+
+
+_FIELDS = {"parquet": _parquet_fields, "csv": _csv_fields, "jsonl": _jsonl_fields}

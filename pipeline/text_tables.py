@@ -1,0 +1,156 @@
+"""CSV and JSONL read by Arrow with types stated beforehand: nothing is guessed from what the rows look like.
+
+CSV: comma, a header line, UTF-8. An empty field is null, a quoted empty one is the empty string; no other
+word means null, so a class may be called NA. A list in a CSV field is JSON text: [[1, 2, 3, 4]].
+JSONL: one object a line; a missing key is null; NaN and Infinity are read as Python writes them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
+
+from pipeline.columns import Kind, Leaf
+from pipeline.json_arrays import JsonDamage
+
+BLOCK_BYTES = 32 * 2**20
+"""The longest row; a longer one is refused."""
+SAMPLE_BYTES = 4 * 2**20
+SAMPLE_ROWS = 1000
+
+
+def sampled_leaf(values: Iterable[Any]) -> Leaf:
+    """`integer` or `text` by the first leaf of the values that is one; `null` when there is none."""
+    for value in values:
+        if isinstance(value, list):
+            leaf = sampled_leaf(value)
+            if leaf != "null":
+                return leaf
+        elif isinstance(value, str):
+            return "text"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            return "integer"
+    return "null"
+
+
+def csv_header(stream: BinaryIO) -> tuple[list[str], dict[str, list[Any]]]:
+    """The column names, and for columns whose fields look like JSON lists the first rows' values."""
+    reader = pa_csv.open_csv(stream, read_options=_csv_block(SAMPLE_BYTES), parse_options=_CSV_PARSE)
+    try:
+        first = reader.read_next_batch().slice(0, SAMPLE_ROWS)
+    except StopIteration:
+        return reader.schema.names, {}
+    columns = zip(first.schema.names, first.columns, strict=True)
+    return first.schema.names, {
+        name: _json_samples(column) for name, column in columns if pa.types.is_string(column.type)
+    }
+
+
+_CSV_PARSE = pa_csv.ParseOptions(newlines_in_values=True)
+
+
+def _csv_block(size: int) -> pa_csv.ReadOptions:
+    return pa_csv.ReadOptions(block_size=size)
+
+
+def _json_samples(column: pa.Array) -> list[Any]:
+    texts = [text for text in column.to_pylist() if text and text.lstrip().startswith("[")]
+    try:
+        return [json.loads(text) for text in texts]
+    except (ValueError, RecursionError):
+        return []  # the reader below says where and why
+
+
+def csv_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
+    """The rows of the named columns, typed by their kinds."""
+    types = {name: pa.string() if kind.depth else kind.arrow_type() for name, kind in columns.items()}
+    convert = pa_csv.ConvertOptions(
+        column_types=types,
+        include_columns=list(columns),
+        null_values=[""],
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=False,
+    )
+    reader = pa_csv.open_csv(
+        stream, read_options=_csv_block(BLOCK_BYTES), parse_options=_CSV_PARSE, convert_options=convert
+    )
+    for batch in reader:
+        arrays = [
+            _parse_fields(batch.column(name), kind) if kind.depth else batch.column(name)
+            for name, kind in columns.items()
+        ]
+        yield pa.record_batch(arrays, names=list(columns))
+
+
+def _parse_fields(texts: pa.Array, kind: Kind) -> pa.Array:
+    """A column of JSON text -> lists, by writing it as one JSONL and reading that; null stays null."""
+    one_line = pc.replace_substring_regex(pc.fill_null(texts, "null"), "[\r\n]", " ")
+    lines = pc.binary_join_element_wise('{"v":', one_line, "}", "")
+    body = "\n".join(lines.to_pylist()).encode()
+    parsed = read_lines(body, len(texts), pa.schema([("v", kind.arrow_type())]))
+    return parsed.column("v").combine_chunks()
+
+
+def jsonl_sample(stream: BinaryIO) -> dict[str, list[Any]]:
+    """The values of the first rows by key, in the order in which the keys appear.
+
+    Raises:
+        JsonDamage: a line that is no JSON object.
+    """
+    head = stream.read(SAMPLE_BYTES)
+    whole = len(head) < SAMPLE_BYTES
+    lines = head.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    values: dict[str, list[Any]] = {}
+    for number, line in enumerate(lines if whole else lines[:-1], start=1):
+        if line.strip():
+            for key, value in _object(line, number).items():
+                values.setdefault(key, []).append(value)
+    return values
+
+
+def _object(line: bytes, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise JsonDamage(f"line {number} is no JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise JsonDamage(
+            f"line {number} holds a {type(row).__name__}; wanted an object "
+            "(a file that is one JSON value, such as COCO, must be named .json)"
+        )
+    return row
+
+
+def jsonl_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
+    """The rows of the named keys, typed by their kinds; other keys are not looked at."""
+    schema = pa.schema([(name, kind.arrow_type()) for name, kind in columns.items()])
+    yield from pa_json.open_json(
+        stream, read_options=pa_json.ReadOptions(block_size=BLOCK_BYTES), parse_options=_typed(schema)
+    )
+
+
+def read_lines(text: bytes, count: int, schema: pa.Schema) -> pa.Table:
+    """`count` JSON objects, one a line, as a table of `schema`; keys that it lacks are not looked at.
+
+    Raises:
+        pa.ArrowInvalid: no JSON, or a value of another type (the message names the key).
+        JsonDamage: another number of objects than `count`.
+    """
+    if not count:
+        return schema.empty_table()
+    options = pa_json.ReadOptions(block_size=len(text) + 1)
+    table = pa_json.read_json(io.BytesIO(text), read_options=options, parse_options=_typed(schema))
+    if table.num_rows != count:
+        raise JsonDamage(f"{count} records were counted, {table.num_rows} can be read")
+    return table
+
+
+def _typed(schema: pa.Schema) -> pa_json.ParseOptions:
+    return pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
