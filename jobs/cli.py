@@ -21,9 +21,10 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from jobs import console, options
-from jobs.config import Config, load_config
+from jobs.config import Given
 from jobs.environment import make_private, refuse_dangerous_switches
 from jobs.interrupts import Interrupted, Interrupts, end_now
+from jobs.slices import parse_slice
 from pipeline.errors import HqlabelError
 
 P = ParamSpec("P")
@@ -99,10 +100,10 @@ def _report_bug(error: Exception) -> int:
     return EXIT_BUG
 
 
-def _config(path: str | None, sets: list[str] | None, **flags: Any) -> Config:
-    """The configuration, with flags given by names in which `__` stands for the dot."""
+def _given(path: str | None, sets: list[str] | None, **flags: Any) -> Given:
+    """What was given, with flags named by their setting, `__` in place of the dot."""
     named = {name.replace("__", "."): value for name, value in flags.items()}
-    return load_config(path, flags=named, sets=sets or ())
+    return Given(path=path, flags=named, sets=tuple(sets or ()))
 
 
 @app.command(rich_help_panel="Labelling")
@@ -136,7 +137,7 @@ def label(
     """
     from jobs import label as job
 
-    settings = _config(
+    given = _given(
         config,
         set_,
         input__images=images,
@@ -151,8 +152,9 @@ def label(
         output__uri=output,
         cluster__ray_address=ray_address,
     )
-    how = job.Run(slice_text=slice_, check_inputs=check_inputs, progress=not no_progress, json=json)
-    return job.run(settings, how, interrupts)
+    part = parse_slice(slice_)
+    how = job.Run(part=part, check_inputs=check_inputs, progress=not no_progress, json=json)
+    return job.run(given.load(), how, interrupts)
 
 
 @app.command(rich_help_panel="Labelling")
@@ -179,7 +181,7 @@ def plan(
     """
     from jobs import plan as job
 
-    settings = _config(
+    given = _given(
         config,
         set_,
         input__images=images,
@@ -193,7 +195,7 @@ def plan(
         model__checkpoint=checkpoint,
         output__uri=output,
     )
-    return job.run(settings, json=json)
+    return job.run(given.load(), json=json)
 
 
 @app.command(rich_help_panel="Labelling")
@@ -213,7 +215,7 @@ def status(
     """
     from jobs import status as job
 
-    return job.run(_config(config, set_, output__uri=output), json=json)
+    return job.run(_given(config, set_, output__uri=output).load(), json=json)
 
 
 @app.command(rich_help_panel="Labelling")
@@ -243,9 +245,9 @@ def retry(
     """
     from jobs import retry as job
 
-    settings = _config(config, set_, output__uri=output, cluster__ray_address=ray_address)
+    given = _given(config, set_, output__uri=output, cluster__ray_address=ray_address)
     how = job.Run(codes=tuple(code or ()), progress=not no_progress, json=json)
-    return job.run(settings, how, interrupts)
+    return job.run(given, how, interrupts)
 
 
 @app.command(rich_help_panel="Results")
@@ -273,14 +275,14 @@ def publish(
     """
     from jobs import publish as job
 
-    settings = _config(
+    given = _given(
         config,
         set_,
         output__uri=output,
         filter__min_predicted_iou=min_predicted_iou,
         filter__min_stability_score=min_stability_score,
     )
-    return job.run(settings, interrupts, json=json)
+    return job.run(given, interrupts, json=json)
 
 
 @app.command(rich_help_panel="Results")
@@ -290,6 +292,7 @@ def validate(
     sample: Annotated[
         int, typer.Option("--sample", min=0, help="Decode this many masks in every part, besides all sums.")
     ] = 64,
+    all_masks: Annotated[bool, typer.Option("--all-masks", help="Decode every mask.")] = False,
     config: options.ConfigFile = None,
     set_: options.Sets = None,
     json: options.Json = False,
@@ -303,7 +306,8 @@ def validate(
     """
     from jobs import validate as job
 
-    return job.run(_config(config, set_, output__uri=output), sample=sample, json=json)
+    decoded = None if all_masks else sample
+    return job.run(_given(config, set_, output__uri=output).load(), sample=decoded, json=json)
 
 
 @app.command(rich_help_panel="Results")
@@ -316,7 +320,9 @@ def inspect(
     picture: Annotated[
         str | None,
         typer.Option(
-            "--picture", help="Where to write the overlay PNG. Default: overlay.png here.", show_default=False
+            "--picture",
+            help="Where to write the overlay PNG. Default: ID.overlay.png here.",
+            show_default=False,
         ),
     ] = None,
     config: options.ConfigFile = None,
@@ -330,7 +336,7 @@ def inspect(
     """
     from jobs import inspect_image as job
 
-    return job.run(_config(config, set_, output__uri=output), image_id, picture=picture, json=json)
+    return job.run(_given(config, set_, output__uri=output), image_id, picture=picture, json=json)
 
 
 @app.command(rich_help_panel="Results")
@@ -352,7 +358,7 @@ def clean(
     """
     from jobs import clean as job
 
-    return job.run(_config(config, set_, output__uri=output), interrupts, sure=yes, json=json)
+    return job.run(_given(config, set_, output__uri=output).load(), interrupts, sure=yes, json=json)
 
 
 @app.command(rich_help_panel="This machine")
@@ -373,10 +379,10 @@ def doctor(
     """
     from jobs import doctor as job
 
-    settings = _config(
+    given = _given(
         config, set_, model__checkpoint=checkpoint, output__uri=output, cluster__ray_address=ray_address
     )
-    return job.run(settings, with_ray=not no_ray, json=json)
+    return job.run(given.load(), with_ray=not no_ray, json=json)
 
 
 if __name__ == "__main__":

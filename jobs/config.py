@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -165,27 +166,41 @@ class Config(_Section):
     """fsspec options by uri scheme, such as s3: {endpoint_url: ...}; no secrets."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a command was given: a YAML file, flags by dotted name (None: not given), `a.b=value` texts."""
+
+    path: str | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    sets: Sequence[str] = ()
+
+    def load(self, saved: str | None = None) -> Config:
+        """The configuration: the saved one of a job (YAML), then the file, then flags, then `--set`.
+
+        Raises `UsageError` with every mistake named.
+        """
+        tree = _parse_yaml(saved, "the saved configuration") if saved else {}
+        _merge(tree, read_yaml(self.path) if self.path else {})
+        given = {name: value for name, value in self.flags.items() if value is not None}
+        for name, value in given.items():
+            _put(tree, name, value, origin="a flag")
+        for name, value in map(parse_set, self.sets):
+            if given.get(name, value) != value:
+                raise UsageError(
+                    f"--set {name}={value} contradicts the flag that gives {given[name]!r}; keep one"
+                )
+            _put(tree, name, value, origin="--set")
+        try:
+            return Config.model_validate(tree)
+        except ValidationError as error:
+            raise UsageError(_explain(error)) from None
+
+
 def load_config(
     path: str | None, *, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
 ) -> Config:
-    """The configuration from a YAML file (or none), then flags by dotted name, then `a.b=value` texts.
-
-    Flags with the value None were not given. Raises `UsageError` with one line for every mistake.
-    """
-    tree = read_yaml(path) if path else {}
-    given = {name: value for name, value in (flags or {}).items() if value is not None}
-    for name, value in given.items():
-        _put(tree, name, value, origin="a flag")
-    for name, value in map(parse_set, sets):
-        if given.get(name, value) != value:
-            raise UsageError(
-                f"--set {name}={value} contradicts the flag that gives {given[name]!r}; keep one"
-            )
-        _put(tree, name, value, origin="--set")
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise UsageError(_explain(error)) from None
+    """The configuration from a YAML file (or none), then flags by dotted name, then `a.b=value` texts."""
+    return Given(path=path, flags=flags or {}, sets=sets).load()
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -195,16 +210,19 @@ def read_yaml(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"--config {path}: cannot be read: {reason}") from None
+    return _parse_yaml(text, f"--config {path}")
+
+
+def _parse_yaml(text: str, name: str) -> dict[str, Any]:
     try:
         tree = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise UsageError(f"--config {path}: not valid YAML: {_one_line(error)}") from None
+        raise UsageError(f"{name}: not valid YAML: {_one_line(error)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UsageError(
-            f"--config {path}: wanted `name: value` lines at the top, found a {type(tree).__name__}"
-        )
+        found = type(tree).__name__
+        raise UsageError(f"{name}: wanted `name: value` lines at the top, found a {found}")
     return tree
 
 
@@ -237,6 +255,15 @@ def _names(model: type[BaseModel], prefix: str) -> list[str]:
         nested = isinstance(kind, type) and issubclass(kind, BaseModel)
         names += _names(kind, f"{prefix}{name}.") if nested else [prefix + name]  # type: ignore[arg-type]
     return names
+
+
+def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
+    """Put `over` into `tree`: sections are merged name by name, anything else is replaced."""
+    for name, value in over.items():
+        if isinstance(value, dict) and isinstance(tree.get(name), dict):
+            _merge(tree[name], value)
+        else:
+            tree[name] = value
 
 
 def _put(tree: dict[str, Any], name: str, value: Any, *, origin: str) -> None:

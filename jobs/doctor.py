@@ -180,7 +180,7 @@ def output(config: Config) -> Finding:
     place = output_place(config)
     try:
         store = open_store(place)
-        key = f"attempts/doctor-{uuid.uuid4().hex}"
+        key = f".doctor-{uuid.uuid4().hex}"
         created, again = store.put_if_absent(key, b"probe"), store.put_if_absent(key, b"other")
         sound = created and not again and store.read(key) == b"probe" and bool(store.list(key))
         left = _remove_probe(config, key)
@@ -201,9 +201,8 @@ def _remove_probe(config: Config, key: str) -> str:
         return f"; no right to delete (only `clean` needs it), so {key} stays"
     if is_local(config.output.uri or ""):  # leave no empty folders behind where there were none
         folder = Path(output_place(config).uri)
-        for path in (folder / "attempts", folder):
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
     return ""
 
 

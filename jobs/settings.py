@@ -47,6 +47,8 @@ def resolved(config: Config) -> Config:
             "input": given.model_copy(update=inputs),
             "model": model.model_copy(update={"checkpoint": checkpoint}),
             "output": config.output.model_copy(update={"uri": absolute(uri) if uri else uri}),
+            # A cluster is joined when one is named in a command, never because an earlier run did.
+            "cluster": config.cluster.model_copy(update={"ray_address": None}),
         }
     )
 

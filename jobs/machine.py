@@ -1,0 +1,114 @@
+"""Where the model runs: the private Ray, started when work needs it, or the cluster that was named.
+
+One object for the life of a command. It answers the three questions that come before work (does what
+is asked for fit, on which kind of device, in which number format) without starting a private Ray for
+them, so that a finished job costs no start of Ray at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Literal, Self, TypeVar
+
+import torch
+
+from jobs import settings
+from jobs.cluster import ClusterInfo, address_to_join, refuse_local_output, running_ray, usable_cpus
+from jobs.config import Config
+from jobs.interrupts import Interrupts
+from pipeline.errors import JobRefused, SystemicFault
+from pipeline.resources import Node, Requests, fit
+from pipeline.weights import native_dtype
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+
+class Machine:
+    """Ray and what runs on it; a context manager that ends what it started."""
+
+    def __init__(self, config: Config, interrupts: Interrupts) -> None:
+        self._config = config
+        self._interrupts = interrupts
+        self._cluster = settings.cluster_settings(config)
+        self._joins = address_to_join(config.cluster.ray_address, os.environ) is not None
+        self._stack = contextlib.ExitStack()
+        self._info: ClusterInfo | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def check(self) -> Requests:
+        """What each process will ask for; a named cluster is joined for it, a private Ray is not started.
+
+        Raises:
+            JobRefused: it does not fit, or the output cannot be reached from every node.
+        """
+        try:
+            return self._requests()
+        except SystemicFault as fault:
+            raise JobRefused(f"nothing was begun: {fault.message}") from fault
+
+    def _requests(self) -> Requests:
+        if self._joins:
+            self.start()
+            from pipeline.graph import check_resources
+
+            return check_resources(self._cluster)
+        cpus = float(self._config.cluster.cpus or usable_cpus())
+        return fit(self._cluster, [Node(cpus=cpus, gpus=float(torch.cuda.device_count()))])
+
+    def device(self) -> Literal["cuda", "cpu"]:
+        """The kind of device that the model will run on."""
+        return "cuda" if self.check().gpus_per_actor > 0 else "cpu"
+
+    def native_dtype(self) -> str:
+        """`float32` or `bfloat16`, by a probe of a node that will run the model."""
+        if not self._joins:
+            return native_dtype(self.device() == "cuda")
+        self.start()
+        from pipeline.graph import run_on_model_node
+
+        return run_on_model_node(native_dtype, self._cluster)
+
+    def start(self) -> ClusterInfo:
+        """The running Ray, started or joined at the first call.
+
+        Raises:
+            JobRefused: no cluster there, or the output is a local path and there are several nodes.
+        """
+        if self._info is None:
+            info = self._stack.enter_context(running_ray(self._config.cluster, os.environ))
+            self._interrupts.install()  # Ray has put a handler of its own in the place of ours
+            self._info = info
+            uri = self._config.output.uri or ""
+            refuse_local_output(
+                info, uri, is_local=settings.is_local(uri), shared_paths=self._config.cluster.shared_paths
+            )
+        return self._info
+
+    def describe(self) -> str:
+        """The machine in words, before a private Ray is started, too."""
+        if self._info is not None:
+            return str(self._info)
+        requests = self.check()
+        cpus = self._config.cluster.cpus or usable_cpus()
+        where = f"private Ray on this machine: {cpus} CPU cores, {requests.actors_max} model processes"
+        return where.replace("1 model processes", "1 model process") + f" on {self.device()}"
+
+    def map(self, function: Callable[[A], T], arguments: Sequence[A]) -> Iterable[T]:
+        """`function` of every argument, as Ray tasks in any order; Ray is started only when there is one."""
+        if not arguments:
+            return []
+        self.start()
+        from pipeline.graph import map_parts
+
+        return map_parts(function, arguments)

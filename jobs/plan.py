@@ -1,0 +1,80 @@
+"""`hqlabel plan`: what `label` would do with the same options. Nothing is written, no image is opened."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from jobs import console, settings, understood
+from jobs.config import Config
+from jobs.weights import read_checkpoint
+from pipeline.errors import JobRefused
+from pipeline.ledger import read_job
+from pipeline.manifest import finished_units, read_manifest
+from pipeline.plan import Plan, make_plan
+from pipeline.records import Weights
+from pipeline.storage import open_store
+from pipeline.units import list_committed
+
+
+def run(config: Config, *, json: bool) -> int:
+    """Plan, look at what the output holds, check the weights when they are named; print, and return 0."""
+    plan = make_plan(settings.input_settings(config))
+    weights = read_checkpoint(config) if config.model.checkpoint else None
+    done = _done(config, plan) if config.output.uri else None
+    if json:
+        console.data_json(_as_json(config, plan, weights, done))
+    else:
+        console.data(console.pairs(_rows(config, plan, weights, done)))
+        for line in understood.warnings(_facts(plan)):
+            console.data(line)
+    console.say("nothing was written; `hqlabel label` with the same options begins the work")
+    return 0
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    return asdict(plan.summary)
+
+
+def _done(config: Config, plan: Plan) -> int:
+    """How many units of this plan the output holds; raises `JobRefused` when it holds another plan."""
+    store = open_store(settings.output_place(config))
+    job = read_job(store)
+    if job is None:
+        others = [entry.key for entry in store.list() if not entry.key.startswith((".", "owner/"))]
+        if others:
+            raise JobRefused(
+                f"{store.place.uri}: holds other files, such as {others[0]}, and no job of hqlabel"
+            )
+        return 0
+    if job.context.plan_sha256 != plan.sha256:
+        raise JobRefused(
+            f"{store.place.uri}: holds a job with another plan ({int(job.plan['images']):,} images, "
+            f"{int(job.plan['boxes']):,} boxes); these inputs need another output"
+        )
+    return len(finished_units(list(list_committed(store)), read_manifest(store)))
+
+
+def _rows(config: Config, plan: Plan, weights: Weights | None, done: int | None) -> list[tuple[str, str]]:
+    rows = understood.describe_inputs(config, _facts(plan))
+    if weights is not None:
+        licence = weights.license or "unknown"
+        rows.append(("model", f"{weights.architecture}, input side {weights.input_side}; licence {licence}"))
+    rows.append(
+        ("work", f"{console.count(plan.summary.units, 'unit')} of up to {plan.images_per_unit} images")
+    )
+    if done is not None:
+        left = plan.summary.units - done
+        rows.append(("done", f"{done:,} units; {left:,} left"))
+    return rows
+
+
+def _as_json(config: Config, plan: Plan, weights: Weights | None, done: int | None) -> dict[str, Any]:
+    return {
+        **understood.as_json(config, _facts(plan)),
+        "plan_sha256": plan.sha256,
+        "images_per_unit": plan.images_per_unit,
+        "categories": list(plan.categories),
+        "model": None if weights is None else asdict(weights),
+        "units_done": done,
+    }

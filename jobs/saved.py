@@ -1,0 +1,50 @@
+"""The job in an output together with the configuration it was left with: what later commands start from.
+
+A call gives only the output and what is to change; the rest is in `config.yaml` there. What names code
+or a place to write is never taken from the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jobs import settings
+from jobs.config import Config, Given
+from jobs.working import CONFIG_KEY
+from pipeline.inputs import allowed_access
+from pipeline.ledger import Job, require_job
+from pipeline.storage import NotFound, Store, open_store
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedJob:
+    """A job that was begun earlier. `config`: as saved, with what this call changes on top."""
+
+    config: Config
+    store: Store
+    job: Job
+
+
+def open_saved(given: Given) -> SavedJob:
+    """The job in the output that `given` names.
+
+    Raises:
+        UsageError: no output is named. JobRefused: there is no job.
+    """
+    alone = given.load()
+    place = settings.output_place(alone)
+    store = open_store(place)
+    require_job(store)
+    config = given.load(_saved_yaml(store))
+    # The output is where it was found now, wherever it lay when the configuration was saved.
+    config = config.model_copy(update={"output": config.output.model_copy(update={"uri": place.uri})})
+    inputs = config.input.images or config.input.boxes
+    access = allowed_access(settings.input_settings(config)) if inputs else None
+    return SavedJob(config=config, store=store, job=require_job(store, access=access))
+
+
+def _saved_yaml(store: Store) -> str | None:
+    try:
+        return store.read(CONFIG_KEY).decode("utf-8")
+    except NotFound:
+        return None

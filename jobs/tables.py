@@ -1,0 +1,135 @@
+"""Some rows out of published tables of any size: footers first, then only the row groups in question.
+
+Parts are in the order of image ids, and so are the rows in them: an image is found by the least and
+greatest id that each row group's footer states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import parquet, schema
+from pipeline.manifest import Manifest, PartFile
+from pipeline.storage import Store
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRows:
+    """One image as published: its row of `images`, and its rows of `instances` in prompt order."""
+
+    image: Row
+    instances: tuple[Row, ...]
+
+
+def find_image(store: Store, manifest: Manifest, image_id: str) -> ImageRows | None:
+    """The rows of one image, or None when no part has it."""
+    for part in manifest.parts:
+        images = _rows_of(store, part.images, schema.IMAGES, image_id)
+        if images:
+            instances = _rows_of(store, part.instances, schema.INSTANCES, image_id)
+            return ImageRows(image=images[0], instances=tuple(instances))
+    return None
+
+
+def sample_labelled(store: Store, manifest: Manifest, number: int) -> list[ImageRows]:
+    """Up to `number` images with a mask, spread evenly over the tables; the same ones every time."""
+    parts = [part for part in manifest.parts if part.counts.masks]
+    chosen: list[ImageRows] = []
+    for part, share in zip(_spread(parts, number), _shares(len(parts), number), strict=True):
+        ids = _labelled_ids(store, part.images)
+        for image_id in _spread(ids, share):
+            found = _rows_of(store, part.images, schema.IMAGES, image_id)
+            instances = _rows_of(store, part.instances, schema.INSTANCES, image_id)
+            chosen.append(ImageRows(image=found[0], instances=tuple(instances)))
+    return chosen
+
+
+def failed_examples(store: Store, manifest: Manifest, *, per_code: int = 2) -> dict[str, list[Row]]:
+    """For every code that images failed with, up to `per_code` of their rows; reads until it has them."""
+    examples: dict[str, list[Row]] = {code: [] for code in manifest.counts.failed}
+    columns = ["image_id", "image_uri", "error_code", "error_message"]
+    for part in manifest.parts:
+        wanted = [code for code in part.counts.failed if len(examples[code]) < per_code]
+        if not wanted:
+            continue
+        for table in _groups(store, part.images, schema.IMAGES, columns):
+            for row in table.filter(pc.is_in(table["error_code"], pa.array(wanted))).to_pylist():
+                if len(examples[row["error_code"]]) < per_code:
+                    examples[row["error_code"]].append(row)
+    return examples
+
+
+def failed_units(store: Store, file: PartFile, codes: Sequence[str]) -> dict[int, int]:
+    """Of one images part, how many images of each unit failed with one of `codes` (empty: with any)."""
+    found: dict[int, int] = {}
+    for table in _groups(store, file, schema.IMAGES, ["unit_id", "error_code"]):
+        failed = table.filter(table["error_code"].is_valid())
+        if codes:
+            failed = failed.filter(pc.is_in(failed["error_code"], pa.array(codes)))
+        for unit in failed["unit_id"].to_pylist():
+            found[unit] = found.get(unit, 0) + 1
+    return found
+
+
+def _rows_of(store: Store, file: PartFile, kind: pa.Schema, image_id: str) -> list[Row]:
+    rows: list[Row] = []
+    with store.open_parquet(file.key) as stream, parquet.open_body(stream, kind, file.key) as body:
+        for group in range(body.num_row_groups):
+            if _may_hold(body, group, image_id):
+                table = body.read_row_group(group)
+                rows += table.filter(pc.equal(table["image_id"], image_id)).to_pylist()
+    return rows
+
+
+def _may_hold(body: pq.ParquetFile, group: int, image_id: str) -> bool:
+    column = body.metadata.row_group(group).column(body.schema_arrow.get_field_index("image_id"))
+    facts = column.statistics
+    if facts is None or not facts.has_min_max:
+        return True
+    wanted = image_id.encode()
+    return bool(_bytes(facts.min) <= wanted <= _bytes(facts.max))
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
+
+
+def _labelled_ids(store: Store, file: PartFile) -> list[str]:
+    columns = ["image_id", "num_instances"]
+    tables = _groups(store, file, schema.IMAGES, columns)
+    return [
+        image_id
+        for table in tables
+        for image_id in table.filter(pc.greater(table["num_instances"], 0))["image_id"].to_pylist()
+    ]
+
+
+def _groups(store: Store, file: PartFile, kind: pa.Schema, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The row groups of a part one after another, with these columns."""
+    with store.open_parquet(file.key) as stream, parquet.open_body(stream, kind, file.key) as body:
+        for group in range(body.num_row_groups):
+            yield body.read_row_group(group, columns=list(columns))
+
+
+def _spread(items: Sequence[T], number: int) -> list[T]:
+    """Up to `number` of the items, evenly spaced, first and last among them when there are two or more."""
+    if len(items) <= number:
+        return list(items)
+    if number == 1:
+        return [items[len(items) // 2]]
+    return [items[place * (len(items) - 1) // (number - 1)] for place in range(number)]
+
+
+def _shares(parts: int, number: int) -> list[int]:
+    """How many images each of the chosen parts gives, `number` together."""
+    chosen = min(parts, number)
+    return [number * (place + 1) // chosen - number * place // chosen for place in range(chosen)]

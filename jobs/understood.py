@@ -1,0 +1,100 @@
+"""What a job understood of its inputs, said before any work: the moment at which a mistake is cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jobs import console
+from jobs.config import Config
+from pipeline.ledger import Job
+from pipeline.records import JobContext
+
+
+def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values about images, boxes and how they were joined; `plan`: the fields of a PlanSummary."""
+    limited = plan["listed_images"] > plan["images"]
+    images = console.count(plan["images"], "image") + (
+        f", the first of {plan['listed_images']:,} (--limit)" if limited else ""
+    )
+    rows = [("images", f"{images}; {_place(config.input.images or config.input.boxes)}")]
+    if config.input.boxes:
+        boxes = console.count(plan["boxes"], "box", "boxes")
+        rows.append(("boxes", f"{boxes}; {_place(config.input.boxes)}"))
+        rows.append(("box format", f"{plan['box_format']}, in the {_frame(plan['box_frame'])}"))
+    rows.append(("ids", plan["id_rule"]))
+    rows += [("", line) for line in _odd_images(plan)]
+    return rows
+
+
+def describe_model(context: JobContext, *, asked_dtype: str) -> list[tuple[str, str]]:
+    """Names and values about the weights and the number format."""
+    weights = context.weights
+    licence = f"licence {weights.license}" if weights.license else "licence unknown"
+    model = (
+        f"{weights.architecture}, input side {weights.input_side}; sha256 {weights.sha256[:12]}; {licence}"
+    )
+    dtype = context.masks.dtype + (" (auto)" if asked_dtype == "auto" else "")
+    rows = [("model", model), ("numbers", dtype)]
+    return rows if weights.note is None else [*rows, ("", weights.note)]
+
+
+def describe_work(job: Job, *, done_units: int, pending_units: int, part: str | None) -> tuple[str, str]:
+    """How the work is cut, how much of it is done, and how much of it is this driver's."""
+    per_unit = console.count(job.context.images_per_unit, "image")
+    cut = f"{console.count(job.units, 'unit')} of up to {per_unit}"
+    if not done_units:
+        done = "nothing done yet"
+    elif done_units == job.units:
+        done = "all done"
+    else:
+        done = f"{done_units:,} done ({console.share(done_units, job.units)})"
+    mine = f"; slice {part}: {pending_units:,} to do" if part else ""
+    return "work", f"{cut}; {done}{mine}"
+
+
+def warnings(plan: Mapping[str, Any]) -> list[str]:
+    """The sentences on likely mistakes, each a line of its own."""
+    return [f"warning: {sentence}" for sentence in plan["warnings"]]
+
+
+def as_json(config: Config, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The same facts for a program."""
+    return {"images_at": config.input.images, "boxes_at": config.input.boxes, **plan}
+
+
+def _odd_images(plan: Mapping[str, Any]) -> list[str]:
+    """What will not be labelled, by the plan alone."""
+    lines = []
+    if plan["without_boxes"]:
+        unnamed = plan["listed_without_boxes"]
+        why = f" ({unnamed:,} named by no box file)" if unnamed else ""
+        lines.append(
+            f"{console.count(plan['without_boxes'], 'image')} without boxes{why}: will not be opened"
+        )
+    for name, reason in (
+        ("null_boxes", "a null box list: will fail (boxes_missing)"),
+        ("mismatched_labels", "labels, scores or ids of another length: will fail (labels_mismatch)"),
+        ("refused_uris", "a uri that may not be opened: will fail (uri_refused)"),
+    ):
+        if plan[name]:
+            lines.append(f"{console.count(plan[name], 'image')} with {reason}")
+    lost = plan["unmatched_boxes"]
+    if lost["boxes"]:
+        boxes = console.count(lost["boxes"], "box", "boxes")
+        lines.append(
+            f"{boxes} of {console.count(lost['images'], 'unlisted image')}: left out (--allow-unmatched)"
+        )
+    if plan["skipped_files"]:
+        lines.append(
+            f"{console.count(plan['skipped_files'], 'file')} in the folder are no pictures: left out"
+        )
+    return lines
+
+
+def _frame(frame: str) -> str:
+    return "upright picture (EXIF applied)" if frame == "upright" else "picture as stored (EXIF not applied)"
+
+
+def _place(uri: str | None) -> str:
+    return f"from {console.shown(uri, 90)}" if uri else ""
