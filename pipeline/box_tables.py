@@ -27,7 +27,7 @@ from pipeline.columns import Kind, locate, missing_column
 from pipeline.errors import JobRefused
 from pipeline.listings import BOX_COLUMNS, NUMBERS, TEXT, BoxList, group_rows, grouped_boxes
 from pipeline.records import AccessRules
-from pipeline.tables import TableFile, inspect_tables, naming, read_batches
+from pipeline.tables import TableFile, inspect_tables, naming_values, read_batches
 
 _KEYS = {"image_uri": Kind(0, "text"), "image_id": Kind(0, "key")}
 
@@ -109,7 +109,7 @@ def _read_image_rows(files: Sequence[TableFile], access: AccessRules, folder: st
     for file in files:
         row = 0
         for batch in read_batches(file, access):
-            with naming(file.uri, file.file_format):
+            with naming_values(file.uri):
                 part, flat = _flatten(batch)
                 parts.append(pa.table(image_keys(batch, file.uri, row) | part))
                 boxes.append(pa.table(box_columns(flat)))
@@ -179,8 +179,8 @@ def align(lists: pa.Array, lengths: Int64Array) -> tuple[pa.Array, BoolArray]:
 
 
 def _mismatch(name: str, lists: pa.Array, lengths: Int64Array, differs: BoolArray) -> pa.Array:
-    own = pc.cast(pa.array(list_lengths(lists)), TEXT)
-    text = pc.binary_join_element_wise(name, "has", own, "values for", pc.cast(lengths, TEXT), "boxes", " ")
+    own, wanted = (pc.cast(pa.array(counts), pa.string()) for counts in (list_lengths(lists), lengths))
+    text = pc.binary_join_element_wise(f"{name} has", own, "values for", wanted, "boxes", " ")
     return pc.if_else(pa.array(differs), pc.cast(text, TEXT), pa.scalar(None, TEXT))
 
 
@@ -190,7 +190,7 @@ def _read_box_rows(files: Sequence[TableFile], access: AccessRules, folder: str)
     for file in files:
         row = 0
         for batch in read_batches(file, access):
-            with naming(file.uri, file.file_format):
+            with naming_values(file.uri):
                 for name, column in image_keys(batch, file.uri, row).items():
                     keys[name].append(column.dictionary_encode())
                 boxes.append(pa.table(box_columns(_single_boxes(batch))))
@@ -237,8 +237,15 @@ def box_columns(flat: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
             raise JobRefused("integer labels and category_id are both given; leave one of them")
         if name == "points":
             column = flatten_points(column)
-        columns[target] = pc.cast(column, BOX_COLUMNS[target])
+        columns[target] = _cast(name, column, BOX_COLUMNS[target])
     return columns
+
+
+def _cast(name: str, column: pa.Array, kind: pa.DataType) -> pa.Array:
+    try:
+        return pc.cast(column, kind)
+    except pa.ArrowInvalid as error:
+        raise pa.ArrowInvalid(f"{name}: {error}") from error
 
 
 _TARGETS = {"label": "category_name", "points": "points_xy"} | {
@@ -274,6 +281,6 @@ def _settled(boxes: Sequence[pa.Table], files: Sequence[TableFile]) -> pa.Table:
         return table
     if "category_id" in table.column_names:
         raise JobRefused(f"{files[0].uri}: integer labels and category_id are both given; leave one of them")
-    with naming(files[0].uri, "csv"):
+    with naming_values(files[0].uri):
         ids = pc.cast(names, pa.int32())
     return table.drop_columns(["category_name"]).append_column("category_id", ids)

@@ -31,7 +31,7 @@ from pipeline.listings import (
 )
 from pipeline.records import AccessRules
 from pipeline.storage import open_input, options_for
-from pipeline.tables import naming
+from pipeline.tables import naming, naming_values
 from pipeline.text_tables import read_lines, sampled_leaf
 
 _BOX = {
@@ -170,7 +170,7 @@ def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
         "score": single(table.column("score")),
         "box_id": single(table.column("id")),
     }
-    with naming(uri, "JSON"):
+    with naming_values(uri):
         boxes = pa.table(box_columns({name: column for name, column in flat.items() if _holds(column)}))
     return grouped_boxes(group_rows(ids, None), boxes, folder=folder, box_format="xywh", files=[uri])
 

@@ -31,7 +31,7 @@ from pipeline.listings import (
 )
 from pipeline.records import AccessRules, BoxFormat, BoxFrame, BoxRules
 from pipeline.storage import Entry, open_input, options_for
-from pipeline.tables import inspect_tables, naming, read_batches
+from pipeline.tables import inspect_tables, naming, naming_values, read_batches
 
 _IMAGES = {"image_id": Kind(0, "text"), "image_uri": Kind(0, "text"), "error_code": Kind(0, "text")}
 _INSTANCES = {
@@ -94,7 +94,7 @@ def read_earlier_boxes(parts: EarlierParts, access: AccessRules) -> BoxList:
     rows = _table(parts.instances, _INSTANCES, access)
     groups = group_rows(rows.column("image_id").dictionary_encode(), None)
     given, rules, notes = _prompts(rows, _rules(parts, access))
-    with naming(parts.folder, "output"):
+    with naming_values(parts.folder):
         columns = box_columns(
             {
                 "given": given,

@@ -123,10 +123,8 @@ def _batch_rows(parquet: pq.ParquetFile, names: Collection[str]) -> int:
 def _plain_table(file: TableFile, batch: pa.RecordBatch) -> pa.Table:
     columns: dict[str, pa.Array] = {}
     for ours, theirs in file.names.items():
-        try:
+        with naming_values(f"{file.uri}: column {theirs!r}"):
             columns[ours] = plain(batch.column(theirs), file.kinds[ours])
-        except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-            raise JobRefused(f"{file.uri}: column {theirs!r}: {clean_text(str(error))}") from error
     return pa.table(columns)
 
 
@@ -144,6 +142,15 @@ def naming(uri: str, what: str) -> Iterator[None]:
         if "straddl" in text:
             text = f"a row is longer than {BLOCK_BYTES >> 20} MiB"
         raise JobRefused(f"{uri}: not a sound {what} file: {clean_text(text)}") from error
+
+
+@contextlib.contextmanager
+def naming_values(uri: str) -> Iterator[None]:
+    """As `naming`, for values that were read but cannot be used; nothing else is taken for a bad file."""
+    try:
+        yield
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise JobRefused(f"{uri}: {clean_text(str(error))}") from error
 
 
 def _inspect(

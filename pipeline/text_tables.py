@@ -149,6 +149,7 @@ def read_lines(text: bytes, count: int, schema: pa.Schema) -> pa.Table:
     table = pa_json.read_json(io.BytesIO(text), read_options=options, parse_options=_typed(schema))
     if table.num_rows != count:
         raise JsonDamage(f"{count} records were counted, {table.num_rows} can be read")
+    table.validate(full=True)  # Arrow's reader lets text through that is not UTF-8
     return table
 
 
