@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import threading
@@ -19,18 +18,36 @@ from fsspec.asyn import AsyncFileSystem, sync
 
 from pipeline.disk import LocalDriver
 from pipeline.drivers import CHUNK, Driver, FetchedObject, Found, check_complete, too_many_bytes
-from pipeline.errors import UsageError
+from pipeline.errors import ImageError, UsageError
 
 _ONE_PUT = 5 * 2**30  # S3's largest single PUT
 
 
 def driver_for(scheme: str, options: Mapping[str, Any]) -> Driver:
     """The driver of a scheme with these fsspec options: one a process, made at first use."""
-    return _driver(os.getpid(), scheme, json.dumps(options, sort_keys=True, default=str))
+    name = (scheme, json.dumps(options, sort_keys=True, default=str))
+    driver = _drivers.get(name)
+    if driver is None:
+        with _making:  # many threads come at once, and each client more would keep its own connections
+            driver = _drivers.get(name) or _drivers.setdefault(name, _make_driver(*name))
+    return driver
 
 
-@functools.lru_cache(maxsize=64)
-def _driver(_pid: int, scheme: str, options_json: str) -> Driver:
+_drivers: dict[tuple[str, str], Driver] = {}
+_making = threading.Lock()
+
+
+def forget_drivers() -> None:
+    """None; the next call makes new clients. Also run in every forked child, whose loop is dead."""
+    global _making
+    _making = threading.Lock()
+    _drivers.clear()
+
+
+os.register_at_fork(after_in_child=forget_drivers)
+
+
+def _make_driver(scheme: str, options_json: str) -> Driver:
     options = json.loads(options_json)
     if scheme == "file":
         return LocalDriver()
@@ -137,11 +154,21 @@ class HttpDriver(FsspecDriver):
     async def _stream(self, url: str, max_bytes: int | None) -> tuple[bytes, str | None]:
         session = await self._fs.set_session()
         async with session.get(self._fs.encode_url(url)) as response:
-            response.raise_for_status()
+            _check_status(response)
             too_many_bytes(response.content_length, max_bytes)
             data = await _drain(response.content.read, max_bytes)
             tag = response.headers.get("ETag")
         return data, tag.strip('"') if tag else None
+
+
+def _check_status(response: Any) -> None:
+    """None for a body to read. A site that refuses one request says nothing about other sites."""
+    status = response.status
+    if status in (401, 403):
+        raise ImageError("denied", f"HTTP {status} {response.reason}")
+    if 400 <= status < 500 and status not in (404, 408, 410, 425, 429):
+        raise ImageError("unreachable", f"HTTP {status} {response.reason}")
+    response.raise_for_status()
 
 
 async def _drain(read: Callable[[int], Any], max_bytes: int | None) -> bytes:
@@ -171,6 +198,8 @@ class S3Driver:
         merged = {**options, "config_kwargs": config}
         self._fs = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, **merged)
         self._fs.retries = 1
+        # Now, or the first requests of many threads would each make a client of their own.
+        self._fs.connect()
 
     def _call(self, method: str, path: str, *, timeout_s: float, **kwargs: Any) -> Any:
         bucket, _, key = path.partition("/")

@@ -250,11 +250,25 @@ def _blockwise(read_range: Callable[[int, int], bytes], size: int) -> BinaryIO:
 # ---------------------------------------------------------------------------------------------
 
 
-def _open(uri: str, options: Mapping[str, Any]) -> tuple[Driver, str]:
-    """The driver for a uri and the path it takes."""
-    scheme, rest = split_scheme(uri)
-    path = os.path.abspath(rest) if scheme == "file" else rest
-    return driver_for(scheme, options), uri if scheme in ("http", "https") else path
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """What a uri points at. The driver is made inside a try, because that can fail for what passes.
+
+    A local path is opened as it is written: to fold `link/..` away would open another file than the
+    one `check_uri` has looked at.
+    """
+
+    uri: str
+    options: Mapping[str, Any]
+
+    @property
+    def driver(self) -> Driver:
+        return driver_for(split_scheme(self.uri)[0], self.options)
+
+    @property
+    def path(self) -> str:
+        scheme, rest = split_scheme(self.uri)
+        return self.uri if scheme in ("http", "https") else rest
 
 
 def read_object(
@@ -266,10 +280,10 @@ def read_object(
         ImageError: not_found, denied, too_many_bytes, changed, unreachable, fetch_timeout, uri_refused.
         SystemicFault: credentials, clock, store (no such bucket), disk.
     """
-    driver, path = _open(uri, options)
+    target = _Target(uri=uri, options=options)
 
     def get(left: float) -> FetchedObject:
-        return driver.get(path, max_bytes=max_bytes, timeout_s=left)
+        return target.driver.get(target.path, max_bytes=max_bytes, timeout_s=left)
 
     try:
         return attempt(get, deadline=deadline_monotonic, what="read", max_tries=READ_TRIES)
@@ -300,8 +314,8 @@ def _for_input(uri: str, what: str, call: Callable[[float], T]) -> T:
 
 def head_object(uri: str, options: Mapping[str, Any]) -> Entry | None:
     """Size and version tag of one object (`key` is the uri), or None when there is none."""
-    driver, path = _open(uri, options)
-    found = _for_input(uri, "look up", lambda left: driver.stat(path, timeout_s=left))
+    target = _Target(uri=uri, options=options)
+    found = _for_input(uri, "look up", lambda left: target.driver.stat(target.path, timeout_s=left))
     return None if found is None else Entry(key=uri, size=found.size, etag=found.etag)
 
 
@@ -310,11 +324,11 @@ def list_objects(uri: str, options: Mapping[str, Any]) -> list[Entry]:
 
     Local: links to files are listed as files, also dangling ones; links to folders are not entered.
     """
-    base = uri.rstrip("/") + "/"
-    driver, path = _open(base, options)
-    prefix = path.rstrip("/") + "/"
-    found = _for_input(uri, "list", lambda left: driver.walk(prefix, timeout_s=left, limit=None))
-    return _entries(found, prefix, base)
+    if not uri.strip("/") and uri != "/":
+        raise UsageError(f"{uri!r} names no folder")
+    target = _Target(uri=uri.rstrip("/") + "/", options=options)
+    found = _for_input(uri, "list", lambda left: target.driver.walk(target.path, timeout_s=left, limit=None))
+    return _entries(found, target.path, target.uri)
 
 
 def _entries(found: Sequence[Found], prefix: str, base: str) -> list[Entry]:
@@ -354,13 +368,15 @@ def open_input(uri: str, options: Mapping[str, Any]) -> BinaryIO:
 
     For tables, box files and weights: streams of any size in bounded memory.
     """
-    driver, path = _open(uri, options)
-    found = _for_input(uri, "look up", lambda left: driver.stat(path, timeout_s=left))
+    target = _Target(uri=uri, options=options)
+    found = _for_input(uri, "look up", lambda left: target.driver.stat(target.path, timeout_s=left))
     if found is None:
         raise JobRefused(f"{uri}: there is no such file")
 
     def read_range(start: int, stop: int) -> bytes:
-        return _for_input(uri, "read", lambda left: driver.get_range(path, start, stop, timeout_s=left))
+        return _for_input(
+            uri, "read", lambda left: target.driver.get_range(target.path, start, stop, timeout_s=left)
+        )
 
     return _blockwise(read_range, found.size)
 

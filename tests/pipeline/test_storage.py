@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import http.server
 import multiprocessing
 import os
 import pickle
@@ -18,11 +19,14 @@ import pytest
 
 from pipeline import buckets
 from pipeline.disk import LocalDriver
+from pipeline.drivers import check_complete
 from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError
-from pipeline.records import Place
+from pipeline.records import AccessRules, Place
+from pipeline.retries import ShortBody
 from pipeline.storage import (
     NotFound,
     Store,
+    check_uri,
     classify,
     fingerprint,
     glob_objects,
@@ -237,7 +241,7 @@ def test_a_store_travels_to_another_process(store: Store):
 KILLED_WRITE = """
 import os, signal, sys
 from pipeline import disk
-from pipeline.records import Place
+from pipeline.records import AccessRules, Place
 from pipeline.storage import open_store
 step, verb, uri = sys.argv[1:4]
 real = getattr(os, step)
@@ -279,7 +283,7 @@ def test_temporary_files_of_dead_writers_are_dropped_after_an_hour(local_store: 
 FULL_DISK = """
 import sys
 from pipeline.errors import SystemicFault
-from pipeline.records import Place
+from pipeline.records import AccessRules, Place
 from pipeline.storage import open_store
 store = open_store(Place(uri=sys.argv[1]))
 for verb in (store.put_if_absent, store.put):
@@ -343,6 +347,18 @@ def test_reading_a_local_image_gives_bytes_size_and_tag(tmp_path):
         fetched = _read(uri)
         assert (fetched.data, fetched.size) == (b"12345", 5)
         assert fetched.etag is not None
+
+
+def test_a_path_is_opened_as_it_was_checked(tmp_path):
+    """`link/..` is the folder above the link's target, for the check and for the open alike."""
+    root = tmp_path / "root"
+    (root / "deep" / "deeper").mkdir(parents=True)
+    os.symlink(root / "deep" / "deeper", root / "link")
+    (root / "a.jpg").write_bytes(b"inside")
+    (tmp_path / "a.jpg").write_bytes(b"secret")
+    uri = f"{root}/link/../../a.jpg"  # folded without looking at the link, this would be the secret
+    check_uri(uri, AccessRules(roots=(str(root.resolve()),)))
+    assert _read(uri).data == b"inside"
 
 
 def test_odd_local_files_fail_alone_and_at_once(tmp_path):
@@ -480,15 +496,52 @@ def test_a_denied_image_is_its_own_fault_and_a_denied_store_is_systemic(broken):
         store.put_if_absent("a", b"")
 
 
+def test_a_profile_that_is_missing_is_a_matter_of_credentials(aws_environment, monkeypatch):
+    options = {"profile": "no-such-profile"}
+    with pytest.raises(SystemicFault, match="credentials"):
+        _read("s3://bucket/a.jpg", options=options)
+    with pytest.raises(SystemicFault, match="credentials"):
+        open_store(Place(uri="s3://bucket/a", options=options)).list()
+    with pytest.raises(JobRefused, match="no-such-profile"):
+        open_input("s3://bucket/boxes.parquet", options)
+
+
 def test_no_credentials_are_said_to_be_missing(moto_s3, monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    buckets._driver.cache_clear()
+    buckets.forget_drivers()
     with pytest.raises(SystemicFault, match="credentials"):
         open_store(moto_s3.place()).list()
-    buckets._driver.cache_clear()
+    buckets.forget_drivers()
+
+
+def test_many_threads_share_one_client(moto_s3):
+    options = dict(moto_s3.options) | {"config_kwargs": {"connect_timeout": 7}}
+    barrier = threading.Barrier(8)
+
+    def open_driver(_n: int):
+        barrier.wait()
+        return buckets.driver_for("s3", options)
+
+    with ThreadPoolExecutor(8) as pool:
+        drivers = list(pool.map(open_driver, range(8)))
+    assert len({id(driver) for driver in drivers}) == 1
+    assert drivers[0]._fs._s3 is not None
+
+
+def test_a_forked_child_makes_its_own_client(s3_store: Store):
+    s3_store.put("a", b"1")
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, s3_store.read("a"))
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as told:
+        assert told.read() == b"1"
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_lost_reply_over_http_leaves_the_winner_a_winner(broken):
@@ -516,7 +569,7 @@ def test_a_refused_create_without_a_condition_in_the_answer_counts_as_there(brok
 
 def test_a_create_is_one_conditional_put_however_large(broken):
     store, proxy = broken
-    assert store.put_if_absent("big", bytes(110 * 2**20))  # s3fs by itself would send parts
+    assert store.put_if_absent("big", bytes(101 * 2**20))  # s3fs by itself would send parts
     assert proxy.requests("PUT .*/big") == 1
     assert proxy.requests("POST") == 0
 
@@ -654,6 +707,57 @@ def test_input_files_are_streamed_and_told_apart(tmp_path, s3_store: Store):
             open_input(uri + "x", options)
     os.utime(tmp_path / "boxes", (1, 1))
     assert fingerprint(str(tmp_path / "boxes"), {})["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def site():
+    """A web site that answers every path with the status it names, and with a body."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(int(self.path[1:4]))
+            self.send_header("ETag", '"tag"')
+            self.send_header("Content-Length", "5")
+            self.end_headers()
+            self.wfile.write(b"12345")
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_images_come_over_http_with_their_tag(site):
+    fetched = _read(f"{site}/200/a%20b.jpg?size=2")
+    assert (fetched.data, fetched.size, fetched.etag) == (b"12345", 5, "tag")
+    with pytest.raises(ImageError, match="too_many_bytes"):
+        _read(f"{site}/200", max_bytes=4)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(401, "denied"), (403, "denied"), (404, "not_found"), (410, "not_found"), (400, "unreachable"),
+     (418, "unreachable"), (500, "unreachable"), (503, "unreachable"), (429, "unreachable")],
+)  # fmt: skip
+def test_what_one_site_answers_is_no_fault_of_the_job(site, status, code):
+    with pytest.raises(ImageError) as caught:
+        _read(f"{site}/{status}", within_s=0.5)
+    assert caught.value.code == code
+    assert str(status) in caught.value.message
+
+
+def test_a_short_body_is_an_error_that_passes():
+    check_complete(b"123", 3)
+    check_complete(b"123", None)
+    with pytest.raises(ShortBody) as caught:
+        check_complete(b"12", 3)
+    assert classify(caught.value).kind == "retry"
 
 
 def test_head_object_tells_absence(tmp_path):
