@@ -208,7 +208,7 @@ def _tile_values(
     """The logits of Q tiles (mask n, column x, row y), float32 (1 + T, T, Q): rows, columns, tiles.
 
     Q is the last axis so that every operation runs along it. Products and sums stay separate operations:
-    a fused one rounds differently in a loop's vector part and in its remainder.
+    a fused one may round differently in a loop's vector part and in its remainder.
     """
     low_side = low_NLL.shape[-1]
     row_KQ = grid.rows.taps_KA.index_select(1, y) * low_side + n * low_side**2
@@ -239,8 +239,11 @@ def _count_over(values_PTQ: torch.Tensor, threshold: float) -> torch.Tensor:
 def _tile_edges(values_PTQ: torch.Tensor, origin_Q: torch.Tensor, height: int) -> torch.Tensor:
     """Where masks change from one row to the next in Q tiles, as `rle.runs_from_edges` wants it, int64."""
     inside_PTQ = values_PTQ > 0
-    row, column, tile = torch.nonzero(inside_PTQ[1:] ^ inside_PTQ[:-1], as_tuple=True)
-    return origin_Q[tile] + column * height + row
+    changed_SQ = (inside_PTQ[1:] ^ inside_PTQ[:-1]).flatten(0, 1)
+    spot, tile = torch.nonzero(changed_SQ, as_tuple=True)
+    step = torch.arange(values_PTQ.shape[1], device=values_PTQ.device)
+    offset_S = (step[:, None] + step * height).flatten()  # of row and column inside a tile
+    return origin_Q[tile] + offset_S[spot]
 
 
 def _dense_bboxes_xywh(masks_NHW: torch.Tensor) -> torch.Tensor:

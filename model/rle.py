@@ -20,6 +20,9 @@ from pycocotools import mask as coco_mask
 
 Int64Array = npt.NDArray[np.int64]
 
+BLOCK_RUNS = 8192
+"""Runs compressed at a time: their arrays stay in a core's cache. The strings do not depend on it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
@@ -50,18 +53,17 @@ def runs_from_edges(edges: npt.NDArray[np.int64], num_masks: int, size_hw: tuple
         num_masks: how many masks there are; a mask without edges is empty.
         size_hw: (H, W) of each.
     """
-    height, width = size_hw
-    stride = height * width + 1
-    # The end of a mask is a place where its last run ends, whether inside or outside; a mask that is
-    # inside up to there has given that edge itself, and it must not stand twice.
+    stride = size_hw[0] * size_hw[1] + 1
+    # Each mask's last run ends where the mask ends, whether inside or outside.
     terminators = np.arange(1, num_masks + 1, dtype=np.int64) * stride - 1
-    edges = np.sort(edges)
+    edges = np.sort(np.concatenate([edges, terminators]))
     single = np.ones(len(edges), dtype=np.bool_)
     equal = edges[1:] == edges[:-1]
     single[1:] &= ~equal
     single[:-1] &= ~equal
-    single &= edges % stride != stride - 1
-    edges = np.sort(np.concatenate([edges[single], terminators]), kind="stable")
+    # A mask that is inside up to its end has given that edge too: it stands twice, and one of them stays.
+    single[np.searchsorted(edges, terminators)] = True
+    edges = edges[single]
     offsets = np.concatenate([[0], np.searchsorted(edges, terminators) + 1]).astype(np.int64)
     lengths = np.diff(edges, prepend=0)
     lengths[offsets[1:-1]] -= 1  # the first run of mask n > 0 starts one past the terminator before it
@@ -94,53 +96,47 @@ def concatenate(parts: Sequence[Runs]) -> Runs:
 
 def run_areas(runs: Runs) -> Int64Array:
     """The number of pixels inside each mask, int64 (N,)."""
-    inside = np.where(_is_inside(runs), runs.lengths, 0)
-    return _sum_per_mask(inside, runs.offsets)
+    totals = np.concatenate([[0], np.cumsum(np.where(_is_inside(runs), runs.lengths, 0))])
+    return np.diff(totals[runs.offsets])
 
 
 def run_bboxes_xywh(runs: Runs) -> npt.NDArray[np.float32]:
     """The tight box (x, y, width, height) of each mask in pixels, float32 (N, 4); zeros for an empty mask."""
-    height, _ = runs.size_hw
+    height, width = runs.size_hw
     boxes = np.zeros((len(runs), 4), dtype=np.float32)
-    ends = np.cumsum(runs.lengths)
-    ends -= np.repeat(np.concatenate([[0], ends])[runs.offsets[:-1]], np.diff(runs.offsets))
-    inside = _is_inside(runs) & (runs.lengths > 0)
-    first, last = (ends - runs.lengths)[inside], ends[inside] - 1
-    mask_index = np.repeat(np.arange(len(runs)), np.diff(runs.offsets))[inside]
-    if len(mask_index) == 0:
+    inside = np.flatnonzero(_is_inside(runs) & (runs.lengths > 0))
+    if len(inside) == 0:
         return boxes
-    # A run that goes on into the next column touches both top and bottom.
-    wraps = first // height != last // height
-    top, bottom = np.where(wraps, 0, first % height), np.where(wraps, height - 1, last % height)
-    starts = np.flatnonzero(np.diff(mask_index, prepend=-1))
-    x1, x2 = np.minimum.reduceat(first // height, starts), np.maximum.reduceat(last // height, starts)
-    y1, y2 = np.minimum.reduceat(top, starts), np.maximum.reduceat(bottom, starts)
-    boxes[mask_index[starts]] = np.stack([x1, y1, x2 - x1 + 1, y2 - y1 + 1], axis=1)
+    end = np.cumsum(runs.lengths)[inside]
+    mask_index = (end - 1) // (height * width)
+    end -= mask_index * (height * width)
+    start_x, start_y = np.divmod(end - runs.lengths[inside], height)
+    last_x, last_y = np.divmod(end - 1, height)
+    # A run that goes on into the next column touches both bottom and top.
+    wraps = start_x != last_x
+    start_y[wraps], last_y[wraps] = 0, height - 1
+    first = np.flatnonzero(np.diff(mask_index, prepend=-1))
+    x1, x2 = np.minimum.reduceat(start_x, first), np.maximum.reduceat(last_x, first)
+    y1, y2 = np.minimum.reduceat(start_y, first), np.maximum.reduceat(last_y, first)
+    boxes[mask_index[first]] = np.stack([x1, y1, x2 - x1 + 1, y2 - y1 + 1], axis=1)
     return boxes
 
 
 def compress(runs: Runs) -> tuple[str, ...]:
     """The COCO compressed string of each mask: ASCII, equal to pycocotools' byte for byte.
 
-    From the fourth run of a mask on, the difference to the run two before is written; each number as
-    groups of 5 bits, lowest first, 32 marking that more follow, plus 48 to be printable.
+    From the fourth run of a mask on, the difference to the run two before is written.
     """
     values = runs.lengths.copy()
-    index = np.arange(len(values)) - np.repeat(runs.offsets[:-1], np.diff(runs.offsets))
-    relative = np.flatnonzero(index > 2)
-    values[relative] -= runs.lengths[relative - 2]
-    groups = []
-    more = np.ones(len(values), dtype=np.bool_)
-    num_characters = np.zeros(len(values), dtype=np.int64)
-    while more.any():
-        low_bits = values & 31
-        num_characters += more
-        values >>= 5
-        more = more & np.where(low_bits & 16, values != -1, values != 0)
-        groups.append((low_bits + 32 * more + 48).astype(np.uint8))
-    used = np.arange(len(groups)) < num_characters[:, None]
-    text = np.stack(groups, axis=1)[used].tobytes().decode("ascii") if groups else ""
-    ends = np.concatenate([[0], np.cumsum(num_characters)])[runs.offsets].tolist()
+    values[2:] -= runs.lengths[:-2]
+    for k in range(3):
+        place = runs.offsets[:-1] + k
+        place = place[place < runs.offsets[1:]]
+        values[place] = runs.lengths[place]
+    blocks = [_characters(values[i : i + BLOCK_RUNS]) for i in range(0, len(values), BLOCK_RUNS)]
+    text = b"".join(characters for characters, _ in blocks).decode("ascii")
+    num_characters = [np.zeros(1, dtype=np.int64), *[number for _, number in blocks]]
+    ends = np.cumsum(np.concatenate(num_characters))[runs.offsets].tolist()
     return tuple(text[start:end] for start, end in pairwise(ends))
 
 
@@ -223,12 +219,27 @@ def _checked(counts: Sequence[str], size_hw: tuple[int, int]) -> list[dict[str, 
     return [{"size": list(size_hw), "counts": text.encode("ascii")} for text in counts]
 
 
+def _characters(values: Int64Array) -> tuple[bytes, Int64Array]:
+    """Signed numbers as COCO writes them, and how many characters each took.
+
+    Groups of 5 bits, lowest first, 32 added where more follow, 48 added to be printable.
+    """
+    groups = []
+    more = np.ones(len(values), dtype=np.bool_)
+    num_characters = np.zeros(len(values), dtype=np.int64)
+    while more.any():
+        low_bits = values & 31
+        num_characters += more
+        values = values >> 5
+        more = more & np.where(low_bits & 16, values != -1, values != 0)
+        groups.append((low_bits + 32 * more + 48).astype(np.uint8))
+    used = np.arange(len(groups)) < num_characters[:, None]
+    return np.stack(groups, axis=1)[used].tobytes(), num_characters
+
+
 def _is_inside(runs: Runs) -> npt.NDArray[np.bool_]:
     """Whether each run lies inside its mask: every second one, beginning with the second; bool (R,)."""
-    index = np.arange(len(runs.lengths)) - np.repeat(runs.offsets[:-1], np.diff(runs.offsets))
-    return cast("npt.NDArray[np.bool_]", index % 2 == 1)
-
-
-def _sum_per_mask(values: Int64Array, offsets: Int64Array) -> Int64Array:
-    totals = np.concatenate([[0], np.cumsum(values)])
-    return np.diff(totals[offsets])
+    inside = np.zeros(len(runs.lengths), dtype=np.bool_)
+    inside[1::2] = True
+    inside ^= np.repeat(runs.offsets[:-1] % 2 == 1, np.diff(runs.offsets))
+    return inside

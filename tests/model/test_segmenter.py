@@ -1,0 +1,567 @@
+"""Images and boxes to masks: the parts put together, equal bytes in any company, no image lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model import rle, segmenter
+from model.config import PUBLISHED, vit_config
+from model.geometry import resize_longest_side, target_size_hw
+from model.masks import plain_masks
+from model.sam_hq import SamHQ
+from model.segmenter import Segmenter
+from model.structures import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
+from tests.parity.lively import lively
+
+CONFIG = vit_config(
+    embed_dim=32,
+    depth=2,
+    num_heads=2,
+    global_attn_indexes=(1,),
+    window_size=5,
+    image_size=256,
+    out_channels=64,
+    mlp_dim=64,
+)
+SHAPE = CallShape(images_per_call=2, boxes_per_call=4)
+SIZES_HW = [(97, 140), (240, 200), (60, 300), (256, 256), (31, 17)]
+
+
+@pytest.fixture(scope="module")
+def model() -> SamHQ:
+    return lively(CONFIG)
+
+
+@pytest.fixture
+def segment_all(model: SamHQ) -> Segmenter:
+    return Segmenter(model, call_shape=SHAPE)
+
+
+def picture(size_hw: tuple[int, int], seed: int) -> np.ndarray:
+    """Smooth colours with noise; no pixel is pure red (see `marked`)."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.indices(size_hw)
+    waves = [np.sin(rows / 20 + k + seed) * np.cos(columns / (15 + k)) for k in range(3)]
+    colours = 128 + 80 * np.stack(waves, axis=-1) + rng.normal(0, 10, (*size_hw, 3))
+    return colours.clip(1, 250).astype(np.uint8)
+
+
+def boxes_in(size_hw: tuple[int, int], number: int, seed: int) -> np.ndarray:
+    corners = np.random.default_rng(seed).random((number, 2, 2)) * [size_hw[1], size_hw[0]]
+    return np.concatenate([corners.min(1), corners.max(1) + 1], axis=1)
+
+
+def prepared(size_hw: tuple[int, int], number: int, seed: int) -> PreparedImage:
+    return PreparedImage(
+        pixels_hwc=resize_longest_side(picture(size_hw, seed), 256),
+        size_hw=size_hw,
+        prompts=Prompts(boxes_xyxy=boxes_in(size_hw, number, seed)),
+    )
+
+
+def some_images() -> list[PreparedImage]:
+    """Seven images of five sizes with 0 to 9 boxes: calls of every filling."""
+    numbers = [5, 1, 0, 9, 3, 4, 2]
+    return [prepared(SIZES_HW[i % 5], number, i) for i, number in enumerate(numbers)]
+
+
+def marked(image: PreparedImage) -> PreparedImage:
+    """The same image with pure red in its corner, by which a hook knows it."""
+    pixels = image.pixels_hwc.copy()
+    pixels[0, 0] = [255, 0, 0]
+    return PreparedImage(pixels_hwc=pixels, size_hw=image.size_hw, prompts=image.prompts)
+
+
+def is_marked(pixels_b3ss: torch.Tensor) -> torch.Tensor:
+    red = torch.tensor([255.0, 0.0, 0.0])
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    return ((pixels_b3ss[:, :, 0, 0] - (red - mean) / std).abs() < 1e-4).all(1)
+
+
+def as_bytes(result: Instances | SegmentFailure) -> tuple[Any, ...]:
+    assert isinstance(result, Instances), result
+    arrays = (result.area, result.bbox_xywh, result.predicted_iou, result.stability_score)
+    return (result.size_hw, result.counts, result.flags, *[(a.dtype, a.shape, a.tobytes()) for a in arrays])
+
+
+@contextmanager
+def hooked(module: torch.nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_against_parts(model: SamHQ, image: PreparedImage, result: Instances, **options: Any) -> None:
+    """Encode, decode, plain masks, pycocotools: what `Segmenter` has to come to."""
+    embedding = model.encode_prepared([image.pixels_hwc] * 2, [image.size_hw] * 2)
+    nothing = Prompts(boxes_xyxy=np.zeros((0, 4)))
+    decoded = model.decode_prompts(embedding, [image.prompts, nothing], prompts_per_call=4, **options)
+    reference = plain_masks(
+        decoded.low_res_NMHW[:, 0], resized_hw=target_size_hw(image.size_hw, 256), size_hw=image.size_hw
+    )
+    np.testing.assert_array_equal(result.predicted_iou, decoded.predicted_iou_NM[:, 0])
+    assert result.counts == rle.encode_masks(reference.masks_NHW)
+    np.testing.assert_array_equal(result.area, reference.area_N)
+    np.testing.assert_array_equal(result.bbox_xywh, reference.bbox_xywh_N4)
+    np.testing.assert_allclose(result.stability_score, reference.stability_score_N, atol=1e-4)
+
+
+def test_results_are_those_of_the_parts_put_together(model: SamHQ, segment_all: Segmenter) -> None:
+    images = some_images()
+    results = segment_all.segment_prepared(images)
+    areas = []
+    for image, result in zip(images, results, strict=True):
+        assert isinstance(result, Instances)
+        assert result.size_hw == image.size_hw
+        assert len(result.counts) == len(image.prompts.boxes_xyxy)
+        assert result.flags == ()
+        if result.counts:
+            check_against_parts(model, image, result)
+        areas += (result.area / (image.size_hw[0] * image.size_hw[1])).tolist()
+    # The masks must have something to get wrong.
+    assert len(areas) == 24
+    assert sum(0.01 < area < 0.99 for area in areas) >= 12
+
+
+def test_types_of_the_result(segment_all: Segmenter) -> None:
+    for image in (prepared((97, 140), 3, 0), prepared((97, 140), 0, 0)):
+        (result,) = segment_all.segment_prepared([image])
+        assert isinstance(result, Instances)
+        n = len(result.counts)
+        assert all(type(text) is str and text.isascii() for text in result.counts)
+        for array, dtype, shape in [
+            (result.area, np.int64, (n,)),
+            (result.bbox_xywh, np.float32, (n, 4)),
+            (result.predicted_iou, np.float32, (n,)),
+            (result.stability_score, np.float32, (n,)),
+        ]:
+            assert type(array) is np.ndarray
+            assert array.dtype == dtype
+            assert array.shape == shape
+
+
+def test_plain_entry_resizes_as_the_pipeline_does(segment_all: Segmenter) -> None:
+    pictures = [picture(size_hw, i) for i, size_hw in enumerate(SIZES_HW)]
+    boxes: list[Any] = [boxes_in(size_hw, 3, i) for i, size_hw in enumerate(SIZES_HW)]
+    boxes[1] = []
+    plainly = segment_all.segment(pictures, boxes)
+    ready = [
+        PreparedImage(
+            pixels_hwc=resize_longest_side(image, 256),
+            size_hw=(image.shape[0], image.shape[1]),
+            prompts=Prompts(boxes_xyxy=np.asarray(each, dtype=np.float64).reshape(-1, 4)),
+        )
+        for image, each in zip(pictures, boxes, strict=True)
+    ]
+    assert [as_bytes(r) for r in plainly] == [as_bytes(r) for r in segment_all.segment_prepared(ready)]
+
+
+def test_pixels_are_normalised_and_then_padded(model: SamHQ) -> None:
+    for size_hw in [(427, 640), (333, 500), (2000, 333)]:
+        pixels = resize_longest_side(picture(size_hw, 1), 256)
+        height, width = target_size_hw(size_hw, 256)
+        tensor = model.normalise([pixels])
+        mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+        expected = ((pixels.astype(np.float64) - mean) / std).transpose(2, 0, 1)
+        assert tensor.shape == (1, 3, 256, 256)
+        np.testing.assert_allclose(tensor[0, :, :height, :width], expected, atol=1e-6)
+        assert not tensor[0, :, height:].any()
+        assert not tensor[0, :, :, width:].any()
+        assert height == 256 or tensor[0, :, height:].numel()
+
+
+def test_an_image_has_the_same_bytes_in_any_company(segment_all: Segmenter) -> None:
+    images = some_images()
+    together = [as_bytes(r) for r in segment_all.segment_prepared(images)]
+    alone = [as_bytes(segment_all.segment_prepared([image])[0]) for image in images]
+    assert together == alone
+    order = [3, 6, 0, 5, 2, 1, 4]
+    shuffled = segment_all.segment_prepared([images[i] for i in order])
+    assert [as_bytes(r) for r in shuffled] == [together[i] for i in order]
+    again = [as_bytes(r) for r in segment_all.segment_prepared(images)]
+    assert again == together
+
+
+def test_boxes_in_another_order_give_the_same_masks_in_that_order(segment_all: Segmenter) -> None:
+    image = prepared((240, 200), 11, 3)
+    (result,) = segment_all.segment_prepared([image])
+    order = np.random.default_rng(0).permutation(11)
+    moved = PreparedImage(
+        pixels_hwc=image.pixels_hwc,
+        size_hw=image.size_hw,
+        prompts=Prompts(boxes_xyxy=image.prompts.boxes_xyxy[order]),
+    )
+    (permuted,) = segment_all.segment_prepared([moved])
+    assert isinstance(result, Instances)
+    assert isinstance(permuted, Instances)
+    assert permuted.counts == tuple(result.counts[i] for i in order)
+    np.testing.assert_array_equal(permuted.predicted_iou, result.predicted_iou[order])
+    np.testing.assert_array_equal(permuted.stability_score, result.stability_score[order])
+
+
+def test_threads_do_not_change_bytes(segment_all: Segmenter) -> None:
+    images = some_images()[:4]
+    one = [as_bytes(r) for r in segment_all.segment_prepared(images)]
+    torch.set_num_threads(2)
+    try:
+        assert [as_bytes(r) for r in segment_all.segment_prepared(images)] == one
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_prompts_of_all_kinds_in_one_batch(model: SamHQ, segment_all: Segmenter) -> None:
+    base = prepared((97, 140), 3, 0)
+    points = np.array([[[10.0, 20.0], [100.0, 50.0]], [[70.0, 40.0], [5.0, 5.0]], [[60.0, 60.0], [1.0, 2.0]]])
+    labels = np.array([[1, 0], [1, -1], [1, 1]])
+    logits = np.random.default_rng(0).normal(0, 3, (3, 64, 64)).astype(np.float32)
+    kinds = [
+        base.prompts,
+        Prompts(points_xy=points, point_labels=labels),
+        Prompts(boxes_xyxy=base.prompts.boxes_xyxy, points_xy=points, point_labels=labels),
+        Prompts(boxes_xyxy=base.prompts.boxes_xyxy, mask_logits=logits),
+        Prompts(points_xy=points[:2, :1], point_labels=labels[:2, :1]),
+    ]
+    images = [
+        PreparedImage(pixels_hwc=base.pixels_hwc, size_hw=base.size_hw, prompts=prompts) for prompts in kinds
+    ]
+    results = segment_all.segment_prepared(images)
+    for image, result in zip(images, results, strict=True):
+        assert isinstance(result, Instances)
+        check_against_parts(model, image, result)
+        assert as_bytes(result) == as_bytes(segment_all.segment_prepared([image])[0])
+    assert len({as_bytes(result) for result in results}) == 5
+
+
+@pytest.mark.parametrize(
+    "options", [{"multimask": "best"}, {"hq_token_only": True}, {"multimask": "best", "hq_token_only": True}]
+)
+def test_other_modes_of_the_decoder(model: SamHQ, options: dict[str, Any]) -> None:
+    image = prepared((97, 140), 6, 2)
+    (result,) = Segmenter(model, call_shape=SHAPE, **options).segment_prepared([image])
+    assert isinstance(result, Instances)
+    check_against_parts(model, image, result, **options)
+    (usual,) = Segmenter(model, call_shape=SHAPE).segment_prepared([image])
+    assert as_bytes(usual) != as_bytes(result)
+
+
+def test_mask_threshold_and_stability_offset_reach_the_masks(model: SamHQ) -> None:
+    image = prepared((97, 140), 6, 2)
+    results = [
+        Segmenter(model, call_shape=SHAPE, **options).segment_prepared([image])[0]
+        for options in ({}, {"mask_threshold": 0.5}, {"stability_offset": 0.1})
+    ]
+    usual, stricter, closer = results
+    assert isinstance(usual, Instances)
+    assert isinstance(stricter, Instances)
+    assert isinstance(closer, Instances)
+    assert (stricter.area <= usual.area).all()
+    assert stricter.area.sum() < usual.area.sum()
+    assert closer.counts == usual.counts
+    assert (closer.stability_score >= usual.stability_score).all()
+    assert closer.stability_score.sum() > usual.stability_score.sum()
+
+
+def test_images_without_boxes_never_reach_the_encoder(model: SamHQ, segment_all: Segmenter) -> None:
+    calls: list[int] = []
+    with hooked(model.image_encoder, lambda _, args, __: calls.append(len(args[0]))):
+        empty = segment_all.segment_prepared([prepared((97, 140), 0, i) for i in range(5)])
+        assert segment_all.segment_prepared([]) == []
+        assert segment_all.segment([], []) == []
+        assert calls == []
+        mixed = segment_all.segment_prepared([prepared((97, 140), n, n) for n in (0, 1, 0, 2, 3)])
+    assert [len(r.counts) for r in empty if isinstance(r, Instances)] == [0] * 5
+    assert [len(r.counts) for r in mixed if isinstance(r, Instances)] == [0, 1, 0, 2, 3]
+    # Three images with boxes, two a call, the second call filled up.
+    assert calls == [2, 2]
+
+
+def test_every_call_has_the_configured_shape_and_ends_in_runs_before_the_next(
+    model: SamHQ, segment_all: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    trace = segmenter.trace_masks
+
+    def record_trace(logits: torch.Tensor, **options: Any) -> Any:
+        events.append(f"masks {len(logits)}")
+        return trace(logits, **options)
+
+    monkeypatch.setattr(segmenter, "trace_masks", record_trace)
+    with (
+        hooked(model.image_encoder, lambda _, args, __: events.append(f"encode {len(args[0])}")),
+        hooked(model.mask_decoder.iou_head, lambda _, args, __: events.append(f"decode {len(args[0])}")),
+    ):
+        segment_all.segment_prepared([prepared((97, 140), 5, 0), prepared((240, 200), 6, 1)])
+    assert events == [
+        "encode 2",
+        *["decode 4", "masks 4"],
+        *["decode 4", "masks 1", "masks 3"],
+        *["decode 4", "masks 3"],
+    ]
+
+
+def run_out(error: Callable[[], BaseException], when: Callable[[torch.Tensor], bool]) -> Callable[..., None]:
+    """A hook of the image encoder that fails as an allocator does, when its call is such."""
+
+    def hook(_: torch.nn.Module, args: Sequence[torch.Tensor], __: Any) -> None:
+        if when(args[0]):
+            raise error()
+
+    return hook
+
+
+def allocator_error() -> BaseException:
+    try:
+        torch.empty(10**15)
+    except RuntimeError as error:
+        return error
+    raise AssertionError("a petabyte was allocated")
+
+
+ERRORS = [
+    lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    allocator_error,
+    MemoryError,
+]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_memory_that_runs_out_once_changes_nothing(
+    model: SamHQ, segment_all: Segmenter, error: Callable[[], BaseException]
+) -> None:
+    images = some_images()
+    expected = [as_bytes(r) for r in segment_all.segment_prepared(images)]
+    calls = iter(range(100))
+    with hooked(model.image_encoder, run_out(error, lambda _: next(calls) == 1)):
+        results = segment_all.segment_prepared(images)
+    assert [as_bytes(r) for r in results] == expected
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_image_too_large_for_the_call_is_redone_smaller_and_flagged(
+    model: SamHQ, segment_all: Segmenter, error: Callable[[], BaseException]
+) -> None:
+    images = some_images()
+    images[3] = marked(images[3])
+    expected = [as_bytes(r) for r in segment_all.segment_prepared(images)]
+    reduced = CallShape(images_per_call=1, boxes_per_call=1)
+    (smaller,) = Segmenter(model, call_shape=reduced).segment_prepared([images[3]])
+    with hooked(model.image_encoder, run_out(error, lambda x: len(x) > 1 and bool(is_marked(x).any()))):
+        results = segment_all.segment_prepared(images)
+    flagged = results[3]
+    assert isinstance(flagged, Instances)
+    assert isinstance(smaller, Instances)
+    assert flagged.flags == ("reduced_call_shape",)
+    assert as_bytes(flagged)[1] == smaller.counts
+    np.testing.assert_array_equal(flagged.predicted_iou, smaller.predicted_iou)
+    for i in (0, 1, 2, 4, 5, 6):
+        assert as_bytes(results[i]) == expected[i]
+
+
+def test_memory_that_runs_out_while_decoding_is_redone_with_fewer_boxes(
+    model: SamHQ, segment_all: Segmenter
+) -> None:
+    images = some_images()
+    expected = [as_bytes(r) for r in segment_all.segment_prepared(images)]
+
+    def hook(_: torch.nn.Module, args: Sequence[torch.Tensor], __: Any) -> None:
+        if len(args[0]) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with hooked(model.mask_decoder.iou_head, hook):
+        results = segment_all.segment_prepared(images)
+    for i, result in enumerate(results):
+        assert isinstance(result, Instances)
+        assert result.flags == (("reduced_call_shape",) if len(result.counts) else ())
+        if not len(result.counts):
+            assert as_bytes(result) == expected[i]
+
+
+def test_memory_that_never_suffices_fails_that_image_alone(model: SamHQ, segment_all: Segmenter) -> None:
+    images = some_images()
+    images[3] = marked(images[3])
+    expected = [as_bytes(r) for r in segment_all.segment_prepared(images) if isinstance(r, Instances)]
+    with hooked(model.image_encoder, run_out(ERRORS[0], lambda x: bool(is_marked(x).any()))):
+        results = segment_all.segment_prepared(images)
+    failure = results[3]
+    assert isinstance(failure, SegmentFailure)
+    assert failure.code == "out_of_memory"
+    assert "256x256" in failure.message
+    for i in (0, 1, 2, 4, 5, 6):
+        assert as_bytes(results[i]) == expected[i]
+    assert [as_bytes(r) for r in segment_all.segment_prepared(images)] == expected
+
+
+def test_other_errors_are_not_taken_for_memory(model: SamHQ, segment_all: Segmenter) -> None:
+    hook = run_out(lambda: RuntimeError("device-side assert triggered"), lambda _: True)
+    with hooked(model.image_encoder, hook), pytest.raises(RuntimeError, match="device-side assert"):
+        segment_all.segment_prepared(some_images())
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite_fail_that_image_alone(
+    model: SamHQ, segment_all: Segmenter, poison: float
+) -> None:
+    images = some_images()
+    images[3] = marked(images[3])
+    expected = [as_bytes(r) for r in segment_all.segment_prepared(images)]
+
+    def spoil(_: torch.nn.Module, args: Sequence[torch.Tensor], features: Any) -> None:
+        features.embedding_BCGG[is_marked(args[0]), :, 3, 3] = poison
+
+    with hooked(model.image_encoder, spoil):
+        results = segment_all.segment_prepared(images)
+    failure = results[3]
+    assert isinstance(failure, SegmentFailure)
+    assert failure.code == "non_finite"
+    for i in (0, 1, 2, 4, 5, 6):
+        assert as_bytes(results[i]) == expected[i]
+
+
+def test_a_score_that_is_not_finite_fails_the_image(model: SamHQ, segment_all: Segmenter) -> None:
+    def spoil(_: torch.nn.Module, __: Any, scores: torch.Tensor) -> None:
+        scores[2, 0] = float("nan")
+
+    with hooked(model.mask_decoder.iou_head, spoil):
+        few, many = segment_all.segment_prepared([prepared((97, 140), 2, 0), prepared((97, 140), 6, 1)])
+    assert isinstance(few, Instances)
+    assert isinstance(many, SegmentFailure)
+    assert many.code == "non_finite"
+
+
+def test_bfloat16_gives_nearly_the_masks_of_float32() -> None:
+    images = some_images()
+    results = {
+        dtype: Segmenter(lively(CONFIG), call_shape=SHAPE, dtype=dtype).segment_prepared(images)
+        for dtype in ("float32", "bfloat16")
+    }
+    ious = []
+    for full, half in zip(results["float32"], results["bfloat16"], strict=True):
+        assert isinstance(full, Instances)
+        assert isinstance(half, Instances)
+        pairs = rle.rle_iou(full.counts, half.counts, full.size_hw)
+        ious += np.diag(pairs)[full.area > 0].tolist()
+        assert half.predicted_iou.dtype == np.float32
+    assert 0.9 < np.mean(ious) < 1
+
+
+def test_what_cannot_be_right_is_refused_before_anything_runs(model: SamHQ, segment_all: Segmenter) -> None:
+    good = prepared((97, 140), 2, 0)
+    wrong_size = PreparedImage(pixels_hwc=good.pixels_hwc, size_hw=(140, 97), prompts=good.prompts)
+    nan_box = PreparedImage(
+        pixels_hwc=good.pixels_hwc,
+        size_hw=good.size_hw,
+        prompts=Prompts(boxes_xyxy=np.array([[0.0, 0.0, np.nan, 5.0]])),
+    )
+    calls: list[int] = []
+    with hooked(model.image_encoder, lambda *_: calls.append(1)):
+        with pytest.raises(ValueError, match=r"image 3 of upright size \(140, 97\).*wanted \(256, 177\)"):
+            segment_all.segment_prepared([good, good, good, wrong_size])
+        with pytest.raises(ValueError, match=r"prompts of image 1.*not finite"):
+            segment_all.segment_prepared([good, nan_box])
+        with pytest.raises(ValueError, match="too_elongated"):
+            segment_all.segment([np.zeros((1, 600, 3), np.uint8)], [[[0, 0, 5, 1]]])
+        with pytest.raises(ValueError, match="uint8"):
+            segment_all.segment([np.zeros((30, 60), np.uint8)], [[[0, 0, 5, 1]]])
+        with pytest.raises(ValueError, match="shape"):
+            segment_all.segment([np.zeros((30, 60, 3), np.uint8)], [[[0, 0, 5]]])
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"dtype": "float16"}, "'float16'"),
+        ({"multimask": "three"}, "'three'"),
+        ({"stability_offset": 0.0}, "stability_offset"),
+        ({"call_shape": CallShape(images_per_call=0)}, "at least 1"),
+        ({"call_shape": CallShape(boxes_per_call=0)}, "at least 1"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(
+    model: SamHQ, settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Segmenter(model, **{"call_shape": SHAPE, **settings})
+
+
+def test_reduced_shape_is_one_image_and_a_quarter_of_the_boxes() -> None:
+    for boxes, fewer in [(64, 16), (16, 4), (3, 1), (1, 1)]:
+        shape = segmenter.reduced_shape(CallShape(images_per_call=4, boxes_per_call=boxes))
+        assert shape == CallShape(images_per_call=1, boxes_per_call=fewer)
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_default_call_shape_is_the_largest_that_fits(name: str) -> None:
+    config = PUBLISHED[name]
+    needs = [segmenter.estimated_bytes(config, shape) for shape in segmenter.CALL_SHAPES]
+    for shape, need in zip(segmenter.CALL_SHAPES, needs, strict=True):
+        chosen = segmenter.default_call_shape(config, need)
+        assert segmenter.estimated_bytes(config, chosen) <= need
+        assert segmenter.CALL_SHAPES.index(chosen) >= segmenter.CALL_SHAPES.index(shape)
+    assert segmenter.default_call_shape(config, 10**18) == segmenter.CALL_SHAPES[-1]
+    with pytest.raises(ValueError, match=f"too small for {name}.*needs about {needs[0]} bytes"):
+        segmenter.default_call_shape(config, needs[0] - 1)
+
+
+def test_memory_estimates_stand_in_the_order_of_the_shapes() -> None:
+    for config in PUBLISHED.values():
+        estimates = [segmenter.estimated_bytes(config, shape) for shape in segmenter.CALL_SHAPES]
+        assert estimates == sorted(estimates)
+        # Measured on a CPU in float32: 2.5 GiB of activations for ViT-B, 56 MiB a box; never below that.
+    assert segmenter.estimated_bytes(PUBLISHED["vit_b"], CallShape()) > 2.9 * 2**30
+    assert segmenter.estimated_bytes(PUBLISHED["vit_tiny"], CallShape()) > (0.05 + 16 * 0.055) * 2**30
+
+
+CPUINFO = "processor\t: {core}\nvendor_id\t: X\n{name}\t\t: fpu sse2 {features}\nbugs\t\t: amx_bf16_bug\n\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "dtype"),
+    [
+        ("flags", ["avx2 avx512f amx_bf16 amx_tile"] * 2, "bfloat16"),
+        ("flags", ["avx512f avx512_bf16"] * 2, "bfloat16"),
+        ("Features", ["asimd bf16 i8mm"] * 2, "bfloat16"),
+        ("flags", ["avx2 avx512f avx512_vnni"] * 2, "float32"),
+        ("flags", ["avx512_bf16", "avx2"], "float32"),
+        ("flags", [], "float32"),
+    ],
+)
+def test_a_cpu_multiplies_bfloat16_if_all_its_cores_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, features: list[str], dtype: str
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        "".join(CPUINFO.format(core=i, name=name, features=each) for i, each in enumerate(features))
+    )
+    found = segmenter._cpu_features(cpuinfo)
+    monkeypatch.setattr(segmenter, "_cpu_features", lambda: found)
+    assert segmenter.probe_dtype("cpu") == dtype
+
+
+def test_without_cpuinfo_nothing_is_assumed(tmp_path: Path) -> None:
+    assert segmenter._cpu_features(tmp_path / "nowhere") == set()
+
+
+def test_probe_of_this_machine_agrees_with_torch() -> None:
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    assert segmenter.probe_dtype("cpu") == ("bfloat16" if native else "float32")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_cuda_an_image_has_the_same_bytes_in_any_company(dtype: segmenter.Dtype) -> None:
+    segment_all = Segmenter(lively(CONFIG), call_shape=SHAPE, device="cuda", dtype=dtype)
+    images = some_images()
+    together = [as_bytes(r) for r in segment_all.segment_prepared(images)]
+    assert together == [as_bytes(segment_all.segment_prepared([image])[0]) for image in images]
+    assert together[::-1] == [as_bytes(r) for r in segment_all.segment_prepared(images[::-1])]
