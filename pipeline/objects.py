@@ -1,0 +1,229 @@
+"""What people point at: images, tables, box files and weights, read by uri.
+
+An image's fault is that image's (`ImageError`), unless it is one that every request would meet
+(credentials, clock, no bucket: `SystemicFault`). A fault of a file that the whole job needs refuses the
+job before any work. Product code imports these from `pipeline.storage`, the one door.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import io
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NoReturn, TypeVar
+
+from pipeline.access import split_scheme
+from pipeline.buckets import driver_for
+from pipeline.drivers import Driver, FetchedObject, Found
+from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError
+from pipeline.retries import StorageFault, attempt
+
+T = TypeVar("T")
+
+INPUT_BUDGET_S = 120.0
+READ_TRIES = 8
+BLOCK = 4 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One object of a store: key relative to the place, size in bytes, version tag where known."""
+
+    key: str
+    size: int
+    etag: str | None = None
+
+
+class _BlockReader(io.RawIOBase):
+    """A read-only file over a function that reads ranges."""
+
+    def __init__(self, read_range: Callable[[int, int], bytes], size: int) -> None:
+        self._read_range = read_range
+        self._size = size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def readall(self) -> bytes:  # the inherited one asks for 8 KiB at a time
+        data = self._read_range(self._at, self._size) if self._at < self._size else b""
+        self._at += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        stop = min(self._at + len(view), self._size)
+        if stop <= self._at:
+            return 0
+        data = self._read_range(self._at, stop)
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def blockwise(read_range: Callable[[int, int], bytes], size: int) -> BinaryIO:
+    """A seekable file of `size` bytes, read in blocks by a function that reads ranges."""
+    return io.BufferedReader(_BlockReader(read_range, size), buffer_size=BLOCK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """What a uri points at. The driver is made inside a try, because that can fail for what passes.
+
+    A local path is opened as it is written: to fold `link/..` away would open another file than the
+    one `check_uri` has looked at.
+    """
+
+    uri: str
+    options: Mapping[str, Any]
+
+    @property
+    def driver(self) -> Driver:
+        return driver_for(split_scheme(self.uri)[0], self.options)
+
+    @property
+    def path(self) -> str:
+        scheme, rest = split_scheme(self.uri)
+        return self.uri if scheme in ("http", "https") else rest
+
+
+def read_object(
+    uri: str, options: Mapping[str, Any], *, max_bytes: int | None, deadline_monotonic: float
+) -> FetchedObject:
+    """The bytes of one object with size and version tag; `check_uri` has already passed it.
+
+    Raises:
+        ImageError: not_found, denied, too_many_bytes, changed, unreachable, fetch_timeout, uri_refused.
+        SystemicFault: credentials, clock, store (no such bucket), disk.
+    """
+    target = _Target(uri=uri, options=options)
+
+    def get(left: float) -> FetchedObject:
+        return target.driver.get(target.path, max_bytes=max_bytes, timeout_s=left)
+
+    try:
+        return attempt(get, deadline=deadline_monotonic, what="read", max_tries=READ_TRIES)
+    except StorageFault as fault:
+        _raise_for_image(fault)
+
+
+def _raise_for_image(fault: StorageFault) -> NoReturn:
+    verdict = fault.verdict
+    if verdict.kind == "image":
+        raise ImageError(verdict.code, fault.message) from fault
+    if verdict.kind == "retry":
+        raise ImageError("fetch_timeout" if fault.timed_out else "unreachable", fault.message) from fault
+    if verdict.code == "denied":  # one object may be forbidden; the job judges a window of them
+        raise ImageError("denied", fault.message) from fault
+    raise SystemicFault(verdict.code, fault.message) from fault
+
+
+def _for_input(uri: str, what: str, call: Callable[[float], T]) -> T:
+    """`call`, for a file the whole job needs: what fails here refuses the job before any work."""
+    try:
+        return attempt(call, deadline=time.monotonic() + INPUT_BUDGET_S, what=f"{what} {uri}")
+    except StorageFault as fault:
+        raise JobRefused(fault.message) from fault
+    except ImageError as error:
+        raise JobRefused(f"{what} {uri}: {error.message}") from error
+
+
+def head_object(uri: str, options: Mapping[str, Any]) -> Entry | None:
+    """Size and version tag of one object (`key` is the uri), or None when there is none."""
+    target = _Target(uri=uri, options=options)
+    found = _for_input(uri, "look up", lambda left: target.driver.stat(target.path, timeout_s=left))
+    return None if found is None else Entry(key=uri, size=found.size, etag=found.etag)
+
+
+def list_objects(uri: str, options: Mapping[str, Any]) -> list[Entry]:
+    """Every object below a folder or prefix, at any depth, sorted by uri (`key` is the uri).
+
+    Local: links to files are listed as files, also dangling ones; links to folders are not entered.
+    """
+    if not uri.strip("/") and uri != "/":
+        raise UsageError(f"{uri!r} names no folder")
+    target = _Target(uri=uri.rstrip("/") + "/", options=options)
+    found = _for_input(uri, "list", lambda left: target.driver.walk(target.path, timeout_s=left, limit=None))
+    return _entries(found, target.path, target.uri)
+
+
+def _entries(found: Sequence[Found], prefix: str, base: str) -> list[Entry]:
+    entries = [
+        Entry(key=base + one.path.removeprefix(prefix), size=one.size, etag=one.etag)
+        for one in found
+        if not one.path.endswith("/")  # the empty objects that S3 consoles make for folders
+    ]
+    for entry in entries:
+        if not entry.key.isprintable() and any("\ud800" <= c <= "\udfff" for c in entry.key):
+            raise JobRefused(f"the name {entry.key!a} is not UTF-8; rename the file: tables cannot hold it")
+    return sorted(entries, key=lambda entry: entry.key)
+
+
+def glob_objects(pattern: str, options: Mapping[str, Any]) -> list[Entry]:
+    """Every object whose uri matches, sorted by uri. `*`, `?` and `[a-z]` stop at "/", `**` does not."""
+    match = re.search(r"[*?\[]", pattern)
+    if match is None:
+        raise UsageError(f"{pattern!r} is no pattern: it has none of * ? [")
+    root = pattern[: match.start()].rpartition("/")[0]
+    accepts = re.compile(_glob_regex(pattern))
+    return [entry for entry in list_objects(root, options) if accepts.fullmatch(entry.key)]
+
+
+def _glob_regex(pattern: str) -> str:
+    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])", pattern)
+    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "(?s:" + "".join(meaning.get(p) or _glob_piece(p) for p in pieces) + ")"
+
+
+def _glob_piece(piece: str) -> str:
+    return fnmatch.translate(piece)[4:-3] if piece.startswith("[") else re.escape(piece)
+
+
+def open_input(uri: str, options: Mapping[str, Any]) -> BinaryIO:
+    """A seekable binary file over one object, read in blocks; JobRefused when it is absent or refused.
+
+    For tables, box files and weights: streams of any size in bounded memory.
+    """
+    target = _Target(uri=uri, options=options)
+    found = _for_input(uri, "look up", lambda left: target.driver.stat(target.path, timeout_s=left))
+    if found is None:
+        raise JobRefused(f"{uri}: there is no such file")
+
+    def read_range(start: int, stop: int) -> bytes:
+        return _for_input(
+            uri, "read", lambda left: target.driver.get_range(target.path, start, stop, timeout_s=left)
+        )
+
+    return blockwise(read_range, found.size)
+
+
+def fingerprint(uri: str, options: Mapping[str, Any]) -> dict[str, str | int]:
+    """What tells one version of an input file from another: uri, size and sha256, or the store's etag.
+
+    Local files are hashed, because a copy or a checkout changes their times; remote ones have etags.
+    """
+    entry = head_object(uri, options)
+    if entry is None:
+        raise JobRefused(f"{uri}: there is no such file")
+    if entry.etag is not None and split_scheme(uri)[0] != "file":
+        return {"uri": uri, "size": entry.size, "etag": entry.etag}
+    digest = hashlib.sha256()
+    with open_input(uri, options) as file:
+        while chunk := file.read(BLOCK):
+            digest.update(chunk)
+    return {"uri": uri, "size": entry.size, "sha256": digest.hexdigest()}
