@@ -33,7 +33,12 @@ from pipeline.records import AccessRules, BoxFormat, BoxFrame, BoxRules
 from pipeline.storage import Entry, open_input, options_for
 from pipeline.tables import inspect_tables, naming, naming_values, read_batches
 
-_IMAGES = {"image_id": Kind(0, "text"), "image_uri": Kind(0, "text"), "error_code": Kind(0, "text")}
+_IMAGES = {
+    "image_id": Kind(0, "text"),
+    "image_uri": Kind(0, "text"),
+    "num_boxes": Kind(0, "integer"),
+    "error_code": Kind(0, "text"),
+}
 _INSTANCES = {
     "image_id": Kind(0, "text"),
     "instance_index": Kind(0, "integer"),
@@ -70,7 +75,7 @@ def find_parts(folder: str, entries: Sequence[Entry]) -> EarlierParts | None:
     found = EarlierParts(folder=folder, images=parts("images"), instances=parts("instances"))
     if found.images and found.instances:
         return found
-    if "job.json" in names:
+    if "job.json" in names and any(name.startswith("plan/") for name in names):
         raise JobRefused(f"{folder}: an output without published tables; run `hqlabel publish` on it first")
     return None
 
@@ -115,6 +120,7 @@ def read_earlier_boxes(parts: EarlierParts, access: AccessRules) -> BoxList:
     _check_numbers(rows, boxes, parts.folder)
     missing = pc.fill_null(pc.equal(images.column("error_code"), "boxes_missing"), False).to_numpy()
     listed = with_all_images(boxes, ids, single(images.column("image_uri")), is_null=missing)
+    _check_counts(listed, images, parts.folder)
     return replace(listed, notes=notes)
 
 
@@ -171,4 +177,18 @@ def _check_numbers(rows: pa.Table, boxes: BoxList, folder: str) -> None:
         raise JobRefused(
             f"{folder}: the instances of image {boxes.image_id[int(at)].as_py()!r} are not numbered from 0 "
             "without gaps; run `hqlabel validate` on it"
+        )
+
+
+def _check_counts(boxes: BoxList, images: pa.Table, folder: str) -> None:
+    """Each image must have the instances that it says, and each instance an image."""
+    wanted = np.zeros(len(boxes.lengths), dtype=np.int64)
+    wanted[: images.num_rows] = single(images.column("num_boxes")).to_numpy(zero_copy_only=False)
+    unlike = np.flatnonzero(boxes.lengths != wanted)
+    if len(unlike):
+        assert boxes.image_id is not None, "instances are grouped by image_id"
+        at = int(unlike[0])
+        raise JobRefused(
+            f"{folder}: image {boxes.image_id[at].as_py()!r} has {boxes.lengths[at]} instances, its row says "
+            f"{wanted[at]}; run `hqlabel validate` on it"
         )

@@ -103,11 +103,11 @@ def read_images(settings: InputSettings) -> ImageList:
     if table_format(uri) is not None and _is_file(uri, access):
         return _resolved(_read_image_tables([uri], settings, _parent(uri)), settings)
     entries = list_objects(uri, options_for(uri, access))
-    if any(_is_picture(entry.key) for entry in entries):
-        return _from_listing(uri, entries, root=uri)
-    parts = find_parts(uri, entries)
+    parts = find_parts(uri, entries)  # before pictures: an output holds overlays
     if parts is not None:
         return read_earlier_images(parts, access)
+    if any(_is_picture(entry.key) for entry in entries):
+        return _from_listing(uri, entries, root=uri)
     return _resolved(_read_image_tables(_tables_in(uri, entries, access), settings, uri), settings)
 
 

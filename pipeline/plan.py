@@ -10,6 +10,7 @@ One million images with three boxes each take about 20 s and 1 GB (docs/benchmar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -32,6 +33,7 @@ from pipeline.storage import Store
 __all__ = ["Plan", "PlanSummary", "iter_plan", "make_plan", "plan_key", "read_unit", "write_plan"]
 
 UNITS_PER_FILE = 64
+WRITERS = 4  # compressing takes cores, and putting waits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +130,16 @@ def write_plan(store: Store, plan: Plan) -> None:
     """None; every file of the plan stands in the store. Files that are there already are left alone."""
     there = {entry.key for entry in store.list(f"plan/{plan.sha256[:16]}/")}
     rows_per_file = UNITS_PER_FILE * plan.images_per_unit
-    for index in range(-(-plan.table.num_rows // rows_per_file)):
-        key = plan_key(plan.sha256, index)
-        if key not in there:
-            rows = plan.table.slice(index * rows_per_file, rows_per_file)
-            store.put_if_absent(key, _file_body(rows, plan))
+    files = range(-(-plan.table.num_rows // rows_per_file))
+
+    def write(index: int) -> None:
+        rows = plan.table.slice(index * rows_per_file, rows_per_file)
+        store.put_if_absent(plan_key(plan.sha256, index), _file_body(rows, plan))
+
+    with ThreadPoolExecutor(max_workers=WRITERS) as pool:
+        missing = [index for index in files if plan_key(plan.sha256, index) not in there]
+        for _ in pool.map(write, missing):
+            pass
 
 
 def _file_body(rows: pa.Table, plan: Plan) -> bytes:

@@ -133,7 +133,7 @@ def _box_warnings(inputs: Understood) -> tuple[str, ...]:
     """What the boxes look like, judged by up to _LOOK_AT_BOXES of them."""
     boxes = inputs.boxes
     total = 0 if boxes is None else int(boxes.lengths.sum())
-    if boxes is None or not total:
+    if boxes is None or not total or boxes.box_frame is not None:  # an earlier output is no guess
         return ()
     flat = np.arange(0, total, max(1, total // _LOOK_AT_BOXES), dtype=np.int64)
     mention = np.searchsorted(np.cumsum(boxes.lengths), flat, side="right")
