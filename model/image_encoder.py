@@ -42,7 +42,9 @@ def relative_position_attention(
     rel_h = torch.einsum("nhyxd,ykd->nhyxk", q_grid, table_h[offset])
     rel_w = torch.einsum("nhyxd,xkd->nhyxk", q_grid, table_w[offset])
     logits = ((q_nhLd * d**-0.5) @ k_nhLd.transpose(-2, -1)).view(n, h, side, side, side, side)
-    logits = logits + rel_h[..., :, None] + rel_w[..., None, :]
+    # In place: each copy of the logits costs as much memory again. Nothing needs them without the terms.
+    logits += rel_h[..., :, None]
+    logits += rel_w[..., None, :]
     weights: torch.Tensor = logits.view(n, h, length, length).softmax(-1)
     return weights @ v_nhLd
 

@@ -93,7 +93,8 @@ class SamHQ(nn.Module):
     def cast(self, dtype: torch.dtype) -> SamHQ:
         """Return self with encoder and decoder weights in `dtype`: float32 or bfloat16.
 
-        The prompt encoder stays fp32, and mask logits come out as fp32 always.
+        The prompt encoder stays fp32, as do TinyViT's BatchNorms, whose rounded statistics would shift
+        whole channels; mask logits come out as fp32 always. What bfloat16 rounded stays rounded.
 
         Raises:
             ValueError: any other dtype. float16 overflows in the encoders of the published weights and
@@ -101,8 +102,11 @@ class SamHQ(nn.Module):
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype} is not supported; use torch.float32 or torch.bfloat16")
-        self.image_encoder.to(dtype)
-        self.mask_decoder.to(dtype)
+        for part in (self.image_encoder, self.mask_decoder):
+            for module in part.modules():
+                if not isinstance(module, nn.BatchNorm2d):
+                    for parameter in module.parameters(recurse=False):
+                        parameter.data = parameter.data.to(dtype)
         return self
 
     # Pictures to embeddings

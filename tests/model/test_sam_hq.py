@@ -190,6 +190,19 @@ def test_bfloat16_keeps_positions_and_logits_in_float32_and_masks_nearly_the_sam
     assert inter / union > 0.95
 
 
+def test_light_hq_sam_keeps_its_batch_norms_whole_in_bfloat16(images):
+    model = lively(SMALL_TINY)
+    boxes = [boxes_in(*SIZES[0], 3)]
+    exact = model.decode_boxes(model.encode_images(images[:1]), boxes).low_res_NMHW
+    model.cast(torch.bfloat16)
+    rounded = model.decode_boxes(model.encode_images(images[:1]), boxes).low_res_NMHW
+    norm = model.image_encoder.stem1.bn
+
+    assert model.image_encoder.stem1.conv.weight.dtype == torch.bfloat16
+    assert norm.weight.dtype == norm.running_var.dtype == torch.float32
+    assert ((exact > 0) & (rounded > 0)).sum() / ((exact > 0) | (rounded > 0)).sum() > 0.95
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_precisions_are_refused(model, dtype):
     with pytest.raises(ValueError, match=r"use torch\.float32 or"):

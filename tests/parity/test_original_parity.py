@@ -196,6 +196,7 @@ def test_attention_biases_of_light_hq_sam_are_read_from_the_weights():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # about a minute and 4 GiB on a core of its own
 def test_vit_b_gives_the_originals_masks():
     model = lively(PUBLISHED["vit_b"])
     predictor = predictor_of(model)
