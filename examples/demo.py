@@ -9,6 +9,7 @@ the spot, and the demo says so before and after: its masks mean nothing, everyth
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from model.checkpoints import DEMO_FOLDER, save_transformers
 from model.config import vit_config
 from model.sam_hq import SamHQ
 
-PHOTOS = Path(__file__).resolve().parent / "photos"
+PHOTOS = Path(os.path.relpath(Path(__file__).resolve().parent / "photos"))
 SHOWN = ("coins.png", "coffee.jpg", "cat.jpg")
 REFUSED = 4
 RANDOM = (
@@ -88,7 +89,7 @@ def main() -> int:
     labels = place / "labels"
     weights = checkpoint(place)
     code = hqlabel(
-        *("label", "--images", str(PHOTOS), "--boxes", str(PHOTOS / "boxes.json")),
+        *("label", "--images", str(PHOTOS), "--boxes", str(PHOTOS / "boxes.jsonl")),
         *("--checkpoint", weights, "--output", str(labels)),
     )
     if code == REFUSED:

@@ -8,31 +8,24 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 PHOTOS = Path(__file__).resolve().parent.parent / "examples" / "photos"
-BOXES = json.loads((PHOTOS / "boxes.json").read_text())
+ROWS = [json.loads(line) for line in (PHOTOS / "boxes.jsonl").read_text().splitlines()]
 PICTURES = sorted(p.name for p in PHOTOS.iterdir() if p.suffix in (".jpg", ".png"))
 
 
-def test_every_photograph_is_listed_with_its_upright_size() -> None:
-    listed = {image["file_name"]: (image["width"], image["height"]) for image in BOXES["images"]}
-
+def test_every_photograph_has_its_line_of_boxes() -> None:
     assert 6 <= len(PICTURES) <= 10
-    assert sorted(listed) == PICTURES
-    for name, size_wh in listed.items():
-        with Image.open(PHOTOS / name) as picture:
-            assert ImageOps.exif_transpose(picture).size == size_wh
+    assert [row["image_uri"] for row in ROWS] == PICTURES
+    assert all(row["boxes"] for row in ROWS)
 
 
-def test_every_box_lies_in_its_picture_and_has_a_named_category() -> None:
-    size_of = {image["id"]: (image["width"], image["height"]) for image in BOXES["images"]}
-    categories = {category["id"] for category in BOXES["categories"]}
-
-    for box in BOXES["annotations"]:
-        (x, y, w, h), (width, height) = box["bbox"], size_of[box["image_id"]]
-        assert 0 <= x < x + w <= width
-        assert 0 <= y < y + h <= height
-        assert box["category_id"] in categories
-    assert {box["image_id"] for box in BOXES["annotations"]} == set(size_of)
-    assert len({box["id"] for box in BOXES["annotations"]}) == len(BOXES["annotations"])
+def test_every_box_lies_in_its_upright_picture_and_has_a_label() -> None:
+    for row in ROWS:
+        with Image.open(PHOTOS / row["image_uri"]) as picture:
+            width, height = ImageOps.exif_transpose(picture).size
+        assert len(row["boxes"]) == len(row["labels"])
+        for x1, y1, x2, y2 in row["boxes"]:
+            assert 0 <= x1 < x2 <= width
+            assert 0 <= y1 < y2 <= height
 
 
 def test_one_photograph_is_stored_turned_and_one_is_grey() -> None:
