@@ -288,8 +288,9 @@ class ChunkDecoder:
             labels_NP=self._move(chunk.labels_NP),
             masks_NHW=self._move(chunk.masks_NHW),
         )
-        shared, key_index = self.shared, chunk.image_N
-        if chunk.masks_NHW is not None:
+        if chunk.masks_NHW is None:
+            shared, key_index = self.shared, chunk.image_N
+        else:
             # With a mask prompt each prompt's image tokens are its own.
             images = self.embedding.embedding_BCGG
             shared = self._share(images.index_select(0, chunk.image_N.to(images.device)), dense)
