@@ -135,8 +135,6 @@ def label(
     The output holds instances/ (one row a box) and images/ (one row an image), both Parquet, and a
     picture of some results. Run the same command again after any end: what is done is not done again.
     """
-    from jobs import label as job
-
     given = _given(
         config,
         set_,
@@ -152,9 +150,11 @@ def label(
         output__uri=output,
         cluster__ray_address=ray_address,
     )
-    part = parse_slice(slice_)
+    settings, part = given.load(), parse_slice(slice_)
+    from jobs import label as job
+
     how = job.Run(part=part, check_inputs=check_inputs, progress=not no_progress, json=json)
-    return job.run(given.load(), how, interrupts)
+    return job.run(settings, how, interrupts)
 
 
 @app.command(rich_help_panel="Labelling")
@@ -179,8 +179,6 @@ def plan(
 
     Example:  hqlabel plan --images photos/ --boxes boxes.json --output out
     """
-    from jobs import plan as job
-
     given = _given(
         config,
         set_,
@@ -195,7 +193,10 @@ def plan(
         model__checkpoint=checkpoint,
         output__uri=output,
     )
-    return job.run(given.load(), json=json)
+    settings = given.load()
+    from jobs import plan as job
+
+    return job.run(settings, json=json)
 
 
 @app.command(rich_help_panel="Labelling")
@@ -213,9 +214,10 @@ def status(
 
     Example:  hqlabel status --output out
     """
+    settings = _given(config, set_, output__uri=output).load()
     from jobs import status as job
 
-    return job.run(_given(config, set_, output__uri=output).load(), json=json)
+    return job.run(settings, json=json)
 
 
 @app.command(rich_help_panel="Labelling")
@@ -243,9 +245,10 @@ def retry(
 
     Example:  hqlabel retry --output out --code not_found
     """
+    given = _given(config, set_, output__uri=output, cluster__ray_address=ray_address)
+    given.load()  # what is wrong with the call is said before the imports below
     from jobs import retry as job
 
-    given = _given(config, set_, output__uri=output, cluster__ray_address=ray_address)
     how = job.Run(codes=tuple(code or ()), progress=not no_progress, json=json)
     return job.run(given, how, interrupts)
 
@@ -273,8 +276,6 @@ def publish(
 
     Nothing is deleted: a filter marks rows (accepted, reject_reason). All filters: --set filter.NAME=VALUE.
     """
-    from jobs import publish as job
-
     given = _given(
         config,
         set_,
@@ -282,6 +283,9 @@ def publish(
         filter__min_predicted_iou=min_predicted_iou,
         filter__min_stability_score=min_stability_score,
     )
+    given.load()  # what is wrong with the call is said before the imports below
+    from jobs import publish as job
+
     return job.run(given, interrupts, json=json)
 
 
@@ -304,10 +308,10 @@ def validate(
 
     Example:  hqlabel validate --output out
     """
+    settings = _given(config, set_, output__uri=output).load()
     from jobs import validate as job
 
-    decoded = None if all_masks else sample
-    return job.run(_given(config, set_, output__uri=output).load(), sample=decoded, json=json)
+    return job.run(settings, sample=None if all_masks else sample, json=json)
 
 
 @app.command(rich_help_panel="Results")
@@ -356,9 +360,10 @@ def clean(
     Afterwards the tables can be read and validated, but no longer be retried or published anew.
     Needs the right to delete; no other command does.
     """
+    settings = _given(config, set_, output__uri=output).load()
     from jobs import clean as job
 
-    return job.run(_given(config, set_, output__uri=output).load(), interrupts, sure=yes, json=json)
+    return job.run(settings, interrupts, sure=yes, json=json)
 
 
 @app.command(rich_help_panel="This machine")
@@ -377,12 +382,13 @@ def doctor(
 
     Example:  hqlabel doctor --checkpoint demo --output s3://bucket/labels
     """
-    from jobs import doctor as job
-
     given = _given(
         config, set_, model__checkpoint=checkpoint, output__uri=output, cluster__ray_address=ray_address
     )
-    return job.run(given.load(), with_ray=not no_ray, json=json)
+    settings = given.load()
+    from jobs import doctor as job
+
+    return job.run(settings, with_ray=not no_ray, json=json)
 
 
 if __name__ == "__main__":

@@ -136,18 +136,22 @@ def _write_token(path: Path) -> None:
 
 
 def _start_private(ray: ModuleType, section: ClusterSection, folder: Path) -> ClusterInfo:
-    try:
-        ray.init(
-            address="local",
-            num_cpus=section.cpus or usable_cpus(),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=str(folder / "s"),  # Ray opens this very folder to all; the one above it stays closed
-        )
-    except Exception as error:
-        raise SystemicFault("resources", f"Ray does not start on this machine: {_reason(error)}") from error
-    return _info(ray, "local", private=True)
+    # Ray gives its processes 30 s to come up, which a busy machine may need twice.
+    for name in ("s", "t"):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=section.cpus or usable_cpus(),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=str(folder / name),  # Ray opens this folder to all; the one above stays closed
+            )
+            return _info(ray, "local", private=True)
+        except Exception as error:
+            ray.shutdown()
+            fault = error
+    raise SystemicFault("resources", f"Ray does not start on this machine: {_reason(fault)}") from fault
 
 
 def _join(ray: ModuleType, address: str, environ: Mapping[str, str]) -> ClusterInfo:

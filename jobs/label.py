@@ -135,5 +135,5 @@ def _publish(config: Config, opened: Opened, machine: Machine, ownership: Owners
         opened.job,
         settings.filter_settings(config),
         require_owner=ownership.require,
-        mapper=machine.map,
+        mapper=machine.map_parts,
     )

@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self
 
 import torch
 
@@ -20,11 +20,13 @@ from jobs.cluster import ClusterInfo, address_to_join, refuse_local_output, runn
 from jobs.config import Config
 from jobs.interrupts import Interrupts
 from pipeline.errors import JobRefused, SystemicFault
+from pipeline.manifest import Part
+from pipeline.publish import PartTask
 from pipeline.resources import Node, Requests, fit
 from pipeline.weights import native_dtype
 
-A = TypeVar("A")
-T = TypeVar("T")
+SERIAL_BYTES = 64 * 2**20
+"""Committed units of less than this together are published in seconds: less than a start of Ray takes."""
 
 
 class Machine:
@@ -104,11 +106,12 @@ class Machine:
         where = f"private Ray on this machine: {cpus} CPU cores, {requests.actors_max} model processes"
         return where.replace("1 model processes", "1 model process") + f" on {self.device()}"
 
-    def map(self, function: Callable[[A], T], arguments: Sequence[A]) -> Iterable[T]:
-        """`function` of every argument, as Ray tasks in any order; Ray is started only when there is one."""
-        if not arguments:
-            return []
+    def map_parts(self, function: Callable[[PartTask], Part], tasks: Sequence[PartTask]) -> Iterable[Part]:
+        """`function` of every part, as Ray tasks in any order; little work is done here, without Ray."""
+        size = sum(unit.size for task in tasks for unit in task.part_units)
+        if self._info is None and size < SERIAL_BYTES:
+            return map(function, tasks)
         self.start()
         from pipeline.graph import map_parts
 
-        return map_parts(function, arguments)
+        return map_parts(function, tasks)

@@ -23,7 +23,7 @@ def run(given: Given, interrupts: Interrupts, *, json: bool) -> int:
         Ownership(saved.store, interrupts) as ownership,
     ):
         manifest = publish(
-            saved.store, saved.job, filters, require_owner=ownership.require, mapper=machine.map
+            saved.store, saved.job, filters, require_owner=ownership.require, mapper=machine.map_parts
         )
         save_config(saved.store, settings.resolved(saved.config))
     uri = saved.store.place.uri

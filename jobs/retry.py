@@ -70,7 +70,7 @@ def run(given: Given, how: Run, interrupts: Interrupts) -> int:
             saved.job,
             settings.filter_settings(saved.config),
             require_owner=ownership.require,
-            mapper=machine.map,
+            mapper=machine.map_parts,
         )
         picture = write_contact_sheet(saved.store, saved.job, manifest, again=counts.units > 0)
         if targets:

@@ -1,0 +1,17 @@
+"""What the tests of the commands share: a small checkpoint and a small data set."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.scenes import DataSet, make_data_set, small_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_checkpoint(tmp_path_factory.mktemp("weights") / "small")
+
+
+@pytest.fixture(scope="session")
+def data_set(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
+    return make_data_set(tmp_path_factory.mktemp("data"), images=14, most_boxes=5)
