@@ -14,7 +14,7 @@ HASHES := $(if $(filter %.lock,$(LOCK)),--require-hashes)
 TEST_SECONDS ?= 1500
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## .venv with the pinned versions; repeated only when a pin changed
 
@@ -49,8 +49,10 @@ test: check  ## check, then every test that needs no GPU, no network and no kill
 faults: $(STAMP)  ## kills and injected faults: minutes long
 	$(BIN)/pytest -m "faults and not gpu and not network"
 
-bench: $(STAMP)  ## measured throughput of this machine, one table
-	$(BIN)/hqlabel bench
+bench: $(STAMP)  ## figures of this machine: the whole way on two stores, masks to runs, the driver's memory
+	$(BIN)/python -m benchmarks.whole_way
+	$(BIN)/python -m benchmarks.masks_rle
+	$(BIN)/python -m benchmarks.driver_memory 1000 10000
 
 lock: $(STAMP)  ## resolves pyproject.toml again and writes the pins, versions kept (about eight minutes)
 	$(BIN)/python tools/lock.py
