@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import stat
 import subprocess
 import sys
 import threading
@@ -306,6 +307,29 @@ def test_a_full_disk_is_a_systemic_fault_and_leaves_nothing(tmp_path):
     assert [n for _, _, names in os.walk(tmp_path) for n in names] == []
 
 
+@pytest.mark.parametrize(("verb", "step"), [("put_if_absent", "link"), ("put", "replace")])
+def test_a_local_write_is_synced_before_it_is_seen_and_its_name_after(
+    local_store: Store, monkeypatch, verb, step
+):
+    """A power cut can then lose the file, but never leave an empty or half one under its name."""
+    local_store.put("units/first", b"")  # the folders are there
+    steps: list[str] = []
+    real_sync, real_step = os.fsync, getattr(os, step)
+
+    def sync(descriptor: int) -> None:
+        steps.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        real_sync(descriptor)
+
+    def name(*args: str) -> None:
+        steps.append(step)
+        real_step(*args)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, step, name)
+    getattr(local_store, verb)("units/a", b"1")
+    assert steps == ["file", step, "folder"]
+
+
 def test_a_failing_fsync_is_not_a_commit(local_store: Store, monkeypatch):
     monkeypatch.setattr(local_store, "budget_s", 0.3)
 
@@ -361,6 +385,7 @@ def test_a_path_is_opened_as_it_was_checked(tmp_path):
     assert _read(uri).data == b"inside"
 
 
+@pytest.mark.timeout(60)  # to open a named pipe would wait for ever
 def test_odd_local_files_fail_alone_and_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
@@ -531,6 +556,7 @@ def test_many_threads_share_one_client(moto_s3):
     assert drivers[0]._fs._s3 is not None
 
 
+@pytest.mark.timeout(60)
 def test_a_forked_child_makes_its_own_client(s3_store: Store):
     s3_store.put("a", b"1")
     reader, writer = os.pipe()
