@@ -269,6 +269,9 @@ def test_the_plan_depends_on_every_value(tmp_path):
         {"boxes": [[]]},
         {"labels": [["y"]]},
         {"scores": [[None]]},
+        {"scores": [[0.0]]},
+        {"box_ids": [[""]]},
+        {"box_ids": [[None]]},
         {"scores": [[math.nan]]},
         {"box_ids": [["j"]]},
     ]
@@ -276,6 +279,16 @@ def test_the_plan_depends_on_every_value(tmp_path):
     shas = {planned(boxes=table(tmp_path / "b.parquet", base | change)).sha256 for change in changes}
 
     assert len(changes) == len(shas)
+
+
+def test_the_plan_depends_on_whose_a_box_is(tmp_path):
+    lists = ([[A, B], []], [[A], [B]], [[], [A, B]], [None, [A, B]])
+    shas = set()
+    for boxes in lists:
+        path = table(tmp_path / "b.parquet", {"image_uri": ["a", "b"], "boxes": boxes})
+        shas.add(planned(boxes=path).sha256)
+
+    assert len(lists) == len(shas)
 
 
 def test_units_are_a_part_of_the_plan(pictures):
