@@ -40,13 +40,21 @@ def mask_iou(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """The mask's pixels within 2% of the picture's diagonal of its edge (a square neighbourhood)."""
+    """The mask's pixels within 2% of the picture's diagonal of its edge (a square neighbourhood).
+
+    The picture's border counts as an edge, as in the paper's code.
+    """
     width = max(1, round(BOUNDARY_FRACTION * float(np.hypot(*mask.shape))))
-    padded = np.pad(mask, 1)  # the picture's border counts as an edge, as in the paper's code
-    outside = torch.from_numpy(~padded).float()[None, None]
+    found = np.zeros_like(mask)
+    if not mask.any():
+        return found
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    outside = torch.from_numpy(~np.pad(mask[window], 1)).float()[None, None]
     for axis in ((2 * width + 1, 1), (1, 2 * width + 1)):
         outside = F.max_pool2d(outside, axis, 1, (axis[0] // 2, axis[1] // 2))
-    return mask & outside[0, 0, 1:-1, 1:-1].bool().numpy()
+    found[window] = mask[window] & outside[0, 0, 1:-1, 1:-1].bool().numpy()
+    return found
 
 
 def ellipse_in(box: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
@@ -115,13 +123,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=500)
-    parser.add_argument(
-        "--side", type=int, default=512, help="of the scenes; the model resizes them to its own"
-    )
+    parser.add_argument("--side", type=int, help="of the scenes; default: the model's input side")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    figures = evaluate(load(options.checkpoint).model, scenes=options.scenes, side=options.side)
+    model = load(options.checkpoint).model
+    figures = evaluate(model, scenes=options.scenes, side=options.side or model.config.image_size)
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}, indent=1))
 
 

@@ -61,14 +61,18 @@ class Stage:
 
 
 def stages_for(final_side: int) -> tuple[Stage, ...]:
-    return (
+    """The stages for a checkpoint of this side; above 256, both steps are finished there."""
+    sam, hq = 0.50, 0.27
+    sam_finish, hq_finish = (0.3, 0.45) if final_side > 256 else (0.0, 0.0)
+    stages = (
         Stage(name="boxes-128", side=128, images=0, boxes=48, share=0.03, kind="boxes"),
         Stage(name="sam-128", side=128, images=16, boxes=4, share=0.20),
-        Stage(name="sam-256", side=256, images=8, boxes=6, share=0.40),
-        Stage(name="sam-final", side=final_side, images=4, boxes=6, share=0.17),
-        Stage(name="hq-256", side=256, images=8, boxes=4, share=0.08, kind="hq"),
-        Stage(name="hq-final", side=final_side, images=3, boxes=4, share=0.12, kind="hq"),
+        Stage(name="sam-256", side=256, images=8, boxes=6, share=sam * (1 - sam_finish)),
+        Stage(name="sam-final", side=final_side, images=3, boxes=6, share=sam * sam_finish),
+        Stage(name="hq-256", side=256, images=8, boxes=4, share=hq * (1 - hq_finish), kind="hq"),
+        Stage(name="hq-final", side=final_side, images=4, boxes=4, share=hq * hq_finish, kind="hq"),
     )
+    return tuple(stage for stage in stages if stage.share)
 
 
 class Training:
@@ -94,13 +98,11 @@ class Training:
         if self.stage.hq:
             self.network.freeze_sam_part()
         matrices, others = split_parameters(self.network)
-        self.optimisers: list[tuple[torch.optim.Optimizer, float]] = [
-            (
-                torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
-                HQ_RATE if self.stage.hq else ADAM_RATE,
-            ),
-            (Muon(matrices, lr=MUON_RATE), MUON_RATE),
-        ]
+        rate = HQ_RATE if self.stage.hq else ADAM_RATE
+        adam = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        self.optimisers: list[tuple[torch.optim.Optimizer, float]] = [(adam, rate)]
+        if matrices:  # the HQ part has none that Muon takes
+            self.optimisers.append((Muon(matrices, lr=MUON_RATE), MUON_RATE))
         self.trained = [weight for group in (matrices, others) for weight in group]
         self.average = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 
