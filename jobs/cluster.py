@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.config import ClusterSection
+from jobs.interrupts import Interrupted
 from pipeline.errors import JobRefused, SystemicFault, UsageError, clean_text
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _LONGEST_ROOT = 31
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _IN_USE = "in-use"
+_CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 _SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -100,15 +102,29 @@ def refuse_local_output(info: ClusterInfo, output_uri: str, *, is_local: bool, s
 
 
 def usable_cpus() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use, by its affinity and its container's quota; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _quota_cpus(_CGROUP_CPU) or cores))
+
+
+def _quota_cpus(path: Path) -> int | None:
+    """Whole cores of a cgroup v2 quota (`200000 100000` is 2), None without one."""
+    try:
+        quota, period = path.read_text().split()
+        return int(int(quota) / int(period))
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
 
 
 def _session(ray: ModuleType, info: ClusterInfo) -> Iterator[ClusterInfo]:
     try:
         yield info
-    finally:
+    except Interrupted:  # the process ends within seconds, and a private Ray follows it; this takes longer
+        raise
+    except BaseException:
         ray.shutdown()
+        raise
+    ray.shutdown()
 
 
 def _import_ray(environ: MutableMapping[str, str], token_file: Path | None) -> ModuleType:
@@ -195,8 +211,12 @@ def _private_folder() -> Iterator[Path]:
         fcntl.flock(mark, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies, however it dies
         try:
             yield folder
-        finally:
+        except Interrupted:  # Ray still writes there; the next start removes it
+            raise
+        except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _private_root() -> Path:

@@ -19,8 +19,10 @@ from typing import Literal
 import torch
 
 from jobs import console
+from jobs.cluster import running_ray, usable_cpus
 from jobs.config import Config
 from jobs.environment import REFUSED, dangerous_switches
+from jobs.machine import memory_bytes
 from jobs.settings import is_local, output_place
 from jobs.weights import read_checkpoint
 from model.segmenter import probe_dtype
@@ -123,11 +125,11 @@ def environment() -> Iterator[Finding]:
 def machine() -> Iterator[Finding]:
     """CPU, memory, shared memory and GPUs, and the number format the model would use on each."""
     flags = " ".join(_cpu_flags()) or "no flags known"
-    cores = f"{_usable_cpus()} of {os.cpu_count()} cores usable; {flags}"
+    cores = f"{usable_cpus()} of {os.cpu_count()} cores usable; {flags}"
     yield Finding(
         area="machine", name="cpu", state="ok", text=f"{cores}; model.dtype auto: {probe_dtype('cpu')}"
     )
-    yield Finding(area="machine", name="memory", state="ok", text=console.size(_memory_bytes()))
+    yield Finding(area="machine", name="memory", state="ok", text=console.size(memory_bytes()))
     yield from _shared_memory()
     if not torch.cuda.is_available():
         yield Finding(
@@ -208,8 +210,6 @@ def _remove_probe(config: Config, key: str) -> str:
 
 def ray(config: Config) -> Finding:
     """Whether Ray starts here, or the named cluster answers, and runs a task."""
-    from jobs.cluster import running_ray
-
     try:
         with running_ray(config.cluster, os.environ) as info:
             import ray as library
@@ -243,10 +243,6 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts if part.isdigit())
 
 
-def _usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _cpu_flags() -> list[str]:
     """Of the flags that decide how fast matrices are multiplied, those that the CPU has; Linux only."""
     try:
@@ -255,7 +251,3 @@ def _cpu_flags() -> list[str]:
         return []
     words = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
     return [flag for flag in _CPU_FLAGS if flag in words]
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

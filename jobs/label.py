@@ -49,11 +49,12 @@ def run(config: Config, how: Run, interrupts: Interrupts) -> int:
     with Machine(config, interrupts) as machine, contextlib.ExitStack() as stack:
         machine.check()
         opened = open_or_create(config, check_inputs=how.check_inputs, probe_dtype=machine.native_dtype)
-        _say_understood(config, opened, machine, how.part)
+        pending = pending_units(opened, how.part)
+        _say_understood(config, opened, machine, how.part, mine=len(pending))
         whole = stack.enter_context(Ownership(opened.store, interrupts))
         mine = whole if how.part == WHOLE else Ownership(opened.store, interrupts, how.part)
         stack.enter_context(mine)
-        counts = _work(opened, machine, mine, how, interrupts)
+        counts = _work(opened, machine, mine, pending, how, interrupts)
         end = ending.Ending(opened=opened, counts=counts, seconds=time.monotonic() - began)
         if pending_units(opened, WHOLE):
             return ending.say_slice_done(end, how.part, json=how.json)
@@ -83,14 +84,12 @@ def _hint_at_saved_settings(config: Config) -> None:
         )
 
 
-def _say_understood(config: Config, opened: Opened, machine: Machine, part: Slice) -> None:
+def _say_understood(config: Config, opened: Opened, machine: Machine, part: Slice, *, mine: int) -> None:
     job = opened.job
-    pending, mine = pending_units(opened, WHOLE), pending_units(opened, part)
+    left = mine if part == WHOLE else len(pending_units(opened, WHOLE))
     word = "going on with the job in" if opened.resumed else "new job in"
     console.say(f"hqlabel {code_version()}: {word} {opened.store.place.uri}")
-    work = understood.describe_work(
-        job, done_units=job.units - len(pending), pending_units=len(mine), part=part.text
-    )
+    work = understood.describe_work(job, done_units=job.units - left, pending_units=mine, part=part.text)
     rows = [
         *understood.describe_inputs(opened.config, job.plan),
         *understood.describe_model(job.context, asked_dtype=config.model.dtype),
@@ -102,9 +101,15 @@ def _say_understood(config: Config, opened: Opened, machine: Machine, part: Slic
         console.say(line)
 
 
-def _work(opened: Opened, machine: Machine, ownership: Ownership, how: Run, interrupts: Interrupts) -> Counts:
+def _work(
+    opened: Opened,
+    machine: Machine,
+    ownership: Ownership,
+    pending: list[int],
+    how: Run,
+    interrupts: Interrupts,
+) -> Counts:
     """Run the pending units of this slice until none is left; what this process did."""
-    pending = pending_units(opened, how.part)
     if not pending:
         return Counts()
     owner = ownership.take()

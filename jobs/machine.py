@@ -25,8 +25,16 @@ from pipeline.publish import PartTask
 from pipeline.resources import Node, Requests, fit
 from pipeline.weights import native_dtype
 
+RAY_MEMORY_SHARE = 0.7
+"""What a private Ray leaves for processes; the rest is its object store."""
+
 SERIAL_BYTES = 64 * 2**20
 """Committed units of less than this together are published in seconds: less than a start of Ray takes."""
+
+
+def memory_bytes() -> int:
+    """The memory of this machine, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Machine:
@@ -66,7 +74,8 @@ class Machine:
 
             return check_resources(self._cluster)
         cpus = float(self._config.cluster.cpus or usable_cpus())
-        return fit(self._cluster, [Node(cpus=cpus, gpus=float(torch.cuda.device_count()))])
+        gpus, memory = float(torch.cuda.device_count()), RAY_MEMORY_SHARE * memory_bytes()
+        return fit(self._cluster, [Node(cpus=cpus, gpus=gpus, memory_bytes=memory)])
 
     def device(self) -> Literal["cuda", "cpu"]:
         """The kind of device that the model will run on."""
