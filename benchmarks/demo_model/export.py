@@ -1,6 +1,7 @@
 """Turns a training state into the checkpoint: averaged weights, half precision, transformers layout.
 
-python -m benchmarks.demo_model.export --state DIR/after-hq-final.pt --side 384 --out model/weights/hqlabel-demo
+python -m benchmarks.demo_model.export --state DIR/after-hq-final.pt --side 384 \\
+    --out model/weights/hqlabel-demo
 """
 
 from __future__ import annotations
