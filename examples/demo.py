@@ -23,7 +23,7 @@ from model.config import vit_config
 from model.sam_hq import SamHQ
 
 PHOTOS = Path(os.path.relpath(Path(__file__).resolve().parent / "photos"))
-SHOWN = ("coins.png", "coffee.jpg", "cat.jpg")
+SHOWN = ("flower.jpg", "astronaut.jpg", "coins.png")
 REFUSED = 4
 RANDOM = (
     "NOTE: this checkout has no demo checkpoint. These masks come from RANDOM weights: they show the way of\n"
