@@ -34,7 +34,7 @@ def position_frequencies() -> torch.Tensor:
     """The positional matrix (2, 128): 48 frequencies along x, 48 along y, 32 in random directions.
 
     SAM draws all of it from a Gaussian. With low frequencies along the axes "right of this corner" is a
-    linear function of the encoding, and the decoder learns to fill a box several times sooner.
+    nearly linear function of the encoding, and the decoder learns to fill a box sooner.
     """
     along = torch.logspace(math.log10(0.06), math.log10(2.0), 48)
     nothing = torch.zeros(48)

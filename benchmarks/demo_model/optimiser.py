@@ -1,7 +1,7 @@
 """The optimiser of the demo training: Muon for matrices, AdamW for everything else.
 
 Muon (Keller Jordan and others, 2024, https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum
-by the nearest orthogonal matrix. In the first stage it took fewer steps than AdamW to a given loss, and
+by the nearest orthogonal matrix. In a trial of the first stage it took fewer steps than AdamW, and
 steps are what a CPU lacks. torch.optim.Muon iterates in bfloat16, which is slow on a CPU without it, so
 this one works in fp32.
 """
