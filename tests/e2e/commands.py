@@ -1,0 +1,80 @@
+"""Runs `hqlabel` as people do, in a process of its own, and reads what it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# What may differ between two runs of one job: when, how long, by whom.
+PASSING_COLUMNS = ("run_id", "processed_at", "fetch_ms", "decode_ms", "detect_ms", "segment_ms", "attempts")
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """A started `hqlabel`, with signals at their defaults and output to pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "RAY_worker_niceness": "0", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        restore_signals=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )
+
+
+def run(
+    *arguments: str, code: int | None = 0, timeout_s: float = 280, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A finished `hqlabel`; fails with its output when the exit code is not `code` (None: any)."""
+    process = start(*arguments, **environment)
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"hqlabel {arguments} still ran after {timeout_s} s\n{out}\n{err}") from None
+    assert code is None or process.returncode == code, (
+        f"hqlabel {arguments} ended with {process.returncode}, wanted {code}\n{out}\n{err}"
+    )
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def tables(output: Path) -> tuple[pa.Table, pa.Table]:
+    """The published `images` and `instances`, read by a plain glob as other people's tools do."""
+    return _read(output / "images"), _read(output / "instances")
+
+
+def _read(folder: Path) -> pa.Table:
+    return pa.concat_tables(pq.read_table(part) for part in sorted(folder.glob("*.parquet")))
+
+
+def lasting(table: pa.Table) -> pa.Table:
+    """The table without the columns that may differ between two runs."""
+    return table.drop_columns([name for name in PASSING_COLUMNS if name in table.column_names])
+
+
+def unit_names(output: Path) -> list[str]:
+    """The committed units, by file name."""
+    return sorted(path.name for path in (output / "units").glob("*.parquet"))
+
+
+def contents(folder: Path) -> dict[str, tuple[str, int]]:
+    """SHA-256 and modification time of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): (
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+            path.stat().st_mtime_ns,
+        )
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,244 @@
+"""Jobs that are killed, refused or fed broken files, and what is in the table at the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.e2e import commands
+from tests.e2e.scenes import DataSet, make_data_set, small_checkpoint
+
+UNITS = ("--set", "output.images_per_unit=4", "--set", "model.dtype=float32", "--set", "cluster.actors=1")
+
+
+def arguments(data: DataSet, checkpoint: Path, output: Path, *extra: str) -> list[str]:
+    inputs = ["--images", str(data.images), "--boxes", str(data.boxes), "--checkpoint", str(checkpoint)]
+    return ["label", *inputs, "--output", str(output), *UNITS, *extra]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(few_images: DataSet, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    commands.run(*arguments(few_images, checkpoint, output))
+    return output
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 200) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen within {timeout_s} s"
+        time.sleep(0.02)
+
+
+def assert_same_tables(output: Path, wanted: Path) -> None:
+    for ours, theirs in zip(commands.tables(output), commands.tables(wanted), strict=True):
+        assert commands.lasting(ours).equals(commands.lasting(theirs))
+
+
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "planned": lambda output: (output / "plan").is_dir(),
+    "owned": lambda output: (output / "owner").is_dir(),
+    "first unit": lambda output: len(list((output / "units").glob("*.parquet"))) >= 1,
+    "third unit": lambda output: len(list((output / "units").glob("*.parquet"))) >= 3,
+    "last unit": lambda output: len(list((output / "units").glob("*.parquet"))) >= 6,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "sign"), [("first unit", signal.SIGKILL), ("third unit", signal.SIGTERM)])
+def test_a_killed_job_started_again_gives_the_undisturbed_tables(
+    moment: str,
+    sign: signal.Signals,
+    few_images: DataSet,
+    checkpoint: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+) -> None:
+    kill_and_resume(moment, sign, few_images, checkpoint, undisturbed, tmp_path / "out")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_every_moment_of_a_kill(
+    moment: str,
+    sign: signal.Signals,
+    few_images: DataSet,
+    checkpoint: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+) -> None:
+    kill_and_resume(moment, sign, few_images, checkpoint, undisturbed, tmp_path / "out")
+
+
+def kill_and_resume(
+    moment: str, sign: signal.Signals, data: DataSet, checkpoint: Path, undisturbed: Path, output: Path
+) -> None:
+    process = commands.start(*arguments(data, checkpoint, output))
+    wait_for(lambda: MOMENTS[moment](output), moment)
+    sent = time.monotonic()
+    process.send_signal(sign)
+    process.communicate(timeout=60)
+    ended_s = time.monotonic() - sent
+    assert process.returncode == (-signal.SIGKILL if sign == signal.SIGKILL else 130), "no fault landed"
+    if sign != signal.SIGKILL:
+        assert ended_s < 3
+    committed = commands.contents(output / "units") if (output / "units").is_dir() else {}
+    commands.run(*arguments(data, checkpoint, output))
+
+    assert_same_tables(output, undisturbed)
+    after = commands.contents(output / "units")
+    assert all(after[name] == was for name, was in committed.items()), "a committed unit was written again"
+
+
+@pytest.mark.slow
+def test_another_model_box_file_or_mask_setting_is_refused_by_name(
+    few_images: DataSet, checkpoint: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    before = commands.contents(undisturbed)
+    other = small_checkpoint(tmp_path / "other", seed=1)
+    boxes = tmp_path / "boxes.parquet"
+    pq.write_table(pq.read_table(few_images.boxes).slice(1), boxes)
+    cases = {
+        "weights": arguments(few_images, other, undisturbed),
+        "boxes": [str(boxes) if part == str(few_images.boxes) else part
+                  for part in arguments(few_images, checkpoint, undisturbed)],
+        "hq_token_only": arguments(few_images, checkpoint, undisturbed, "--set", "model.hq_token_only=true"),
+    }  # fmt: skip
+    for field, case in cases.items():
+        result = commands.run(*case, code=4)
+        assert field in result.stderr, f"{field} is not named in: {result.stderr}"
+        assert "Traceback" not in result.stderr
+    owners = {name for name in commands.contents(undisturbed) if name.startswith("owner/")}
+    assert {k: v for k, v in commands.contents(undisturbed).items() if k not in owners} == {
+        k: v for k, v in before.items() if k not in owners
+    }
+
+
+@pytest.mark.slow
+def test_a_new_threshold_needs_only_publish(undisturbed: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(undisturbed, copy)
+    commands.run("publish", "--output", str(copy), "--set", "filter.min_area_px=200")
+    _, instances = commands.tables(copy)
+    _, unfiltered = commands.tables(undisturbed)
+
+    rejected = [r for r in instances.to_pylist() if r["reject_reason"] == "area"]
+    assert rejected
+    assert all(r["area"] < 200 and not r["accepted"] for r in rejected)
+    marks = ["accepted", "reject_reason"]
+    assert (
+        commands.lasting(instances)
+        .drop_columns(marks)
+        .equals(commands.lasting(unfiltered).drop_columns(marks))
+    )
+    assert commands.unit_names(copy) == commands.unit_names(undisturbed)
+
+
+@pytest.mark.slow
+def test_broken_images_end_as_their_rows_say_and_retry_mends_only_them(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    data = make_data_set(tmp_path / "data", images=12, most_boxes=4)
+    names = [name for name, boxes in sorted(data.boxes_by_id.items()) if len(boxes)]
+    table = pq.read_table(data.boxes).to_pylist()
+    by_id = {row["image_id"]: row for row in table}
+    by_id[names[4]]["boxes"][0][2] = float("nan")
+    rows = [{**row, "image_uri": f"images/{row['image_id']}"} for row in by_id.values()]
+    schema = pq.read_schema(data.boxes).append(pa.field("image_uri", pa.string()))
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), data.boxes)
+    good = (data.images / names[1]).read_bytes()
+    (data.images / names[0]).unlink()
+    (data.images / names[1]).write_bytes(good[: len(good) // 2])
+    output = tmp_path / "out"
+    command = ["label", "--boxes", str(data.boxes), "--checkpoint", str(checkpoint), "--output", str(output),
+               *UNITS]  # fmt: skip
+    text = commands.run(*command).stderr
+    images, instances = commands.tables(output)
+    status = {r["image_id"]: (r["status"], r["error_code"]) for r in images.to_pylist()}
+    assert status[names[0]] == ("failed", "not_found")
+    assert status[names[1]] == ("failed", "truncated")
+    assert status[names[4]][0] in ("labelled", "failed")
+    nan_rows = [r for r in instances.to_pylist() if r["image_id"] == names[4] and r["instance_index"] == 0]
+    assert [r["reject_reason"] for r in nan_rows] == ["box_not_finite"] or status[names[4]][
+        1
+    ] == "no_usable_box"
+    assert "not_found" in text
+    assert "truncated" in text
+
+    (data.images / names[1]).write_bytes(good)
+    before = {r["image_id"]: r for r in commands.lasting(images).to_pylist()}
+    commands.run("retry", "--output", str(output), "--code", "truncated")
+    again, _ = commands.tables(output)
+    changed = [r["image_id"] for r in commands.lasting(again).to_pylist() if r != before[r["image_id"]]]
+    assert changed == [names[1]]
+    assert {r["image_id"]: r["status"] for r in again.to_pylist()}[names[1]] == "labelled"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["checkpoint", "bucket", "foreign"])
+def test_what_cannot_work_is_refused_before_any_work(
+    case: str, few_images: DataSet, checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    output, weights, extra = tmp_path / "out", checkpoint, []
+    if case == "checkpoint":
+        weights = tmp_path / "missing"
+    if case == "bucket":
+        moto = request.getfixturevalue("moto_s3")
+        extra = [
+            "--images",
+            "s3://no-such-bucket/images",
+            "--set",
+            f"storage.s3.endpoint_url={moto.endpoint}",
+        ]
+    if case == "foreign":
+        output.mkdir()
+        (output / "diary.txt").write_text("not yours")
+    command = arguments(few_images, weights, output)
+    if extra:
+        del command[1:3]
+    result = commands.run(*command, *extra, code=4)
+
+    assert "Traceback" not in result.stderr
+    sentence = [line for line in result.stderr.splitlines() if line.startswith("hqlabel:")]
+    assert len(sentence) == 1
+    assert [p.name for p in output.rglob("*")] == (["diary.txt"] if case == "foreign" else [])
+
+
+@pytest.mark.slow
+def test_an_actor_killed_in_mid_unit_costs_nothing(
+    few_images: DataSet, checkpoint: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    import psutil
+
+    output = tmp_path / "out"
+    process = commands.start(*arguments(few_images, checkpoint, output))
+    wait_for(lambda: MOMENTS["first unit"](output), "first unit")
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if _is_actor(p)]
+    assert workers, "no actor process was found to kill"
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGKILL)
+    out, err = process.communicate(timeout=240)
+
+    assert process.returncode == 0, out + err
+    assert_same_tables(output, undisturbed)
+
+
+def _is_actor(process: object) -> bool:
+    import psutil
+
+    assert isinstance(process, psutil.Process)
+    try:
+        title = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+    return title.startswith("ray::") and "egment" in title
