@@ -19,10 +19,11 @@ COMMIT_CPUS = 0.05
 CPU_ACTOR_BYTES = 4 * 2**30
 """Memory to reckon for a model process on the CPU: weights, features and one call of the decoder."""
 
-# Just below 1, so that the cores that decoding fills always leave a rest for commit tasks. It must differ
-# from an actor's request: Ray fuses neighbours with equal requests, and decoding would run inside the actor.
+# Just below a round number, so that the cores that decoding fills always leave a rest for commit tasks. On
+# small machines small enough for two tasks, or one image that does not arrive would hold up every unit.
 _DECODE_CPUS = 0.95
-_DECODE_CPUS_OF_ONE = 0.45
+_DECODE_CPUS_OF_FEW = 0.45
+_DECODE_CPUS_OF_ONE = 0.2
 _ACTOR_CPUS_OF_ONE = 0.5
 _EPSILON = 1e-6
 
@@ -73,7 +74,7 @@ def fit(settings: ClusterSettings, nodes: Sequence[Node]) -> Requests:
         SystemicFault: `resources`, naming what is asked for, what there is, and what to set.
     """
     largest = max((node.cpus for node in nodes), default=0.0)
-    if largest < _ACTOR_CPUS_OF_ONE + _DECODE_CPUS_OF_ONE + COMMIT_CPUS:
+    if largest < 1:
         raise _refused(f"the largest of {len(nodes)} nodes offers {largest:g} CPU cores, wanted at least 1")
     gpus = settings.gpus_per_actor
     if gpus is None:
@@ -84,11 +85,12 @@ def fit(settings: ClusterSettings, nodes: Sequence[Node]) -> Requests:
         raise _refused(
             f"cluster.gpus_per_actor is {gpus:g}, the node with most GPUs has {most:g}; set it to 0 for CPU"
         )
-    one_core = largest < 2
-    actor_cpus = settings.cpus_per_actor or (_ACTOR_CPUS_OF_ONE if one_core else 1.0)
-    decode_cpus = settings.decode_cpus or (_DECODE_CPUS_OF_ONE if one_core else _DECODE_CPUS)
+    decode_cpus = settings.decode_cpus or _default_decode_cpus(largest)
+    actor_cpus = settings.cpus_per_actor or (_ACTOR_CPUS_OF_ONE if largest < 2 else 1.0)
+    if settings.actors and not gpus and settings.cpus_per_actor is None:
+        actor_cpus = min(actor_cpus, _share_of_actor(nodes, settings.actors, decode_cpus))
     if not gpus and decode_cpus == actor_cpus:
-        decode_cpus -= 0.01
+        decode_cpus -= 0.01  # Ray fuses neighbours with equal requests: the actor would decode
     placing = _Placing(nodes=tuple(nodes), actor_cpus=actor_cpus, gpus=gpus, decode_cpus=decode_cpus)
     actors = settings.actors or _default_actors(placing)
     actors_min = min(settings.actors_min or actors, actors)
@@ -136,6 +138,19 @@ class _Placing:
         return max(crowding - 1, 0)
 
 
+def _default_decode_cpus(cpus_of_node: float) -> float:
+    if cpus_of_node < 2:
+        return _DECODE_CPUS_OF_ONE
+    return _DECODE_CPUS_OF_FEW if cpus_of_node < 4 else _DECODE_CPUS
+
+
+def _share_of_actor(nodes: Sequence[Node], actors: int, decode_cpus: float) -> float:
+    """What is left beside decoding for each of so many actors, in steps of 0.05: people who ask for two
+    model processes on two cores mean two slower ones. Never below a tenth of a core."""
+    left = sum(max(node.cpus - decode_cpus, 0.0) for node in nodes)
+    return max(math.floor(20 * left / actors + _EPSILON) / 20, 0.1)
+
+
 def _default_actors(placing: _Placing) -> int:
     """One actor for every place there is, as long as decoding keeps room and memory lasts (on the CPU)."""
     room = placing.most_actors_with_room()
@@ -159,10 +174,10 @@ def _check(placing: _Placing, actors: int, actors_min: int) -> None:
         )
     room = placing.most_actors_with_room()
     if room is not None and min(actors, placing.places()) > room:
+        mend = f"set cluster.actors to {room}, or lower" if room else "lower"
         raise _refused(
             f"{actors} model processes of {one} each can leave no node with the {placing.decode_cpus:g} CPU "
-            f"cores that decoding needs (nodes: {offers}); set cluster.actors to {room or 'less'}, or lower "
-            "cluster.cpus_per_actor"
+            f"cores that decoding needs (nodes: {offers}); {mend} cluster.cpus_per_actor"
         )
 
 

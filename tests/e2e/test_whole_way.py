@@ -161,9 +161,9 @@ def test_duckdb_and_polars_read_a_plain_glob_and_pycocotools_the_masks(
     finished: Path, data_set: DataSet
 ) -> None:
     pattern = str(finished / "instances" / "*.parquet")
-    count, distinct = duckdb.sql(
+    [(count, distinct)] = duckdb.sql(
         f"SELECT count(*), count(DISTINCT (image_id, instance_index)) FROM '{pattern}'"
-    ).fetchone() or (0, 0)
+    ).fetchall()
     assert (count, distinct) == (data_set.num_boxes, data_set.num_boxes)
     rows = pl.read_parquet(pattern)["segmentation", "area", "bbox"].to_dicts()
     assert len(rows) == data_set.num_boxes

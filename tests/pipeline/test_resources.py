@@ -14,18 +14,13 @@ from pipeline.resources import COMMIT_CPUS, ClusterSettings, Node, fit
 GIB = 2**30
 
 
-def test_one_core_is_enough():
-    found = fit(ClusterSettings(), [Node(cpus=1)])
+@pytest.mark.parametrize("cpus", [1, 2, 3])
+def test_small_machines_run_one_actor_two_decoders_and_a_commit_at_once(cpus):
+    found = fit(ClusterSettings(actors=1), [Node(cpus=cpus)])
 
-    assert (found.actors_max, found.gpus_per_actor) == (1, 0)
-    assert found.cpus_per_actor + found.decode_cpus + found.commit_cpus <= 1.0
-
-
-def test_a_laptop_of_two_cores_runs_one_actor_beside_decoding():
-    found = fit(ClusterSettings(), [Node(cpus=2)])
-
-    assert (found.actors_min, found.actors_max, found.cpus_per_actor) == (1, 1, 1.0)
-    assert found.cpus_per_actor + found.decode_cpus + found.commit_cpus <= 2.0
+    assert (found.actors_min, found.actors_max, found.gpus_per_actor) == (1, 1, 0)
+    assert found.cpus_per_actor + 2 * found.decode_cpus + found.commit_cpus <= cpus
+    assert fit(ClusterSettings(), [Node(cpus=cpus)]).actors_max == max(1, cpus - 1)
 
 
 def test_actor_and_decode_requests_differ_wherever_fusion_could_join_them():
@@ -63,6 +58,13 @@ def test_a_pool_may_begin_small():
     assert (found.actors_min, found.actors_max) == (2, 6)
 
 
+@pytest.mark.parametrize(("actors", "cpus", "each"), [(2, 2, 0.75), (3, 2, 0.5), (2, 8, 1.0)])
+def test_more_actors_than_cores_get_smaller_shares(actors, cpus, each):
+    found = fit(ClusterSettings(actors=actors), [Node(cpus=cpus)])
+
+    assert (found.actors_max, found.cpus_per_actor) == (actors, each)
+
+
 @pytest.mark.parametrize(
     ("settings", "nodes", "says"),
     [
@@ -70,10 +72,14 @@ def test_a_pool_may_begin_small():
         (ClusterSettings(), [Node(cpus=0), Node(cpus=0.5)], "wanted at least 1"),
         (ClusterSettings(gpus_per_actor=1), [Node(cpus=4)], "most GPUs has 0; set it to 0"),
         (ClusterSettings(cpus_per_actor=8), [Node(cpus=4)], "0 can be placed"),
-        (ClusterSettings(actors=4), [Node(cpus=2), Node(cpus=1)], "3 can be placed"),
-        (ClusterSettings(actors=2), [Node(cpus=2)], "set cluster.actors to 1"),
-        (ClusterSettings(actors=4), [Node(cpus=2), Node(cpus=2)], "set cluster.actors to 3"),
-        (ClusterSettings(cpus_per_actor=1), [Node(cpus=1)], "set cluster.actors to less"),
+        (ClusterSettings(actors=4, cpus_per_actor=1), [Node(cpus=2), Node(cpus=1)], "3 can be placed"),
+        (ClusterSettings(actors=2, cpus_per_actor=1), [Node(cpus=2)], "set cluster.actors to 1"),
+        (
+            ClusterSettings(actors=4, cpus_per_actor=1),
+            [Node(cpus=2), Node(cpus=2)],
+            "set cluster.actors to 3",
+        ),
+        (ClusterSettings(cpus_per_actor=1), [Node(cpus=1)], "; lower cluster.cpus_per_actor"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_reason(settings, nodes, says):
