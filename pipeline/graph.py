@@ -162,7 +162,8 @@ class Segment:
     """Stage two: one actor with the model; a unit in, the unit with its masks out, schema rows.TRAVEL."""
 
     def __init__(self, context: JobContext, epoch: int, use_gpu: bool) -> None:
-        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        mine = ray.get_runtime_context()
+        restarted = mine.get_actor_id() if mine.was_current_actor_reconstructed else None
         self._worker = SegmentWorker(context, epoch=epoch, use_gpu=use_gpu, restarted=restarted)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -194,19 +195,32 @@ def check_resources(cluster: ClusterSettings) -> Requests:
     Raises:
         SystemicFault: `resources`, saying what is missing.
     """
+    if cluster.wait_for_nodes_s > 0:
+        with _asking_for_nodes(cluster):
+            return _wait_until_it_fits(cluster)
+    return fit(cluster, _nodes())
+
+
+def _wait_until_it_fits(cluster: ClusterSettings) -> Requests:
     deadline = time.monotonic() + cluster.wait_for_nodes_s
-    asked = False
     while True:
         try:
             return fit(cluster, _nodes())
         except SystemicFault:
             if time.monotonic() >= deadline:
                 raise
-        if not asked:
-            gpus = 1 if cluster.gpus_per_actor is None or cluster.gpus_per_actor > 0 else 0
-            request_resources(bundles=[{"CPU": 2, "GPU": gpus}] * (cluster.actors_min or cluster.actors or 1))
-            asked = True
         time.sleep(_POLL_S)
+
+
+@contextlib.contextmanager
+def _asking_for_nodes(cluster: ClusterSettings) -> Iterator[None]:
+    """Asks the autoscaler, if there is one, for a node an actor; takes the request back afterwards."""
+    gpus = 0 if cluster.gpus_per_actor == 0 else 1
+    request_resources(bundles=[{"CPU": 2, "GPU": gpus}] * (cluster.actors_min or cluster.actors or 1))
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
 
 
 def _nodes() -> list[Node]:
@@ -264,8 +278,7 @@ def _settings(context: JobContext) -> Iterator[None]:
         "actor_task_retry_on_errors": False,
         "raise_original_map_exception": True,
         "enable_progress_bars": False,
-        "actor_init_retry_on_errors": True,  # a hiccup while weights are read
-        "max_consecutive_actor_init_deaths": 8,
+        "actor_init_retry_on_errors": True,  # three tries in a process; systemic faults do not raise there
         "execution_no_progress_timeout_s": _no_progress_s(context),
     }
     before = {name: getattr(ctx, name) for name in wanted}
@@ -306,6 +319,8 @@ def _translated(error: BaseException) -> BaseException:
         return SystemicFault("disk", f"Ray's object store: {_first_line(error)}")
     if isinstance(error, ray.data.exceptions.ExecutionTimeoutError):
         return SystemicFault("resources", f"nothing has finished for hours: {_first_line(error)}")
+    if isinstance(error, ray.exceptions.ActorDiedError):
+        return SystemicFault("resources", f"a model process does not start: {_last_line(error)}")
     if isinstance(error, ray.exceptions.RayError):
         return SystemicFault("resources", f"Ray: {_first_line(error)}")
     return error
@@ -314,3 +329,7 @@ def _translated(error: BaseException) -> BaseException:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return clean_text(lines[0])
+
+
+def _last_line(error: BaseException) -> str:
+    return clean_text((str(error).strip().splitlines() or [type(error).__name__])[-1].strip())

@@ -31,11 +31,12 @@ from pipeline.errors import SystemicFault, clean_text
 from pipeline.prompts import PromptGroup, group_by_kind, join, resolved_boxes
 from pipeline.records import JobContext, Limits
 from pipeline.rows import UInt8Array, UnitRow
-from pipeline.storage import open_store
+from pipeline.storage import Store, open_store
 from pipeline.unit_rows import ImageResult
 
 BOXES_PER_DEADLINE = 100
 """So many boxes give an image `limits.segment_timeout_s` once more."""
+MAX_DEATHS_IN_LOADING = 3
 _BACKSTOP_S = 15.0
 _EXIT_STATUS = 1
 _KILLED = {
@@ -83,9 +84,9 @@ class _Job:
 class SegmentWorker:
     """The model of one process, and the rules for its death. One unit at a time.
 
-    `epoch`: the number of the job's driver, under which starts are noted. `restarted`: an earlier process
-    of the same worker has died. `end_process`: how this one ends itself when it must; a test may give
-    another way.
+    `epoch`: the number of the job's driver, under which starts are noted. `restarted`: the name of the
+    worker, when an earlier process of it has died. `end_process`: how this one ends itself when it must;
+    a test may give another way.
     """
 
     def __init__(
@@ -94,15 +95,17 @@ class SegmentWorker:
         *,
         epoch: int,
         use_gpu: bool,
-        restarted: bool = False,
+        restarted: str | None = None,
         end_process: Callable[[int], Any] = os._exit,
     ) -> None:
         self._context = context
-        self._attempts = Attempts(open_store(context.output), epoch=epoch)
+        store = open_store(context.output)
+        self._attempts = Attempts(store, epoch=epoch)
         self._end_process = end_process
         self._fault: SystemicFault | None = None
         try:
-            self._model: MaskModel = load_by_name(context.segmenter)(context, use_gpu)
+            with _counted_loading(store, f"attempts/model.{epoch}.{restarted}.json", bool(restarted)):
+                self._model: MaskModel = load_by_name(context.segmenter)(context, use_gpu)
             if use_gpu or restarted:
                 self._prove_device()
         except SystemicFault as fault:  # kept, and said of every unit: Ray would start us again for ever
@@ -196,6 +199,30 @@ class SegmentWorker:
             if not is_device_lost(error):
                 raise
             raise SystemicFault("device", clean_text(f"on a blank image: {error}")) from error
+
+
+@contextlib.contextmanager
+def _counted_loading(store: Store, key: str, is_restart: bool) -> Iterator[None]:
+    """Counts, in the store, the processes of a worker that die while the block loads their model.
+
+    Too little memory for the weights kills each one, and Ray would start the next for ever.
+
+    Raises:
+        SystemicFault: `resources`, at the start after `MAX_DEATHS_IN_LOADING` of them.
+    """
+    if not is_restart:
+        yield
+        return
+    deaths = int(store.read(key)) if store.head(key) is not None else 0
+    if deaths >= MAX_DEATHS_IN_LOADING:
+        raise SystemicFault(
+            "resources",
+            f"{deaths} processes died one after another while they loaded the model, most likely for lack of "
+            "memory; give the nodes more, or set fewer cluster.actors",
+        )
+    store.put(key, str(deaths + 1).encode())
+    yield
+    store.put(key, b"0")
 
 
 def load_by_name(name: str) -> Any:

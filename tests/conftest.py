@@ -92,3 +92,20 @@ def local_store(tmp_path: Path) -> Store:
 @pytest.fixture
 def s3_store(moto_s3: MotoS3) -> Store:
     return open_store(moto_s3.place())
+
+
+@pytest.fixture(scope="session")
+def local_ray(aws_environment: None) -> Iterator[None]:
+    """One private Ray of two cores for the whole session: it takes seconds to start."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=300 * 2**20,
+    )
+    yield
+    ray.shutdown()

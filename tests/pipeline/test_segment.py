@@ -176,11 +176,26 @@ def test_a_broken_device_stops_the_job_and_marks_no_image(tmp_path, child, monke
     job = make_job(tmp_path, {"a.png": png(noise(1))})
     monkeypatch.setattr("tests.fakes.BoxSegmenter.segment_prepared", lost)
 
-    found = worker(job, restarted=True).run(prepared(job, child))
+    found = worker(job, restarted="w1").run(prepared(job, child))
 
     assert found.fault.code == "device"
     assert found.images == ()
-    assert open_store(job.context.output).list("attempts/") == []
+    assert [e.key for e in open_store(job.context.output).list("attempts/")] == ["attempts/model.1.w1.json"]
+
+
+def test_processes_that_die_over_their_weights_are_not_started_for_ever(tmp_path, child, monkeypatch):
+    job = make_job(tmp_path, {"a.png": png(noise(1))})
+    unit = prepared(job, child)
+    assert worker(job, restarted="w1").run(unit).fault is None
+
+    monkeypatch.setattr("tests.fakes.box_segmenter", lambda context, use_gpu: end(137))
+    for _ in range(3):
+        with pytest.raises(Ended):
+            worker(job, restarted="w1")
+    found = worker(job, restarted="w1").run(unit)
+
+    assert found.fault.code == "resources"
+    assert "3 processes died" in found.fault.message
 
 
 def lost(self, images):

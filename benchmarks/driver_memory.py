@@ -1,0 +1,116 @@
+"""Peak memory of the driver against the number of planned images, with a model that takes no time.
+
+    python -m benchmarks.driver_memory 1000 10000 100000
+
+Every image is the same small PNG under another id, with two boxes; each size runs in a process of its
+own with a private Ray of two cores. Prints one line a size: units, seconds, units a second, the
+driver's memory before the first unit and at its peak, and the CPU time it spent a unit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+IMAGES_PER_UNIT = 64
+SIDE = 64
+
+
+def main() -> None:
+    """Run one process for every size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("images", type=int, nargs="+")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.inside:
+        print(measure(arguments.images[0]), flush=True)
+        return
+    for images in arguments.images:
+        command = [sys.executable, "-m", "benchmarks.driver_memory", "--inside", str(images)]
+        subprocess.run(command, check=True)
+
+
+def measure(images: int) -> str:
+    """One line of figures for a job of so many images."""
+    import ray
+
+    from pipeline.graph import run_units
+    from pipeline.inputs import InputSettings
+    from pipeline.plan import make_plan, write_plan
+    from pipeline.records import BoxRules, JobContext, Limits, MaskSettings, Place, Weights
+    from pipeline.resources import ClusterSettings
+    from pipeline.storage import open_store
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_inputs(folder, images)
+        plan = make_plan(InputSettings(boxes=str(folder / "boxes.parquet"), images_per_unit=IMAGES_PER_UNIT))
+        context = JobContext(
+            output=Place(uri=str(folder / "out")),
+            plan_sha256=plan.sha256,
+            images_per_unit=IMAGES_PER_UNIT,
+            run_id="bench",
+            weights=Weights(source="none", sha256="0" * 64, architecture="stub", input_side=SIDE),
+            masks=MaskSettings(),
+            box_rules=BoxRules(),
+            access=plan.access,
+            limits=Limits(),
+            segmenter="tests.fakes:box_segmenter",
+        )
+        write_plan(open_store(context.output), plan)
+        units = plan.summary.units
+        del plan
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+        )
+        process = psutil.Process()
+        before, began, cpu = process.memory_info().rss, time.monotonic(), time.process_time()
+        seen: list[int] = []
+        run_units(
+            range(units),
+            context,
+            ClusterSettings(),
+            epoch=1,
+            on_outcome=lambda outcome: seen.append(outcome.images),
+            should_stop=lambda: False,
+        )
+        seconds = time.monotonic() - began
+        ray.shutdown()
+    assert sum(seen) == images
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (
+        f"{images:>9} images {units:>6} units {seconds:8.1f} s {units / seconds:6.1f} units/s  driver "
+        f"{before / 2**20:5.0f} MiB before, {peak / 2**20:5.0f} MiB at its peak, "
+        f"{1000 * (time.process_time() - cpu) / units:5.1f} ms CPU a unit"
+    )
+
+
+def _write_inputs(folder: Path, images: int) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        buffer, "PNG"
+    )
+    (folder / "one.png").write_bytes(buffer.getvalue())
+    boxes = [[4.0, 5.0, 30.0, 40.0], [0.0, 0.0, 12.0, 9.0]]
+    columns = {
+        "image_id": [f"{number:08d}" for number in range(images)],
+        "image_uri": ["one.png"] * images,
+        "boxes": [boxes] * images,
+    }
+    pq.write_table(pa.table(columns), folder / "boxes.parquet")
+
+
+if __name__ == "__main__":
+    main()
