@@ -167,7 +167,8 @@ def decode_rle(counts: str, size_hw: tuple[int, int]) -> npt.NDArray[np.uint8]:
 
 def rle_area(counts: Sequence[str], size_hw: tuple[int, int]) -> Int64Array:
     """The pixels inside each of N masks of one size, int64 (N,). Errors as `decompress`."""
-    return np.asarray(coco_mask.area(_checked(counts, size_hw)), dtype=np.int64).reshape(-1)
+    # One at a time: pycocotools 2.0.11 overflows on a list of 256 masks and more (with numpy 2).
+    return np.array([int(coco_mask.area(mask)) for mask in _checked(counts, size_hw)], dtype=np.int64)
 
 
 def rle_bbox_xywh(counts: Sequence[str], size_hw: tuple[int, int]) -> npt.NDArray[np.float32]:

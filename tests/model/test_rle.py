@@ -165,3 +165,9 @@ def test_a_string_that_is_not_of_the_mask_is_refused(text: str, reason: str) -> 
 def test_masks_must_be_boolean() -> None:
     with pytest.raises(ValueError, match=r"wanted bool \(N, H, W\)"):
         rle.encode_masks(torch.zeros((1, 4, 5)))
+
+
+def test_more_masks_than_pycocotools_takes_at_once_are_measured():
+    counts = rle.encode_masks(torch.ones((300, 2, 3), dtype=torch.bool))
+    assert rle.rle_area(counts, (2, 3)).tolist() == [6] * 300
+    assert rle.rle_bbox_xywh(counts, (2, 3)).shape == (300, 4)
