@@ -86,7 +86,7 @@ class FilterSection(_Section):
     min_area_px: int | None = Field(default=None, ge=0)
     """Masks of fewer pixels are marked."""
     nms_mode: Literal["none", "class", "all"] = "none"
-    """Mark the worse of two boxes that overlap: within one class, or over all classes."""
+    """Mark the worse of two masks that overlap: within one class, or over all classes."""
     nms_iou: Share = 0.7
     """IoU of two masks over which `nms_mode` marks the worse."""
 

@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from pipeline.records import Place
 from pipeline.storage import Store, open_store
 from tests.s3_proxy import FaultProxy, fault_proxy
+
+# A busy machine is no finding: only tests that say so bound the time of an example.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 @dataclass(frozen=True, kw_only=True)
