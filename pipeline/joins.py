@@ -50,25 +50,19 @@ def images_of(boxes: BoxList) -> ImageList:
     """The images that a box file names by itself.
 
     Raises:
-        JobRefused: it names no uris, or not for every box.
+        JobRefused: it names no uris.
     """
     uris = boxes.image_uri
     if uris is None:
         raise JobRefused(
             f"{boxes.files[0]}: the boxes name images by id alone; say with --images where they are"
         )
-    if uris.null_count:
-        assert boxes.image_id is not None, "only images named by id can lack a uri"
-        lost = boxes.image_id.filter(uris.is_null())
-        raise JobRefused(
-            f"{boxes.files[0]}: {len(lost)} image ids have boxes but no entry in `images`, "
-            f"such as {examples(lost)}"
-        )
+    named = uris.is_valid()  # boxes of an image that the file does not list are found by the join
     return ImageList(
-        image_uri=resolve_uris(uris, boxes.folder),
-        image_id=boxes.image_id,
+        image_uri=resolve_uris(uris.filter(named), boxes.folder),
+        image_id=None if boxes.image_id is None else boxes.image_id.filter(named),
         root=boxes.folder,
-        size_hw=boxes.size_hw,
+        size_hw=None if boxes.size_hw is None else boxes.size_hw[named.to_numpy(zero_copy_only=False)],
     )
 
 
@@ -102,7 +96,7 @@ def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool) -> Joined:
     else:
         assert boxes.image_id is not None, "boxes are named by id or by uri"
         keys, wanted, how = ids, boxes.image_id, "joined by image_id"
-        if boxes.image_uri is not None:
+        if boxes.image_uri is not None and images.files:
             how += " (the uris of the box file are not used)"
     _refuse_repeated(wanted, boxes)
     mention = positions(keys, wanted)

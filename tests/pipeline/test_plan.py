@@ -363,6 +363,19 @@ def test_coco_instances_alone_list_their_images(tmp_path):
     assert {"1": [A]} == boxes_of(plan)
 
 
+def test_annotations_of_images_that_coco_does_not_list_are_refused_or_left_out(tmp_path):
+    tree = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "annotations": [{"image_id": 1, "bbox": A}, {"image_id": 77, "bbox": B}],
+    }
+    path = as_json(tmp_path / "i.json", tree)
+
+    assert "1 boxes of 1 images (of 2) have no image: the box file names '77'" in refusal(boxes=path)
+    plan = planned(boxes=path, allow_unmatched=True)
+    assert {"1": [A]} == boxes_of(plan)
+    assert ("77",) == plan.summary.unmatched_boxes.examples
+
+
 def test_file_uris_and_paths_are_one_file(tmp_path, pictures):
     path = table(tmp_path / "b.parquet", {"image_uri": [f"file://{pictures}/b.jpg"], "boxes": [[A]]})
 
