@@ -217,6 +217,9 @@ class Canary:
 
 
 @pytest.mark.parametrize("forced", ["0", "1"])
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # torch warns when it obeys the variable; an error would hide that it does
 def test_a_file_that_would_run_code_is_refused_also_when_the_environment_would_allow_it(
     tmp_path, monkeypatch, forced
 ):
