@@ -104,13 +104,20 @@ def local_ray(aws_environment: None) -> Iterator[None]:
     """One private Ray of two cores for the whole session: it takes seconds to start."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=300 * 2**20,
-    )
+    for tries_left in (2, 1, 0):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=2,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=300 * 2**20,
+            )
+            break
+        except Exception:  # Ray gives its processes 30 s, which a busy machine may not keep
+            ray.shutdown()
+            if not tries_left:
+                raise
     yield
     ray.shutdown()

@@ -248,7 +248,7 @@ def test_what_cannot_be_placed_is_refused_before_any_work(tmp_path):
     began = time.monotonic()
 
     with pytest.raises(SystemicFault, match=r"set cluster\.actors to 1") as caught:
-        run(job, cluster=ClusterSettings(actors=2))
+        run(job, cluster=ClusterSettings(actors=2, cpus_per_actor=1))
 
     assert caught.value.code == "resources"
     assert time.monotonic() - began < 5
