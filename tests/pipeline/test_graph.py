@@ -177,7 +177,7 @@ def test_images_that_kill_or_hang_the_model_are_failed_and_their_neighbours_are_
 
 def test_one_slow_unit_holds_back_no_other(tmp_path):
     pictures = {f"{i:02}.png": png(noise(i)) for i in range(8)} | {"00.png": trouble("sleep")}
-    job = make_job(tmp_path, pictures, limits=Limits(decode_timeout_s=12))
+    job = make_job(tmp_path, pictures, limits=Limits(decode_timeout_s=30))
 
     outcomes = run(job)
 
