@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipeline.owner import Owner
+from pipeline.records import Place
+from pipeline.storage import open_store
 from tests.e2e import commands
 from tests.e2e.scenes import DataSet
 
@@ -123,28 +127,35 @@ def test_over_the_failure_budget_is_3_also_when_it_is_judged_later(
     assert "over the failure budget: 100% of the images failed" in done.stderr
 
 
-def test_an_interrupted_driver_keeps_others_out_and_ends_in_time(
+def test_a_second_driver_is_refused_by_the_name_of_the_first(
+    data_set: DataSet, checkpoint: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with Owner.take(open_store(Place(uri=str(output)))):
+        done = commands.run(*arguments(data_set, checkpoint, output), code=4)
+    assert f"process {os.getpid()} on" in done.stderr
+    assert "is working on this job" in done.stderr
+    assert not (output / "units").exists()
+
+
+def test_an_interrupt_while_ray_starts_ends_in_time_and_the_same_command_goes_on(
     data_set: DataSet, checkpoint: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     process = commands.start(*arguments(data_set, checkpoint, output))
-    wait_for(lambda: any((output / "units").glob("*.parquet")) if (output / "units").is_dir() else False)
-    second = commands.run(*arguments(data_set, checkpoint, output), code=None)
-    if process.poll() is None:
-        assert second.returncode == 4
-        assert f"process {process.pid} on" in second.stderr
-        assert "is working on this job" in second.stderr
+    wait_for((output / "config.yaml").exists)  # written just before Ray is started
+    time.sleep(1.0)
     sent = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert time.monotonic() - sent < 3
-    assert "the same command goes on from there" in said
     assert "Traceback" not in said
     again = commands.run(*arguments(data_set, checkpoint, output))
     assert "going on with the job in" in again.stderr
-    images, _ = commands.tables(output)
-    assert images.num_rows == 14
+    assert commands.tables(output)[0].num_rows == 14
+    holder = json.loads((output / "owner" / "1.beat.json").read_text())
+    assert holder["released"]
 
 
 def test_slices_share_a_job_and_the_last_one_publishes(
