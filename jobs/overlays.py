@@ -35,6 +35,7 @@ Corners = tuple[int, int, int, int]
 Colour = tuple[int, int, int]
 _FILL = 0.26
 _TEXT_PX, _HEAD_PX = 13, 20
+_MOST_ENLARGED = 4.0
 _MOST_LABELS = 40
 """More scores than this on one picture cover it; the caption still says their range."""
 
@@ -65,10 +66,13 @@ class Tile:
     remark: str = ""
 
 
-def draw_overlay(tile: Tile, *, longest_side: int) -> Image.Image:
-    """The picture with all its prompts and masks, RGB, its longer side at most `longest_side` pixels."""
+def draw_overlay(tile: Tile, *, longest_side: int, max_scale: float = 1.0) -> Image.Image:
+    """The picture with all its prompts and masks, RGB, its longer side at most `longest_side` pixels.
+
+    Smaller pictures keep their size, or grow up to `max_scale` times.
+    """
     height, width = tile.size_hw
-    scale = min(1.0, longest_side / max(height, width))
+    scale = min(max_scale, longest_side / max(height, width))
     drawn_wh = (max(1, round(width * scale)), max(1, round(height * scale)))
     smooth = Image.Resampling.BOX if scale < 0.5 else Image.Resampling.BICUBIC
     canvas = tile.picture.convert("RGB").resize(drawn_wh, smooth)
@@ -93,7 +97,7 @@ def contact_sheet(
         title: the first line, large.
         notes: smaller lines under it.
         columns: tiles in a row, fewer when there are fewer tiles.
-        tile_px: width of a tile; pictures stand in 4:3 and are never enlarged.
+        tile_px: width of a tile; pictures stand in 4:3, small ones enlarged.
     """
     columns = min(columns, len(tiles))
     gap, picture_h, line_h = 14, tile_px * 3 // 4, _TEXT_PX + 6
@@ -110,7 +114,8 @@ def contact_sheet(
     for index, tile in enumerate(tiles):
         left = gap + index % columns * (tile_px + gap)
         top = head_h + index // columns * cell_h
-        fitted = draw_overlay(tile, longest_side=_fitting_side(tile.size_hw, tile_px, picture_h))
+        side = _fitting_side(tile.size_hw, tile_px, picture_h)
+        fitted = draw_overlay(tile, longest_side=side, max_scale=_MOST_ENLARGED)
         sheet.paste(fitted, (left + (tile_px - fitted.width) // 2, top + (picture_h - fitted.height) // 2))
         _write_line(pen, (left, top + picture_h + 4), tile.caption, _TEXT_PX, _INK, tile_px)
         _write_line(pen, (left, top + picture_h + 4 + line_h), tile.remark, _TEXT_PX, _FAINT, tile_px)

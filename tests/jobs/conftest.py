@@ -14,4 +14,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
-    return make_data_set(tmp_path_factory.mktemp("data"), images=14, most_boxes=5)
+    """14 images, 2 of them without boxes, and one cut in half."""
+    data = make_data_set(tmp_path_factory.mktemp("data"), images=14, most_boxes=5)
+    cut = data.images / broken_image(data)
+    cut.write_bytes(cut.read_bytes()[:-1500])
+    return data
+
+
+def broken_image(data: DataSet) -> str:
+    """The id of the image that is cut."""
+    return next(
+        name for name, boxes in sorted(data.boxes_by_id.items()) if len(boxes) and name.endswith("jpg")
+    )

@@ -95,8 +95,10 @@ def test_boxes_and_masks_shrink_together() -> None:
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (20, 39, 30, 49)
 
 
-def test_a_picture_is_never_enlarged() -> None:
+def test_a_picture_is_enlarged_only_when_that_is_asked() -> None:
     assert draw_overlay(tile(), longest_side=4000).size == (80, 60)
+    assert draw_overlay(tile(), longest_side=4000, max_scale=2).size == (160, 120)
+    assert draw_overlay(tile(), longest_side=100, max_scale=2).size == (100, 75)
 
 
 def test_the_sheet_holds_every_tile_inside_its_frame() -> None:
