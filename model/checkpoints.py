@@ -202,6 +202,8 @@ def check_shapes(
 
 def checked(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Return the tensor as fp32 (a counter as int64), or raise `CheckpointError` naming it."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise CheckpointError(f"tensor {name} is sparse or without data; wanted plain numbers")
     if not expected.is_floating_point():
         return tensor.to(expected.dtype)
     if tensor.dtype not in STORED_DTYPES:

@@ -211,8 +211,9 @@ def parse_pth(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
     try:
         values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{name}: not a file of plain tensors, or damaged: {reason}") from error
+        raise CheckpointError(
+            f"{name}: not a file of plain tensors, or damaged: {reason_of(error)}"
+        ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
             values = values[wrapper]
@@ -228,6 +229,15 @@ def parse_pth(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
             f"{name}: holds tensors twice, with and without `module.`: {', '.join(twice[:8])}"
         )
     return tensors
+
+
+def reason_of(error: Exception) -> str:
+    """Return one line of why a `.pth` was not read, without torch's advice to read it unrestrictedly."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    telling = [line for line in lines if "unsupported GLOBAL" in line]
+    if "weights_only" in lines[0] and not telling:
+        return "it holds more than tensors"
+    return (telling or lines)[0]
 
 
 def parse_json(data: bytes, *, name: str) -> dict[str, Any]:
