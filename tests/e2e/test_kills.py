@@ -199,27 +199,24 @@ def test_broken_images_end_as_their_rows_say_and_retry_mends_only_them(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["checkpoint", "bucket", "foreign"])
+@pytest.mark.parametrize("case", ["checkpoint", "bucket", "output", "foreign"])
 def test_what_cannot_work_is_refused_before_any_work(
     case: str, few_images: DataSet, checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     output, weights, extra = tmp_path / "out", checkpoint, []
     if case == "checkpoint":
         weights = tmp_path / "missing"
-    if case == "bucket":
+    if case in ("bucket", "output"):
+        place = ["--images" if case == "bucket" else "--output", "s3://no-such-bucket/there"]
         moto = request.getfixturevalue("moto_s3")
-        extra = [
-            "--images",
-            "s3://no-such-bucket/images",
-            "--set",
-            f"storage.s3.endpoint_url={moto.endpoint}",
-        ]
+        extra = [*place, "--set", f"storage.s3.endpoint_url={moto.endpoint}"]
     if case == "foreign":
         output.mkdir()
         (output / "diary.txt").write_text("not yours")
     command = arguments(few_images, weights, output)
     if extra:
-        del command[1:3]
+        at = command.index(extra[0])
+        del command[at : at + 2]
     result = commands.run(*command, *extra, code=4)
 
     assert "Traceback" not in result.stderr
