@@ -7,10 +7,11 @@ again, and with everything else compared to what `job.json` holds. The stored pl
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import importlib.metadata
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from jobs import settings
 from jobs.config import Config
 from jobs.weights import read_checkpoint
 from model.structures import MODEL_PROTOCOL
+from pipeline.errors import JobRefused, SystemicFault
 from pipeline.inputs import InputSettings, allowed_access
 from pipeline.ledger import Job, identity_of, open_job, read_job, units_per_part
 from pipeline.plan import UNITS_PER_FILE, Plan, make_plan
@@ -62,6 +64,20 @@ def open_or_create(config: Config, *, check_inputs: bool, probe_dtype: Callable[
         UsageError: something needed is not named.
         JobRefused: inputs or weights that cannot be used, or an output that belongs to something else.
     """
+    with before_work():
+        return _open_or_create(config, check_inputs, probe_dtype)
+
+
+@contextlib.contextmanager
+def before_work() -> Iterator[None]:
+    """Makes a fault of the surroundings a refusal: nothing was begun, so there is nothing to go on with."""
+    try:
+        yield
+    except SystemicFault as fault:
+        raise JobRefused(f"nothing was begun: {fault}") from fault
+
+
+def _open_or_create(config: Config, check_inputs: bool, probe_dtype: Callable[[], str]) -> Opened:
     place = settings.output_place(config)
     inputs = settings.input_settings(config)
     weights = read_checkpoint(config)
