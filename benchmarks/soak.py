@@ -159,8 +159,8 @@ class Soak:
 
     def _disturb(self, process: subprocess.Popen[bytes], nodes: _Nodes, rng: random.Random) -> None:
         """Kills at random moments of one driver's life; the driver itself last."""
-        if rng.random() < 0.3:  # in its start: while it reads, joins, plans
-            time.sleep(rng.uniform(0.5, 8.0))
+        if rng.random() < 0.45:  # in its start: while it reads, joins, plans, starts its model
+            time.sleep(rng.uniform(0.5, 12.0))
         elif self._wait_units(process, 1):
             kinds = rng.choices(("actor", "node", ""), weights=(6, 2, 1), k=3)
             for kind in filter(None, kinds):
@@ -183,7 +183,7 @@ class Soak:
 
         def recovered() -> bool:
             new_worker = kind == "node" or self._workers() > workers
-            return process.poll() is not None or (new_worker and self._units() >= units + 2)
+            return process.poll() is not None or (new_worker and self._units() > units)
 
         if self._wait(recovered) and process.poll() is None:
             self.totals.recover_s.setdefault(kind, []).append(time.monotonic() - struck)
@@ -224,7 +224,7 @@ class Soak:
         ]
         for setting in (
             *(f"output.images_per_unit={self.images_per_unit}", "model.dtype=float32", "cluster.actors=1"),
-            *("cluster.shared_paths=true", "cluster.cpus_per_actor=1", "cluster.decode_cpus=0.9"),
+            *("cluster.shared_paths=true", "cluster.cpus_per_actor=0.5", "cluster.decode_cpus=0.6"),
         ):
             command += ["--set", setting]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "STUB_TRACE": str(trace or "")}
@@ -296,7 +296,7 @@ class _Nodes:
         self._workers = [self._add(), self._add()]
 
     def _add(self) -> Any:
-        return self._cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False)
+        return self._cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
 
     def kill_one(self) -> bool:
         """Whether a living node was killed without a word, and replaced."""

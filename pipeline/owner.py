@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.errors import HqlabelError, JobRefused
+from pipeline.failpoints import visit
 from pipeline.storage import NotFound, Store
 
 BEAT_EVERY_S = 2.0
@@ -127,8 +128,10 @@ class Owner:
                 _wait_for_silence(store, number, takeover_after_s)
             body = json.dumps(asdict(holder)).encode()
             if store.put_if_absent(_owner_key(number + 1), body):
+                visit("owner.created")
                 owner = cls(store, number + 1, holder, beat_every_s=beat_every_s)
                 owner._beat()
+                visit("owner.taken")
                 owner._thread.start()
                 return owner
 
@@ -149,6 +152,7 @@ class Owner:
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(timeout=BEAT_BUDGET_S)
+        visit("owner.releasing")
         with contextlib.suppress(HqlabelError):
             self._beat(released=True)
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from pipeline.decode_child import DecodeChild
 from pipeline.errors import ImageError, SystemicFault
+from pipeline.failpoints import visit
 from pipeline.fetch import FetchOutcome, fetch_ahead, stop_if_denied
 from pipeline.plan import read_unit
 from pipeline.prompts import resolved_boxes
@@ -45,6 +46,7 @@ def _prepare(
     unit: UnitRow, context: JobContext, store: Store, child: DecodeChild
 ) -> tuple[list[ImageResult], list[Pixels], PixelArena]:
     images = [ImageResult(planned=row) for row in planned_rows(unit, context, store)]
+    visit("unit.read")
     pixels: list[Pixels] = [None] * len(images)
     wanted = [place for place, image in enumerate(images) if needs_pixels(image.planned)]
     arena = PixelArena(len(wanted), context.weights.input_side)

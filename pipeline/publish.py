@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 
 from pipeline import parquet, schema, units
 from pipeline.errors import DamageFound, JobRefused
+from pipeline.failpoints import visit
 from pipeline.ledger import Job
 from pipeline.manifest import (
     CATEGORIES_KEY,
@@ -88,11 +89,15 @@ def publish(
     require_owner("publish")
     if due:
         write_manifest(store, dataclasses.replace(wanted, state="publishing"))
+        visit("publish.begun")
     made = list(mapper(publish_part, due))
+    visit("publish.parts")
     require_owner("publish")
     _write_categories(store, job)
+    visit("publish.categories")
     after = _manifest(job, filters, [*kept, *made], complete=True)
     write_manifest(store, after)
+    visit("publish.done")
     return after
 
 
@@ -212,13 +217,17 @@ def publish_part(task: PartTask) -> Part:
         instances.write(flat.instances)
         counts.append(flat.counts)
     ids = [unit.unit_id for unit in task.part_units]
+    image_file = _put(store, part_key("images", task.index), images)
+    visit("publish.images")
+    instance_file = _put(store, part_key("instances", task.index), instances)
+    visit("publish.part")
     return Part(
         index=task.index,
         first_unit=ids[0],
         stop_unit=ids[-1] + 1,
         generations={u.unit_id: u.generation for u in task.part_units if u.generation},
-        images=_put(store, part_key("images", task.index), images),
-        instances=_put(store, part_key("instances", task.index), instances),
+        images=image_file,
+        instances=instance_file,
         counts=add_counts(counts),
     )
 
