@@ -86,7 +86,9 @@ class Wanted:
     def reached(self, totals: Totals) -> bool:
         """Whether there were as many of each kind."""
         done = (totals.driver_kills, totals.actor_kills, totals.node_kills)
-        return all(n >= wanted for n, wanted in zip(done, (self.drivers, self.actors, self.nodes), strict=True))
+        return all(
+            n >= wanted for n, wanted in zip(done, (self.drivers, self.actors, self.nodes), strict=True)
+        )
 
 
 def main() -> None:
@@ -95,7 +97,9 @@ def main() -> None:
     parser.add_argument("state", type=Path)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--seconds", type=float, default=400.0)
-    parser.add_argument("--kills", type=int, nargs=3, default=(60, 60, 20), metavar=("DRIVER", "ACTOR", "NODE"))
+    parser.add_argument(
+        "--kills", type=int, nargs=3, default=(60, 60, 20), metavar=("DRIVER", "ACTOR", "NODE")
+    )
     given = parser.parse_args()
     wanted = Wanted(drivers=given.kills[0], actors=given.kills[1], nodes=given.kills[2])
     totals = Soak(given.state, images=given.images).run(seconds=given.seconds, wanted=wanted)
@@ -242,7 +246,9 @@ class Soak:
         shutil.rmtree(out, ignore_errors=True)
         code = _end_of(self._start(address, out, None), 900)
         if code != 0:
-            raise RuntimeError(f"the undisturbed run ended with {code}: {(self.state / 'driver.log').read_text()}")
+            raise RuntimeError(
+                f"the undisturbed run ended with {code}: {(self.state / 'driver.log').read_text()}"
+            )
         ids, digests = _read_out(out)
         if ids != self._planned():
             raise RuntimeError("the undisturbed run does not hold the planned images")
@@ -250,7 +256,9 @@ class Soak:
         shutil.rmtree(out)
 
     def _planned(self) -> list[str]:
-        return [str(i) for i in pq.read_table(self.state / "inputs" / "boxes.parquet")["image_id"].to_pylist()]
+        return [
+            str(i) for i in pq.read_table(self.state / "inputs" / "boxes.parquet")["image_id"].to_pylist()
+        ]
 
     def _close_round(self) -> None:
         """Count what is in the tables of a finished round, and forget the round."""
@@ -278,7 +286,9 @@ class Soak:
             return Totals(images=images)
         totals = Totals(**json.loads(path.read_text()))
         if totals.images != images:
-            raise SystemExit(f"{path}: a soak over {totals.images} images; choose another folder for {images}")
+            raise SystemExit(
+                f"{path}: a soak over {totals.images} images; choose another folder for {images}"
+            )
         return totals
 
     def _save(self) -> None:
@@ -313,7 +323,11 @@ class _Nodes:
 @contextlib.contextmanager
 def _cluster() -> Iterator[_Nodes]:
     folder = Path(tempfile.mkdtemp(prefix="soak", dir="/tmp"))
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_worker_niceness": "0",
+    }
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(REPOSITORY), "RAY_TMPDIR": str(folder)}
     from ray.cluster_utils import Cluster
 
@@ -365,7 +379,9 @@ def _read_out(out: Path) -> tuple[list[str], list[str]]:
 
     tables = []
     for name in ("images", "instances"):
-        tables.append(pa.concat_tables(pq.read_table(part) for part in sorted((out / name).glob("*.parquet"))))
+        tables.append(
+            pa.concat_tables(pq.read_table(part) for part in sorted((out / name).glob("*.parquet")))
+        )
     return tables[0]["image_id"].to_pylist(), [mask_columns_digest(table) for table in tables]
 
 

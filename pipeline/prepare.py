@@ -16,7 +16,7 @@ import pyarrow as pa
 from pipeline.decode_child import DecodeChild
 from pipeline.errors import ImageError, SystemicFault
 from pipeline.failpoints import visit
-from pipeline.fetch import FetchOutcome, fetch_ahead, stop_if_denied
+from pipeline.fetch import FetchOutcome, fetch_ahead, stop_if_denied, stop_if_unreachable
 from pipeline.plan import read_unit
 from pipeline.prompts import resolved_boxes
 from pipeline.records import JobContext
@@ -56,6 +56,7 @@ def _prepare(
         errors.append(outcome.error)
         images[place], pixels[place] = _decode(images[place], outcome, context, child, arena)
     stop_if_denied(errors)
+    stop_if_unreachable(uris, errors)
     return images, pixels, arena
 
 

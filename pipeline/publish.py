@@ -37,6 +37,7 @@ from pipeline.manifest import (
     read_manifest,
     write_manifest,
 )
+from pipeline.owner import latest_number, require_latest
 from pipeline.quality import FilterSettings, mark
 from pipeline.records import JobContext
 from pipeline.storage import NotFound, Store, open_store
@@ -45,12 +46,16 @@ from pipeline.units import CommittedUnit, list_committed
 
 @dataclass(frozen=True, kw_only=True)
 class PartTask:
-    """All that a worker needs to make one part; small and picklable. `part_units`: every unit, in order."""
+    """All that a worker needs to make one part; small and picklable. `part_units`: every unit, in order.
+
+    `driver`: the number of the driver that publishes; a part is not put once a later one has the job.
+    """
 
     context: JobContext
     index: int
     part_units: tuple[CommittedUnit, ...]
     filters: FilterSettings
+    driver: int = 0
 
 
 Mapper = Callable[[Callable[[PartTask], Part], Sequence[PartTask]], Iterable[Part]]
@@ -86,7 +91,9 @@ def publish(
     wanted = _manifest(job, filters, kept, complete=False)
     if not due and before is not None and _same(before, _manifest(job, filters, kept, complete=True)):
         return before
+    driver = latest_number(store)  # asked first: whoever comes after this is after us
     require_owner("publish")
+    due = [dataclasses.replace(task, driver=driver) for task in due]
     if due:
         write_manifest(store, dataclasses.replace(wanted, state="publishing"))
         visit("publish.begun")
@@ -202,6 +209,7 @@ def publish_part(task: PartTask) -> Part:
 
     Raises:
         DamageFound: a unit does not verify, or does not follow the one before it.
+        JobRefused: another driver has taken the job over.
     """
     store = open_store(task.context.output)
     footer = {**units.footer(task.context), "filters": json.dumps(dataclasses.asdict(task.filters))}
@@ -217,9 +225,9 @@ def publish_part(task: PartTask) -> Part:
         instances.write(flat.instances)
         counts.append(flat.counts)
     ids = [unit.unit_id for unit in task.part_units]
-    image_file = _put(store, part_key("images", task.index), images)
+    image_file = _put(store, task.driver, part_key("images", task.index), images)
     visit("publish.images")
-    instance_file = _put(store, part_key("instances", task.index), instances)
+    instance_file = _put(store, task.driver, part_key("instances", task.index), instances)
     visit("publish.part")
     return Part(
         index=task.index,
@@ -232,8 +240,10 @@ def publish_part(task: PartTask) -> Part:
     )
 
 
-def _put(store: Store, key: str, sink: parquet.ParquetSink) -> PartFile:
+def _put(store: Store, driver: int, key: str, sink: parquet.ParquetSink) -> PartFile:
+    """The file of a part, put unless a later driver has the job: it may have published newer rows."""
     body = sink.finish()
+    require_latest(store, driver, "publish")
     store.put(key, body)
     return PartFile(key=key, rows=sink.rows, bytes=len(body), sha256=hashlib.sha256(body).hexdigest())
 

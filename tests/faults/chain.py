@@ -41,7 +41,6 @@ from tests.pipeline.made_jobs import noise, png
 BROKEN = "05.png"
 BOXES = {"03.png": [], "04.png": None, "06.png": [[1.0, 2.0, 30.0, 20.0]] * 7, "07.png": [[9, 9, 1, 1]]}
 IMAGES = 11
-UNITS = 4
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.faults.chain"])
 
@@ -82,13 +81,20 @@ def make_small_job(folder: Path, **lineage: str) -> SmallJob:
         place=Place(uri=str(folder / "unused")), limits=Limits(segment_timeout_s=20),
         lineage={"code_version": "test", **lineage},
     )  # fmt: skip
-    job = Job(
-        identity=identity_of(made.context, inputs={}, limit=None, protocol=1),
-        context=made.context,
-        plan={"images": IMAGES, "boxes": 0, "units": UNITS},
+    return SmallJob(
+        job=as_job(made.context, made.plan), plan=made.plan, pictures=folder / "pictures", mended=mended
+    )
+
+
+def as_job(context: JobContext, plan: Plan) -> Job:
+    """The job of a plan, two units a part."""
+    images = plan.table.num_rows
+    return Job(
+        identity=identity_of(context, inputs={}, limit=None, protocol=1),
+        context=context,
+        plan={"images": images, "boxes": 0, "units": -(-images // context.images_per_unit)},
         units_per_part=2,
     )
-    return SmallJob(job=job, plan=made.plan, pictures=folder / "pictures", mended=mended)
 
 
 class DirectDecoder:
@@ -111,8 +117,8 @@ def do_unit(unit: UnitRow, context: JobContext, *, epoch: int = 1) -> UnitRow:
     return done
 
 
-def run_job(made: SmallJob, *, until: str = "clean") -> None:
-    """Do what is missing of `made`, up to and with one of `label`, `retry` and `clean`."""
+def run_job(made: SmallJob, *, until: str = "clean", codes: tuple[str, ...] = ("truncated",)) -> None:
+    """Do what is missing of `made`, up to and with one of `label`, `retry` (of `codes`) and `clean`."""
     store = made.store
     job = open_job(store, made.job)
     with Owner.take(store, takeover_after_s=0.5, beat_every_s=0.1) as owner:
@@ -125,8 +131,8 @@ def run_job(made: SmallJob, *, until: str = "clean") -> None:
             return
         made.write_broken(made.mended)
         for unit in list_committed(store).values():
-            if "truncated" in read(store, unit)["error_code"].to_pylist():
-                again = UnitRow(unit_id=unit.unit_id, generation=unit.generation + 1, redo_codes=("truncated",))
+            if set(codes) & set(read(store, unit)["error_code"].to_pylist()):
+                again = UnitRow(unit_id=unit.unit_id, generation=unit.generation + 1, redo_codes=codes)
                 do_unit(again, job.context, epoch=owner.number)
         publish(store, job, FilterSettings(), require_owner=owner.require)
         if until == "clean":
@@ -159,9 +165,7 @@ def start_child(
     return child  # type: ignore[return-value]
 
 
-def _armed(
-    environ: dict[str, str], function: Callable[..., object], arguments: tuple[object, ...]
-) -> None:
+def _armed(environ: dict[str, str], function: Callable[..., object], arguments: tuple[object, ...]) -> None:
     os.environ.update(environ)
     failpoints.arm(os.environ)
     function(*arguments)

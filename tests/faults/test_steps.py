@@ -50,7 +50,9 @@ def visit_once(made: SmallJob, name: str, visit: int, wanted: chain.Seen) -> int
         assert interrupted_publish_only(made)
         run_job(made)
     assert look(made.store) == wanted
-    assert not [key for key in keys(made) if key.startswith(("units/", "attempts/"))], "clean has left something"
+    assert not [key for key in keys(made) if key.startswith(("units/", "attempts/"))], (
+        "clean has left something"
+    )
     return code
 
 
@@ -70,7 +72,9 @@ def test_row_17_killed_at_every_fail_point_on_a_disk(
         assert code == -signal.SIGKILL, f"{name} is not visited by a job"
         landed += 1
     seconds = (time.monotonic() - began) / landed
-    record(3, 17, fault="SIGKILL at each fail point, disk", landed=landed, recover_s=seconds, code="-9, then 0")
+    record(
+        3, 17, fault="SIGKILL at each fail point, disk", landed=landed, recover_s=seconds, code="-9, then 0"
+    )
 
 
 def test_row_17_killed_at_some_fail_points_on_s3(
@@ -127,7 +131,14 @@ def test_row_17_raised_at_every_fail_point_in_memory(
 
 def test_a_fail_point_is_data_and_the_command_line_refuses_it() -> None:
     assert failpoints.VARIABLE in REFUSED
-    for text in ("rm -rf=kill", "job.created=exec", "job.created=kill@0", "job.created", "=kill", "../x=raise"):
+    for text in (
+        "rm -rf=kill",
+        "job.created=exec",
+        "job.created=kill@0",
+        "job.created",
+        "=kill",
+        "../x=raise",
+    ):
         with pytest.raises(ValueError, match="wanted name=action@visit"):
             failpoints.parse(text)
     done = subprocess.run(
@@ -282,4 +293,6 @@ def test_row_23_nothing_is_renamed_and_a_refused_delete_loses_nothing(
     run_job(made)
     assert look(open_store(place)) == wanted
     lost, doubled = lost_and_doubled(made.store, made)
-    record(23, fault="every delete refused (403), S3", landed=fault.landed, lost=lost, doubled=doubled, code="5")
+    record(
+        23, fault="every delete refused (403), S3", landed=fault.landed, lost=lost, doubled=doubled, code="5"
+    )
