@@ -42,6 +42,7 @@ FAST_DEATH_NOTICE = {
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 3,
+    "gcs_rpc_server_reconnect_timeout_s": 8,
 }
 STALL_S = 180.0
 
@@ -129,7 +130,7 @@ class Soak:
     def run(self, *, seconds: float, wanted: Wanted) -> Totals:
         """The totals, after the wanted kills and the end of their round, or after so many seconds."""
         began = time.monotonic()
-        with _cluster() as nodes:
+        with cluster_of_nodes() as nodes:
             if not (self.state / "reference.json").exists():
                 self._make_reference(nodes.address)
             while time.monotonic() - began < seconds and not self._finished(wanted):
@@ -308,6 +309,10 @@ class _Nodes:
     def _add(self) -> Any:
         return self._cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
 
+    def kill_head(self) -> None:
+        """The cluster's memory of itself (GCS) is gone without a word."""
+        self._cluster.head_node.kill_gcs_server()
+
     def kill_one(self) -> bool:
         """Whether a living node was killed without a word, and replaced."""
         node = random.choice(self._workers)
@@ -321,7 +326,8 @@ class _Nodes:
 
 
 @contextlib.contextmanager
-def _cluster() -> Iterator[_Nodes]:
+def cluster_of_nodes() -> Iterator[_Nodes]:
+    """A Ray cluster on this machine: a head without cores and two nodes of one core each."""
     folder = Path(tempfile.mkdtemp(prefix="soak", dir="/tmp"))
     os.environ |= {
         "RAY_AUTH_MODE": "token",

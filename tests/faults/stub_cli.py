@@ -2,7 +2,8 @@
 
 All of it is the real command but the weights, which are not read, and the segmenter and decoder, which
 are those of tests/fakes.py. Two variables steer the stub: STUB_SLEEP_S, how long an image takes, and
-STUB_TRACE, a folder in which every model call leaves a line.
+STUB_TRACE, a folder in which every model call leaves a line. STUB_FAILS_TO_START (`2:folder`) makes the
+model raise at its first starts, each of which leaves a file.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 import jobs.opening
 import jobs.retry
 import pipeline.ledger
-from jobs import cli
+from jobs import cli, environment
 from jobs.config import Config
+from pipeline.failpoints import VARIABLE
 from pipeline.records import JobContext, Weights
 
 SIDE = 64
@@ -26,16 +28,18 @@ def stub_weights(config: Config) -> Weights:
 
 def stub_context(**fields: Any) -> JobContext:
     steering = {"stub_sleep_s": os.environ.get("STUB_SLEEP_S", "0")}
-    if os.environ.get("STUB_TRACE"):
-        steering["stub_trace"] = os.environ["STUB_TRACE"]
+    for variable in ("STUB_TRACE", "STUB_FAILS_TO_START"):
+        if os.environ.get(variable):
+            steering[variable.lower()] = os.environ[variable]
     fields["lineage"] = {**fields["lineage"], **steering}
-    stubs = {"segmenter": "tests.fakes:box_segmenter", "decoder": "tests.fakes:troubled_decoder"}
+    stubs = {"segmenter": "tests.faults.stubs:stub_segmenter", "decoder": "tests.fakes:troubled_decoder"}
     return JobContext(**(fields | stubs))
 
 
 def main() -> None:
     jobs.opening.read_checkpoint = jobs.retry.read_checkpoint = stub_weights  # type: ignore[assignment]
     jobs.opening.JobContext = pipeline.ledger.JobContext = stub_context  # type: ignore[assignment,misc]
+    environment.REFUSED.pop(VARIABLE)  # what the real command refuses is what these tests are about
     cli.main()
 
 

@@ -240,7 +240,7 @@ def test_row_29_damage_to_any_file_is_named_and_never_published(
     assert {key.split("/")[0] for key in files} == {"plan", "units", "images", "instances"}
     for key in [*files, "manifest.json"]:
         if how == "flipped" and key == "manifest.json":
-            continue  # a flip inside a count or a date is still JSON; sums of the parts are what it is held to
+            continue  # a flip inside a count or a date is still JSON
         body = made.store.read(key)
         harm(made.store, key, how)
         found = verify(made.store, job).findings

@@ -1,4 +1,4 @@
-"""Rows 3, 17, 19 to 23: a job that ends between any two steps, on any store, is finished by the next start."""
+"""Rows 3, 17, 19 to 23: a job that ends between any two steps, on any store, is finished by the next."""
 
 from __future__ import annotations
 
