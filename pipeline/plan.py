@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from pipeline import parquet
 from pipeline.arrays import table_sha256
 from pipeline.errors import DamageFound, UsageError
+from pipeline.failpoints import visit
 from pipeline.inputs import InputSettings, allowed_access, check_columns, read_boxes, read_images
 from pipeline.joins import images_of, join
 from pipeline.listings import BoxList, ImageList
@@ -138,11 +139,13 @@ def write_plan(store: Store, plan: Plan) -> None:
     def write(index: int) -> None:
         rows = plan.table.slice(index * rows_per_file, rows_per_file)
         store.put_if_absent(plan_key(plan.sha256, index), _file_body(rows, plan))
+        visit("plan.file")
 
     with ThreadPoolExecutor(max_workers=WRITERS) as pool:
         missing = [index for index in files if plan_key(plan.sha256, index) not in there]
         for _ in pool.map(write, missing):
             pass
+    visit("plan.written")
 
 
 def _file_body(rows: pa.Table, plan: Plan) -> bytes:

@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from pipeline.decode_child import DecodeChild
 from pipeline.errors import ImageError, SystemicFault
-from pipeline.fetch import FetchOutcome, fetch_ahead, stop_if_denied
+from pipeline.failpoints import visit
+from pipeline.fetch import FetchOutcome, fetch_ahead, stop_if_denied, stop_if_unreachable
 from pipeline.plan import read_unit
 from pipeline.prompts import resolved_boxes
 from pipeline.records import JobContext
@@ -45,6 +46,7 @@ def _prepare(
     unit: UnitRow, context: JobContext, store: Store, child: DecodeChild
 ) -> tuple[list[ImageResult], list[Pixels], PixelArena]:
     images = [ImageResult(planned=row) for row in planned_rows(unit, context, store)]
+    visit("unit.read")
     pixels: list[Pixels] = [None] * len(images)
     wanted = [place for place, image in enumerate(images) if needs_pixels(image.planned)]
     arena = PixelArena(len(wanted), context.weights.input_side)
@@ -54,6 +56,7 @@ def _prepare(
         errors.append(outcome.error)
         images[place], pixels[place] = _decode(images[place], outcome, context, child, arena)
     stop_if_denied(errors)
+    stop_if_unreachable(uris, errors)
     return images, pixels, arena
 
 
