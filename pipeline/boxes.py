@@ -261,14 +261,15 @@ def suspicions(
     if not len(boxes_N4):
         return ()
     base = rules.box_format.removesuffix(NORMALISED)
-    found = [_wrong_unit(boxes_N4, rules.box_format, base), _wrong_corners(boxes_N4, base)]
-    if upright_size_hw is not None and rules.box_format == base:
-        xyxy_N4 = boxes_to_xyxy(boxes_N4, cast(PlainFormat, base))
-        stored = None if stored_size_hw is None else stored_size_hw[finite]
-        found += [
-            _too_far(xyxy_N4, base, upright_size_hw[finite]),
-            _wrong_frame(xyxy_N4, rules, upright_size_hw[finite], stored),
-        ]
+    with np.errstate(over="ignore", invalid="ignore"):  # boxes of 1e308 are as wrong as they look
+        found = [_wrong_unit(boxes_N4, rules.box_format, base), _wrong_corners(boxes_N4, base)]
+        if upright_size_hw is not None and rules.box_format == base:
+            xyxy_N4 = boxes_to_xyxy(boxes_N4, cast(PlainFormat, base))
+            stored = None if stored_size_hw is None else stored_size_hw[finite]
+            found += [
+                _too_far(xyxy_N4, base, upright_size_hw[finite]),
+                _wrong_frame(xyxy_N4, rules, upright_size_hw[finite], stored),
+            ]
     return tuple(sentence for sentence in found if sentence)
 
 
