@@ -119,6 +119,29 @@ def decode_image(data: bytes, *, max_pixels: int, side: int) -> DecodedImage:
     )
 
 
+def measure_image(data: bytes, *, max_pixels: int, side: int) -> DecodedImage:
+    """Sizes, orientation and format as the header of `data` states them; the pixels are empty, (0, 0, 3).
+
+    Raises:
+        ImageError: as `decode_image`, for what the header alone shows.
+    """
+    del side
+    if not data:
+        raise ImageError("empty", "the object has 0 bytes; upload the picture again")
+    with _pillow_faults(data, max_pixels):
+        picture = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
+        size_hw, orientation = (picture.height, picture.width), _orientation(picture)
+    turned = size_hw[::-1] if orientation in (5, 6, 7, 8) else size_hw
+    is_upright = picture.format == "TIFF"  # Pillow gives the size of a TIFF as it will be when loaded
+    return DecodedImage(
+        pixels_hwc=np.zeros((0, 0, 3), np.uint8),
+        size_hw=size_hw if is_upright else turned,
+        stored_size_hw=turned if is_upright else size_hw,
+        exif_orientation=orientation,
+        format=str(picture.format),
+    )
+
+
 def _check_header(picture: Image.Image, max_pixels: int, side: int) -> None:
     """Refuses by the header alone, then reads the stored checksums; `picture` is spent afterwards."""
     if picture.width * picture.height > max_pixels:
@@ -154,8 +177,8 @@ def _narrowed(picture: Image.Image) -> UInt8Array:
     tags: Mapping[int, Any] = getattr(picture, "tag_v2", {})
     white = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
     wide = np.asarray(picture).astype(np.uint32)
-    narrow = ((wide * 255 + white // 2) // white).astype(np.uint8)
-    return ~narrow if tags.get(_PHOTOMETRIC) == 0 else narrow
+    narrow: UInt8Array = ((wide * 255 + white // 2) // white).astype(np.uint8)
+    return np.invert(narrow) if tags.get(_PHOTOMETRIC) == 0 else narrow
 
 
 def _orientation(picture: Image.Image) -> int | None:

@@ -162,7 +162,9 @@ def jsonl_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.
     """The rows of the named keys, typed by their kinds; other keys are not looked at."""
     schema = pa.schema([(name, kind.arrow_type()) for name, kind in columns.items()])
     yield from pa_json.open_json(
-        _Records(stream), read_options=pa_json.ReadOptions(block_size=BLOCK_BYTES), parse_options=_typed(schema)
+        _Records(stream),
+        read_options=pa_json.ReadOptions(block_size=BLOCK_BYTES),
+        parse_options=_typed(schema),
     )
 
 

@@ -93,7 +93,9 @@ def encode(picture: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def png_of(size_wh: tuple[int, int], depth: int, colour_type: int, raw: bytes, *, chunks: bytes = b"") -> bytes:
+def png_of(
+    size_wh: tuple[int, int], depth: int, colour_type: int, raw: bytes, *, chunks: bytes = b""
+) -> bytes:
     """A PNG of raw scan lines as they are; sound but for what `raw` lacks."""
     header = struct.pack(">IIBBBBB", *size_wh, depth, colour_type, 0, 0, 0)
     return (
@@ -109,7 +111,16 @@ def png_chunk(name: bytes, body: bytes) -> bytes:
 def tiff_of(values: bytes, size_wh: tuple[int, int], bits: int, photometric: int) -> bytes:
     """A one-strip grey TIFF; photometric 0: white is 0."""
     width, height = size_wh
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 277: 1, 278: height, 279: len(values)}
+    tags = {
+        256: width,
+        257: height,
+        258: bits,
+        259: 1,
+        262: photometric,
+        277: 1,
+        278: height,
+        279: len(values),
+    }
     tags[273] = 8 + 2 + 12 * (len(tags) + 1) + 4
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + values
@@ -123,7 +134,11 @@ def grey_16() -> np.ndarray:
 def twelve_bits(values: np.ndarray) -> bytes:
     """Pairs of 12-bit values packed into three bytes, as a TIFF keeps them."""
     first, second = values.reshape(-1, 2).astype(np.uint32).T
-    return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1).astype(np.uint8).tobytes()
+    return (
+        np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1)
+        .astype(np.uint8)
+        .tobytes()
+    )
 
 
 def ycck() -> bytes:
@@ -132,7 +147,9 @@ def ycck() -> bytes:
     luma = 0.299 * c + 0.587 * m + 0.114 * y
     blue, red = 128 + (y - luma) * 0.564, 128 + (c - luma) * 0.713
     bands = [255 - luma, 255 - blue, 255 - red, k]
-    picture = Image.merge("CMYK", [Image.fromarray(np.clip(b, 0, 255).round().astype(np.uint8)) for b in bands])
+    picture = Image.merge(
+        "CMYK", [Image.fromarray(np.clip(b, 0, 255).round().astype(np.uint8)) for b in bands]
+    )
     data = bytearray(encode(picture, "JPEG", quality=97, subsampling=0))
     marker = data.index(b"Adobe")
     data[marker + 11] = 2
@@ -242,7 +259,9 @@ def format_cases() -> Iterable[Case]:
     rgb = quadrants()
     yield good("f/baseline.jpg", encode(rgb, "JPEG", quality=95), within=NEAR)
     yield good("f/progressive.jpg", encode(rgb, "JPEG", quality=95, progressive=True), within=NEAR)
-    yield good("f/restart.jpg", encode(rgb, "JPEG", quality=95, subsampling=0, restart_marker_blocks=4), within=NEAR)
+    yield good(
+        "f/restart.jpg", encode(rgb, "JPEG", quality=95, subsampling=0, restart_marker_blocks=4), within=NEAR
+    )
     yield good("f/grey.jpg", encode(quadrants("L"), "JPEG", quality=95), greys(), NEAR)
     yield good("f/cmyk.jpg", encode(quadrants("CMYK"), "JPEG", quality=97, subsampling=0), within=NEAR)
     yield good("f/ycck.jpg", ycck(), within=NEAR)
@@ -278,12 +297,20 @@ def format_cases() -> Iterable[Case]:
     yield good("f/grey16.tif", encode(Image.fromarray(values), "TIFF"), greys())
     yield good("f/grey16-white-is-0.tif", tiff_of((65535 - values).tobytes(), SIZE_WH, 16, 0), greys())
     yield good("f/grey12.tif", tiff_of(twelve_bits(values >> 4), SIZE_WH, 12, 1), greys())
-    yield good("f/grey8-white-is-0.tif", tiff_of((~np.asarray(quadrants("L"))).tobytes(), SIZE_WH, 8, 0), greys())
+    yield good(
+        "f/grey8-white-is-0.tif", tiff_of((~np.asarray(quadrants("L"))).tobytes(), SIZE_WH, 8, 0), greys()
+    )
     for kind, within in (("GIF", EXACT), ("WEBP", NEAR), ("PNG", EXACT), ("TIFF", EXACT), ("MPO", NEAR)):
         yield good(f"f/frames.{kind.lower()}", frames(kind), within=within)
     yield good("f/still.gif", encode(palette, "GIF"))
-    yield bad("f/float32.tif", encode(Image.fromarray(np.asarray(quadrants("F")) / 255), "TIFF"), "pixel_type")
-    yield bad("f/int32.tif", encode(Image.fromarray(np.asarray(quadrants("L")).astype(np.int32)), "TIFF"), "pixel_type")
+    yield bad(
+        "f/float32.tif", encode(Image.fromarray(np.asarray(quadrants("F")) / 255), "TIFF"), "pixel_type"
+    )
+    yield bad(
+        "f/int32.tif",
+        encode(Image.fromarray(np.asarray(quadrants("L")).astype(np.int32)), "TIFF"),
+        "pixel_type",
+    )
     yield bad("f/lab.tif", encode(ImageCms.applyTransform(rgb, _to_lab()), "TIFF"), "pixel_type")
     yield bad("f/grey24.tif", tiff_of(bytes(3 * 96 * 64), SIZE_WH, 24, 1), "pixel_type")
 
@@ -309,7 +336,9 @@ def metadata_cases() -> Iterable[Case]:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     yield good("e/icc.jpg", encode(quadrants(), "JPEG", quality=97, icc_profile=profile), within=NEAR)
     yield good("e/comments.jpg", with_comments(8), within=NEAR)
-    yield good("e/trailing.jpg", encode(quadrants(), "JPEG", quality=97) + b"PK\x03\x04<script>" * 99, within=NEAR)
+    yield good(
+        "e/trailing.jpg", encode(quadrants(), "JPEG", quality=97) + b"PK\x03\x04<script>" * 99, within=NEAR
+    )
     yield good("e/zip-behind.png", encode(quadrants(), "PNG") + b"PK\x03\x04" + bytes(500))
     yield good("e/png-called.jpg", encode(quadrants(), "PNG"))
     yield good("e/jpeg-called.png", encode(quadrants(), "JPEG", quality=97), within=NEAR)
@@ -339,7 +368,9 @@ def damage_cases() -> Iterable[Case]:
     yield bad("d/zeros.jpg", bytes(4096), "not_an_image")
     yield bad("d/random.jpg", np.random.default_rng(1).bytes(4096), "not_an_image")
     yield bad("d/page.jpg", b"<!DOCTYPE html><html>AKIA-CANARY</html>", "not_an_image")
-    yield bad("d/denied.jpg", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "not_an_image")
+    yield bad(
+        "d/denied.jpg", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "not_an_image"
+    )
     yield bad("d/lfs.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "not_an_image")
     yield bad("d/text.png", b"no picture at all\n", "not_an_image")
     yield bad("d/archive.jpg", b"PK\x03\x04" + bytes(200), "not_an_image")
@@ -432,9 +463,10 @@ def file_cases(outside: Path) -> Iterable[Case]:
 
 
 NAMES = [
-    "a b.png", " outer .png", "é.png", "e\u0301.png", "日本.png", "🙂.png", "\u202eright.png", "%20.png", "%2F.png",
-    "#.png", "?.png", "&+.png", "*.png", "[1].png", "{a,b}.png", "a::b.png", "new\nline.png", "tab\t.png",
-    "\"q'.png", "back\\slash.png", "-l.png", ".dot.png", "$(touch CANARY).png", "=1+1.png", "UP.PNG", "none",
+    "a b.png", " outer .png", "é.png", "e\u0301.png", "日本.png", "🙂.png", "\u202er.png",
+    "%20.png", "%2F.png", "#.png", "?.png", "&+.png", "*.png", "[1].png", "{a,b}.png", "a::b.png",
+    "new\nline.png", "tab\t.png", "\"q'.png", "back\\slash.png", "-l.png", ".dot.png",
+    "$(touch CANARY).png", "=1+1.png", "UP.PNG", "none",
     "x" * 246 + ".png", ";|.png", "file:", "s3:", "~.png", "`id`.png",
 ]  # fmt: skip
 
@@ -508,11 +540,15 @@ def box_cases() -> list[Case]:
         boxes_case("quarter of a pixel", [([10.1, 10.1, 10.35, 10.35], None, ())]),
         boxes_case("normalised", [([0.1, 0.1, 0.5, 0.5], None, ())]),
         boxes_case("corner pixel", [([width - 1, height - 1, width, height], None, ())]),
-        boxes_case("whole frame", [([0, 0, width, height], None, ()), ([-0.0, -0.0, width, height], None, ())]),
+        boxes_case(
+            "whole frame", [([0, 0, width, height], None, ()), ([-0.0, -0.0, width, height], None, ())]
+        ),
         boxes_case("xywh read as xyxy", [([60, 40, 20, 10], "box_inverted", ())], codes=("no_usable_box",)),
         boxes_case("the same three times", [OK, OK, OK]),
         boxes_case("sixty", [([i, i / 2, i + 30.0, i / 2 + 30], None, ()) for i in range(60)]),
-        boxes_case("two thousand", [([i % 60, i % 30, i % 60 + 9, i % 30 + 9], None, ()) for i in range(2000)]),
+        boxes_case(
+            "two thousand", [([i % 60, i % 30, i % 60 + 9, i % 30 + 9], None, ()) for i in range(2000)]
+        ),
         boxes_case("too many", [OK] * 2001, codes=("too_many_boxes",)),
         boxes_case("empty list", [], codes=("no_boxes",)),
         replace(boxes_case("null list", [], codes=("boxes_missing",)), boxes=None),
@@ -521,7 +557,9 @@ def box_cases() -> list[Case]:
         boxes_case("null labels", [OK, OK], labels=(None, "b"), scores=(None, 0.5)),
         boxes_case("odd scores", [OK] * 4, scores=(NAN, -1.0, 7.5, INF)),
         boxes_case("odd labels", [OK] * 6, labels=("", "a\nb", "\"q'", "x" * 10_000, "nul\0", "=1+1")),
-        boxes_case("mixed and clipped", [OK, ([4, 4, 4, 4], "box_empty", ()), ([-1, -1, 9, 9], None, clipped)]),
+        boxes_case(
+            "mixed and clipped", [OK, ([4, 4, 4, 4], "box_empty", ()), ([-1, -1, 9, 9], None, clipped)]
+        ),
     ]
     corrupt = boxes_case("no boxes and no picture", [], codes=("no_boxes",))
     return [*cases, replace(corrupt, place=write(b"no picture")(corrupt.name))]
