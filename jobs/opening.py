@@ -1,7 +1,8 @@
 """From a configuration to an opened job: planned anew, or found in the output and proved to be the same.
 
-A resume opens no image and lists no folder: the weights and the box and table files are fingerprinted
-again, and with everything else compared to what `job.json` holds. The stored plan is then the plan;
+A new job looks at a few pictures, to warn of likely mistakes. A resume opens no image and lists no folder:
+the weights and the box and table files are fingerprinted again, and with everything else compared to what
+`job.json` holds. The stored plan is then the plan;
 `--check-inputs` makes it anew and compares that too.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 from jobs import settings
 from jobs.config import Config
+from jobs.understood import with_a_look
 from jobs.weights import read_checkpoint
 from model.structures import MODEL_PROTOCOL
 from pipeline.errors import JobRefused, SystemicFault
@@ -85,6 +87,8 @@ def _open_or_create(config: Config, check_inputs: bool, probe_dtype: Callable[[]
     store = open_store(place)
     stored = read_job(store)
     plan = None if stored and not check_inputs and _plan_holds(store, stored, inputs) else make_plan(inputs)
+    if plan is not None and stored is None:
+        plan = with_a_look(plan, settings.limits(config))
     wanted = _Wanted(
         config=config,
         inputs=inputs,

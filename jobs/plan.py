@@ -1,4 +1,7 @@
-"""`hqlabel plan`: what `label` would do with the same options. Nothing is written, no image is opened."""
+"""`hqlabel plan`: what `label` would do with the same options. Nothing is written.
+
+Of the images a few are looked at, to warn of likely mistakes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from pipeline.units import list_committed
 def run(config: Config, *, json: bool) -> int:
     """Plan, look at what the output holds, check the weights when they are named; print, and return 0."""
     with before_work():
-        plan = make_plan(settings.input_settings(config))
+        plan = understood.with_a_look(make_plan(settings.input_settings(config)), settings.limits(config))
         weights = read_checkpoint(config) if config.model.checkpoint else None
         done = _done(config, plan) if config.output.uri else None
     if json:

@@ -139,7 +139,7 @@ def resolve_uris(uris: pa.Array, folder: str) -> pa.Array:
     Names are bytes: nothing is decoded or normalised but "./" at the beginning, which `find` writes.
     """
     names = pc.replace_substring_regex(uris, r"\A(\./+)+", "")
-    complete = pc.match_substring_regex(uris, r"\A(/|\s*\z|data:|[A-Za-z][A-Za-z0-9+.\-]*:[/:])")
+    complete = pc.match_substring_regex(uris, r"\A(/|\s*\z|data:|[A-Za-z][A-Za-z0-9+._\-]*:[/:])")
     return pc.if_else(
         complete, uris, pc.binary_join_element_wise(_text(folder.rstrip("/")), names, _text("/"))
     )
