@@ -363,5 +363,6 @@ def test_rows_1_4_8_16_a_soak_of_twenty_kills(tmp_path: Path, record: Record) ->
     ):
         record(
             row, fault=f"soak: {kind or 'all'} kills", landed=landed, lost=totals.lost,
-            doubled=totals.doubled, repeated=None if kind else repeated, recover_s=recover.get(kind), code="same bytes",
+            doubled=totals.doubled, repeated=None if kind else repeated, recover_s=recover.get(kind),
+            code="same bytes",
         )  # fmt: skip
