@@ -63,7 +63,10 @@ def _commit(unit: UnitRow, context: JobContext, store: Store) -> UnitOutcome:
     visit("unit.built")
     created = commit(store, unit.unit_id, unit.generation, body)
     seconds = unit.seconds + time.monotonic() - began
-    return outcome_of(table, unit.unit_id, unit.generation, size=len(body), created=created, seconds=seconds)
+    outcome = outcome_of(
+        table, unit.unit_id, unit.generation, size=len(body), created=created, seconds=seconds
+    )
+    return replace(outcome, begun_before=sum(image.attempts > 1 for image in unit.images))
 
 
 def _with_boxes(image: ImageResult, context: JobContext) -> ImageResult:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -114,7 +114,10 @@ def _numbered(inputs: Understood) -> tuple[BoxList | None, Categories]:
         return None, ()
     listed = inputs.joined.mention[inputs.joined.mention >= 0]
     used = inputs.boxes.rows_of(listed) if inputs.joined.unmatched.boxes else None
-    return number_categories(inputs.boxes, used)
+    boxes = inputs.boxes
+    if not boxes.categories:  # COCO results have ids alone; the file that lists their images names them
+        boxes = replace(boxes, categories=inputs.images.categories)
+    return number_categories(boxes, used)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Tables people bring: good ones of every type read the same, others are refused by file and column."""
 
+import contextlib
 import io
 import json
 import math
@@ -156,6 +157,19 @@ def test_extension_types_are_refused_unopened(tmp_path):
 
     nested = pa.array([[b"0" * 16]], pa.list_(pa.uuid().storage_type)).cast(pa.list_(pa.uuid()))
     assert "arrow.uuid" in refusal(parquet(tmp_path / "b.parquet", {"labels": nested}))
+
+
+def test_an_extension_type_that_ray_has_registered_is_refused_by_name_all_the_same(tmp_path):
+    from ray.data.extensions import ArrowTensorType
+
+    with contextlib.suppress(pa.ArrowKeyError):  # it is there already, or was taken off by an earlier read
+        pa.register_extension_type(ArrowTensorType((0,), pa.int64()))
+    field = pa.field(
+        "boxes", pa.list_(pa.float64()), metadata={"ARROW:extension:name": "ray.data.arrow_tensor"}
+    )
+    boxes = pa.Table.from_arrays([pa.array([[1.0]])], schema=pa.schema([field]))
+
+    assert "ray.data.arrow_tensor" in refusal(parquet(tmp_path / "a.parquet", boxes))
 
 
 def test_rays_own_extension_types_run_no_code_and_are_refused(tmp_path):
