@@ -345,6 +345,128 @@ def inspect(
 
 @app.command(rich_help_panel="Results")
 @command
+def export(
+    format_: Annotated[
+        str,
+        typer.Argument(
+            metavar="FORMAT", help="coco, yolo-seg, label-studio or hf (Hugging Face).", show_default=False
+        ),
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", metavar="PLACE", help="A new folder or prefix for the files.", show_default=False
+        ),
+    ],
+    output: options.Output = None,
+    where: options.Where = None,
+    accepted_only: options.AcceptedOnly = False,
+    per_file: Annotated[
+        int | None,
+        typer.Option(
+            "--per-file",
+            min=1,
+            help="Begin a new file after so many masks (Label Studio: tasks). Bounds the memory.",
+            show_default=False,
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            "--tolerance", min=0, help="yolo-seg: pixels by which outlines may move to save points."
+        ),
+    ] = 0.5,
+    image_prefix: Annotated[
+        str | None,
+        typer.Option(
+            "--image-prefix",
+            metavar="URI",
+            help="label-studio: where it finds the images; put before their relative names.",
+            show_default=False,
+        ),
+    ] = None,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Write the masks for a trainer or an annotation tool.
+
+    Example:  hqlabel export coco --output out --to out-coco --accepted-only
+
+    Every format says what it leaves out and what it loses: coco, label-studio and hf keep each mask whole.
+    """
+    from jobs import export as job
+    from jobs.selection import Selection
+
+    how = job.How(
+        format=format_,
+        to=to,
+        selection=Selection(accepted_only=accepted_only, where=where),
+        per_file=per_file,
+        tolerance_px=tolerance,
+        image_prefix=image_prefix,
+        json=json,
+    )
+    return job.run(_given(config, set_, output__uri=output), how)
+
+
+@app.command(rich_help_panel="Results")
+@command
+def evaluate(
+    truth: Annotated[
+        str,
+        typer.Option(
+            "--truth",
+            metavar="PLACE",
+            help="COCO instances JSON with masks: polygons or runs.",
+            show_default=False,
+        ),
+    ],
+    output: options.Output = None,
+    score: Annotated[
+        str,
+        typer.Option(
+            "--score",
+            help="What ranks masks for AP: product (detector_score x predicted_iou, as published for "
+            "SAM-HQ), detector, predicted-iou or stability.",
+        ),
+    ] = "product",
+    class_agnostic: Annotated[bool, typer.Option("--class-agnostic", help="Let classes not count.")] = False,
+    max_per_image: Annotated[
+        int,
+        typer.Option("--max-per-image", min=10, help="Masks of an image and class that count for AP."),
+    ] = 100,
+    where: options.Where = None,
+    accepted_only: options.AcceptedOnly = False,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Measure the masks against ground truth: AP, boundary AP, mean IoU.
+
+    Prompts and objects are matched by box_id when the boxes came from the truth's own file, else by their
+    boxes. Images of the truth that the job never had do not count. Needs the extra `eval`.
+
+    Example:  hqlabel evaluate --truth instances_val.json --output out
+    """
+    from jobs import evaluate as job
+    from jobs.selection import Selection
+
+    how = job.How(
+        truth=truth,
+        selection=Selection(accepted_only=accepted_only, where=where),
+        score=score,
+        class_agnostic=class_agnostic,
+        max_per_image=max_per_image,
+        json=json,
+    )
+    return job.run(_given(config, set_, output__uri=output), how)
+
+
+@app.command(rich_help_panel="Results")
+@command
 def clean(
     output: options.Output = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,

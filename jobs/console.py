@@ -28,7 +28,12 @@ def data(text: str) -> None:
 
 def data_json(value: Mapping[str, Any]) -> None:
     """Write one JSON object on stdout: one line, UTF-8, NaN and infinity as null."""
-    _write(sys.stdout, json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
+    _write(sys.stdout, json_line(value))
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """One JSON object in one line, NaN and infinity as null."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
 
 
 def pairs(rows: Sequence[tuple[str, str]], indent: int = 2) -> str:

@@ -8,10 +8,11 @@ the weights and the box and table files are fingerprinted again, and with everyt
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import importlib.metadata
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from jobs.config import Config
 from jobs.understood import with_a_look
 from jobs.weights import read_checkpoint
 from model.structures import MODEL_PROTOCOL
+from pipeline.errors import JobRefused, SystemicFault
 from pipeline.inputs import InputSettings, allowed_access
 from pipeline.ledger import Job, identity_of, open_job, read_job, units_per_part
 from pipeline.plan import UNITS_PER_FILE, Plan, make_plan
@@ -64,6 +66,20 @@ def open_or_create(config: Config, *, check_inputs: bool, probe_dtype: Callable[
         UsageError: something needed is not named.
         JobRefused: inputs or weights that cannot be used, or an output that belongs to something else.
     """
+    with before_work():
+        return _open_or_create(config, check_inputs, probe_dtype)
+
+
+@contextlib.contextmanager
+def before_work() -> Iterator[None]:
+    """Makes a fault of the surroundings a refusal: nothing was begun, so there is nothing to go on with."""
+    try:
+        yield
+    except SystemicFault as fault:
+        raise JobRefused(f"nothing was begun: {fault}") from fault
+
+
+def _open_or_create(config: Config, check_inputs: bool, probe_dtype: Callable[[], str]) -> Opened:
     place = settings.output_place(config)
     inputs = settings.input_settings(config)
     weights = read_checkpoint(config)

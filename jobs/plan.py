@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs import console, settings, understood
 from jobs.config import Config
+from jobs.opening import before_work
 from jobs.weights import read_checkpoint
 from pipeline.errors import JobRefused
 from pipeline.ledger import read_job
@@ -22,9 +23,10 @@ from pipeline.units import list_committed
 
 def run(config: Config, *, json: bool) -> int:
     """Plan, look at what the output holds, check the weights when they are named; print, and return 0."""
-    plan = understood.with_a_look(make_plan(settings.input_settings(config)), settings.limits(config))
-    weights = read_checkpoint(config) if config.model.checkpoint else None
-    done = _done(config, plan) if config.output.uri else None
+    with before_work():
+        plan = understood.with_a_look(make_plan(settings.input_settings(config)), settings.limits(config))
+        weights = read_checkpoint(config) if config.model.checkpoint else None
+        done = _done(config, plan) if config.output.uri else None
     if json:
         console.data_json(_as_json(config, plan, weights, done))
     else:

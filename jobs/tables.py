@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import parquet, schema
-from pipeline.manifest import Manifest, PartFile
+from pipeline.errors import JobRefused
+from pipeline.manifest import Manifest, PartFile, read_manifest
 from pipeline.storage import Store
 
 T = TypeVar("T")
@@ -28,6 +29,14 @@ class ImageRows:
 
     image: Row
     instances: tuple[Row, ...]
+
+
+def require_published(store: Store) -> Manifest:
+    """The manifest of the tables in a store; JobRefused when nothing is published there."""
+    manifest = read_manifest(store)
+    if manifest is None or not manifest.parts:
+        raise JobRefused(f"{store.place.uri}: no tables are published here yet; see hqlabel publish --help")
+    return manifest
 
 
 def find_image(store: Store, manifest: Manifest, image_id: str) -> ImageRows | None:
@@ -61,7 +70,7 @@ def failed_examples(store: Store, manifest: Manifest, *, per_code: int = 2) -> d
         wanted = [code for code in part.counts.failed if len(examples[code]) < per_code]
         if not wanted:
             continue
-        for table in _groups(store, part.images, schema.IMAGES, columns):
+        for table in row_groups(store, part.images, schema.IMAGES, columns):
             for row in table.filter(pc.is_in(table["error_code"], pa.array(wanted))).to_pylist():
                 if len(examples[row["error_code"]]) < per_code:
                     examples[row["error_code"]].append(row)
@@ -71,7 +80,7 @@ def failed_examples(store: Store, manifest: Manifest, *, per_code: int = 2) -> d
 def failed_units(store: Store, file: PartFile, codes: Sequence[str]) -> dict[int, int]:
     """Of one images part, how many images of each unit failed with one of `codes` (empty: with any)."""
     found: dict[int, int] = {}
-    for table in _groups(store, file, schema.IMAGES, ["unit_id", "error_code"]):
+    for table in row_groups(store, file, schema.IMAGES, ["unit_id", "error_code"]):
         failed = table.filter(table["error_code"].is_valid())
         if codes:
             failed = failed.filter(pc.is_in(failed["error_code"], pa.array(codes)))
@@ -105,7 +114,7 @@ def _bytes(value: str | bytes) -> bytes:
 
 def _labelled_ids(store: Store, file: PartFile) -> list[str]:
     columns = ["image_id", "num_instances"]
-    tables = _groups(store, file, schema.IMAGES, columns)
+    tables = row_groups(store, file, schema.IMAGES, columns)
     return [
         image_id
         for table in tables
@@ -113,8 +122,8 @@ def _labelled_ids(store: Store, file: PartFile) -> list[str]:
     ]
 
 
-def _groups(store: Store, file: PartFile, kind: pa.Schema, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The row groups of a part one after another, with these columns."""
+def row_groups(store: Store, file: PartFile, kind: pa.Schema, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The row groups of a part one after another, with these columns of `kind`."""
     with store.open_parquet(file.key) as stream, parquet.open_body(stream, kind, file.key) as body:
         for group in range(body.num_row_groups):
             yield body.read_row_group(group, columns=list(columns))

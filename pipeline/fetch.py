@@ -21,6 +21,7 @@ FETCH_THREADS = 8
 """Requests in flight for one unit: at 50 ms each they feed 160 images/s, and hold 8 objects at most."""
 
 DENIED_AT_LEAST = 3
+_NO_ANSWER = ("unreachable", "fetch_timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,4 +98,25 @@ def stop_if_denied(errors: Sequence[ImageError | None]) -> None:
             f"the store refused {len(denied)} of {len(errors)} images of a unit, for example: "
             f"{denied[0].message}. Grant read access and start again (S3 also answers 403 for objects "
             "that do not exist when listing the bucket is not allowed)",
+        )
+
+
+def stop_if_unreachable(uris: Sequence[str], errors: Sequence[ImageError | None]) -> None:
+    """None unless the store answers a whole unit with nothing: at least 3 objects, half of those asked for.
+
+    Images from web sites (http) do not count: one site that is down says nothing about the others.
+
+    Raises:
+        SystemicFault: `store`.
+    """
+    asked = [
+        error for uri, error in zip(uris, errors, strict=True) if not uri.startswith(("http:", "https:"))
+    ]
+    silent = [error for error in asked if error is not None and error.code in _NO_ANSWER]
+    if len(silent) >= DENIED_AT_LEAST and 2 * len(silent) >= len(asked):
+        raise SystemicFault(
+            "store",
+            f"{len(silent)} of {len(asked)} images of a unit could not be read, for example: "
+            f"{silent[0].message}. Start again when the store answers; if it is only slow, raise "
+            "limits.fetch_timeout_s",
         )

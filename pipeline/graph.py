@@ -47,7 +47,12 @@ UNITS_PER_WAVE = 5000
 """Units of one Ray Data execution. Ray keeps some 20 KB a unit on the driver until an execution ends, and a
 new one costs the actors' start; with 64 images a unit this is 320,000 images."""
 
-UNITS_QUEUED_PER_ACTOR = 4
+UNITS_AT_ACTOR = 2
+"""One in the model and one about to be: Ray gives back none that it has handed to an actor, so whatever waits
+there waits also behind a unit that takes minutes."""
+UNITS_AT_ACTOR_OF_GROWING_POOL = 4
+"""Ray enlarges a pool only from 1.75 times its concurrent calls on."""
+_CALLS_PER_ACTOR = 2  # while one unit is in the model, the next is read and the last one sent off
 NO_PROGRESS_AT_LEAST_S = 2 * 3600.0
 _POLL_S = 1.0
 
@@ -117,13 +122,14 @@ def chain(
 ) -> ray.data.Dataset:
     """The three stages over these units, not yet started; each row that comes out is a commit.OUTCOME."""
     rows: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+    grows = requests.actors_max > requests.actors_min
     actors = ray.data.ActorPoolStrategy(
         min_size=requests.actors_min,
         max_size=requests.actors_max,
-        max_tasks_in_flight_per_actor=UNITS_QUEUED_PER_ACTOR,
-        # Two calls: while one unit is in the model, the next is read and the last one sent off.
-        max_concurrent_calls_per_actor=2,
+        max_tasks_in_flight_per_actor=UNITS_AT_ACTOR_OF_GROWING_POOL if grows else UNITS_AT_ACTOR,
+        max_concurrent_calls_per_actor=_CALLS_PER_ACTOR,
     )
+    commits = ray.data.TaskPoolStrategy(size=min(requests.commit_tasks, len(units)))
     first: Any = prepare  # Ray's types know no tables of Arrow's
     last: Any = commit
     return (
@@ -141,7 +147,9 @@ def chain(
             num_gpus=requests.gpus_per_actor,
             **rows,
         )
-        .map_batches(last, fn_kwargs={"context": context}, num_cpus=requests.commit_cpus, **rows)
+        .map_batches(
+            last, fn_kwargs={"context": context}, compute=commits, num_cpus=requests.commit_cpus, **rows
+        )
     )
 
 

@@ -180,6 +180,8 @@ def _from_listing(uri: str, entries: Sequence[Entry], *, root: str) -> ImageList
 
 
 def _nothing_in(uri: str, entries: Sequence[Entry], wanted: str) -> JobRefused:
+    if split_scheme(uri)[0] == "file" and not _is_pattern(uri) and not os.path.lexists(uri):
+        return JobRefused(f"{uri}: there is no such file or folder")
     found = (
         f"{len(entries)} other files, such as {examples([e.key for e in entries])}" if entries else "nothing"
     )

@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from pipeline.decode_child import DecodeChild
 from pipeline.errors import ImageError, SystemicFault
-from pipeline.fetch import FetchOutcome, fetch_ahead, stop_if_denied
+from pipeline.failpoints import visit
+from pipeline.fetch import FetchOutcome, fetch_ahead, stop_if_denied, stop_if_unreachable
 from pipeline.plan import read_unit
 from pipeline.prompts import resolved_boxes
 from pipeline.records import JobContext, Limits
@@ -45,6 +46,7 @@ def _prepare(
     unit: UnitRow, context: JobContext, store: Store, child: DecodeChild
 ) -> tuple[list[ImageResult], list[Pixels], PixelArena]:
     rows = planned_rows(unit, context, store)
+    visit("unit.read")
     images = [_counted(ImageResult(planned=row), context.limits) for row in rows]
     pixels: list[Pixels] = [None] * len(images)
     wanted = [
@@ -59,6 +61,7 @@ def _prepare(
         errors.append(outcome.error)
         images[place], pixels[place] = _decode(images[place], outcome, context, child, arena)
     stop_if_denied(errors)
+    stop_if_unreachable(uris, errors)
     return images, pixels, arena
 
 

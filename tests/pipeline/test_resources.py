@@ -23,6 +23,20 @@ def test_small_machines_run_one_actor_two_decoders_and_a_commit_at_once(cpus):
     assert fit(ClusterSettings(), [Node(cpus=cpus)]).actors_max == max(1, cpus - 1)
 
 
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "actors", "decoders"),
+    [(1, 0, None, 2), (2, 0, None, 2), (2, 0, 2, 2), (4, 0, None, 2), (8, 0, None, 2), (64, 0, None, 2),
+     (16, 0, 1, 15), (2, 1, None, 2), (4, 1, None, 2), (4, 4, None, 2), (8, 1, None, 7)],
+)  # fmt: skip
+def test_two_units_at_least_can_be_prepared_beside_the_actors_and_never_more_than_cores_are_left(
+    cpus, gpus, actors, decoders
+):
+    found = fit(ClusterSettings(actors=actors), [Node(cpus=cpus, gpus=gpus)])
+
+    left = cpus - found.actors_max * found.cpus_per_actor - found.commit_tasks * found.commit_cpus
+    assert int(left / found.decode_cpus + 1e-6) == decoders
+
+
 def test_actor_and_decode_requests_differ_wherever_fusion_could_join_them():
     for settings in (
         ClusterSettings(),
@@ -58,7 +72,7 @@ def test_a_pool_may_begin_small():
     assert (found.actors_min, found.actors_max) == (2, 6)
 
 
-@pytest.mark.parametrize(("actors", "cpus", "each"), [(2, 2, 0.75), (3, 2, 0.5), (2, 8, 1.0)])
+@pytest.mark.parametrize(("actors", "cpus", "each"), [(2, 2, 0.75), (3, 2, 0.5), (2, 8, 1.0), (2, 1, 0.25)])
 def test_more_actors_than_cores_get_smaller_shares(actors, cpus, each):
     found = fit(ClusterSettings(actors=actors), [Node(cpus=cpus)])
 
