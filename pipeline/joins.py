@@ -184,7 +184,7 @@ def _refuse_repeated(wanted: pa.Array, boxes: BoxList) -> None:
 
 def _refusal(unmatched: Unmatched, keys: pa.Array, wanted: pa.Array, boxes: BoxList) -> JobRefused:
     named = wanted.drop_null()
-    hint = _why(keys, named.filter(pa.array(positions(keys, named) < 0)))
+    hint = _why(keys, named.filter(pa.array(positions(named, keys) < 0)))
     return JobRefused(
         f"{boxes.files[0]}: {unmatched.boxes} boxes of {unmatched.images} images "
         f"(of {len(boxes.lengths)}) have no image: "
