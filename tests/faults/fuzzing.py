@@ -227,6 +227,7 @@ class Inputs:
             whose = (str(path), "not told apart", "empty string")
             assert any(word in refusal for word in whose), refusal
             assert len(refusal) < 4000, "the text is not bounded"
+            assert refusal.isprintable(), repr(refusal)
             return "refused"
         for row in plan.table.to_pylist():
             assert row["error_code"] in (None, "uri_refused", "labels_mismatch", "boxes_missing")
