@@ -207,7 +207,7 @@ def test_the_lint_sees_a_parquet_file_being_opened(source: str) -> None:
 
 
 def test_parquet_files_are_opened_by_one_function_alone() -> None:
-    """A registered extension type is made while a file is opened: `pipeline.parquet.open_closed` prevents it."""
+    """Opening a file makes registered extension types; `pipeline.parquet.open_closed` prevents it."""
     found = {
         str(path.relative_to(ROOT)): calls
         for tree in ("model", "pipeline", "jobs")
