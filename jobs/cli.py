@@ -345,6 +345,35 @@ def inspect(
 
 @app.command(rich_help_panel="Results")
 @command
+def report(
+    output: options.Output = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="FILE",
+            help="A local file for the page. Default: report/index.html in the output.",
+            show_default=False,
+        ),
+    ] = None,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Make one HTML page to look at: totals, failures, scores, best and worst masks.
+
+    It is made from the published tables and the images, holds its pictures inside, and needs no server.
+
+    Example:  hqlabel report --output out
+    """
+    from jobs import report as job
+
+    return job.run(_given(config, set_, output__uri=output), to=to, as_json=json)
+
+
+@app.command(rich_help_panel="Results")
+@command
 def export(
     format_: Annotated[
         str,
