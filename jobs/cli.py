@@ -170,6 +170,16 @@ def plan(
     allow_root: options.AllowRoot = None,
     allow_scheme: options.AllowScheme = None,
     allow_unmatched: options.AllowUnmatched = False,
+    ray_address: options.RayAddress = None,
+    sample: Annotated[
+        int,
+        typer.Option(
+            "--sample",
+            min=0,
+            help="Measure with so many images, the whole way on this machine or cluster, and say hours, "
+            "money (cost.usd_per_gpu_hour) and bytes for all. 64 is enough for one device.",
+        ),
+    ] = 0,
     config: options.ConfigFile = None,
     set_: options.Sets = None,
     json: options.Json = False,
@@ -177,7 +187,7 @@ def plan(
 ) -> int:
     """Say what label would do with the same options; write nothing.
 
-    Example:  hqlabel plan --images photos/ --boxes boxes.json --output out
+    Example:  hqlabel plan --images photos/ --boxes boxes.json --checkpoint demo --sample 64
     """
     given = _given(
         config,
@@ -192,11 +202,12 @@ def plan(
         input__allow_unmatched=allow_unmatched or None,
         model__checkpoint=checkpoint,
         output__uri=output,
+        cluster__ray_address=ray_address,
     )
     settings = given.load()
     from jobs import plan as job
 
-    return job.run(settings, json=json)
+    return job.run(settings, interrupts, sample=sample, json=json)
 
 
 @app.command(rich_help_panel="Labelling")
