@@ -25,7 +25,7 @@ from jobs.config import Given
 from jobs.environment import make_private, refuse_dangerous_switches
 from jobs.interrupts import Interrupted, Interrupts, end_now
 from jobs.slices import parse_slice
-from pipeline.errors import HqlabelError
+from pipeline.errors import HqlabelError, UsageError
 
 P = ParamSpec("P")
 
@@ -276,14 +276,26 @@ def publish(
         float | None,
         typer.Option("--min-stability-score", help="Mark masks with a lower score.", show_default=False),
     ] = None,
+    merge: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--merge",
+            metavar="OUTPUT",
+            help="Write the tables of these outputs as one into --output, a new folder. Repeat it for each. "
+            "Of an image that several have, the newest row holds.",
+            show_default=False,
+        ),
+    ] = None,
     config: options.ConfigFile = None,
     set_: options.Sets = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> int:
-    """Write the tables again with other filters; no model runs.
+    """Write the tables again with other filters, or merge outputs; no model runs.
 
     Example:  hqlabel publish --output out --min-predicted-iou 0.8
+
+    Example:  hqlabel publish --output all --merge monday --merge tuesday
 
     Nothing is deleted: a filter marks rows (accepted, reject_reason). All filters: --set filter.NAME=VALUE.
     """
@@ -295,6 +307,12 @@ def publish(
         filter__min_stability_score=min_stability_score,
     )
     given.load()  # what is wrong with the call is said before the imports below
+    if merge:
+        if min_predicted_iou is not None or min_stability_score is not None:
+            raise UsageError("--merge takes the marks as they are; publish each output with the filter first")
+        from jobs import merging
+
+        return merging.run(given, merge, json=json)
     from jobs import publish as job
 
     return job.run(given, interrupts, json=json)

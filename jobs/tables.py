@@ -116,12 +116,15 @@ def _rows_in(store: Store, file: PartFile, kind: pa.Schema, image_ids: Sequence[
 
 
 def _may_hold(body: pq.ParquetFile, group: int, image_id: str) -> bool:
+    return _may_meet(body, group, image_id, image_id)
+
+
+def _may_meet(body: pq.ParquetFile, group: int, low: str, high: str) -> bool:
     column = body.metadata.row_group(group).column(body.schema_arrow.get_field_index("image_id"))
     facts = column.statistics
     if facts is None or not facts.has_min_max:
         return True
-    wanted = image_id.encode()
-    return bool(_bytes(facts.min) <= wanted <= _bytes(facts.max))
+    return bool(_bytes(facts.min) <= high.encode() and low.encode() <= _bytes(facts.max))
 
 
 def _bytes(value: str | bytes) -> bytes:
@@ -143,6 +146,21 @@ def row_groups(store: Store, file: PartFile, kind: pa.Schema, columns: Sequence[
     with store.open_parquet(file.key) as stream, parquet.open_body(stream, kind, file.key) as body:
         for group in range(body.num_row_groups):
             yield body.read_row_group(group, columns=list(columns))
+
+
+def rows_between(
+    store: Store,
+    file: PartFile,
+    kind: pa.Schema,
+    columns: Sequence[str],
+    low: str | None = None,
+    high: str | None = None,
+) -> Iterator[pa.Table]:
+    """The row groups of a part that may hold an image_id from `low` to `high` (None: all), whole."""
+    with store.open_parquet(file.key) as stream, parquet.open_body(stream, kind, file.key) as body:
+        for group in range(body.num_row_groups):
+            if low is None or high is None or _may_meet(body, group, low, high):
+                yield body.read_row_group(group, columns=list(columns))
 
 
 def _spread(items: Sequence[T], number: int) -> list[T]:
