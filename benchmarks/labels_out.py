@@ -204,14 +204,14 @@ def write_truth(folder: Path, images: int) -> Path:
     return path
 
 
-def measured(arguments: list[str]) -> tuple[float, float]:
-    """(seconds, peak MB) of one command in a process of its own."""
+def measured(arguments: list[str]) -> tuple[float, float, float]:
+    """(seconds, CPU seconds, peak MB) of one command in a process of its own."""
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "jobs", *arguments], stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{arguments} ended with status {status}")
-    return time.perf_counter() - began, usage.ru_maxrss / 1000
+    return time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
 
 
 def size_of(folder: Path) -> float:
@@ -242,9 +242,13 @@ def main() -> None:
             elif command == "evaluate":
                 truth = write_truth(folder, options.images)
                 arguments = ["evaluate", "--output", str(output), "--truth", str(truth)]
-            seconds, peak = measured(arguments)
+            seconds, cpu, peak = measured(arguments)
             wrote = size_of(to) if to.exists() else 0
-            print(f"{command:<13}{seconds:8.1f} s{peak:9,.0f} MB peak{wrote:9,.0f} MB written", flush=True)
+            print(
+                f"{command:<13}{seconds:8.1f} s{cpu:8.1f} s of CPU{peak:9,.0f} MB peak"
+                f"{wrote:9,.0f} MB written",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
