@@ -1,6 +1,6 @@
-"""Known masks through the whole job: JPEGs of every EXIF orientation in, RLE out, as good as the model itself.
+"""Known masks through the whole job: JPEGs of every EXIF orientation in, RLE out, as good as the model alone.
 
-A box scaled wrongly, swapped axes, a lost half pixel or a bad resize anywhere on the way shows as a lower IoU.
+A box scaled wrongly, swapped axes, a lost half pixel or a bad resize on the way shows as a lower IoU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The shipped checkpoint through the original code: the same masks on trained weights, not only on random ones."""
+"""The shipped checkpoint through the original code: the same masks on trained weights too."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ NEAR_ZERO = 1e-4
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Our model, and the original's predictor after its own strict load of the same weights as a .pth file."""
+    """Our model, and the original's predictor after a strict load of the same weights as a .pth file."""
     model = load(DEMO_FOLDER).model
     path = tmp_path_factory.mktemp("demo") / "sam_hq_demo.pth"
     save_original(model, path)
