@@ -9,48 +9,23 @@ window or of the grid, h heads, d width of a head.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.attention import blocked_attention, folded_attention, plain_attention
 from model.config import VisionConfig
 from model.layers import VIT_NORM_EPS, Neck
 from model.structures import EncoderFeatures
 
 
-def relative_position_attention(
-    q_nhLd: torch.Tensor,
-    k_nhLd: torch.Tensor,
-    v_nhLd: torch.Tensor,
-    table_h: torch.Tensor,
-    table_w: torch.Tensor,
-) -> torch.Tensor:
-    """Return softmax(q k' / sqrt(d) + rel_h + rel_w) v over a square of L = side * side tokens, (n, h, L, d).
-
-    rel_h[q, k] = q . table_h[row(q) - row(k) + side - 1], with the *unscaled* q; rel_w the same with
-    columns. The tables are (2 side - 1, d) and shared by the heads. Decomposed relative position, from
-    MViTv2 (arXiv 2112.01526), as SAM uses it.
-
-    This is the plain road: it holds the (L, L) logits of every head, 0.8 GiB in fp32 for one image in
-    a global block of ViT-B.
-    """
-    n, h, length, d = q_nhLd.shape
-    side = (table_h.shape[0] + 1) // 2
-    offset = torch.arange(side, device=q_nhLd.device)
-    offset = offset[:, None] - offset[None, :] + side - 1
-    q_grid = q_nhLd.reshape(n, h, side, side, d)
-    rel_h = torch.einsum("nhyxd,ykd->nhyxk", q_grid, table_h[offset])
-    rel_w = torch.einsum("nhyxd,xkd->nhyxk", q_grid, table_w[offset])
-    logits = ((q_nhLd * d**-0.5) @ k_nhLd.transpose(-2, -1)).view(n, h, side, side, side, side)
-    # In place: each copy of the logits costs as much memory again. Nothing needs them without the terms.
-    logits += rel_h[..., :, None]
-    logits += rel_w[..., None, :]
-    weights: torch.Tensor = logits.view(n, h, length, length).softmax(-1)
-    return weights @ v_nhLd
-
-
 class Attention(nn.Module):
-    """Multi-head attention with decomposed relative position over squares of `side` x `side` tokens."""
+    """Multi-head attention with decomposed relative position over squares of `side` x `side` tokens.
+
+    `forward` is the plain definition on squares; `attend_rows` is what inference takes.
+    """
 
     def __init__(self, width: int, heads: int, side: int) -> None:
         super().__init__()
@@ -66,8 +41,35 @@ class Attention(nn.Module):
         # Outermost q, k, v; then heads; then the head's width.
         qkv = self.qkv(x_nWWC).view(n, side * side, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = relative_position_attention(q, k, v, self.rel_pos_h, self.rel_pos_w)
+        out = plain_attention(q, k, v, self.rel_pos_h, self.rel_pos_w)
         projected: torch.Tensor = self.proj(out.transpose(1, 2).reshape(n, side, side, width))
+        return projected
+
+    def attend_rows(
+        self, x_RC: torch.Tensor, squares: int, gather_T: torch.Tensor | None, back_R: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the attended tokens, (R, C), of R tokens in any order, without gradients.
+
+        `gather_T`: for each token of each square the row of it, R for a token of padding (`window_rows`).
+        `back_R`: for each row its place among the tokens of the squares. None: the rows are the squares.
+        A token of zeros is projected to the bias, so the padding needs no matrix work.
+        """
+        rows, width = x_RC.shape
+        qkv = x_RC.new_empty(rows + 1, 3 * width)
+        torch.addmm(self.qkv.bias, x_RC, self.qkv.weight.t(), out=qkv[:rows])
+        qkv[rows] = self.qkv.bias
+        parts = qkv.view(rows + 1, 3 * self.heads, -1).transpose(0, 1)
+        parts = parts[:, :rows].contiguous() if gather_T is None else parts.contiguous()
+        if gather_T is not None:
+            parts = parts.index_select(1, gather_T)
+        q, k, v = parts.view(3, self.heads, squares, -1, width // self.heads).unbind(0)
+        if x_RC.is_cuda:
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            out = folded_attention(q, k, v, self.rel_pos_h, self.rel_pos_w).transpose(1, 2).flatten(2)
+        else:
+            out = blocked_attention(q, k, v, self.rel_pos_h, self.rel_pos_w)
+        out_TC = out.reshape(-1, width)
+        projected: torch.Tensor = self.proj(out_TC if back_R is None else out_TC.index_select(0, back_R))
         return projected
 
 
@@ -87,6 +89,22 @@ def from_windows(x_nWWC: torch.Tensor, grid: int) -> torch.Tensor:
     across = -(-grid // window)
     x = x_nWWC.view(-1, across, across, window, window, C).transpose(2, 3)
     return x.reshape(-1, across * window, across * window, C)[:, :grid, :grid]
+
+
+@lru_cache(maxsize=64)
+def window_rows(
+    images: int, grid: int, window: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where the tokens of `to_windows` come from and where `from_windows` finds them; int64, flat.
+
+    The first is (n * W * W,): rows of the images' tokens, and their number for padding. The second is
+    (images * grid * grid,): places among the windows' tokens.
+    """
+    rows = torch.arange(images * grid * grid, dtype=torch.float64).view(images, grid, grid, 1)
+    gather = to_windows(rows + 1, window).flatten().long() - 1
+    places = torch.arange(len(gather)).view(-1, window, window, 1)
+    gather[gather < 0] = images * grid * grid
+    return gather.to(device), from_windows(places, grid).flatten().to(device)
 
 
 class Mlp(nn.Module):
@@ -124,13 +142,23 @@ class Block(nn.Module):
         """Return the attention's output, (B, G, G, C).
 
         The windows' padding is added after the norm, as zeros, and takes part in the attention: nothing
-        masks it. The published weights were trained so.
+        masks it. The published weights were trained so. With gradients this is the plain definition.
         """
+        if not torch.is_grad_enabled():
+            return self._attend_fast(x_BGGC)
         if self.window == 0:
             out: torch.Tensor = self.attn(x_BGGC)
             return out
         windows = self.attn(to_windows(x_BGGC, self.window))
         return from_windows(windows, x_BGGC.shape[1])
+
+    def _attend_fast(self, x_BGGC: torch.Tensor) -> torch.Tensor:
+        images, grid = x_BGGC.shape[:2]
+        squares, gather, back = images, None, None
+        if self.window:
+            gather, back = window_rows(images, grid, self.window, x_BGGC.device)
+            squares = len(gather) // self.window**2
+        return self.attn.attend_rows(x_BGGC.flatten(0, 2), squares, gather, back).view(x_BGGC.shape)
 
 
 class ImageEncoderViT(nn.Module):
@@ -149,7 +177,8 @@ class ImageEncoderViT(nn.Module):
 
     def forward(self, pixels_B3SS: torch.Tensor) -> EncoderFeatures:
         """Return the features of B normalised, zero-padded square pictures, (B, 3, S, S), in their dtype."""
-        x = self.patch_embed(pixels_B3SS).permute(0, 2, 3, 1) + self.pos_embed
+        # Contiguous, or every sum and norm that follows goes on in the convolution's order of memory.
+        x = self.patch_embed(pixels_B3SS).permute(0, 2, 3, 1).contiguous() + self.pos_embed
         early = x
         for i, block in enumerate(self.blocks):
             x = block(x)

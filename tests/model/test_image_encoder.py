@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from model.config import vit_config
-from model.image_encoder import Attention, from_windows, relative_position_attention, to_windows
+from model.attention import blocked_attention, folded_attention, plain_attention
+from model.image_encoder import Attention, from_windows, to_windows, window_rows
 from model.layers import TORCH_NORM_EPS
 from model.tiny_vit import WindowAttention
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, lively
@@ -21,7 +22,7 @@ def test_relative_position_is_the_unscaled_query_with_the_offset_from_key_to_que
             logits[:, :, a, b] = (q[:, :, a] * (k[:, :, b] * head_width**-0.5 + position)).sum(-1)
     expected = logits.softmax(-1) @ v
 
-    assert torch.allclose(relative_position_attention(q, k, v, table_h, table_w), expected, atol=1e-12)
+    assert torch.allclose(plain_attention(q, k, v, table_h, table_w), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("head_width", [32, 64, 80])
