@@ -55,12 +55,11 @@ def _sample(table: pa.Table) -> list[dict[str, Any]]:
     """Rows with boxes that are to be opened, spread evenly."""
     has_boxes = pc.greater(pc.fill_null(pc.list_value_length(table.column("boxes")), 0), 0)
     places = pc.indices_nonzero(pc.and_(has_boxes, pc.is_null(table.column("error_code")))).to_numpy()
-    chosen = (
-        places[np.unique(np.linspace(0, len(places) - 1, PICTURES).astype(np.int64))]
-        if len(places)
-        else places
-    )
-    rows: list[dict[str, Any]] = table.take(pa.array(chosen)).to_pylist()
+    if not len(places):
+        return []
+    chosen = places[np.unique(np.linspace(0, len(places) - 1, PICTURES).astype(np.int64))]
+    # One by one: to take rows from a chunked column joins its chunks first, however large they are.
+    rows: list[dict[str, Any]] = pa.concat_tables(table.slice(int(at), 1) for at in chosen).to_pylist()
     return rows
 
 

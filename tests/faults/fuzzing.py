@@ -76,7 +76,8 @@ def changed(body: bytes, edits: list[tuple[str, int, bytes]]) -> bytes:
 # ---------------------------------------------------------------------------------------------
 
 numbers = st.floats(allow_nan=True, allow_infinity=True) | st.sampled_from([0, -0.0, 64, 640, 1e-300, 1e308])
-lists = st.none() | st.lists(st.none() | numbers, max_size=6) | st.tuples(*[numbers] * 4).map(list)
+likely = st.tuples(st.floats(-50, 400), st.floats(-50, 400), st.floats(0, 900), st.floats(0, 900)).map(list)
+lists = likely | st.none() | st.lists(st.none() | numbers, max_size=6) | st.tuples(*[numbers] * 4).map(list)
 extras = st.fixed_dictionaries(
     {},
     optional={
@@ -204,16 +205,17 @@ class Inputs:
     def plan_table(self, case: tuple[str, list[tuple[str, int, bytes]]]) -> str:
         """`planned` or `refused`; the refusal names the file."""
         name, edits = case
-        return self._plan(name, changed(TABLES[name], edits))
+        return self.plan(name, changed(TABLES[name], edits))
 
     def plan_coco(self, case: Any) -> str:
         """The same for a COCO file, changed or made up."""
         if isinstance(case, tuple):
             name, edits = case
-            return self._plan(name, changed(COCO[name], edits))
-        return self._plan("made.json", json.dumps(case).encode())
+            return self.plan(name, changed(COCO[name], edits))
+        return self.plan("made.json", json.dumps(case).encode())
 
-    def _plan(self, name: str, body: bytes) -> str:
+    def plan(self, name: str, body: bytes) -> str:
+        """`planned` or `refused`, for a file of boxes with these bytes."""
         path = self._folder / name
         path.write_bytes(body)
         plan, refusal = None, ""
@@ -225,6 +227,7 @@ class Inputs:
             whose = (str(path), "not told apart", "empty string")
             assert any(word in refusal for word in whose), refusal
             assert len(refusal) < 4000, "the text is not bounded"
+            assert refusal.isprintable(), repr(refusal)
             return "refused"
         for row in plan.table.to_pylist():
             assert row["error_code"] in (None, "uri_refused", "labels_mismatch", "boxes_missing")

@@ -94,4 +94,4 @@ def test_what_was_found_once_stays_mended(find: dict[str, str], child: DecodeChi
     if find["kind"] == "picture":
         assert fuzzing.decode_bytes(child, body) == find["outcome"]
     else:
-        assert fuzzing.Inputs(tmp_path)._plan(find["name"], body) == find["outcome"]
+        assert fuzzing.Inputs(tmp_path).plan(find["name"], body) == find["outcome"]

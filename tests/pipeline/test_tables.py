@@ -11,6 +11,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import text_tables
 from pipeline.columns import Kind
 from pipeline.errors import JobRefused
 from pipeline.records import AccessRules
@@ -375,6 +376,16 @@ def test_jsonl_keys_may_come_late_and_be_missing(tmp_path):
 )
 def test_a_jsonl_that_is_not_sound_is_refused(tmp_path, content, reason):
     assert reason in refusal(text(tmp_path / "a.jsonl", content))
+
+
+@pytest.mark.parametrize("indent", range(40, 64))
+def test_a_null_line_is_refused_wherever_a_block_begins(tmp_path, monkeypatch, indent):
+    """Arrow's reader ends the process on a block that begins with one."""
+    monkeypatch.setattr(text_tables, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(text_tables, "SAMPLE_BYTES", 64)
+    line = '{"image_id": "a"}\n'
+
+    assert "null" in refusal(text(tmp_path / "a.jsonl", line * 4 + " " * indent + "\nnull\n" + line * 3))
 
 
 def test_a_table_of_unknown_kind_is_refused(tmp_path):
