@@ -104,6 +104,7 @@ def next_commands(output: str, *, failed: int, limited: bool) -> list[str]:
         commands.append(console.command(["hqlabel", "retry", *place]) + "   # once the cause is mended")
     if limited:
         commands.append("the same command without --limit and with another --output, for all images")
+    commands.append(console.command(["hqlabel", "report", *place]))
     commands.append(console.command(["hqlabel", "validate", *place]))
     return commands
 

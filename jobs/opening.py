@@ -25,7 +25,7 @@ from pipeline.errors import JobRefused, SystemicFault
 from pipeline.inputs import InputSettings, allowed_access
 from pipeline.ledger import Job, identity_of, open_job, read_job, units_per_part
 from pipeline.plan import UNITS_PER_FILE, Plan, make_plan
-from pipeline.records import AccessRules, BoxRules, JobContext, Weights
+from pipeline.records import AccessRules, BoxRules, JobContext, Place, Weights
 from pipeline.storage import Store, fingerprint, open_store, options_for
 
 
@@ -148,17 +148,14 @@ def _stored(job: Job | None) -> Job:
 
 def _job(wanted: _Wanted, store: Store, plan: Plan | None, stored: Job | None) -> Job:
     config, given = wanted.config, wanted.config.input
-    context = JobContext(
+    context = new_context(
+        config,
         output=store.place,
         plan_sha256=wanted.plan_sha256,
-        images_per_unit=config.output.images_per_unit,
-        run_id=_new_run_id(),
         weights=wanted.weights,
-        masks=settings.mask_settings(config, wanted.dtype),
+        dtype=wanted.dtype,
         box_rules=wanted.box_rules,
         access=wanted.access,
-        limits=settings.limits(config),
-        lineage={"code_version": code_version()},
     )
     arguments = {
         "images": given.images,
@@ -184,6 +181,31 @@ def _job(wanted: _Wanted, store: Store, plan: Plan | None, stored: Job | None) -
         units_per_part=units_per_part(
             images=summary.images, boxes=summary.boxes, images_per_unit=plan.images_per_unit
         ),
+    )
+
+
+def new_context(
+    config: Config,
+    *,
+    output: Place,
+    plan_sha256: str,
+    weights: Weights,
+    dtype: str,
+    box_rules: BoxRules,
+    access: AccessRules,
+) -> JobContext:
+    """What workers get of a new job with this configuration; `dtype` is resolved."""
+    return JobContext(
+        output=output,
+        plan_sha256=plan_sha256,
+        images_per_unit=config.output.images_per_unit,
+        run_id=_new_run_id(),
+        weights=weights,
+        masks=settings.mask_settings(config, dtype),
+        box_rules=box_rules,
+        access=access,
+        limits=settings.limits(config),
+        lineage={"code_version": code_version()},
     )
 
 

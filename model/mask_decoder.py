@@ -16,6 +16,7 @@ G grid, H = W = 4G mask side, L = G * G.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -31,6 +32,9 @@ from model.transformer import ImageSide, PositionTerms, TwoWayTransformer
 
 ALL_MASK_TOKENS = (0, 1, 2, 3)
 """Mask token 0 is the answer to an unambiguous prompt (a box); 1 to 3 are alternatives for a single point."""
+
+STRIP_PIXELS = 16384
+"""Pixels of the HQ branch's 64 channels that are worked through together on a CPU: 2 MiB in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +69,35 @@ class Upscale(nn.Module):
         self.conv2 = nn.ConvTranspose2d(hidden, out, 2, 2)
 
     def forward(self, x_BCGG: torch.Tensor) -> torch.Tensor:
-        """Return (B, out, 4G, 4G), without a last activation."""
+        """Return the plain definition, (B, out, 4G, 4G), without a last activation."""
         out: torch.Tensor = self.conv2(F.gelu(self.norm(self.conv1(x_BCGG))))
         return out
+
+    def cells(self, x_RC: torch.Tensor) -> torch.Tensor:
+        """Return (R, 2, 2, 2, 2, out): of each token the 4 x 4 pixels it becomes, as row, column, row, column.
+
+        At stride 2 the 2x2 patches do not overlap, so each convolution is one matrix product of tokens, and
+        norm and activation in between care for no order of pixels. `cells_to_map` puts them in place.
+        """
+        hidden = F.gelu(F.layer_norm(self._product(self.conv1, x_RC), *norm_of(self.norm)))
+        return self._product(self.conv2, hidden.flatten(0, 2)).view(len(x_RC), 2, 2, 2, 2, -1)
+
+    @staticmethod
+    def _product(conv: nn.ConvTranspose2d, x_RC: torch.Tensor) -> torch.Tensor:
+        channels, out = conv.weight.shape[:2]
+        weight = conv.weight.permute(2, 3, 1, 0).reshape(4 * out, channels)
+        return F.linear(x_RC, weight, cast(torch.Tensor, conv.bias).repeat(4)).view(-1, 2, 2, out)
+
+
+def norm_of(norm: nn.LayerNorm) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor, float]:
+    """Return the arguments of `F.layer_norm` after its first."""
+    return norm.normalized_shape, norm.weight, norm.bias, norm.eps
+
+
+def cells_to_map(cells: torch.Tensor, grid: int) -> torch.Tensor:
+    """Return (B, U, 4G, 4G), channels last in memory, of the cells of B images' tokens in rows."""
+    cells = cells.view(-1, grid, grid, *cells.shape[1:]).permute(0, 1, 3, 5, 2, 4, 6, 7)
+    return cells.reshape(-1, 4 * grid, 4 * grid, cells.shape[-1]).permute(0, 3, 1, 2)
 
 
 class MaskFeature(nn.Module):
@@ -91,13 +121,20 @@ class MaskFeature(nn.Module):
         products a pixel and prompt, then nine shifted sums. `fold` adds at the place the tap looks from,
         a convolution takes from where it looks to, hence the flip.
         """
-        hidden = F.gelu(self.norm(self.conv1(upscaled_NUHW)))
-        N, channels, H, W = hidden.shape
+        N, _, H, W = upscaled_NUHW.shape
         kernel, bias = self.conv2.weight.float().flip(2, 3), cast(torch.Tensor, self.conv2.bias).float()
-        taps_N9C = torch.einsum("nu,ucyx->nyxc", vector_NU, kernel).reshape(N, 9, channels)
-        products_N9L = taps_N9C @ hidden.float().flatten(2)
+        taps_N9C = torch.einsum("nu,ucyx->nyxc", vector_NU, kernel).reshape(N, 9, -1)
+        hidden_NLC = self.conv1(upscaled_NUHW).permute(0, 2, 3, 1).flatten(1, 2)
+        # In strips that a CPU's inner caches hold: what follows is otherwise a matter of memory, not of sums.
+        strips = hidden_NLC.split(STRIP_PIXELS if hidden_NLC.device.type == "cpu" else H * W, dim=1)
+        products = [taps_N9C @ self._activate(strip).float().transpose(1, 2) for strip in strips]
+        products_N9L = torch.cat(products, dim=2)
         bias_N = vector_NU @ bias
         return F.fold(products_N9L, (H, W), 3, padding=1)[:, 0] + bias_N[:, None, None]
+
+
+    def _activate(self, hidden_NLC: torch.Tensor) -> torch.Tensor:
+        return F.gelu(F.layer_norm(hidden_NLC, *norm_of(self.norm)))
 
 
 class MaskDecoder(nn.Module):
@@ -121,9 +158,10 @@ class MaskDecoder(nn.Module):
 
     def hq_features(self, features: EncoderFeatures) -> torch.Tensor:
         """Return the HQ features of B images, (B, U, 4G, 4G), from the embedding and the early feature."""
-        early_BCGG = features.early_BGGC.permute(0, 3, 1, 2)
-        out: torch.Tensor = self.hq_emb(features.embedding_BCGG) + self.hq_vit(early_BCGG)
-        return out
+        embedding_BGGC = features.embedding_BCGG.permute(0, 2, 3, 1)
+        cells = self.hq_emb.cells(embedding_BGGC.flatten(0, 2))
+        cells = cells + self.hq_vit.cells(features.early_BGGC.flatten(0, 2))
+        return cells_to_map(cells, embedding_BGGC.shape[1])
 
     def share(
         self,
@@ -171,25 +209,36 @@ class MaskDecoder(nn.Module):
         image = shared.first.select(key_index_N.to(device))
         out_NTC, keys_NLC = self.transformer(tokens, image, shared.terms)
 
-        G = shared.hq_features_BCHW.shape[-1] // 4
-        keys_NCGG = keys_NLC.transpose(1, 2).reshape(N, -1, G, G)
-        upscaled = F.gelu(self.up(keys_NCGG))
         hq_vector_NU = self.hyper_hq(out_NTC[:, 1 + len(self.hyper)]).float()
-        hq = self.hq_mask.dot(upscaled, hq_vector_NU)
+        sam_NKU = self._mask_vectors(out_NTC, mask_tokens)
+        # On a CPU the maps of one prompt stay in its caches, those of all do not.
+        step = 1 if device.type == "cpu" and not torch.is_grad_enabled() else N
+        parts = [
+            self._masks(keys_NLC[n : n + step], sam_NKU[n : n + step], hq_vector_NU[n : n + step])
+            for n in range(0, N, step)
+        ]
+        sam, hq = (torch.cat(part) for part in zip(*parts, strict=True))
         return TokenMasks(
-            sam_NKHW=self._mask_token_logits(out_NTC, upscaled, mask_tokens),
+            sam_NKHW=sam,
             hq_NHW=hq + image_products(hq_vector_NU, shared.hq_features_BCHW, hq_index_N),
             predicted_iou_N4=self.iou_head(out_NTC[:, 0]).float(),
         )
 
-    def _mask_token_logits(
-        self, out_NTC: torch.Tensor, upscaled_NUHW: torch.Tensor, mask_tokens: Sequence[int]
-    ) -> torch.Tensor:
-        N, _, H, W = upscaled_NUHW.shape
+    def _mask_vectors(self, out_NTC: torch.Tensor, mask_tokens: Sequence[int]) -> torch.Tensor:
         if not mask_tokens:
-            return torch.zeros(N, 0, H, W, device=upscaled_NUHW.device)
-        vectors = torch.stack([self.hyper[k](out_NTC[:, 1 + k]) for k in mask_tokens], dim=1)
-        return (vectors.float() @ upscaled_NUHW.float().flatten(2)).view(N, -1, H, W)
+            return torch.zeros(len(out_NTC), 0, out_NTC.shape[2] // 8, device=out_NTC.device)
+        return torch.stack([self.hyper[k](out_NTC[:, 1 + k]) for k in mask_tokens], dim=1).float()
+
+    def _masks(
+        self, keys_NLC: torch.Tensor, sam_NKU: torch.Tensor, hq_NU: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The masks of mask tokens (N, K, H, W), and of the HQ token (N, H, W) but for the HQ features."""
+        grid = math.isqrt(keys_NLC.shape[1])
+        upscaled_NUHW = cells_to_map(F.gelu(self.up.cells(keys_NLC.flatten(0, 1))), grid)
+        N, _, H, W = upscaled_NUHW.shape
+        upscaled_NLU = upscaled_NUHW.permute(0, 2, 3, 1).flatten(1, 2).float()
+        sam_NKHW = (sam_NKU @ upscaled_NLU.transpose(1, 2)).view(N, -1, H, W)
+        return sam_NKHW, self.hq_mask.dot(upscaled_NUHW, hq_NU)
 
     def forward(
         self,
@@ -238,7 +287,8 @@ def image_products(
     images, counts = torch.unique_consecutive(index_N, return_counts=True)
     parts, start = [], 0
     for image, count in zip(images.tolist(), counts.tolist(), strict=True):
-        products = vector_NU @ features_BUHW[image].float().flatten(1)
+        features_LU = features_BUHW[image].permute(1, 2, 0).flatten(0, 1).float()
+        products = vector_NU @ features_LU.T
         parts.append(products[start : start + count])
         start += count
     return torch.cat(parts).view(len(vector_NU), *features_BUHW.shape[2:])

@@ -111,6 +111,23 @@ def fit(settings: ClusterSettings, nodes: Sequence[Node]) -> Requests:
     )
 
 
+def still_fits(requests: Requests, before: Sequence[Node], now: Sequence[Node]) -> bool:
+    """Whether the nodes of now hold the actors that those of before held, and a task that feeds them."""
+    then, left = _placing_of(requests, before), _placing_of(requests, now)
+    wanted = min(requests.actors_max, then.places())
+    room = left.most_actors_with_room()
+    return wanted <= left.places() and (room is None or wanted <= room)
+
+
+def _placing_of(requests: Requests, nodes: Sequence[Node]) -> _Placing:
+    return _Placing(
+        nodes=tuple(nodes),
+        actor_cpus=requests.cpus_per_actor,
+        gpus=requests.gpus_per_actor,
+        decode_cpus=requests.decode_cpus,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Placing:
     """Nodes with the requests of one actor and of one decode task."""

@@ -297,3 +297,21 @@ def test_rows_35_36_46_an_output_that_cannot_be_written_any_more_stops_the_job(
     run_job(made)
     assert look(made.store) == wanted
     record(row, 46, fault=f"{name}, output, after two commits", landed=fault.landed, code="5, then 0")
+
+
+@pytest.mark.parametrize("do", ["truncate", "corrupt"])
+def test_rows_37_38_objects_that_are_broken_in_the_store_never_stop_the_job(
+    do: str, bucket: Bucket, record: Record
+) -> None:
+    """All of a unit, for ever; a retry of nothing but such objects ends, too."""
+    within(bucket, 4.0)
+    fault = bucket.strike(do, key=r"0[0-3]\.png")
+    bucket.label()
+    broken = {f"0{number}.png": "unreachable" for number in range(4)}
+    assert bucket.failures() == broken
+    run_job(bucket.made, until="retry", codes=("unreachable",))
+    assert bucket.failures() == broken
+    within(bucket, 20.0)
+    seen = bucket.settled()
+    row = 37 if do == "truncate" else 38
+    record(row, fault=f"{do} of a whole unit's objects for ever", landed=fault.landed, code="0", **seen)

@@ -73,7 +73,7 @@ def make_output(
             identity=identity_of(context, inputs={}, limit=None, protocol=1),
             context=context,
             plan={"images": len(rows), "boxes": 0, "units": units},
-            categories=(),
+            categories=_categories(images),
             units_per_part=units_per_part,
         ),
     )
@@ -88,6 +88,11 @@ def make_output(
         commit(store, unit, 0, encode(build_unit_table(results, job.context), job.context))
     publish(store, job, filters or FilterSettings(), require_owner=lambda what: None)
     return str(folder)
+
+
+def _categories(images: Sequence[MadeImage]) -> tuple[dict, ...]:
+    found = {kind for one in images for kind in one.categories or () if None not in kind}
+    return tuple({"id": number, "name": name} for number, name in sorted(found))
 
 
 def _planned(one: MadeImage, unit_id: int) -> dict:

@@ -256,9 +256,14 @@ def test_a_run_that_is_told_to_stop_stops_and_the_rest_can_be_done_later(tmp_pat
     job = make_job(tmp_path, pictures, lineage={"stub_sleep_s": "0.2"})
     store = open_store(job.context.output)
 
-    began = time.monotonic()
-    outcomes = run(job, should_stop=lambda done: len(done) >= 2)
-    stopped = time.monotonic() - began
+    told = []
+
+    def stop_at_the_second(done):
+        told.append(time.monotonic())
+        return len(done) >= 2
+
+    outcomes = run(job, should_stop=stop_at_the_second)
+    stopped = time.monotonic() - told[-1]
     time.sleep(2)
     after = len(list_committed(store))
     time.sleep(2)
@@ -269,6 +274,34 @@ def test_a_run_that_is_told_to_stop_stops_and_the_rest_can_be_done_later(tmp_pat
     assert stopped < 30
     run(job, [unit_id for unit_id in job.unit_ids if unit_id not in list_committed(store)])
     assert {row["status"] for row in rows(job).values()} == {"labelled"}
+
+
+def test_the_rest_is_begun_anew_when_nodes_are_gone_and_nothing_finishes(tmp_path, monkeypatch):
+    gate = tmp_path / "gate"
+    pictures = {f"{i:02}.png": png(noise(i)) for i in range(12)} | {"04.png": png(harmful_picture("until"))}
+    limits = Limits(segment_timeout_s=120)
+    job = make_job(tmp_path, pictures, limits=limits, lineage={"stub_until": str(gate)})
+    whole, began_anew = graph._nodes(), []
+
+    def nodes():
+        held = list((tmp_path / "out" / "attempts").glob("00000001.g0/*"))
+        return [Node(cpus=0.1)] if held and not gate.exists() else whole
+
+    def requests_for_what_is_left(cluster):
+        gate.touch()
+        began_anew.append(fit(cluster, nodes()))
+        return began_anew[-1]
+
+    monkeypatch.setattr(graph, "_nodes", nodes)
+    monkeypatch.setattr(graph, "_requests_for_what_is_left", requests_for_what_is_left)
+    monkeypatch.setattr(graph, "NODES_GONE_S", 2.0)
+
+    outcomes = run(job)
+
+    assert len(began_anew) == 1
+    assert sorted(outcome.unit_id for outcome in outcomes) == job.unit_ids
+    assert {row["status"] for row in rows(job).values()} == {"labelled"}
+    assert rows(job)["04.png"]["attempts"] == 2
 
 
 def test_many_units_go_in_waves(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import SystemicFault
-from pipeline.resources import COMMIT_CPUS, ClusterSettings, Node, fit
+from pipeline.resources import COMMIT_CPUS, ClusterSettings, Node, fit, still_fits
 
 GIB = 2**30
 
@@ -77,6 +77,30 @@ def test_more_actors_than_cores_get_smaller_shares(actors, cpus, each):
     found = fit(ClusterSettings(actors=actors), [Node(cpus=cpus)])
 
     assert (found.actors_max, found.cpus_per_actor) == (actors, each)
+
+
+@pytest.mark.parametrize(
+    ("settings", "before", "now", "fits"),
+    [
+        (ClusterSettings(), [Node(cpus=8, gpus=1)] * 2, [Node(cpus=8, gpus=1)] * 2, True),
+        (ClusterSettings(), [Node(cpus=8, gpus=1)] * 2, [Node(cpus=8, gpus=1)] * 3, True),
+        (ClusterSettings(), [Node(cpus=8, gpus=1)] * 2, [Node(cpus=8, gpus=1)], False),
+        (ClusterSettings(), [Node(cpus=8, gpus=1), Node(cpus=8)], [Node(cpus=8, gpus=1)], True),
+        (ClusterSettings(actors=2), [Node(cpus=2)] * 2, [Node(cpus=2)], False),  # the actors take all of it
+        (ClusterSettings(actors=1), [Node(cpus=2)] * 2, [Node(cpus=2)], True),
+        (ClusterSettings(actors=1), [Node(cpus=2)], [], False),
+    ],
+)
+def test_a_lost_node_is_noticed_where_it_takes_the_room_of_actors_or_of_what_feeds_them(
+    settings, before, now, fits
+):
+    assert still_fits(fit(settings, before), before, now) is fits
+
+
+def test_a_pool_that_waits_for_its_nodes_has_lost_none():
+    growing = fit(ClusterSettings(actors=4, actors_min=1), [Node(cpus=8, gpus=1)])
+
+    assert still_fits(growing, [Node(cpus=8, gpus=1)], [Node(cpus=8, gpus=1)])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,211 @@
+"""The whole way from a uint8 picture to RLE strings: `Segmenter` beside its peers, and where its time goes.
+
+    python -m benchmarks.model_speed [--variant vit_b] [--boxes 10] [--rounds 3] [--skip NAME ...]
+
+Random weights, the same ones for all, one picture of 1536 x 2048. The contenders take turns; a figure is the
+median over the rounds, in wall seconds, with the CPU seconds of all threads beside it, which other work
+on the machine disturbs less. `segment-anything-hq` is run as its own README does, `transformers` as its
+documentation does but for the processor, whose resize it gets for nothing; the masks of both are encoded by
+pycocotools. Agreement is with the masks of `segment-anything-hq` in float32 (transformers' masks are wrong as
+shipped, so it is timed only). The second table is of one more run under PyTorch's profiler: each
+operation with its share and its rate, against the rate of a large matrix product measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as coco_mask
+from torch.profiler import ProfilerActivity, profile
+
+from model import rle
+from model.checkpoints import save_transformers
+from model.config import PUBLISHED
+from model.geometry import scale_boxes, target_size_hw
+from model.sam_hq import SamHQ
+from model.segmenter import Dtype, Segmenter
+from model.structures import CallShape, Instances
+from tests.parity.lively import boxes_in, lively, photo
+from tests.parity.oracle import predictor_of
+
+SIZE_HW = (1536, 2048)
+Road = Callable[[], list[str]]
+
+PRODUCTS = {"aten::addmm": 1, "aten::baddbmm_": 1, "aten::mm": 0, "aten::bmm": 0}
+"""Matrix products, with the place of their left factor among the arguments."""
+
+
+def hqlabel(model: SamHQ, dtype: Dtype, boxes_per_call: int, image: np.ndarray, boxes: np.ndarray) -> Road:
+    shape = CallShape(images_per_call=1, boxes_per_call=boxes_per_call)
+    segmenter = Segmenter(copy.deepcopy(model), call_shape=shape, dtype=dtype)
+
+    def road() -> list[str]:
+        (result,) = segmenter.segment([image], [boxes])
+        assert isinstance(result, Instances), result
+        return list(result.counts)
+
+    return road
+
+
+def original(model: SamHQ, image: np.ndarray, boxes: np.ndarray) -> Road:
+    predictor = predictor_of(model)
+
+    def road() -> list[str]:
+        predictor.set_image(image)
+        scaled = torch.as_tensor(predictor.transform.apply_boxes(boxes, SIZE_HW), dtype=torch.float)
+        masks, _, _ = predictor.predict_torch(None, None, scaled, multimask_output=False)
+        return encode(masks[:, 0])
+
+    return road
+
+
+def transformers(model: SamHQ, dtype: torch.dtype, image: np.ndarray, boxes: np.ndarray) -> Road:
+    from transformers import SamHQModel
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        save_transformers(model, Path(folder))
+        theirs = SamHQModel.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype).eval()
+    resized_hw = target_size_hw(SIZE_HW, model.config.image_size)
+    scaled = torch.from_numpy(scale_boxes(boxes, SIZE_HW, resized_hw))[None].to(dtype)
+
+    @torch.no_grad()
+    def road() -> list[str]:
+        pixels = model.normalise_images([image]).to(dtype)
+        low = theirs(pixel_values=pixels, input_boxes=scaled, multimask_output=False).pred_masks[0].float()
+        padded = F.interpolate(low, (1024, 1024), mode="bilinear", align_corners=False)
+        fitted = padded[..., : resized_hw[0], : resized_hw[1]]
+        return encode(F.interpolate(fitted, SIZE_HW, mode="bilinear", align_corners=False)[:, 0] > 0)
+
+    return road
+
+
+def encode(masks_NHW: torch.Tensor) -> list[str]:
+    columns = np.asfortranarray(masks_NHW.numpy().view(np.uint8).transpose(1, 2, 0))
+    return [mask["counts"].decode("ascii") for mask in coco_mask.encode(columns)]
+
+
+def agreement(counts: list[str], reference: list[str]) -> str:
+    """Mean IoU of the masks, and the share of pixels that differ."""
+    ious = [rle.rle_iou([one], [other], SIZE_HW)[0, 0] for one, other in zip(counts, reference, strict=True)]
+    pairs = zip(counts, reference, strict=True)
+    flipped = [np.mean(rle.decode_rle(a, SIZE_HW) != rle.decode_rle(b, SIZE_HW)) for a, b in pairs]
+    return f"IoU {np.mean(ious):.4f}, {100 * np.mean(flipped):.3f} % of pixels differ"
+
+
+def compare(roads: dict[str, Road], rounds: int) -> None:
+    """Run all in turn, once to warm up, and print the first table."""
+    answers: dict[str, list[str]] = {}
+    walls: dict[str, list[float]] = {name: [] for name in roads}
+    cpus: dict[str, list[float]] = {name: [] for name in roads}
+    for turn in range(rounds + 1):
+        for name, road in roads.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            answers[name] = road()
+            if turn:
+                walls[name].append(time.perf_counter() - wall)
+                cpus[name].append(time.process_time() - cpu)
+    best = min(roads, key=lambda name: statistics.median(walls[name]))
+    print(f"\n| road | wall s | least | CPU s | ratio to {best}, wall | CPU | agreement |")
+    print("|---|--:|--:|--:|--:|--:|---|")
+    for name in roads:
+        wall, cpu = statistics.median(walls[name]), statistics.median(cpus[name])
+        ratios = (wall / statistics.median(walls[best]), cpu / statistics.median(cpus[best]))
+        told = "timed only"
+        if "hqlabel" in name and "segment-anything-hq fp32" in answers:
+            told = agreement(answers[name], answers["segment-anything-hq fp32"])
+        print(
+            f"| {name} | {wall:.2f} | {min(walls[name]):.2f} | {cpu:.2f} | {ratios[0]:.2f} | "
+            f"{ratios[1]:.2f} | {told} |",
+            flush=True,
+        )
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of a 4096 x 768 by 768 x 3072 product, the encoder's largest: the best of ten."""
+    a, b, best = torch.randn(4096, 768).to(dtype), torch.randn(768, 3072).to(dtype), 0.0
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        best = max(best, 2e-9 * 4096 * 768 * 3072 / (time.perf_counter() - start))
+    return best
+
+
+def gflop(name: str, shapes: list[list[int]]) -> float:
+    """Of one call, products and convolutions only."""
+    if name in PRODUCTS:
+        left, right = shapes[PRODUCTS[name] : PRODUCTS[name] + 2]
+        return 2e-9 * float(np.prod(left)) * right[-1]
+    if name == "aten::mkldnn_convolution":
+        pixels, weight = shapes[:2]
+        # Every convolution here is 1x1, 3x3 with padding, or as wide as its stride (the patches).
+        across = 1 if weight[-1] <= 3 else weight[-1]
+        return 2e-9 * float(np.prod(weight)) * pixels[0] * pixels[2] * pixels[3] / across**2
+    return 0.0
+
+
+def break_down(road: Road, dtype: torch.dtype, rows: int) -> None:
+    """Print the second table."""
+    peak = product_rate(dtype)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        start = time.perf_counter()
+        road()
+        total = time.perf_counter() - start
+    events = sorted(found.key_averages(group_by_input_shape=True), key=lambda e: -e.self_cpu_time_total)
+    print(f"\n{total:.2f} s under the profiler; the large product reaches {peak:.0f} GFLOP/s\n")
+    print("| operation | arguments | calls | ms | share | GFLOP | GFLOP/s | of the large product |")
+    print("|---|---|--:|--:|--:|--:|--:|--:|")
+    for event in events[:rows]:
+        seconds = 1e-6 * event.self_cpu_time_total
+        work = event.count * gflop(event.key, event.input_shapes)
+        rate = f"{work:.1f} | {work / seconds:.0f} | {work / seconds / peak:.0%}" if work else "| | "
+        shapes = " ".join("x".join(map(str, shape)) for shape in event.input_shapes if shape)
+        name = event.key.removeprefix("aten::")
+        print(f"| {name} | {shapes} | {event.count} | {1e3 * seconds:.0f} | {seconds / total:.1%} | {rate} |")
+    rest = total - 1e-6 * sum(event.self_cpu_time_total for event in events[:rows])
+    print(f"| everything else | | | {1e3 * rest:.0f} | {rest / total:.1%} | | | |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variant", choices=sorted(PUBLISHED), default="vit_b")
+    parser.add_argument("--boxes", type=int, default=10)
+    parser.add_argument("--boxes-per-call", type=int, default=2, help="of our calls, the last one filled up")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=24, help="of the table of operations")
+    parser.add_argument("--skip", nargs="*", default=[], help="names of roads to leave out")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = lively(PUBLISHED[options.variant])
+    image, boxes = photo(*SIZE_HW), boxes_in(*SIZE_HW, options.boxes)
+    makers: dict[str, Callable[[], Road]] = {
+        "hqlabel bf16": lambda: hqlabel(model, "bfloat16", options.boxes_per_call, image, boxes),
+        "hqlabel fp32": lambda: hqlabel(model, "float32", options.boxes_per_call, image, boxes),
+        "segment-anything-hq fp32": lambda: original(model, image, boxes),
+        "transformers fp32": lambda: transformers(model, torch.float32, image, boxes),
+        "transformers bf16": lambda: transformers(model, torch.bfloat16, image, boxes),
+    }
+    print(
+        f"torch {torch.__version__}, {options.threads} threads, {options.variant}, {SIZE_HW[0]}x{SIZE_HW[1]}, "
+        f"{options.boxes} boxes, {options.boxes_per_call} a call here, {options.rounds} rounds",
+        flush=True,
+    )
+    roads = {name: make() for name, make in makers.items() if name not in options.skip}
+    compare(roads, options.rounds)
+    if "hqlabel bf16" in roads:
+        break_down(roads["hqlabel bf16"], torch.bfloat16, options.rows)
+
+
+if __name__ == "__main__":
+    main()
