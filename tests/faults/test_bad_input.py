@@ -41,6 +41,9 @@ SCHEMA = pa.schema(
 )
 
 
+pytestmark = pytest.mark.timeout(600)  # two whole jobs, on a machine that may be busy
+
+
 @dataclass(frozen=True, kw_only=True)
 class Done:
     """A finished job: its cases, its rows by image, its instances by image and box, and what it said."""
@@ -98,7 +101,7 @@ def run_job(module: str, root: Path, rows: list[dict[str, Any]], checkpoint: Pat
         env={**os.environ, "RAY_worker_niceness": "0"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=540,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -25,6 +25,7 @@ SHORT = 300
 LONG = int(os.environ.get("FUZZ_EXAMPLES", "25000"))
 FINDS = json.loads((Path(__file__).parent / "finds.json").read_text())
 MEMORY_MIB = 1024
+REPORT_EVERY = 500
 CASES = {
     "boxes": fuzzing.box_cases,
     "tables": fuzzing.table_cases,
@@ -52,6 +53,11 @@ def targets(child: DecodeChild, tmp_path: Path) -> dict[str, Callable[[Any], str
     }
 
 
+def say(text: str) -> None:
+    sys.stdout.write(f"\n{text}")
+    sys.stdout.flush()
+
+
 def run(kind: str, target: Callable[[Any], str], *, examples: int, bound_s: float, steady: bool) -> str:
     """Runs the target over `examples` cases; what came out, in words. `steady`: the same cases every time."""
     tally = fuzzing.Tally()
@@ -68,6 +74,8 @@ def run(kind: str, target: Callable[[Any], str], *, examples: int, bound_s: floa
     @given(CASES[kind])
     def check(case: Any) -> None:
         tally.measure(target, case, bound_s=bound_s, budget_mib=MEMORY_MIB)
+        if sum(tally.outcomes.values()) % REPORT_EVERY == 0:
+            say(f"fuzz {kind}: {tally}")
 
     check()
     return str(tally)
@@ -84,8 +92,7 @@ def test_anything_gives_an_outcome_or_a_listed_error(
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", CASES)
 def test_very_many_of_anything(kind: str, targets: dict[str, Callable[[Any], str]]) -> None:
-    told = run(kind, targets[kind], examples=LONG, bound_s=5, steady=False)
-    sys.stdout.write(f"\nfuzz {kind}: {told}\n")
+    say(f"fuzz {kind}: {run(kind, targets[kind], examples=LONG, bound_s=5, steady=False)}")
 
 
 @pytest.mark.parametrize("find", FINDS, ids=lambda find: find["what"])

@@ -43,6 +43,9 @@ SWITCHES = (
 )
 
 
+pytestmark = pytest.mark.timeout(600)  # whole jobs, on a machine that may be busy
+
+
 # ---------------------------------------------------------------------------------------------
 # Checkpoints
 # ---------------------------------------------------------------------------------------------
@@ -331,7 +334,8 @@ def traced(command: list[str], log: Path, **options: object) -> subprocess.Compl
     """The finished command; `log` holds the files it and its children opened and the hosts they called."""
     calls = "trace=open,openat,openat2,connect,bind,listen,execve"
     return subprocess.run(
-        ["strace", "-f", "-qq", "-s", "300", "-e", calls, "-o", str(log), *command],
+        # --seccomp-bpf: the other calls run at full speed
+        ["strace", "-f", "--seccomp-bpf", "-qq", "-s", "300", "-e", calls, "-o", str(log), *command],
         capture_output=True,
         text=True,
         check=False,
@@ -480,7 +484,7 @@ def watched(moto_s3: MotoS3, checkpoint: Path, tmp_path_factory: pytest.TempPath
     watch = Watch()
     thread = threading.Thread(target=_watch, args=(process, watch))
     thread.start()
-    said, _ = process.communicate(timeout=280)
+    said, _ = process.communicate(timeout=540)
     thread.join()
     assert process.returncode == 0, said
     s3.get(target.uri, str(base / "out"), recursive=True)
