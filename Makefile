@@ -49,10 +49,11 @@ test: check  ## check, then every test that needs no GPU, no network and no kill
 faults: $(STAMP)  ## kills and injected faults: minutes long
 	$(BIN)/pytest -m "faults and not gpu and not network"
 
-bench: $(STAMP)  ## figures of this machine: the whole way on two stores, masks to runs, the driver's memory
+bench: $(STAMP)  ## figures of this machine: the whole way on two stores, masks to runs, the driver's memory, report and exports
 	$(BIN)/python -m benchmarks.whole_way
 	$(BIN)/python -m benchmarks.masks_rle
 	$(BIN)/python -m benchmarks.driver_memory 1000 10000
+	$(BIN)/python -m benchmarks.labels_out --images 2858
 
 lock: $(STAMP)  ## resolves pyproject.toml again and writes the pins, versions kept (about eight minutes)
 	$(BIN)/python tools/lock.py
