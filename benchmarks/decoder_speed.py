@@ -32,7 +32,9 @@ SIZE_HW = (768, 1024)
 def small_encoder(side: int) -> SamHQ:
     """A model whose decoder has the published widths, and whose encoder costs little."""
     return lively(
-        vit_config(embed_dim=64, depth=2, num_heads=1, global_attn_indexes=(1,), window_size=14, image_size=side)
+        vit_config(
+            embed_dim=64, depth=2, num_heads=1, global_attn_indexes=(1,), window_size=14, image_size=side
+        )
     )
 
 
@@ -95,7 +97,9 @@ def memory(model: SamHQ, counts: list[int], per_call: int) -> None:
         assert len(result.counts) == count
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         text = sum(map(len, result.counts)) / 1024**2
-        print(f"{count:>6} boxes: most memory so far {peak:.0f} MiB ({text:.1f} MiB of it are the RLE strings)")
+        print(
+            f"{count:>6} boxes: most memory so far {peak:.0f} MiB ({text:.1f} MiB of it are the RLE strings)"
+        )
 
 
 def main() -> None:

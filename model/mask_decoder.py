@@ -132,7 +132,6 @@ class MaskFeature(nn.Module):
         bias_N = vector_NU @ bias
         return F.fold(products_N9L, (H, W), 3, padding=1)[:, 0] + bias_N[:, None, None]
 
-
     def _activate(self, hidden_NLC: torch.Tensor) -> torch.Tensor:
         return F.gelu(F.layer_norm(hidden_NLC, *norm_of(self.norm)))
 
