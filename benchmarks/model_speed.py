@@ -198,8 +198,9 @@ def main() -> None:
         "transformers bf16": lambda: transformers(model, torch.bfloat16, image, boxes),
     }
     print(
-        f"torch {torch.__version__}, {options.threads} threads, {options.variant}, {SIZE_HW[0]}x{SIZE_HW[1]}, "
-        f"{options.boxes} boxes, {options.boxes_per_call} a call here, {options.rounds} rounds",
+        f"torch {torch.__version__}, {options.threads} threads, {options.variant}, "
+        f"{SIZE_HW[0]}x{SIZE_HW[1]}, {options.boxes} boxes, {options.boxes_per_call} a call here, "
+        f"{options.rounds} rounds",
         flush=True,
     )
     roads = {name: make() for name, make in makers.items() if name not in options.skip}
