@@ -163,7 +163,7 @@ def offset_tables(table_h: torch.Tensor, table_w: torch.Tensor) -> torch.Tensor:
 
 
 def offset_terms(q_mLd: torch.Tensor, tables_dT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rel_h and rel_w, (m, side, side, side) each: of the query row and column, of the key one
+    """Return rel_h and rel_w, (m, side, side, side): query row, query column, key row (column).
 
     One product of all queries with all offsets. With the offsets in falling order, those of a query in row
     y to keys in rows 0, 1, ... begin at side - 1 - y and follow each other, so both results are views.
