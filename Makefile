@@ -46,8 +46,11 @@ fix: $(STAMP)  ## what ruff can mend by itself
 test: check  ## check, then every test that needs no GPU, no network and no kills
 	$(BIN)/pytest -m "not faults and not gpu and not network" --session-timeout=$(TEST_SECONDS)
 
-faults: $(STAMP)  ## kills and injected faults: minutes long
-	$(BIN)/pytest -m "faults and not gpu and not network"
+faults: $(STAMP)  ## kills and injected faults, half an hour; writes the table of docs/reliability.md
+	@mkdir -p build && rm -f build/faults.jsonl
+	FAULT_RESULTS=build/faults.jsonl $(BIN)/pytest tests/faults -m "not faults and not gpu and not network"
+	FAULT_RESULTS=build/faults.jsonl $(BIN)/pytest -m "faults and not gpu and not network"
+	$(BIN)/python tools/fault_table.py build/faults.jsonl docs/reliability.md
 
 bench: $(STAMP)  ## figures of this machine: the whole way on two stores, masks to runs, the driver's memory
 	$(BIN)/python -m benchmarks.whole_way

@@ -2,7 +2,7 @@
 
     python -m benchmarks.driver_memory 1000 10000 100000
 
-Every image is the same small PNG under another id, with two boxes; each size runs in a process of its
+Every image is the same small PNG under another name, with two boxes; each size runs in a process of its
 own with a private Ray of two cores. Prints one line a size: units, seconds, units a second, the
 driver's memory before the first unit and at its peak, and the CPU time it spent a unit.
 """
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 IMAGES_PER_UNIT = 64
+IMAGES_PER_FOLDER = 1000
 SIDE = 64
 
 
@@ -99,16 +100,15 @@ def measure(images: int) -> str:
 
 def _write_inputs(folder: Path, images: int) -> None:
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
-        buffer, "PNG"
-    )
-    (folder / "one.png").write_bytes(buffer.getvalue())
-    boxes = [[4.0, 5.0, 30.0, 40.0], [0.0, 0.0, 12.0, 9.0]]
-    columns = {
-        "image_id": [f"{number:08d}" for number in range(images)],
-        "image_uri": ["one.png"] * images,
-        "boxes": [boxes] * images,
-    }
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    names = [f"{number // IMAGES_PER_FOLDER:04d}/{number:08d}.png" for number in range(images)]
+    for at, name in enumerate(names):
+        if at % IMAGES_PER_FOLDER == 0:
+            (folder / name).parent.mkdir()
+        (folder / name).write_bytes(buffer.getvalue())
+    boxes = [[4.0, 5.0, 14.0, 12.0], [0.0, 0.0, 12.0, 9.0]]
+    columns = {"image_id": names, "image_uri": names, "boxes": [boxes] * images}
     pq.write_table(pa.table(columns), folder / "boxes.parquet")
 
 

@@ -78,6 +78,9 @@ def print_places(place: Path) -> None:
     print(f"          {place}/labels/images/*.parquet      one row an image")
     for picture in sorted(path for path in place.rglob("*") if path.suffix in (".png", ".jpg", ".html")):
         print(f"picture:  {picture}")
+    print("\nA page to look at, and the masks for other tools:")
+    print(f"  .venv/bin/hqlabel report --output {place}/labels")
+    print(f"  .venv/bin/hqlabel export coco --output {place}/labels --to {place}/coco")
     print("\nYour own data, in one command:")
     print("  .venv/bin/hqlabel label --images photos/ --boxes boxes.json --checkpoint demo --output out")
 

@@ -25,7 +25,7 @@ from jobs.config import Given
 from jobs.environment import make_private, refuse_dangerous_switches
 from jobs.interrupts import Interrupted, Interrupts, end_now
 from jobs.slices import parse_slice
-from pipeline.errors import HqlabelError
+from pipeline.errors import HqlabelError, UsageError
 
 P = ParamSpec("P")
 
@@ -170,6 +170,16 @@ def plan(
     allow_root: options.AllowRoot = None,
     allow_scheme: options.AllowScheme = None,
     allow_unmatched: options.AllowUnmatched = False,
+    ray_address: options.RayAddress = None,
+    sample: Annotated[
+        int,
+        typer.Option(
+            "--sample",
+            min=0,
+            help="Measure with so many images, the whole way on this machine or cluster, and say hours, "
+            "money (cost.usd_per_gpu_hour) and bytes for all. 64 is enough for one device.",
+        ),
+    ] = 0,
     config: options.ConfigFile = None,
     set_: options.Sets = None,
     json: options.Json = False,
@@ -177,7 +187,7 @@ def plan(
 ) -> int:
     """Say what label would do with the same options; write nothing.
 
-    Example:  hqlabel plan --images photos/ --boxes boxes.json --output out
+    Example:  hqlabel plan --images photos/ --boxes boxes.json --checkpoint demo --sample 64
     """
     given = _given(
         config,
@@ -192,11 +202,12 @@ def plan(
         input__allow_unmatched=allow_unmatched or None,
         model__checkpoint=checkpoint,
         output__uri=output,
+        cluster__ray_address=ray_address,
     )
     settings = given.load()
     from jobs import plan as job
 
-    return job.run(settings, json=json)
+    return job.run(settings, interrupts, sample=sample, json=json)
 
 
 @app.command(rich_help_panel="Labelling")
@@ -265,14 +276,26 @@ def publish(
         float | None,
         typer.Option("--min-stability-score", help="Mark masks with a lower score.", show_default=False),
     ] = None,
+    merge: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--merge",
+            metavar="OUTPUT",
+            help="Write the tables of these outputs as one into --output, a new folder. Repeat it for each. "
+            "Of an image that several have, the newest row holds.",
+            show_default=False,
+        ),
+    ] = None,
     config: options.ConfigFile = None,
     set_: options.Sets = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> int:
-    """Write the tables again with other filters; no model runs.
+    """Write the tables again with other filters, or merge outputs; no model runs.
 
     Example:  hqlabel publish --output out --min-predicted-iou 0.8
+
+    Example:  hqlabel publish --output all --merge monday --merge tuesday
 
     Nothing is deleted: a filter marks rows (accepted, reject_reason). All filters: --set filter.NAME=VALUE.
     """
@@ -284,6 +307,12 @@ def publish(
         filter__min_stability_score=min_stability_score,
     )
     given.load()  # what is wrong with the call is said before the imports below
+    if merge:
+        if min_predicted_iou is not None or min_stability_score is not None:
+            raise UsageError("--merge takes the marks as they are; publish each output with the filter first")
+        from jobs import merging
+
+        return merging.run(given, merge, json=json)
     from jobs import publish as job
 
     return job.run(given, interrupts, json=json)
@@ -341,6 +370,157 @@ def inspect(
     from jobs import inspect_image as job
 
     return job.run(_given(config, set_, output__uri=output), image_id, picture=picture, json=json)
+
+
+@app.command(rich_help_panel="Results")
+@command
+def report(
+    output: options.Output = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="FILE",
+            help="A local file for the page. Default: report/index.html in the output.",
+            show_default=False,
+        ),
+    ] = None,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Make one HTML page to look at: totals, failures, scores, best and worst masks.
+
+    It is made from the published tables and the images, holds its pictures inside, and needs no server.
+
+    Example:  hqlabel report --output out
+    """
+    from jobs import report as job
+
+    return job.run(_given(config, set_, output__uri=output), to=to, as_json=json)
+
+
+@app.command(rich_help_panel="Results")
+@command
+def export(
+    format_: Annotated[
+        str,
+        typer.Argument(
+            metavar="FORMAT", help="coco, yolo-seg, label-studio or hf (Hugging Face).", show_default=False
+        ),
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", metavar="PLACE", help="A new folder or prefix for the files.", show_default=False
+        ),
+    ],
+    output: options.Output = None,
+    where: options.Where = None,
+    accepted_only: options.AcceptedOnly = False,
+    per_file: Annotated[
+        int | None,
+        typer.Option(
+            "--per-file",
+            min=1,
+            help="Begin a new file after so many masks (Label Studio: tasks). Bounds the memory.",
+            show_default=False,
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            "--tolerance", min=0, help="yolo-seg: pixels by which outlines may move to save points."
+        ),
+    ] = 0.5,
+    image_prefix: Annotated[
+        str | None,
+        typer.Option(
+            "--image-prefix",
+            metavar="URI",
+            help="label-studio: where it finds the images; put before their relative names.",
+            show_default=False,
+        ),
+    ] = None,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Write the masks for a trainer or an annotation tool.
+
+    Example:  hqlabel export coco --output out --to out-coco --accepted-only
+
+    Every format says what it leaves out and what it loses: coco, label-studio and hf keep each mask whole.
+    """
+    from jobs import export as job
+    from jobs.selection import Selection
+
+    how = job.How(
+        format=format_,
+        to=to,
+        selection=Selection(accepted_only=accepted_only, where=where),
+        per_file=per_file,
+        tolerance_px=tolerance,
+        image_prefix=image_prefix,
+        json=json,
+    )
+    return job.run(_given(config, set_, output__uri=output), how)
+
+
+@app.command(rich_help_panel="Results")
+@command
+def evaluate(
+    truth: Annotated[
+        str,
+        typer.Option(
+            "--truth",
+            metavar="PLACE",
+            help="COCO instances JSON with masks: polygons or runs.",
+            show_default=False,
+        ),
+    ],
+    output: options.Output = None,
+    score: Annotated[
+        str,
+        typer.Option(
+            "--score",
+            help="What ranks masks for AP: product (detector_score x predicted_iou, as published for "
+            "SAM-HQ), detector, predicted-iou or stability.",
+        ),
+    ] = "product",
+    class_agnostic: Annotated[bool, typer.Option("--class-agnostic", help="Let classes not count.")] = False,
+    max_per_image: Annotated[
+        int,
+        typer.Option("--max-per-image", min=10, help="Masks of an image and class that count for AP."),
+    ] = 100,
+    where: options.Where = None,
+    accepted_only: options.AcceptedOnly = False,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Measure the masks against ground truth: AP, boundary AP, mean IoU.
+
+    Prompts and objects are matched by box_id when the boxes came from the truth's own file, else by their
+    boxes. Images of the truth that the job never had do not count. Needs the extra `eval`.
+
+    Example:  hqlabel evaluate --truth instances_val.json --output out
+    """
+    from jobs import evaluate as job
+    from jobs.selection import Selection
+
+    how = job.How(
+        truth=truth,
+        selection=Selection(accepted_only=accepted_only, where=where),
+        score=score,
+        class_agnostic=class_agnostic,
+        max_per_image=max_per_image,
+        json=json,
+    )
+    return job.run(_given(config, set_, output__uri=output), how)
 
 
 @app.command(rich_help_panel="Results")

@@ -152,6 +152,13 @@ class ClusterSection(_Section):
         return self
 
 
+class CostSection(_Section):
+    """What the machines cost; only plan and report use it, and only to say it."""
+
+    usd_per_gpu_hour: Number | None = Field(default=None, ge=0)
+    """Price of one model process's device for an hour; null: no money is named."""
+
+
 class Config(_Section):
     """A whole job."""
 
@@ -162,6 +169,7 @@ class Config(_Section):
     output: OutputSection = OutputSection()
     limits: LimitsSection = LimitsSection()
     cluster: ClusterSection = ClusterSection()
+    cost: CostSection = CostSection()
     storage: dict[str, dict[str, Any]] = {}
     """fsspec options by uri scheme, such as s3: {endpoint_url: ...}; no secrets."""
 

@@ -17,18 +17,26 @@ from pipeline.errors import clean_text
 
 
 def say(text: str = "") -> None:
-    """Write one line for people on stderr; a closed stderr is no reason to end a job."""
-    _write(sys.stderr, text)
+    """Write one line for people on stderr; a closed stderr is no reason to end a job.
+
+    Control characters are escaped, here and in `data`: a file's name may hold orders to a terminal.
+    """
+    _write(sys.stderr, _visible(text))
 
 
 def data(text: str) -> None:
     """Write one line of data on stdout."""
-    _write(sys.stdout, text)
+    _write(sys.stdout, _visible(text))
 
 
 def data_json(value: Mapping[str, Any]) -> None:
     """Write one JSON object on stdout: one line, UTF-8, NaN and infinity as null."""
-    _write(sys.stdout, json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
+    _write(sys.stdout, json_line(value))
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """One JSON object in one line, NaN and infinity as null."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
 
 
 def pairs(rows: Sequence[tuple[str, str]], indent: int = 2) -> str:
@@ -123,6 +131,13 @@ def _char_cells(char: str) -> int:
     if unicodedata.combining(char):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def _visible(text: str) -> str:
+    """`text` with every character escaped that a terminal does not print, but for the ends of lines."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _write(stream: Any, text: str) -> None:

@@ -26,7 +26,7 @@ from jobs.machine import memory_bytes
 from jobs.settings import is_local, output_place
 from jobs.weights import read_checkpoint
 from model.segmenter import probe_dtype
-from pipeline.errors import HqlabelError
+from pipeline.errors import HqlabelError, clean_text
 from pipeline.storage import open_store
 
 State = Literal["ok", "note", "fail"]
@@ -214,13 +214,15 @@ def ray(config: Config) -> Finding:
         with running_ray(config.cluster, os.environ) as info:
             import ray as library
 
-            answer = library.get(library.remote(num_cpus=0.1)(os.getpid).remote(), timeout=120)
+            def where() -> int:  # a function of Python's own, which travels by value: jobs/ does not travel
+                return os.getpid()
+
+            answer = library.get(library.remote(num_cpus=0.1)(where).remote(), timeout=120)
     except HqlabelError as error:
         return Finding(area="ray", name="ray", state="fail", text=str(error))
     except Exception as error:
-        return Finding(
-            area="ray", name="ray", state="fail", text=f"no task ran within 120 s: {type(error).__name__}"
-        )
+        reason = clean_text(f"{type(error).__name__}: {error}".splitlines()[0])
+        return Finding(area="ray", name="ray", state="fail", text=f"no task ran within 120 s: {reason}")
     return Finding(area="ray", name="ray", state="ok", text=f"{info}; a task ran in process {answer}")
 
 

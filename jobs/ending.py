@@ -104,6 +104,7 @@ def next_commands(output: str, *, failed: int, limited: bool) -> list[str]:
         commands.append(console.command(["hqlabel", "retry", *place]) + "   # once the cause is mended")
     if limited:
         commands.append("the same command without --limit and with another --output, for all images")
+    commands.append(console.command(["hqlabel", "report", *place]))
     commands.append(console.command(["hqlabel", "validate", *place]))
     return commands
 
@@ -146,7 +147,8 @@ def _this_run(end: Ending) -> str:
     images_per_s, boxes_per_s = counts.images / end.seconds, counts.instances / end.seconds
     rates = f"{console.rate(images_per_s)} images/s, {console.rate(boxes_per_s)} boxes/s"
     repeated = f", {counts.repeated:,} of them done before by another" if counts.repeated else ""
-    return f"{done} ({rates}){repeated}"
+    again = f", {counts.begun_before:,} of them begun before and done again" if counts.begun_before else ""
+    return f"{done} ({rates}){repeated}{again}"
 
 
 def _as_json(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], code: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ REFUSED: dict[str, str] = {
     "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA": "lets a Parquet file run code when Ray Data is loaded",
     "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE": "lets a Parquet file run code when Ray Data is loaded",
     "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "lets a checkpoint run code when it is loaded",
+    "HQLABEL_FAILPOINT": "ends or stops the job at a named place; it is there for tests",
     "PYTHONSTARTUP": "runs a file in every Python that a job may start",
 }
 _OFF = ("", "0", "false", "no", "off")

@@ -54,6 +54,7 @@ class Interrupts:
         """
         for number in _SIGNALS:
             signal.signal(number, self._handle)
+        sys.unraisablehook = _silent_about_interrupts
         if self._wakeup is None:
             reader, self._wakeup = socket.socketpair()
             self._wakeup.setblocking(False)
@@ -97,6 +98,16 @@ class Interrupts:
         threading.Thread(target=self.give_back, name="give-back", daemon=True).start()
         time.sleep(GRACE_S - _RELEASE_AFTER_S)
         end_now()
+
+
+def _silent_about_interrupts(unraisable: sys.UnraisableHookArgs) -> None:
+    """Drops `Interrupted` where Python could not raise it; everything else is told as ever.
+
+    A signal may come while a finalizer or a weak reference's callback runs, whose exceptions Python prints
+    and forgets. The watcher ends the process then.
+    """
+    if not isinstance(unraisable.exc_value, Interrupted):
+        sys.__unraisablehook__(unraisable)
 
 
 def end_now() -> None:

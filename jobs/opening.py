@@ -1,27 +1,31 @@
 """From a configuration to an opened job: planned anew, or found in the output and proved to be the same.
 
-A resume opens no image and lists no folder: the weights and the box and table files are fingerprinted
-again, and with everything else compared to what `job.json` holds. The stored plan is then the plan;
+A new job looks at a few pictures, to warn of likely mistakes. A resume opens no image and lists no folder:
+the weights and the box and table files are fingerprinted again, and with everything else compared to what
+`job.json` holds. The stored plan is then the plan;
 `--check-inputs` makes it anew and compares that too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import importlib.metadata
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jobs import settings
 from jobs.config import Config
+from jobs.understood import with_a_look
 from jobs.weights import read_checkpoint
 from model.structures import MODEL_PROTOCOL
+from pipeline.errors import JobRefused, SystemicFault
 from pipeline.inputs import InputSettings, allowed_access
 from pipeline.ledger import Job, identity_of, open_job, read_job, units_per_part
 from pipeline.plan import UNITS_PER_FILE, Plan, make_plan
-from pipeline.records import AccessRules, BoxRules, JobContext, Weights
+from pipeline.records import AccessRules, BoxRules, JobContext, Place, Weights
 from pipeline.storage import Store, fingerprint, open_store, options_for
 
 
@@ -62,6 +66,20 @@ def open_or_create(config: Config, *, check_inputs: bool, probe_dtype: Callable[
         UsageError: something needed is not named.
         JobRefused: inputs or weights that cannot be used, or an output that belongs to something else.
     """
+    with before_work():
+        return _open_or_create(config, check_inputs, probe_dtype)
+
+
+@contextlib.contextmanager
+def before_work() -> Iterator[None]:
+    """Makes a fault of the surroundings a refusal: nothing was begun, so there is nothing to go on with."""
+    try:
+        yield
+    except SystemicFault as fault:
+        raise JobRefused(f"nothing was begun: {fault}") from fault
+
+
+def _open_or_create(config: Config, check_inputs: bool, probe_dtype: Callable[[], str]) -> Opened:
     place = settings.output_place(config)
     inputs = settings.input_settings(config)
     weights = read_checkpoint(config)
@@ -69,6 +87,8 @@ def open_or_create(config: Config, *, check_inputs: bool, probe_dtype: Callable[
     store = open_store(place)
     stored = read_job(store)
     plan = None if stored and not check_inputs and _plan_holds(store, stored, inputs) else make_plan(inputs)
+    if plan is not None and stored is None:
+        plan = with_a_look(plan, settings.limits(config))
     wanted = _Wanted(
         config=config,
         inputs=inputs,
@@ -128,17 +148,14 @@ def _stored(job: Job | None) -> Job:
 
 def _job(wanted: _Wanted, store: Store, plan: Plan | None, stored: Job | None) -> Job:
     config, given = wanted.config, wanted.config.input
-    context = JobContext(
+    context = new_context(
+        config,
         output=store.place,
         plan_sha256=wanted.plan_sha256,
-        images_per_unit=config.output.images_per_unit,
-        run_id=_new_run_id(),
         weights=wanted.weights,
-        masks=settings.mask_settings(config, wanted.dtype),
+        dtype=wanted.dtype,
         box_rules=wanted.box_rules,
         access=wanted.access,
-        limits=settings.limits(config),
-        lineage={"code_version": code_version()},
     )
     arguments = {
         "images": given.images,
@@ -164,6 +181,31 @@ def _job(wanted: _Wanted, store: Store, plan: Plan | None, stored: Job | None) -
         units_per_part=units_per_part(
             images=summary.images, boxes=summary.boxes, images_per_unit=plan.images_per_unit
         ),
+    )
+
+
+def new_context(
+    config: Config,
+    *,
+    output: Place,
+    plan_sha256: str,
+    weights: Weights,
+    dtype: str,
+    box_rules: BoxRules,
+    access: AccessRules,
+) -> JobContext:
+    """What workers get of a new job with this configuration; `dtype` is resolved."""
+    return JobContext(
+        output=output,
+        plan_sha256=plan_sha256,
+        images_per_unit=config.output.images_per_unit,
+        run_id=_new_run_id(),
+        weights=weights,
+        masks=settings.mask_settings(config, dtype),
+        box_rules=box_rules,
+        access=access,
+        limits=settings.limits(config),
+        lineage={"code_version": code_version()},
     )
 
 

@@ -172,3 +172,16 @@ Verbose = Annotated[
     bool,
     typer.Option("--verbose", "-v", help="Show where an error arose.", rich_help_panel=_SHARED),
 ]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        "--where",
+        metavar="SQL",
+        help='Only instances for which this holds, such as "predicted_iou > 0.8 AND area > 100". Any column '
+        "of instances/ may stand in it. Needs the extra `sql` (DuckDB).",
+        show_default=False,
+    ),
+]
+AcceptedOnly = Annotated[
+    bool, typer.Option("--accepted-only", help="Only instances that the job's filters accepted.")
+]

@@ -43,7 +43,7 @@ def write_contact_sheet(store: Store, job: Job, manifest: Manifest, *, again: bo
     """
     if not again and store.head(CONTACT_SHEET_KEY) is not None:
         return CONTACT_SHEET_KEY
-    with _decoder(job.context, _TILE_PX) as child:
+    with picture_decoder(job.context, _TILE_PX) as child:
         tiles = list(_tiles(job.context, sample_labelled(store, manifest, _TILES), child))
     if not tiles:
         return None
@@ -60,13 +60,14 @@ def overlay_png(context: JobContext, rows: ImageRows, *, longest_side: int) -> b
     Raises:
         ImageError: it cannot be fetched or decoded.
     """
-    with _decoder(context, min(longest_side, _longest(rows.image))) as child:
-        tile = _tile(rows, _picture(context, rows.image, child), context)
+    with picture_decoder(context, min(longest_side, _longest(rows.image))) as child:
+        tile = _tile(rows, upright_picture(context, rows.image, child), context)
     return png_bytes(draw_overlay(tile, longest_side=longest_side))
 
 
 @contextlib.contextmanager
-def _decoder(context: JobContext, side: int) -> Iterator[DecodeChild]:
+def picture_decoder(context: JobContext, side: int) -> Iterator[DecodeChild]:
+    """The supervised decoder, making pictures whose longer side is at most `side`."""
     child = DecodeChild(context.limits, side)
     try:
         yield child
@@ -77,14 +78,15 @@ def _decoder(context: JobContext, side: int) -> Iterator[DecodeChild]:
 def _tiles(context: JobContext, sample: Sequence[ImageRows], child: DecodeChild) -> Iterator[Tile]:
     for rows in sample:
         try:
-            picture = _picture(context, rows.image, child)
+            picture = upright_picture(context, rows.image, child)
         except HqlabelError as error:
             console.say(f"note: no picture of {console.shown(rows.image['image_id'])}: {error}")
             continue
         yield _tile(rows, picture, context)
 
 
-def _picture(context: JobContext, image: Row, child: DecodeChild) -> Image.Image:
+def upright_picture(context: JobContext, image: Row, child: DecodeChild) -> Image.Image:
+    """The picture of a row of `images`, fetched and decoded anew; ImageError when that fails."""
     fetched = fetch_object(image["image_uri"], context.access, context.limits)
     return Image.fromarray(np.asarray(child.decode(fetched.data).pixels_hwc))
 
@@ -97,7 +99,7 @@ def _tile(rows: ImageRows, picture: Image.Image, context: JobContext) -> Tile:
     return Tile(
         picture=picture,
         size_hw=size_hw,
-        instances=tuple(_drawn(row, context.box_rules.box_format) for row in rows.instances),
+        instances=tuple(drawn_instance(row, context.box_rules.box_format) for row in rows.instances),
         caption=image["image_id"],
         remark=_remark(rows),
     )
@@ -113,10 +115,11 @@ def _remark(rows: ImageRows) -> str:
     return text
 
 
-def _drawn(row: Row, box_format: str) -> DrawnInstance:
+def drawn_instance(row: Row, box_format: str) -> DrawnInstance:
+    """A row of `instances` as it is drawn; `box_format`: the format that its boxes were given in."""
     mask = row["segmentation"]
     return DrawnInstance(
-        box_xyxy=_box(row, box_format),
+        box_xyxy=shown_box(row, box_format),
         size_hw=None if mask is None else (mask["size"][0], mask["size"][1]),
         counts=None if mask is None else mask["counts"],
         text=_label(row),
@@ -132,7 +135,7 @@ def _label(row: Row) -> str:
     return f"{name}{row['predicted_iou']:.2f}{why}"
 
 
-def _box(row: Row, box_format: str) -> Box | None:
+def shown_box(row: Row, box_format: str) -> Box | None:
     """The prompt as used; of a box that could not be used, the place it was given for, if it says one."""
     used = row["prompt_bbox"]
     if used is not None:

@@ -1,4 +1,8 @@
-"""`hqlabel plan`: what `label` would do with the same options. Nothing is written, no image is opened."""
+"""`hqlabel plan`: what `label` would do with the same options; nothing is written to the output.
+
+A few of the images are looked at, to warn of likely mistakes. With a sample, some go the whole way on this
+machine or cluster, into a folder that is thrown away, and what was measured is carried over to all of them.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,11 @@ from typing import Any
 
 from jobs import console, settings, understood
 from jobs.config import Config
+from jobs.interrupts import Interrupts
+from jobs.opening import before_work
+from jobs.sampling import carry_over, describe, measure
 from jobs.weights import read_checkpoint
-from pipeline.errors import JobRefused
+from pipeline.errors import JobRefused, UsageError
 from pipeline.ledger import read_job
 from pipeline.manifest import finished_units, read_manifest
 from pipeline.plan import Plan, make_plan
@@ -17,17 +24,35 @@ from pipeline.storage import open_store
 from pipeline.units import list_committed
 
 
-def run(config: Config, *, json: bool) -> int:
-    """Plan, look at what the output holds, check the weights when they are named; print, and return 0."""
-    plan = make_plan(settings.input_settings(config))
-    weights = read_checkpoint(config) if config.model.checkpoint else None
-    done = _done(config, plan) if config.output.uri else None
+def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> int:
+    """Plan, look at what the output holds, check the weights when they are named; print, and return 0.
+
+    `sample`: images to measure with, 0 for none.
+
+    Raises:
+        UsageError: a sample is wanted and no checkpoint is named.
+    """
+    with before_work():
+        plan = understood.with_a_look(make_plan(settings.input_settings(config)), settings.limits(config))
+        weights = read_checkpoint(config) if config.model.checkpoint else None
+        done = _done(config, plan) if config.output.uri else None
+    estimate = None
+    if sample:
+        if weights is None:
+            raise UsageError("--sample measures the model: name one with --checkpoint")
+        left = plan.summary.images - plan.images_per_unit * (done or 0)
+        measured = measure(config, plan, weights, interrupts, sample=sample)
+        estimate = carry_over(measured, plan, left=left, usd_per_gpu_hour=config.cost.usd_per_gpu_hour)
     if json:
-        console.data_json(_as_json(config, plan, weights, done))
+        found = None if estimate is None else asdict(estimate)
+        console.data_json({**_as_json(config, plan, weights, done), "estimate": found})
     else:
-        console.data(console.pairs(_rows(config, plan, weights, done)))
+        rows = _rows(config, plan, weights, done)
+        console.data(console.pairs([*rows, *(describe(estimate) if estimate else [])]))
         for line in understood.warnings(_facts(plan)):
             console.data(line)
+    if estimate is None and not json:
+        console.say("for time, money and bytes: --sample 64, with --checkpoint")
     console.say("nothing was written; `hqlabel label` with the same options begins the work")
     return 0
 

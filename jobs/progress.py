@@ -41,6 +41,8 @@ class Counts:
     bytes: int = 0
     repeated: int = 0
     """Images of units that were already committed when they were done again."""
+    begun_before: int = 0
+    """Images that a killed process had begun, and that were done again."""
 
 
 class Progress:
@@ -106,6 +108,7 @@ class Progress:
                 instances=was.instances + outcome.instances,
                 bytes=was.bytes + outcome.bytes,
                 repeated=was.repeated + (outcome.images if outcome.repeated else 0),
+                begun_before=was.begun_before + outcome.begun_before,
             )
             self._codes.update(outcome.failed_by_code)
             now = self._clock()

@@ -60,8 +60,10 @@ def _rows(job: Job, found: JobStatus) -> list[tuple[str, str]]:
         rows.append(("last commit", found.last_commit_at.isoformat(timespec="seconds")))
     if found.holder is not None:
         number, holder = found.holder
-        gone = ", which is gone" if holder.is_surely_dead() else ""
-        rows.append(("driver", f"{holder}{gone} (number {number})"))
+        dead = holder.is_surely_dead()
+        gone = ", which is gone; the same label command goes on from here" if dead else ""
+        if not (dead and found.complete):
+            rows.append(("driver", f"{holder} (number {number}){gone}"))
     return rows
 
 

@@ -6,7 +6,7 @@ greatest id that each row group's footer states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import parquet, schema
-from pipeline.manifest import Manifest, PartFile
+from pipeline.errors import JobRefused
+from pipeline.manifest import Manifest, PartFile, read_manifest
 from pipeline.storage import Store
 
 T = TypeVar("T")
@@ -30,6 +31,14 @@ class ImageRows:
     instances: tuple[Row, ...]
 
 
+def require_published(store: Store) -> Manifest:
+    """The manifest of the tables in a store; JobRefused when nothing is published there."""
+    manifest = read_manifest(store)
+    if manifest is None or not manifest.parts:
+        raise JobRefused(f"{store.place.uri}: no tables are published here yet; see hqlabel publish --help")
+    return manifest
+
+
 def find_image(store: Store, manifest: Manifest, image_id: str) -> ImageRows | None:
     """The rows of one image, or None when no part has it."""
     for part in manifest.parts:
@@ -38,6 +47,18 @@ def find_image(store: Store, manifest: Manifest, image_id: str) -> ImageRows | N
             instances = _rows_of(store, part.instances, schema.INSTANCES, image_id)
             return ImageRows(image=images[0], instances=tuple(instances))
     return None
+
+
+def find_images(store: Store, manifest: Manifest, image_ids: Collection[str]) -> dict[str, ImageRows]:
+    """The rows of several images by id; those that no part has are left out. Each row group is read once."""
+    wanted = sorted(set(image_ids), key=str.encode)
+    images: dict[str, Row] = {}
+    instances: dict[str, list[Row]] = {image_id: [] for image_id in wanted}
+    for part in manifest.parts:
+        images.update((row["image_id"], row) for row in _rows_in(store, part.images, schema.IMAGES, wanted))
+        for row in _rows_in(store, part.instances, schema.INSTANCES, wanted):
+            instances[row["image_id"]].append(row)
+    return {key: ImageRows(image=row, instances=tuple(instances[key])) for key, row in images.items()}
 
 
 def sample_labelled(store: Store, manifest: Manifest, number: int) -> list[ImageRows]:
@@ -61,7 +82,7 @@ def failed_examples(store: Store, manifest: Manifest, *, per_code: int = 2) -> d
         wanted = [code for code in part.counts.failed if len(examples[code]) < per_code]
         if not wanted:
             continue
-        for table in _groups(store, part.images, schema.IMAGES, columns):
+        for table in row_groups(store, part.images, schema.IMAGES, columns):
             for row in table.filter(pc.is_in(table["error_code"], pa.array(wanted))).to_pylist():
                 if len(examples[row["error_code"]]) < per_code:
                     examples[row["error_code"]].append(row)
@@ -71,7 +92,7 @@ def failed_examples(store: Store, manifest: Manifest, *, per_code: int = 2) -> d
 def failed_units(store: Store, file: PartFile, codes: Sequence[str]) -> dict[int, int]:
     """Of one images part, how many images of each unit failed with one of `codes` (empty: with any)."""
     found: dict[int, int] = {}
-    for table in _groups(store, file, schema.IMAGES, ["unit_id", "error_code"]):
+    for table in row_groups(store, file, schema.IMAGES, ["unit_id", "error_code"]):
         failed = table.filter(table["error_code"].is_valid())
         if codes:
             failed = failed.filter(pc.is_in(failed["error_code"], pa.array(codes)))
@@ -81,22 +102,29 @@ def failed_units(store: Store, file: PartFile, codes: Sequence[str]) -> dict[int
 
 
 def _rows_of(store: Store, file: PartFile, kind: pa.Schema, image_id: str) -> list[Row]:
-    rows: list[Row] = []
+    return list(_rows_in(store, file, kind, [image_id]))
+
+
+def _rows_in(store: Store, file: PartFile, kind: pa.Schema, image_ids: Sequence[str]) -> Iterator[Row]:
+    """The rows of these images (sorted by UTF-8 bytes), group by group."""
     with store.open_parquet(file.key) as stream, parquet.open_body(stream, kind, file.key) as body:
         for group in range(body.num_row_groups):
-            if _may_hold(body, group, image_id):
+            held = [image_id for image_id in image_ids if _may_hold(body, group, image_id)]
+            if held:
                 table = body.read_row_group(group)
-                rows += table.filter(pc.equal(table["image_id"], image_id)).to_pylist()
-    return rows
+                yield from table.filter(pc.is_in(table["image_id"], pa.array(held, pa.string()))).to_pylist()
 
 
 def _may_hold(body: pq.ParquetFile, group: int, image_id: str) -> bool:
+    return _may_meet(body, group, image_id, image_id)
+
+
+def _may_meet(body: pq.ParquetFile, group: int, low: str, high: str) -> bool:
     column = body.metadata.row_group(group).column(body.schema_arrow.get_field_index("image_id"))
     facts = column.statistics
     if facts is None or not facts.has_min_max:
         return True
-    wanted = image_id.encode()
-    return bool(_bytes(facts.min) <= wanted <= _bytes(facts.max))
+    return bool(_bytes(facts.min) <= high.encode() and low.encode() <= _bytes(facts.max))
 
 
 def _bytes(value: str | bytes) -> bytes:
@@ -105,7 +133,7 @@ def _bytes(value: str | bytes) -> bytes:
 
 def _labelled_ids(store: Store, file: PartFile) -> list[str]:
     columns = ["image_id", "num_instances"]
-    tables = _groups(store, file, schema.IMAGES, columns)
+    tables = row_groups(store, file, schema.IMAGES, columns)
     return [
         image_id
         for table in tables
@@ -113,11 +141,26 @@ def _labelled_ids(store: Store, file: PartFile) -> list[str]:
     ]
 
 
-def _groups(store: Store, file: PartFile, kind: pa.Schema, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The row groups of a part one after another, with these columns."""
+def row_groups(store: Store, file: PartFile, kind: pa.Schema, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The row groups of a part one after another, with these columns of `kind`."""
     with store.open_parquet(file.key) as stream, parquet.open_body(stream, kind, file.key) as body:
         for group in range(body.num_row_groups):
             yield body.read_row_group(group, columns=list(columns))
+
+
+def rows_between(
+    store: Store,
+    file: PartFile,
+    kind: pa.Schema,
+    columns: Sequence[str],
+    low: str | None = None,
+    high: str | None = None,
+) -> Iterator[pa.Table]:
+    """The row groups of a part that may hold an image_id from `low` to `high` (None: all), whole."""
+    with store.open_parquet(file.key) as stream, parquet.open_body(stream, kind, file.key) as body:
+        for group in range(body.num_row_groups):
+            if low is None or high is None or _may_meet(body, group, low, high):
+                yield body.read_row_group(group, columns=list(columns))
 
 
 def _spread(items: Sequence[T], number: int) -> list[T]:

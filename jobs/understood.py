@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jobs import console
 from jobs.config import Config
 from pipeline.ledger import Job
-from pipeline.records import JobContext
+from pipeline.peek import look
+from pipeline.plan import Plan
+from pipeline.records import BoxRules, JobContext, Limits
+
+
+def with_a_look(plan: Plan, limits: Limits) -> Plan:
+    """The plan, with warnings of what a look at a few of its pictures shows and was not said before."""
+    summary = plan.summary
+    rules = BoxRules(box_format=summary.box_format, box_frame=summary.box_frame)
+    flags = {_flag(sentence) for sentence in summary.warnings}
+    seen = [line for line in look(plan.table, rules, plan.access, limits) if _flag(line) not in flags]
+    return replace(plan, summary=replace(summary, warnings=(*summary.warnings, *seen)))
+
+
+def _flag(sentence: str) -> str:
+    """The flag that a sentence ends with; the whole sentence where there is none."""
+    return sentence[sentence.rfind("--") :] if "--" in sentence else sentence
 
 
 def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, str]]:

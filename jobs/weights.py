@@ -16,7 +16,9 @@ from pipeline.errors import HqlabelError, JobRefused, clean_text
 from pipeline.records import Weights
 from pipeline.weights import DEMO, open_weights
 
-DEMO_NOTE = "masks by the demo checkpoint, a small model that shows how things work; it is no SAM-HQ"
+DEMO_NOTE = (
+    "made with the demo checkpoint: for trying the pipeline and for its tests, not for labelling your data"
+)
 
 
 def read_checkpoint(config: Config) -> Weights:

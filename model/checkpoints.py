@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from model.architecture import config_from_shapes
+from model.architecture import config_from_shapes, deciding_shapes
 from model.config import ConfigError, SamHQConfig, TinyVisionConfig
 from model.config_json import config_from_json, config_to_json
 from model.layouts import IGNORED, TIED_PE, Layout, detect_layout, foreign_model, rename
@@ -68,7 +69,7 @@ def load(
     """
     files = read_weights(source, revision=revision)
     layout, native, ignored = to_native(files.tensors)
-    config = read_config(native, files.config)
+    config = read_config(native, files.config, layout)
     model = build(config, native, layout)
     info = WeightsInfo(
         sha256=files.sha256,
@@ -122,14 +123,16 @@ def add_tied_matrix(
     native["prompt_encoder.pe_matrix"] = tensor
 
 
-def read_config(native: Mapping[str, torch.Tensor], values: Mapping[str, Any] | None) -> SamHQConfig:
+def read_config(
+    native: Mapping[str, torch.Tensor], values: Mapping[str, Any] | None, layout: Layout
+) -> SamHQConfig:
     """Return the architecture of the tensors, after checking it against a `config.json` if there is one."""
     given = None if values is None else config_from_json(values)
     tiny_side = given.image_size if given and isinstance(given.vision, TinyVisionConfig) else None
     try:
         config = config_from_shapes({n: tuple(t.shape) for n, t in native.items()}, image_size=tiny_side)
     except ConfigError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(in_file_names(str(error), layout)) from error
     if given is not None and given != config:
         differing = [
             f"{part}: config.json says {getattr(given, part)}, the tensors {getattr(config, part)}"
@@ -152,6 +155,7 @@ def build(config: SamHQConfig, native: Mapping[str, torch.Tensor], layout: Layou
             tensors.setdefault(name, torch.tensor(0))
     check_names("missing", set(expected) - set(tensors), layout)
     check_names("left over", set(tensors) - set(expected), layout)
+    check_shapes(tensors, expected, layout)
     for name in expected:
         tensors[name] = checked(file_name(name, layout), tensors[name], expected[name])
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -165,6 +169,12 @@ def file_name(name: str, layout: Layout) -> str:
     return found
 
 
+def in_file_names(message: str, layout: Layout) -> str:
+    """Return an error message with the names of tensors as a file of this layout has them."""
+    ours = re.compile(r"\b(?:image_encoder|prompt_encoder|mask_decoder)[\w.]*\w")
+    return ours.sub(lambda name: rename(name[0], "native", layout) or name[0], message)
+
+
 def check_names(what: str, names: set[str], layout: Layout) -> None:
     """Raise `CheckpointError` when there are such tensors, naming them as the file does."""
     if names:
@@ -172,11 +182,28 @@ def check_names(what: str, names: set[str], layout: Layout) -> None:
         raise CheckpointError(f"{len(names)} tensors are {what}: {shown(found)}")
 
 
+def check_shapes(
+    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], layout: Layout
+) -> None:
+    """Raise `CheckpointError` naming every tensor of another shape.
+
+    Where several are, the wrong one may be one of those that the expected shapes follow from: these too.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [
+        f"tensor {file_name(name, layout)} has shape {shapes[name]}; wanted {tuple(wanted.shape)}"
+        for name, wanted in expected.items()
+        if shapes[name] != tuple(wanted.shape)
+    ]
+    if wrong:
+        reason = f" (the model was {deciding_shapes(shapes)})" if len(wrong) > 1 else ""
+        raise CheckpointError(shown(wrong) + in_file_names(reason, layout))
+
+
 def checked(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Return the tensor as fp32 (a counter as int64), or raise `CheckpointError` naming it."""
-    if tensor.shape != expected.shape:
-        found, wanted = tuple(tensor.shape), tuple(expected.shape)
-        raise CheckpointError(f"tensor {name} has shape {found}; wanted {wanted}")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise CheckpointError(f"tensor {name} is sparse or without data; wanted plain numbers")
     if not expected.is_floating_point():
         return tensor.to(expected.dtype)
     if tensor.dtype not in STORED_DTYPES:
@@ -190,7 +217,7 @@ def checked(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> torch.Te
 
 
 def shown(names: Sequence[str]) -> str:
-    """Return some names, and how many more there are."""
+    """Return some names or complaints, and how many more there are."""
     more = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 

@@ -42,7 +42,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         check_side(self.image_size, self.patch_size)
-        if self.hidden_size % self.num_attention_heads:
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} must be a multiple of the "
                 f"{self.num_attention_heads} attention heads"
@@ -138,6 +138,8 @@ class PromptEncoderConfig:
 
     def __post_init__(self) -> None:
         check_side(self.image_size, self.patch_size)
+        if self.mask_input_channels < 1 or self.mask_input_channels % 4:
+            raise ConfigError(f"mask_input_channels {self.mask_input_channels} must be a multiple of 4")
 
     @property
     def grid(self) -> int:

@@ -25,6 +25,12 @@ from model.config import (
 TOP_TYPE, VIT_TYPE, TINY_TYPE = "sam_hq", "sam_hq_vision_model", "sam_hq_tiny_vit"
 PROMPT_TYPE, DECODER_TYPE = "sam_hq_prompt_encoder", "sam_hq_mask_decoder"
 
+BLOCK_NUMBERS = "global_attn_indexes"
+"""The one list of any length, and the one that counts from 0."""
+
+MLP_RATIO_LIMIT = 1000
+"""Beyond it nothing is an MLP: keeps infinity and NaN out."""
+
 PARTS = {"vision_config", "prompt_encoder_config", "mask_decoder_config"}
 
 # fmt: off
@@ -76,6 +82,8 @@ def config_from_json(values: Mapping[str, Any]) -> SamHQConfig:
     Raises:
         ConfigError: another model's file, an unknown key, or a value that this code does not follow.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"config.json holds a {type(values).__name__}; wanted an object")
     if "vision_encoder_dim" in values:
         raise ConfigError(
             "config.json is of a SAM-HQ port with its own remote code (key vision_encoder_dim); not read"
@@ -83,9 +91,9 @@ def config_from_json(values: Mapping[str, Any]) -> SamHQConfig:
     if values.get("model_type") != TOP_TYPE:
         raise ConfigError(f"config.json is of model_type {values.get('model_type')!r}; wanted {TOP_TYPE!r}")
     refuse_unknown("config.json", values, PARTS | {"model_type"})
-    vision = dict(values.get("vision_config") or {})
-    prompt = dict(values.get("prompt_encoder_config") or {})
-    decoder = dict(values.get("mask_decoder_config") or {})
+    vision, prompt, decoder = (
+        part_of(values, name) for name in ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+    )
     return SamHQConfig(
         vision=tiny_from_json(vision) if vision.get("model_type") == TINY_TYPE else vit_from_json(vision),
         prompt_encoder=prompt_from_json(prompt),
@@ -95,17 +103,27 @@ def config_from_json(values: Mapping[str, Any]) -> SamHQConfig:
     )
 
 
+def part_of(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return one of the three parts; empty when it is left out or null."""
+    part = values.get(name)
+    if part is None:
+        return {}
+    if not isinstance(part, Mapping):
+        raise ConfigError(f"config.json: {name} is {part!r}; wanted an object")
+    return part
+
+
 def vit_from_json(part: Mapping[str, Any]) -> VisionConfig:
     """Return the ViT in a `vision_config`."""
     derived = frozenset({"mlp_ratio", "num_pos_feats"})
     fields_given = read_part("vision_config", part, VisionConfig, VIT_TYPE, VIT_FIXED, derived)
     width = fields_given.get("hidden_size", VisionConfig.hidden_size)
-    from_ratio = width * part.get("mlp_ratio", 4.0)
-    mlp_dim = fields_given.get("mlp_dim", int(from_ratio))
-    if "mlp_ratio" in part and abs(mlp_dim - from_ratio) >= 1:
-        raise ConfigError(
-            f"vision_config: mlp_dim {mlp_dim} contradicts mlp_ratio {part['mlp_ratio']} of {width}"
-        )
+    ratio = part.get("mlp_ratio", 4.0)
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < MLP_RATIO_LIMIT:
+        raise ConfigError(f"vision_config: mlp_ratio is {ratio!r}; wanted a number over 0")
+    mlp_dim = fields_given.get("mlp_dim", int(width * ratio))
+    if "mlp_ratio" in part and abs(mlp_dim - width * ratio) >= 1:
+        raise ConfigError(f"vision_config: mlp_dim {mlp_dim} contradicts mlp_ratio {ratio} of {width}")
     config = VisionConfig(**{**fields_given, "mlp_dim": mlp_dim})
     features = part.get("num_pos_feats", config.output_channels // 2)
     if features != config.output_channels // 2:
@@ -146,27 +164,39 @@ def read_part(
     """Return the given fields of dataclass `kind`, after checking every other key of the part."""
     if part.get("model_type", model_type) != model_type:
         raise ConfigError(f"{name}: model_type {part['model_type']!r}; wanted {model_type!r}")
-    own = {f.name for f in fields(kind)}
-    refuse_unknown(name, part, own | set(fixed) | derived | {"model_type"})
+    own = {f.name: f.default for f in fields(kind)}
+    refuse_unknown(name, part, set(own) | set(fixed) | derived | {"model_type"})
     for key, allowed in fixed.items():
         if part.get(key, allowed[0]) not in allowed:
             wanted = " or ".join(map(repr, allowed))
             raise ConfigError(f"{name}: {key} is {part[key]!r}; only {wanted} is known")
     return {
-        key: plain_size(name, key, value) for key, value in part.items() if key in own and value is not None
+        key: plain_size(name, key, value, like=own[key])
+        for key, value in part.items()
+        if key in own and value is not None
     }
 
 
-def plain_size(name: str, key: str, value: Any) -> int | tuple[int, ...]:
-    """Return a number, or a list as a tuple; an (h, w) pair of equal sizes becomes one number."""
-    numbers = value if isinstance(value, (list, tuple)) else [value]
-    if not all(isinstance(x, int) and not isinstance(x, bool) for x in numbers):
-        raise ConfigError(f"{name}: {key} is {value!r}; wanted whole numbers")
+def plain_size(name: str, key: str, value: Any, *, like: Any) -> int | tuple[int, ...]:
+    """Return a number, or a list as a tuple, as the field's default `like` is one or the other.
+
+    An (h, w) pair of equal sizes becomes one number.
+    """
+    is_list = isinstance(value, (list, tuple))
+    numbers = list(value) if is_list else [value]
+    least = 0 if key == BLOCK_NUMBERS else 1
+    if not all(isinstance(x, int) and not isinstance(x, bool) and x >= least for x in numbers):
+        raise ConfigError(f"{name}: {key} is {value!r}; wanted whole numbers from {least}")
     if key in ("image_size", "patch_size"):
         if len(set(numbers)) != 1:
-            raise ConfigError(f"{name}: {key} {list(numbers)} is not square; only squares are known")
+            raise ConfigError(f"{name}: {key} {numbers} is not square; only squares are known")
         return int(numbers[0])
-    return tuple(numbers) if isinstance(value, (list, tuple)) else int(value)
+    if is_list != isinstance(like, tuple):
+        wanted = "one whole number" if is_list else "a list of whole numbers"
+        raise ConfigError(f"{name}: {key} is {value!r}; wanted {wanted}")
+    if is_list and key != BLOCK_NUMBERS and len(numbers) != len(like):
+        raise ConfigError(f"{name}: {key} is {value!r}; wanted {len(like)} whole numbers")
+    return tuple(numbers) if is_list else int(value)
 
 
 def refuse_unknown(name: str, values: Mapping[str, Any], known: set[str]) -> None:

@@ -17,6 +17,7 @@ Letters: N masks, L = 4G, H x W the upright size, T the side of a tile, K taps, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +70,7 @@ def upsample_logits(
         resized_hw: the image's (height, width) in model pixels; what lies outside is padding.
         size_hw: (H, W), the upright size.
     """
-    _check(low_res_NLL, resized_hw)
+    _check(low_res_NLL, resized_hw, size_hw)
     side = 4 * low_res_NLL.shape[-1]
     model_N1SS = F.interpolate(low_res_NLL[:, None], (side, side), mode="bilinear", align_corners=False)
     model_N1hw = model_N1SS[:, :, : resized_hw[0], : resized_hw[1]]
@@ -131,11 +132,14 @@ def trace_masks(
         stability_offset: distance of the two stability thresholds, greater than 0.
 
     Raises:
-        ValueError: wrong dtype or shape, `resized_hw` outside the model frame, or an offset not over 0.
+        ValueError: wrong dtype or shape, `resized_hw` outside the model frame, `size_hw` without pixels, an
+            offset not over 0, or a threshold that is not finite.
     """
-    _check(low_res_NLL, resized_hw)
+    _check(low_res_NLL, resized_hw, size_hw)
     if not stability_offset > 0:
         raise ValueError(f"stability_offset is {stability_offset}; it must be greater than 0")
+    if not math.isfinite(mask_threshold):
+        raise ValueError(f"mask_threshold is {mask_threshold}; it must be a finite number")
     grid = tile_grid(low_res_NLL.shape[-1], resized_hw, size_hw, low_res_NLL.device)
     shifted_NLL = low_res_NLL - mask_threshold if mask_threshold else low_res_NLL
     starts = range(0, max(1, len(shifted_NLL)), MASKS_PER_STEP)
@@ -258,7 +262,7 @@ def _dense_bboxes_xywh(masks_NHW: torch.Tensor) -> torch.Tensor:
     return torch.where(masks_NHW.any(2).any(1)[:, None], boxes, 0).float()
 
 
-def _check(low_res_NLL: torch.Tensor, resized_hw: tuple[int, int]) -> None:
+def _check(low_res_NLL: torch.Tensor, resized_hw: tuple[int, int], size_hw: tuple[int, int]) -> None:
     shape = tuple(low_res_NLL.shape)
     if low_res_NLL.dtype != torch.float32 or len(shape) != 3 or shape[1] != shape[2]:
         raise ValueError(f"logits are {low_res_NLL.dtype} {shape}; wanted float32 (N, 4G, 4G)")
@@ -267,3 +271,5 @@ def _check(low_res_NLL: torch.Tensor, resized_hw: tuple[int, int]) -> None:
             f"resized_hw is {resized_hw}; wanted sides from 1 to {4 * shape[1]}, "
             f"the input side that logits of side {shape[1]} belong to"
         )
+    if min(size_hw) < 1:
+        raise ValueError(f"size_hw is {size_hw}; wanted sides of at least 1 pixel")

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from model.config import PATCH_SIZE
 from model.geometry import scale_boxes, scale_points, target_size_hw
 from model.prompt_encoder import BACKGROUND, FOREGROUND, PADDING
 from model.structures import Prompts
@@ -87,22 +89,33 @@ def group_prompts(
     return [concatenate(batches) for batches in kinds.values()], counts
 
 
+def box_rows(boxes_xyxy: npt.ArrayLike) -> npt.NDArray[np.generic]:
+    """Return boxes as an array; an empty list stands for (0, 4). Other shapes stay, to be refused."""
+    boxes = np.asarray(boxes_xyxy)
+    return np.zeros((0, 4)) if boxes.shape == (0,) else boxes
+
+
+def parts_of(prompts: Prompts) -> tuple[npt.NDArray[Any] | None, ...]:
+    """Return boxes, points, labels and masks as arrays on the host, None where not given."""
+    parts = (prompts.boxes_xyxy, prompts.points_xy, prompts.point_labels, prompts.mask_logits)
+    return tuple(None if part is None else np.asarray(part) for part in parts)
+
+
 def check_prompts(prompts: Prompts, mask_size: int, *, image: int) -> int:
-    """Return the number N of prompts, after checking shapes, lengths, labels and that all is finite."""
+    """Return the number N of prompts. Checked: dtypes, shapes, lengths, labels, and that all is finite."""
     where = f"prompts of image {image}"
-    boxes, points, labels, masks = (
-        prompts.boxes_xyxy,
-        prompts.points_xy,
-        prompts.point_labels,
-        prompts.mask_logits,
-    )
+    boxes, points, labels, masks = parts_of(prompts)
     if boxes is None and points is None and masks is None:
         raise ValueError(f"{where}: none of boxes_xyxy, points_xy and mask_logits is given")
     if (points is None) != (labels is None):
         raise ValueError(f"{where}: points_xy and point_labels go together; one of them is missing")
     given = {
         "boxes_xyxy": (boxes, "(N, 4)", boxes is None or (boxes.ndim == 2 and boxes.shape[1] == 4)),
-        "points_xy": (points, "(N, P, 2)", points is None or (points.ndim == 3 and points.shape[2] == 2)),
+        "points_xy": (
+            points,
+            "(N, P, 2) with P from 1",
+            points is None or (points.ndim == 3 and points.shape[1] > 0 and points.shape[2] == 2),
+        ),
         "point_labels": (
             labels,
             "(N, P)",
@@ -118,6 +131,8 @@ def check_prompts(prompts: Prompts, mask_size: int, *, image: int) -> int:
     for name, (array, wanted, right) in given.items():
         if array is None:
             continue
+        if array.dtype.kind not in "iufb":
+            raise ValueError(f"{where}: {name} has dtype {array.dtype}; wanted numbers")
         if not right:
             raise ValueError(f"{where}: {name} has shape {array.shape}; wanted {wanted}")
         if not np.isfinite(array).all():
@@ -126,6 +141,11 @@ def check_prompts(prompts: Prompts, mask_size: int, *, image: int) -> int:
     if len(lengths) != 1:
         raise ValueError(
             f"{where}: boxes, points and masks must agree on their number; found {sorted(lengths)}"
+        )
+    if masks is not None and masks.dtype.kind != "f":
+        raise ValueError(
+            f"{where}: mask_logits has dtype {masks.dtype}; wanted float logits (mask_to_prompt makes them "
+            "of a mask)"
         )
     if labels is not None and not np.isin(labels, (BACKGROUND, FOREGROUND, PADDING)).all():
         found = sorted(set(np.unique(labels).tolist()) - {BACKGROUND, FOREGROUND, PADDING})
@@ -139,19 +159,14 @@ def to_model_frame(
     prompts: Prompts, size_hw: SizeHW, resized_hw: SizeHW, *, image: int, start: int
 ) -> PromptBatch:
     """Return one image's prompts in model pixels; `start` is the place of its first."""
-    boxes, points, labels, masks = (
-        prompts.boxes_xyxy,
-        prompts.points_xy,
-        prompts.point_labels,
-        prompts.mask_logits,
-    )
+    boxes, points, labels, masks = parts_of(prompts)
     N = next(len(x) for x in (boxes, points, masks) if x is not None)
     return PromptBatch(
         place_N=torch.arange(start, start + N),
         image_N=torch.full((N,), image),
         boxes_N4=None if boxes is None else torch.from_numpy(scale_boxes(boxes, size_hw, resized_hw)),
         points_NP2=None if points is None else torch.from_numpy(scale_points(points, size_hw, resized_hw)),
-        labels_NP=None if labels is None else torch.from_numpy(np.asarray(labels, dtype=np.int64)),
+        labels_NP=None if labels is None else torch.from_numpy(np.array(labels, dtype=np.int64)),
         masks_NHW=None if masks is None else torch.from_numpy(np.array(masks, dtype=np.float32)),
     )
 
@@ -177,8 +192,10 @@ def mask_to_prompt(
     their usual size. A tool's 0 and 255, or 0 and 1, taken as logits would mean something else.
 
     Raises:
-        ValueError: another shape or dtype, a value outside [0, 1], a certainty outside (0.5, 1).
+        ValueError: another shape, dtype or side, a value outside [0, 1], a certainty outside (0.5, 1).
     """
+    if side < PATCH_SIZE or side % PATCH_SIZE:
+        raise ValueError(f"side is {side}; wanted the model's input side, a multiple of {PATCH_SIZE}")
     if mask_hw.ndim != 2 or not (mask_hw.dtype == np.bool_ or np.issubdtype(mask_hw.dtype, np.floating)):
         raise ValueError(
             f"mask has shape {mask_hw.shape} and dtype {mask_hw.dtype}; wanted (H, W), bool or float"

@@ -23,7 +23,7 @@ from model.geometry import resize_longest_side, target_size_hw
 from model.image_encoder import ImageEncoderViT
 from model.mask_decoder import MaskDecoder, SharedImages, TokenMasks
 from model.prompt_encoder import PromptEncoder
-from model.prompts import PromptBatch, group_prompts
+from model.prompts import PromptBatch, box_rows, group_prompts
 from model.structures import EncoderFeatures, ImageEmbedding, MaskLogits, Prompts
 from model.tiny_vit import TinyViT
 
@@ -125,7 +125,7 @@ class SamHQ(nn.Module):
             height, width = picture.shape[:2]
             if max(height, width) != S:
                 raise ValueError(f"a prepared picture is {height}x{width}; its long side must be {S}")
-            values = torch.from_numpy(np.ascontiguousarray(picture)).to(self.device).permute(2, 0, 1)
+            values = torch.from_numpy(np.require(picture, requirements="CW")).to(self.device).permute(2, 0, 1)
             row[:, :height, :width] = (values - mean) / std
         return batch.to(self.dtype)
 
@@ -187,7 +187,7 @@ class SamHQ(nn.Module):
     def decode_boxes(
         self,
         embedding: ImageEmbedding,
-        boxes_xyxy: Sequence[np.ndarray],
+        boxes_xyxy: Sequence[npt.ArrayLike],
         *,
         boxes_per_call: int = PROMPTS_PER_CALL,
         multimask: Multimask = "single",
@@ -197,7 +197,7 @@ class SamHQ(nn.Module):
 
         `boxes_xyxy`: for each image (n_i, 4) in upright pixels, n_i from 0. See `decode_prompts`.
         """
-        prompts = [Prompts(boxes_xyxy=np.asarray(boxes).reshape(-1, 4)) for boxes in boxes_xyxy]
+        prompts = [Prompts(boxes_xyxy=box_rows(boxes)) for boxes in boxes_xyxy]
         return self.decode_prompts(
             embedding,
             prompts,
@@ -225,8 +225,8 @@ class SamHQ(nn.Module):
         only the predicted IoU, which never knew of them, depends on `multimask`.
 
         Raises:
-            ValueError: a prompt with nothing in it, with parts of unlike lengths, with a label other
-                than 1, 0 and -1, or with a coordinate or logit that is not finite.
+            ValueError: a prompt with nothing in it, with parts of another shape or of unlike lengths, with
+                a label other than 1, 0 and -1, or with a coordinate or logit that is not finite.
         """
         self._check_ready()
         if prompts_per_call < 1:
@@ -344,6 +344,10 @@ def choose_masks(
 
 def check_picture(picture: UInt8Array) -> None:
     """Raise `ValueError` unless the array is a uint8 RGB picture, (H, W, 3)."""
+    if not isinstance(picture, np.ndarray):
+        raise ValueError(
+            f"a picture is a {type(picture).__name__}; wanted a numpy array, (H, W, 3) uint8 RGB"
+        )
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         raise ValueError(
             f"a picture has shape {picture.shape} and dtype {picture.dtype}; wanted (H, W, 3) uint8 RGB"

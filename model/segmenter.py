@@ -9,6 +9,7 @@ one call at a time.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from model import rle
 from model.config import SamHQConfig, TinyVisionConfig
 from model.geometry import resize_longest_side, target_size_hw
 from model.masks import trace_masks
-from model.prompts import check_prompts, group_prompts
+from model.prompts import box_rows, check_prompts, group_prompts
 from model.sam_hq import ChunkDecoder, SamHQ, check_picture
 from model.structures import CallShape, ImageEmbedding, Instances, PreparedImage, Prompts, SegmentFailure
 
@@ -89,8 +90,10 @@ class Segmenter:
             raise ValueError(f"dtype is {dtype!r}; wanted 'float32' or 'bfloat16'")
         if multimask not in ("single", "best"):
             raise ValueError(f"multimask is {multimask!r}; wanted 'single' or 'best': one mask a prompt")
-        if not stability_offset > 0:
-            raise ValueError(f"stability_offset is {stability_offset}; it must be greater than 0")
+        if not math.isfinite(mask_threshold):
+            raise ValueError(f"mask_threshold is {mask_threshold}; it must be a finite number")
+        if not 0 < stability_offset < math.inf:
+            raise ValueError(f"stability_offset is {stability_offset}; it must be greater than 0, and finite")
         self.device = torch.device(device)
         if self.device.type == "cuda":
             _forbid_reduced_precision()
@@ -121,12 +124,11 @@ class Segmenter:
         prepared = []
         for image, boxes in zip(images, boxes_xyxy, strict=True):
             check_picture(image)
-            array = np.asarray(boxes, dtype=np.float64)
             prepared.append(
                 PreparedImage(
                     pixels_hwc=resize_longest_side(image, self.input_side),
                     size_hw=(image.shape[0], image.shape[1]),
-                    prompts=Prompts(boxes_xyxy=array.reshape(0, 4) if array.size == 0 else array),
+                    prompts=Prompts(boxes_xyxy=box_rows(boxes)),
                 )
             )
         return self.segment_prepared(prepared)

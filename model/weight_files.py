@@ -140,14 +140,16 @@ def read_hub(repo: str, file: str | None, revision: str | None) -> WeightFiles:
 
     def read(name: str) -> bytes | None:
         try:
-            path = Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
+            # One commit for all files, also while somebody pushes to the branch.
+            wanted = commits[0] if commits else revision
+            path = Path(huggingface_hub.hf_hub_download(repo, name, revision=wanted))
         except EntryNotFoundError as error:
             # Also raised without network for what is not in the cache; then the reason says so.
             reasons.append(str(error).splitlines()[0])
             return None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{repo}: {name} could not be fetched from the hub: {error}") from error
-        commits.append(path.parts[path.parts.index("snapshots") + 1])
+        commits.append(commit_of(path))
         return path.read_bytes()
 
     license = PUBLISHED_LICENSES.get(repo)
@@ -169,6 +171,13 @@ def read_hub(repo: str, file: str | None, revision: str | None) -> WeightFiles:
         config=files.config,
         license=files.license,
     )
+
+
+def commit_of(path: Path) -> str:
+    """Return the commit of a file in the hub's cache, `.../snapshots/<commit>/<name>`."""
+    # The last such folder: the cache itself may lie in one of that name.
+    last = len(path.parts) - 1 - path.parts[::-1].index("snapshots")
+    return path.parts[last + 1]
 
 
 def parse_tensors(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
@@ -202,8 +211,9 @@ def parse_pth(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
     try:
         values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{name}: not a file of plain tensors, or damaged: {reason}") from error
+        raise CheckpointError(
+            f"{name}: not a file of plain tensors, or damaged: {reason_of(error)}"
+        ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
             values = values[wrapper]
@@ -212,7 +222,22 @@ def parse_pth(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
     for key, value in values.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{name}: entry {key!r} is a {type(value).__name__}; wanted a tensor")
-    return {key.removeprefix("module."): value for key, value in values.items()}
+    tensors = {key.removeprefix("module."): value for key, value in values.items()}
+    if len(tensors) < len(values):
+        twice = [key for key in values if f"module.{key}" in values]
+        raise CheckpointError(
+            f"{name}: holds tensors twice, with and without `module.`: {', '.join(twice[:8])}"
+        )
+    return tensors
+
+
+def reason_of(error: Exception) -> str:
+    """Return one line of why a `.pth` was not read, without torch's advice to read it unrestrictedly."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    telling = [line for line in lines if "unsupported GLOBAL" in line]
+    if "weights_only" in lines[0] and not telling:
+        return "it holds more than tensors"
+    return (telling or lines)[0]
 
 
 def parse_json(data: bytes, *, name: str) -> dict[str, Any]:

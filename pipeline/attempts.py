@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import HqlabelError
+from pipeline.failpoints import visit
 from pipeline.storage import Store
 
 IMAGE_BY_IMAGE_FROM = 1  # earlier starts
@@ -56,6 +57,7 @@ class Attempts:
         number = 0
         while not self._store.put_if_absent(self._key(unit_id, generation, number), self._mark(number)):
             number += 1
+        visit("attempt.started")
         crashed = self._crashed(unit_id, generation) if number else {}
         return Start(
             unit_id=unit_id,
@@ -73,6 +75,7 @@ class Attempts:
         """
         body = json.dumps({"epoch": self._epoch, "image_id": image_id, "code": code}).encode()
         self._store.put(self._key(start.unit_id, start.generation, start.number, "image"), body)
+        visit("attempt.image")
 
     def _mark(self, number: int) -> bytes:
         # Unlike in every start, or a second one would count as the first one's repeated request.

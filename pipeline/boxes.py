@@ -242,6 +242,7 @@ def _points(
 
 SUSPICIOUS_SHARE = 0.1
 """Of the boxes looked at; real detectors stay far below, a wrong format far above."""
+_LARGEST_SHARE = 1.5  # shares of a picture reach over 1 where a detector lets its boxes reach over the edge
 
 
 def suspicions(
@@ -256,47 +257,61 @@ def suspicions(
     `given_N4`: boxes as given, of any images; rows with NaN or infinity are left out. `upright_size_hw`,
     `stored_size_hw`: int64 (N, 2), the sizes of the pictures they lie in, where known; 0 where not.
     """
-    finite = np.isfinite(given_N4).all(axis=1)
-    boxes_N4 = given_N4[finite]
+    boxes_N4 = given_N4[np.isfinite(given_N4).all(axis=1)]
     if not len(boxes_N4):
         return ()
     base = rules.box_format.removesuffix(NORMALISED)
-    found = [_wrong_unit(boxes_N4, rules.box_format, base), _wrong_corners(boxes_N4, base)]
-    if upright_size_hw is not None and rules.box_format == base:
-        xyxy_N4 = boxes_to_xyxy(boxes_N4, cast(PlainFormat, base))
-        stored = None if stored_size_hw is None else stored_size_hw[finite]
-        found += [
-            _too_far(xyxy_N4, base, upright_size_hw[finite]),
-            _wrong_frame(xyxy_N4, rules, upright_size_hw[finite], stored),
-        ]
-    return tuple(sentence for sentence in found if sentence)
+    with np.errstate(over="ignore", invalid="ignore"):  # boxes of 1e308 are as wrong as they look
+        found = _wrong_format(boxes_N4, rules.box_format, base)
+    if upright_size_hw is None:
+        return tuple(found)
+    return (*found, *suspicions_of_place(given_N4, rules, upright_size_hw, stored_size_hw))
 
 
-def _wrong_unit(boxes_N4: Float64Array, box_format: BoxFormat, base: str) -> str | None:
-    largest = float(np.abs(boxes_N4).max())
-    if box_format == base and largest <= 1:
-        return (
-            f"all {len(boxes_N4)} boxes lie within 0 to 1, which as pixels is a corner of one pixel; "
-            f"if they are shares of the picture: --box-format {base}{NORMALISED}"
+def suspicions_of_place(
+    given_N4: Float64Array,
+    rules: BoxRules,
+    upright_size_hw: npt.NDArray[np.int64],
+    stored_size_hw: npt.NDArray[np.int64] | None,
+) -> tuple[str, ...]:
+    """Of the sentences of `suspicions` those that the sizes of the pictures show; arguments as there."""
+    finite = np.isfinite(given_N4).all(axis=1)
+    base = rules.box_format.removesuffix(NORMALISED)
+    if rules.box_format != base or not finite.any():
+        return ()
+    upright = upright_size_hw[finite]
+    stored = None if stored_size_hw is None else stored_size_hw[finite]
+    with np.errstate(over="ignore", invalid="ignore"):
+        xyxy_N4 = boxes_to_xyxy(given_N4[finite], cast(PlainFormat, base))
+        found = _too_far(xyxy_N4, base, upright) or _wrong_frame(xyxy_N4, rules, upright, stored)
+    return (found,) if found else ()
+
+
+def _wrong_format(boxes_N4: Float64Array, box_format: BoxFormat, base: str) -> list[str]:
+    """What the numbers alone show; both sentences name the one format that mends both."""
+    largest_N = np.abs(boxes_N4).max(axis=1)
+    shares = float((largest_N <= _LARGEST_SHARE).mean())
+    ends_early = float((boxes_N4[:, 2:] <= boxes_N4[:, :2]).any(axis=1).mean()) if base == "xyxy" else 0.0
+    is_wrong_corners = ends_early > SUSPICIOUS_SHARE
+    right_base = "xywh" if is_wrong_corners else base
+    found = []
+    if box_format == base and shares > 0.9:
+        found.append(
+            f"{shares:.0%} of the boxes lie within 0 to 1, which as pixels is a corner of one pixel; "
+            f"if they are shares of the picture: --box-format {right_base}{NORMALISED}"
         )
-    if box_format != base and np.median(np.abs(boxes_N4).max(axis=1)) > 2:
-        return (
-            f"the boxes are read as shares of the picture, but reach {largest:g}; "
-            f"if they are pixels: --box-format {base}"
+    if box_format != base and np.median(largest_N) > 2:
+        found.append(
+            f"the boxes are read as shares of the picture, but reach {largest_N.max():g}; "
+            f"if they are pixels: --box-format {right_base}"
         )
-    return None
-
-
-def _wrong_corners(boxes_N4: Float64Array, base: str) -> str | None:
-    if base != "xyxy":
-        return None
-    share = float((boxes_N4[:, 2:] <= boxes_N4[:, :2]).any(axis=1).mean())
-    if share <= SUSPICIOUS_SHARE:
-        return None
-    return (
-        f"{share:.0%} of the boxes, read as x1, y1, x2, y2, end before they begin; "
-        "if they are x, y, width, height: --box-format xywh"
-    )
+    if is_wrong_corners:
+        unit = NORMALISED if (box_format != base) != bool(found) else ""
+        found.append(
+            f"{ends_early:.0%} of the boxes, read as x1, y1, x2, y2, end before they begin; "
+            f"if they are x, y, width, height: --box-format xywh{unit}"
+        )
+    return found
 
 
 def _too_far(xyxy_N4: Float64Array, base: str, size_hw: npt.NDArray[np.int64]) -> str | None:
@@ -319,15 +334,22 @@ def _wrong_frame(
     upright_size_hw: npt.NDArray[np.int64],
     stored_size_hw: npt.NDArray[np.int64] | None,
 ) -> str | None:
-    if stored_size_hw is None or rules.box_frame != "upright":
+    if stored_size_hw is None:
         return None
+    is_upright = rules.box_frame == "upright"
+    read, other = (upright_size_hw, stored_size_hw)[:: 1 if is_upright else -1]
     turned = _any(upright_size_hw != stored_size_hw)
-    outside = _any(xyxy_N4[turned, 2:] > upright_size_hw[turned][:, ::-1] * 1.01)
-    fits = ~_any(xyxy_N4[turned, 2:] > stored_size_hw[turned][:, ::-1] * 1.01)
+    outside = _any(xyxy_N4[turned, 2:] > read[turned][:, ::-1] * 1.01)
+    fits = ~_any(xyxy_N4[turned, 2:] > other[turned][:, ::-1] * 1.01)
     share = float((outside & fits).mean()) if turned.any() else 0.0
     if share <= SUSPICIOUS_SHARE:
         return None
+    if is_upright:
+        return (
+            f"{share:.0%} of the boxes on turned photographs fit the picture as stored, not upright; "
+            "if the detector ignored EXIF: --box-frame stored"
+        )
     return (
-        f"{share:.0%} of the boxes on turned photographs fit the picture as stored, not as people see it; "
-        "if the detector ignored EXIF: --box-frame stored"
+        f"{share:.0%} of the boxes on turned photographs fit the picture upright, not as stored; "
+        "if the detector applied EXIF: --box-frame upright"
     )

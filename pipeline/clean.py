@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pipeline.errors import DamageFound, JobRefused
+from pipeline.failpoints import visit
 from pipeline.manifest import Manifest, read_manifest, write_manifest
 from pipeline.storage import Store
 from pipeline.units import CommittedUnit, list_committed, list_generations
@@ -46,11 +47,13 @@ def clean(store: Store, *, require_owner: Callable[[str], None]) -> Cleaned:
     require_owner("clean")
     if not manifest.cleaned:
         write_manifest(store, replace(manifest, cleaned=True))
+    visit("clean.marked")
     marks = [entry for entry in store.list("attempts/") if _ATTEMPT.fullmatch(entry.key)]
     sizes = {file.key: file.size for file in replaced} | {mark.key: mark.size for mark in marks}
     require_owner("clean")
     if sizes:
         store.delete(list(sizes))
+    visit("clean.deleted")
     uploads = store.abort_stale_uploads()
     return Cleaned(files=len(sizes), bytes=sum(sizes.values()), uploads=uploads)
 

@@ -87,12 +87,14 @@ def read_results(uri: str, access: AccessRules, *, folder: str) -> BoxList:
 
 def read_coco_images(uri: str, access: AccessRules, *, folder: str) -> ImageList:
     """The images of an instances file; `image_uri` holds the file names as written."""
-    images = _images(uri, _read(uri, {"images"}, access))
+    blocks = _read(uri, {"images", "categories"}, access)
+    images = _images(uri, blocks)
     return ImageList(
         image_uri=images.file_name,
         image_id=images.image_id,
         root=folder,
         size_hw=images.size_hw,
+        categories=_categories(uri, blocks.get("categories")),
         files=(uri,),
     )
 

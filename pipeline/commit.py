@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import SystemicFault
+from pipeline.failpoints import visit
 from pipeline.plan import read_unit
 from pipeline.prepare import earlier_generation
 from pipeline.prompts import resolved_boxes
@@ -56,11 +57,16 @@ def _commit(unit: UnitRow, context: JobContext, store: Store) -> UnitOutcome:
     table = build_unit_table(results, context)
     if unit.redo_codes is not None:
         table = replace_rows(earlier_generation(unit, store), table)
+        visit("retry.replaced")
     check_against_plan(table, read_unit(store, context.plan_sha256, unit.unit_id))
     body = encode(table, context)
+    visit("unit.built")
     created = commit(store, unit.unit_id, unit.generation, body)
     seconds = unit.seconds + time.monotonic() - began
-    return outcome_of(table, unit.unit_id, unit.generation, size=len(body), created=created, seconds=seconds)
+    outcome = outcome_of(
+        table, unit.unit_id, unit.generation, size=len(body), created=created, seconds=seconds
+    )
+    return replace(outcome, begun_before=sum(image.attempts > 1 for image in unit.images))
 
 
 def _with_boxes(image: ImageResult, context: JobContext) -> ImageResult:

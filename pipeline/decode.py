@@ -11,8 +11,9 @@ Rules, one each:
   `exif_transpose` goes by). Any other value, and metadata that cannot be read, count as absent.
 - Alpha is dropped: the colour under it is kept as stored, as `convert("RGB")` and OpenCV's colour reading
   do, because the boxes came from a detector that read its pictures so. Fully transparent is no failure.
-- 16-bit grey is scaled over its whole range, 0..65535 to 0..255. 32-bit integers and floats have no stated
-  white point and are refused (`pixel_type`).
+- Grey of more than 8 bits is scaled over its whole range, as a TIFF states it: 0..65535, or 0..4095 for 12
+  bits, and turned over where 0 is white. 32-bit integers and floats have no stated white point and are
+  refused, as are pixel types that Pillow does not know (`pixel_type`).
 - CMYK goes through Pillow's plain conversion (Adobe's inverted JPEGs included); ICC profiles are ignored.
 - Of an animation or a file of many pages, the first. No `draft`: reduced JPEG decoding changes pixels.
 """
@@ -22,9 +23,9 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF; a photometric of 0: white is 0
 _TO_RGB_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"})
 
 
@@ -117,6 +119,29 @@ def decode_image(data: bytes, *, max_pixels: int, side: int) -> DecodedImage:
     )
 
 
+def measure_image(data: bytes, *, max_pixels: int, side: int) -> DecodedImage:
+    """Sizes, orientation and format as the header of `data` states them; the pixels are empty, (0, 0, 3).
+
+    Raises:
+        ImageError: as `decode_image`, for what the header alone shows.
+    """
+    del side
+    if not data:
+        raise ImageError("empty", "the object has 0 bytes; upload the picture again")
+    with _pillow_faults(data, max_pixels):
+        picture = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
+        size_hw, orientation = (picture.height, picture.width), _orientation(picture)
+    turned = size_hw[::-1] if orientation in (5, 6, 7, 8) else size_hw
+    is_upright = picture.format == "TIFF"  # Pillow gives the size of a TIFF as it will be when loaded
+    return DecodedImage(
+        pixels_hwc=np.zeros((0, 0, 3), np.uint8),
+        size_hw=size_hw if is_upright else turned,
+        stored_size_hw=turned if is_upright else size_hw,
+        exif_orientation=orientation,
+        format=str(picture.format),
+    )
+
+
 def _check_header(picture: Image.Image, max_pixels: int, side: int) -> None:
     """Refuses by the header alone, then reads the stored checksums; `picture` is spent afterwards."""
     if picture.width * picture.height > max_pixels:
@@ -133,8 +158,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB":
         return picture
     if picture.mode.startswith("I;16"):
-        wide = np.asarray(picture).astype(np.uint32)
-        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_narrowed(picture)).convert("RGB")
     if picture.mode not in _TO_RGB_MODES:
         raise ImageError(
             "pixel_type",
@@ -146,6 +170,15 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode in ("RGBa", "La"):  # premultiplied: only the way over plain alpha is defined
         picture = picture.convert("RGBA" if picture.mode == "RGBa" else "LA")
     return picture.convert("RGB")
+
+
+def _narrowed(picture: Image.Image) -> UInt8Array:
+    """Grey of 9 to 16 bits as 8 bits, rounded; (h, w). Pillow leaves depth and direction to its callers."""
+    tags: Mapping[int, Any] = getattr(picture, "tag_v2", {})
+    white = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+    wide = np.asarray(picture).astype(np.uint32)
+    narrow: UInt8Array = ((wide * 255 + white // 2) // white).astype(np.uint8)
+    return np.invert(narrow) if tags.get(_PHOTOMETRIC) == 0 else narrow
 
 
 def _orientation(picture: Image.Image) -> int | None:
@@ -208,6 +241,11 @@ def _damaged(data: bytes, error: Exception) -> ImageError:
 
 def _unidentified(data: bytes) -> ImageError:
     """Why Pillow recognises nothing: damaged, a format that is not allowed, or no picture at all."""
+    if _signature(data) == "TIFF" and "unknown pixel mode" in _complaint(data):
+        return ImageError(
+            "pixel_type",
+            "TIFF data of a pixel type with no stated meaning as 8-bit RGB; save the picture with 8 bits",
+        )
     if _signature(data) in ALLOWED_FORMATS:
         return _damaged(data, ValueError("the header cannot be read"))
     refused = _refused_format(data)
@@ -218,6 +256,15 @@ def _unidentified(data: bytes) -> ImageError:
     return ImageError(
         "not_an_image", f"{len(data)} bytes of {_kind_of_text(data)}; check what the uri points at"
     )
+
+
+def _complaint(data: bytes) -> str:
+    """What Pillow's TIFF reader says of a header, which `Image.open` keeps to itself."""
+    try:
+        TiffImagePlugin.TiffImageFile(io.BytesIO(data))
+    except Exception as error:
+        return str(error)
+    return ""
 
 
 def _signature(data: bytes) -> str | None:

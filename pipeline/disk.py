@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pipeline.access import check_regular
 from pipeline.drivers import CHUNK, FetchedObject, Found, too_many_bytes
 from pipeline.errors import ImageError, UsageError
+from pipeline.failpoints import visit
 
 STALE_TEMPORARY_S = 3600.0
 
@@ -89,8 +90,11 @@ class LocalDriver:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
+                visit("disk.written")
                 os.fsync(descriptor)
+            visit("disk.synced")
             yield temporary
+            visit("disk.named")
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
@@ -109,6 +113,7 @@ class LocalDriver:
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+            visit("disk.deleting")
 
     def abort_stale(self, prefix: str, *, timeout_s: float) -> int:
         """How many temporary files of dead writers were removed (untouched for an hour)."""

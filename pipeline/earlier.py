@@ -14,7 +14,6 @@ from typing import Any, cast, get_args
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.arrays import Int64Array, single, starts_of
 from pipeline.box_tables import box_columns
@@ -29,6 +28,7 @@ from pipeline.listings import (
     refuse_repeated,
     with_all_images,
 )
+from pipeline.parquet import open_closed
 from pipeline.records import AccessRules, BoxFormat, BoxFrame, BoxRules
 from pipeline.storage import Entry, open_input, options_for
 from pipeline.tables import inspect_tables, naming, naming_values, read_batches
@@ -147,7 +147,7 @@ def _rules(parts: EarlierParts, access: AccessRules) -> BoxRules | None:
 
 def _footer_rules(uri: str, access: AccessRules) -> tuple[str, str]:
     with naming(uri, "parquet"), open_input(uri, options_for(uri, access)) as stream:
-        footer: dict[bytes, bytes] = pq.ParquetFile(stream).metadata.metadata or {}
+        footer: dict[bytes, bytes] = open_closed(stream).metadata.metadata or {}
     keys = (b"hqlabel.box_format", b"hqlabel.box_frame")
     box_format, box_frame = (footer.get(key, b"").decode("utf-8", errors="replace") for key in keys)
     return box_format, box_frame

@@ -76,6 +76,7 @@ IMAGE_CODES: dict[str, tuple[str, str]] = {
     "uri_refused": ("plan", "the uri is outside the allowed schemes and roots, or is malformed"),
     "boxes_missing": ("plan", "the box list of this image is null"),
     "labels_mismatch": ("plan", "labels, scores or ids have another length than the boxes"),
+    "too_many_boxes": ("plan", "more boxes than limits.max_boxes_per_image"),
     "no_usable_box": ("decode", "boxes were given, none of them can be used"),
     "not_found": ("fetch", "there is no object under this uri"),
     "denied": ("fetch", "the store refuses to read this object"),

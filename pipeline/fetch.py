@@ -15,12 +15,14 @@ from itertools import islice
 
 from pipeline.errors import ImageError, SystemicFault
 from pipeline.records import AccessRules, Limits
+from pipeline.retries import StorageFault
 from pipeline.storage import FetchedObject, check_uri, options_for, read_object
 
 FETCH_THREADS = 8
 """Requests in flight for one unit: at 50 ms each they feed 160 images/s, and hold 8 objects at most."""
 
 DENIED_AT_LEAST = 3
+_NO_ANSWER = ("unreachable", "fetch_timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,3 +100,30 @@ def stop_if_denied(errors: Sequence[ImageError | None]) -> None:
             f"{denied[0].message}. Grant read access and start again (S3 also answers 403 for objects "
             "that do not exist when listing the bucket is not allowed)",
         )
+
+
+def stop_if_unreachable(uris: Sequence[str], errors: Sequence[ImageError | None]) -> None:
+    """None unless the store answers a whole unit with nothing: at least 3 objects, half of those asked for.
+
+    Images from web sites (http) do not count: one site that is down says nothing about the others. Nor do
+    objects that the store sends in a broken state: they would stop the job for ever.
+
+    Raises:
+        SystemicFault: `store`.
+    """
+    asked = [
+        error for uri, error in zip(uris, errors, strict=True) if not uri.startswith(("http:", "https:"))
+    ]
+    silent = [error for error in asked if error is not None and _without_answer(error)]
+    if len(silent) >= DENIED_AT_LEAST and 2 * len(silent) >= len(asked):
+        raise SystemicFault(
+            "store",
+            f"{len(silent)} of {len(asked)} images of a unit could not be read, for example: "
+            f"{silent[0].message}. Start again when the store answers; if it is only slow, raise "
+            "limits.fetch_timeout_s",
+        )
+
+
+def _without_answer(error: ImageError) -> bool:
+    cause = error.__cause__
+    return error.code in _NO_ANSWER and not (isinstance(cause, StorageFault) and cause.broken_body)

@@ -18,7 +18,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -27,13 +27,14 @@ import ray.data
 import ray.data.exceptions
 import ray.exceptions
 from ray.autoscaler.sdk import request_resources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from pipeline.commit import commit_unit, read_outcome
 from pipeline.decode_child import DecodeChild
 from pipeline.errors import SystemicFault, clean_text
 from pipeline.prepare import prepare_unit
 from pipeline.records import JobContext, Limits, UnitOutcome
-from pipeline.resources import ClusterSettings, Node, Requests, fit
+from pipeline.resources import ClusterSettings, Node, Requests, fit, still_fits
 from pipeline.rows import UnitRow, pack, unpack
 from pipeline.segment import SegmentWorker
 from pipeline.storage import open_store
@@ -47,8 +48,15 @@ UNITS_PER_WAVE = 5000
 """Units of one Ray Data execution. Ray keeps some 20 KB a unit on the driver until an execution ends, and a
 new one costs the actors' start; with 64 images a unit this is 320,000 images."""
 
-UNITS_QUEUED_PER_ACTOR = 4
+UNITS_AT_ACTOR = 2
+"""One in the model and one about to be: Ray gives back none that it has handed to an actor, so whatever waits
+there waits also behind a unit that takes minutes."""
+UNITS_AT_ACTOR_OF_GROWING_POOL = 4
+"""Ray enlarges a pool only from 1.75 times its concurrent calls on."""
+_CALLS_PER_ACTOR = 2  # while one unit is in the model, the next is read and the last one sent off
 NO_PROGRESS_AT_LEAST_S = 2 * 3600.0
+NODES_GONE_S = 60.0
+"""How long nodes may be gone and nothing finish, before the rest is begun anew on those that are left."""
 _POLL_S = 1.0
 
 
@@ -84,13 +92,22 @@ def run_units(
         Exception: a bug in a stage, as the exception that was raised there.
     """
     requests = check_resources(cluster)
-    for at in range(0, len(unit_ids), UNITS_PER_WAVE):
-        units = [_first_row(unit_id, retry) for unit_id in unit_ids[at : at + UNITS_PER_WAVE]]
-        with contextlib.closing(_outcomes(units, context, requests, epoch)) as outcomes:
-            for outcome in outcomes:
-                on_outcome(outcome)
-                if should_stop():
-                    return
+    left = list(unit_ids)
+    while left:
+        units = [_first_row(unit_id, retry) for unit_id in left[:UNITS_PER_WAVE]]
+        watch = _watch(requests, NODES_GONE_S + cluster.wait_for_nodes_s)
+        finished = set()
+        try:
+            with contextlib.closing(_outcomes(units, context, requests, epoch, watch)) as outcomes:
+                for outcome in outcomes:
+                    finished.add(outcome.unit_id)
+                    watch.last_outcome = time.monotonic()
+                    on_outcome(outcome)
+                    if should_stop():
+                        return
+        except _NodesGone:
+            requests = _requests_for_what_is_left(cluster)
+        left = [unit_id for unit_id in left if unit_id not in finished]
 
 
 def _first_row(unit_id: int, retry: Retry | None) -> UnitRow:
@@ -100,9 +117,9 @@ def _first_row(unit_id: int, retry: Retry | None) -> UnitRow:
 
 
 def _outcomes(
-    units: Sequence[UnitRow], context: JobContext, requests: Requests, epoch: int
+    units: Sequence[UnitRow], context: JobContext, requests: Requests, epoch: int, watch: type[_Watch]
 ) -> Generator[UnitOutcome, None, None]:
-    with _settings(context), _unwrapped():
+    with _settings(context, watch), _unwrapped():
         batches = iter(
             chain(units, context, requests, epoch=epoch).iter_batches(
                 batch_size=1, batch_format="pyarrow", prefetch_batches=0
@@ -117,13 +134,14 @@ def chain(
 ) -> ray.data.Dataset:
     """The three stages over these units, not yet started; each row that comes out is a commit.OUTCOME."""
     rows: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+    grows = requests.actors_max > requests.actors_min
     actors = ray.data.ActorPoolStrategy(
         min_size=requests.actors_min,
         max_size=requests.actors_max,
-        max_tasks_in_flight_per_actor=UNITS_QUEUED_PER_ACTOR,
-        # Two calls: while one unit is in the model, the next is read and the last one sent off.
-        max_concurrent_calls_per_actor=2,
+        max_tasks_in_flight_per_actor=UNITS_AT_ACTOR_OF_GROWING_POOL if grows else UNITS_AT_ACTOR,
+        max_concurrent_calls_per_actor=_CALLS_PER_ACTOR,
     )
+    commits = ray.data.TaskPoolStrategy(size=min(requests.commit_tasks, len(units)))
     first: Any = prepare  # Ray's types know no tables of Arrow's
     last: Any = commit
     return (
@@ -141,7 +159,9 @@ def chain(
             num_gpus=requests.gpus_per_actor,
             **rows,
         )
-        .map_batches(last, fn_kwargs={"context": context}, num_cpus=requests.commit_cpus, **rows)
+        .map_batches(
+            last, fn_kwargs={"context": context}, compute=commits, num_cpus=requests.commit_cpus, **rows
+        )
     )
 
 
@@ -187,6 +207,51 @@ def plan_operators(dataset: ray.data.Dataset) -> list[str]:
         if not operator.input_dependencies:
             return names[::-1]
         (operator,) = operator.input_dependencies
+
+
+class _NodesGone(Exception):
+    """Nodes were lost, and what was asked of the cluster no longer fits it."""
+
+
+class _Watch(ExecutionCallback):
+    """Ends an execution with _NodesGone when nodes are gone, do not come back, and nothing finishes.
+
+    A lost node's actors start again where there is room, and may leave none for the tasks that feed them;
+    or there is no room, and the units that were handed to them wait. Ray says neither, and waits on.
+    Ray Data makes the object itself, without arguments: its class holds what it must know.
+    """
+
+    requests: Requests
+    patience_s: float
+    last_outcome: float
+
+    def __init__(self) -> None:
+        self._most = _nodes()
+        self._fitted = self._looked = time.monotonic()
+
+    def on_execution_step(self, executor: Any) -> None:  # noqa: ARG002 - Ray Data passes it
+        """Asked many times a second, in the thread that schedules."""
+        now = time.monotonic()
+        if now < self._looked + _POLL_S:
+            return
+        self._looked, nodes = now, _nodes()
+        if still_fits(self.requests, self._most, nodes):
+            self._most, self._fitted = nodes, now
+        elif now - max(self._fitted, self.last_outcome) > self.patience_s:
+            raise _NodesGone
+
+
+def _watch(requests: Requests, patience_s: float) -> type[_Watch]:
+    values = {"requests": requests, "patience_s": patience_s, "last_outcome": time.monotonic()}
+    return type("_WatchOfOneExecution", (_Watch,), values)
+
+
+def _requests_for_what_is_left(cluster: ClusterSettings) -> Requests:
+    """The requests for the nodes that are left; fewer actors than were asked for, where they do not fit."""
+    try:
+        return fit(cluster, _nodes())
+    except SystemicFault:
+        return fit(replace(cluster, actors=None, actors_min=None), _nodes())
 
 
 def check_resources(cluster: ClusterSettings) -> Requests:
@@ -270,7 +335,7 @@ def run_on_model_node(function: Callable[[bool], T], cluster: ClusterSettings) -
 
 
 @contextlib.contextmanager
-def _settings(context: JobContext) -> Iterator[None]:
+def _settings(context: JobContext, watch: type[_Watch]) -> Iterator[None]:
     """Ray Data's settings for the block, of this process and of what it starts; restored afterwards."""
     ctx = ray.data.DataContext.get_current()
     wanted = {
@@ -280,6 +345,7 @@ def _settings(context: JobContext) -> Iterator[None]:
         "enable_progress_bars": False,
         "actor_init_retry_on_errors": True,  # three tries in a process; systemic faults do not raise there
         "execution_no_progress_timeout_s": _no_progress_s(context),
+        "custom_execution_callback_classes": [watch],
     }
     before = {name: getattr(ctx, name) for name in wanted}
     order, logger = ctx.execution_options.preserve_order, logging.getLogger("ray.data")

@@ -139,7 +139,7 @@ def resolve_uris(uris: pa.Array, folder: str) -> pa.Array:
     Names are bytes: nothing is decoded or normalised but "./" at the beginning, which `find` writes.
     """
     names = pc.replace_substring_regex(uris, r"\A(\./+)+", "")
-    complete = pc.match_substring_regex(uris, r"\A(/|\s*\z|data:|[A-Za-z][A-Za-z0-9+.\-]*:[/:])")
+    complete = pc.match_substring_regex(uris, r"\A(/|\s*\z|data:|[A-Za-z][A-Za-z0-9+._\-]*:[/:])")
     return pc.if_else(
         complete, uris, pc.binary_join_element_wise(_text(folder.rstrip("/")), names, _text("/"))
     )
@@ -180,6 +180,8 @@ def _from_listing(uri: str, entries: Sequence[Entry], *, root: str) -> ImageList
 
 
 def _nothing_in(uri: str, entries: Sequence[Entry], wanted: str) -> JobRefused:
+    if split_scheme(uri)[0] == "file" and not _is_pattern(uri) and not os.path.lexists(uri):
+        return JobRefused(f"{uri}: there is no such file or folder")
     found = (
         f"{len(entries)} other files, such as {examples([e.key for e in entries])}" if entries else "nothing"
     )

@@ -183,10 +183,12 @@ def _refuse_repeated(wanted: pa.Array, boxes: BoxList) -> None:
 
 
 def _refusal(unmatched: Unmatched, keys: pa.Array, wanted: pa.Array, boxes: BoxList) -> JobRefused:
-    hint = _why(keys, wanted.drop_null())
+    named = wanted.drop_null()
+    hint = _why(keys, named.filter(pa.array(positions(named, keys) < 0)))
     return JobRefused(
-        f"{unmatched.boxes} boxes of {unmatched.images} images (of {len(boxes.lengths)}) have no image: "
-        f"the box file names {examples(unmatched.examples)}; the images are {examples(keys) or 'none'}. "
+        f"{boxes.files[0]}: {unmatched.boxes} boxes of {unmatched.images} images "
+        f"(of {len(boxes.lengths)}) have no image: "
+        f"it names {examples(unmatched.examples)}; the images are {examples(keys) or 'none'}. "
         f"{hint}Mend --images or --boxes, or leave these boxes out with --allow-unmatched"
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from model.structures import CallShape
 from pipeline.errors import JobRefused
+from pipeline.failpoints import visit
 from pipeline.records import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Weights
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.storage import NotFound, Store
@@ -144,6 +145,7 @@ def open_job(store: Store, job: Job) -> Job:
         _refuse_foreign_files(store)
         body = _encode(job)
         if store.put_if_absent(JOB_KEY, body):
+            visit("job.created")
             _check_creates_are_honoured(store, body)
         stored = _decode(store.read(JOB_KEY), store)
     _refuse_other_job(store, stored, job)

@@ -40,8 +40,8 @@ class ImageList:
     `image_uri`: where each is opened, large_string. `image_id`: large_string, or None when no input
     gives ids. `root`: the folder or prefix that relative names start from, without a "/" at its end.
     `listed`: found by listing a folder, not named by a file. `size_hw`: int64 (n, 2) as the input says
-    (0 where it does not), unchecked. `files`: uris of the tables that were read, `columns`: all of
-    their columns' names. `notes`: sentences for the summary.
+    (0 where it does not), unchecked. `categories`: id to name. `files`: uris of the tables that were read,
+    `columns`: all of their columns' names. `notes`: sentences for the summary.
     """
 
     image_uri: pa.Array
@@ -49,6 +49,7 @@ class ImageList:
     root: str
     listed: bool = False
     size_hw: Int64Array | None = None
+    categories: Mapping[int, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     skipped_files: int = 0

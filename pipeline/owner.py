@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.errors import HqlabelError, JobRefused
+from pipeline.failpoints import visit
 from pipeline.storage import NotFound, Store
 
 BEAT_EVERY_S = 2.0
@@ -122,33 +123,35 @@ class Owner:
         """
         holder = this_process()
         while True:
-            number = _highest(store)
+            number = latest_number(store)
             if number:
                 _wait_for_silence(store, number, takeover_after_s)
             body = json.dumps(asdict(holder)).encode()
             if store.put_if_absent(_owner_key(number + 1), body):
+                visit("owner.created")
                 owner = cls(store, number + 1, holder, beat_every_s=beat_every_s)
                 owner._beat()
+                visit("owner.taken")
                 owner._thread.start()
                 return owner
 
     def is_ours(self) -> bool:
         """True while no later driver has taken the job; asks the store."""
-        if _highest(self._store) > self.number:
+        if latest_number(self._store) > self.number:
             self.lost.set()
         return not self.lost.is_set()
 
     def require(self, what: str) -> None:
         """None while the job is ours; else JobRefused naming the driver that has it. Before every `what`."""
         if not self.is_ours():
-            now = _read_holder(self._store, _highest(self._store))
-            raise JobRefused(f"{self._store.place.uri}: {now} has taken over this job; {what} is left to it")
+            require_latest(self._store, self.number, what)
 
     def release(self) -> None:
         """None; the heart is stopped and the next driver need not wait."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(timeout=BEAT_BUDGET_S)
+        visit("owner.releasing")
         with contextlib.suppress(HqlabelError):
             self._beat(released=True)
 
@@ -178,9 +181,17 @@ class Owner:
         self.release()
 
 
+def require_latest(store: Store, number: int, what: str) -> None:
+    """None while no driver after `number` has taken the job; else JobRefused. For a driver's workers."""
+    latest = latest_number(store)
+    if latest > number:
+        now = _read_holder(store, latest)
+        raise JobRefused(f"{store.place.uri}: {now} has taken over this job; {what} is left to it")
+
+
 def current_holder(store: Store) -> tuple[int, Holder] | None:
     """(number, driver) that took the job last, alive or not; None when nobody ever did."""
-    number = _highest(store)
+    number = latest_number(store)
     return (number, _read_holder(store, number)) if number else None
 
 
@@ -192,7 +203,8 @@ def _beat_key(number: int) -> str:
     return f"owner/{number}.beat.json"
 
 
-def _highest(store: Store) -> int:
+def latest_number(store: Store) -> int:
+    """The number of the driver that took the job last; 0 when nobody ever did."""
     matches = (_KEY.fullmatch(entry.key) for entry in store.list("owner/"))
     return max((int(match.group(1)) for match in matches if match), default=0)
 

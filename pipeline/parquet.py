@@ -8,6 +8,7 @@ alone. Equal tables give equal bytes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,12 @@ _REPEATING = frozenset(
         *("category_id", "category_name", "qc_flags", "size", "instance_index", "num_components"),
         *("exif_orientation", "unit_id", "attempts", "processed_at"),
     ]
+)
+# Extension types that Ray Data and pandas register when they are imported, and that make Python objects of
+# what a file's schema says, by unpickling it where a switch allows that.
+_TYPES_WITH_CODE = (
+    *("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2", "ray.data.arrow_variable_shaped_tensor"),
+    *("ray.data.arrow_pickled_object", "pandas.period", "pandas.interval"),
 )
 _SEAL_KEY = "hqlabel.file_sha256"
 _BLANK = b"sha256=" + b"0" * 64
@@ -137,10 +144,22 @@ def decode(body: bytes, schema: pa.Schema, name: str) -> pa.Table:
         return read_all(file, name)
 
 
+def open_closed(source: Any, **options: Any) -> pq.ParquetFile:
+    """A Parquet file whose extension types stay names in its fields' metadata; `options` as pyarrow's.
+
+    pyarrow makes a registered type while it opens a file, before anything can be refused. The types are
+    taken off its register for good: no table of ours has one.
+    """
+    for name in _TYPES_WITH_CODE:
+        with contextlib.suppress(pa.ArrowKeyError):  # not registered
+            pa.unregister_extension_type(name)
+    return pq.ParquetFile(source, **options)
+
+
 def open_body(source: Any, schema: pa.Schema, name: str) -> pq.ParquetFile:
     """A Parquet file with page checksums on, after its whole schema was compared; DamageFound if unlike."""
     try:
-        file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=True)
+        file = open_closed(source, page_checksum_verification=True, pre_buffer=True)
     except (OSError, pa.ArrowException) as error:
         raise DamageFound(f"{name}: this is no readable Parquet file ({_one_line(error)})") from error
     if not file.schema_arrow.equals(schema, check_metadata=False):

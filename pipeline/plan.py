@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from pipeline import parquet
 from pipeline.arrays import table_sha256
 from pipeline.errors import DamageFound, UsageError
+from pipeline.failpoints import visit
 from pipeline.inputs import InputSettings, allowed_access, check_columns, read_boxes, read_images
 from pipeline.joins import images_of, join
 from pipeline.listings import BoxList, ImageList
@@ -113,7 +114,10 @@ def _numbered(inputs: Understood) -> tuple[BoxList | None, Categories]:
         return None, ()
     listed = inputs.joined.mention[inputs.joined.mention >= 0]
     used = inputs.boxes.rows_of(listed) if inputs.joined.unmatched.boxes else None
-    return number_categories(inputs.boxes, used)
+    boxes = inputs.boxes
+    if not boxes.categories:  # COCO results have ids alone; the file that lists their images names them
+        boxes = replace(boxes, categories=inputs.images.categories)
+    return number_categories(boxes, used)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -135,11 +139,13 @@ def write_plan(store: Store, plan: Plan) -> None:
     def write(index: int) -> None:
         rows = plan.table.slice(index * rows_per_file, rows_per_file)
         store.put_if_absent(plan_key(plan.sha256, index), _file_body(rows, plan))
+        visit("plan.file")
 
     with ThreadPoolExecutor(max_workers=WRITERS) as pool:
         missing = [index for index in files if plan_key(plan.sha256, index) not in there]
         for _ in pool.map(write, missing):
             pass
+    visit("plan.written")
 
 
 def _file_body(rows: pa.Table, plan: Plan) -> bytes:

@@ -15,10 +15,11 @@ import pyarrow as pa
 
 from pipeline.decode_child import DecodeChild
 from pipeline.errors import ImageError, SystemicFault
-from pipeline.fetch import FetchOutcome, fetch_ahead, stop_if_denied
+from pipeline.failpoints import visit
+from pipeline.fetch import FetchOutcome, fetch_ahead, stop_if_denied, stop_if_unreachable
 from pipeline.plan import read_unit
 from pipeline.prompts import resolved_boxes
-from pipeline.records import JobContext
+from pipeline.records import JobContext, Limits
 from pipeline.rows import PixelArena, Pixels, UnitRow
 from pipeline.storage import Store
 from pipeline.unit_rows import ImageResult
@@ -44,9 +45,15 @@ def prepare_unit(
 def _prepare(
     unit: UnitRow, context: JobContext, store: Store, child: DecodeChild
 ) -> tuple[list[ImageResult], list[Pixels], PixelArena]:
-    images = [ImageResult(planned=row) for row in planned_rows(unit, context, store)]
+    rows = planned_rows(unit, context, store)
+    visit("unit.read")
+    images = [_counted(ImageResult(planned=row), context.limits) for row in rows]
     pixels: list[Pixels] = [None] * len(images)
-    wanted = [place for place, image in enumerate(images) if needs_pixels(image.planned)]
+    wanted = [
+        place
+        for place, image in enumerate(images)
+        if needs_pixels(image.planned) and image.error_code is None
+    ]
     arena = PixelArena(len(wanted), context.weights.input_side)
     errors: list[ImageError | None] = []
     uris = [images[place].planned["image_uri"] for place in wanted]
@@ -54,6 +61,8 @@ def _prepare(
         errors.append(outcome.error)
         images[place], pixels[place] = _decode(images[place], outcome, context, child, arena)
     stop_if_denied(errors)
+    if unit.redo_codes is None:  # in a retry they may well be all that is left, for good
+        stop_if_unreachable(uris, errors)
     return images, pixels, arena
 
 
@@ -80,6 +89,15 @@ def earlier_generation(unit: UnitRow, store: Store) -> pa.Table:
 def needs_pixels(planned: Mapping[str, Any]) -> bool:
     """Whether an image has to be opened: it has boxes, and nothing was wrong with it when it was planned."""
     return planned["error_code"] is None and bool(planned["boxes"])
+
+
+def _counted(image: ImageResult, limits: Limits) -> ImageResult:
+    """The image, failed if it has more boxes than one image may have."""
+    count = len(image.planned["boxes"] or ())
+    if count <= limits.max_boxes_per_image or image.planned["error_code"] is not None:
+        return image
+    wanted = f"wanted at most {limits.max_boxes_per_image} (limits.max_boxes_per_image)"
+    return _failed(image, ImageError("too_many_boxes", f"{count} boxes, {wanted}"))
 
 
 def _decode(

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 
 from pipeline import parquet, schema, units
 from pipeline.errors import DamageFound, JobRefused
+from pipeline.failpoints import visit
 from pipeline.ledger import Job
 from pipeline.manifest import (
     CATEGORIES_KEY,
@@ -36,6 +37,7 @@ from pipeline.manifest import (
     read_manifest,
     write_manifest,
 )
+from pipeline.owner import latest_number, require_latest
 from pipeline.quality import FilterSettings, mark
 from pipeline.records import JobContext
 from pipeline.storage import NotFound, Store, open_store
@@ -44,12 +46,16 @@ from pipeline.units import CommittedUnit, list_committed
 
 @dataclass(frozen=True, kw_only=True)
 class PartTask:
-    """All that a worker needs to make one part; small and picklable. `part_units`: every unit, in order."""
+    """All that a worker needs to make one part; small and picklable. `part_units`: every unit, in order.
+
+    `driver`: the number of the driver that publishes; a part is not put once a later one has the job.
+    """
 
     context: JobContext
     index: int
     part_units: tuple[CommittedUnit, ...]
     filters: FilterSettings
+    driver: int = 0
 
 
 Mapper = Callable[[Callable[[PartTask], Part], Sequence[PartTask]], Iterable[Part]]
@@ -85,14 +91,20 @@ def publish(
     wanted = _manifest(job, filters, kept, complete=False)
     if not due and before is not None and _same(before, _manifest(job, filters, kept, complete=True)):
         return before
+    driver = latest_number(store)  # asked first: whoever comes after this is after us
     require_owner("publish")
+    due = [dataclasses.replace(task, driver=driver) for task in due]
     if due:
         write_manifest(store, dataclasses.replace(wanted, state="publishing"))
+        visit("publish.begun")
     made = list(mapper(publish_part, due))
+    visit("publish.parts")
     require_owner("publish")
     _write_categories(store, job)
+    visit("publish.categories")
     after = _manifest(job, filters, [*kept, *made], complete=True)
     write_manifest(store, after)
+    visit("publish.done")
     return after
 
 
@@ -197,6 +209,7 @@ def publish_part(task: PartTask) -> Part:
 
     Raises:
         DamageFound: a unit does not verify, or does not follow the one before it.
+        JobRefused: another driver has taken the job over.
     """
     store = open_store(task.context.output)
     footer = {**units.footer(task.context), "filters": json.dumps(dataclasses.asdict(task.filters))}
@@ -212,19 +225,25 @@ def publish_part(task: PartTask) -> Part:
         instances.write(flat.instances)
         counts.append(flat.counts)
     ids = [unit.unit_id for unit in task.part_units]
+    image_file = _put(store, task.driver, part_key("images", task.index), images)
+    visit("publish.images")
+    instance_file = _put(store, task.driver, part_key("instances", task.index), instances)
+    visit("publish.part")
     return Part(
         index=task.index,
         first_unit=ids[0],
         stop_unit=ids[-1] + 1,
         generations={u.unit_id: u.generation for u in task.part_units if u.generation},
-        images=_put(store, part_key("images", task.index), images),
-        instances=_put(store, part_key("instances", task.index), instances),
+        images=image_file,
+        instances=instance_file,
         counts=add_counts(counts),
     )
 
 
-def _put(store: Store, key: str, sink: parquet.ParquetSink) -> PartFile:
+def _put(store: Store, driver: int, key: str, sink: parquet.ParquetSink) -> PartFile:
+    """The file of a part, put unless a later driver has the job: it may have published newer rows."""
     body = sink.finish()
+    require_latest(store, driver, "publish")
     store.put(key, body)
     return PartFile(key=key, rows=sink.rows, bytes=len(body), sha256=hashlib.sha256(body).hexdigest())
 

@@ -123,5 +123,7 @@ class UnitOutcome:
     bytes: int
     repeated: bool
     """True when the unit was already there: somebody else, or an earlier try, committed it."""
+    begun_before: int = 0
+    """Images of a unit that was begun at least once before without coming to a commit, so done again."""
     failed_by_code: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.errors import SystemicFault
 
@@ -19,11 +19,11 @@ COMMIT_CPUS = 0.05
 CPU_ACTOR_BYTES = 4 * 2**30
 """Memory to reckon for a model process on the CPU: weights, features and one call of the decoder."""
 
-# Just below a round number, so that the cores that decoding fills always leave a rest for commit tasks. On
-# small machines small enough for two tasks, or one image that does not arrive would hold up every unit.
+# Just below a round number, so that the cores that decoding fills always leave a rest for commit tasks.
 _DECODE_CPUS = 0.95
-_DECODE_CPUS_OF_FEW = 0.45
-_DECODE_CPUS_OF_ONE = 0.2
+_DECODE_CPUS_AT_LEAST = 0.14
+_COMMIT_TASKS_AT_LEAST = 4
+_COMMIT_TASKS_PER_GPU_ACTOR = 2
 _ACTOR_CPUS_OF_ONE = 0.5
 _EPSILON = 1e-6
 
@@ -57,7 +57,7 @@ class ClusterSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Requests:
-    """What each kind of process asks Ray for, and how many actors there may be."""
+    """What each kind of process asks Ray for, and how many actors and commit tasks there may be."""
 
     actors_min: int
     actors_max: int
@@ -65,6 +65,9 @@ class Requests:
     cpus_per_actor: float
     decode_cpus: float
     commit_cpus: float = COMMIT_CPUS
+    commit_tasks: int = _COMMIT_TASKS_AT_LEAST
+    """Without a bound Ray Data sets a sixth of all cores aside for commits, and on two cores that is what the
+    second decode task would have needed."""
 
 
 def fit(settings: ClusterSettings, nodes: Sequence[Node]) -> Requests:
@@ -85,14 +88,17 @@ def fit(settings: ClusterSettings, nodes: Sequence[Node]) -> Requests:
         raise _refused(
             f"cluster.gpus_per_actor is {gpus:g}, the node with most GPUs has {most:g}; set it to 0 for CPU"
         )
-    decode_cpus = settings.decode_cpus or _default_decode_cpus(largest)
     actor_cpus = settings.cpus_per_actor or (_ACTOR_CPUS_OF_ONE if largest < 2 else 1.0)
     if settings.actors and not gpus and settings.cpus_per_actor is None:
-        actor_cpus = min(actor_cpus, _share_of_actor(nodes, settings.actors, decode_cpus))
-    if not gpus and decode_cpus == actor_cpus:
-        decode_cpus -= 0.01  # Ray fuses neighbours with equal requests: the actor would decode
-    placing = _Placing(nodes=tuple(nodes), actor_cpus=actor_cpus, gpus=gpus, decode_cpus=decode_cpus)
+        actor_cpus = min(actor_cpus, _share_of_actor(nodes, settings.actors))
+    least = settings.decode_cpus or _DECODE_CPUS_AT_LEAST
+    placing = _Placing(nodes=tuple(nodes), actor_cpus=actor_cpus, gpus=gpus, decode_cpus=least)
     actors = settings.actors or _default_actors(placing)
+    if settings.decode_cpus is None:
+        placing = _with_more_for_decoding(placing, actors)
+    if not gpus and placing.decode_cpus == actor_cpus:
+        # Ray fuses neighbours with equal requests: the actor would decode.
+        placing = replace(placing, decode_cpus=placing.decode_cpus - 0.01)
     actors_min = min(settings.actors_min or actors, actors)
     _check(placing, actors, actors_min)
     return Requests(
@@ -100,7 +106,25 @@ def fit(settings: ClusterSettings, nodes: Sequence[Node]) -> Requests:
         actors_max=actors,
         gpus_per_actor=gpus,
         cpus_per_actor=actor_cpus,
-        decode_cpus=decode_cpus,
+        decode_cpus=placing.decode_cpus,
+        commit_tasks=_commit_tasks(actors, gpus),
+    )
+
+
+def still_fits(requests: Requests, before: Sequence[Node], now: Sequence[Node]) -> bool:
+    """Whether the nodes of now hold the actors that those of before held, and a task that feeds them."""
+    then, left = _placing_of(requests, before), _placing_of(requests, now)
+    wanted = min(requests.actors_max, then.places())
+    room = left.most_actors_with_room()
+    return wanted <= left.places() and (room is None or wanted <= room)
+
+
+def _placing_of(requests: Requests, nodes: Sequence[Node]) -> _Placing:
+    return _Placing(
+        nodes=tuple(nodes),
+        actor_cpus=requests.cpus_per_actor,
+        gpus=requests.gpus_per_actor,
+        decode_cpus=requests.decode_cpus,
     )
 
 
@@ -138,16 +162,28 @@ class _Placing:
         return max(crowding - 1, 0)
 
 
-def _default_decode_cpus(cpus_of_node: float) -> float:
-    if cpus_of_node < 2:
-        return _DECODE_CPUS_OF_ONE
-    return _DECODE_CPUS_OF_FEW if cpus_of_node < 4 else _DECODE_CPUS
+def _commit_tasks(actors: int, gpus: float) -> int:
+    """How many commits may run: a model on the CPU is too slow to need more than a few."""
+    return max(_COMMIT_TASKS_AT_LEAST, _COMMIT_TASKS_PER_GPU_ACTOR * actors if gpus else 0)
 
 
-def _share_of_actor(nodes: Sequence[Node], actors: int, decode_cpus: float) -> float:
-    """What is left beside decoding for each of so many actors, in steps of 0.05: people who ask for two
-    model processes on two cores mean two slower ones. Never below a tenth of a core."""
-    left = sum(max(node.cpus - decode_cpus, 0.0) for node in nodes)
+def _with_more_for_decoding(placing: _Placing, actors: int) -> _Placing:
+    """A core a decode task; where less is left beside actors and commits, a bit less than half of it, so
+    that two tasks run: with one alone, an image that does not arrive would hold up every other unit."""
+    asked = actors * placing.actor_cpus + _commit_tasks(actors, placing.gpus) * COMMIT_CPUS
+    half = (sum(node.cpus for node in placing.nodes) - asked) / 2
+    share = (math.floor(100 * half + _EPSILON) - 1) / 100
+    more = replace(placing, decode_cpus=min(_DECODE_CPUS, share))
+    room = more.most_actors_with_room()
+    fits = room is None or min(actors, placing.places()) <= room
+    return more if more.decode_cpus > placing.decode_cpus and fits else placing
+
+
+def _share_of_actor(nodes: Sequence[Node], actors: int) -> float:
+    """What two decode tasks and some commits leave for each of so many actors, in steps of 0.05: people who
+    ask for two model processes on two cores mean two slower ones. Never below a tenth of a core."""
+    others = 2 * _DECODE_CPUS_AT_LEAST + _COMMIT_TASKS_AT_LEAST * COMMIT_CPUS
+    left = sum(node.cpus for node in nodes) - others
     return max(math.floor(20 * left / actors + _EPSILON) / 20, 0.1)
 
 

@@ -39,13 +39,19 @@ class Verdict:
 
 
 class StorageFault(HqlabelError):
-    """A storage call that is given up; the door turns it into the error its caller promises."""
+    """A storage call that is given up; the door turns it into the error its caller promises.
 
-    def __init__(self, verdict: Verdict, message: str, *, timed_out: bool = False) -> None:
+    `broken_body`: the store answered, but what it sent was never whole: that object's own trouble.
+    """
+
+    def __init__(
+        self, verdict: Verdict, message: str, *, timed_out: bool = False, broken_body: bool = False
+    ) -> None:
         super().__init__(message)
         self.verdict = verdict
         self.message = message
         self.timed_out = timed_out
+        self.broken_body = broken_body
 
 
 class ShortBody(OSError):
@@ -99,6 +105,10 @@ _RETRY_CLASSES = (
     "EndpointConnectionError ConnectionError ConnectTimeoutError ReadTimeoutError HTTPClientError "
     "IncompleteRead IncompleteReadError ResponseStreamingError ResponseParserError FlexibleChecksumError "
     "ChecksumError FSTimeoutError TimeoutError ClientPayloadError ClientConnectionError ShortBody"
+)
+_BROKEN_BODIES = (
+    "IncompleteRead IncompleteReadError ResponseStreamingError FlexibleChecksumError ChecksumError "
+    "ClientPayloadError ShortBody"
 )
 _CREDENTIAL_CLASSES = (
     "NoCredentialsError PartialCredentialsError CredentialRetrievalError TokenRetrievalError "
@@ -231,5 +241,10 @@ def _fault(errors: Sequence[Exception], what: str, deadline: float) -> StorageFa
     verdict = _verdict_on(told)
     counted = f" (given up, tries: {len(errors)})" if verdict.kind == "retry" else ""
     return StorageFault(
-        verdict, clean_text(f"{what}: {describe(told)}{counted}"), timed_out=cut and not broken
+        verdict,
+        clean_text(f"{what}: {describe(told)}{counted}"),
+        timed_out=cut and not broken,
+        broken_body=any(
+            kind.__name__ in _BROKEN_BODIES.split() for e in _causes(told) for kind in type(e).__mro__
+        ),
     )

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from model.structures import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
 from pipeline.attempts import Attempts, Start
 from pipeline.errors import SystemicFault, clean_text
+from pipeline.failpoints import visit
 from pipeline.prompts import PromptGroup, group_by_kind, join, resolved_boxes
 from pipeline.records import JobContext, Limits
 from pipeline.rows import UInt8Array, UnitRow
@@ -119,6 +120,7 @@ class SegmentWorker:
         try:
             # Without pixels there is nothing to die of, and nothing to note in the store.
             images = self._segment(unit) if any(one is not None for one in unit.pixels) else unit.images
+            visit("unit.segmented")
         except SystemicFault as fault:
             return replace(unit, fault=fault, images=(), pixels=())
         seconds = unit.seconds + time.monotonic() - began

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.columns import Kind, check_type, locate, plain, settle
 from pipeline.errors import HqlabelError, JobRefused, clean_text
 from pipeline.json_arrays import JsonDamage
+from pipeline.parquet import open_closed
 from pipeline.records import AccessRules
 from pipeline.storage import open_input, options_for
 from pipeline.text_tables import (
@@ -104,7 +104,7 @@ def _batches(file: TableFile, stream: BinaryIO) -> Iterator[pa.RecordBatch]:
     if file.file_format == "jsonl":
         return jsonl_batches(stream, columns)
     size = stream.seek(0, io.SEEK_END)
-    parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+    parquet = open_closed(stream, page_checksum_verification=True)
     rows = _batch_rows(size / max(1, parquet.metadata.num_rows))
     batches: Iterator[pa.RecordBatch] = parquet.iter_batches(rows, columns=list(columns))
     return batches
@@ -173,7 +173,7 @@ KindOf = Callable[[str, str, Kind], Kind]
 
 
 def _parquet_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
-    schema = pq.ParquetFile(stream).schema_arrow
+    schema = open_closed(stream).schema_arrow
 
     def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
         return check_type(schema.field(theirs), wanted, uri=uri, ours=ours)

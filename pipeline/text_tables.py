@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -128,11 +129,42 @@ def _object(line: bytes, number: int) -> dict[str, Any]:
     return row
 
 
+_NULL_LINE = re.compile(rb"\n[ \t\r]*null")
+
+
+def _refuse_null(text: bytes) -> None:
+    """None unless a record is `null`: one at the start of a block ends the process of Arrow's reader."""
+    if text.lstrip().startswith(b"null") or _NULL_LINE.search(text):
+        raise JsonDamage("a record is null; wanted an object")
+
+
+class _Records(io.BufferedIOBase):
+    """A stream of JSON lines that is read as it is, up to a record which is `null`."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._before = b"\n"
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = self._stream.read(-1 if size is None else size)
+        seen = self._before + data
+        if _NULL_LINE.search(seen):
+            raise JsonDamage("a line is null; wanted an object")
+        line = seen[seen.rfind(b"\n") :] if b"\n" in seen else b""
+        self._before = line if b"null".startswith(line.strip()) else b""
+        return data
+
+
 def jsonl_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
     """The rows of the named keys, typed by their kinds; other keys are not looked at."""
     schema = pa.schema([(name, kind.arrow_type()) for name, kind in columns.items()])
     yield from pa_json.open_json(
-        stream, read_options=pa_json.ReadOptions(block_size=BLOCK_BYTES), parse_options=_typed(schema)
+        _Records(stream),
+        read_options=pa_json.ReadOptions(block_size=BLOCK_BYTES),
+        parse_options=_typed(schema),
     )
 
 
@@ -141,10 +173,11 @@ def read_lines(text: bytes, count: int, schema: pa.Schema) -> pa.Table:
 
     Raises:
         pa.ArrowInvalid: no JSON, or a value of another type (the message names the key).
-        JsonDamage: another number of objects than `count`.
+        JsonDamage: another number of objects than `count`, or a null among them.
     """
     if not count:
         return schema.empty_table()
+    _refuse_null(text)
     options = pa_json.ReadOptions(block_size=len(text) + 1)
     table = pa_json.read_json(io.BytesIO(text), read_options=options, parse_options=_typed(schema))
     if table.num_rows != count:

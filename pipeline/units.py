@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import parquet, schema
+from pipeline.failpoints import visit
 from pipeline.records import JobContext, UnitOutcome
 from pipeline.storage import Store
 from pipeline.unit_checks import check_against_plan, find_faults, plan_faults
@@ -140,11 +141,12 @@ def commit(store: Store, unit_id: int, generation: int, body: bytes) -> bool:
     """
     key = unit_key(unit_id, generation)
     store.put_if_absent(key, body)
+    visit("commit.created")
     stored = store.read(key)
-    if stored == body:
-        return True
-    parquet.decode(stored, schema.UNIT, f"unit {unit_id} ({key})")
-    return False
+    if stored != body:
+        parquet.decode(stored, schema.UNIT, f"unit {unit_id} ({key})")
+    visit("commit.done")
+    return stored == body
 
 
 def read(store: Store, unit: CommittedUnit) -> pa.Table:

@@ -23,7 +23,7 @@ from pipeline import parquet, schema, units
 from pipeline.errors import DamageFound, HqlabelError
 from pipeline.ledger import Job
 from pipeline.manifest import MANIFEST_KEY, Manifest, Part, PartFile, read_manifest
-from pipeline.plan import iter_plan
+from pipeline.plan import UNITS_PER_FILE, iter_plan
 from pipeline.publish import foreign_parts
 from pipeline.storage import NotFound, Store
 from pipeline.units import CommittedUnit
@@ -121,6 +121,8 @@ def _verify_units(
         found.findings += [_finding(unit, "the plan has no such unit") for unit in files[unit_id]]
     found.findings += _gone(job, files, manifest)
     found.units_left = len(set(range(job.units)) - set(files)) if not (manifest and manifest.cleaned) else 0
+    if not files and manifest is None and found.plan_files < -(-job.units // UNITS_PER_FILE):
+        return  # ended while its plan was written, which the next start of label goes on with
     planned = _planned_units(store, job, found)
     with ThreadPoolExecutor(READERS) as pool:
         # In batches, or the plan of millions of images would wait in memory for its turn.

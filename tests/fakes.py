@@ -22,14 +22,18 @@ TROUBLE = b"TROUBLE:"
 
 
 def trouble(kind: str) -> bytes:
-    """Bytes that make `troubled_decoder` misbehave: crash, exit, kill, sleep, spin, bomb or bug."""
+    """Bytes that make `troubled_decoder` misbehave: crash, exit, kill, sleep, spin, bomb or bug.
+
+    `until:PATH` decodes to nothing but an error, as soon as a file stands at PATH.
+    """
     return TROUBLE + kind.encode()
 
 
 def troubled_decoder(data: bytes, *, max_pixels: int, side: int) -> DecodedImage:
     """`decode_image`, except for the bytes that `trouble` makes, which harm their process."""
     if data.startswith(TROUBLE):
-        _MISBEHAVE[data.removeprefix(TROUBLE).decode()]()
+        kind, _, path = data.removeprefix(TROUBLE).decode().partition(":")
+        _wait_for_file(path) if kind == "until" else _MISBEHAVE[kind]()
     return decode_image(data, max_pixels=max_pixels, side=side)
 
 
@@ -56,12 +60,12 @@ _HARM = {
     "device": lambda: _raise(RuntimeError("CUDA error: an illegal memory access was encountered")),
     "bug": lambda: _raise(KeyError("a bug in the model")),
 }
-_HARM_COLOURS = {kind: (255, 0, 200 + number) for number, kind in enumerate([*_HARM, "nan"])}
+_HARM_COLOURS = {kind: (255, 0, 200 + number) for number, kind in enumerate([*_HARM, "nan", "until"])}
 
 
 def harmful_picture(kind: str, size: tuple[int, int] = (64, 64)) -> Image.Image:
     """A picture that decodes well and makes `BoxSegmenter` crash, exit, sleep, spin, lose its device,
-    raise or give NaN."""
+    raise, give NaN or wait until a file stands at `stub_until` of the job's lineage."""
     return Image.new("RGB", size, _HARM_COLOURS[kind])
 
 
@@ -92,7 +96,7 @@ class BoxSegmenter:
             if tuple(image.pixels_hwc[0, 0]) == colour:
                 if kind == "nan":
                     return SegmentFailure(code="non_finite", message="the stub's logits are not finite")
-                _HARM[kind]()
+                _wait_for_file(self.lineage["stub_until"]) if kind == "until" else _HARM[kind]()
         return box_masks(image)
 
 
@@ -138,6 +142,11 @@ def _runs_of_box(box: Sequence[int], height: int, width: int) -> list[int]:
         runs = [x1 * height + y1, *[y2 - y1, gap] * (x2 - x1 - 1), y2 - y1]
         runs.append(height * width - sum(runs))
     return runs if runs[-1] else runs[:-1]
+
+
+def _wait_for_file(path: str) -> None:
+    while not os.path.exists(path):
+        time.sleep(0.05)
 
 
 def _raise(error: Exception) -> None:

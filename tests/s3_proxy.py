@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
@@ -29,6 +29,7 @@ class Fault:
     status: answer `status` with S3's `code`. reset: close before the store sees it. drop_after: the store
     does it, the client sees a reset. truncate: send `keep` bytes of the body. corrupt: flip a bit at
     `keep`. drip: send the body at `rate` bytes a second. delay: wait `seconds` first.
+    `then` is called when it strikes, before the client can notice.
     """
 
     match: str
@@ -42,6 +43,7 @@ class Fault:
     seconds: float = 1.0
     seen: int = 0
     landed: int = 0
+    then: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -127,12 +129,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if action == "delay":
             time.sleep(fault.seconds)
         if action == "reset":
+            fault.then()
             return self._reset()
         if action == "status":
             text = ERROR_XML.format(code=fault.code).encode()
             return self._send(fault.status, [("Content-Type", "application/xml")], text)
         status, headers, data = self._forward(body)
         if action == "drop_after":
+            fault.then()
             return self._reset()
         if action == "corrupt" and data:
             at = fault.keep % len(data)

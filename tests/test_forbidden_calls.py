@@ -6,6 +6,7 @@ Each rule has a line of bad code beside it that it must catch; then the whole tr
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +113,17 @@ def bad_yaml(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, "yaml.load: use yaml.safe_load"
 
 
+OPENS_PARQUET = re.compile(
+    r"(pq\.(ParquetFile|ParquetDataset|read_\w+)|parquet\.read_\w+|pa\.ipc\.\w+|ipc\.open_\w+|.*\.read_parquet)\Z"
+)
+
+
+def opened_elsewhere(source: str) -> list[str]:
+    """Calls that open a Parquet or Arrow file without taking registered extension types off first."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return [f"{c.lineno}: {dotted(c.func)}" for c in calls if OPENS_PARQUET.match(dotted(c.func))]
+
+
 def forbidden(source: str) -> list[str]:
     """Every forbidden thing in `source`, as `line: what`."""
     tree = ast.parse(source)
@@ -184,3 +196,24 @@ def test_the_product_makes_no_forbidden_call() -> None:
     ]
 
     assert found == []
+
+
+@pytest.mark.parametrize(
+    "source", ["pq.read_table(p)", "pq.ParquetFile(p)", "ray.data.read_parquet(p)", "pa.ipc.open_stream(b)"]
+)
+def test_the_lint_sees_a_parquet_file_being_opened(source: str) -> None:
+    assert opened_elsewhere(source) != []
+    assert opened_elsewhere("open_closed(stream)\npq.ParquetWriter(sink)") == []
+
+
+def test_parquet_files_are_opened_by_one_function_alone() -> None:
+    """Opening a file makes registered extension types; `pipeline.parquet.open_closed` prevents it."""
+    found = {
+        str(path.relative_to(ROOT)): calls
+        for tree in ("model", "pipeline", "jobs")
+        for path in sorted((ROOT / tree).rglob("*.py"))
+        if (calls := opened_elsewhere(path.read_text()))
+    }
+
+    assert list(found) == ["pipeline/parquet.py"]
+    assert len(found["pipeline/parquet.py"]) == 1

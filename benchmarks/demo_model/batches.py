@@ -86,14 +86,14 @@ def _draw_picture(
 def _cut(
     rng: np.random.Generator, pixels: np.ndarray, labels: np.ndarray, side: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random part of the picture (all of it half of the time), turned, with its long side = `side`.
+    """A random part of the picture (all of it a quarter of the time), turned, with its long side = `side`.
 
     Parts are shown at 0.7 to 1.5 times their painted size, so that a small side means less picture and not
     smaller objects: what fills a 16-pixel patch stays alike at every side.
     """
     height, width = labels.shape
     share = min(1.0, side / max(height, width) / rng.uniform(0.7, 1.5))
-    if share < 1 and rng.random() < 0.5:
+    if share < 1 and rng.random() < 0.75:
         new_h, new_w = int(height * share), int(width * share)
         top, left = int(rng.integers(height - new_h + 1)), int(rng.integers(width - new_w + 1))
         pixels, labels = (

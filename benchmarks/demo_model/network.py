@@ -6,6 +6,7 @@ The parts are those of `model/`; only the training's way through them is here.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from benchmarks.demo_model.batches import PATCH, PIXEL_MEAN, PIXEL_STD, Batch
 from benchmarks.demo_model.cache import SceneCache
+from model.checkpoints import load
 from model.config import SamHQConfig, vit_config
 from model.image_encoder import ImageEncoderViT
 from model.mask_decoder import MaskDecoder
@@ -73,6 +75,14 @@ class DemoNetwork(nn.Module):
                 token.mul_(0.2)
             self.image_encoder.neck.norm2.weight.fill_(0.2)
             prompts.pe_matrix.copy_(position_frequencies())
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Takes over a finished demo checkpoint's weights, at its side; the affinity head stays as it is."""
+        trained = load(folder).model
+        self.set_side(trained.config.image_size)
+        state = trained.state_dict()
+        state |= {name: value for name, value in self.state_dict().items() if name.startswith("affinity.")}
+        self.load_state_dict(state)
 
     @torch.no_grad()
     def whiten_patches(self, cache: SceneCache, *, pictures: int = 300) -> None:

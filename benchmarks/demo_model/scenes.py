@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-from benchmarks.demo_model.shapes import random_shape
+from benchmarks.demo_model.shapes import SHAPES, random_kind
 from benchmarks.demo_model.textures import (
     BACKGROUND_FIELDS,
     OBJECT_FIELDS,
@@ -29,6 +29,9 @@ MIN_VISIBLE_FRACTION = (
 )
 MIN_AREA_FRACTION = 0.003  # of the picture
 MIN_BOX_FRACTION = 1 / 25  # of the long side, for the shorter side of the box
+SMALLEST_REACH = 0.11  # of the long side: an object's width and height before stretching
+SMALLEST_THIN_REACH = 0.22  # thin parts of smaller objects would be narrower than the mask's own pixels
+THIN_KINDS = ("ribbon", "branching", "lettering")
 SHIFT_FRACTION = 0.04
 SCALE_FRACTION = 0.06
 
@@ -107,13 +110,15 @@ def _paint_object(
 ) -> tuple[str, int]:
     """Paints one object into `canvas` and `labels`; returns its kind and its area inside the picture."""
     height, width = labels.shape
+    kind = random_kind(rng)
+    smallest = SMALLEST_THIN_REACH if kind in THIN_KINDS else SMALLEST_REACH
     reach = np.exp(
-        rng.uniform(np.log(0.3), np.log(0.85)) if close_up else rng.uniform(np.log(0.11), np.log(0.55))
+        rng.uniform(np.log(0.3), np.log(0.85)) if close_up else rng.uniform(np.log(smallest), np.log(0.55))
     )
     stretch = np.exp(rng.normal(0, 0.3))
     object_w = int(np.clip(reach * max(height, width) * np.sqrt(stretch), 10, 0.95 * width))
     object_h = int(np.clip(reach * max(height, width) / np.sqrt(stretch), 10, 0.95 * height))
-    kind, coverage = random_shape(rng, object_w, object_h)
+    coverage = SHAPES[kind][0](rng, object_w, object_h)
     left = int(rng.uniform(-0.25 * object_w, width - 0.75 * object_w))
     top = int(rng.uniform(-0.25 * object_h, height - 0.75 * object_h))
     coverage = _soften(rng, coverage)

@@ -192,9 +192,8 @@ SHAPES: dict[str, tuple[Shape, float]] = {
 }
 
 
-def random_shape(rng: np.random.Generator, width: int, height: int) -> tuple[str, np.ndarray]:
-    """A kind drawn by the weights of `SHAPES`, and its coverage mask, uint8 (height, width)."""
+def random_kind(rng: np.random.Generator) -> str:
+    """The name of a kind, drawn by the weights of `SHAPES`."""
     names = list(SHAPES)
     weights = np.array([SHAPES[name][1] for name in names])
-    name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
-    return name, SHAPES[name][0](rng, width, height)
+    return names[int(rng.choice(len(names), p=weights / weights.sum()))]

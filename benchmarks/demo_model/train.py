@@ -7,6 +7,9 @@ Step one trains the SAM part (encoder, prompt encoder, decoder, IoU head) at sid
 Step two freezes it and trains the HQ token, its MLP and the fusion convolutions, with a loss heavy on edges.
 This is no fine-tuning tool: it knows only its own scenes and its own small network.
 
+`--init CHECKPOINT` goes on from a finished demo checkpoint: the first two stages are left out, and both steps
+run again from its weights. The matrix work runs in bfloat16 where the processor multiplies it natively.
+
 The stages' lengths are shares of the time given: a slow machine makes a weaker checkpoint, not a late one.
 DIR/state.pt is written every two minutes and on SIGTERM; `--resume` goes on from it. Batches are drawn from
 (seed, stage, step), so a resumed run sees what it would have seen.
@@ -33,10 +36,11 @@ from benchmarks.demo_model import losses
 from benchmarks.demo_model.batches import PATCH, Batch, make_batch, random_boxes
 from benchmarks.demo_model.cache import SceneCache
 from benchmarks.demo_model.network import DemoNetwork
-from benchmarks.demo_model.optimiser import Muon, split_parameters
+from benchmarks.demo_model.optimiser import Muon, native_bf16, split_parameters
 
 NOTICE = "This makes hqlabel's demo checkpoint from synthetic scenes. It is no fine-tuning tool."
 MUON_RATE, ADAM_RATE, HQ_RATE = 0.005, 1e-3, 2e-3
+WARM_FACTOR = 0.5  # of the first two rates, when the run begins with a finished checkpoint
 WARM_UP_STEPS, LAST_RATE = 60, 0.02
 EMA_STEPS = 150  # the exported weights average about this many steps
 SAVE_EVERY_S, REPORT_EVERY_S = 120, 30
@@ -60,8 +64,18 @@ class Stage:
         return self.kind == "hq"
 
 
-def stages_for(final_side: int) -> tuple[Stage, ...]:
-    """The stages for a checkpoint of this side; above 256, both steps are finished there."""
+def stages_for(final_side: int, *, warm: bool) -> tuple[Stage, ...]:
+    """The stages for a checkpoint of this side; above 256, both steps are finished there.
+
+    `warm`: from a checkpoint that already fills boxes and finds objects.
+    """
+    if warm:
+        return (
+            Stage(name="sam-256", side=256, images=8, boxes=6, share=0.46),
+            Stage(name="sam-final", side=final_side, images=3, boxes=6, share=0.22),
+            Stage(name="hq-256", side=256, images=8, boxes=4, share=0.14, kind="hq"),
+            Stage(name="hq-final", side=final_side, images=3, boxes=5, share=0.18, kind="hq"),
+        )
     sam, hq = 0.50, 0.27
     sam_finish, hq_finish = (0.3, 0.45) if final_side > 256 else (0.0, 0.0)
     stages = (
@@ -79,12 +93,22 @@ class Training:
     """One run: the network, its average, its optimisers, and where in the stages it stands."""
 
     def __init__(
-        self, caches: list[SceneCache], *, stages: tuple[Stage, ...], minutes: float, seed: int
+        self,
+        caches: list[SceneCache],
+        *,
+        stages: tuple[Stage, ...],
+        minutes: float,
+        seed: int,
+        init: Path | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self.caches, self.stages, self.minutes, self.seed = caches, stages, minutes, seed
         self.network = DemoNetwork()
-        self.network.whiten_patches(caches[0])
+        self.sam_factor = 1.0 if init is None else WARM_FACTOR
+        if init is None:
+            self.network.whiten_patches(caches[0])
+        else:
+            self.network.load_checkpoint(init)
         self.stage_index, self.step, self.spent_s = 0, 0, 0.0
         self._enter_stage()
 
@@ -94,15 +118,20 @@ class Training:
 
     def _enter_stage(self) -> None:
         """Sets the side, what trains, and fresh optimisers and average for the current stage."""
+        torch.compiler.reset()
         self.network.set_side(self.stage.side)
         if self.stage.hq:
             self.network.freeze_sam_part()
         matrices, others = split_parameters(self.network)
-        rate = HQ_RATE if self.stage.hq else ADAM_RATE
+        rate = HQ_RATE if self.stage.hq else self.sam_factor * ADAM_RATE
         adam = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
         self.optimisers: list[tuple[torch.optim.Optimizer, float]] = [(adam, rate)]
         if matrices:  # the HQ part has none that Muon takes
-            self.optimisers.append((Muon(matrices, lr=MUON_RATE), MUON_RATE))
+            rate = self.sam_factor * MUON_RATE
+            self.optimisers.append((Muon(matrices, lr=rate), rate))
+        # Compiled anew for every stage's shapes: two minutes, and a third of the time a step from then on.
+        self.sam_forward = torch.compile(self.network.sam_forward, dynamic=False)
+        self.hq_forward = torch.compile(self.network.hq_forward, dynamic=False)
         self.trained = [weight for group in (matrices, others) for weight in group]
         self.average = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 
@@ -157,6 +186,8 @@ class Training:
         for name, value in self.average.items():
             value.lerp_(current[name], weight)
         self.step += 1
+        if self.step == 1:
+            return {"loss": loss.item(), "norm": norm.item(), **figures}  # its time is the compiler's
         self.spent_s += time.monotonic() - started
         return {"loss": loss.item(), "norm": norm.item(), **figures}
 
@@ -166,16 +197,20 @@ class Training:
         boxes, targets = random_boxes(rng, side=self.stage.side, boxes=self.stage.boxes)
         grid = self.stage.side // PATCH
         empty = torch.zeros(1, 256, grid, grid)
-        logits, predicted_iou = self.network.sam_decode(
-            empty, boxes, torch.zeros(len(boxes), dtype=torch.int64)
-        )
+        with fast_matrices():
+            logits, predicted_iou = self.network.sam_decode(
+                empty, boxes, torch.zeros(len(boxes), dtype=torch.int64)
+            )
+        logits, predicted_iou = logits.float(), predicted_iou.float()
         near = losses.near_box(boxes, cells=logits.shape[-1], side=self.stage.side)
         loss, true_iou = losses.step_one(logits, predicted_iou, targets, near)
         return loss, {"iou_m0": true_iou.mean().item()}
 
     def _sam_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         batch = self.draw(cell=4)
-        logits, predicted_iou, vectors = self.network.sam_forward(batch)
+        with fast_matrices():
+            found = self.sam_forward(batch)
+        logits, predicted_iou, vectors = (value.float() for value in found)
         near = losses.near_box(batch.boxes_N4, cells=logits.shape[-1], side=self.stage.side)
         loss, true_iou = losses.step_one(logits, predicted_iou, batch.targets_NHW, near)
         alike = losses.affinity(vectors, batch.labels_BL)
@@ -189,7 +224,9 @@ class Training:
     def _hq_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of m_0 + m_hq, as inference sums them, at twice the low resolution."""
         batch = self.draw(cell=2)
-        sam, hq, _ = self.network.hq_forward(batch)
+        with fast_matrices():
+            found = self.hq_forward(batch)
+        sam, hq, _ = (value.float() for value in found)
         fine = {
             name: F.interpolate(logits[:, None], scale_factor=2, mode="bilinear")[:, 0]
             for name, logits in (("m0", sam), ("sum", sam.detach() + hq), ("hq", hq))
@@ -221,6 +258,11 @@ class Training:
         for (optimiser, _), saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self.step, self.spent_s = state["step"], state["spent_s"]
+
+
+def fast_matrices() -> torch.autocast:
+    """bfloat16 for matrix products and convolutions where the processor multiplies it natively."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=native_bf16())
 
 
 def write_atomically(value: Any, path: Path) -> None:
@@ -291,6 +333,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--final-side", type=int, default=512)
+    parser.add_argument("--init", type=Path, help="a demo checkpoint to go on from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true")
@@ -300,9 +343,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     training = Training(
         [SceneCache(folder) for folder in options.caches],
-        stages=stages_for(options.final_side),
+        stages=stages_for(options.final_side, warm=options.init is not None),
         minutes=options.minutes,
         seed=options.seed,
+        init=options.init,
     )
     if options.resume:
         training.restore(torch.load(options.out / "state.pt", weights_only=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -91,11 +92,24 @@ def kill_and_resume(
     if sign != signal.SIGKILL:
         assert ended_s < 3
     committed = commands.contents(output / "units") if (output / "units").is_dir() else {}
-    commands.run(*arguments(data, checkpoint, output))
+    said = commands.run(*arguments(data, checkpoint, output)).stderr
 
     assert_same_tables(output, undisturbed)
     after = commands.contents(output / "units")
     assert all(after[name] == was for name, was in committed.items()), "a committed unit was written again"
+    assert begun_before(said) == done_again(output)
+
+
+def begun_before(said: str) -> int:
+    """How many images a summary calls begun before and done again."""
+    found = re.search(r"(\d+) of them begun before and done again", said)
+    return int(found[1]) if found else 0
+
+
+def done_again(output: Path) -> int:
+    """How many images of the published table were begun more than once."""
+    images, _ = commands.tables(output)
+    return sum(attempts > 1 for attempts in images["attempts"].to_pylist())
 
 
 @pytest.mark.slow
@@ -185,27 +199,24 @@ def test_broken_images_end_as_their_rows_say_and_retry_mends_only_them(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["checkpoint", "bucket", "foreign"])
+@pytest.mark.parametrize("case", ["checkpoint", "bucket", "output", "foreign"])
 def test_what_cannot_work_is_refused_before_any_work(
     case: str, few_images: DataSet, checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     output, weights, extra = tmp_path / "out", checkpoint, []
     if case == "checkpoint":
         weights = tmp_path / "missing"
-    if case == "bucket":
+    if case in ("bucket", "output"):
+        place = ["--images" if case == "bucket" else "--output", "s3://no-such-bucket/there"]
         moto = request.getfixturevalue("moto_s3")
-        extra = [
-            "--images",
-            "s3://no-such-bucket/images",
-            "--set",
-            f"storage.s3.endpoint_url={moto.endpoint}",
-        ]
+        extra = [*place, "--set", f"storage.s3.endpoint_url={moto.endpoint}"]
     if case == "foreign":
         output.mkdir()
         (output / "diary.txt").write_text("not yours")
     command = arguments(few_images, weights, output)
     if extra:
-        del command[1:3]
+        at = command.index(extra[0])
+        del command[at : at + 2]
     result = commands.run(*command, *extra, code=4)
 
     assert "Traceback" not in result.stderr
@@ -231,6 +242,50 @@ def test_an_actor_killed_in_mid_unit_costs_nothing(
 
     assert process.returncode == 0, out + err
     assert_same_tables(output, undisturbed)
+    assert begun_before(err) == done_again(output)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_a_lost_node_costs_nothing_but_time(
+    few_images: DataSet, checkpoint: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    output = tmp_path / "out"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **_QUICK_TO_NOTICE})
+    try:
+        node = cluster.add_node(num_cpus=2)
+        process = commands.start(
+            *arguments(few_images, checkpoint, output, "--set", "cluster.actors=2"),
+            "--ray-address", cluster.address, "--set", "cluster.shared_paths=true",
+        )  # fmt: skip
+        try:
+            wait_for(lambda: MOMENTS["first unit"](output) or process.poll() is not None, "first unit")
+            before = len(commands.unit_names(output))
+            cluster.remove_node(node, allow_graceful=False)
+            out, err = process.communicate(timeout=400)
+        finally:
+            process.kill()
+    finally:
+        cluster.shutdown()
+
+    assert process.returncode == 0, out + err
+    assert 1 <= before < 6, "the node was lost after the work"
+    assert_same_tables(output, undisturbed)
+    assert begun_before(err) == done_again(output)
+
+
+# A node that is silent for five seconds is lost; Ray's own settings wait half a minute.
+_QUICK_TO_NOTICE = {
+    "_system_config": {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 1000,
+        "health_check_failure_threshold": 5,
+    }
+}
 
 
 def _is_actor(process: object) -> bool:

@@ -17,7 +17,18 @@ from jobs import cli
 from pipeline.errors import DamageFound, JobRefused, SystemicFault, UsageError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("label", "plan", "status", "retry", "publish", "validate", "inspect", "clean", "doctor")
+COMMANDS = (
+    "label",
+    "plan",
+    "status",
+    "retry",
+    "publish",
+    "validate",
+    "inspect",
+    "clean",
+    "doctor",
+    "evaluate",
+)
 
 
 def run(*arguments: str) -> tuple[int, str, str]:

@@ -63,3 +63,12 @@ def test_a_terminal_that_lacks_a_character_gets_an_escape(monkeypatch: pytest.Mo
     console.say("猫 · 3")
     narrow.seek(0)
     assert narrow.read() == "\\u732b \\xb7 3\n"
+
+
+def test_orders_to_a_terminal_are_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    console.say("a\x1b[2Jb\u202ec\rd\ne")
+    console.data("x\x1b]0;title\x07")
+    found = capsys.readouterr()
+
+    assert found.err == "a\\x1b[2Jb\\u202ec\\rd\ne\n"
+    assert found.out == "x\\x1b]0;title\\x07\n"

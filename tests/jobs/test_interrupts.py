@@ -55,6 +55,17 @@ interrupts.give_back()
 end_now()
 """
 
+IN_A_FINALIZER = """
+class Slow:
+    def __del__(self):
+        print("ready", flush=True)
+        while not interrupts.requested.is_set():
+            pass
+slow = Slow()
+del slow
+time.sleep(60)
+"""
+
 
 def ended_by(code: str, number: signal.Signals, *, ignored: bool = False) -> tuple[int, list[str], float]:
     """(exit code, lines, seconds from the signal to the end) of a process that runs `code`."""
@@ -65,6 +76,7 @@ def ended_by(code: str, number: signal.Signals, *, ignored: bool = False) -> tup
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(START + code)],
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         cwd=Path(__file__).parents[2],
         preexec_fn=ignore if ignored else None,
@@ -91,6 +103,12 @@ def test_an_inherited_ignore_does_not_hold() -> None:
 
 def test_a_main_thread_inside_a_long_call_is_ended_after_the_mark_is_given_back() -> None:
     code, lines, seconds = ended_by(STUCK, signal.SIGTERM)
+    assert (code, lines) == (130, ["released"])
+    assert seconds < 3.0
+
+
+def test_a_signal_inside_a_finalizer_ends_the_process_without_a_trace() -> None:
+    code, lines, seconds = ended_by(IN_A_FINALIZER, signal.SIGINT)
     assert (code, lines) == (130, ["released"])
     assert seconds < 3.0
 

@@ -41,6 +41,13 @@ def first(
     return output, json.loads(done.stdout), done.stderr
 
 
+def test_doctor_runs_a_task_on_a_private_ray() -> None:
+    said = commands.run("doctor").stdout
+
+    assert "ok    ray                 private Ray on this machine" in said
+    assert "a task ran in process" in said
+
+
 def test_a_run_says_what_it_understood_and_what_came_out(
     first: tuple[Path, dict[str, object], str], data_set: DataSet
 ) -> None:

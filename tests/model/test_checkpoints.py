@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 
 from model import checkpoints
+from model.architecture import DECIDING
 from model.checkpoints import CheckpointError, load, save_original, save_transformers
 from model.config import ConfigError, SamHQConfig, TinyVisionConfig, vit_config
 from model.layouts import TIED_PE
@@ -180,6 +182,16 @@ def test_a_hub_id_loads_from_the_clients_cache(model, folder, pth, hub_cache):
     assert whole.weights.license == single.weights.license == "Apache-2.0"
 
 
+def test_the_commit_is_found_in_a_cache_below_a_folder_of_snapshots(folder, monkeypatch, tmp_path):
+    cache = tmp_path / "snapshots" / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    commit = put_in_cache(cache, "some/model", {p.name: p.read_bytes() for p in folder.iterdir()})
+
+    assert load("some/model").weights.source == f"some/model@{commit}"
+    assert load("some/model", revision=commit).weights.source == f"some/model@{commit}"
+
+
 def test_a_hub_id_that_cannot_be_reached_says_so(hub_cache):
     with pytest.raises(CheckpointError, match=r"some/model: neither model\.safetensors nor"):
         load("some/model")
@@ -227,9 +239,10 @@ def test_a_file_that_would_run_code_is_refused_also_when_the_environment_would_a
     place = tmp_path / "canary"
     data = as_pth({"image_encoder.pos_embed": Canary(str(place))})
 
-    with pytest.raises(CheckpointError, match="not a file of plain tensors"):
+    with pytest.raises(CheckpointError, match=r"not a file of plain tensors.*mkdir") as refusal:
         load(data)
     assert not place.exists()
+    assert "weights_only" not in str(refusal.value)  # torch's own message advises to turn it off
 
 
 def test_the_canary_sings_without_the_restriction(tmp_path):
@@ -294,11 +307,48 @@ def test_a_tensor_of_the_wrong_shape_or_kind_is_named(pth):
         (torch.zeros(9), r"has shape \(9,\); wanted \(8,\)"),
         (torch.zeros(8, dtype=torch.int64), "is torch.int64"),
         (torch.zeros(8, dtype=torch.float64), "is torch.float64"),
+        (torch.ones(8).to_sparse(), "sparse or without data"),
+        (torch.ones(8, device="meta"), "sparse or without data"),
         (torch.full((8,), torch.nan), "not finite"),
         (torch.full((8,), torch.inf), "not finite"),
     ]:
         with pytest.raises(CheckpointError, match=f"tensor {name} .*{message}"):
             load(edited_pth(pth, lambda t, v=value: t.update({name: v})))
+
+
+def all_shapes_but(shape: torch.Size):
+    """A tensor of one element more along each axis, of many more, of an axis more, and of none."""
+    for axis, length in enumerate(shape):
+        yield torch.zeros([*shape[:axis], length + 1, *shape[axis + 1 :]])
+    yield torch.zeros([*shape[:-1], 64 * shape[-1]])
+    yield torch.zeros([1, *shape])
+    yield torch.zeros([])
+    yield torch.zeros([0])
+
+
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [(VIT, "original"), (VIT, "transformers"), (TINY, "original")],
+    ids=["vit-original", "vit-transformers", "tiny-original"],
+)
+def test_a_tensor_that_decides_the_architecture_is_named_as_the_file_does(config, layout):
+    """What defines the model cannot be compared to it; it must not end as another model or a stray error."""
+    tensors = checkpoints.stored_tensors(SamHQ.from_config(config, 0), layout)
+    deciding = {checkpoints.rename(name, "native", layout) for name in DECIDING} & set(tensors)
+    assert len(deciding) == {VIT: 8, TINY: 9}[config]
+    for name in deciding:
+        for value in (None, *all_shapes_but(tensors[name].shape)):
+            edited = {n: t for n, t in tensors.items() if n != name}
+            if value is not None:
+                edited[name] = value
+            found, native, _ = checkpoints.to_native(edited)
+            with pytest.raises(CheckpointError, match=re.escape(name)):
+                checkpoints.build(checkpoints.read_config(native, None, found), native, found)
+
+
+def test_a_tensor_that_stands_in_a_file_twice_is_refused(pth):
+    with pytest.raises(CheckpointError, match=r"twice, with and without `module\.`: mask_decoder\.iou_token"):
+        load(edited_pth(pth, lambda t: t.update({"module.mask_decoder.iou_token.weight": torch.ones(1, 32)})))
 
 
 def test_swapping_two_layers_of_an_mlp_would_be_seen(model, pth):

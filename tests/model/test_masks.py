@@ -271,6 +271,13 @@ def test_what_is_not_low_resolution_logits_is_refused() -> None:
         masks.trace_masks(torch.zeros(1, 64, 64), resized_hw=(256, 300), size_hw=(10, 10))
     with pytest.raises(ValueError, match="greater than 0"):
         masks.trace_masks(torch.zeros(1, 64, 64), resized_hw=(256, 256), size_hw=(9, 9), stability_offset=0)
+    with pytest.raises(ValueError, match="mask_threshold is nan"):
+        masks.trace_masks(
+            torch.zeros(1, 64, 64), resized_hw=(256, 256), size_hw=(9, 9), mask_threshold=math.nan
+        )
+    for road in (masks.trace_masks, masks.plain_masks):
+        with pytest.raises(ValueError, match=r"size_hw is \(0, 9\)"):
+            road(torch.zeros(1, 64, 64), resized_hw=(256, 256), size_hw=(0, 9))
 
 
 @pytest.mark.gpu

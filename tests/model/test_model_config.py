@@ -61,6 +61,7 @@ def test_sides_follow_from_the_grid():
         ({"global_attn_indexes": ()}, "gives the early feature"),
         ({"global_attn_indexes": (12,)}, "one or more of the 12 blocks"),
         ({"global_attn_indexes": (5, 2)}, "in rising order"),
+        ({"num_attention_heads": 0}, "multiple of the 0 attention heads"),
         ({"window_size": 64}, "less than the grid's side 64"),
         ({"image_size": 1000}, "multiple of 16"),
         ({"patch_size": 14}, "only 16 is known"),
@@ -80,6 +81,7 @@ def test_an_impossible_encoder_is_refused(changes, message):
         ("mask_decoder", {"hidden_size": 128}, "hidden_size differ: 256 and 128"),
         ("mask_decoder", {"num_attention_heads": 4}, "num_attention_heads is 4; only 8"),
         ("mask_decoder", {"hidden_size": 100}, "multiple of 16"),
+        ("prompt_encoder", {"mask_input_channels": 2}, "mask_input_channels 2 must be a multiple of 4"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(part, changes, message):
@@ -102,6 +104,15 @@ def test_parts_that_do_not_fit_are_refused(part, changes, message):
         ({"vision_config__num_pos_feats": 64}, "num_pos_feats 64"),
         ({"vision_config__image_size": [224, 256]}, "not square"),
         ({"vision_config__window_size": "7"}, "window_size is '7'; wanted whole numbers"),
+        ({"vision_config__window_size": [7, 7]}, "wanted one whole number"),
+        (
+            {"vision_config__num_attention_heads": -3},
+            "heads is -3; wanted whole numbers from 1",
+        ),
+        ({"vision_config__global_attn_indexes": 1}, "wanted a list of whole numbers"),
+        ({"vision_config__mlp_ratio": "4"}, "mlp_ratio is '4'; wanted a number over 0"),
+        ({"vision_config__mlp_ratio": float("nan")}, "mlp_ratio is nan"),
+        ({"vision_config": [1, 2]}, "vision_config is \\[1, 2\\]; wanted an object"),
         ({"prompt_encoder_config__image_embedding_size": 64}, "image_embedding_size 64; wanted 14"),
         ({"prompt_encoder_config__num_point_embeddings": 5}, "num_point_embeddings is 5"),
         ({"mask_decoder_config__iou_head_depth": 2}, "iou_head_depth is 2"),
@@ -112,6 +123,12 @@ def test_parts_that_do_not_fit_are_refused(part, changes, message):
 def test_a_file_that_asks_for_the_unknown_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         config_from_json(values(**changes))
+
+
+@pytest.mark.parametrize(("field", "value"), [("depths", [1, 2, 3]), ("num_heads", 4), ("embed_dims", [])])
+def test_a_file_of_light_hq_sam_with_lists_of_another_length_is_refused(field, value):
+    with pytest.raises(ConfigError, match=f"vision_config: {field} is .*wanted"):
+        config_from_json(values(SMALL_TINY, **{f"vision_config__{field}": value}))
 
 
 def test_what_a_file_leaves_out_is_vit_b():

@@ -55,6 +55,10 @@ def test_chunks_have_one_size_and_the_last_is_filled_with_its_last_prompt():
             Prompts(mask_logits=np.zeros((1, 8, 8))),
             r"mask_logits has shape \(1, 8, 8\); wanted \(N, 16, 16\)",
         ),
+        (Prompts(points_xy=POINTS[:, :0], point_labels=LABELS[:, :0]), r"shape \(1, 0, 2\).*with P from 1"),
+        (Prompts(mask_logits=np.zeros((1, 16, 16), bool)), "dtype bool; wanted float logits .mask_to_prompt"),
+        (Prompts(mask_logits=np.zeros((1, 16, 16), np.uint8)), "dtype uint8; wanted float logits"),
+        (Prompts(boxes_xyxy=BOX.astype(str)), "boxes_xyxy has dtype <U"),
         (Prompts(boxes_xyxy=BOX * np.nan), "boxes_xyxy holds a value that is not finite"),
         (Prompts(boxes_xyxy=np.repeat(BOX, 2, 0), points_xy=POINTS, point_labels=LABELS), r"found \[1, 2\]"),
         (Prompts(points_xy=POINTS, point_labels=LABELS * 2), r"point labels \[2\]"),
@@ -89,6 +93,27 @@ def test_a_cell_half_covered_is_zero_and_probabilities_count_as_they_are():
     assert np.allclose(mask_to_prompt(half, side=64), 0)
     assert np.allclose(mask_to_prompt(three_quarters, side=64), np.log(3), atol=1e-5)
     assert np.allclose(mask_to_prompt(np.ones((64, 64)), side=64, certainty=0.9), np.log(9), atol=1e-5)
+
+
+def test_lists_tensors_and_arrays_that_must_not_be_written_to_are_prompts_like_any_other():
+    labels = LABELS.astype(np.int64)
+    labels.setflags(write=False)
+    for points, their_labels in [
+        (POINTS.tolist(), LABELS.tolist()),
+        (torch.from_numpy(POINTS), torch.from_numpy(LABELS)),
+        (np.asfortranarray(POINTS), labels),
+    ]:
+        (batch,), counts = group_prompts(
+            [Prompts(points_xy=points, point_labels=their_labels)], [(9, 9)], [(9, 9)], mask_size=16
+        )
+        assert counts == [1]
+        assert batch.points_NP2.tolist() == POINTS.tolist()
+        assert batch.labels_NP.tolist() == LABELS.tolist()
+
+
+def test_a_side_that_is_no_input_side_is_refused():
+    with pytest.raises(ValueError, match="side is 100; wanted the model's input side"):
+        mask_to_prompt(np.zeros((4, 4), bool), side=100)
 
 
 @pytest.mark.parametrize(

@@ -260,12 +260,39 @@ def test_training_mode_is_refused(images):
         (np.zeros((4, 5), np.uint8), r"shape \(4, 5\)"),
         (np.zeros((4, 5, 4), np.uint8), r"shape \(4, 5, 4\)"),
         (np.zeros((4, 5, 3), np.float32), "float32"),
+        ([[[0, 0, 0]]], "a picture is a list; wanted a numpy array"),
+        (torch.zeros(4, 5, 3, dtype=torch.uint8), "a picture is a Tensor"),
         (np.zeros((1, 3000, 3), np.uint8), "too_elongated"),
     ],
 )
 def test_a_picture_that_is_not_one_is_refused(model, image, message):
     with pytest.raises(ValueError, match=message):
         model.encode_images([image])
+
+
+def test_a_picture_may_lie_in_memory_as_it_likes(model, images, embedding):
+    """Read-only, as what comes out of Arrow is; torch would warn of it, and warnings are errors here."""
+    image = np.asfortranarray(images[0])
+    image.setflags(write=False)
+    prepared = np.asfortranarray(resize_longest_side(image, model.config.image_size))
+    prepared.setflags(write=False)
+
+    for other in (model.encode_images([image]), model.encode_prepared([prepared], SIZES[:1])):
+        assert near(other.embedding_BCGG, embedding.embedding_BCGG[:1])
+    assert not prepared.flags.writeable
+
+
+@pytest.mark.parametrize("shape", [(4,), (8,), (4, 2), (2, 2, 2), (1, 2, 4), (2, 3), (0, 5)])
+def test_boxes_of_another_shape_are_not_read_as_others(model, embedding, shape):
+    with pytest.raises(ValueError, match=r"prompts of image 1: boxes_xyxy has shape .*wanted \(N, 4\)"):
+        model.decode_boxes(embedding, [[], np.ones(shape), []])
+
+
+def test_boxes_may_be_lists_whole_numbers_or_tensors(model, embedding):
+    boxes = [[10, 20, 60, 70], [5, 6, 30, 40]]
+    expected = model.decode_boxes(embedding, [np.array(boxes, np.float64), [], []]).low_res_NMHW
+    for given in (boxes, np.array(boxes, np.uint8), np.array(boxes, np.float32), torch.tensor(boxes)):
+        assert torch.equal(model.decode_boxes(embedding, [given, [], []]).low_res_NMHW, expected)
 
 
 def test_no_picture_and_one_of_the_wrong_size_are_refused(model):

@@ -473,6 +473,8 @@ def test_what_cannot_be_right_is_refused_before_anything_runs(model: SamHQ, segm
             segment_all.segment([np.zeros((30, 60), np.uint8)], [[[0, 0, 5, 1]]])
         with pytest.raises(ValueError, match="shape"):
             segment_all.segment([np.zeros((30, 60, 3), np.uint8)], [[[0, 0, 5]]])
+        with pytest.raises(ValueError, match=r"shape \(0, 5\); wanted \(N, 4\)"):
+            segment_all.segment([np.zeros((30, 60, 3), np.uint8)], [np.zeros((0, 5))])
     assert calls == []
 
 
@@ -482,6 +484,8 @@ def test_what_cannot_be_right_is_refused_before_anything_runs(model: SamHQ, segm
         ({"dtype": "float16"}, "'float16'"),
         ({"multimask": "three"}, "'three'"),
         ({"stability_offset": 0.0}, "stability_offset"),
+        ({"stability_offset": float("inf")}, "stability_offset"),
+        ({"mask_threshold": float("nan")}, "mask_threshold is nan"),
         ({"call_shape": CallShape(images_per_call=0)}, "at least 1"),
         ({"call_shape": CallShape(boxes_per_call=0)}, "at least 1"),
     ],

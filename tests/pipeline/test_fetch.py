@@ -9,7 +9,7 @@ import time
 import pytest
 
 from pipeline.errors import ImageError, SystemicFault
-from pipeline.fetch import fetch_ahead, fetch_object, stop_if_denied
+from pipeline.fetch import fetch_ahead, fetch_object, stop_if_denied, stop_if_unreachable
 from pipeline.records import AccessRules, Limits
 from pipeline.storage import open_store
 
@@ -151,3 +151,16 @@ def test_a_store_that_refuses_half_a_unit_stops_the_job():
     stop_if_denied([missing] * 9)
     with pytest.raises(SystemicFault, match="refused 3 of 6"):
         stop_if_denied([denied] * 3 + [missing, None, None])
+
+
+def test_a_store_that_answers_half_a_unit_with_nothing_stops_the_job_and_a_site_does_not():
+    silent, late = ImageError("unreachable", "503 (given up)"), ImageError("fetch_timeout", "2 s")
+    missing = ImageError("not_found", "404")
+
+    stop_if_unreachable(["s3://b/a"] * 2, [silent, late])
+    stop_if_unreachable(["s3://b/a"] * 7, [silent] * 3 + [None] * 4)
+    stop_if_unreachable(["s3://b/a"] * 9, [missing] * 9)
+    stop_if_unreachable(["https://site/a"] * 9, [silent] * 9)
+    with pytest.raises(SystemicFault, match="store: 3 of 6 images of a unit could not be read") as caught:
+        stop_if_unreachable(["s3://b/a"] * 6 + ["http://x/a"] * 6, [silent, late, silent] + [None] * 9)
+    assert caught.value.code == "store"

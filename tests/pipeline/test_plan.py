@@ -171,8 +171,8 @@ def test_local_files_outside_the_roots_are_rows_with_a_reason(tmp_path, pictures
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda p: p / "missing", "no pictures or tables"),
-        (lambda p: p / "missing.parquet", "found nothing"),
+        (lambda p: p / "missing", "no such file or folder"),
+        (lambda p: p / "missing.parquet", "no such file or folder"),
         (lambda p: p / "missing.json", "no such file"),
         (lambda p: p / "sub/*.gif", "no pictures; found nothing"),
         (lambda p: p / "*.md", "no pictures"),
@@ -339,16 +339,16 @@ def test_coco_instances_over_a_folder_join_by_file_name_and_keep_their_ids(tmp_p
 
 
 def test_coco_results_join_by_id_with_the_instances(tmp_path):
-    images = as_json(
-        tmp_path / "i.json", {"images": [{"id": 31, "file_name": "b.jpg"}, {"id": 4, "file_name": "c.jpg"}]}
-    )
+    listed = [{"id": 31, "file_name": "b.jpg"}, {"id": 4, "file_name": "c.jpg"}]
+    images = as_json(tmp_path / "i.json", {"images": listed, "categories": [{"id": 1, "name": "cat"}]})
     boxes = as_json(tmp_path / "r.json", [{"image_id": 31, "bbox": A, "score": 0.25, "category_id": 1}])
 
     plan = planned(images=images, boxes=boxes)
 
     assert {"31": [A], "4": []} == boxes_of(plan)
     assert f"{tmp_path}/b.jpg" == plan.table.column("image_uri")[0].as_py()
-    assert ({"id": 1, "name": None},) == plan.categories
+    assert ({"id": 1, "name": "cat"},) == plan.categories
+    assert plan.table.column("boxes")[0].as_py()[0]["category_name"] == "cat"
 
 
 def test_coco_instances_alone_list_their_images(tmp_path):
@@ -370,7 +370,7 @@ def test_annotations_of_images_that_coco_does_not_list_are_refused_or_left_out(t
     }
     path = as_json(tmp_path / "i.json", tree)
 
-    assert "1 boxes of 1 images (of 2) have no image: the box file names '77'" in refusal(boxes=path)
+    assert "1 boxes of 1 images (of 2) have no image: it names '77'" in refusal(boxes=path)
     plan = planned(boxes=path, allow_unmatched=True)
     assert {"1": [A]} == boxes_of(plan)
     assert ("77",) == plan.summary.unmatched_boxes.examples

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import SystemicFault
-from pipeline.resources import COMMIT_CPUS, ClusterSettings, Node, fit
+from pipeline.resources import COMMIT_CPUS, ClusterSettings, Node, fit, still_fits
 
 GIB = 2**30
 
@@ -21,6 +21,20 @@ def test_small_machines_run_one_actor_two_decoders_and_a_commit_at_once(cpus):
     assert (found.actors_min, found.actors_max, found.gpus_per_actor) == (1, 1, 0)
     assert found.cpus_per_actor + 2 * found.decode_cpus + found.commit_cpus <= cpus
     assert fit(ClusterSettings(), [Node(cpus=cpus)]).actors_max == max(1, cpus - 1)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "actors", "decoders"),
+    [(1, 0, None, 2), (2, 0, None, 2), (2, 0, 2, 2), (4, 0, None, 2), (8, 0, None, 2), (64, 0, None, 2),
+     (16, 0, 1, 15), (2, 1, None, 2), (4, 1, None, 2), (4, 4, None, 2), (8, 1, None, 7)],
+)  # fmt: skip
+def test_two_units_at_least_can_be_prepared_beside_the_actors_and_never_more_than_cores_are_left(
+    cpus, gpus, actors, decoders
+):
+    found = fit(ClusterSettings(actors=actors), [Node(cpus=cpus, gpus=gpus)])
+
+    left = cpus - found.actors_max * found.cpus_per_actor - found.commit_tasks * found.commit_cpus
+    assert int(left / found.decode_cpus + 1e-6) == decoders
 
 
 def test_actor_and_decode_requests_differ_wherever_fusion_could_join_them():
@@ -58,11 +72,35 @@ def test_a_pool_may_begin_small():
     assert (found.actors_min, found.actors_max) == (2, 6)
 
 
-@pytest.mark.parametrize(("actors", "cpus", "each"), [(2, 2, 0.75), (3, 2, 0.5), (2, 8, 1.0)])
+@pytest.mark.parametrize(("actors", "cpus", "each"), [(2, 2, 0.75), (3, 2, 0.5), (2, 8, 1.0), (2, 1, 0.25)])
 def test_more_actors_than_cores_get_smaller_shares(actors, cpus, each):
     found = fit(ClusterSettings(actors=actors), [Node(cpus=cpus)])
 
     assert (found.actors_max, found.cpus_per_actor) == (actors, each)
+
+
+@pytest.mark.parametrize(
+    ("settings", "before", "now", "fits"),
+    [
+        (ClusterSettings(), [Node(cpus=8, gpus=1)] * 2, [Node(cpus=8, gpus=1)] * 2, True),
+        (ClusterSettings(), [Node(cpus=8, gpus=1)] * 2, [Node(cpus=8, gpus=1)] * 3, True),
+        (ClusterSettings(), [Node(cpus=8, gpus=1)] * 2, [Node(cpus=8, gpus=1)], False),
+        (ClusterSettings(), [Node(cpus=8, gpus=1), Node(cpus=8)], [Node(cpus=8, gpus=1)], True),
+        (ClusterSettings(actors=2), [Node(cpus=2)] * 2, [Node(cpus=2)], False),  # the actors take all of it
+        (ClusterSettings(actors=1), [Node(cpus=2)] * 2, [Node(cpus=2)], True),
+        (ClusterSettings(actors=1), [Node(cpus=2)], [], False),
+    ],
+)
+def test_a_lost_node_is_noticed_where_it_takes_the_room_of_actors_or_of_what_feeds_them(
+    settings, before, now, fits
+):
+    assert still_fits(fit(settings, before), before, now) is fits
+
+
+def test_a_pool_that_waits_for_its_nodes_has_lost_none():
+    growing = fit(ClusterSettings(actors=4, actors_min=1), [Node(cpus=8, gpus=1)])
+
+    assert still_fits(growing, [Node(cpus=8, gpus=1)], [Node(cpus=8, gpus=1)])
 
 
 @pytest.mark.parametrize(

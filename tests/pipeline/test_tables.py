@@ -1,5 +1,6 @@
 """Tables people bring: good ones of every type read the same, others are refused by file and column."""
 
+import contextlib
 import io
 import json
 import math
@@ -10,6 +11,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import text_tables
 from pipeline.columns import Kind
 from pipeline.errors import JobRefused
 from pipeline.records import AccessRules
@@ -156,6 +158,19 @@ def test_extension_types_are_refused_unopened(tmp_path):
 
     nested = pa.array([[b"0" * 16]], pa.list_(pa.uuid().storage_type)).cast(pa.list_(pa.uuid()))
     assert "arrow.uuid" in refusal(parquet(tmp_path / "b.parquet", {"labels": nested}))
+
+
+def test_an_extension_type_that_ray_has_registered_is_refused_by_name_all_the_same(tmp_path):
+    from ray.data.extensions import ArrowTensorType
+
+    with contextlib.suppress(pa.ArrowKeyError):  # it is there already, or was taken off by an earlier read
+        pa.register_extension_type(ArrowTensorType((0,), pa.int64()))
+    field = pa.field(
+        "boxes", pa.list_(pa.float64()), metadata={"ARROW:extension:name": "ray.data.arrow_tensor"}
+    )
+    boxes = pa.Table.from_arrays([pa.array([[1.0]])], schema=pa.schema([field]))
+
+    assert "ray.data.arrow_tensor" in refusal(parquet(tmp_path / "a.parquet", boxes))
 
 
 def test_rays_own_extension_types_run_no_code_and_are_refused(tmp_path):
@@ -361,6 +376,16 @@ def test_jsonl_keys_may_come_late_and_be_missing(tmp_path):
 )
 def test_a_jsonl_that_is_not_sound_is_refused(tmp_path, content, reason):
     assert reason in refusal(text(tmp_path / "a.jsonl", content))
+
+
+@pytest.mark.parametrize("indent", range(40, 64))
+def test_a_null_line_is_refused_wherever_a_block_begins(tmp_path, monkeypatch, indent):
+    """Arrow's reader ends the process on a block that begins with one."""
+    monkeypatch.setattr(text_tables, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(text_tables, "SAMPLE_BYTES", 64)
+    line = '{"image_id": "a"}\n'
+
+    assert "null" in refusal(text(tmp_path / "a.jsonl", line * 4 + " " * indent + "\nnull\n" + line * 3))
 
 
 def test_a_table_of_unknown_kind_is_refused(tmp_path):

@@ -1,0 +1,382 @@
+"""`hqlabel evaluate`: published masks against COCO ground truth; AP, boundary AP and mean IoU.
+
+    read the truth -> find its images among ours -> find its classes -> score -> judge -> print and keep
+
+Every choice that a person could have made otherwise (how images, classes and boxes were matched, which
+score ranked the masks) is printed beside the figures.
+"""
+
+from __future__ import annotations
+
+import json as json_text
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from jobs import console
+from jobs.config import Given
+from jobs.saved import SavedJob, open_saved
+from jobs.selection import Selection, selected_images
+from jobs.tables import ImageRows, Row, require_published
+from pipeline.errors import UsageError, clean_text
+from pipeline.evaluation import (
+    NO_CLASS,
+    SIZES,
+    EvaluatedImage,
+    FoundMask,
+    Match,
+    Pair,
+    Precision,
+    average_precision,
+    choose_match,
+    pair_up,
+    require_library,
+)
+from pipeline.records import AccessRules
+from pipeline.truth import Truth, TruthImage, TruthObject, read_truth
+
+EVALUATION_KEY = "report/evaluation.json"
+SCORES = ("product", "detector", "predicted-iou", "stability")
+_COLUMNS = [
+    *("box_id", "category_id", "category_name", "prompt_bbox", "segmentation"),
+    *("detector_score", "predicted_iou", "stability_score", "reject_reason"),
+]
+_MOST_CATEGORIES = 30
+_ONE_CLASS = {NO_CLASS: "any"}
+Naming = Callable[[Row], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """What was asked: where the truth is, which rows, which of SCORES, and whether classes count."""
+
+    truth: str
+    selection: Selection
+    score: str = "product"
+    class_agnostic: bool = False
+    max_per_image: int = 100
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matched:
+    """The images that both sides have, and in words how things were matched.
+
+    `left_out`: what was not judged and why, counted.
+    """
+
+    images: tuple[EvaluatedImage, ...]
+    categories: Mapping[int, str]
+    match: Match
+    words: Mapping[str, str]
+    left_out: Mapping[str, int]
+
+
+def run(given: Given, how: How) -> int:
+    """Judge the tables, keep the figures in the output (report/evaluation.json), print them, return 0."""
+    require_library()
+    if how.score not in SCORES:
+        raise UsageError(f"--score {how.score!r}: wanted one of {', '.join(SCORES)}")
+    saved = open_saved(given)
+    truth = read_truth(how.truth, AccessRules(options=saved.config.storage))
+    matched = match_truth(saved, truth, how)
+    pairs = [pair for image in matched.images for pair in pair_up(image, matched.match)]
+    classes = list(matched.categories)
+    by_name = {
+        name: average_precision(matched.images, classes, boundary=boundary, max_per_image=how.max_per_image)
+        for name, boundary in (("mask_ap", False), ("boundary_ap", True))
+    }
+    figures = _figures(how, matched, by_name, pairs)
+    body = console.json_line(figures)
+    saved.store.put(EVALUATION_KEY, (json_text.dumps(json_text.loads(body), indent=1) + "\n").encode())
+    if how.json:
+        console.data(body)
+        return 0
+    console.data(_text(matched, by_name, figures))
+    console.say(f"kept in {saved.store.place.uri.rstrip('/')}/{EVALUATION_KEY}; the report shows it")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Matching
+# ---------------------------------------------------------------------------------------------
+
+
+def match_truth(saved: SavedJob, truth: Truth, how: How) -> Matched:
+    """The truth's images that the job has published, with its masks of them.
+
+    An image that failed counts, as one without masks; one that the job never had does not.
+
+    Raises:
+        UsageError: no image or no class is known to both, or the scores asked for are missing.
+    """
+    manifest = require_published(saved.store)
+    published = selected_images(saved.store, manifest, how.selection, _COLUMNS)
+    image_words, images = _match_images(published, truth)
+    rows = [row for one, _ in images for row in one.instances]
+    classes, class_words, number_of = _match_classes(rows, truth, how)
+    score_words, score = _score_rule(rows, how.score)
+    one_class = classes == _ONE_CLASS
+    same_size = [(one, image) for one, image in images if _size_agrees(one.image, image)]
+    if not same_size:
+        raise UsageError(
+            f"{how.truth}: all {len(images)} images that the job has too are of another size there, so its "
+            "masks are in another frame (EXIF rotation?)"
+        )
+    judged = [
+        EvaluatedImage(
+            image_id=image.image_id,
+            size_hw=image.size_hw,
+            objects=_objects(truth, image, one_class=one_class),
+            masks=tuple(_found(row, image, number_of(row), score(row)) for row in one.instances),
+        )
+        for one, image in same_size
+    ]
+    left_out = {
+        "images of the truth that the job does not have": len(truth.images) - len(images),
+        "images of another size in the truth": len(images) - len(same_size),
+        "masks of classes that the truth does not have": sum(
+            mask.category_id not in classes for image in judged for mask in image.masks
+        ),
+    }
+    match = choose_match(judged)
+    pair_words = {
+        "box_id": "by box_id, which is the annotation's id",
+        "box_iou": "by their boxes (IoU of 0.5 or more, the best first)",
+    }
+    return Matched(
+        images=tuple(judged),
+        categories=classes,
+        match=match,
+        words={
+            "images": image_words,
+            "classes": class_words,
+            "objects": pair_words[match],
+            "score": score_words,
+        },
+        left_out={k: v for k, v in left_out.items() if v},
+    )
+
+
+def _size_agrees(image: Row, of_truth: TruthImage) -> bool:
+    """False for two unlike sizes; an image that was never decoded has none, and has no masks."""
+    size_hw = (image["height"], image["width"])
+    return None in size_hw or size_hw == of_truth.size_hw
+
+
+def _found(row: Row, image: TruthImage, category_id: int, score: float) -> FoundMask:
+    return FoundMask(
+        image_id=image.image_id,
+        box_id=row["box_id"],
+        category_id=category_id,
+        box_xywh=None if row["prompt_bbox"] is None else tuple(row["prompt_bbox"]),
+        score=score,
+        counts=None if row["segmentation"] is None else row["segmentation"]["counts"],
+    )
+
+
+def _match_images(
+    published: Iterable[ImageRows], truth: Truth
+) -> tuple[str, list[tuple[ImageRows, TruthImage]]]:
+    """How the truth's images were found, and each with our rows: by the rule that finds the most."""
+    by_file = {image.file_name: image for image in truth.images.values()}
+    if len(by_file) < len(truth.images):
+        by_file = {}  # names that repeat tell nothing
+    by_last = {name.rsplit("/", 1)[-1]: image for name, image in by_file.items()}
+    if len(by_last) < len(by_file):
+        by_last = {}
+    rules: dict[str, tuple[Mapping[str, TruthImage], Naming]] = {
+        "image_id is the truth's id": (truth.images, lambda image: str(image["image_id"])),
+        "image_id is the truth's file_name": (by_file, lambda image: str(image["image_id"])),
+        "the image's file is named as in the truth": (
+            by_last,
+            lambda image: str(image["image_uri"]).rsplit("/", 1)[-1],
+        ),
+    }
+    found: dict[str, list[tuple[ImageRows, TruthImage]]] = {name: [] for name in rules}
+    last = None
+    for last in published:
+        for name, (known, of) in rules.items():
+            if (key := of(last.image)) in known:
+                found[name].append((last, known[key]))
+    name = max(found, key=lambda name: len(found[name]))
+    if not found[name]:
+        ours = "none" if last is None else repr(last.image["image_id"])
+        theirs = [f"id {one.image_id}, file_name {one.file_name!r}" for one in truth.images.values()][:1]
+        raise UsageError(
+            clean_text(f"no image of the truth is in the tables: theirs {theirs}, ours image_id {ours}")
+        )
+    if len({image.image_id for _, image in found[name]}) < len(found[name]):
+        raise UsageError("several published images have the file name of one image of the truth")
+    return name, found[name]
+
+
+def _match_classes(
+    rows: Sequence[Row], truth: Truth, how: How
+) -> tuple[dict[int, str], str, Callable[[Row], int]]:
+    """The truth's classes, how ours were found among them, and the truth's number of a row (0: none)."""
+    if how.class_agnostic:
+        return dict(_ONE_CLASS), "do not count (--class-agnostic)", lambda _: NO_CLASS
+    if all(row["category_id"] is None and row["category_name"] is None for row in rows):
+        return dict(_ONE_CLASS), "do not count: the boxes have none", lambda _: NO_CLASS
+    by_name = {name: number for number, name in truth.categories.items()}
+    named = {row["category_name"] for row in rows if row["category_name"] is not None}
+    if named & by_name.keys() and len(by_name) == len(truth.categories):
+        return (
+            dict(truth.categories),
+            "by category_name",
+            lambda row: by_name.get(row["category_name"], 0),
+        )
+    ids = {row["category_id"] for row in rows}
+    if named or not ids & truth.categories.keys():
+        raise UsageError(
+            f"no class of the boxes is one of the truth: ours are {sorted(map(str, named or ids))[:3]}, "
+            f"theirs {list(truth.categories.values())[:3]}. To let classes not count: --class-agnostic"
+        )
+    known = truth.categories.keys()
+    return (
+        dict(truth.categories),
+        "by category_id",
+        lambda row: row["category_id"] if row["category_id"] in known else 0,
+    )
+
+
+def _score_rule(rows: Sequence[Row], wanted: str) -> tuple[str, Callable[[Row], float]]:
+    """What ranks the masks, in words, and the score of a row; a row without mask scores 0."""
+    masked = [row for row in rows if row["segmentation"] is not None]
+    unscored = sum(row["detector_score"] is None for row in masked)
+    if unscored and wanted in ("product", "detector"):
+        if wanted == "detector" or unscored < len(masked):
+            raise UsageError(
+                f"{unscored} of {len(masked)} masks have no detector_score, which --score {wanted} needs; "
+                "choose --score predicted-iou"
+            )
+        return "predicted_iou (the boxes have no detector_score)", _scored("predicted_iou")
+    if wanted == "product":
+        detector, predicted = _scored("detector_score"), _scored("predicted_iou")
+        return "detector_score x predicted_iou", lambda row: detector(row) * predicted(row)
+    column = {"detector": "detector_score", "predicted-iou": "predicted_iou", "stability": "stability_score"}
+    return column[wanted], _scored(column[wanted])
+
+
+def _scored(column: str) -> Callable[[Row], float]:
+    return lambda row: 0.0 if row["segmentation"] is None else float(row[column])
+
+
+def _objects(truth: Truth, image: TruthImage, *, one_class: bool) -> tuple[TruthObject, ...]:
+    objects = truth.objects.get(image.image_id, ())
+    return tuple(replace(one, category_id=NO_CLASS) for one in objects) if one_class else tuple(objects)
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------
+
+
+def mean_iou(pairs: Sequence[Pair]) -> dict[str, float | int | None]:
+    """Number of pairs, and their mean IoU and mean boundary IoU; None for none."""
+    number = len(pairs)
+    return {
+        "objects": number,
+        "mean_iou": sum(pair.iou for pair in pairs) / number if number else None,
+        "mean_boundary_iou": sum(pair.boundary_iou for pair in pairs) / number if number else None,
+    }
+
+
+def _figures(
+    how: How, matched: Matched, by_name: Mapping[str, Precision], pairs: Sequence[Pair]
+) -> dict[str, Any]:
+    objects = [one for image in matched.images for one in image.objects]
+    masks = [mask for image in matched.images for mask in image.masks]
+    return {
+        "truth": how.truth,
+        "matched": dict(matched.words),
+        "selection": asdict(how.selection),
+        "max_per_image": how.max_per_image,
+        "images": len(matched.images),
+        "objects": sum(not one.is_crowd for one in objects),
+        "prompts": len(masks),
+        "masks": sum(mask.counts is not None for mask in masks),
+        "left_out": dict(matched.left_out),
+        "pairs": {
+            **mean_iou(pairs),
+            "without_mask": sum(not pair.has_mask for pair in pairs),
+            "by_size": {
+                name: mean_iou([pair for pair in pairs if low <= pair.area < high])
+                for name, (low, high) in SIZES.items()
+                if name != "all"
+            },
+        },
+        **{
+            name: {k: v for k, v in asdict(precision).items() if k != "by_category"}
+            for name, precision in by_name.items()
+        },
+        "categories": list(_categories(matched, by_name, pairs)),
+    }
+
+
+def _categories(
+    matched: Matched, by_name: Mapping[str, Precision], pairs: Sequence[Pair]
+) -> Iterator[dict[str, Any]]:
+    of_class: dict[int, list[Pair]] = {number: [] for number in matched.categories}
+    for pair in pairs:
+        of_class[pair.category_id].append(pair)
+    for number, name in matched.categories.items():
+        ap = by_name["mask_ap"].by_category[number]
+        if ap is not None or of_class[number]:
+            yield {
+                "id": number,
+                "name": name,
+                "mask_ap": ap,
+                "boundary_ap": by_name["boundary_ap"].by_category[number],
+                **mean_iou(of_class[number]),
+            }
+
+
+def _text(matched: Matched, by_name: Mapping[str, Precision], figures: Mapping[str, Any]) -> str:
+    lines = [
+        ("images", f"{figures['images']:,}; {matched.words['images']}"),
+        ("objects", f"{figures['objects']:,}; {matched.words['objects']}"),
+        ("classes", matched.words["classes"]),
+        ("score", matched.words["score"]),
+        *[("left out", f"{number:,} {what}") for what, number in matched.left_out.items()],
+    ]
+    if figures["pairs"]["without_mask"]:
+        lines.append(("no mask", f"{figures['pairs']['without_mask']:,} objects, counted with IoU 0"))
+    tables = [console.pairs(lines), "", _by_size(by_name, figures)]
+    categories = figures["categories"]
+    if len(categories) > 1:
+        most = sorted(categories, key=lambda one: -one["objects"])[:_MOST_CATEGORIES]
+        head = ["class", "objects", "mask AP", "boundary AP", "mean IoU", "mean boundary IoU"]
+        tables += ["", console.table(head, [_category_cells(one) for one in most])]
+        if len(categories) > len(most):
+            tables.append(f"  and {len(categories) - len(most)} classes more, in --json")
+    return "\n".join(tables)
+
+
+def _by_size(by_name: Mapping[str, Precision], figures: Mapping[str, Any]) -> str:
+    mask, boundary = by_name["mask_ap"], by_name["boundary_ap"]
+    pairs = {"all": figures["pairs"], **figures["pairs"]["by_size"]}
+    rows = [
+        [
+            size,
+            f"{pairs[size]['objects']:,}",
+            _number(mask.by_size[size]),
+            _number(boundary.by_size[size]),
+            _number(pairs[size]["mean_iou"]),
+            _number(pairs[size]["mean_boundary_iou"]),
+        ]
+        for size in SIZES
+    ]
+    head = ["size", "matched", "mask AP", "boundary AP", "mean IoU", "mean boundary IoU"]
+    also = f"  mask AP50 {_number(mask.ap50)}, AP75 {_number(mask.ap75)}, AR {_number(mask.ar)}"
+    return console.table(head, rows) + "\n" + also
+
+
+def _category_cells(one: Mapping[str, Any]) -> list[str]:
+    names = ("mask_ap", "boundary_ap", "mean_iou", "mean_boundary_iou")
+    return [console.shown(one["name"], 24), f"{one['objects']:,}", *(_number(one[name]) for name in names)]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,86 @@
+"""Tables -> Label Studio tasks with brush predictions, which people correct there.
+
+Masks go in its own brush encoding (pipeline/brush.py), without loss; `predicted_iou` becomes the score of
+each region and the least of them the score of the task, so that the doubtful ones can be sorted first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+from jobs.exporting import Source, mask_of
+from jobs.tables import ImageRows, Row
+from pipeline.brush import encode_brush
+from pipeline.storage import Store
+
+FROM_NAME, TO_NAME = "mask", "image"
+
+
+def write_label_studio(
+    source: Source, place: Store, *, per_file: int, image_prefix: str | None
+) -> Iterator[str]:
+    """Write tasks-00001.json and so on (at most `per_file` tasks each) and config.xml; yields their keys.
+
+    `image_prefix`: where Label Studio finds the images, put before their relative names; by default their
+    uris as they are.
+    """
+    tasks: list[dict[str, Any]] = []
+    written = 0
+    for rows in source.images():
+        tasks.append(_task(source, rows, image_prefix))
+        if len(tasks) == per_file:
+            written += 1
+            yield _put(place, written, tasks)
+            tasks = []
+    if tasks or not written:
+        yield _put(place, written + 1, tasks)
+    place.put("config.xml", _config(source).encode())
+    yield "config.xml"
+
+
+def _put(place: Store, number: int, tasks: list[dict[str, Any]]) -> str:
+    key = f"tasks-{number:05d}.json"
+    place.put(key, json.dumps(tasks, ensure_ascii=False, separators=(",", ":")).encode())
+    return key
+
+
+def _task(source: Source, rows: ImageRows, image_prefix: str | None) -> dict[str, Any]:
+    image = rows.image
+    uri = image["image_uri"] if image_prefix is None else image_prefix + source.file_name(image)
+    scores = [row["predicted_iou"] for row in rows.instances]
+    prediction = {
+        "model_version": source.manifest.run_id,
+        "score": min(scores, default=0.0),
+        "result": [_region(source, row) for row in rows.instances],
+    }
+    return {"data": {TO_NAME: uri, "image_id": image["image_id"]}, "predictions": [prediction]}
+
+
+def _region(source: Source, row: Row) -> dict[str, Any]:
+    height, width = row["segmentation"]["size"]
+    return {
+        "id": f"i{row['instance_index']}",
+        "type": "brushlabels",
+        "from_name": FROM_NAME,
+        "to_name": TO_NAME,
+        "original_width": width,
+        "original_height": height,
+        "image_rotation": 0,
+        "score": row["predicted_iou"],
+        "value": {
+            "format": "rle",
+            "rle": encode_brush(mask_of(row)),
+            "brushlabels": [source.classes.names[source.classes.id_of(row)]],
+        },
+    }
+
+
+def _config(source: Source) -> str:
+    labels = "\n".join(f"    <Label value={quoteattr(name)}/>" for name in source.classes.names.values())
+    return (
+        f'<View>\n  <Image name="{TO_NAME}" value="${TO_NAME}" zoom="true"/>\n'
+        f'  <BrushLabels name="{FROM_NAME}" toName="{TO_NAME}">\n{labels}\n  </BrushLabels>\n</View>\n'
+    )

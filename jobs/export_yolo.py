@@ -1,0 +1,105 @@
+"""Tables -> YOLO segmentation labels: one text file an image, one polygon a mask, and the IoU that costs.
+
+The format has one polygon an object and no scores. Parts and holes are bridged into it, so most of a mask
+survives; how much is measured on every line as it is written, and said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jobs import console
+from jobs.exporting import Source, mask_of
+from jobs.tables import Row
+from pipeline.errors import UsageError
+from pipeline.polygons import kept_iou, polygon_of
+from pipeline.storage import Store
+
+_LOW = 0.95
+
+
+@dataclass(kw_only=True)
+class Loss:
+    """The IoU of every polygon with its mask, as written: their sum, least, and how many are low."""
+
+    number: int = 0
+    total: float = 0.0
+    least: float = 1.0
+    low: int = 0
+    of_classes: Counter[int] = field(default_factory=Counter)
+
+    def add(self, iou: float) -> None:
+        """None; one polygon more."""
+        self.number += 1
+        self.total += iou
+        self.least = min(self.least, iou)
+        self.low += iou < _LOW
+
+    @property
+    def mean(self) -> float | None:
+        """The mean IoU, None for no polygon."""
+        return self.total / self.number if self.number else None
+
+    def sentence(self) -> str:
+        """What the polygons cost, for people."""
+        if self.mean is None:
+            return "no mask was written"
+        low = f"{console.count(self.low, 'mask')} below {_LOW:g}"
+        return (
+            f"polygons keep IoU {self.mean:.4f} on average, {self.least:.3f} at worst, {low}; scores are lost"
+        )
+
+
+def write_yolo(source: Source, place: Store, loss: Loss, *, tolerance_px: float) -> Iterator[str]:
+    """Write labels/, data.yaml, images.txt and classes.json; yields their keys.
+
+    Classes count from 0 without gaps, in the order of their ids; classes.json has the ids. An image
+    without objects has an empty file. `tolerance_px`: how far an outline may move to save points.
+
+    Raises:
+        UsageError: two images would share one label file, because they differ in their ending alone.
+    """
+    places = source.classes.places()
+    seen: dict[str, str] = {}
+    lines: list[str] = []
+    for rows in source.images():
+        name = source.file_name(rows.image)
+        stem = name.rsplit(".", 1)[0] if "." in name.rsplit("/", 1)[-1] else name
+        if stem in seen:
+            raise UsageError(
+                f"{seen[stem]!a} and {name!a} would both be labelled by {stem}.txt: YOLO knows no ending; "
+                "export them apart (--where) or rename one"
+            )
+        seen[stem] = name
+        lines.append(f"./images/{name}")
+        text = [_line(row, places[source.classes.id_of(row)], loss, tolerance_px) for row in rows.instances]
+        key = f"labels/{stem}.txt"
+        place.put(key, "".join(text).encode())
+        yield key
+    names = [source.classes.names[number] for number in places]
+    listing = "".join(f"  {place_}: {json.dumps(name)}\n" for place_, name in enumerate(names))
+    place.put("images.txt", "".join(f"{line}\n" for line in lines).encode())
+    place.put("data.yaml", f"path: .\ntrain: images.txt\nval: images.txt\nnames:\n{listing}".encode())
+    place.put("classes.json", json.dumps(_class_map(source), ensure_ascii=False, indent=1).encode())
+    yield from ("images.txt", "data.yaml", "classes.json")
+
+
+def _line(row: Row, place: int, loss: Loss, tolerance_px: float) -> str:
+    height, width = row["segmentation"]["size"]
+    polygon = polygon_of(mask_of(row), tolerance_px)
+    text = " ".join(f"{value:.6f}".rstrip("0").rstrip(".") for value in (polygon / [width, height]).ravel())
+    as_written = np.array(text.split(" "), dtype=np.float64).reshape(-1, 2) * [width, height]
+    loss.add(kept_iou(as_written, row["segmentation"]["counts"], (height, width)))
+    return f"{place} {text}\n"
+
+
+def _class_map(source: Source) -> list[dict[str, object]]:
+    return [
+        {"class": place, "category_id": number, "name": source.classes.names[number]}
+        for number, place in source.classes.places().items()
+    ]

@@ -1,0 +1,115 @@
+"""A look at a few pictures before any work: can they be opened, and do the boxes lie in them.
+
+Planning reads lists and tables only, so it cannot see that boxes were measured before the EXIF orientation
+was applied. The headers of some pictures, spread over the plan, tell. Nothing here stops a job.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.boxes import suspicions_of_place
+from pipeline.decode import DecodedImage
+from pipeline.decode_child import DecodeChild
+from pipeline.errors import ImageError, SystemicFault, clean_text
+from pipeline.fetch import fetch_ahead
+from pipeline.records import AccessRules, BoxRules, Limits
+
+PICTURES = 32
+_BOXES_OF_ONE = 1000
+_FETCH_TIMEOUT_S = 15.0  # a picture that takes longer is left to the job
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """One picture of the plan: its row, and its header or why there is none."""
+
+    row: Mapping[str, Any]
+    header: DecodedImage | None
+    error: ImageError | None
+
+
+def look(table: pa.Table, rules: BoxRules, access: AccessRules, limits: Limits) -> tuple[str, ...]:
+    """Sentences on what is likely wrong, with the flag that mends it where there is one.
+
+    `table`: a plan (schema.PLAN). Fetches up to PICTURES pictures that have boxes, and opens their headers.
+    """
+    rows = _sample(table)
+    if not rows:
+        return ()
+    try:
+        seen = _seen(rows, access, limits)
+    except SystemicFault as fault:
+        return (f"no picture could be looked at from this machine: {clean_text(str(fault))}",)
+    return tuple(sentence for sentence in (_unopened(seen), *_misplaced(seen, rules)) if sentence)
+
+
+def _sample(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows with boxes that are to be opened, spread evenly."""
+    has_boxes = pc.greater(pc.fill_null(pc.list_value_length(table.column("boxes")), 0), 0)
+    places = pc.indices_nonzero(pc.and_(has_boxes, pc.is_null(table.column("error_code")))).to_numpy()
+    if not len(places):
+        return []
+    chosen = places[np.unique(np.linspace(0, len(places) - 1, PICTURES).astype(np.int64))]
+    # One by one: to take rows from a chunked column joins its chunks first, however large they are.
+    rows: list[dict[str, Any]] = pa.concat_tables(table.slice(int(at), 1) for at in chosen).to_pylist()
+    return rows
+
+
+def _seen(rows: list[dict[str, Any]], access: AccessRules, limits: Limits) -> list[_Seen]:
+    soon = replace(limits, fetch_timeout_s=min(limits.fetch_timeout_s, _FETCH_TIMEOUT_S))
+    child = DecodeChild(soon, side=1, decoder="pipeline.decode:measure_image")
+    found = []
+    try:
+        for row, outcome in zip(rows, fetch_ahead([r["image_uri"] for r in rows], access, soon), strict=True):
+            header, error = None, outcome.error
+            try:
+                header = child.decode(outcome.fetched.data) if outcome.fetched else None
+            except ImageError as failure:
+                error = failure
+            found.append(_Seen(row=row, header=header, error=error))
+    finally:
+        child.close()
+    return found
+
+
+def _unopened(seen: list[_Seen]) -> str | None:
+    """A sentence when most of the pictures cannot be used."""
+    failed = [one for one in seen if one.error is not None]
+    if 2 * len(failed) <= len(seen):
+        return None
+    codes = Counter(one.error.code for one in failed if one.error)
+    code = codes.most_common(1)[0][0]
+    first = next(one for one in failed if one.error and one.error.code == code)
+    return (
+        f"{len(failed)} of {len(seen)} pictures looked at cannot be opened, most with {code}, such as "
+        f"{clean_text(first.row['image_uri'])}: {first.error.message if first.error else ''}"
+    )
+
+
+def _misplaced(seen: list[_Seen], rules: BoxRules) -> tuple[str, ...]:
+    given, upright, stored = [], [], []
+    for one in seen:
+        if one.header is None:
+            continue
+        for box in one.row["boxes"][:_BOXES_OF_ONE]:
+            numbers = box["given"]
+            if numbers is not None and len(numbers) == 4 and None not in numbers:
+                given.append(numbers)
+                upright.append(one.header.size_hw)
+                stored.append(one.header.stored_size_hw)
+    if not given:
+        return ()
+    return suspicions_of_place(
+        np.array(given, np.float64),
+        rules,
+        upright_size_hw=np.array(upright, np.int64),
+        stored_size_hw=np.array(stored, np.int64),
+    )

@@ -1,0 +1,76 @@
+"""The recipes of docs/results.md run as they stand, and give what a person would expect."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import duckdb
+import pytest
+from PIL import Image
+
+from tests.docs.markdown import blocks, section
+from tests.jobs.made_outputs import MadeImage, blob, make_output
+
+RECIPES = section((Path(__file__).resolve().parents[2] / "docs" / "results.md").read_text(), "Recipes")
+SIZE = (30, 50)
+PYTHON = {"polars": 0, "datasets": 1, "torch": 2}
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with `out`: images of 0, 1 and 2 masks, one turned by EXIF, one failed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    images = []
+    for n in range(5):
+        size = SIZE[::-1] if n == 2 else SIZE
+        exif = Image.Exif()
+        exif[0x0112] = 6 if n == 2 else 1
+        Image.new("RGB", SIZE[::-1]).save(tmp_path / f"{n}.jpg", exif=exif)
+        images.append(
+            MadeImage(
+                image_id=f"{n}.jpg", size_hw=size, masks=[blob(9 * n + k, size) for k in range(n % 3)],
+                categories=[(1, "cat")] * (n % 3), uri=str(tmp_path / f"{n}.jpg"),
+                predicted_iou=[0.9] * (n % 3), exif=6 if n == 2 else 1, error="not_found" if n == 4 else None,
+            )
+        )  # fmt: skip
+    make_output(tmp_path / "out", images)
+    return tmp_path
+
+
+def run_python(name: str) -> None:
+    exec(compile(blocks(RECIPES, "python")[PYTHON[name]], f"recipe of {name}", "exec"), {"__name__": "recipe"})
+
+
+def test_the_queries_answer(beside: Path) -> None:
+    kept, failures = (duckdb.sql(query).fetchall() for query in blocks(RECIPES, "sql"))
+
+    assert kept == [("cat", 3, 3)]
+    assert [row[:2] for row in failures] == [("not_found", 1)]
+
+
+def test_polars_lists_the_images_whose_masks_are_all_good(
+    beside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_python("polars")
+
+    assert capsys.readouterr().out.strip() == str([str(beside / "1.jpg"), str(beside / "2.jpg")])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="datasets is not installed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_datasets_streams_the_tables(beside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_python("datasets")
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["1.jpg cat (30, 50)", "2.jpg cat (50, 30)", "2.jpg cat (50, 30)"]
+
+
+def test_a_torch_loader_gives_pictures_with_masks_of_their_size(
+    beside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_python("torch")
+
+    assert capsys.readouterr().out.splitlines() == ["(3, 30, 50) 1 [1]", "(3, 50, 30) 2 [1, 1]"]

@@ -1,0 +1,164 @@
+"""Outputs with known masks: a committed and published job made without a model, and truth to compare with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pycocotools import mask as coco_mask
+
+from pipeline import schema
+from pipeline.arrays import table_sha256
+from pipeline.boxes import resolve_boxes
+from pipeline.ledger import Job, identity_of, open_job
+from pipeline.plan import Plan, write_plan
+from pipeline.publish import publish
+from pipeline.quality import FilterSettings
+from pipeline.records import AccessRules, BoxRules, Place
+from pipeline.storage import open_store
+from pipeline.units import ImageResult, build_unit_table, commit, encode
+from tests.pipeline.made_units import make_context, planned_box, planned_image, segment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MadeImage:
+    """One image of an output. `masks`: uint8 (H, W) each, one a box; `boxes`: xyxy, default tight ones.
+
+    `error`: a code, for an image that failed. `exif`: its orientation.
+    """
+
+    image_id: str
+    size_hw: tuple[int, int] = (60, 80)
+    masks: Sequence[np.ndarray] = ()
+    boxes: Sequence[Sequence[float]] | None = None
+    box_ids: Sequence[str | None] | None = None
+    categories: Sequence[tuple[int | None, str | None]] | None = None
+    scores: Sequence[float | None] | None = None
+    predicted_iou: Sequence[float] | None = None
+    uri: str | None = None
+    error: str | None = None
+    exif: int = 1
+
+
+def tight_box(mask: np.ndarray) -> list[float]:
+    x, y, w, h = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask))).tolist()
+    return [x, y, x + w, y + h]
+
+
+def make_output(
+    folder: Path,
+    images: Sequence[MadeImage],
+    *,
+    images_per_unit: int = 4,
+    units_per_part: int = 2,
+    filters: FilterSettings | None = None,
+) -> str:
+    """The folder, holding the published tables of a complete job over `images`."""
+    store = open_store(Place(uri=str(folder)))
+    images = sorted(images, key=lambda one: one.image_id.encode())
+    rows = [_planned(one, place // images_per_unit) for place, one in enumerate(images)]
+    plan = pa.Table.from_pylist(rows, schema=schema.PLAN)
+    sha256 = table_sha256(plan)
+    context = dataclasses.replace(
+        make_context(images_per_unit=images_per_unit), output=store.place, plan_sha256=sha256
+    )
+    units = -(-len(rows) // images_per_unit)
+    job = open_job(
+        store,
+        Job(
+            identity=identity_of(context, inputs={}, limit=None, protocol=1),
+            context=context,
+            plan={"images": len(rows), "boxes": 0, "units": units},
+            categories=_categories(images),
+            units_per_part=units_per_part,
+        ),
+    )
+    write_plan(
+        store,
+        Plan(table=plan, summary=None, categories=(), sha256=sha256, images_per_unit=images_per_unit,
+             access=AccessRules()),
+    )  # fmt: skip
+    for unit in range(units):
+        mine = slice(unit * images_per_unit, (unit + 1) * images_per_unit)
+        results = [_result(one, row) for one, row in zip(images[mine], rows[mine], strict=True)]
+        commit(store, unit, 0, encode(build_unit_table(results, job.context), job.context))
+    publish(store, job, filters or FilterSettings(), require_owner=lambda what: None)
+    return str(folder)
+
+
+def _categories(images: Sequence[MadeImage]) -> tuple[dict, ...]:
+    found = {kind for one in images for kind in one.categories or () if None not in kind}
+    return tuple({"id": number, "name": name} for number, name in sorted(found))
+
+
+def _planned(one: MadeImage, unit_id: int) -> dict:
+    count = len(one.masks)
+    boxes = one.boxes if one.boxes is not None else [tight_box(mask) for mask in one.masks]
+    box_ids = one.box_ids or [None] * count
+    kinds = one.categories or [(None, None)] * count
+    scores = one.scores or [None] * count
+    planned = [
+        planned_box(box, box_id=box_id, category_id=kind[0], category_name=kind[1], score=score)
+        for box, box_id, kind, score in zip(boxes, box_ids, kinds, scores, strict=True)
+    ]
+    return planned_image(one.image_id, planned, unit_id, image_uri=one.uri or f"/photos/{one.image_id}")
+
+
+def _result(one: MadeImage, row: dict) -> ImageResult:
+    if one.error:
+        return ImageResult(planned=row, error_code=one.error, error_message=f"{one.error} happened")
+    if not one.masks:
+        return ImageResult(planned=row)
+    resolved = resolve_boxes(row["boxes"], BoxRules(), upright_size_hw=one.size_hw)
+    masks = [mask for mask, usable in zip(one.masks, resolved.usable, strict=True) if usable]
+    fields = {}
+    if one.predicted_iou is not None:
+        fields["predicted_iou"] = np.array(one.predicted_iou, np.float32)
+    stored = one.size_hw[::-1] if one.exif in (5, 6, 7, 8) else one.size_hw
+    return ImageResult(
+        planned=row, size_hw=one.size_hw, stored_size_hw=stored, exif_orientation=one.exif,
+        boxes=resolved, instances=segment(masks, **fields), source_bytes=1000, source_etag="tag",
+        fetch_ms=3.0, decode_ms=4.0, segment_ms=50.0,
+    )  # fmt: skip
+
+
+def blob(seed: int, size_hw: tuple[int, int] = (60, 80)) -> np.ndarray:
+    """A mask of two ellipses with a hole, drawn from a seed; never empty."""
+    rng = np.random.default_rng(seed)
+    height, width = size_hw
+    rows, columns = np.ogrid[:height, :width]
+    mask = np.zeros(size_hw, np.uint8)
+    for value in (1, 1, 0):
+        reach = rng.uniform(0.08, 0.3, 2) * size_hw if value else rng.uniform(0.02, 0.06, 2) * size_hw
+        cy, cx = rng.uniform(0.25, 0.75, 2) * size_hw
+        mask[((rows - cy) / reach[0]) ** 2 + ((columns - cx) / reach[1]) ** 2 <= 1] = value
+    mask[height // 2, width // 2] = 1
+    return mask
+
+
+def rle_of(mask: np.ndarray) -> dict:
+    """A mask as COCO's JSON has it: size and compressed counts as text."""
+    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+
+
+def write_truth(
+    path: Path, images: Sequence[dict], annotations: Sequence[dict], names: dict[int, str]
+) -> str:
+    """The path of a COCO instances file with these records; areas and boxes are worked out."""
+    full = []
+    for number, one in enumerate(annotations, start=1):
+        mask = one["mask"]
+        x1, y1, x2, y2 = tight_box(mask)
+        full.append(
+            {"id": one.get("id", number), "image_id": one["image_id"], "category_id": one["category_id"],
+             "iscrowd": one.get("iscrowd", 0), "bbox": [x1, y1, x2 - x1, y2 - y1],
+             "area": float(mask.sum()), "segmentation": one.get("segmentation", rle_of(mask))}
+        )  # fmt: skip
+    categories = [{"id": number, "name": name} for number, name in names.items()]
+    path.write_text(json.dumps({"images": list(images), "annotations": full, "categories": categories}))
+    return str(path)

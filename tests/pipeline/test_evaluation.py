@@ -1,0 +1,285 @@
+"""Masks against truth: the arithmetic, with pycocotools and plain numpy as judges."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from pipeline.errors import JobRefused
+from pipeline.evaluation import (
+    EvaluatedImage,
+    FoundMask,
+    average_precision,
+    boundary_of,
+    choose_match,
+    pair_up,
+)
+from pipeline.records import AccessRules
+from pipeline.truth import TruthObject, read_truth
+from tests.jobs.made_outputs import blob, rle_of, tight_box, write_truth
+
+SIZE = (120, 160)
+CATEGORIES = (1, 5, 90)
+
+
+def shifted(mask: np.ndarray, by: int) -> np.ndarray:
+    return np.roll(mask, by, axis=1)
+
+
+def as_object(mask: np.ndarray, number: int, **fields) -> TruthObject:
+    x1, y1, x2, y2 = tight_box(mask)
+    values = {
+        "annotation_id": str(number), "image_id": "i", "category_id": 1,
+        "bbox_xywh": (x1, y1, x2 - x1, y2 - y1),
+        "area": float(mask.sum()), "is_crowd": False, "counts": rle_of(mask)["counts"],
+    }  # fmt: skip
+    return TruthObject(**(values | fields))
+
+
+def as_found(mask: np.ndarray | None, **fields) -> FoundMask:
+    box = None if mask is None else tight_box(mask)
+    values = {
+        "image_id": "i", "box_id": None, "category_id": 1, "score": 0.5,
+        "box_xywh": None if box is None else (box[0], box[1], box[2] - box[0], box[3] - box[1]),
+        "counts": None if mask is None else rle_of(mask)["counts"],
+    }  # fmt: skip
+    return FoundMask(**(values | fields))
+
+
+def random_images(seed: int, count: int = 12) -> list[EvaluatedImage]:
+    """Images of many objects with crowds, misses, doubles, false finds and classes the truth has not."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for number in range(count):
+        truth = [blob(1000 * seed + 10 * number + k, SIZE) for k in range(int(rng.integers(0, 5)))]
+        kinds = [int(rng.choice(CATEGORIES)) for _ in truth]
+        crowd = [bool(rng.random() < 0.15) for _ in truth]
+        scales = rng.choice([0.02, 0.3, 4.0], len(truth))  # so that all three sizes occur
+        objects = tuple(
+            as_object(mask, k, category_id=kind, is_crowd=c, area=float(mask.sum() * scale))
+            for k, (mask, kind, c, scale) in enumerate(zip(truth, kinds, crowd, scales, strict=True))
+        )
+        found = [
+            (shifted(mask, int(rng.integers(0, 4))), kind) for mask, kind in zip(truth, kinds, strict=True)
+        ]
+        found += [(blob(int(rng.integers(10**6)), SIZE), int(rng.choice([*CATEGORIES, 7]))) for _ in range(3)]
+        masks = tuple(as_found(m, category_id=kind, score=float(rng.random())) for m, kind in found)
+        masks += (as_found(None, score=0.9),)
+        images.append(EvaluatedImage(image_id=str(number), size_hw=SIZE, objects=objects, masks=masks))
+    return images
+
+
+class BoundaryJudge(COCOeval):
+    """pycocotools with IoU as boundary AP defines it, and boundaries by plain erosion."""
+
+    def computeIoU(self, imgId, catId):
+        gt, dt = self._gts[imgId, catId], self._dts[imgId, catId]
+        if not gt or not dt:
+            return []
+        dt = [dt[i] for i in np.argsort([-d["score"] for d in dt], kind="mergesort")][
+            : self.params.maxDets[-1]
+        ]
+        crowd = [int(g["iscrowd"]) for g in gt]
+        whole = coco_mask.iou([d["segmentation"] for d in dt], [g["segmentation"] for g in gt], crowd)
+        edges = coco_mask.iou(
+            [plain_boundary(d["segmentation"]) for d in dt],
+            [plain_boundary(g["segmentation"]) for g in gt],
+            crowd,
+        )
+        return np.where(np.array(crowd, bool)[None, :], whole, np.minimum(whole, edges))
+
+
+def plain_boundary(rle: dict) -> dict:
+    mask = coco_mask.decode(rle)
+    width = max(1, round(0.02 * float(np.hypot(*mask.shape))))
+    inner = np.pad(mask, 1)
+    for _ in range(width):
+        padded = np.pad(inner, 1)
+        inner = np.min(
+            [padded[y : y + inner.shape[0], x : x + inner.shape[1]] for y in range(3) for x in range(3)],
+            axis=0,
+        )
+    return coco_mask.encode(np.asfortranarray(mask - inner[1:-1, 1:-1]))
+
+
+def pycocotools_says(images: list[EvaluatedImage], judge: type[COCOeval]) -> COCOeval:
+    sizes = [{"id": n, "height": SIZE[0], "width": SIZE[1]} for n in range(1, len(images) + 1)]
+    categories = [{"id": number} for number in CATEGORIES]
+    truth, found = COCO(), COCO()
+    truth.dataset = {"images": sizes, "categories": categories, "annotations": []}
+    found.dataset = {"images": sizes, "categories": categories, "annotations": []}
+    for number, image in enumerate(images, start=1):
+        for one in image.objects:
+            rle = {"size": list(SIZE), "counts": one.counts.encode()}
+            truth.dataset["annotations"].append(
+                {"image_id": number, "category_id": one.category_id, "segmentation": rle, "area": one.area,
+                 "iscrowd": int(one.is_crowd), "bbox": list(one.bbox_xywh)}
+            )  # fmt: skip
+        for one in image.masks:
+            if one.counts is not None:
+                rle = {"size": list(SIZE), "counts": one.counts.encode()}
+                found.dataset["annotations"].append(
+                    {"image_id": number, "category_id": one.category_id, "segmentation": rle,
+                     "area": int(coco_mask.area(rle)), "score": one.score, "iscrowd": 0}
+                )  # fmt: skip
+    for coco in (truth, found):
+        for number, annotation in enumerate(coco.dataset["annotations"], start=1):
+            annotation["id"] = number
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        found.createIndex()
+        result = judge(truth, found, "segm")
+        result.evaluate()
+        result.accumulate()
+        result.summarize()
+    return result
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("boundary", "judge"), [(False, COCOeval), (True, BoundaryJudge)])
+def test_average_precision_is_that_of_pycocotools(seed: int, boundary: bool, judge: type[COCOeval]) -> None:
+    images = random_images(seed)
+    oracle = pycocotools_says(images, judge)
+
+    ours = average_precision(images, CATEGORIES, boundary=boundary)
+
+    figures = [ours.ap, ours.ap50, ours.ap75, *(ours.by_size[s] for s in ("small", "medium", "large"))]
+    assert [-1 if f is None else f for f in figures] == pytest.approx(oracle.stats[:6].tolist(), abs=1e-6)
+    assert ours.ar == pytest.approx(oracle.stats[8], abs=1e-6)
+    assert 0.03 < ours.ap < 0.95, "a case that tells something"
+    for place, number in enumerate(CATEGORIES):
+        precision = oracle.eval["precision"][:, :, place, 0, 2]
+        expected = precision[precision > -1].mean() if (precision > -1).any() else None
+        assert ours.by_category[number] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_truth_against_itself_is_1_and_nothing_is_found_without_masks() -> None:
+    masks = [blob(k, SIZE) for k in range(3)]
+    objects = tuple(as_object(mask, k) for k, mask in enumerate(masks))
+    perfect = EvaluatedImage(
+        image_id="i", size_hw=SIZE, objects=objects, masks=tuple(as_found(mask) for mask in masks)
+    )
+    missed = EvaluatedImage(image_id="i", size_hw=SIZE, objects=objects, masks=())
+
+    for boundary in (False, True):
+        assert average_precision([perfect], [1], boundary=boundary).ap == pytest.approx(1)
+        assert average_precision([missed], [1], boundary=boundary).ap == 0
+    assert average_precision([perfect], [1, 2], boundary=False).by_category[2] is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("size_hw", [(120, 160), (7, 9), (300, 41)])
+def test_a_boundary_is_what_erosion_leaves(seed: int, size_hw: tuple[int, int]) -> None:
+    rle = coco_mask.encode(np.asfortranarray(blob(seed, size_hw)))
+
+    found = coco_mask.decode(boundary_of(rle))
+
+    assert np.array_equal(found, coco_mask.decode(plain_boundary(rle)))
+
+
+def test_prompts_go_to_the_objects_whose_ids_they_carry_wherever_their_boxes_lie() -> None:
+    masks = [blob(k, SIZE) for k in range(3)]
+    objects = tuple(as_object(mask, 10 + k) for k, mask in enumerate(masks))
+    found = (as_found(masks[2], box_id="12"), as_found(masks[1], box_id="10"), as_found(None, box_id="11"))
+    image = EvaluatedImage(image_id="i", size_hw=SIZE, objects=objects, masks=found)
+
+    assert choose_match([image]) == "box_id"
+    pairs = {pair.area: pair for pair in pair_up(image, "box_id")}
+
+    assert pairs[objects[2].area].iou == 1
+    intersection, union = (masks[0] & masks[1]).sum(), (masks[0] | masks[1]).sum()
+    assert pairs[objects[0].area].iou == pytest.approx(intersection / union)
+    assert pairs[objects[1].area].iou == 0
+    assert not pairs[objects[1].area].has_mask
+
+
+@pytest.mark.parametrize("box_ids", [(None, None), ("10", "99"), ("10", "10")])
+def test_ids_of_something_else_are_not_taken_for_annotation_ids(
+    box_ids: tuple[str | None, str | None],
+) -> None:
+    masks = [blob(k, SIZE) for k in range(2)]
+    objects = tuple(as_object(mask, 10 + k) for k, mask in enumerate(masks))
+    found = tuple(as_found(mask, box_id=box_id) for mask, box_id in zip(masks, box_ids, strict=True))
+
+    image = EvaluatedImage(image_id="i", size_hw=SIZE, objects=objects, masks=found)
+
+    assert choose_match([image]) == "box_iou"
+
+
+def test_by_boxes_each_object_has_its_best_prompt_once_and_only_of_its_class() -> None:
+    object_mask, other = np.zeros((2, *SIZE), np.uint8)
+    object_mask[20:60, 20:60] = 1
+    other[80:100, 100:140] = 1
+    objects = (as_object(object_mask, 1), as_object(other, 2, category_id=5))
+    near, nearer = shifted(object_mask, 6), shifted(object_mask, 2)
+    found = (as_found(near, score=0.99), as_found(nearer), as_found(other, category_id=1))
+    image = EvaluatedImage(image_id="i", size_hw=SIZE, objects=objects, masks=found)
+
+    [pair] = pair_up(image, "box_iou")
+
+    assert pair.iou == pytest.approx((object_mask & nearer).sum() / (object_mask | nearer).sum())
+
+
+def test_a_crowd_is_no_object_of_mean_iou() -> None:
+    mask = blob(1, SIZE)
+    image = EvaluatedImage(
+        image_id="i", size_hw=SIZE, objects=(as_object(mask, 1, is_crowd=True),), masks=(as_found(mask),)
+    )
+
+    assert pair_up(image, "box_iou") == []
+
+
+def test_polygons_and_runs_of_both_kinds_are_read_as_pycocotools_reads_them(tmp_path: Path) -> None:
+    mask = blob(3, SIZE)
+    polygons = [[10.0, 10.0, 50.5, 12.0, 40.0, 60.0], [70.0, 70.0, 90.0, 70.0, 90.0, 95.5]]
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff([0, *edges, flat.size]).tolist()
+    runs = [0, *runs] if flat[0] else runs
+    images = [{"id": 7, "file_name": "a.jpg", "height": SIZE[0], "width": SIZE[1]}]
+    kinds = [rle_of(mask), {"size": list(SIZE), "counts": runs}, polygons]
+    annotations = [
+        {"image_id": 7, "category_id": 1, "mask": mask, "segmentation": segmentation}
+        for segmentation in kinds
+    ]
+    path = write_truth(tmp_path / "truth.json", images, annotations, {1: "cat"})
+
+    compressed, uncompressed, drawn = read_truth(path, AccessRules()).objects["7"]
+
+    assert compressed.counts == uncompressed.counts == rle_of(mask)["counts"]
+    coco = COCO.__new__(COCO)
+    coco.imgs = {7: images[0]}
+    expected = coco.annToRLE({"image_id": 7, "segmentation": polygons})
+    assert drawn.counts == expected["counts"].decode()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"segmentation": []}, "annotation 4 has no segmentation"),
+        ({"image_id": 99}, "annotation 4 is of image 99, which is not listed"),
+        ({"segmentation": {"size": [9, 9], "counts": "01"}}, "annotation 4 has a mask of size"),
+    ],
+)
+def test_a_damaged_truth_is_refused_with_the_annotation(tmp_path: Path, change: dict, reason: str) -> None:
+    mask = blob(3, SIZE)
+    images = [{"id": 7, "file_name": "a.jpg", "height": SIZE[0], "width": SIZE[1]}]
+    path = Path(
+        write_truth(
+            tmp_path / "truth.json", images, [{"id": 4, "image_id": 7, "category_id": 1, "mask": mask}], {}
+        )
+    )
+    content = json.loads(path.read_text())
+    content["annotations"][0] |= change
+    path.write_text(json.dumps(content))
+
+    with pytest.raises(JobRefused, match=reason):
+        read_truth(str(path), AccessRules())
