@@ -130,7 +130,6 @@ def _session(ray: ModuleType, info: ClusterInfo) -> Iterator[ClusterInfo]:
 def _import_ray(environ: MutableMapping[str, str], token_file: Path | None) -> ModuleType:
     """Ray, imported after the switches that it reads while it is imported."""
     environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or lines of its C++ stand in the job's own output
     environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # leave CUDA_VISIBLE_DEVICES of CPU tasks alone
