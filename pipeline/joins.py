@@ -249,9 +249,10 @@ _GUESSES: tuple[tuple[str, Callable[[pa.Array], pa.Array]], ...] = (
 
 
 def _why(keys: pa.Array, wanted: pa.Array) -> str:
-    """A sentence when most boxes would match but for a difference of spelling, else ""."""
-    step = max(1, len(wanted) // _LOOK_AT)
-    sample = wanted.take(pa.array(np.arange(0, len(wanted), step)))
+    """A sentence when most of what does not match would, but for a difference of spelling, else ""."""
+    missing = wanted.filter(pa.array(positions(wanted, keys) < 0))
+    step = max(1, len(missing) // _LOOK_AT)
+    sample = missing.take(pa.array(np.arange(0, len(missing), step)))
     for sentence, spelling in _GUESSES:
         found = positions(spelling(sample), spelling(keys)) >= 0
         if len(found) and found.mean() > 0.5:

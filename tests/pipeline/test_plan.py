@@ -436,6 +436,16 @@ def test_ids_that_match_nothing_are_explained(pictures, ids, hint):
     assert (hint or "Mend --images") in message
 
 
+def test_one_image_that_is_gone_among_many_is_not_explained_by_spelling(pictures):
+    images = table(pictures / "i.parquet", {"image_uri": ["1.jpg", "2.jpg"], "image_id": ["a", "b"]})
+    boxes = table(pictures / "b.parquet", {"image_id": ["a", "b", "gone"], "boxes": [[A], [B], [A]]})
+
+    message = refusal(images=images, boxes=boxes)
+
+    assert "upper and lower case" not in message
+    assert "'gone'" in message
+
+
 def test_numbers_of_coco_results_over_a_folder_of_padded_names_are_explained(tmp_path):
     for number in (139, 285):
         (tmp_path / f"{number:012d}.jpg").touch()
