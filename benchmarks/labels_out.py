@@ -3,7 +3,7 @@
 python -m benchmarks.labels_out --images 20000 --commands report,coco,yolo-seg,label-studio,hf,evaluate
 python -m benchmarks.labels_out --images 714300 --commands coco        # 5 million masks
 
-The tables are made up: 7 masks of two ellipses with a hole in each 640 x 480 image, 1,000 different images
+The tables are made up: 7 masks of two ellipses with a hole in each 640 x 480 image, 100 different images
 repeated under new ids. Only the report opens pictures, and all images share one file.
 """
 
@@ -37,7 +37,7 @@ from pipeline.unit_rows import ImageResult, build_unit_table
 
 SIZE_HW = (480, 640)
 MASKS_PER_IMAGE = 7
-DIFFERENT = 1000
+DIFFERENT = 100
 IMAGES_PER_PART = 36_000
 CLASSES = ("person", "car", "dog", "tree", "cup")
 COMMANDS = ("report", "coco", "yolo-seg", "label-studio", "hf", "evaluate")

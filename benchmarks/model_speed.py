@@ -103,16 +103,16 @@ def agreement(counts: list[str], reference: list[str]) -> str:
     return f"IoU {np.mean(ious):.4f}, {100 * np.mean(flipped):.3f} % of pixels differ"
 
 
-def compare(roads: dict[str, Road], rounds: int) -> None:
-    """Run all in turn, once to warm up, and print the first table."""
+def compare(roads: dict[str, Road], rounds: int, warm_up: int) -> None:
+    """Run all in turn, the first `warm_up` turns uncounted, and print the first table."""
     answers: dict[str, list[str]] = {}
     walls: dict[str, list[float]] = {name: [] for name in roads}
     cpus: dict[str, list[float]] = {name: [] for name in roads}
-    for turn in range(rounds + 1):
+    for turn in range(warm_up + rounds):
         for name, road in roads.items():
             wall, cpu = time.perf_counter(), time.process_time()
             answers[name] = road()
-            if turn:
+            if turn >= warm_up:
                 walls[name].append(time.perf_counter() - wall)
                 cpus[name].append(time.process_time() - cpu)
     best = min(roads, key=lambda name: statistics.median(walls[name]))
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--boxes", type=int, default=10)
     parser.add_argument("--boxes-per-call", type=int, default=2, help="of our calls, the last one filled up")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before those that count")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=24, help="of the table of operations")
     parser.add_argument("--skip", nargs="*", default=[], help="names of roads to leave out")
@@ -197,12 +198,13 @@ def main() -> None:
         "transformers bf16": lambda: transformers(model, torch.bfloat16, image, boxes),
     }
     print(
-        f"torch {torch.__version__}, {options.threads} threads, {options.variant}, {SIZE_HW[0]}x{SIZE_HW[1]}, "
-        f"{options.boxes} boxes, {options.boxes_per_call} a call here, {options.rounds} rounds",
+        f"torch {torch.__version__}, {options.threads} threads, {options.variant}, "
+        f"{SIZE_HW[0]}x{SIZE_HW[1]}, {options.boxes} boxes, {options.boxes_per_call} a call here, "
+        f"{options.rounds} rounds",
         flush=True,
     )
     roads = {name: make() for name, make in makers.items() if name not in options.skip}
-    compare(roads, options.rounds)
+    compare(roads, options.rounds, options.warm_up)
     if "hqlabel bf16" in roads:
         break_down(roads["hqlabel bf16"], torch.bfloat16, options.rows)
 

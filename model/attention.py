@@ -1,12 +1,13 @@
 """Attention with decomposed relative position over squares of tokens: one definition, three roads.
 
-The definition, from MViTv2 (arXiv 2112.01526) as SAM uses it: softmax(q k' / sqrt(d) + rel_h + rel_w) v, where
-rel_h[q, k] = q . table_h[row(q) - row(k) + side - 1] with the *unscaled* q, and rel_w the same with columns.
-The tables are (2 side - 1, d) and shared by the heads.
+The definition, from MViTv2 (arXiv 2112.01526) as SAM uses it: softmax(q k' / sqrt(d) + rel_h + rel_w) v,
+where rel_h[q, k] = q . table_h[row(q) - row(k) + side - 1] with the *unscaled* q, and rel_w the same with
+columns. The tables are (2 side - 1, d) and shared by the heads.
 
-`plain_attention` is just that; it can be differentiated, and the other two are held to it. `blocked_attention`
-is for CPUs: it works on a strip of logits that stays in the cache. `folded_attention` is for GPUs: the
-terms become further columns of q and k, so that any fused kernel takes them, and no logits are ever stored.
+`plain_attention` is just that; it can be differentiated, and the other two are held to it.
+`blocked_attention` is for CPUs: it works on a strip of logits that stays in the cache. `folded_attention` is
+for GPUs: the terms become further columns of q and k, so that any fused kernel takes them, and no logits are
+ever stored.
 
 Letters: h heads, n squares (windows of all images, or whole grids), L = side * side tokens of a square,
 d width of a head, D the width after folding.
@@ -162,7 +163,7 @@ def offset_tables(table_h: torch.Tensor, table_w: torch.Tensor) -> torch.Tensor:
 
 
 def offset_terms(q_mLd: torch.Tensor, tables_dT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rel_h and rel_w, (m, side, side, side) each: row and column of the query, row (column) of the key.
+    """Return rel_h and rel_w, (m, side, side, side): query row, query column, key row (column).
 
     One product of all queries with all offsets. With the offsets in falling order, those of a query in row
     y to keys in rows 0, 1, ... begin at side - 1 - y and follow each other, so both results are views.

@@ -74,7 +74,7 @@ class Upscale(nn.Module):
         return out
 
     def cells(self, x_RC: torch.Tensor) -> torch.Tensor:
-        """Return (R, 2, 2, 2, 2, out): of each token the 4 x 4 pixels it becomes, as row, column, row, column.
+        """Return (R, 2, 2, 2, 2, out): each token's 4 x 4 pixels, as row, column, row, column.
 
         At stride 2 the 2x2 patches do not overlap, so each convolution is one matrix product of tokens, and
         norm and activation in between care for no order of pixels. `cells_to_map` puts them in place.
@@ -131,7 +131,6 @@ class MaskFeature(nn.Module):
         products_N9L = torch.cat(products, dim=2)
         bias_N = vector_NU @ bias
         return F.fold(products_N9L, (H, W), 3, padding=1)[:, 0] + bias_N[:, None, None]
-
 
     def _activate(self, hidden_NLC: torch.Tensor) -> torch.Tensor:
         return F.gelu(F.layer_norm(hidden_NLC, *norm_of(self.norm)))

@@ -3,6 +3,8 @@
 Coordinates arrive in model pixels (the frame of the S x S input). Everything here is fp32 whatever the
 rest of the model runs in: bf16 rounds a corner by up to 2 px, and the positional encoding by 0.01 rms.
 
+The prompt encoder of Segment Anything (arXiv 2304.02643), which HQ-SAM leaves as it is.
+
 Letters: as in `structures.py`; T prompt tokens, C width of the decoder (256).
 """
 

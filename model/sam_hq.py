@@ -4,7 +4,7 @@ The way of one call: `encode_images` (resize, normalise, pad, encoder, HQ featur
 `ImageEmbedding`; `decode_boxes` or `decode_prompts` give `MaskLogits` at low resolution for any number of
 prompts of each image. Full-resolution masks are made elsewhere (`masks.py`).
 
-Follows the original predictor (`segment-anything-hq`), whose answers the tests hold it to.
+Follows the original predictor (`segment-anything-hq`, arXiv 2306.01567), whose answers the tests hold it to.
 """
 
 from __future__ import annotations
@@ -116,6 +116,9 @@ class SamHQ(nn.Module):
 
         Mean and deviation first, then zeros at the right and the bottom: padding is 0 *after*
         normalising, not black.
+
+        Raises:
+            ValueError: not a uint8 RGB picture, or one whose long side is not S.
         """
         S = self.config.image_size
         batch = torch.zeros(len(pixels), 3, S, S, device=self.device)
@@ -125,7 +128,11 @@ class SamHQ(nn.Module):
             height, width = picture.shape[:2]
             if max(height, width) != S:
                 raise ValueError(f"a prepared picture is {height}x{width}; its long side must be {S}")
-            values = torch.from_numpy(np.require(picture, requirements="CW")).to(self.device).permute(2, 0, 1)
+            values = (
+                torch.from_numpy(np.require(picture, requirements=["C", "W"]))
+                .to(self.device)
+                .permute(2, 0, 1)
+            )
             row[:, :height, :width] = (values - mean) / std
         return batch.to(self.dtype)
 

@@ -19,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:  # CPU workers of the pipeline import these records; torch would cost them 200 MB each
     import torch
 
-MODEL_PROTOCOL = 1
+MODEL_PROTOCOL = 2
 """Moves when equal weights and settings give other masks or scores than before; part of a job's identity."""
 
 
@@ -55,9 +55,10 @@ class ImageEmbedding:
 class Prompts:
     """The prompts of one image: N of them, each giving one object. Coordinates in upright pixels.
 
-    Any of the three may be None, but not all; those given agree on N.
-    `boxes_xyxy`: (N, 4). `points_xy`: (N, P, 2) with `point_labels` (N, P): 1 foreground,
-    0 background, -1 padding. `mask_logits`: (N, 4G, 4G) low-resolution logits in the padded model
+    Any of the three may be None, but not all; those given agree on N. Lists and tensors on the host do
+    as well as arrays.
+    `boxes_xyxy`: (N, 4). `points_xy`: (N, P, 2), P from 1, with `point_labels` (N, P): 1 foreground,
+    0 background, -1 padding. `mask_logits`: (N, 4G, 4G) float low-resolution logits in the padded model
     frame (what `mask_to_prompt` makes from a person's mask).
     """
 
@@ -73,7 +74,8 @@ class MaskLogits:
 
     `low_res_NMHW`: fp32 logits, (N, M, 4G, 4G), in the padded model frame; > 0 is inside.
     `predicted_iou_NM`: fp32, (N, M), SAM's own estimate; a regression, may leave [0, 1] a little.
-    `image_index_N`: int64 (N,), the image of each prompt; non-decreasing.
+    Both lie on the model's device. `image_index_N`: int64 (N,), on the host, the image of each prompt;
+    non-decreasing.
     """
 
     low_res_NMHW: torch.Tensor

@@ -4,6 +4,8 @@ It differs from the ViT in what is easy to mix up: queries, keys and values are 
 padding is added before the norm (so that padding tokens are the norm's bias), the position bias is one
 table for each head and symmetric, and every convolution is followed by a BatchNorm.
 
+After TinyViT (arXiv 2207.10666) as MobileSAM (arXiv 2306.14289) changed it: the last merge has stride 1.
+
 Letters: as in `structures.py`; n windows, L tokens and W side of a window, h heads, G side of a stage's grid.
 """
 

@@ -45,8 +45,8 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Return `attend(W_q x + q_pe, k, v)`, (N, L, C), for few tokens T and many L.
 
-        (W_q x) k' = x (W_q' k)', and W_o (weights v) = weights (W_o v): what is projected are the T tokens of
-        each head and not the L that ask. Costs h T / I of the plain way, and spares q and the attended tokens.
+        (W_q x) k' = x (W_q' k)', and W_o (weights v) = weights (W_o v): what is projected are the T tokens
+        of each head and not the L that ask: h T / I of the plain products, and no queries in memory.
         """
         width, inner = self.out.out_features, self.out.in_features
         k_NhTd, v_NhTd = (

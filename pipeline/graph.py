@@ -105,9 +105,10 @@ def run_units(
                     on_outcome(outcome)
                     if should_stop():
                         return
+            left = left[len(units) :]
         except _NodesGone:
+            left = [unit_id for unit_id in left if unit_id not in finished]
             requests = _requests_for_what_is_left(cluster)
-        left = [unit_id for unit_id in left if unit_id not in finished]
 
 
 def _first_row(unit_id: int, retry: Retry | None) -> UnitRow:
@@ -234,7 +235,11 @@ class _Watch(ExecutionCallback):
         now = time.monotonic()
         if now < self._looked + _POLL_S:
             return
-        self._looked, nodes = now, _nodes()
+        self._looked = now
+        try:
+            nodes = _nodes()
+        except Exception:  # a look that fails is no sign of anything; what Ray itself notices, it raises
+            return
         if still_fits(self.requests, self._most, nodes):
             self._most, self._fitted = nodes, now
         elif now - max(self._fitted, self.last_outcome) > self.patience_s:

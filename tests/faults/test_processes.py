@@ -271,6 +271,7 @@ def test_row_15_what_does_not_fit_is_refused_at_once(command: Command, record: R
 
 OBJECT_STORE = """
 import sys, pickle
+import numpy as np
 import ray
 from dataclasses import replace
 from pathlib import Path
@@ -280,6 +281,13 @@ from pipeline.resources import ClusterSettings
 job, spill = pickle.loads(Path(sys.argv[1]).read_bytes()), sys.argv[2]
 limit = {} if spill == "-" else {"object_store_memory": 80 * 2**20, "object_spilling_directory": spill}
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **limit)
+held = []
+while limit:
+    try:
+        held.append(ray.put(np.ones(16 * 2**20, np.uint8)))
+    except (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError) as error:
+        print(f"full after {len(held)} objects of 16 MiB: {type(error).__name__}")
+        break
 try:
     run_units(job.unit_ids, job.context, ClusterSettings(), epoch=1, on_outcome=lambda _: None,
               should_stop=lambda: False)
@@ -290,7 +298,7 @@ except SystemicFault as fault:
 
 
 def test_row_45_a_full_object_store_slows_or_stops_the_job(tmp_path: Path, record: Record) -> None:
-    """Decoded units of 24 MiB over a store of 80 MiB that may spill 30 MiB."""
+    """Decoded units of 24 MiB over a store of 80 MiB that may spill 30 MiB, all of it taken before."""
     import pickle
 
     import numpy as np
@@ -322,11 +330,12 @@ def test_row_45_a_full_object_store_slows_or_stops_the_job(tmp_path: Path, recor
     try:
         command = [sys.executable, "-c", OBJECT_STORE, str(tmp_path / "job.pickle"), str(spill)]
         tight = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=500, check=False
+            command, env=environment, capture_output=True, text=True, timeout=400, check=False
         )
     finally:
         subprocess.run(["umount", "-l", str(spill)], check=False)
     seconds = time.monotonic() - began
+    assert "full after" in tight.stdout, tight.stderr[-2000:]
     assert tight.returncode in (0, 5), tight.stderr[-2000:]
     if tight.returncode == 5:
         assert "hqlabel: disk:" in tight.stderr
@@ -336,7 +345,7 @@ def test_row_45_a_full_object_store_slows_or_stops_the_job(tmp_path: Path, recor
     if left:
         subprocess.run(command, env=environment, check=True, timeout=400)
     assert sorted(list_committed(store)) == job.unit_ids
-    record(45, fault="object store of 80 MiB with 30 MiB to spill, units of 24 MiB", landed=1,
+    record(45, fault="object store of 80 MiB and its 30 MiB to spill full", landed=1,
            recover_s=seconds, code=f"{tight.returncode}, then 0")  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from model import checkpoints
+from model import checkpoints, weight_files
 from model.architecture import DECIDING
 from model.checkpoints import CheckpointError, load, save_original, save_transformers
 from model.config import ConfigError, SamHQConfig, TinyVisionConfig, vit_config
@@ -108,6 +108,21 @@ def test_the_record_says_what_was_loaded(folder, pth):
     assert weights.source == str(folder)
     assert load(pth).weights.layout == "original"
     assert load(pth).weights.license is None
+
+
+def test_bytes_are_hashed_before_anything_reads_them(folder, pth, monkeypatch):
+    events = []
+
+    def noted(name, function):
+        return lambda *args, **options: (events.append(name), function(*args, **options))[1]
+
+    monkeypatch.setattr(weight_files.hashlib, "sha256", noted("hash", hashlib.sha256))
+    monkeypatch.setattr(weight_files.torch, "load", noted("parse", torch.load))
+    monkeypatch.setattr(weight_files.safetensors.torch, "load", noted("parse", safetensors.torch.load))
+    for source in (pth, folder):
+        load(source)
+
+    assert events == ["hash", "parse"] * 2
 
 
 def test_bytes_open_files_and_folders_elsewhere_load_like_paths(model, folder, pth):

@@ -52,6 +52,16 @@ def test_its_scores_rank_its_masks(figures: dict[str, float]) -> None:
     assert figures["spearman"] >= 0.5
 
 
+def test_bfloat16_gives_nearly_the_same_masks() -> None:
+    exact, rounded = demo().model, load(FOLDER).model.cast(torch.bfloat16)
+    found = []
+    for index in range(6):
+        scene, boxes = held_out_scene(index, exact.config.image_size)
+        ours, theirs = (predict(model, scene.pixels_hwc, boxes)[0]["sum"] for model in (exact, rounded))
+        found += [mask_iou(one, other) for one, other in zip(ours, theirs, strict=True)]
+    assert np.mean(found) >= 0.995
+
+
 def test_swapped_box_axes_show_as_a_low_iou() -> None:
     model, found = demo().model, []
     for index in range(8):

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from model.attention import plain_attention
 from model.config import vit_config
-from model.attention import blocked_attention, folded_attention, plain_attention
-from model.image_encoder import Attention, from_windows, to_windows, window_rows
+from model.image_encoder import Attention, from_windows, to_windows
 from model.layers import TORCH_NORM_EPS
 from model.tiny_vit import WindowAttention
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, lively

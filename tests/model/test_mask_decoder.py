@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from model.layers import TORCH_NORM_EPS, VIT_NORM_EPS, LayerNorm2d
-from model.mask_decoder import MaskFeature, image_products
+from model.mask_decoder import MaskFeature, Upscale, cells_to_map, image_products
+from model.transformer import Attention
 from tests.model.plain_decoder import plain_decode
 from tests.parity.lively import SMALL_VITS, lively
 
@@ -52,6 +53,27 @@ def test_masks_not_asked_for_are_not_made_and_change_nothing(model):
     assert torch.allclose(some.sam_NKHW, every.sam_NKHW[:, [2, 0]], atol=1e-5)
     assert torch.equal(some.hq_NHW, every.hq_NHW)
     assert none.sam_NKHW.shape == (2, 0, *every.hq_NHW.shape[1:])
+
+
+@torch.no_grad()
+def test_upscaling_by_matrix_products_is_upscaling_by_transposed_convolutions():
+    upscale = Upscale(12, 8, 5)
+    x_BGGC = torch.randn(3, 6, 6, 12)
+    mapped = cells_to_map(upscale.cells(x_BGGC.flatten(0, 2)), 6)
+
+    assert torch.allclose(mapped, upscale(x_BGGC.permute(0, 3, 1, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 23])
+@torch.no_grad()
+def test_few_tokens_asked_by_many_give_what_attention_gives(tokens):
+    layer = Attention(32, 16, 4)
+    torch.nn.init.normal_(layer.out.bias)
+    x, pe = torch.randn(3, 50, 32), torch.randn(1, 50, 16)
+    k, v = torch.randn(2, 3, tokens, 16)
+    plain = layer.attend(torch.nn.functional.linear(x, layer.q.weight) + pe, k, v)
+
+    assert torch.allclose(layer.attend_few(x, pe, k, v), plain, atol=1e-5)
 
 
 @torch.no_grad()

@@ -191,6 +191,18 @@ def test_an_image_has_the_same_bytes_in_any_company(segment_all: Segmenter) -> N
     assert again == together
 
 
+def test_in_bfloat16_an_image_has_the_same_bytes_in_any_company_and_on_any_threads() -> None:
+    segmenter = Segmenter(lively(CONFIG), call_shape=SHAPE, dtype="bfloat16")
+    images = some_images()
+    together = [as_bytes(r) for r in segmenter.segment_prepared(images)]
+    assert [as_bytes(segmenter.segment_prepared([image])[0]) for image in images] == together
+    torch.set_num_threads(2)
+    try:
+        assert [as_bytes(r) for r in segmenter.segment_prepared(images)] == together
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_boxes_in_another_order_give_the_same_masks_in_that_order(segment_all: Segmenter) -> None:
     image = prepared((240, 200), 11, 3)
     (result,) = segment_all.segment_prepared([image])

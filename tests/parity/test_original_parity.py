@@ -128,6 +128,41 @@ def test_points_boxes_and_masks_give_the_originals_masks(small, count, with_box,
     assert abs(ours.predicted_iou_NM[0, 0].item() - iou[0]) <= IOU
 
 
+@pytest.mark.parametrize("hq_token_only", [False, True])
+@pytest.mark.parametrize("multimask", ["single", "best"])
+def test_several_prompts_of_several_points_give_the_originals_masks(small, multimask, hq_token_only):
+    """The rows of a call differ in labels and padding; each has its own box or mask in the second call."""
+    model, predictor = small
+    image, rng = photo(90, 131), np.random.default_rng(5)
+    points, boxes = rng.random((3, 5, 2)) * [131, 90], boxes_in(90, 131, 3)
+    labels = np.array([[1, 0, -1, 1, 0], [1, 1, 0, -1, -1], [0, -1, 1, 0, 1]])
+    masks = rng.normal(0, 6, (3, model.config.mask_size, model.config.mask_size)).astype(np.float32)
+    predictor.set_image(image)
+    embedding = model.encode_images([image])
+    scale = predictor.transform
+    scaled = torch.tensor(scale.apply_coords(points, image.shape[:2]), dtype=torch.float)
+    scaled_boxes = torch.tensor(scale.apply_boxes(boxes, image.shape[:2]), dtype=torch.float)
+    for with_box, with_mask in [(False, False), (True, True)]:
+        _, iou, low = predictor.predict_torch(
+            scaled,
+            torch.from_numpy(labels),
+            scaled_boxes if with_box else None,
+            torch.from_numpy(masks)[:, None] if with_mask else None,
+            multimask_output=multimask == "best",
+            hq_token_only=hq_token_only,
+        )
+        prompts = Prompts(
+            points_xy=points,
+            point_labels=labels,
+            boxes_xyxy=boxes if with_box else None,
+            mask_logits=masks if with_mask else None,
+        )
+        ours = model.decode_prompts(embedding, [prompts], multimask=multimask, hq_token_only=hq_token_only)
+
+        close(ours.low_res_NMHW, low)
+        assert (ours.predicted_iou_NM - iou).abs().max() <= IOU
+
+
 def test_a_mask_alone_gives_the_originals_mask(small):
     model, predictor = small
     image, side = photo(140, 97), model.config.mask_size
