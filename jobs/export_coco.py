@@ -43,11 +43,12 @@ def write_coco(source: Source, place: Store, *, per_file: int) -> Iterator[str]:
             body = _Body()
         image_id = int(rows.image["image_id"]) if keep_ids else place_
         file_name = source.file_name(rows.image)
-        body.images.append(_image(rows, image_id, file_name))
+        body.images.append(_image(rows, image_id, file_name).encode())
         ids.add(image_id, str(rows.image["image_id"]), file_name)
         for row in rows.instances:
             annotation_id += 1
-            body.annotations.append(_annotation(row, annotation_id, image_id, source.classes.id_of(row)))
+            text = _annotation(row, annotation_id, image_id, source.classes.id_of(row))
+            body.annotations.append(text.encode())
     place.put(name.format(written + 1), frame.around(body))
     yield name.format(written + 1)
     if not keep_ids:
@@ -57,10 +58,10 @@ def write_coco(source: Source, place: Store, *, per_file: int) -> Iterator[str]:
 
 @dataclass(kw_only=True)
 class _Body:
-    """One file as it grows."""
+    """One file as it grows: its records as UTF-8, or the file would be in memory once more as text."""
 
-    images: list[str] = field(default_factory=list)
-    annotations: list[str] = field(default_factory=list)
+    images: list[bytes] = field(default_factory=list)
+    annotations: list[bytes] = field(default_factory=list)
 
     def is_full(self, more: int, per_file: int) -> bool:
         """Whether another image with so many annotations belongs into the next file."""
@@ -78,11 +79,10 @@ class _Frame:
 
     def around(self, body: _Body) -> bytes:
         """The whole file."""
-        images, annotations = ",\n".join(body.images), ",\n".join(body.annotations)
-        return (
-            f'{{"info":{self._info},"images":[\n{images}\n],"annotations":[\n{annotations}\n],'
-            f'"categories":{self._categories}}}\n'
-        ).encode()
+        head = f'{{"info":{self._info},"images":[\n'.encode()
+        tail = f'\n],"categories":{self._categories}}}\n'.encode()
+        images, annotations = b",\n".join(body.images), b",\n".join(body.annotations)
+        return b"".join([head, images, b'\n],"annotations":[\n', annotations, tail])
 
 
 class _Ids:
