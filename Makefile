@@ -55,6 +55,8 @@ faults: $(STAMP)  ## kills and injected faults, half an hour; writes the table o
 bench: $(STAMP)  ## figures of this machine: the whole way on two stores, masks to runs, the driver's memory
 	$(BIN)/python -m benchmarks.whole_way
 	$(BIN)/python -m benchmarks.masks_rle
+	$(BIN)/python -m benchmarks.decoder_speed
+	$(BIN)/python -m benchmarks.model_speed
 	$(BIN)/python -m benchmarks.driver_memory 1000 10000
 
 lock: $(STAMP)  ## resolves pyproject.toml again and writes the pins, versions kept (about eight minutes)
