@@ -52,7 +52,7 @@ faults: $(STAMP)  ## kills and injected faults, half an hour; writes the table o
 	FAULT_RESULTS=build/faults.jsonl $(BIN)/pytest -m "faults and not gpu and not network"
 	$(BIN)/python tools/fault_table.py build/faults.jsonl docs/reliability.md
 
-bench: $(STAMP)  ## figures of this machine: the whole way on two stores, masks to runs, the driver's memory
+bench: $(STAMP)  ## figures of this machine: the whole way on two stores, masks to runs, the model, the driver's memory
 	$(BIN)/python -m benchmarks.whole_way
 	$(BIN)/python -m benchmarks.masks_rle
 	$(BIN)/python -m benchmarks.decoder_speed
