@@ -52,9 +52,11 @@ faults: $(STAMP)  ## kills and injected faults, half an hour; writes the table o
 	FAULT_RESULTS=build/faults.jsonl $(BIN)/pytest -m "faults and not gpu and not network"
 	$(BIN)/python tools/fault_table.py build/faults.jsonl docs/reliability.md
 
-bench: $(STAMP)  ## figures of this machine: the whole way on two stores, masks to runs, the driver's memory, report and exports
+bench: $(STAMP)  ## figures of this machine: whole jobs on two stores, model, masks to runs, memory, report and exports
 	$(BIN)/python -m benchmarks.whole_way
 	$(BIN)/python -m benchmarks.masks_rle
+	$(BIN)/python -m benchmarks.decoder_speed
+	$(BIN)/python -m benchmarks.model_speed
 	$(BIN)/python -m benchmarks.driver_memory 1000 10000
 	$(BIN)/python -m benchmarks.labels_out --images 2858
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from model.config import vit_config
+from model.config import PATCH_SIZE, vit_config
 from model.sam_hq import SamHQ
 from model.segmenter import Segmenter
 from model.structures import CallShape, Instances
@@ -33,7 +33,12 @@ def small_encoder(side: int) -> SamHQ:
     """A model whose decoder has the published widths, and whose encoder costs little."""
     return lively(
         vit_config(
-            embed_dim=64, depth=2, num_heads=1, global_attn_indexes=(1,), window_size=14, image_size=side
+            embed_dim=64,
+            depth=2,
+            num_heads=1,
+            global_attn_indexes=(1,),
+            window_size=min(14, side // PATCH_SIZE - 1),
+            image_size=side,
         )
     )
 
