@@ -227,7 +227,8 @@ def digest(job: MadeJob) -> str:
     return mask_columns_digest(pa.concat_tables(tables).drop_columns(["unit_id", "source_etag"]))
 
 
-@pytest.mark.parametrize("images", [12, pytest.param(200, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("images", [12, 200])
 def test_row_57_masks_are_the_same_bytes_whatever_happens(
     images: int, weights: Path, tmp_path: Path, record: Record
 ) -> None:
