@@ -11,6 +11,7 @@ Letters: B images, N prompts, T tokens of a prompt, L = G * G image tokens, C wi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -54,14 +55,14 @@ class Attention(nn.Module):
         )
         asked_NhTC = k_NhTd @ self.q.weight.view(self.heads, -1, width)
         given_NhTC = v_NhTd @ self.out.weight.t().view(self.heads, inner // self.heads, width)
-        logits_NhTL = k_NhTd @ q_pe_1LI[0].view(-1, self.heads, inner // self.heads).permute(1, 2, 0)
+        logits_NhTL = k_NhTd @ q_pe_1LI.view(-1, self.heads, inner // self.heads).permute(1, 2, 0)
         logits = torch.baddbmm(logits_NhTL.flatten(1, 2), asked_NhTC.flatten(1, 2), x_NLC.transpose(1, 2))
         weights = logits.view(logits_NhTL.shape).softmax(2).flatten(1, 2)
         return torch.baddbmm(self.out.bias, weights.transpose(1, 2), given_NhTC.flatten(1, 2))
 
     @property
     def _scale(self) -> float:
-        return float((self.out.in_features // self.heads) ** -0.5)
+        return math.pow(self.out.in_features // self.heads, -0.5)
 
     def forward(self, q_NTC: torch.Tensor, k_NLC: torch.Tensor, v_NLC: torch.Tensor) -> torch.Tensor:
         """Return (N, T, C)."""
