@@ -91,8 +91,9 @@ def publish(
     wanted = _manifest(job, filters, kept, complete=False)
     if not due and before is not None and _same(before, _manifest(job, filters, kept, complete=True)):
         return before
-    driver = latest_number(store)  # asked first: whoever comes after this is after us
-    require_owner("publish")
+    require_owner("publish")  # may take the job now
+    driver = latest_number(store)
+    require_owner("publish")  # so `driver` is ours: whoever comes after it is after us
     due = [dataclasses.replace(task, driver=driver) for task in due]
     if due:
         write_manifest(store, dataclasses.replace(wanted, state="publishing"))
