@@ -556,7 +556,18 @@ def test_rays_files_are_the_owners_alone(watched: Watched) -> None:
     assert all(path.stat().st_mode & 0o077 == 0 for path in root.iterdir())
 
 
-ALLOWED_PLACES = ("/usr/", "/lib", "/sys/", "/proc/", "/dev/", "/etc/", "/run/", "/var/", "/opt/", "/root/.")
+ALLOWED_PLACES = (
+    "/usr/",
+    "/lib",
+    "/sys/",
+    "/proc/",
+    "/dev/",
+    "/etc/",
+    "/run/",
+    "/var/",
+    "/opt/",
+    f"{Path.home()}/.",
+)
 
 
 @needs_strace

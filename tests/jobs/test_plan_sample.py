@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from jobs.sampling import Measured, carry_over, sampled_plan
 from pipeline.inputs import InputSettings
 from pipeline.plan import make_plan
+from tests.e2e import commands
 from tests.e2e.scenes import DataSet, make_data_set
 from tests.jobs.test_cli import run
 
@@ -70,20 +70,18 @@ def test_hours_money_and_bytes_follow_from_what_was_measured(data_set: DataSet) 
 
 @pytest.mark.slow
 def test_a_sample_runs_the_whole_way_and_leaves_nothing(
-    data_set: DataSet, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_set: DataSet, checkpoint: Path, tmp_path: Path
 ) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     before = sorted(os.listdir(tmp_path))
 
-    code, out, err = run(
+    done = commands.run(
         "plan", *arguments(data_set, checkpoint), "--output", str(tmp_path / "out"), "--sample", "14",
-        "--json", "--set", "cost.usd_per_gpu_hour=3", "--set", "cluster.actors=1",
+        "--json", "--set", "cost.usd_per_gpu_hour=3", "--set", "cluster.actors=1", TMPDIR=str(scratch),
     )  # fmt: skip
 
-    assert code == 0, err
-    found = json.loads(out)["estimate"]
+    found = json.loads(done.stdout)["estimate"]
     assert found["measured"]["images"] == 14
     assert found["measured"]["failed"] == 1, "the image that is cut"
     assert found["measured"]["images_per_s"] > 0
@@ -105,19 +103,18 @@ def test_a_sample_without_a_model_is_refused(data_set: DataSet) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(2700)
 def test_the_estimate_is_the_time_within_a_quarter(checkpoint: Path, tmp_path: Path) -> None:
     """Needs a machine that does nothing else meanwhile."""
     data = make_data_set(tmp_path / "data", images=3000, most_boxes=8)
     more = ["--output", str(tmp_path / "out"), "--set", "output.images_per_unit=16", "--json"]
-    code, out, err = run("plan", *arguments(data, checkpoint), *more, "--sample", "400")
-    assert code == 0, err
-    found = json.loads(out)["estimate"]
+    planned = commands.run("plan", *arguments(data, checkpoint), *more, "--sample", "400", timeout_s=1200)
+    found = json.loads(planned.stdout)["estimate"]
 
     began = time.monotonic()
-    code, out, err = run("label", *arguments(data, checkpoint), *more, "--no-progress")
+    done = commands.run("label", *arguments(data, checkpoint), *more, "--no-progress", timeout_s=1200)
     seconds = time.monotonic() - began
 
-    assert code == 0, err
-    size = json.loads(out)["bytes"]
+    size = json.loads(done.stdout)["bytes"]
     assert found["hours"] * 3600 == pytest.approx(seconds, rel=0.25)
     assert found["bytes"] == pytest.approx(size, rel=0.25)
