@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import duckdb
@@ -170,6 +173,44 @@ def test_duckdb_and_polars_read_a_plain_glob_and_pycocotools_the_masks(
     for row in rows[::25]:
         assert coco_mask.decode(row["segmentation"]).sum() == row["area"]
         assert coco_mask.toBbox(row["segmentation"]).tolist() == (row["bbox"] or [0, 0, 0, 0])
+
+
+@pytest.mark.slow
+def test_a_plain_glob_never_shows_a_row_twice_while_a_job_runs_or_publishes_again(
+    few_images: DataSet, checkpoint: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    inputs = ["--images", str(few_images.images), "--boxes", str(few_images.boxes)]
+    first = commands.start("label", *inputs, "--checkpoint", str(checkpoint), "--output", str(output), *MASKS)
+    seen = list(rows_while(first, output, polars=True))
+    for least in ("0.2", "0.9", "0.5"):
+        again = commands.start("publish", "--output", str(output), "--min-predicted-iou", least)
+        # No Polars here: it opens a file twice, and is at a loss when a newer one has taken its place.
+        seen += rows_while(again, output, polars=False)
+
+    assert set(seen) <= {0, few_images.num_boxes}, "a glob saw a part of the rows, or rows twice"
+    assert seen.count(few_images.num_boxes) > 3, "nothing was read while something was written"
+
+
+def rows_while(process: subprocess.Popen[str], output: Path, *, polars: bool) -> Iterator[int]:
+    """How many rows globs of `instances` have while `process` runs; fails on a row that is there twice."""
+    pattern = str(output / "instances" / "*.parquet")
+    while process.poll() is None:
+        time.sleep(0.02)
+        if not list(output.glob("instances/*.parquet")):
+            yield 0
+            continue
+        count, distinct = duckdb.sql(
+            f"SELECT count(*), count(DISTINCT (image_id, instance_index)) FROM '{pattern}'"
+        ).fetchall()[0]
+        assert count == distinct
+        yield count
+        if polars:
+            rows = pl.read_parquet(pattern)
+            assert rows.select("image_id", "instance_index").n_unique() == rows.height
+            yield rows.height
+    said = process.communicate()
+    assert process.returncode == 0, said
 
 
 @pytest.mark.slow
