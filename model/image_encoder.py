@@ -142,9 +142,10 @@ class Block(nn.Module):
         """Return the attention's output, (B, G, G, C).
 
         The windows' padding is added after the norm, as zeros, and takes part in the attention: nothing
-        masks it. The published weights were trained so. With gradients this is the plain definition.
+        masks it. The published weights were trained so. With gradients, and under autocast, which casts
+        some products and not others, this is the plain definition.
         """
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x_BGGC.device.type):
             return self._attend_fast(x_BGGC)
         if self.window == 0:
             out: torch.Tensor = self.attn(x_BGGC)

@@ -144,7 +144,8 @@ class SamHQ(nn.Module):
     def vision_features(self, images: Sequence[UInt8Array]) -> EncoderFeatures:
         """Return the image encoder's two outputs for upright RGB uint8 (H, W, 3) pictures of any sizes."""
         self._check_ready()
-        features: EncoderFeatures = self.image_encoder(self.normalise_images(images))
+        with self._own_precision():
+            features: EncoderFeatures = self.image_encoder(self.normalise_images(images))
         return features
 
     @torch.no_grad()
@@ -181,10 +182,12 @@ class SamHQ(nn.Module):
                     f"a picture of upright size {size_hw} was prepared as {picture.shape[:2]}; "
                     f"wanted {wanted}"
                 )
-        features = self.image_encoder(self.normalise(pixels))
+        with self._own_precision():
+            features = self.image_encoder(self.normalise(pixels))
+            hq_features = self.mask_decoder.hq_features(features)
         return ImageEmbedding(
             embedding_BCGG=features.embedding_BCGG,
-            hq_features_BCHW=self.mask_decoder.hq_features(features),
+            hq_features_BCHW=hq_features,
             sizes_hw=tuple((int(h), int(w)) for h, w in sizes_hw),
             resized_hw=resized_hw,
         )
@@ -249,14 +252,19 @@ class SamHQ(nn.Module):
         N, M = sum(counts), 3 if multimask == "three" else 1
         masks = torch.zeros(N, M, side, side, device=self.device)
         ious = torch.zeros(N, M, device=self.device)
-        decoder = ChunkDecoder(self, embedding, multimask=multimask, hq_token_only=hq_token_only)
-        for batch in batches:
-            for chunk, real in batch.chunks(prompts_per_call):
+        with self._own_precision():
+            decoder = ChunkDecoder(self, embedding, multimask=multimask, hq_token_only=hq_token_only)
+        with self._own_precision():
+            for chunk, real in (pair for batch in batches for pair in batch.chunks(prompts_per_call)):
                 place = chunk.place_N[:real].to(self.device)
                 chosen, chosen_iou = decoder.decode(chunk)
                 masks[place], ious[place] = chosen[:real], chosen_iou[:real]
         image_index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         return MaskLogits(low_res_NMHW=masks, predicted_iou_NM=ious, image_index_N=image_index)
+
+    def _own_precision(self) -> torch.autocast:
+        """Switches a caller's autocast off: `cast` alone says what runs in which dtype."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def _check_ready(self) -> None:
         if self.training:

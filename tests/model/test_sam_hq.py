@@ -45,6 +45,14 @@ def test_a_ragged_batch_gives_what_each_image_gives_alone(model, images, boxes, 
     assert together.image_index_N.tolist() == [0, 0, 2, 2, 2, 2, 2]
 
 
+def test_a_callers_autocast_changes_nothing(model, images, boxes, embedding):
+    plain = model.decode_boxes(embedding, boxes).low_res_NMHW
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model.decode_boxes(model.encode_images(images), boxes).low_res_NMHW
+
+    assert torch.equal(cast, plain)
+
+
 @pytest.mark.parametrize("boxes_per_call", [1, 2, 3, 7, 16])
 def test_the_shape_of_a_call_changes_rounding_alone(model, boxes, embedding, boxes_per_call):
     reference = model.decode_boxes(embedding, boxes, boxes_per_call=7)
