@@ -26,12 +26,13 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.decode import DecodedImage
-from pipeline.errors import ImageError, SystemicFault
+from pipeline.errors import ImageError, SystemicFault, clean_text
 from pipeline.records import Limits
 
 MAX_DEATHS = 3
@@ -179,7 +180,7 @@ class DecodeChild:
             memory_bytes=self._limits.decode_memory_bytes,
             files=files,
         )
-        boot = _BOOT.format(path=sys.path, config=json.dumps(vars(config)))
+        boot = _BOOT.format(path=_import_path(), config=json.dumps(vars(config)))
         with tempfile.TemporaryFile() as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", boot],
@@ -196,7 +197,17 @@ class DecodeChild:
                 self.close()
                 errors.seek(0)
                 said = errors.read()[-400:].decode(errors="replace")
-                raise SystemicFault("resources", f"no decoder process can be started: {answer} {said}")
+                told = f"{answer or 'it ended without a word'}; {said}"
+                raise SystemicFault("resources", clean_text(f"no decoder process can be started: {told}"))
+
+
+def _import_path() -> list[str]:
+    """This process's import path, and this package's folder on it.
+
+    An editable install is found by a hook that only `site` sets up, and the child starts without `site`.
+    """
+    here = str(Path(__file__).resolve().parents[1])
+    return sys.path if here in sys.path else [*sys.path, here]
 
 
 def _bare_environment() -> dict[str, str]:
