@@ -114,7 +114,9 @@ def test_a_running_jobs_metrics_move_in_what_prometheus_scrapes(tmp_path):
     during = scraped_until(job, lambda now: now.get("ray_hqlabel_units_left", -1) == 8)
     gate.touch()
     run.join(200)
-    after = scraped_until(job, lambda now: total(now, "ray_hqlabel_images") == 24)
+    after = scraped_until(
+        job, lambda now: now["ray_hqlabel_units_left"] == 0 and total(now, "ray_hqlabel_images") == 24
+    )
 
     assert 0 < total(during, "ray_hqlabel_images")
     assert during["ray_hqlabel_model_processes{state=running}"] == 1
