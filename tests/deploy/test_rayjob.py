@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_a_network_policy_stands_around_rays_ports() -> None:
 def test_the_entrypoint_waits_for_its_first_node_and_uses_all_that_may_come(job: dict[str, Any]) -> None:
     words = shlex.split(job["spec"]["entrypoint"])
     given = dict(zip(words[2::2], words[3::2], strict=True))
-    sets = [word for flag, word in zip(words, words[1:], strict=False) if flag == "--set"]
+    sets = [word for flag, word in itertools.pairwise(words) if flag == "--set"]
 
     config = load_config(None, sets=sets)
 
