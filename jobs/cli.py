@@ -214,6 +214,9 @@ def plan(
 @command
 def status(
     output: options.Output = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep looking until every unit is committed, or Ctrl-C.")
+    ] = False,
     config: options.ConfigFile = None,
     set_: options.Sets = None,
     json: options.Json = False,
@@ -223,12 +226,12 @@ def status(
 
     Works from any machine that can read the output, during the run and after it.
 
-    Example:  hqlabel status --output out
+    Example:  hqlabel status --output out --watch
     """
     settings = _given(config, set_, output__uri=output).load()
     from jobs import status as job
 
-    return job.run(settings, json=json)
+    return job.run(settings, json=json, watch=watch)
 
 
 @app.command(rich_help_panel="Labelling")

@@ -108,6 +108,7 @@ SYSTEMIC_CODES: dict[str, str] = {
     "disk": "the disk or the object store is full",
     "device": "the accelerator failed",
     "weights": "a worker does not find the job's weights",
+    "environment": "a worker's environment switches a protection off",
     "resources": "the cluster cannot place what the job needs",
 }
 

@@ -22,6 +22,7 @@ from pipeline.prompts import resolved_boxes
 from pipeline.records import JobContext, Limits
 from pipeline.rows import PixelArena, Pixels, UnitRow
 from pipeline.storage import Store
+from pipeline.switches import refuse_here
 from pipeline.unit_rows import ImageResult
 from pipeline.units import CommittedUnit, read, unit_key
 
@@ -45,6 +46,7 @@ def prepare_unit(
 def _prepare(
     unit: UnitRow, context: JobContext, store: Store, child: DecodeChild
 ) -> tuple[list[ImageResult], list[Pixels], PixelArena]:
+    refuse_here()
     rows = planned_rows(unit, context, store)
     visit("unit.read")
     images = [_counted(ImageResult(planned=row), context.limits) for row in rows]

@@ -33,6 +33,7 @@ from pipeline.prompts import PromptGroup, group_by_kind, join, resolved_boxes
 from pipeline.records import JobContext, Limits
 from pipeline.rows import UInt8Array, UnitRow
 from pipeline.storage import Store, open_store
+from pipeline.switches import refuse_here
 from pipeline.unit_rows import ImageResult
 
 BOXES_PER_DEADLINE = 100
@@ -105,6 +106,7 @@ class SegmentWorker:
         self._end_process = end_process
         self._fault: SystemicFault | None = None
         try:
+            refuse_here()
             with _counted_loading(store, f"attempts/model.{epoch}.{restarted}.json", bool(restarted)):
                 self._model: MaskModel = load_by_name(context.segmenter)(context, use_gpu)
             if use_gpu or restarted:
