@@ -26,6 +26,7 @@ from jobs.environment import make_private, refuse_dangerous_switches
 from jobs.interrupts import Interrupted, Interrupts, end_now
 from jobs.slices import parse_slice
 from pipeline.errors import HqlabelError, UsageError
+from pipeline.native import share_cores
 
 P = ParamSpec("P")
 
@@ -53,6 +54,7 @@ def main() -> None:
     """Run the command line of this process and end it with the command's exit code."""
     interrupts.install()
     make_private()
+    share_cores(os.environ)  # no command has loaded torch yet
     try:
         app()
     except Interrupted:
