@@ -7,12 +7,14 @@
 Random weights, the same ones for all, one picture of 1536 x 2048. The contenders take turns; a figure is the
 median over the rounds, in wall seconds, with the CPU seconds of all threads beside it, which other work
 on the machine disturbs less. Half a minute a peer and turn on one core, so `--times` keeps every turn in a
-file of JSON lines, and a run that was cut short, or has few rounds, is taken up by the next one. `segment-anything-hq` is run as its own README does, `transformers` as its
-documentation does but for the processor, whose resize it gets for nothing; the masks of both are encoded by
-pycocotools. Agreement is with the masks of `segment-anything-hq` in float32 (transformers' masks are wrong as
-shipped, so it is timed only). `--operations` prints another table instead: of one run under PyTorch's
-profiler each operation with its share and its rate, against the rate of a large matrix product measured in
-the same run.
+file of JSON lines, and a run that was cut short, or has few rounds, is taken up by the next one.
+
+`segment-anything-hq` is run as its own README does, `transformers` as its documentation does but for the
+processor, whose resize it gets for nothing; the masks of both are encoded by pycocotools. Agreement is with
+the masks of `segment-anything-hq` in float32 (transformers' masks are wrong as shipped, so it is timed only).
+
+`--operations` prints another table instead: of one run under PyTorch's profiler each operation with its share
+and its rate, against the rate of a large matrix product measured in the same run.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class MaskFeature(nn.Module):
         hidden = F.conv2d(upscaled_NUHW, kernel_3x3, self.conv1.bias, padding=1)
         hidden_NLC = hidden.permute(0, 2, 3, 1).flatten(1, 2)
         # In strips that a CPU's inner caches hold: what follows is otherwise a matter of memory, not of sums.
-        strips = hidden_NLC.split(STRIP_PIXELS if hidden_NLC.device.type == "cpu" else H * W, dim=1)
+        strips = torch.split(hidden_NLC, STRIP_PIXELS if hidden_NLC.device.type == "cpu" else H * W, dim=1)
         products = [taps_N9C @ self._activate(strip).float().transpose(1, 2) for strip in strips]
         products_N9L = torch.cat(products, dim=2)
         bias_N = vector_NU @ bias
@@ -283,7 +283,7 @@ class MaskDecoder(nn.Module):
 def image_products(
     vector_NU: torch.Tensor, features_BLU: torch.Tensor, index_N: torch.Tensor
 ) -> torch.Tensor:
-    """Return vector_NU[n] . features[index[n]], (N, L), all in fp32, without copying features for each prompt.
+    """Return vector_NU[n] . features[index[n]], fp32 (N, L), without copying features for each prompt.
 
     `index_N` is on the host. Each run of equal indices costs one product of all N vectors with its image,
     of which the run's rows are kept: the product's shape stays the same whatever the mix of images, and so

@@ -3,8 +3,8 @@
 What depends on the image alone is computed once for each image and shared by all its prompts: the first
 layer's image-side projections, and the positional part of every later one (a projection is linear, so
 W (keys + pe) + b = W keys + (W pe + b)). And where the 4096 image tokens ask the few tokens of a prompt,
-their queries are never made (see `Attention.add_attended_few`). The results are those of the plain definition up
-to rounding.
+their queries are never made (see `Attention.add_attended_few`). The results are those of the plain
+definition up to rounding.
 
 Letters: B images, N prompts, T tokens of a prompt, L = G * G image tokens, C width, I width inside attention.
 """
