@@ -1,25 +1,33 @@
 """The whole way from a uint8 picture to RLE strings: `Segmenter` beside its peers, and where its time goes.
 
-    python -m benchmarks.model_speed [--variant vit_b] [--boxes 10] [--rounds 3] [--skip NAME ...]
+    python -m benchmarks.model_speed [--variant vit_b] [--boxes 10] [--rounds 3] [--only NAME ...]
+    python -m benchmarks.model_speed --times FILE       (again and again: every call adds its rounds)
+    python -m benchmarks.model_speed --operations 24
 
 Random weights, the same ones for all, one picture of 1536 x 2048. The contenders take turns; a figure is the
 median over the rounds, in wall seconds, with the CPU seconds of all threads beside it, which other work
-on the machine disturbs less. `segment-anything-hq` is run as its own README does, `transformers` as its
-documentation does but for the processor, whose resize it gets for nothing; the masks of both are encoded by
-pycocotools. Agreement is with the masks of `segment-anything-hq` in float32 (transformers' masks are wrong as
-shipped, so it is timed only). The second table is of one more run under PyTorch's profiler: each
-operation with its share and its rate, against the rate of a large matrix product measured in the same run.
+on the machine disturbs less. Half a minute a peer and turn on one core, so `--times` keeps every turn in a
+file of JSON lines, and a run that was cut short, or has few rounds, is taken up by the next one.
+
+`segment-anything-hq` is run as its own README does, `transformers` as its documentation does but for the
+processor, whose resize it gets for nothing; the masks of both are encoded by pycocotools. Agreement is with
+the masks of `segment-anything-hq` in float32 (transformers' masks are wrong as shipped, so it is timed only).
+
+`--operations` prints another table instead: of one run under PyTorch's profiler each operation with its share
+and its rate, against the rate of a large matrix product measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import logging
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +47,7 @@ from tests.parity.lively import boxes_in, lively, photo
 from tests.parity.oracle import predictor_of
 
 SIZE_HW = (1536, 2048)
+ROADS = ("hqlabel bf16", "hqlabel fp32", "segment-anything-hq fp32", "transformers fp32", "transformers bf16")
 Road = Callable[[], list[str]]
 
 PRODUCTS = {"aten::addmm": 1, "aten::baddbmm_": 1, "aten::mm": 0, "aten::bmm": 0}
@@ -103,31 +112,58 @@ def agreement(counts: list[str], reference: list[str]) -> str:
     return f"IoU {np.mean(ious):.4f}, {100 * np.mean(flipped):.3f} % of pixels differ"
 
 
-def compare(roads: dict[str, Road], rounds: int, warm_up: int) -> None:
-    """Run all in turn, the first `warm_up` turns uncounted, and print the first table."""
-    answers: dict[str, list[str]] = {}
-    walls: dict[str, list[float]] = {name: [] for name in roads}
-    cpus: dict[str, list[float]] = {name: [] for name in roads}
-    for turn in range(warm_up + rounds):
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One timed call of a road: seconds, and the masks that came back."""
+
+    road: str
+    wall: float
+    cpu: float
+    counts: list[str]
+
+
+def kept_turns(file: Path | None, setting: str) -> list[Turn]:
+    """The turns that earlier runs at this setting have left in the file."""
+    if file is None or not file.exists():
+        return []
+    records = map(json.loads, file.read_text().splitlines())
+    return [Turn(**record["turn"]) for record in records if record["setting"] == setting]
+
+
+def take_turns(roads: dict[str, Road], rounds: int, warm_up: int, keep: Callable[[Turn], None]) -> None:
+    """Run all in turn, the first `warm_up` rounds uncounted."""
+    for number in range(warm_up + rounds):
         for name, road in roads.items():
             wall, cpu = time.perf_counter(), time.process_time()
-            answers[name] = road()
-            if turn >= warm_up:
-                walls[name].append(time.perf_counter() - wall)
-                cpus[name].append(time.process_time() - cpu)
-    best = min(roads, key=lambda name: statistics.median(walls[name]))
-    print(f"\n| road | wall s | least | CPU s | ratio to {best}, wall | CPU | agreement |")
-    print("|---|--:|--:|--:|--:|--:|---|")
-    for name in roads:
-        wall, cpu = statistics.median(walls[name]), statistics.median(cpus[name])
-        ratios = (wall / statistics.median(walls[best]), cpu / statistics.median(cpus[best]))
+            counts = road()
+            turn = Turn(
+                road=name, wall=time.perf_counter() - wall, cpu=time.process_time() - cpu, counts=counts
+            )
+            told = "warm-up" if number < warm_up else f"round {number - warm_up + 1}"
+            print(f"{told:>8} {name:<26} wall {turn.wall:6.2f} s, CPU {turn.cpu:6.2f} s", flush=True)
+            if number >= warm_up:
+                keep(turn)
+
+
+def print_comparison(turns: list[Turn]) -> None:
+    """The first table."""
+    by_road = {name: [turn for turn in turns if turn.road == name] for name in {turn.road for turn in turns}}
+    wall, cpu = (
+        {name: statistics.median(getattr(turn, kind) for turn in mine) for name, mine in by_road.items()}
+        for kind in ("wall", "cpu")
+    )
+    order = sorted(by_road, key=wall.__getitem__)
+    best, reference = order[0], by_road.get("segment-anything-hq fp32")
+    print(f"\n| road | turns | wall s | least | CPU s | ratio to {best}, wall | CPU | agreement |")
+    print("|---|--:|--:|--:|--:|--:|--:|---|")
+    for name in order:
         told = "timed only"
-        if "hqlabel" in name and "segment-anything-hq fp32" in answers:
-            told = agreement(answers[name], answers["segment-anything-hq fp32"])
+        if "hqlabel" in name and reference:
+            told = agreement(by_road[name][0].counts, reference[0].counts)
         print(
-            f"| {name} | {wall:.2f} | {min(walls[name]):.2f} | {cpu:.2f} | {ratios[0]:.2f} | "
-            f"{ratios[1]:.2f} | {told} |",
-            flush=True,
+            f"| {name} | {len(by_road[name])} | {wall[name]:.2f} | "
+            f"{min(turn.wall for turn in by_road[name]):.2f} | {cpu[name]:.2f} | "
+            f"{wall[name] / wall[best]:.2f} | {cpu[name] / cpu[best]:.2f} | {told} |"
         )
 
 
@@ -155,8 +191,9 @@ def gflop(name: str, shapes: list[list[int]]) -> float:
 
 
 def break_down(road: Road, dtype: torch.dtype, rows: int) -> None:
-    """Print the second table."""
+    """Print the table of operations."""
     peak = product_rate(dtype)
+    road()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
         start = time.perf_counter()
         road()
@@ -184,12 +221,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before those that count")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=24, help="of the table of operations")
-    parser.add_argument("--skip", nargs="*", default=[], help="names of roads to leave out")
+    parser.add_argument("--operations", type=int, metavar="ROWS", help="print the table of operations")
+    parser.add_argument("--only", nargs="+", choices=ROADS, default=ROADS, metavar="ROAD")
+    parser.add_argument("--times", type=Path, help="a file of turns to go on with")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = lively(PUBLISHED[options.variant])
     image, boxes = photo(*SIZE_HW), boxes_in(*SIZE_HW, options.boxes)
+    setting = (
+        f"torch {torch.__version__}, {options.threads} threads, {options.variant}, "
+        f"{SIZE_HW[0]}x{SIZE_HW[1]}, {options.boxes} boxes, {options.boxes_per_call} a call here"
+    )
+    print(setting, flush=True)
     makers: dict[str, Callable[[], Road]] = {
         "hqlabel bf16": lambda: hqlabel(model, "bfloat16", options.boxes_per_call, image, boxes),
         "hqlabel fp32": lambda: hqlabel(model, "float32", options.boxes_per_call, image, boxes),
@@ -197,16 +240,22 @@ def main() -> None:
         "transformers fp32": lambda: transformers(model, torch.float32, image, boxes),
         "transformers bf16": lambda: transformers(model, torch.bfloat16, image, boxes),
     }
-    print(
-        f"torch {torch.__version__}, {options.threads} threads, {options.variant}, "
-        f"{SIZE_HW[0]}x{SIZE_HW[1]}, {options.boxes} boxes, {options.boxes_per_call} a call here, "
-        f"{options.rounds} rounds",
-        flush=True,
-    )
-    roads = {name: make() for name, make in makers.items() if name not in options.skip}
-    compare(roads, options.rounds, options.warm_up)
-    if "hqlabel bf16" in roads:
-        break_down(roads["hqlabel bf16"], torch.bfloat16, options.rows)
+    roads = {name: makers[name]() for name in options.only}
+    if options.operations:
+        for name in (name for name in roads if name.startswith("hqlabel")):
+            print(f"\n{name}")
+            break_down(roads[name], torch.bfloat16 if "bf16" in name else torch.float32, options.operations)
+        return
+    turns = kept_turns(options.times, setting)
+
+    def keep(turn: Turn) -> None:
+        turns.append(turn)
+        if options.times:
+            with options.times.open("a") as file:
+                file.write(json.dumps({"setting": setting, "turn": asdict(turn)}) + "\n")
+
+    take_turns(roads, options.rounds, options.warm_up, keep)
+    print_comparison(turns)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from jobs.environment import make_private, refuse_dangerous_switches
 from jobs.interrupts import Interrupted, Interrupts, end_now
 from jobs.slices import parse_slice
 from pipeline.errors import HqlabelError, UsageError
+from pipeline.native import prepare_for_torch
 
 P = ParamSpec("P")
 
@@ -53,6 +54,7 @@ def main() -> None:
     """Run the command line of this process and end it with the command's exit code."""
     interrupts.install()
     make_private()
+    prepare_for_torch(os.environ)  # no command has loaded torch yet
     try:
         app()
     except Interrupted:
@@ -576,3 +578,49 @@ def doctor(
 
 if __name__ == "__main__":
     sys.exit("run `python -m jobs` or `hqlabel`")
+
+
+@app.command(rich_help_panel="This machine")
+@command
+def bench(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PART]...",
+            help="model, pipeline, job, planning; all when none is named.",
+            show_default=False,
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: each part about a minute.")] = False,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            help="For model: random weights of this architecture, such as vit_b, in place of the checkpoint. "
+            "May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", min=1000, help="For planning: images of the job.", show_default="1000000"),
+    ] = None,
+    checkpoint: options.Checkpoint = None,
+    config: options.ConfigFile = None,
+    set_: options.Sets = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Measure this machine, each part against a bare loop that does the same.
+
+    Example:  hqlabel bench --quick
+
+    Example:  hqlabel bench model --checkpoint weights.pth
+
+    Uses the checkpoint demo when none is named. Nothing is kept.
+    """
+    settings = _given(config, set_, model__checkpoint=checkpoint).load()
+    from jobs import bench as job
+
+    how = job.How(parts=tuple(parts or ()), variants=tuple(variant or ()), quick=quick, rows=rows, json=json)
+    return job.run(settings, how, interrupts)

@@ -38,6 +38,7 @@ class Measured:
     """
 
     images: int
+    images_per_unit: int
     failed: int
     boxes: int
     start_s: float
@@ -65,8 +66,18 @@ class Estimate:
     parts: int
 
 
-def measure(config: Config, plan: Plan, weights: Weights, interrupts: Interrupts, *, sample: int) -> Measured:
+def measure(
+    config: Config,
+    plan: Plan,
+    weights: Weights,
+    interrupts: Interrupts,
+    *,
+    sample: int,
+    segmenter: str | None = None,
+) -> Measured:
     """What `sample` images of the plan took, or all when it has fewer.
+
+    `segmenter`: another factory than the model's; see `JobContext.segmenter`.
 
     Raises:
         JobRefused: there is nothing to measure, or the nodes share no folder for the sample.
@@ -91,7 +102,11 @@ def measure(config: Config, plan: Plan, weights: Weights, interrupts: Interrupts
                 box_rules=BoxRules(box_format=summary.box_format, box_frame=summary.box_frame),
                 access=plan.access,
             )
-            context = replace(context, images_per_unit=small.images_per_unit)
+            context = replace(
+                context,
+                images_per_unit=small.images_per_unit,
+                segmenter=segmenter or context.segmenter,
+            )
             write_plan(open_store(context.output), small)
             from pipeline.graph import run_units
 
@@ -152,6 +167,7 @@ class _Clock:
             images_per_s = images / end_s  # one unit alone: its start is in the rate
         return Measured(
             images=images,
+            images_per_unit=max(outcome.images for outcome in outcomes),
             failed=sum(outcome.failed for outcome in outcomes),
             boxes=sum(outcome.instances for outcome in outcomes),
             start_s=ray_s + max(0.0, warm_s - before / images_per_s),

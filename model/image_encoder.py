@@ -107,6 +107,11 @@ def window_rows(
     return gather.to(device), from_windows(places, grid).flatten().to(device)
 
 
+STRIP_TOKENS = 512
+"""Tokens that go through an `Mlp` together on a CPU: their hidden values, 3 MiB in bfloat16 for ViT-B, stay
+in a core's share of the caches; those of a whole picture go out to memory and back twice."""
+
+
 class Mlp(nn.Module):
     """Linear, exact (erf) GELU, linear."""
 
@@ -117,8 +122,15 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the input's shape."""
-        out: torch.Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return out
+        if x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            whole: torch.Tensor = self.fc2(F.gelu(self.fc1(x)))
+            return whole
+        rows_RC = x.flatten(0, -2)
+        out_RC = torch.empty_like(rows_RC)
+        parts = zip(*(torch.split(x, STRIP_TOKENS) for x in (rows_RC, out_RC)), strict=True)
+        for part_RC, out in parts:
+            torch.addmm(self.fc2.bias, F.gelu(self.fc1(part_RC)), self.fc2.weight.t(), out=out)
+        return out_RC.view(x.shape)
 
 
 class Block(nn.Module):

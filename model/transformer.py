@@ -3,8 +3,8 @@
 What depends on the image alone is computed once for each image and shared by all its prompts: the first
 layer's image-side projections, and the positional part of every later one (a projection is linear, so
 W (keys + pe) + b = W keys + (W pe + b)). And where the 4096 image tokens ask the few tokens of a prompt,
-their queries are never made (see `Attention.attend_few`). The results are those of the plain definition up
-to rounding.
+their queries are never made (see `Attention.add_attended_few`). The results are those of the plain
+definition up to rounding.
 
 Letters: B images, N prompts, T tokens of a prompt, L = G * G image tokens, C width, I width inside attention.
 """
@@ -41,13 +41,15 @@ class Attention(nn.Module):
         out: torch.Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return out
 
-    def attend_few(
+    def add_attended_few(
         self, x_NLC: torch.Tensor, q_pe_1LI: torch.Tensor, k_NTI: torch.Tensor, v_NTI: torch.Tensor
     ) -> torch.Tensor:
-        """Return `attend(W_q x + q_pe, k, v)`, (N, L, C), for few tokens T and many L.
+        """Return `x + attend(W_q x + q_pe, k, v)`, (N, L, C), for few tokens T and many L.
 
         (W_q x) k' = x (W_q' k)', and W_o (weights v) = weights (W_o v): what is projected are the T tokens
-        of each head and not the L that ask: h T / I of the plain products, and no queries in memory.
+        of each head and not the L that ask: h T / I of the plain products, and no queries in memory. The
+        weights of a head add up to 1, so each head's tokens bring their share of the bias along, and the last
+        product is added onto x with one rounding.
         """
         width, inner = self.out.out_features, self.out.in_features
         k_NhTd, v_NhTd = (
@@ -58,7 +60,8 @@ class Attention(nn.Module):
         logits_NhTL = k_NhTd @ q_pe_1LI.view(-1, self.heads, inner // self.heads).permute(1, 2, 0)
         logits = torch.baddbmm(logits_NhTL.flatten(1, 2), asked_NhTC.flatten(1, 2), x_NLC.transpose(1, 2))
         weights = logits.view(logits_NhTL.shape).softmax(2).flatten(1, 2)
-        return torch.baddbmm(self.out.bias, weights.transpose(1, 2), given_NhTC.flatten(1, 2))
+        given_NhTC = given_NhTC + self.out.bias / self.heads
+        return torch.baddbmm(x_NLC, weights.transpose(1, 2), given_NhTC.flatten(1, 2))
 
     @property
     def _scale(self) -> float:
@@ -149,7 +152,7 @@ class TwoWayBlock(nn.Module):
         queries = self.norm3(queries + self.fc2(F.relu(self.fc1(queries))))
 
         k_NTI, v_NTI = self.i2t.k(queries + initial_NTC), self.i2t.v(queries)
-        keys = self.norm4(image.keys_NLC + self.i2t.attend_few(image.keys_NLC, i2t_q_pe, k_NTI, v_NTI))
+        keys = self.norm4(self.i2t.add_attended_few(image.keys_NLC, i2t_q_pe, k_NTI, v_NTI))
         return queries, keys
 
 

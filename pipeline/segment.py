@@ -29,6 +29,7 @@ from model.structures import CallShape, Instances, PreparedImage, Prompts, Segme
 from pipeline.attempts import Attempts, Start
 from pipeline.errors import SystemicFault, clean_text
 from pipeline.failpoints import visit
+from pipeline.native import prepare_for_torch
 from pipeline.prompts import PromptGroup, group_by_kind, join, resolved_boxes
 from pipeline.records import JobContext, Limits
 from pipeline.rows import UInt8Array, UnitRow
@@ -105,6 +106,7 @@ class SegmentWorker:
         self._attempts = Attempts(store, epoch=epoch)
         self._end_process = end_process
         self._fault: SystemicFault | None = None
+        prepare_for_torch(os.environ)  # before the factory loads torch
         try:
             refuse_here()
             with _counted_loading(store, f"attempts/model.{epoch}.{restarted}.json", bool(restarted)):
