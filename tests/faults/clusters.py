@@ -40,10 +40,19 @@ class Nodes:
 
     def add(self, name: str, *, cpus: int, gpus: int = 0, **environment: str) -> None:
         """None, when the node has joined. Call it from the main thread: Ray sets signal handlers."""
-        self.workers[name] = self.cluster.add_node(
-            num_cpus=cpus, num_gpus=gpus, object_store_memory=STORE, include_dashboard=False,
-            env_vars=environment, metrics_export_port=self.ports.setdefault(name, free_port()),
-        )  # fmt: skip
+        for tries_left in (3, 2, 1, 0):
+            port = free_port()
+            try:
+                self.workers[name] = self.cluster.add_node(
+                    num_cpus=cpus, num_gpus=gpus, object_store_memory=STORE, include_dashboard=False,
+                    env_vars=environment, metrics_export_port=port,
+                )  # fmt: skip
+            except Exception:  # Ray gives a node 30 s to come up, which a busy machine may not keep
+                if not tries_left:
+                    raise
+            else:
+                self.ports[name] = port
+                return
 
     def kill(self, name: str) -> None:
         """The node is gone without a word."""

@@ -54,6 +54,7 @@ def test_row_8_a_job_on_four_nodes_of_two_kinds_takes_up_one_and_loses_one(
         pool = ("--set", "cluster.actors=4", "--set", "cluster.actors_min=2")
         process = command.start("--ray-address", nodes.address, *SHARED, *pool, "--json", sleep_s=1.0)
         wait_for(lambda: len(nodes.model_nodes(command.trace)) >= 2, "work on two GPUs", 300)
+        wait_for(lambda: command.units() >= 4, "four commits")
         nodes.add("e", **gpu)
         joined = time.monotonic()
         wait_for(lambda: nodes.model_nodes(command.trace)["e"] > 0, "work on the node that joined", 200)
