@@ -300,9 +300,12 @@ class _Watch(ExecutionCallback):
             raise _NodesGone
 
     def _look_at_queues(self, executor: Any, now: float) -> None:
-        queues = _queues(executor)
+        try:
+            queues = _queues(executor)
+        except Exception:  # these are inner parts of Ray Data, and no job shall end for want of a metric
+            return
         _record(self.run_id, metrics.of_queues(*queues))
-        if queues.processes["running"]:
+        if queues.processes["running"] or not (queues.waiting["prepare"] or queues.waiting["segment"]):
             self._modelled = now
         elif now - max(self._modelled, self.last_outcome) > NO_MODEL_S + self.patience_s:
             raise SystemicFault("resources", _no_model(self.requests, NO_MODEL_S + self.patience_s))

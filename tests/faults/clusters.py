@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,13 +36,23 @@ class Nodes:
     address: str
     cluster: Any
     workers: dict[str, Any] = field(default_factory=dict)
+    ports: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, *, cpus: int, gpus: int = 0, **environment: str) -> None:
         """None, when the node has joined. Call it from the main thread: Ray sets signal handlers."""
-        self.workers[name] = self.cluster.add_node(
-            num_cpus=cpus, num_gpus=gpus, object_store_memory=STORE, include_dashboard=False,
-            env_vars=environment,
-        )  # fmt: skip
+        for tries_left in (3, 2, 1, 0):
+            port = free_port()
+            try:
+                self.workers[name] = self.cluster.add_node(
+                    num_cpus=cpus, num_gpus=gpus, object_store_memory=STORE, include_dashboard=False,
+                    env_vars=environment, metrics_export_port=port,
+                )  # fmt: skip
+            except Exception:  # Ray gives a node 30 s to come up, which a busy machine may not keep
+                if not tries_left:
+                    raise
+            else:
+                self.ports[name] = port
+                return
 
     def kill(self, name: str) -> None:
         """The node is gone without a word."""
@@ -49,7 +60,7 @@ class Nodes:
 
     def prepared(self) -> dict[str, int]:
         """Units that each node has fetched and decoded, by what its metrics say."""
-        return {name: _prepared(node.metrics_export_port) for name, node in self.workers.items()}
+        return {name: _prepared(self.ports[name]) for name in self.workers}
 
     def model_nodes(self, trace: Path) -> Counter[str]:
         """How many images each living node's model processes were given, by the stub's trace files."""
@@ -87,6 +98,13 @@ def cluster_of(**nodes: dict[str, Any]) -> Iterator[Nodes]:
         finally:
             cluster.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def _prepared(port: int) -> int:

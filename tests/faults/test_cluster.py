@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.faults.clusters import REPOSITORY, cluster_of, head_with_job_api
+from tests.faults.clusters import REPOSITORY, cluster_of, free_port, head_with_job_api
 from tests.faults.conftest import Record
 from tests.faults.test_processes import Command, wait_for
 from tests.pipeline.made_jobs import BOXES, noise, png
@@ -53,8 +52,9 @@ def test_row_8_a_job_on_four_nodes_of_two_kinds_takes_up_one_and_loses_one(
     command = data.command(tmp_path / "out")
     with cluster_of(a=gpu, b=gpu, c=gpu, d={"cpus": 2}) as nodes:
         pool = ("--set", "cluster.actors=4", "--set", "cluster.actors_min=2")
-        process = command.start("--ray-address", nodes.address, *SHARED, *pool, "--json", sleep_s=0.3)
+        process = command.start("--ray-address", nodes.address, *SHARED, *pool, "--json", sleep_s=1.0)
         wait_for(lambda: len(nodes.model_nodes(command.trace)) >= 2, "work on two GPUs", 300)
+        wait_for(lambda: command.units() >= 4, "four commits")
         nodes.add("e", **gpu)
         joined = time.monotonic()
         wait_for(lambda: nodes.model_nodes(command.trace)["e"] > 0, "work on the node that joined", 200)
@@ -139,9 +139,3 @@ def head_node_id(head, token: str) -> str:
     nodes = json.loads(head.get("/nodes?view=summary", token)[1])["data"]["summary"]
     [found] = [node["raylet"]["nodeId"] for node in nodes if node["raylet"].get("isHeadNode")]
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
