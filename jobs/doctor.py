@@ -21,6 +21,7 @@ import torch
 from jobs import console
 from jobs.cluster import running_ray, usable_cpus
 from jobs.config import Config
+from jobs.detectors import read_detector
 from jobs.environment import REFUSED, dangerous_switches
 from jobs.machine import memory_bytes
 from jobs.settings import is_local, output_place
@@ -77,6 +78,8 @@ def _look(config: Config, with_ray: bool) -> Iterator[Finding]:
     yield from machine()
     if config.model.checkpoint:
         yield checkpoint(config)
+    if config.detector.name:
+        yield detector(config)
     if config.output.uri:
         yield output(config)
     if with_ray:
@@ -175,6 +178,15 @@ def checkpoint(config: Config) -> Finding:
     if weights.note:
         parts.append(weights.note)
     return Finding(area="job", name="checkpoint", state="ok", text="; ".join(parts))
+
+
+def detector(config: Config) -> Finding:
+    """Whether the detector loads and answers a blank picture, with its fingerprint and licence."""
+    try:
+        found = read_detector(config)
+    except HqlabelError as error:
+        return Finding(area="job", name="detector", state="fail", text=str(error))
+    return Finding(area="job", name="detector", state="ok", text=str(found))
 
 
 def output(config: Config) -> Finding:

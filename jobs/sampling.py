@@ -24,7 +24,7 @@ from pipeline.arrays import table_sha256
 from pipeline.errors import JobRefused
 from pipeline.ledger import units_per_part
 from pipeline.plan import Plan, write_plan
-from pipeline.records import BoxRules, Place, UnitOutcome, Weights
+from pipeline.records import DetectorSettings, Place, UnitOutcome, Weights
 from pipeline.storage import open_store
 
 _UNITS_PER_ACTOR = 8
@@ -65,7 +65,15 @@ class Estimate:
     parts: int
 
 
-def measure(config: Config, plan: Plan, weights: Weights, interrupts: Interrupts, *, sample: int) -> Measured:
+def measure(
+    config: Config,
+    plan: Plan,
+    weights: Weights,
+    interrupts: Interrupts,
+    *,
+    sample: int,
+    detector: DetectorSettings | None = None,
+) -> Measured:
     """What `sample` images of the plan took, or all when it has fewer.
 
     Raises:
@@ -88,7 +96,8 @@ def measure(config: Config, plan: Plan, weights: Weights, interrupts: Interrupts
                 plan_sha256=small.sha256,
                 weights=weights,
                 dtype=dtype,
-                box_rules=BoxRules(box_format=summary.box_format, box_frame=summary.box_frame),
+                detector=detector,
+                box_rules=settings.box_rules(config, summary.box_format, summary.box_frame),
                 access=plan.access,
             )
             context = replace(context, images_per_unit=small.images_per_unit)
