@@ -92,7 +92,7 @@ def resolve_boxes(
     has_box = np.array([box is not None for box in given], dtype=np.bool_)
     prompt_N4, clipped, codes = _judge(given, rules.box_format, frame)
     extras = [_extra(box, frame) for box in boxes]
-    without = ~has_box & np.array([extra.is_prompt for extra in extras], dtype=np.bool_)
+    without = ~has_box & np.array([extra.is_prompt or not extra.sound for extra in extras], dtype=np.bool_)
     codes[without] = 0
     _mark(codes, np.array([not extra.sound for extra in extras], dtype=np.bool_), "prompt_invalid")
     error = [_CODES[code] for code in codes.tolist()]
