@@ -41,7 +41,13 @@ _FLOORS = {
     "pycocotools": (2, 0, 5),
 }
 _SHOWN_PACKAGES = ("ray", "torch", "pyarrow", "pillow", "numpy", "pycocotools", "fsspec", "safetensors")
-_EXTRAS = {"s3fs": "s3", "gcsfs": "gcs", "transformers": "detect", "faster-coco-eval": "eval"}
+_EXTRAS = {
+    "s3fs": "s3",
+    "gcsfs": "gcs",
+    "adlfs": "azure",
+    "transformers": "detect",
+    "faster-coco-eval": "eval",
+}
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 _SMALL_SHM = 2 * 2**30
 
