@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import ImageError, UsageError
+from pipeline.members import container_of
 from pipeline.records import AccessRules
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.\-]*)://(.*)", re.DOTALL)
@@ -64,6 +65,7 @@ def check_uri(uri: str, access: AccessRules) -> None:
         raise _refused("the uri is empty")
     if "\x00" in uri:
         raise _refused("the uri holds a NUL character")
+    uri = container_of(uri)
     scheme, rest = split_scheme(uri)
     if scheme == "file":
         _check_local(rest, access.roots)

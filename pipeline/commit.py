@@ -61,7 +61,8 @@ def _commit(unit: UnitRow, context: JobContext, store: Store) -> UnitOutcome:
     if unit.redo_codes is not None:
         table = replace_rows(earlier_generation(unit, store), table)
         visit("retry.replaced")
-    check_against_plan(table, read_unit(store, context.plan_sha256, unit.unit_id))
+    planned = read_unit(store, context.plan_sha256, unit.unit_id)
+    check_against_plan(table, planned, detected=context.detector is not None)
     body = encode(table, context)
     visit("unit.built")
     created = commit(store, unit.unit_id, unit.generation, body)

@@ -179,20 +179,26 @@ def prepare(table: pa.Table, context: JobContext) -> pa.Table:
     """Stage one: the unit, fetched and decoded; schema rows.TRAVEL."""
     logs.keep_in_this_process()
     began = time.monotonic()
-    child = _child(context.limits, context.weights.input_side, context.decoder)
+    detector = context.detector
+    child = _child(
+        context.limits, context.weights.input_side, context.decoder, detector and detector.longest_side
+    )
     unit, arena = prepare_unit(unpack(table), context, open_store(context.output), child)
     _record(context.run_id, metrics.of_prepared(unit, time.monotonic() - began))
     return pack(unit, arena)
 
 
 @functools.lru_cache(maxsize=1)
-def _child(limits: Limits, side: int, decoder: str) -> DecodeChild:
+def _child(limits: Limits, side: int, decoder: str, detector_side: int | None) -> DecodeChild:
     """This worker process's decoder; it serves every unit the process is given."""
-    return DecodeChild(limits, side, decoder=decoder)
+    return DecodeChild(limits, side, decoder=decoder, detector_side=detector_side)
 
 
 class Segment:
-    """Stage two: one actor with the model; a unit in, the unit with its masks out, schema rows.TRAVEL."""
+    """Stage two: one actor with the model, and the detector where there is one.
+
+    A unit in, the unit with its masks out, schema rows.TRAVEL.
+    """
 
     def __init__(self, context: JobContext, epoch: int, use_gpu: bool) -> None:
         logs.keep_in_this_process()

@@ -7,8 +7,9 @@ content is checked by the reader. Nothing is opened here but the input files the
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,18 +21,18 @@ from pipeline.coco import is_results, read_coco_images, read_instances, read_res
 from pipeline.columns import missing_column
 from pipeline.earlier import EarlierParts, find_parts, read_earlier_boxes, read_earlier_images
 from pipeline.errors import JobRefused, UsageError
-from pipeline.listings import TEXT, BoxList, ImageList, examples
+from pipeline.hf_datasets import NAMES as HF_NAMES
+from pipeline.hf_datasets import holds_pictures, read_hf_boxes, read_hf_images
+from pipeline.listings import TEXT, BoxList, ImageList, examples, is_picture
+from pipeline.megadetector import is_megadetector, read_megadetector
+from pipeline.members import TAR
 from pipeline.records import AccessRules, BoxFormat, BoxFrame
 from pipeline.storage import Entry, glob_objects, head_object, list_objects, options_for
 from pipeline.tables import TABLE_SUFFIXES, TableFormat, inspect_tables, read_batches, table_format
+from pipeline.tars import TarIds, read_tar_boxes, read_tar_images
+from pipeline.yolo import label_files, read_yolo
 
-PICTURE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".heic", ".heif"),
-)
-"""Which files of a folder are taken for pictures, in any case. Decoding goes by content, not by name."""
-
-_COLUMN_NAMES = frozenset(IMAGE_ROWS) | frozenset(BOX_ROWS)
+_COLUMN_NAMES = frozenset(IMAGE_ROWS) | frozenset(BOX_ROWS) | frozenset(HF_NAMES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ class InputSettings:
 
     `images`, `boxes`: paths or uris, at least one of them. `columns`: our column name to the table's.
     `image_root`: folder or prefix that relative uris and COCO file names start from; None: the folder of
-    the table that names them. `limit`: the first N images in the order of their ids. `access`: further
-    local roots, allowed schemes, storage options.
+    the table that names them. `limit`: the first N images in the order of their ids. `tar_ids`: what images
+    in tars are called. `access`: further local roots, allowed schemes, storage options.
     """
 
     images: str | None = None
@@ -52,6 +53,7 @@ class InputSettings:
     image_root: str | None = None
     limit: int | None = None
     allow_unmatched: bool = False
+    tar_ids: TarIds = "member"
     access: AccessRules = field(default_factory=AccessRules)
     images_per_unit: int = 64
 
@@ -77,7 +79,7 @@ def _folder_of(argument: str | None) -> str | None:
     uri = absolute(argument)
     if _is_pattern(uri):
         return _pattern_root(uri)
-    is_file = _is_json(uri) or table_format(uri) is not None
+    is_file = _is_json(uri) or _is_tar(uri) or table_format(uri) is not None
     return uri.rpartition("/")[0] if is_file and not os.path.isdir(uri) else uri
 
 
@@ -95,20 +97,25 @@ def read_images(settings: InputSettings) -> ImageList:
     """
     assert settings.images is not None, "the caller asks only for what is given"
     uri, access = absolute(settings.images), settings.access
-    if _is_pattern(uri):
-        return _from_listing(uri, glob_objects(uri, options_for(uri, access)), root=_pattern_root(uri))
-    if _is_json(uri):
+    if _is_json(uri) and not _is_pattern(uri):
         _refuse_results(uri, access)
+        if is_megadetector(uri, access):
+            raise JobRefused(
+                f"{uri}: a MegaDetector file; give it as --boxes, and the pictures' folder as --images"
+            )
         return _resolved(read_coco_images(uri, access, folder=_parent(uri)), settings)
-    if table_format(uri) is not None and _is_file(uri, access):
-        return _resolved(_read_image_tables([uri], settings, _parent(uri)), settings)
-    entries = list_objects(uri, options_for(uri, access))
-    parts = find_parts(uri, entries)  # before pictures: an output holds overlays
+    named = _Named.of(uri, access)
+    parts = find_parts(uri, named.entries)  # before pictures: an output holds overlays
     if parts is not None:
         return read_earlier_images(parts, access)
-    if any(_is_picture(entry.key) for entry in entries):
-        return _from_listing(uri, entries, root=uri)
-    return _resolved(_read_image_tables(_tables_in(uri, entries, access), settings, uri), settings)
+    if tars := named.tars():
+        return read_tar_images(tars, access, root=named.root, ids=settings.tar_ids)
+    if named.is_listing():
+        return _from_listing(uri, named.entries, root=named.root)
+    tables = named.tables(access)
+    if holds_pictures(tables[0], settings.columns, access):
+        return read_hf_images(tables, settings.columns, access, root=named.root)
+    return _resolved(_read_image_tables(tables, settings, named.root), settings)
 
 
 def read_boxes(settings: InputSettings) -> BoxList:
@@ -119,18 +126,91 @@ def read_boxes(settings: InputSettings) -> BoxList:
     """
     assert settings.boxes is not None, "the caller asks only for what is given"
     uri, access = absolute(settings.boxes), settings.access
-    if _is_json(uri):
-        read = read_results if is_results(uri, access) else read_instances
-        return read(uri, access, folder=_root(settings, _parent(uri)))
-    if table_format(uri) is not None and _is_file(uri, access):
-        folder = _root(settings, _parent(uri))
-        return read_box_tables([uri], settings.columns, access, folder=folder)
-    entries = list_objects(uri, options_for(uri, access))
-    parts = find_parts(uri, entries)
+    if _is_json(uri) and not _is_pattern(uri):
+        return _json_reader(uri, access)(uri, access, folder=_root(settings, _parent(uri)))
+    named = _Named.of(uri, access)
+    parts = find_parts(uri, named.entries)
     if parts is not None:
         return _earlier_boxes(parts, settings)
-    uris = _tables_in(uri, entries, access)
-    return read_box_tables(uris, settings.columns, access, folder=_root(settings, uri))
+    if tars := named.tars():
+        return read_tar_boxes(tars, settings.columns, access, root=named.root, ids=settings.tar_ids)
+    if labels := named.label_files():
+        return _yolo_boxes(labels, named, settings)
+    tables = named.tables(access)
+    if holds_pictures(tables[0], settings.columns, access):
+        return read_hf_boxes(tables, settings.columns, access, root=named.root)
+    return read_box_tables(tables, settings.columns, access, folder=_root(settings, named.root))
+
+
+def _json_reader(uri: str, access: AccessRules) -> Callable[..., BoxList]:
+    if is_results(uri, access):
+        return read_results
+    return read_megadetector if is_megadetector(uri, access) else read_instances
+
+
+def _yolo_boxes(labels: Sequence[str], named: _Named, settings: InputSettings) -> BoxList:
+    if settings.images is None:
+        raise JobRefused(
+            f"{named.root}: YOLO label files, such as {labels[0]}, name no pictures; say with --images where "
+            f"they are"
+        )
+    return read_yolo(named.root, named.entries, settings.access)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Named:
+    """What a person points at, as files: one, those of a folder, or those that match a pattern.
+
+    `root`: the folder that relative names start from. `kind`: how it was named.
+    """
+
+    uri: str
+    entries: tuple[Entry, ...]
+    root: str
+    kind: Literal["file", "folder", "pattern"]
+
+    @classmethod
+    def of(cls, uri: str, access: AccessRules) -> _Named:
+        """The files at `uri`; a name with a known ending may yet be a folder, as Spark writes them."""
+        options = options_for(uri, access)
+        if _is_pattern(uri):
+            found = glob_objects(uri, options)
+            return cls(uri=uri, entries=tuple(found), root=_pattern_root(uri), kind="pattern")
+        if table_format(uri) is not None or _is_tar(uri):
+            entry = head_object(uri, options)
+            if entry is not None:
+                return cls(uri=uri, entries=(entry,), root=_parent(uri), kind="file")
+        return cls(uri=uri, entries=tuple(list_objects(uri, options)), root=uri, kind="folder")
+
+    def tars(self) -> list[str]:
+        """The tars, when that is what is meant: named as such, or a folder of nothing else that could be."""
+        tars = [entry.key for entry in self.entries if _is_tar(entry.key) and not self._is_hidden(entry.key)]
+        return [] if self.is_listing() or any(table_format(entry.key) for entry in self.entries) else tars
+
+    def is_listing(self) -> bool:
+        """Whether the files are themselves the pictures."""
+        if self.kind == "pattern" and _states_ending(self.uri):
+            return table_format(self.uri) is None and not _is_tar(self.uri)
+        return self.kind != "file" and any(is_picture(entry.key) for entry in self.entries)
+
+    def label_files(self) -> list[str]:
+        """YOLO's label files, where there are no tables."""
+        if self.kind != "folder" or any(table_format(entry.key) for entry in self.entries):
+            return []
+        return label_files(self.root, self.entries)
+
+    def tables(self, access: AccessRules) -> list[str]:
+        """The tables, all of one kind; JobRefused where there are none."""
+        if self.kind == "file":
+            return [self.uri]
+        return _tables_in(self.root, self.entries, access)
+
+    def _is_hidden(self, key: str) -> bool:
+        return self.kind == "folder" and _is_hidden(key.removeprefix(self.root))
+
+
+def _is_tar(uri: str) -> bool:
+    return uri.lower().endswith(TAR)
 
 
 def resolve_uris(uris: pa.Array, folder: str) -> pa.Array:
@@ -167,7 +247,7 @@ def check_columns(settings: InputSettings, found: Sequence[str]) -> None:
 
 def _from_listing(uri: str, entries: Sequence[Entry], *, root: str) -> ImageList:
     """The pictures among listed files; every file where a pattern states the ending."""
-    keys = [entry.key for entry in entries if _states_ending(uri) or _is_picture(entry.key)]
+    keys = [entry.key for entry in entries if _states_ending(uri) or is_picture(entry.key)]
     if not keys:
         raise _nothing_in(uri, entries, "pictures")
     return ImageList(
@@ -186,11 +266,6 @@ def _nothing_in(uri: str, entries: Sequence[Entry], wanted: str) -> JobRefused:
         f"{len(entries)} other files, such as {examples([e.key for e in entries])}" if entries else "nothing"
     )
     return JobRefused(f"{uri}: no {wanted}; found {found}")
-
-
-def _is_picture(key: str) -> bool:
-    name = key.rpartition("/")[2]
-    return not name.startswith(".") and name.lower().endswith(PICTURE_SUFFIXES)
 
 
 def _is_pattern(uri: str) -> bool:
@@ -245,7 +320,9 @@ def _tables_in(uri: str, entries: Sequence[Entry], access: AccessRules) -> list[
     if kinds:
         return next(iter(kinds.values()))
     if not entries and _is_file(uri, access):
-        raise JobRefused(f"{uri}: a file of no known kind; wanted {', '.join((*TABLE_SUFFIXES, '.json'))}")
+        raise JobRefused(
+            f"{uri}: a file of no known kind; wanted {', '.join((*TABLE_SUFFIXES, '.json', TAR))}"
+        )
     raise _nothing_in(uri, entries, f"pictures or tables ({', '.join(TABLE_SUFFIXES)})")
 
 
