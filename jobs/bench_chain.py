@@ -58,9 +58,9 @@ def measure_model(config: Config, folder: Path, interrupts: Interrupts, *, quick
     weights = read_checkpoint(config)
     chain = _chain(config, folder, paths, size_hw, weights, interrupts)
     dtype = native_dtype(chain.gpus > 0) if config.model.dtype == "auto" else config.model.dtype
-    begin = partial(
-        _load_model, weights, settings.mask_settings(config, dtype).call_shape, dtype, chain.device
-    )
+    config = settings.with_boxes_per_call(config, settings.BOXES_PER_CALL[chain.device])
+    masks = settings.mask_settings(config, dtype)
+    begin = partial(_load_model, weights, masks.call_shape, dtype, chain.device)
     loop = _rate(loop_of_model, paths, processes=chain.actors, begin=begin)
     figures = [_figures(size_hw, chain, loop, chain.actors)]
     processes = console.count(chain.actors, "process", "processes")

@@ -6,6 +6,7 @@ import os
 import resource
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,14 @@ def measure(config: Config, folder: Path, interrupts: Interrupts, *, rows: int) 
     )
     watch = _Watch()
     with Machine(config, interrupts) as machine:
-        dtype = machine.native_dtype
-        opened = open_or_create(config, check_inputs=False, probe_dtype=dtype)
+        asked = partial(
+            open_or_create,
+            config,
+            check_inputs=False,
+            probe_dtype=machine.native_dtype,
+            device=machine.device,
+        )
+        opened = asked()
         assert opened.plan is not None
         watch.lap("plan: read, join, sort, number, hash")
         write_plan(opened.store, opened.plan)
@@ -52,7 +59,7 @@ def measure(config: Config, folder: Path, interrupts: Interrupts, *, rows: int) 
         _pretend_done(folder / "out", range(int(_DONE * units)))
         _write_pictures(folder, int(_DONE * units) * config.output.images_per_unit, rows)
         watch.lap("(stand-ins for the committed units)")
-        opened = open_or_create(config, check_inputs=False, probe_dtype=dtype)
+        opened = asked()
         pending = pending_units(opened, WHOLE)
         assert opened.resumed
         watch.lap("resume: open, compare, list, subtract")

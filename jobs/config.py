@@ -64,8 +64,8 @@ class ModelSection(_Section):
     """auto: bfloat16 where the hardware multiplies it natively, else float32; resolved once per job."""
     images_per_call: int = Field(default=1, ge=1)
     """Images in one encoder call."""
-    boxes_per_call: int = Field(default=16, ge=1)
-    """Boxes in one decoder call; the last call is padded to it."""
+    boxes_per_call: int | None = Field(default=None, ge=1)
+    """Boxes in one decoder call, the last one padded; null: 2 on a CPU, 16 on a GPU, chosen once per job."""
     multimask: Literal["single", "best"] = "single"
     """single: SAM's single-mask output, as HQ-SAM was measured; best: the best-scored of three."""
     hq_token_only: bool = False

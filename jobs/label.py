@@ -48,7 +48,12 @@ def run(config: Config, how: Run, interrupts: Interrupts) -> int:
     _hint_at_saved_settings(config)
     with Machine(config, interrupts) as machine, contextlib.ExitStack() as stack:
         machine.check()
-        opened = open_or_create(config, check_inputs=how.check_inputs, probe_dtype=machine.native_dtype)
+        opened = open_or_create(
+            config,
+            check_inputs=how.check_inputs,
+            probe_dtype=machine.native_dtype,
+            device=machine.device,
+        )
         pending = pending_units(opened, how.part)
         _say_understood(config, opened, machine, how.part, mine=len(pending))
         whole = stack.enter_context(Ownership(opened.store, interrupts))

@@ -59,17 +59,20 @@ class _Wanted:
     access: AccessRules
 
 
-def open_or_create(config: Config, *, check_inputs: bool, probe_dtype: Callable[[], str]) -> Opened:
+def open_or_create(
+    config: Config, *, check_inputs: bool, probe_dtype: Callable[[], str], device: Callable[[], str]
+) -> Opened:
     """The job that `config` describes, opened in its output or created there.
 
-    `probe_dtype`: the number format for `model.dtype=auto`, asked at most once, for a new job.
+    `probe_dtype`: the number format for `model.dtype=auto`; `device`: the kind that the call shape is chosen
+    for. Each is asked at most once, for a new job.
 
     Raises:
         UsageError: something needed is not named.
         JobRefused: inputs or weights that cannot be used, or an output that belongs to something else.
     """
     with before_work():
-        return _open_or_create(config, check_inputs, probe_dtype)
+        return _open_or_create(config, check_inputs, probe_dtype, device)
 
 
 @contextlib.contextmanager
@@ -81,7 +84,9 @@ def before_work() -> Iterator[None]:
         raise JobRefused(f"nothing was begun: {fault}") from fault
 
 
-def _open_or_create(config: Config, check_inputs: bool, probe_dtype: Callable[[], str]) -> Opened:
+def _open_or_create(
+    config: Config, check_inputs: bool, probe_dtype: Callable[[], str], device: Callable[[], str]
+) -> Opened:
     place = settings.output_place(config)
     inputs = settings.input_settings(config)
     weights = read_checkpoint(config)
@@ -89,6 +94,7 @@ def _open_or_create(config: Config, check_inputs: bool, probe_dtype: Callable[[]
     config = settings.resolved(config)
     store = open_store(place)
     stored = read_job(store)
+    config = _with_boxes_per_call(config, stored, device)
     plan = None if stored and not check_inputs and _plan_holds(store, stored, inputs) else make_plan(inputs)
     if plan is not None and stored is None:
         plan = with_a_look(plan, settings.limits(config))
@@ -122,6 +128,15 @@ def _dtype(config: Config, stored: Job | None, probe: Callable[[], str]) -> str:
     if config.model.dtype != "auto":
         return config.model.dtype
     return stored.context.masks.dtype if stored else probe()
+
+
+def _with_boxes_per_call(config: Config, stored: Job | None, device: Callable[[], str]) -> Config:
+    """As asked; where nothing is asked, what the job began with, or by the kind of device."""
+    if config.model.boxes_per_call is not None:
+        return config
+    if stored is not None:
+        return settings.with_boxes_per_call(config, stored.context.masks.call_shape.boxes_per_call)
+    return settings.with_boxes_per_call(config, settings.BOXES_PER_CALL[device()])
 
 
 def _asked(inputs: InputSettings) -> dict[str, Any]:

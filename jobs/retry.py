@@ -154,6 +154,7 @@ def _with_settings(saved: SavedJob) -> SavedJob:
             f"{context.weights.sha256}; a retry needs the same weights"
         )
     dtype = context.masks.dtype if config.model.dtype == "auto" else config.model.dtype
+    config = settings.with_boxes_per_call(config, context.masks.call_shape.boxes_per_call)
     masks = settings.mask_settings(config, dtype)
     if masks != context.masks:
         raise JobRefused(f"the job began with {context.masks}, now {masks}; a retry needs the same settings")

@@ -95,7 +95,7 @@ def measure(
             dtype = config.model.dtype if config.model.dtype != "auto" else machine.native_dtype()
             summary = plan.summary
             context = new_context(
-                config,
+                settings.with_boxes_per_call(config, settings.BOXES_PER_CALL[machine.device()]),
                 output=Place(uri=folder),
                 plan_sha256=small.sha256,
                 weights=weights,
