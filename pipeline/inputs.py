@@ -1,7 +1,7 @@
 """Whatever a person points at -> the lists of images and of boxes; which reader takes it is told by its name.
 
-Names are told apart by their ending (.parquet, .csv, .jsonl, .json) and by what a folder holds; the
-content is checked by the reader. Nothing is opened here but the input files themselves, no image.
+Names are told apart by their ending and by what a folder holds (`named`); two kinds of JSON and of Parquet
+by a look at their beginning. The content is checked by the reader. No image is opened.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,14 +22,24 @@ from pipeline.earlier import EarlierParts, find_parts, read_earlier_boxes, read_
 from pipeline.errors import JobRefused, UsageError
 from pipeline.hf_datasets import NAMES as HF_NAMES
 from pipeline.hf_datasets import holds_pictures, read_hf_boxes, read_hf_images
-from pipeline.listings import TEXT, BoxList, ImageList, examples, is_picture
+from pipeline.listings import TEXT, BoxList, ImageList, is_picture
 from pipeline.megadetector import is_megadetector, read_megadetector
-from pipeline.members import TAR
+from pipeline.named import (
+    Named,
+    absolute,
+    is_json,
+    is_pattern,
+    is_tar,
+    nothing_in,
+    parent_of,
+    pattern_root,
+    states_ending,
+)
 from pipeline.records import AccessRules, BoxFormat, BoxFrame
-from pipeline.storage import Entry, glob_objects, head_object, list_objects, options_for
-from pipeline.tables import TABLE_SUFFIXES, TableFormat, inspect_tables, read_batches, table_format
+from pipeline.storage import Entry
+from pipeline.tables import inspect_tables, read_batches, table_format
 from pipeline.tars import TarIds, read_tar_boxes, read_tar_images
-from pipeline.yolo import label_files, read_yolo
+from pipeline.yolo import read_yolo
 
 _COLUMN_NAMES = frozenset(IMAGE_ROWS) | frozenset(BOX_ROWS) | frozenset(HF_NAMES)
 
@@ -77,16 +86,10 @@ def _folder_of(argument: str | None) -> str | None:
     if argument is None:
         return None
     uri = absolute(argument)
-    if _is_pattern(uri):
-        return _pattern_root(uri)
-    is_file = _is_json(uri) or _is_tar(uri) or table_format(uri) is not None
+    if is_pattern(uri):
+        return pattern_root(uri)
+    is_file = is_json(uri) or is_tar(uri) or table_format(uri) is not None
     return uri.rpartition("/")[0] if is_file and not os.path.isdir(uri) else uri
-
-
-def absolute(uri: str) -> str:
-    """A local path made absolute, `file://` taken off; another uri as it is, without "/" at the end."""
-    scheme, rest = split_scheme(uri)
-    return os.path.abspath(rest) if scheme == "file" else uri.rstrip("/")
 
 
 def read_images(settings: InputSettings) -> ImageList:
@@ -97,14 +100,14 @@ def read_images(settings: InputSettings) -> ImageList:
     """
     assert settings.images is not None, "the caller asks only for what is given"
     uri, access = absolute(settings.images), settings.access
-    if _is_json(uri) and not _is_pattern(uri):
+    if is_json(uri) and not is_pattern(uri):
         _refuse_results(uri, access)
         if is_megadetector(uri, access):
             raise JobRefused(
                 f"{uri}: a MegaDetector file; give it as --boxes, and the pictures' folder as --images"
             )
-        return _resolved(read_coco_images(uri, access, folder=_parent(uri)), settings)
-    named = _Named.of(uri, access)
+        return _resolved(read_coco_images(uri, access, folder=parent_of(uri)), settings)
+    named = Named.of(uri, access)
     parts = find_parts(uri, named.entries)  # before pictures: an output holds overlays
     if parts is not None:
         return read_earlier_images(parts, access)
@@ -126,9 +129,9 @@ def read_boxes(settings: InputSettings) -> BoxList:
     """
     assert settings.boxes is not None, "the caller asks only for what is given"
     uri, access = absolute(settings.boxes), settings.access
-    if _is_json(uri) and not _is_pattern(uri):
-        return _json_reader(uri, access)(uri, access, folder=_root(settings, _parent(uri)))
-    named = _Named.of(uri, access)
+    if is_json(uri) and not is_pattern(uri):
+        return _json_reader(uri, access)(uri, access, folder=_root(settings, parent_of(uri)))
+    named = Named.of(uri, access)
     parts = find_parts(uri, named.entries)
     if parts is not None:
         return _earlier_boxes(parts, settings)
@@ -148,69 +151,13 @@ def _json_reader(uri: str, access: AccessRules) -> Callable[..., BoxList]:
     return read_megadetector if is_megadetector(uri, access) else read_instances
 
 
-def _yolo_boxes(labels: Sequence[str], named: _Named, settings: InputSettings) -> BoxList:
+def _yolo_boxes(labels: Sequence[str], named: Named, settings: InputSettings) -> BoxList:
     if settings.images is None:
         raise JobRefused(
             f"{named.root}: YOLO label files, such as {labels[0]}, name no pictures; say with --images where "
             f"they are"
         )
     return read_yolo(named.root, named.entries, settings.access)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Named:
-    """What a person points at, as files: one, those of a folder, or those that match a pattern.
-
-    `root`: the folder that relative names start from. `kind`: how it was named.
-    """
-
-    uri: str
-    entries: tuple[Entry, ...]
-    root: str
-    kind: Literal["file", "folder", "pattern"]
-
-    @classmethod
-    def of(cls, uri: str, access: AccessRules) -> _Named:
-        """The files at `uri`; a name with a known ending may yet be a folder, as Spark writes them."""
-        options = options_for(uri, access)
-        if _is_pattern(uri):
-            found = glob_objects(uri, options)
-            return cls(uri=uri, entries=tuple(found), root=_pattern_root(uri), kind="pattern")
-        if table_format(uri) is not None or _is_tar(uri):
-            entry = head_object(uri, options)
-            if entry is not None:
-                return cls(uri=uri, entries=(entry,), root=_parent(uri), kind="file")
-        return cls(uri=uri, entries=tuple(list_objects(uri, options)), root=uri, kind="folder")
-
-    def tars(self) -> list[str]:
-        """The tars, when that is what is meant: named as such, or a folder of nothing else that could be."""
-        tars = [entry.key for entry in self.entries if _is_tar(entry.key) and not self._is_hidden(entry.key)]
-        return [] if self.is_listing() or any(table_format(entry.key) for entry in self.entries) else tars
-
-    def is_listing(self) -> bool:
-        """Whether the files are themselves the pictures."""
-        if self.kind == "pattern" and _states_ending(self.uri):
-            return table_format(self.uri) is None and not _is_tar(self.uri)
-        return self.kind != "file" and any(is_picture(entry.key) for entry in self.entries)
-
-    def label_files(self) -> list[str]:
-        """YOLO's label files, where there are no tables."""
-        if self.kind != "folder" or any(table_format(entry.key) for entry in self.entries):
-            return []
-        return label_files(self.root, self.entries)
-
-    def tables(self, access: AccessRules) -> list[str]:
-        """The tables, all of one kind; JobRefused where there are none."""
-        if self.kind == "file":
-            return [self.uri]
-        return _tables_in(self.root, self.entries, access)
-
-    def _is_hidden(self, key: str) -> bool:
-        return self.kind == "folder" and _is_hidden(key.removeprefix(self.root))
-
-
-def _is_tar(uri: str) -> bool:
-    return uri.lower().endswith(TAR)
 
 
 def resolve_uris(uris: pa.Array, folder: str) -> pa.Array:
@@ -247,9 +194,9 @@ def check_columns(settings: InputSettings, found: Sequence[str]) -> None:
 
 def _from_listing(uri: str, entries: Sequence[Entry], *, root: str) -> ImageList:
     """The pictures among listed files; every file where a pattern states the ending."""
-    keys = [entry.key for entry in entries if _states_ending(uri) or is_picture(entry.key)]
+    keys = [entry.key for entry in entries if states_ending(uri) or is_picture(entry.key)]
     if not keys:
-        raise _nothing_in(uri, entries, "pictures")
+        raise nothing_in(uri, entries, "pictures")
     return ImageList(
         image_uri=pa.array(keys, TEXT),
         image_id=None,
@@ -259,75 +206,12 @@ def _from_listing(uri: str, entries: Sequence[Entry], *, root: str) -> ImageList
     )
 
 
-def _nothing_in(uri: str, entries: Sequence[Entry], wanted: str) -> JobRefused:
-    if split_scheme(uri)[0] == "file" and not _is_pattern(uri) and not os.path.lexists(uri):
-        return JobRefused(f"{uri}: there is no such file or folder")
-    found = (
-        f"{len(entries)} other files, such as {examples([e.key for e in entries])}" if entries else "nothing"
-    )
-    return JobRefused(f"{uri}: no {wanted}; found {found}")
-
-
-def _is_pattern(uri: str) -> bool:
-    """True with a wildcard, unless a local file or folder has that very name."""
-    scheme, path = split_scheme(uri)
-    return any(sign in uri for sign in "*?[") and not (scheme == "file" and os.path.lexists(path))
-
-
-def _pattern_root(pattern: str) -> str:
-    """The folder above the first wildcard."""
-    first = min(pattern.index(sign) for sign in "*?[" if sign in pattern)
-    return pattern[:first].rpartition("/")[0]
-
-
-def _states_ending(uri: str) -> bool:
-    _, dot, ending = uri.rpartition("/")[2].rpartition(".")
-    return _is_pattern(uri) and bool(dot) and not any(sign in ending for sign in "*?[")
-
-
-def _is_json(uri: str) -> bool:
-    return uri.lower().endswith(".json")
-
-
-def _is_file(uri: str, access: AccessRules) -> bool:
-    """False for a folder that is called like a table, as Spark writes them."""
-    return head_object(uri, options_for(uri, access)) is not None
-
-
-def _parent(uri: str) -> str:
-    return uri.rpartition("/")[0]
-
-
 def _refuse_results(uri: str, access: AccessRules) -> None:
     if is_results(uri, access):
         raise JobRefused(
             f"{uri}: COCO results name no image files; "
             "give the instances file as --images and this one as --boxes"
         )
-
-
-def _tables_in(uri: str, entries: Sequence[Entry], access: AccessRules) -> list[str]:
-    """The tables of a folder, all of one kind; hidden files and folders are left out."""
-    shown = [entry.key for entry in entries if not _is_hidden(entry.key.removeprefix(uri))]
-    kinds: dict[TableFormat, list[str]] = {}
-    for key in shown:
-        kind = table_format(key)
-        if kind is not None:
-            kinds.setdefault(kind, []).append(key)
-    if len(kinds) > 1:
-        found = ", ".join(f"{len(keys)} {kind} ({keys[0]})" for kind, keys in kinds.items())
-        raise JobRefused(f"{uri}: tables of several kinds: {found}; give a folder of one kind, or one file")
-    if kinds:
-        return next(iter(kinds.values()))
-    if not entries and _is_file(uri, access):
-        raise JobRefused(
-            f"{uri}: a file of no known kind; wanted {', '.join((*TABLE_SUFFIXES, '.json', TAR))}"
-        )
-    raise _nothing_in(uri, entries, f"pictures or tables ({', '.join(TABLE_SUFFIXES)})")
-
-
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith((".", "_")) for part in path.split("/"))
 
 
 def _read_image_tables(uris: Sequence[str], settings: InputSettings, folder: str) -> ImageList:

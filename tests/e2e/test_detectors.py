@@ -19,6 +19,7 @@ from pipeline.decode import decode_image
 from tests.docs.markdown import blocks
 from tests.e2e import commands
 from tests.e2e.scenes import picture
+from tests.jobs.test_cli import run
 from tests.model import made_detectors
 from tests.model.made_detectors import PROMPTS
 
@@ -116,7 +117,7 @@ def test_a_detector_in_the_job_finds_what_a_plain_loop_finds(
     assert footer[b"hqlabel.detector_license"] == b"apache-2.0"
     assert "licence apache-2.0" in said
     assert fingerprint[:12] in said
-    assert commands.run("validate", "--output", str(output), "--all-masks", code=0)
+    assert run("validate", "--output", str(output), "--all-masks")[0] == 0
 
     if kind == "rt_detr_v2":
         refuse_changes(photos, checkpoint, output, folder, asked, tmp_path)
@@ -125,24 +126,28 @@ def test_a_detector_in_the_job_finds_what_a_plain_loop_finds(
 def refuse_changes(
     photos: Path, checkpoint: Path, output: Path, folder: Path, asked: list[str], tmp_path: Path
 ) -> None:
-    """The same again does nothing; a moved detector neither; another one, or another size, is refused."""
+    """The same again does nothing, also with a moved detector; another one, or another size, is refused."""
     before = commands.contents(output)
+    inputs = ["label", "--images", str(photos), "--checkpoint", str(checkpoint), "--output", str(output)]
     moved = folder.rename(tmp_path / "moved")
-    again = label(photos, checkpoint, output, "--detector", f"hf:{moved}")
+    again, _, said = run(*inputs, *PLACES, *ASKED, "--detector", f"hf:{moved}")
     other = made_detectors.small_rt_detr(folder, seed=1)
-    changed = label(photos, checkpoint, output, "--detector", f"hf:{other}", code=4)
-    larger = label(
-        photos, checkpoint, output, "--detector", f"hf:{moved}", "--set", "detector.longest_side=90", code=4
-    )
+    refused, _, changed = run(*inputs, *PLACES, *ASKED, "--detector", f"hf:{other}")
+    size = ["--set", "detector.longest_side=90", "--set", "detector.score_threshold=0.25"]
+    refused_too, _, larger = run(*inputs, *PLACES, *size, "--detector", f"hf:{moved}")
 
-    assert "nothing was left to do" in again
+    assert (again, refused, refused_too) == (0, 4, 4)
+    assert "nothing was left to do" in said
     assert "detector.fingerprint: the job there has" in changed
-    assert "detector.longest_side: the job there has 100, now 90" in larger
-    assert {
-        name: one for name, one in commands.contents(output).items() if not name.startswith("owner/")
-    } == {name: one for name, one in before.items() if not name.startswith("owner/")}
+    assert f"detector.longest_side: the job there has {LONGEST}, now 90" in larger
+    owners = {name for name in before if name.startswith("owner/")}
+    after = commands.contents(output)
+    assert {name: after[name] for name in after if name not in owners and not name.startswith("owner/")} == {
+        name: before[name] for name in before if name not in owners
+    }
 
 
+@pytest.mark.slow
 def test_the_documented_example_of_ones_own_detector_runs_and_is_never_taken_from_an_output(
     photos: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

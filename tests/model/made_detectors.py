@@ -86,8 +86,9 @@ def small_grounding_dino(folder: Path, *, seed: int = 0) -> Path:
         num_queries=12, max_text_len=32, disable_custom_kernels=True,
     )  # fmt: skip
     torch.manual_seed(seed)
+    # Large enough that the coarsest of its levels has more than one pixel.
     image = transformers.GroundingDinoImageProcessorPil(
-        size={"shortest_edge": SIDE, "longest_edge": 2 * SIDE}
+        size={"shortest_edge": 2 * SIDE, "longest_edge": 4 * SIDE}
     )
     processor = transformers.GroundingDinoProcessor(image, tokenizer)
     return _saved(folder, transformers.GroundingDinoForObjectDetection(config), processor)
