@@ -80,7 +80,7 @@ def test_the_bare_loop_makes_the_pixels_that_the_chain_makes(tmp_path: Path) -> 
 
 
 def test_the_stub_answers_with_the_boxes() -> None:
-    boxes = np.array([[2.0, 3, 10, 9], [0, 0, 80, 60]])
+    boxes = np.array([[2, 3, 10, 9], [0, 0, 80, 60]], np.float32)
     image = PreparedImage(
         pixels_hwc=np.zeros((60, 80, 3), np.uint8), size_hw=SIZE_HW, prompts=Prompts(boxes_xyxy=boxes)
     )
