@@ -43,7 +43,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from model.geometry import resize_longest_side, target_size_hw
+from model.geometry import resize_picture, target_size_hw
 from pipeline.errors import ImageError
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -111,7 +111,7 @@ def decode_image(data: bytes, *, max_pixels: int, side: int) -> DecodedImage:
     size_hw = (upright.height, upright.width)
     swapped = orientation in (5, 6, 7, 8)
     return DecodedImage(
-        pixels_hwc=resize_longest_side(np.asarray(upright), side),
+        pixels_hwc=resize_picture(upright, side),
         size_hw=size_hw,
         stored_size_hw=size_hw[::-1] if swapped else size_hw,
         exif_orientation=orientation,
