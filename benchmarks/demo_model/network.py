@@ -79,7 +79,7 @@ class DemoNetwork(nn.Module):
             prompts.pe_matrix.copy_(position_frequencies())
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Takes over a finished demo checkpoint's weights, at its side; the affinity heads stay as they are."""
+        """Takes over a finished demo checkpoint's weights, at its side; the affinity heads stay."""
         trained = load(folder).model
         self.set_side(trained.config.image_size)
         state = trained.state_dict()
