@@ -12,6 +12,7 @@ from benchmarks.demo_model.cache import SceneCache
 from benchmarks.demo_model.scenes import MIN_AREA_FRACTION, MIN_VISIBLE_FRACTION, jitter_boxes
 
 PATCH = 16
+FINE = 4  # pixels: the side of a cell of the mask, a quarter of a patch
 PIXEL_MEAN = np.array([123.675, 116.28, 103.53], dtype=np.float32)
 PIXEL_STD = np.array([58.395, 57.12, 57.375], dtype=np.float32)
 
@@ -22,7 +23,7 @@ class Batch:
 
     `pixels_B3SS`: normalised, zero-padded. `boxes_N4`: jittered, xyxy, model pixels. `image_index_N`: int64.
     `targets_NHW`: share of each target cell that the object covers, 0..1. `labels_BL`: uint8, the label at
-    the centre of each of the encoder's cells.
+    the centre of each of the encoder's cells; `labels_BHW`: of each cell of 4 pixels.
     """
 
     pixels_B3SS: torch.Tensor
@@ -30,6 +31,7 @@ class Batch:
     image_index_N: torch.Tensor
     targets_NHW: torch.Tensor
     labels_BL: torch.Tensor
+    labels_BHW: torch.Tensor
 
 
 def make_batch(
@@ -53,6 +55,7 @@ def make_batch(
     centres = cell_labels[:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].reshape(images, -1)
     return Batch(
         labels_BL=torch.from_numpy(centres),
+        labels_BHW=torch.from_numpy(cell_labels[:, FINE // 2 :: FINE, FINE // 2 :: FINE].copy()),
         pixels_B3SS=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         boxes_N4=torch.from_numpy(np.stack(prompts)),
         image_index_N=torch.arange(images).repeat_interleave(boxes),

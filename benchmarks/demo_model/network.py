@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.demo_model.batches import PATCH, PIXEL_MEAN, PIXEL_STD, Batch
+from benchmarks.demo_model.batches import FINE, PATCH, PIXEL_MEAN, PIXEL_STD, Batch
 from benchmarks.demo_model.cache import SceneCache
 from model.checkpoints import load
 from model.config import SamHQConfig, vit_config
@@ -21,7 +21,7 @@ from model.image_encoder import ImageEncoderViT
 from model.mask_decoder import MaskDecoder
 from model.prompt_encoder import PromptEncoder
 
-AFFINITY_WIDTH = 64
+AFFINITY_WIDTH, FINE_AFFINITY_WIDTH = 64, 16
 HQ_PARTS = ("hq_token", "hyper_hq", "hq_vit", "hq_emb", "hq_mask")
 
 
@@ -54,6 +54,8 @@ class DemoNetwork(nn.Module):
         self.prompt_encoder = PromptEncoder(config.prompt_encoder)
         self.mask_decoder = MaskDecoder(config.mask_decoder)
         self.affinity = nn.Linear(config.mask_decoder.hidden_size, AFFINITY_WIDTH)  # for training alone
+        cells = (PATCH // FINE) ** 2
+        self.fine_affinity = nn.Linear(config.vision.hidden_size, cells * FINE_AFFINITY_WIDTH)  # likewise
         self._first_weights()
 
     def _first_weights(self) -> None:
@@ -77,11 +79,11 @@ class DemoNetwork(nn.Module):
             prompts.pe_matrix.copy_(position_frequencies())
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Takes over a finished demo checkpoint's weights, at its side; the affinity head stays as it is."""
+        """Takes over a finished demo checkpoint's weights, at its side; the affinity heads stay."""
         trained = load(folder).model
         self.set_side(trained.config.image_size)
         state = trained.state_dict()
-        state |= {name: value for name, value in self.state_dict().items() if name.startswith("affinity.")}
+        state |= {name: value for name, value in self.state_dict().items() if "affinity" in name}
         self.load_state_dict(state)
 
     @torch.no_grad()
@@ -132,11 +134,16 @@ class DemoNetwork(nn.Module):
         for name, weight in self.named_parameters():
             weight.requires_grad = name.split(".")[1] in HQ_PARTS and name.startswith("mask_decoder")
 
-    def sam_forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `sam_decode` returns, and the affinity vectors (B, G * G, 64) of the cells."""
-        embedding = self.image_encoder(batch.pixels_B3SS).embedding_BCGG
+    def sam_forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `sam_decode` returns, and the affinity vectors of the patches (B, G * G, 64) and of the cells
+        of 4 pixels (B, 16, 4G, 4G); the latter come from the early feature.
+        """
+        features = self.image_encoder(batch.pixels_B3SS)
+        embedding = features.embedding_BCGG
         logits, predicted_iou = self.sam_decode(embedding, batch.boxes_N4, batch.image_index_N)
-        return logits, predicted_iou, self.affinity(embedding.flatten(2).transpose(1, 2))
+        alike = self.affinity(embedding.flatten(2).transpose(1, 2))
+        fine = self.fine_affinity(features.early_BGGC).permute(0, 3, 1, 2)
+        return logits, predicted_iou, alike, F.pixel_shuffle(fine, PATCH // FINE)
 
     def sam_decode(
         self, embedding: torch.Tensor, boxes_N4: torch.Tensor, image_index_N: torch.Tensor

@@ -48,7 +48,7 @@ WARM_UP_STEPS, LAST_RATE = 60, 0.02
 EMA_STEPS = 150  # the exported weights average about this many steps
 SAVE_EVERY_S, REPORT_EVERY_S = 120, 30
 GRADIENT_LIMIT = 1.0
-AFFINITY_WEIGHT = 0.5
+AFFINITY_WEIGHT, FINE_AFFINITY_WEIGHT = 0.5, 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +74,10 @@ def stages_for(final_side: int, *, warm: bool) -> tuple[Stage, ...]:
     """
     if warm:
         return (
-            Stage(name="sam-256", side=256, images=8, boxes=6, share=0.46),
-            Stage(name="sam-final", side=final_side, images=3, boxes=6, share=0.20),
-            Stage(name="hq-256", side=256, images=8, boxes=4, share=0.10, kind="hq"),
-            Stage(name="hq-final", side=final_side, images=3, boxes=5, share=0.18, kind="hq"),
+            Stage(name="sam-256", side=256, images=8, boxes=6, share=0.42),
+            Stage(name="sam-final", side=final_side, images=3, boxes=6, share=0.22),
+            Stage(name="hq-256", side=256, images=8, boxes=4, share=0.08, kind="hq"),
+            Stage(name="hq-final", side=final_side, images=3, boxes=5, share=0.28, kind="hq"),
         )
     sam, hq = 0.50, 0.27
     sam_finish, hq_finish = (0.3, 0.45) if final_side > 256 else (0.0, 0.0)
@@ -213,14 +213,16 @@ class Training:
         batch = self.draw(cell=4)
         with fast_matrices():
             found = self.sam_forward(batch)
-        logits, predicted_iou, vectors = (value.float() for value in found)
+        logits, predicted_iou, vectors, fine_vectors = (value.float() for value in found)
         near = losses.near_box(batch.boxes_N4, cells=logits.shape[-1], side=self.stage.side)
         loss, true_iou = losses.step_one(logits, predicted_iou, batch.targets_NHW, near)
         alike = losses.affinity(vectors, batch.labels_BL)
+        fine = losses.fine_affinity(fine_vectors, batch.labels_BHW)
         error = (predicted_iou[:, 0].detach() - true_iou).square().mean().item()
-        return loss + AFFINITY_WEIGHT * alike, {
+        return loss + AFFINITY_WEIGHT * alike + FINE_AFFINITY_WEIGHT * fine, {
             "iou_m0": true_iou.mean().item(),
             "affinity": alike.item(),
+            "fine_affinity": fine.item(),
             "score_mse": error,
         }
 
