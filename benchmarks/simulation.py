@@ -7,7 +7,8 @@ The steps are the real ones: boxes from a Parquet file, the plan in the store, R
 `validate`. A stub stands in the workers at the level of the unit: pictures of a few kB are made in memory in
 place of fetching and decoding, and the model answers with the runs of the boxes. One call works for
 `--seconds` and is then killed (SIGKILL); the next one goes on, as a job does, and the kill is part of what is
-measured. When all is done it prints the figures; `--print` prints those so far.
+measured. When all is done it prints the figures; `--print` prints those so far. `--without-ray` runs the
+stages in one process, which says what they cost by themselves.
 
 Units, seconds, CPU and peak memory are of the driver; the rest of the machine (Ray, workers) is `all CPU`.
 """
@@ -23,7 +24,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,11 @@ def main() -> None:
     parser.add_argument("state", type=Path)
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=450.0)
-    parser.add_argument("--print", action="store_true")
+    parser.add_argument("--print", action="store_true", help="only say what was measured so far")
+    parser.add_argument("--without-ray", action="store_true", help="the stages of all units in one process")
     parser.add_argument("--inside", choices=STEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    state = State(arguments.state, arguments.images)
+    state = State(arguments.state, arguments.images, with_ray=not arguments.without_ray)
     if arguments.inside:
         state.run(arguments.inside)
         return
@@ -64,6 +66,7 @@ def work_until(deadline: float, state: State, arguments: argparse.Namespace) -> 
     """The next step in a process of its own, which is killed at the deadline."""
     step = state.next_step()
     command = [sys.executable, "-m", "benchmarks.simulation", str(arguments.state)]
+    command += ["--without-ray"] if arguments.without_ray else []
     child = subprocess.Popen([*command, "--images", str(arguments.images), "--inside", str(step)])
     try:
         code = child.wait(timeout=max(1.0, deadline - time.monotonic()))
@@ -78,8 +81,8 @@ def work_until(deadline: float, state: State, arguments: argparse.Namespace) -> 
 class State:
     """The folder of one simulation: inputs, output, and a line of figures for each call of each step."""
 
-    def __init__(self, folder: Path, images: int) -> None:
-        self._folder, self._images = folder, images
+    def __init__(self, folder: Path, images: int, *, with_ray: bool = True) -> None:
+        self._folder, self._images, self._with_ray = folder, images, with_ray
         self._units = -(-images // IMAGES_PER_UNIT)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -164,12 +167,10 @@ class State:
         write_plan(self._store(), plan)
 
     def _label(self, meter: Meter) -> None:
-        from pipeline.graph import run_units
         from pipeline.ledger import require_job
         from pipeline.owner import Owner
-        from pipeline.resources import ClusterSettings
 
-        with private_ray(), Owner.take(self._store()) as owner:
+        with self._ray(), Owner.take(self._store()) as owner:
             meter.restart()
             job = require_job(self._store())
             pending = self._pending()
@@ -180,10 +181,8 @@ class State:
                 meter.figures["units"] += 1
                 meter.figures["working s"] = time.monotonic() - began
 
-            run_units(
-                pending, job.context, ClusterSettings(actors=1, cpus_per_actor=0.5), epoch=owner.number,
-                on_outcome=count, should_stop=lambda: False,
-            )  # fmt: skip
+            run = run_with_ray if self._with_ray else run_in_this_process
+            run(pending, job.context, owner.number, count)
             assert not self._pending()
 
     def _publish(self, meter: Meter) -> None:
@@ -193,15 +192,19 @@ class State:
         from pipeline.publish import publish
         from pipeline.quality import FilterSettings
 
-        with private_ray(), Owner.take(self._store()) as owner:
+        with self._ray(), Owner.take(self._store()) as owner:
             meter.restart()
             job = require_job(self._store())
             manifest = publish(
-                self._store(), job, FilterSettings(), require_owner=owner.require, mapper=map_parts
-            )
+                self._store(), job, FilterSettings(), require_owner=owner.require,
+                mapper=map_parts if self._with_ray else map,
+            )  # fmt: skip
         assert (manifest.state, manifest.counts.images) == ("complete", self._images), manifest.counts
         size = sum(part.images.bytes + part.instances.bytes for part in manifest.parts)
         meter.figures |= {"parts": len(manifest.parts), "MB": size / 1e6}
+
+    def _ray(self) -> contextlib.AbstractContextManager[None]:
+        return private_ray() if self._with_ray else contextlib.nullcontext()
 
     def _validate(self, meter: Meter) -> None:
         from pipeline.ledger import require_job
@@ -224,6 +227,32 @@ class State:
         store = self._store()
         done = finished_units(list(list_committed(store)), read_manifest(store))
         return [unit for unit in range(self._units) if unit not in done]
+
+
+def run_with_ray(pending: Sequence[int], context: Any, driver: int, count: Callable[[object], None]) -> None:
+    """The pending units through Ray Data's graph."""
+    from pipeline.graph import run_units
+    from pipeline.resources import ClusterSettings
+
+    run_units(
+        pending, context, ClusterSettings(actors=1, cpus_per_actor=0.5), epoch=driver, on_outcome=count,
+        should_stop=lambda: False,
+    )  # fmt: skip
+
+
+def run_in_this_process(
+    pending: Sequence[int], context: Any, driver: int, count: Callable[[object], None]
+) -> None:
+    """The pending units through the stages and what travels between them, one after the other."""
+    from pipeline.commit import commit_unit, read_outcome
+    from pipeline.rows import UnitRow, pack, unpack
+    from pipeline.storage import open_store
+
+    store, stub = open_store(context.output), UnitStub(context, epoch=driver)
+    for unit_id in pending:
+        prepared, arena = made_unit(UnitRow(unit_id=unit_id), context, store, None)
+        done = stub.run(unpack(pack(prepared, arena)))
+        count(read_outcome(commit_unit(unpack(pack(done)), context, store)))
 
 
 class Meter:
