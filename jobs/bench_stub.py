@@ -41,7 +41,7 @@ def make(context: JobContext, use_gpu: bool) -> BoxModel:  # noqa: ARG001 - ever
 def _boxes_as_masks(image: PreparedImage) -> Instances:
     height, width = image.size_hw
     given = image.prompts.boxes_xyxy
-    corners = np.rint(np.zeros((0, 4)) if given is None else given)
+    corners = np.rint(np.zeros((0, 4)) if given is None else given).astype(np.float64)
     xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
     encoded = coco_mask.frPyObjects(xywh, height, width) if len(xywh) else []
     ones = np.ones(len(xywh), np.float32)

@@ -58,13 +58,24 @@ def resize_longest_side(image_hwc: UInt8Array, side: int) -> UInt8Array:
             f"image has dtype {image_hwc.dtype} and shape {image_hwc.shape}; wanted uint8 RGB, "
             "shape (height, width, 3)"
         )
-    height, width = image_hwc.shape[:2]
-    new_height, new_width = target_size_hw((height, width), side)
-    if (new_height, new_width) == (height, width):
+    if target_size_hw(image_hwc.shape[:2], side) == image_hwc.shape[:2]:
         return image_hwc.copy()
-    picture = Image.fromarray(np.ascontiguousarray(image_hwc))
+    return resize_picture(Image.fromarray(np.ascontiguousarray(image_hwc)), side)
+
+
+def resize_picture(picture: Image.Image, side: int) -> UInt8Array:
+    """The same of a picture that Pillow holds, mode RGB: at 12 megapixels two copies of 36 MB less.
+
+    Raises:
+        ValueError: another mode, or `too_elongated`.
+    """
+    if picture.mode != "RGB":
+        raise ValueError(f"picture has mode {picture.mode}; wanted RGB")
+    height, width = target_size_hw((picture.height, picture.width), side)
+    if (width, height) != picture.size:
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     # np.array, not asarray: the result must own its memory and be writable (torch warns otherwise).
-    return np.array(picture.resize((new_width, new_height), Image.Resampling.BILINEAR))
+    return np.array(picture)
 
 
 def scale_points(

@@ -19,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:  # CPU workers of the pipeline import these records; torch would cost them 200 MB each
     import torch
 
-MODEL_PROTOCOL = 2
+MODEL_PROTOCOL = 3
 """Moves when equal weights and settings give other masks or scores than before; part of a job's identity."""
 
 

@@ -43,7 +43,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from model.geometry import resize_longest_side, target_size_hw
+from model.geometry import resize_picture, target_size_hw
 from pipeline.errors import ImageError
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -117,11 +117,10 @@ def decode_image(
             upright = _turned(_to_rgb(picture), orientation)
     size_hw = (upright.height, upright.width)
     swapped = orientation in (5, 6, 7, 8)
-    pixels = np.asarray(upright)
     shown = None if detector_side is None else min(detector_side, max(size_hw))
     return DecodedImage(
-        pixels_hwc=resize_longest_side(pixels, side),
-        detector_hwc=None if shown in (None, side) else resize_longest_side(pixels, shown),
+        pixels_hwc=resize_picture(upright, side),
+        detector_hwc=None if shown in (None, side) else resize_picture(upright, shown),
         size_hw=size_hw,
         stored_size_hw=size_hw[::-1] if swapped else size_hw,
         exif_orientation=orientation,

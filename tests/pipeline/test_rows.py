@@ -145,3 +145,30 @@ def test_pictures_that_are_not_in_the_arena_are_noticed():
 
     with pytest.raises(ValueError, match="kept in the arena"):
         arena.column([None])
+
+
+def test_the_next_unit_gets_the_memory_of_the_last_one_when_nothing_refers_to_it():
+    first = PixelArena(2, 16)
+    kept = first.keep(np.full((16, 16, 3), 7, np.uint8))
+    column = first.column([kept])
+    place = kept.__array_interface__["data"][0]
+    del first, kept
+
+    beside = PixelArena(2, 16).keep(np.zeros((16, 16, 3), np.uint8))
+
+    assert beside.__array_interface__["data"][0] != place
+    assert bytes(column[0].as_py()) == bytes([7]) * 768
+
+    del column, beside
+    second = PixelArena(1, 16)
+    third = PixelArena(1, 16)
+    one, other = (arena.keep(np.zeros((16, 16, 3), np.uint8)) for arena in (second, third))
+    assert one.__array_interface__["data"][0] != other.__array_interface__["data"][0]
+
+
+def test_memory_that_is_free_is_used_again():
+    arena = PixelArena(2, 16)
+    place = arena.keep(np.zeros((16, 16, 3), np.uint8)).__array_interface__["data"][0]
+    del arena
+
+    assert PixelArena(1, 16).keep(np.zeros((16, 16, 3), np.uint8)).__array_interface__["data"][0] == place
