@@ -12,6 +12,7 @@ from jobs.config import Config, load_config, parse_prompts
 from jobs.settings import box_rules, detector_settings, resolved
 from pipeline.errors import UsageError
 from pipeline.records import BoxRules
+from tests.jobs.made_outputs import MadeImage, blob, make_output
 from tests.jobs.test_cli import run
 from tests.model import made_detectors
 
@@ -131,3 +132,21 @@ def test_a_detector_needs_pictures(tmp_path: Path) -> None:
 
     assert code == 2
     assert "--images is missing: a detector needs pictures" in err
+
+
+def test_code_that_an_output_names_is_not_run_unless_it_is_said_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = make_output(tmp_path / "out", [MadeImage(image_id="a.jpg", masks=[blob(1)])])
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Detector: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (Path(output) / "config.yaml").write_text("detector: {name: 'evil:Detector'}\ninput: {images: photos}\n")
+
+    code, _, err = run("retry", "--output", output)
+
+    assert code == 2
+    assert "never taken from an output" in err
+    assert not (tmp_path / "ran").exists()
+    _, _, again = run("retry", "--output", output, "--set", "detector.name=evil:Detector")
+    assert "never taken from an output" not in again
+    assert "--checkpoint is missing" in again, "it goes on to what this output lacks"

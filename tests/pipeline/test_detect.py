@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,10 @@ from pipeline.segment import SegmentWorker
 from pipeline.storage import open_store
 from pipeline.units import list_committed, read
 from pipeline.verify import verify
+from tests.docs.markdown import blocks
 from tests.pipeline.made_jobs import SIDE, make_job, noise, png
+
+ROOT = Path(__file__).resolve().parents[2]
 
 LONGEST = 40
 KILLER = (1, 2, 3)
@@ -284,6 +288,30 @@ def test_a_detector_that_is_none_is_refused_by_name(name, why):
         load_detector(settings(name=name))
 
     assert name in str(caught.value)
+
+
+def test_the_documented_example_of_ones_own_detector_works(tmp_path, child, monkeypatch):
+    [example] = blocks((ROOT / "docs" / "detectors.md").read_text(), "python")
+    (tmp_path / "own_bright.py").write_text(example)
+    monkeypatch.syspath_prepend(tmp_path)
+    bright = np.full((48, 64, 3), 20, np.uint8)
+    bright[10:30, 8:40] = 250
+    asked = settings(name="own_bright:BrightSpot", fingerprint="bright spot, version 1", longest_side=64)
+    detector = load_detector(asked)
+    try_out(detector, asked)
+    job = made(tmp_path / "job", {"a.png": png(Image.fromarray(bright)), "b.png": plain(7)}, asked)
+
+    rows = worked(job, child_of(asked))
+
+    assert detector.license == "MIT"
+    [found] = rows["a.png"]["instances"]
+    assert found["prompt_bbox_given"] == [8, 10, 40, 30]
+    assert (found["category_name"], found["detector_score"]) == ("bright", None)
+    assert rows["b.png"]["status"] == "no_boxes"
+
+
+def child_of(asked: DetectorSettings) -> DecodeChild:
+    return DecodeChild(Limits(decode_timeout_s=5), SIDE, detector_side=asked.longest_side)
 
 
 def test_nothing_travels_that_the_schema_does_not_say(tmp_path, child):
