@@ -52,7 +52,7 @@ faults: $(STAMP)  ## kills and injected faults, half an hour; writes the table o
 	FAULT_RESULTS=build/faults.jsonl $(BIN)/pytest -m "faults and not gpu and not network"
 	$(BIN)/python tools/fault_table.py build/faults.jsonl docs/reliability.md
 
-bench: $(STAMP)  ## figures of this machine: whole jobs on two stores, model, masks to runs, memory, report and exports
+bench: $(STAMP)  ## figures of this machine: whole jobs on two stores, model, masks to runs, memory, report and exports, requests, scale
 	$(BIN)/python -m benchmarks.whole_way
 	$(BIN)/python -m benchmarks.masks_rle
 	$(BIN)/python -m benchmarks.decoder_speed
@@ -62,6 +62,8 @@ bench: $(STAMP)  ## figures of this machine: whole jobs on two stores, model, ma
 	$(BIN)/hqlabel bench
 	$(BIN)/python -m benchmarks.driver_memory 1000 10000
 	$(BIN)/python -m benchmarks.labels_out --images 2858
+	$(BIN)/python -m benchmarks.store_requests 5000
+	rm -rf build/simulation && $(BIN)/python -m benchmarks.simulation build/simulation --images 20000 --seconds 3600
 
 lock: $(STAMP)  ## resolves pyproject.toml again and writes the pins, versions kept (about eight minutes)
 	$(BIN)/python tools/lock.py

@@ -1,6 +1,7 @@
-"""Puts the cluster's Ray token where Ray looks for it, from an SSM parameter, with the node's own rights.
+"""Puts the cluster's Ray token where Ray looks for it, with the node's own rights.
 
-    python deploy/ray_token.py /hqlabel/ray-token
+    python deploy/ray_token.py /hqlabel/ray-token             an SSM parameter, on AWS
+    python deploy/ray_token.py gs://private-bucket/ray-token  an object of a bucket that only nodes may read
 
 Run on every node before `ray start`. The token is never an argument, an environment variable or a line of
 cluster.yaml; the file is 0600 in a folder of 0700. The region is AWS_REGION or, on EC2, the node's own.
@@ -12,14 +13,18 @@ import os
 import sys
 from pathlib import Path
 
+import fsspec
 from botocore.session import Session
 from botocore.utils import InstanceMetadataRegionFetcher
 
 MIN_TOKEN_CHARS = 32
 
 
-def read_parameter(name: str) -> str:
-    """The decrypted value of the SSM parameter `name`. Raises what botocore raises."""
+def read_token(name: str) -> str:
+    """The token in the SSM parameter or the object `name`. Raises what the store's library raises."""
+    if "://" in name:
+        with fsspec.open(name, "r") as file:
+            return str(file.read()).strip()
     session = Session()
     region = session.get_config_variable("region") or os.environ.get("AWS_REGION")
     client = session.create_client(
@@ -37,10 +42,10 @@ def write_private(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    """Reads the parameter named on the command line, writes ~/.ray/auth_token (or RAY_AUTH_TOKEN_PATH)."""
+    """Reads the token from the place given, writes ~/.ray/auth_token (or RAY_AUTH_TOKEN_PATH)."""
     if len(sys.argv) != 2:
-        raise SystemExit("usage: ray_token.py NAME-OF-THE-SSM-PARAMETER")
-    token = read_parameter(sys.argv[1])
+        raise SystemExit("usage: ray_token.py NAME-OF-AN-SSM-PARAMETER or URI-OF-AN-OBJECT")
+    token = read_token(sys.argv[1])
     if len(token) < MIN_TOKEN_CHARS:
         raise SystemExit(
             f"{sys.argv[1]}: {len(token)} characters are too few for a token, wanted {MIN_TOKEN_CHARS} or "

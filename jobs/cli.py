@@ -21,7 +21,7 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from jobs import console, options
-from jobs.config import Given
+from jobs.config import Given, parse_prompts
 from jobs.environment import make_private, refuse_dangerous_switches
 from jobs.interrupts import Interrupted, Interrupts, end_now
 from jobs.slices import parse_slice
@@ -113,6 +113,8 @@ def _given(path: str | None, sets: list[str] | None, **flags: Any) -> Given:
 def label(
     images: options.Images = None,
     boxes: options.Boxes = None,
+    detector: options.Detector = None,
+    prompts: options.Prompts = None,
     checkpoint: options.Checkpoint = None,
     output: options.Output = None,
     limit: options.Limit = None,
@@ -142,6 +144,8 @@ def label(
         set_,
         input__images=images,
         input__boxes=boxes,
+        detector__name=detector,
+        detector__prompts=parse_prompts(prompts),
         input__limit=limit,
         input__box_format=box_format,
         input__box_frame=box_frame,
@@ -164,6 +168,8 @@ def label(
 def plan(
     images: options.Images = None,
     boxes: options.Boxes = None,
+    detector: options.Detector = None,
+    prompts: options.Prompts = None,
     checkpoint: options.Checkpoint = None,
     output: options.Output = None,
     limit: options.Limit = None,
@@ -196,6 +202,8 @@ def plan(
         set_,
         input__images=images,
         input__boxes=boxes,
+        detector__name=detector,
+        detector__prompts=parse_prompts(prompts),
         input__limit=limit,
         input__box_format=box_format,
         input__box_frame=box_frame,
@@ -216,6 +224,9 @@ def plan(
 @command
 def status(
     output: options.Output = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep looking until every unit is committed, or Ctrl-C.")
+    ] = False,
     config: options.ConfigFile = None,
     set_: options.Sets = None,
     json: options.Json = False,
@@ -225,12 +236,12 @@ def status(
 
     Works from any machine that can read the output, during the run and after it.
 
-    Example:  hqlabel status --output out
+    Example:  hqlabel status --output out --watch
     """
     settings = _given(config, set_, output__uri=output).load()
     from jobs import status as job
 
-    return job.run(settings, json=json)
+    return job.run(settings, json=json, watch=watch)
 
 
 @app.command(rich_help_panel="Labelling")
@@ -552,6 +563,8 @@ def clean(
 @command
 def doctor(
     checkpoint: options.Checkpoint = None,
+    detector: options.Detector = None,
+    prompts: options.Prompts = None,
     output: options.Output = None,
     ray_address: options.RayAddress = None,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="Do not start or join Ray.")] = False,
@@ -565,7 +578,13 @@ def doctor(
     Example:  hqlabel doctor --checkpoint demo --output s3://bucket/labels
     """
     given = _given(
-        config, set_, model__checkpoint=checkpoint, output__uri=output, cluster__ray_address=ray_address
+        config,
+        set_,
+        model__checkpoint=checkpoint,
+        detector__name=detector,
+        detector__prompts=parse_prompts(prompts),
+        output__uri=output,
+        cluster__ray_address=ray_address,
     )
     settings = given.load()
     from jobs import doctor as job

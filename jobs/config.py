@@ -32,11 +32,11 @@ class InputSection(_Section):
     """Which images, which boxes, and how the boxes are to be read."""
 
     images: str | None = None
-    """Folder, prefix, glob, table of uris (Parquet, CSV, JSONL) or COCO instances file."""
+    """Folder, prefix, glob, table of uris, COCO instances, tars or Hugging Face Parquet (docs/inputs.md)."""
     boxes: str | None = None
-    """Table of boxes (Parquet, CSV, JSONL), COCO results or instances file, or an earlier output."""
+    """Table, COCO, MegaDetector or YOLO boxes, tars, Hugging Face Parquet, or an earlier output."""
     box_format: BoxFormat | None = None
-    """Default: xyxy for tables, xywh for COCO files."""
+    """Default: what the kind of file means (docs/inputs.md): xyxy for tables, xywh for COCO files."""
     box_frame: BoxFrame = "upright"
     """`upright`: boxes are in the picture as people see it (EXIF applied); `stored`: as the file has it."""
     columns: dict[str, str] = {}
@@ -45,6 +45,8 @@ class InputSection(_Section):
     """Folder or prefix that relative uris and COCO file names start from; null: the folder of their table."""
     limit: int | None = Field(default=None, ge=1)
     """Only the first N images in the order of their ids."""
+    tar_ids: Literal["member", "key", "shard"] = "member"
+    """What images in tars are called: their name in the tar, that up to its first dot, or tar and name."""
     allow_unmatched: bool = False
     """Leave out boxes whose image is not listed, instead of refusing the job."""
     allow_roots: list[str] = []
@@ -70,6 +72,42 @@ class ModelSection(_Section):
     """True leaves SAM's own mask logits out of the sum."""
     stability_offset: Number = Field(default=1.0, gt=0)
     """Logit offset of stability_score."""
+
+
+class DetectorSection(_Section):
+    """The detector that finds the boxes, where none are given (docs/detectors.md)."""
+
+    name: str | None = None
+    """`hf:ID_OR_FOLDER`, `hf-zero-shot:ID_OR_FOLDER`, or your own class as `module:Class`."""
+    prompts: dict[str, str] = {}
+    """What a zero-shot detector looks for: text to the name of its category."""
+    longest_side: int = Field(default=1333, ge=16)
+    """The detector is shown the upright picture with no side longer than this; none is enlarged."""
+    score_threshold: Share = 0.3
+    """Only boxes that score over this count; the others leave no row."""
+    max_detections: int = Field(default=100, ge=1)
+    """The best so many boxes of an image count."""
+    images_per_call: int = Field(default=1, ge=1)
+    """Pictures in one call; the last call is filled up to it."""
+    options: dict[str, Any] = {}
+    """Keyword arguments for your own class; no secrets."""
+
+
+class BoxesSection(_Section):
+    """Which boxes, given or detected, get no mask; each keeps its row with the reason."""
+
+    min_score: Number | None = None
+    """Boxes with a lower score get none (box_score); one without a score does."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Only the best-scored so many of an image get one (else box_rank)."""
+    nms_mode: Literal["none", "class", "all"] = "none"
+    """Of two boxes that overlap the lower-scored gets none (nms): within one class, or over all classes."""
+    nms_iou: Share = 0.7
+    """IoU of two boxes over which `nms_mode` leaves one out."""
+    min_side_px: Number = Field(default=0.0, ge=0)
+    """Boxes with a shorter side get none (box_small); upright pixels, before `expand`."""
+    expand: Number = Field(default=0.0, ge=0, le=1)
+    """Each side of a prompt is moved out by this share of the box's width or height, inside the picture."""
 
 
 class FilterSection(_Section):
@@ -165,6 +203,8 @@ class Config(_Section):
     version: Literal[1] = 1
     input: InputSection = InputSection()
     model: ModelSection = ModelSection()
+    detector: DetectorSection = DetectorSection()
+    boxes: BoxesSection = BoxesSection()
     filter: FilterSection = FilterSection()
     output: OutputSection = OutputSection()
     limits: LimitsSection = LimitsSection()
@@ -232,6 +272,16 @@ def _parse_yaml(text: str, name: str) -> dict[str, Any]:
         found = type(tree).__name__
         raise UsageError(f"{name}: wanted `name: value` lines at the top, found a {found}")
     return tree
+
+
+def parse_prompts(text: str | None) -> dict[str, str] | None:
+    """`person; red car` as {"person": "person", "red car": "red car"}; None for None."""
+    if text is None:
+        return None
+    prompts = [one.strip() for one in text.split(";") if one.strip()]
+    if not prompts:
+        raise UsageError(f"--prompts {text!r}: wanted words parted by ';', such as 'person; red car'")
+    return {prompt: prompt for prompt in prompts}
 
 
 def parse_set(text: str) -> tuple[str, Any]:

@@ -21,12 +21,12 @@ def say(text: str = "") -> None:
 
     Control characters are escaped, here and in `data`: a file's name may hold orders to a terminal.
     """
-    _write(sys.stderr, _visible(text))
+    _write(sys.stderr, visible(text))
 
 
 def data(text: str) -> None:
     """Write one line of data on stdout."""
-    _write(sys.stdout, _visible(text))
+    _write(sys.stdout, visible(text))
 
 
 def data_json(value: Mapping[str, Any]) -> None:
@@ -65,6 +65,13 @@ def shown(text: str, most: int = 60) -> str:
     safe = clean_text(text)
     half = (most - 1) // 2
     return safe if len(safe) <= most else f"{safe[: most - 1 - half]}…{safe[-half:]}"
+
+
+def visible(text: str) -> str:
+    """`text` with every character escaped that a terminal does not print, but for the ends of lines."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def count(number: int, noun: str = "", plural: str | None = None) -> str:
@@ -131,13 +138,6 @@ def _char_cells(char: str) -> int:
     if unicodedata.combining(char):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
-
-
-def _visible(text: str) -> str:
-    """`text` with every character escaped that a terminal does not print, but for the ends of lines."""
-    if text.replace("\n", "").isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _write(stream: Any, text: str) -> None:

@@ -21,6 +21,7 @@ import torch
 from jobs import console
 from jobs.cluster import running_ray, usable_cpus
 from jobs.config import Config
+from jobs.detectors import read_detector
 from jobs.environment import REFUSED, dangerous_switches
 from jobs.machine import memory_bytes
 from jobs.settings import is_local, output_place
@@ -40,7 +41,13 @@ _FLOORS = {
     "pycocotools": (2, 0, 5),
 }
 _SHOWN_PACKAGES = ("ray", "torch", "pyarrow", "pillow", "numpy", "pycocotools", "fsspec", "safetensors")
-_EXTRAS = {"s3fs": "s3", "gcsfs": "gcs", "transformers": "detect", "faster-coco-eval": "eval"}
+_EXTRAS = {
+    "s3fs": "s3",
+    "gcsfs": "gcs",
+    "adlfs": "azure",
+    "transformers": "detect",
+    "faster-coco-eval": "eval",
+}
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 _SMALL_SHM = 2 * 2**30
 
@@ -77,6 +84,8 @@ def _look(config: Config, with_ray: bool) -> Iterator[Finding]:
     yield from machine()
     if config.model.checkpoint:
         yield checkpoint(config)
+    if config.detector.name:
+        yield detector(config)
     if config.output.uri:
         yield output(config)
     if with_ray:
@@ -175,6 +184,15 @@ def checkpoint(config: Config) -> Finding:
     if weights.note:
         parts.append(weights.note)
     return Finding(area="job", name="checkpoint", state="ok", text="; ".join(parts))
+
+
+def detector(config: Config) -> Finding:
+    """Whether the detector loads and answers a blank picture, with its fingerprint and licence."""
+    try:
+        found = read_detector(config)
+    except HqlabelError as error:
+        return Finding(area="job", name="detector", state="fail", text=str(error))
+    return Finding(area="job", name="detector", state="ok", text=str(found))
 
 
 def output(config: Config) -> Finding:

@@ -1,7 +1,8 @@
 """What the surroundings of a command must not bring along, checked before anything else is done.
 
 Some environment variables switch off a protection of a library below us without a word. A job that
-reads files from elsewhere does not start with one of them set; the reason is in `REFUSED`.
+reads files from elsewhere does not start with one of them set; the reason is in `REFUSED`. The workers
+of a cluster are checked where they work (`pipeline.switches`).
 """
 
 from __future__ import annotations
@@ -9,22 +10,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from pipeline import switches
 from pipeline.errors import JobRefused
 
 REFUSED: dict[str, str] = {
-    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR": "lets a Parquet file run code when Ray Data is loaded",
-    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA": "lets a Parquet file run code when Ray Data is loaded",
-    "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE": "lets a Parquet file run code when Ray Data is loaded",
-    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "lets a checkpoint run code when it is loaded",
+    **switches.LOOSENING,
     "HQLABEL_FAILPOINT": "ends or stops the job at a named place; it is there for tests",
     "PYTHONSTARTUP": "runs a file in every Python that a job may start",
 }
-_OFF = ("", "0", "false", "no", "off")
 
 
 def dangerous_switches(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables set in `environ` that a job refuses to run with, and why."""
-    return {name: why for name, why in REFUSED.items() if environ.get(name, "").strip().lower() not in _OFF}
+    return switches.set_in(environ, REFUSED)
 
 
 def refuse_dangerous_switches(environ: Mapping[str, str]) -> None:

@@ -91,6 +91,8 @@ class Source:
             why = "images that failed"
         elif image["width"] is None:
             why = "images without boxes, which were never opened, so that their size is unknown"
+        elif image["status"] == "no_boxes" and image["num_boxes"]:
+            why = "images whose boxes were all left without a mask by the job's rules"
         elif not masks and not self.selection.is_all:
             empty_by_itself = image["status"] == "no_boxes" and self.selection.where is None
             why = None if empty_by_itself else "images of which nothing was selected"

@@ -97,6 +97,7 @@ def _say_understood(config: Config, opened: Opened, machine: Machine, part: Slic
     work = understood.describe_work(job, done_units=job.units - left, pending_units=mine, part=part.text)
     rows = [
         *understood.describe_inputs(opened.config, job.plan),
+        *understood.describe_detector(job.context),
         *understood.describe_model(job.context, asked_dtype=config.model.dtype),
         *([("machine", machine.describe())] if mine else []),
         work,

@@ -18,6 +18,7 @@ from typing import Any
 
 from jobs import settings
 from jobs.config import Config
+from jobs.detectors import FoundDetector, read_detector
 from jobs.understood import with_a_look
 from jobs.weights import read_checkpoint
 from model.structures import MODEL_PROTOCOL
@@ -25,7 +26,7 @@ from pipeline.errors import JobRefused, SystemicFault
 from pipeline.inputs import InputSettings, allowed_access
 from pipeline.ledger import Job, identity_of, open_job, read_job, units_per_part
 from pipeline.plan import UNITS_PER_FILE, Plan, make_plan
-from pipeline.records import AccessRules, BoxRules, JobContext, Place, Weights
+from pipeline.records import AccessRules, BoxRules, DetectorSettings, JobContext, Place, Weights
 from pipeline.storage import Store, fingerprint, open_store, options_for
 
 
@@ -51,6 +52,7 @@ class _Wanted:
     inputs: InputSettings
     weights: Weights
     dtype: str
+    detector: FoundDetector | None
     box_rules: BoxRules
     plan_sha256: str
     files: tuple[Mapping[str, Any], ...]
@@ -88,6 +90,7 @@ def _open_or_create(
     place = settings.output_place(config)
     inputs = settings.input_settings(config)
     weights = read_checkpoint(config)
+    detector = read_detector(config)
     config = settings.resolved(config)
     store = open_store(place)
     stored = read_job(store)
@@ -100,7 +103,8 @@ def _open_or_create(
         inputs=inputs,
         weights=weights,
         dtype=_dtype(config, stored, probe_dtype),
-        box_rules=_box_rules(plan) if plan else _stored(stored).context.box_rules,
+        detector=detector,
+        box_rules=_box_rules(config, plan, stored),
         plan_sha256=plan.sha256 if plan else _stored(stored).context.plan_sha256,
         files=plan.summary.input_files if plan else _fingerprints(_stored(stored), inputs.access),
         access=plan.access if plan else allowed_access(inputs),
@@ -146,8 +150,9 @@ def _plan_holds(store: Store, stored: Job, inputs: InputSettings) -> bool:
     return stored.plan.get("asked") == _asked(inputs) and len(files) == -(-stored.units // UNITS_PER_FILE)
 
 
-def _box_rules(plan: Plan) -> BoxRules:
-    return BoxRules(box_format=plan.summary.box_format, box_frame=plan.summary.box_frame)
+def _box_rules(config: Config, plan: Plan | None, stored: Job | None) -> BoxRules:
+    understood = plan.summary if plan else _stored(stored).context.box_rules
+    return settings.box_rules(config, understood.box_format, understood.box_frame)
 
 
 def _fingerprints(stored: Job, access: AccessRules) -> tuple[Mapping[str, Any], ...]:
@@ -169,6 +174,7 @@ def _job(wanted: _Wanted, store: Store, plan: Plan | None, stored: Job | None) -
         plan_sha256=wanted.plan_sha256,
         weights=wanted.weights,
         dtype=wanted.dtype,
+        detector=None if wanted.detector is None else wanted.detector.settings,
         box_rules=wanted.box_rules,
         access=wanted.access,
     )
@@ -178,6 +184,7 @@ def _job(wanted: _Wanted, store: Store, plan: Plan | None, stored: Job | None) -
         "image_root": given.image_root,
         "columns": given.columns,
         "allow_unmatched": given.allow_unmatched,
+        "tar_ids": given.tar_ids,
     }
     identity = identity_of(
         context,
@@ -192,9 +199,11 @@ def _job(wanted: _Wanted, store: Store, plan: Plan | None, stored: Job | None) -
         identity=identity,
         context=context,
         plan={**asdict(summary), "asked": _asked(wanted.inputs)},
-        categories=plan.categories,
+        categories=wanted.detector.categories if wanted.detector else plan.categories,
         units_per_part=units_per_part(
-            images=summary.images, boxes=summary.boxes, images_per_unit=plan.images_per_unit
+            images=summary.images,
+            boxes=None if wanted.detector else summary.boxes,
+            images_per_unit=plan.images_per_unit,
         ),
     )
 
@@ -206,6 +215,7 @@ def new_context(
     plan_sha256: str,
     weights: Weights,
     dtype: str,
+    detector: DetectorSettings | None,
     box_rules: BoxRules,
     access: AccessRules,
 ) -> JobContext:
@@ -217,6 +227,7 @@ def new_context(
         run_id=_new_run_id(),
         weights=weights,
         masks=settings.mask_settings(config, dtype),
+        detector=detector,
         box_rules=box_rules,
         access=access,
         limits=settings.limits(config),

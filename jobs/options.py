@@ -15,8 +15,9 @@ Images = Annotated[
     typer.Option(
         "--images",
         metavar="PLACE",
-        help="Folder, prefix (s3://bucket/photos/), glob in quotes, table of uris (Parquet, CSV, JSONL) or "
-        "COCO instances JSON. May be left out when the boxes name the image uris.",
+        help="Folder, prefix (s3://bucket/photos/), glob in quotes, table of uris (Parquet, CSV, JSONL), "
+        "COCO instances JSON, WebDataset tars or Hugging Face Parquet. May be left out when the boxes name "
+        "the images.",
         rich_help_panel=_INPUT,
         show_default=False,
     ),
@@ -27,7 +28,29 @@ Boxes = Annotated[
         "--boxes",
         metavar="PLACE",
         help="A detector's boxes: table (Parquet, CSV, JSONL; one row an image or a box), COCO results or "
-        "instances JSON, or the folder of an earlier output.",
+        "instances, MegaDetector JSON, YOLO folder, tars, Hugging Face Parquet, or an earlier output.",
+        rich_help_panel=_INPUT,
+        show_default=False,
+    ),
+]
+Detector = Annotated[
+    str | None,
+    typer.Option(
+        "--detector",
+        metavar="NAME",
+        help="Instead of --boxes: find them in the same job. hf:ID_OR_FOLDER (RT-DETR, D-FINE, DETR ...), "
+        "hf-zero-shot:ID_OR_FOLDER with --prompts (Grounding DINO ...), or your own module:Class.",
+        rich_help_panel=_INPUT,
+        show_default=False,
+    ),
+]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts",
+        metavar="TEXT",
+        help="What a zero-shot detector looks for, such as 'person; red car' (with other category names: "
+        "--set 'detector.prompts={red car: vehicle}').",
         rich_help_panel=_INPUT,
         show_default=False,
     ),

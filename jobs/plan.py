@@ -11,6 +11,7 @@ from typing import Any
 
 from jobs import console, settings, understood
 from jobs.config import Config
+from jobs.detectors import FoundDetector, read_detector
 from jobs.interrupts import Interrupts
 from jobs.opening import before_work
 from jobs.sampling import carry_over, describe, measure
@@ -35,19 +36,22 @@ def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> i
     with before_work():
         plan = understood.with_a_look(make_plan(settings.input_settings(config)), settings.limits(config))
         weights = read_checkpoint(config) if config.model.checkpoint else None
+        detector = read_detector(config)
         done = _done(config, plan) if config.output.uri else None
     estimate = None
     if sample:
         if weights is None:
             raise UsageError("--sample measures the model: name one with --checkpoint")
         left = plan.summary.images - plan.images_per_unit * (done or 0)
-        measured = measure(config, plan, weights, interrupts, sample=sample)
+        asked = None if detector is None else detector.settings
+        measured = measure(config, plan, weights, interrupts, sample=sample, detector=asked)
         estimate = carry_over(measured, plan, left=left, usd_per_gpu_hour=config.cost.usd_per_gpu_hour)
     if json:
         found = None if estimate is None else asdict(estimate)
-        console.data_json({**_as_json(config, plan, weights, done), "estimate": found})
+        shown = {"detector": None if detector is None else asdict(detector), "estimate": found}
+        console.data_json({**_as_json(config, plan, weights, done), **shown})
     else:
-        rows = _rows(config, plan, weights, done)
+        rows = _rows(config, plan, weights, done, detector)
         console.data(console.pairs([*rows, *(describe(estimate) if estimate else [])]))
         for line in understood.warnings(_facts(plan)):
             console.data(line)
@@ -80,8 +84,12 @@ def _done(config: Config, plan: Plan) -> int:
     return len(finished_units(list(list_committed(store)), read_manifest(store)))
 
 
-def _rows(config: Config, plan: Plan, weights: Weights | None, done: int | None) -> list[tuple[str, str]]:
+def _rows(
+    config: Config, plan: Plan, weights: Weights | None, done: int | None, detector: FoundDetector | None
+) -> list[tuple[str, str]]:
     rows = understood.describe_inputs(config, _facts(plan))
+    if detector is not None:
+        rows.append(("detector", str(detector)))
     if weights is not None:
         licence = weights.license or "unknown"
         rows.append(("model", f"{weights.architecture}, input side {weights.input_side}; licence {licence}"))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from jobs import console, ending, settings
 from jobs.config import Given
+from jobs.detectors import read_detector
 from jobs.interrupts import Interrupts
 from jobs.machine import Machine
 from jobs.opening import Opened
@@ -157,7 +158,20 @@ def _with_settings(saved: SavedJob) -> SavedJob:
     masks = settings.mask_settings(config, dtype)
     if masks != context.masks:
         raise JobRefused(f"the job began with {context.masks}, now {masks}; a retry needs the same settings")
-    context = replace(context, weights=weights, limits=settings.limits(config))
+    detector = read_detector(config)
+    found = detector and detector.settings.fingerprint
+    began_with = context.detector and context.detector.fingerprint
+    if found != began_with:
+        raise JobRefused(
+            f"--detector {config.detector.name}: fingerprint {found}, the job began with {began_with}; a "
+            "retry needs the same detector"
+        )
+    context = replace(
+        context,
+        weights=weights,
+        detector=None if detector is None else detector.settings,
+        limits=settings.limits(config),
+    )
     return replace(saved, job=replace(saved.job, context=context))
 
 

@@ -24,7 +24,7 @@ from pipeline.arrays import table_sha256
 from pipeline.errors import JobRefused
 from pipeline.ledger import units_per_part
 from pipeline.plan import Plan, write_plan
-from pipeline.records import BoxRules, Place, UnitOutcome, Weights
+from pipeline.records import DetectorSettings, Place, UnitOutcome, Weights
 from pipeline.storage import open_store
 
 _UNITS_PER_ACTOR = 8
@@ -74,6 +74,7 @@ def measure(
     *,
     sample: int,
     segmenter: str | None = None,
+    detector: DetectorSettings | None = None,
 ) -> Measured:
     """What `sample` images of the plan took, or all when it has fewer.
 
@@ -99,7 +100,8 @@ def measure(
                 plan_sha256=small.sha256,
                 weights=weights,
                 dtype=dtype,
-                box_rules=BoxRules(box_format=summary.box_format, box_frame=summary.box_frame),
+                detector=detector,
+                box_rules=settings.box_rules(config, summary.box_format, summary.box_frame),
                 access=plan.access,
             )
             context = replace(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from jobs import settings
 from jobs.config import Config, Given
 from jobs.working import CONFIG_KEY
+from pipeline.detect import is_own_code
+from pipeline.errors import UsageError
 from pipeline.inputs import allowed_access
 from pipeline.ledger import Job, require_job
 from pipeline.storage import NotFound, Store, open_store
@@ -36,11 +38,22 @@ def open_saved(given: Given) -> SavedJob:
     store = open_store(place)
     require_job(store)
     config = given.load(_saved_yaml(store))
+    _refuse_code_of_the_output(alone, config)
     # The output is where it was found now, wherever it lay when the configuration was saved.
     config = config.model_copy(update={"output": config.output.model_copy(update={"uri": place.uri})})
     inputs = config.input.images or config.input.boxes
     access = allowed_access(settings.input_settings(config)) if inputs else None
     return SavedJob(config=config, store=store, job=require_job(store, access=access))
+
+
+def _refuse_code_of_the_output(alone: Config, config: Config) -> None:
+    """None unless the detector is code that this call did not name: an output must not choose what is run."""
+    name = config.detector.name
+    if name is not None and is_own_code(name) and alone.detector.name != name:
+        raise UsageError(
+            f"the job's detector is code of your own, {name!r}, which is never taken from an output: say it "
+            f"again with --set detector.name={name}"
+        )
 
 
 def _saved_yaml(store: Store) -> str | None:

@@ -12,10 +12,20 @@ from typing import Any
 
 from jobs.config import Config
 from model.structures import CallShape
+from pipeline.detect import HF, ZERO_SHOT
 from pipeline.errors import UsageError
 from pipeline.inputs import InputSettings
 from pipeline.quality import FilterSettings
-from pipeline.records import AccessRules, Limits, MaskSettings, Place
+from pipeline.records import (
+    AccessRules,
+    BoxFormat,
+    BoxFrame,
+    BoxRules,
+    DetectorSettings,
+    Limits,
+    MaskSettings,
+    Place,
+)
 from pipeline.resources import ClusterSettings
 from pipeline.storage import refuse_secrets
 
@@ -44,10 +54,11 @@ def resolved(config: Config) -> Config:
     checkpoint = model.checkpoint
     if checkpoint and is_local(checkpoint) and os.path.exists(absolute(checkpoint)):
         checkpoint = absolute(checkpoint)
-    uri = config.output.uri
+    uri, detector = config.output.uri, detector_settings(config)
     return config.model_copy(
         update={
             "input": given.model_copy(update=inputs),
+            "detector": config.detector.model_copy(update={"name": detector and detector.name}),
             "model": model.model_copy(update={"checkpoint": checkpoint}),
             "output": config.output.model_copy(update={"uri": absolute(uri) if uri else uri}),
             # A cluster is joined when one is named in a command, never because an earlier run did.
@@ -79,6 +90,12 @@ def require(value: str | None, flag: str, wanted: str) -> str:
 def input_settings(config: Config) -> InputSettings:
     """What to label and how to read it, with local places as they were written (the reader resolves them)."""
     given = config.input
+    if config.detector.name and given.boxes:
+        raise UsageError(
+            "--boxes and --detector are both given; the boxes come from one of them: leave one out"
+        )
+    if config.detector.name and not given.images:
+        raise UsageError("--images is missing: a detector needs pictures to look at")
     if not given.images and not given.boxes:
         raise UsageError("--images and --boxes are missing: name images, boxes, or both")
     schemes = [*AccessRules().schemes, *given.allow_schemes]
@@ -92,6 +109,7 @@ def input_settings(config: Config) -> InputSettings:
         image_root=given.image_root,
         limit=given.limit,
         allow_unmatched=given.allow_unmatched,
+        tar_ids=given.tar_ids,
         access=AccessRules(
             roots=tuple(os.path.realpath(_existing_folder(root)) for root in given.allow_roots),
             schemes=tuple(dict.fromkeys(schemes)),
@@ -110,6 +128,38 @@ def cluster_settings(config: Config) -> ClusterSettings:
 def filter_settings(config: Config) -> FilterSettings:
     """What `accepted` asks of a mask."""
     return FilterSettings(**config.filter.model_dump())
+
+
+def box_rules(config: Config, box_format: BoxFormat, box_frame: BoxFrame) -> BoxRules:
+    """How the boxes become prompts; format and frame are what planning has understood."""
+    return BoxRules(box_format=box_format, box_frame=box_frame, **config.boxes.model_dump())
+
+
+def detector_settings(config: Config) -> DetectorSettings | None:
+    """The detector as asked for, not yet looked at; None without one.
+
+    Raises:
+        UsageError: prompts for a detector that takes none, or none for one that needs them.
+    """
+    given = config.detector
+    if given.name is None:
+        return None
+    is_zero_shot = given.name.startswith(ZERO_SHOT)
+    if is_zero_shot != bool(given.prompts):
+        wrong = "--prompts are missing" if is_zero_shot else "it takes no --prompts"
+        raise UsageError(
+            f"--detector {given.name}: {wrong}; hf-zero-shot: detectors take them, such as 'person; red car'"
+        )
+    refuse_secrets(given.options, where="detector.options")
+    return DetectorSettings(**(given.model_dump() | {"name": _with_absolute_folder(given.name)}))
+
+
+def _with_absolute_folder(name: str) -> str:
+    """`hf:FOLDER` with the folder absolute, for workers elsewhere; another name as it is."""
+    for kind in (HF, ZERO_SHOT):
+        if name.startswith(kind) and os.path.isdir(name.removeprefix(kind)):
+            return kind + os.path.abspath(name.removeprefix(kind))
+    return name
 
 
 def limits(config: Config) -> Limits:

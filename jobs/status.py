@@ -1,27 +1,84 @@
-"""`hqlabel status`: how far a job is, from its output alone; no cluster and no driver is asked."""
+"""`hqlabel status`: how far a job is, from its output alone; no cluster and no driver is asked.
+
+With `--watch` it looks again and again until every unit is committed: one picture that is drawn anew on a
+terminal, one line a look elsewhere.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 from jobs import console, settings
 from jobs.config import Config
 from pipeline.ledger import Job, require_job
-from pipeline.status import JobStatus, status
+from pipeline.status import JobStatus, Seen, status
 from pipeline.storage import Store, open_store
 
+WATCH_EVERY_S = 5.0
 
-def run(config: Config, *, json: bool) -> int:
-    """Print the status of the job in the output, and return 0."""
+
+def run(config: Config, *, json: bool, watch: bool = False, every_s: float = WATCH_EVERY_S) -> int:
+    """Print the status of the job in the output, and return 0; with `watch`, when all of it is committed."""
     store = open_store(settings.output_place(config))
     job = require_job(store)
-    found = status(store, job)
+    seen: Seen = {}
+    found = status(store, job, seen=seen)
+    if watch:
+        with _screen() as show:
+            while not found.complete:
+                show(store, job, found)
+                time.sleep(every_s)
+                found = status(store, job, seen=seen)
+    _print(store, job, found, json=json)
+    return 0
+
+
+def _print(store: Store, job: Job, found: JobStatus, *, json: bool) -> None:
     if json:
         console.data_json(_as_json(store, job, found))
     else:
-        console.data(f"{store.place.uri}: {_state(found)}")
-        console.data(console.pairs(_rows(job, found)))
-    return 0
+        console.data(_page(store, job, found))
+
+
+def _page(store: Store, job: Job, found: JobStatus) -> str:
+    return f"{store.place.uri}: {_state(found)}\n{console.pairs(_rows(job, found))}"
+
+
+@contextlib.contextmanager
+def _screen() -> Iterator[Callable[[Store, Job, JobStatus], None]]:
+    """What shows a status while it changes, on stderr: stdout is for the last one alone."""
+    if not sys.stderr.isatty():
+        yield lambda _, job, found: console.say(f"{time.strftime('%H:%M:%S')}  {_line(job, found)}")
+        return
+    with Live(
+        console=Console(stderr=True), auto_refresh=False, transient=True, redirect_stdout=False
+    ) as live:
+        yield lambda store, job, found: live.update(
+            Text(console.visible(_page(store, job, found))), refresh=True
+        )
+
+
+def _line(job: Job, found: JobStatus) -> str:
+    """The status in one line of plain text."""
+    done = _images_done(job, found)
+    parts = [f"{done:,} of {console.count(found.images, 'image')} ({console.share(done, found.images)})"]
+    if found.images_per_s is not None:
+        parts.append(f"{console.rate(found.images_per_s)} images/s")
+    if found.eta_s is not None:
+        parts.append(f"about {console.duration(found.eta_s)} left")
+    if failed := found.counts.status.get("failed"):
+        parts.append(f"{failed:,} failed")
+    if found.holder is not None and found.holder[1].is_surely_dead():
+        parts.append("the driver is gone")
+    return " · ".join(parts)
 
 
 def _images_done(job: Job, found: JobStatus) -> int:

@@ -40,7 +40,7 @@ def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, 
         rows.append(("boxes", f"{boxes}; {_place(config.input.boxes)}"))
         rows.append(("box format", f"{plan['box_format']}, in the {_frame(plan['box_frame'])}"))
     rows.append(("ids", plan["id_rule"]))
-    rows += [("", line) for line in _odd_images(plan)]
+    rows += [("", line) for line in _odd_images(plan, detected=config.detector.name is not None)]
     return rows
 
 
@@ -54,6 +54,16 @@ def describe_model(context: JobContext, *, asked_dtype: str) -> list[tuple[str, 
     dtype = context.masks.dtype + (" (auto)" if asked_dtype == "auto" else "")
     rows = [("model", model), ("numbers", dtype)]
     return rows if weights.note is None else [*rows, ("", weights.note)]
+
+
+def describe_detector(context: JobContext) -> list[tuple[str, str]]:
+    """Name and value of the detector, where there is one."""
+    detector = context.detector
+    if detector is None:
+        return []
+    licence = f"licence {detector.license}" if detector.license else "licence unknown"
+    shown = f"shown {detector.longest_side} pixels, score over {detector.score_threshold:g}"
+    return [("detector", f"{detector.title}, {shown}; fingerprint {detector.fingerprint[:12]}; {licence}")]
 
 
 def describe_work(job: Job, *, done_units: int, pending_units: int, part: str | None) -> tuple[str, str]:
@@ -80,10 +90,10 @@ def as_json(config: Config, plan: Mapping[str, Any]) -> dict[str, Any]:
     return {"images_at": config.input.images, "boxes_at": config.input.boxes, **plan}
 
 
-def _odd_images(plan: Mapping[str, Any]) -> list[str]:
+def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
     """What will not be labelled, by the plan alone."""
     lines = []
-    if plan["without_boxes"]:
+    if plan["without_boxes"] and not detected:
         unnamed = plan["listed_without_boxes"]
         why = f" ({unnamed:,} named by no box file)" if unnamed else ""
         lines.append(

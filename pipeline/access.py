@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import ImageError, UsageError
+from pipeline.members import container_of
 from pipeline.records import AccessRules
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.\-]*)://(.*)", re.DOTALL)
@@ -25,6 +26,8 @@ _SIGNED = re.compile(
     r"|api[_-]?key|password)=",
     re.IGNORECASE,
 )
+_USER_AND_PASSWORD = re.compile(r"://[^/@\s]+:[^/@\s]+@")
+_USER = re.compile(r"://[^/\s]*@")  # alone it may be a token
 _SECRET_OPTION = re.compile(
     r"(^|_)(key|secret|token|password|passwd|passphrase|credentials?|sas|connection_string|authorization"
     r"|cookies?|username)(_|$)"
@@ -62,6 +65,7 @@ def check_uri(uri: str, access: AccessRules) -> None:
         raise _refused("the uri is empty")
     if "\x00" in uri:
         raise _refused("the uri holds a NUL character")
+    uri = container_of(uri)
     scheme, rest = split_scheme(uri)
     if scheme == "file":
         _check_local(rest, access.roots)
@@ -144,6 +148,12 @@ def _inside(path: str, root: str) -> bool:
     return path == root or path.startswith(root.rstrip("/") + "/")
 
 
+def without_credentials(text: str) -> str:
+    """`text`, such as an image id that is a whole uri, or words in its place when it carries a credential."""
+    carries = _SIGNED.search(text) or _USER.search(text)
+    return "(withheld: it carries a credential)" if carries else text
+
+
 def refuse_secrets(options: Mapping[str, Any], *, where: str) -> None:
     """None when no option looks like a secret, at any depth; options are kept in job.json.
 
@@ -180,7 +190,7 @@ def redact_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_secret(name: str, value: Any) -> bool:
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-    if isinstance(value, str) and re.search(r"://[^/@\s]+:[^/@\s]+@", value):
+    if isinstance(value, str) and _USER_AND_PASSWORD.search(value):
         return True
     if value is None or isinstance(value, bool) or snake in _HARMLESS_OPTIONS:
         return False

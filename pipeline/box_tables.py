@@ -6,7 +6,7 @@ without a box are rows, or list entries, whose box is null. The order of the inp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,13 +26,13 @@ from pipeline.arrays import (
 from pipeline.columns import Kind, locate, missing_column
 from pipeline.errors import JobRefused
 from pipeline.listings import BOX_COLUMNS, NUMBERS, TEXT, BoxList, group_rows, grouped_boxes
-from pipeline.records import AccessRules
+from pipeline.records import AccessRules, BoxFormat
 from pipeline.tables import TableFile, inspect_tables, naming_values, read_batches
 
-_KEYS = {"image_uri": Kind(0, "text"), "image_id": Kind(0, "key")}
+KEYS = {"image_uri": Kind(0, "text"), "image_id": Kind(0, "key")}
 
 # One row an image: every list has one entry a box.
-IMAGE_ROWS: dict[str, Kind] = _KEYS | {
+IMAGE_ROWS: dict[str, Kind] = KEYS | {
     "boxes": Kind(2, "number"),
     "labels": Kind(1, "key"),
     "scores": Kind(1, "number"),
@@ -43,7 +43,7 @@ IMAGE_ROWS: dict[str, Kind] = _KEYS | {
 }
 
 _CORNERS = ("x1", "y1", "x2", "y2")
-BOX_ROWS: dict[str, Kind] = _KEYS | {
+BOX_ROWS: dict[str, Kind] = KEYS | {
     "bbox": Kind(1, "number"),
     **dict.fromkeys(_CORNERS, Kind(0, "number")),
     "label": Kind(0, "key"),
@@ -95,7 +95,7 @@ def _shape(names: Sequence[str], mapping: Mapping[str, str], *, uri: str) -> dic
 
 def image_keys(batch: pa.Table, uri: str, first_row: int) -> dict[str, pa.Array]:
     """The columns that name the image, as text; JobRefused for a null. `first_row`: for the message."""
-    keys = {name: batch.column(name).combine_chunks() for name in _KEYS if name in batch.column_names}
+    keys = {name: batch.column(name).combine_chunks() for name in KEYS if name in batch.column_names}
     for name, column in keys.items():
         if column.null_count:
             row = first_row + int(np.flatnonzero(null_mask(column))[0])
@@ -104,42 +104,56 @@ def image_keys(batch: pa.Table, uri: str, first_row: int) -> dict[str, pa.Array]
 
 
 def _read_image_rows(files: Sequence[TableFile], access: AccessRules, folder: str) -> BoxList:
-    parts: list[pa.Table] = []
-    boxes: list[pa.Table] = []
-    for file in files:
-        row = 0
-        for batch in read_batches(file, access):
-            with naming_values(file.uri):
-                part, flat = _flatten(batch)
-                parts.append(pa.table(image_keys(batch, file.uri, row) | part))
-                boxes.append(pa.table(box_columns(flat)))
-            row += batch.num_rows
-    images = pa.concat_tables([_no_images(files[0]), *parts])
-    return BoxList(
-        image_id=single(images.column("image_id")) if "image_id" in files[0].names else None,
-        image_uri=single(images.column("image_uri")) if "image_uri" in files[0].names else None,
-        lengths=images.column("length").to_numpy(),
-        is_null=images.column("is_null").to_numpy(),
-        error=single(images.column("error")),
-        boxes=_settled(boxes, files),
-        rows=None,
-        folder=folder,
-        box_format="xyxy",
-        one_row_per_image=True,
+    batches = ((file.uri, batch) for file in files for batch in read_batches(file, access))
+    boxes = boxes_of_rows(batches, tuple(files[0].names), folder=folder, box_format="xyxy")
+    return replace(
+        boxes,
+        boxes=_settled([boxes.boxes], files),
         files=tuple(file.uri for file in files),
         columns=files[0].all_names,
     )
 
 
-def _no_images(file: TableFile) -> pa.Table:
-    keys = {name: pa.array([], TEXT) for name in _KEYS if name in file.names}
+def boxes_of_rows(
+    batches: Iterable[tuple[str, pa.Table]], names: Collection[str], *, folder: str, box_format: BoxFormat
+) -> BoxList:
+    """The boxes of rows that are one image each, from tables with columns of IMAGE_ROWS.
+
+    `batches`: rows with the uri of the file that they are of. `names`: the columns that they have.
+    """
+    parts: list[pa.Table] = []
+    boxes: list[pa.Table] = []
+    rows: dict[str, int] = {}
+    for uri, batch in batches:
+        with naming_values(uri):
+            part, flat = _flatten(batch)
+            parts.append(pa.table(image_keys(batch, uri, rows.get(uri, 0)) | part))
+            boxes.append(pa.table(box_columns(flat)))
+        rows[uri] = rows.get(uri, 0) + batch.num_rows
+    images = pa.concat_tables([_no_images(names), *parts])
+    return BoxList(
+        image_id=single(images.column("image_id")) if "image_id" in names else None,
+        image_uri=single(images.column("image_uri")) if "image_uri" in names else None,
+        lengths=images.column("length").to_numpy(),
+        is_null=images.column("is_null").to_numpy(),
+        error=single(images.column("error")),
+        boxes=_joined(boxes),
+        rows=None,
+        folder=folder,
+        box_format=box_format,
+        one_row_per_image=True,
+    )
+
+
+def _no_images(names: Collection[str]) -> pa.Table:
+    keys = {name: pa.array([], TEXT) for name in KEYS if name in names}
     known = {"length": pa.array([], pa.int64()), "is_null": pa.array([], pa.bool_())}
     return pa.table(keys | known | {"error": pa.array([], TEXT)})
 
 
 def _flatten(batch: pa.Table) -> tuple[dict[str, pa.Array], dict[str, pa.Array]]:
     """What is known of each image (length, is_null, error), and its lists as columns, one row a box."""
-    lists = {name: batch.column(name).combine_chunks() for name in batch.column_names if name not in _KEYS}
+    lists = {name: batch.column(name).combine_chunks() for name in batch.column_names if name not in KEYS}
     boxes = lists.pop("boxes")
     lengths, is_null = list_lengths(boxes), null_mask(boxes)
     error = pa.nulls(len(boxes), TEXT)
@@ -207,7 +221,7 @@ def _read_box_rows(files: Sequence[TableFile], access: AccessRules, folder: str)
 
 def _single_boxes(batch: pa.Table) -> dict[str, pa.Array]:
     """The columns of a batch, one row a box, with the box as `given`."""
-    columns = {name: batch.column(name).combine_chunks() for name in batch.column_names if name not in _KEYS}
+    columns = {name: batch.column(name).combine_chunks() for name in batch.column_names if name not in KEYS}
     if "bbox" in columns:
         return {"given": columns.pop("bbox")} | columns
     corners = [columns.pop(name) for name in _CORNERS]
@@ -270,9 +284,13 @@ def flatten_points(points: pa.Array) -> pa.Array:
     return to_lists(lengths, flat, kind=NUMBERS, null=null_mask(points))
 
 
+def _joined(boxes: Sequence[pa.Table]) -> pa.Table:
+    return pa.concat_tables(boxes).combine_chunks() if boxes else pa.table({"given": pa.array([], NUMBERS)})
+
+
 def _settled(boxes: Sequence[pa.Table], files: Sequence[TableFile]) -> pa.Table:
     """The parts as one table; labels of a CSV that are all integers become category ids."""
-    table = pa.concat_tables(boxes).combine_chunks() if boxes else pa.table({"given": pa.array([], NUMBERS)})
+    table = _joined(boxes)
     if files[0].file_format != "csv" or "category_name" not in table.column_names:
         return table
     names = table.column("category_name")

@@ -1,7 +1,10 @@
 """Given boxes -> prompts in upright pixels: each box judged alone, none swapped, none lost.
 
 A box is read in the job's format and frame, turned into the upright picture, and cut to it. One that
-cannot be used keeps its place with the reason (a code of errors.BOX_CODES). Letters: N boxes of one image.
+cannot be used keeps its place with the reason (a code of errors.BOX_CODES), and so does one that the job's
+rules leave without a mask: too small, too low a score, too many, overlapping a better one.
+
+Letters: N boxes of one image.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.geometry import BoxFormat as PlainFormat
-from model.geometry import boxes_to_xyxy, clip_boxes, denormalise_boxes
+from model.geometry import box_iou, boxes_to_xyxy, clip_boxes, denormalise_boxes
 from pipeline.records import BoxFormat, BoxFrame, BoxRules
 
 Float64Array = npt.NDArray[np.float64]
@@ -89,15 +92,19 @@ def resolve_boxes(
     has_box = np.array([box is not None for box in given], dtype=np.bool_)
     prompt_N4, clipped, codes = _judge(given, rules.box_format, frame)
     extras = [_extra(box, frame) for box in boxes]
-    without = ~has_box & np.array([extra.is_prompt for extra in extras], dtype=np.bool_)
+    without = ~has_box & np.array([extra.is_prompt or not extra.sound for extra in extras], dtype=np.bool_)
     codes[without] = 0
     _mark(codes, np.array([not extra.sound for extra in extras], dtype=np.bool_), "prompt_invalid")
-    usable = codes == 0
+    error = [_CODES[code] for code in codes.tolist()]
+    set_aside(boxes, prompt_N4, has_box, rules, error)
+    usable = np.array([reason is None for reason in error], dtype=np.bool_)
     shown = usable & has_box
+    if rules.expand:
+        prompt_N4 = _expanded(prompt_N4, rules.expand, upright_size_hw)
     return ResolvedBoxes(
         prompt_xyxy=np.where(shown[:, None], prompt_N4, np.float32("nan")).astype(np.float32),
         usable=usable,
-        error=tuple(_CODES[code] for code in codes.tolist()),
+        error=tuple(error),
         flags=tuple(("box_clipped",) if cut else () for cut in (shown & clipped).tolist()),
         points_xy=tuple(extra.points_xy for extra in extras),
         point_labels=tuple(extra.point_labels for extra in extras),
@@ -147,6 +154,15 @@ def _judge(
     _mark(codes, _any(inside_N4[:, 2:] <= inside_N4[:, :2]), "box_outside")
     _mark(codes, _any(prompt_N4[:, 2:] <= prompt_N4[:, :2]), "box_empty")  # float32 cannot tell
     return prompt_N4, _any(inside_N4 != turned_N4), codes
+
+
+def _expanded(
+    prompt_N4: npt.NDArray[np.float32], share: float, size_hw: tuple[int, int]
+) -> npt.NDArray[np.float32]:
+    """Boxes with each side moved out by a share of the box's width or height, inside the picture."""
+    margin = share * (prompt_N4[:, 2:] - prompt_N4[:, :2]).astype(np.float64)
+    wide_N4 = np.concatenate([prompt_N4[:, :2] - margin, prompt_N4[:, 2:] + margin], axis=1)
+    return clip_boxes(wide_N4, size_hw).astype(np.float32)
 
 
 def _in_frame(given_N4: Float64Array, box_format: BoxFormat, size_hw: tuple[int, int]) -> Float64Array:
@@ -234,6 +250,74 @@ def _points(
     if not (inside | padding).all():
         return None
     return np.where(padding[:, None], 0, turned).astype(np.float32), np.array(labels, dtype=np.int32)
+
+
+# ---------------------------------------------------------------------------------------------
+# Boxes that the job's rules leave without a mask
+# ---------------------------------------------------------------------------------------------
+
+
+def set_aside(
+    boxes: Sequence[Mapping[str, Any]],
+    prompt_N4: npt.NDArray[np.float32],
+    has_box: BoolArray,
+    rules: BoxRules,
+    error: list[str | None],
+) -> None:
+    """None; usable boxes that a rule leaves without a mask have its reason in `error`.
+
+    In this order: too small, score too low, over `top_k`, `nms:<row of the better box>`. A rule looks only at
+    the boxes that the ones before it left. Better is the higher score (none last), then the earlier row.
+    """
+    scores = np.array([_score(box) for box in boxes], dtype=np.float64)
+
+    def left() -> npt.NDArray[np.int64]:
+        return np.flatnonzero([reason is None for reason in error])
+
+    def leave_out(rows: npt.NDArray[np.int64], reason: str) -> None:
+        for row in rows.tolist():
+            error[row] = reason
+
+    if rules.min_side_px:
+        sides = np.where(has_box, (prompt_N4[:, 2:] - prompt_N4[:, :2]).min(axis=1), np.inf)
+        leave_out(left()[sides[left()] < rules.min_side_px], "box_small")
+    if rules.min_score is not None:
+        leave_out(left()[scores[left()] < rules.min_score], "box_score")  # NaN, no score, is below nothing
+    if rules.top_k is not None:
+        leave_out(_ranked(left(), scores)[rules.top_k :], "box_rank")
+    if rules.nms_mode != "none":
+        rows = left()[has_box[left()]]
+        kinds = [_kind(boxes[row]) if rules.nms_mode == "class" else None for row in range(len(boxes))]
+        for loser, winner in _overlapping(_ranked(rows, scores), prompt_N4, kinds, rules.nms_iou):
+            error[loser] = f"nms:{winner}"
+
+
+def _score(box: Mapping[str, Any]) -> float:
+    score = box.get("score")
+    return float("nan") if score is None or not np.isfinite(score) else float(score)
+
+
+def _kind(box: Mapping[str, Any]) -> tuple[Any, Any]:
+    return box.get("category_id"), box.get("category_name")
+
+
+def _ranked(rows: npt.NDArray[np.int64], scores: Float64Array) -> npt.NDArray[np.int64]:
+    """The rows, best first."""
+    return rows[np.lexsort((rows, -np.nan_to_num(scores[rows], nan=-np.inf)))]
+
+
+def _overlapping(
+    ranked: npt.NDArray[np.int64], boxes_N4: npt.NDArray[np.float32], kinds: Sequence[Any], most_iou: float
+) -> list[tuple[int, int]]:
+    """(loser, winner) pairs: greedy, the best first; every loser once."""
+    pairs: list[tuple[int, int]] = []
+    while len(ranked):
+        winner, rest = int(ranked[0]), ranked[1:]
+        same = np.array([kinds[row] == kinds[winner] for row in rest.tolist()], dtype=np.bool_)
+        lost = same & (box_iou(boxes_N4[winner : winner + 1], boxes_N4[rest]).reshape(-1) > most_iou)
+        pairs += [(row, winner) for row in rest[lost].tolist()]
+        ranked = rest[~lost]
+    return pairs
 
 
 # ---------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from pipeline.disk import LocalDriver
 from pipeline.drivers import CHUNK, Driver, FetchedObject, Found, check_complete, too_many_bytes
 from pipeline.errors import ImageError, UsageError
 
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
 _ONE_PUT = 5 * 2**30  # S3's largest single PUT
 
 
@@ -58,14 +59,14 @@ def _make_driver(scheme: str, options_json: str) -> Driver:
             return MemoryDriver(fsspec.filesystem("memory"))
         fs = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
     except (ImportError, ValueError) as error:
-        extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}.get(scheme)
+        extra = _EXTRAS.get(scheme)
         hint = f"install it: pip install 'hqlabel[{extra}]'" if extra else "install its fsspec driver"
         raise UsageError(f"no driver for {scheme}:// uris here ({error}); {hint}") from None
     return HttpDriver(fs) if scheme in ("http", "https") else FsspecDriver(fs)
 
 
 class FsspecDriver:
-    """Any fsspec file system with an exclusive create (`mode="create"`): gs, az, abfs and so on."""
+    """Any fsspec file system with an exclusive create (`mode="create"`): gs, az, abfs; hf for reading."""
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
@@ -127,7 +128,9 @@ class FsspecDriver:
 
 
 def _found(info: Mapping[str, Any]) -> Found:
-    tag = next((info[k] for k in ("ETag", "etag", "md5Hash", "created", "mtime") if info.get(k)), None)
+    tag = next(
+        (info[k] for k in ("ETag", "etag", "md5Hash", "blob_id", "created", "mtime") if info.get(k)), None
+    )
     text = None if tag is None else str(tag).strip('"')
     return Found(path=str(info["name"]).lstrip("/"), size=int(info.get("size") or 0), etag=text)
 

@@ -9,6 +9,7 @@ when their values, or even their type, are made into Python objects.
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -110,8 +111,9 @@ def missing_column(uri: str, wanted: str, names: Sequence[str]) -> JobRefused:
     message = f"{uri}: no column {wanted}; found {shown or 'no columns at all'}"
     for ours in wanted.replace(",", " or ").split(" or "):
         near = _nearest(ours.strip(), names)
-        if near is not None:
-            message += f". If {near!r} is meant: --set input.columns.{ours.strip()}={near}"
+        if near is not None and near.isprintable():  # a shell could not carry the others
+            setting = shlex.quote(f"input.columns.{ours.strip()}={near}")
+            message += f". If {near!r} is meant: --set {setting}"
             break
     return JobRefused(message)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline import logs
 from pipeline.errors import SystemicFault
 from pipeline.failpoints import visit
 from pipeline.plan import read_unit
@@ -20,6 +21,7 @@ from pipeline.prompts import resolved_boxes
 from pipeline.records import JobContext, UnitOutcome
 from pipeline.rows import UnitRow
 from pipeline.storage import Store
+from pipeline.switches import refuse_here
 from pipeline.unit_rows import ImageResult
 from pipeline.units import build_unit_table, check_against_plan, commit, encode, outcome_of, replace_rows
 
@@ -52,13 +54,15 @@ def commit_unit(unit: UnitRow, context: JobContext, store: Store) -> pa.Table:
 
 
 def _commit(unit: UnitRow, context: JobContext, store: Store) -> UnitOutcome:
+    refuse_here()
     began = time.monotonic()
     results = [_with_boxes(image, context) for image in unit.images]
     table = build_unit_table(results, context)
     if unit.redo_codes is not None:
         table = replace_rows(earlier_generation(unit, store), table)
         visit("retry.replaced")
-    check_against_plan(table, read_unit(store, context.plan_sha256, unit.unit_id))
+    planned = read_unit(store, context.plan_sha256, unit.unit_id)
+    check_against_plan(table, planned, detected=context.detector is not None)
     body = encode(table, context)
     visit("unit.built")
     created = commit(store, unit.unit_id, unit.generation, body)
@@ -66,7 +70,20 @@ def _commit(unit: UnitRow, context: JobContext, store: Store) -> UnitOutcome:
     outcome = outcome_of(
         table, unit.unit_id, unit.generation, size=len(body), created=created, seconds=seconds
     )
+    _log(outcome, table, context)
     return replace(outcome, begun_before=sum(image.attempts > 1 for image in unit.images))
+
+
+def _log(outcome: UnitOutcome, table: pa.Table, context: JobContext) -> None:
+    """A line for the unit and one for each image of it that failed; those of a retry are said again."""
+    run_id, unit_id = context.run_id, outcome.unit_id
+    said = {k: v for k, v in vars(outcome).items() if k not in ("unit_id", "begun_before")}
+    logs.event("unit_committed", run_id=run_id, unit_id=unit_id, **said)
+    if outcome.repeated or not outcome.failed:
+        return
+    for row in table.select(["image_id", "error_code", "error_message"]).to_pylist():
+        if row["error_code"] is not None:
+            logs.image_failed(run_id, unit_id, row["image_id"], row["error_code"], row["error_message"])
 
 
 def _with_boxes(image: ImageResult, context: JobContext) -> ImageResult:

@@ -79,6 +79,7 @@ class DecodedImage:
     `pixels_hwc`: uint8 RGB (h, w, 3) with max(h, w) == side; may be read-only. `size_hw`: upright, full size.
     `stored_size_hw`: as stored in the file, before its orientation was applied. `exif_orientation`: 1 to 8,
     or None where the file states none that can be used. `format`: Pillow's name, such as `JPEG`.
+    `detector_hwc`: the same at the detector's size, where one was asked for and it is another size.
     """
 
     pixels_hwc: UInt8Array
@@ -86,10 +87,15 @@ class DecodedImage:
     stored_size_hw: tuple[int, int]
     exif_orientation: int | None
     format: str
+    detector_hwc: UInt8Array | None = None
 
 
-def decode_image(data: bytes, *, max_pixels: int, side: int) -> DecodedImage:
+def decode_image(
+    data: bytes, *, max_pixels: int, side: int, detector_side: int | None = None
+) -> DecodedImage:
     """The picture in `data`, upright, RGB, its long side resized to `side`.
+
+    `detector_side`: also the picture as a detector sees it, with no side longer than this, never enlarged.
 
     Raises:
         ImageError: `empty`, `not_an_image`, `format`, `truncated`, `corrupt`, `too_large` (more than
@@ -99,7 +105,8 @@ def decode_image(data: bytes, *, max_pixels: int, side: int) -> DecodedImage:
     if not data:
         raise ImageError("empty", "the object has 0 bytes; upload the picture again")
     with _pillow_faults(data, max_pixels):
-        _check_header(Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS), max_pixels, side)
+        least = min(side, detector_side or side)
+        _check_header(Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS), max_pixels, least)
         picture = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
         orientation = _orientation(picture) if picture.format == "TIFF" else None
         picture.load()
@@ -110,8 +117,10 @@ def decode_image(data: bytes, *, max_pixels: int, side: int) -> DecodedImage:
             upright = _turned(_to_rgb(picture), orientation)
     size_hw = (upright.height, upright.width)
     swapped = orientation in (5, 6, 7, 8)
+    shown = None if detector_side is None else min(detector_side, max(size_hw))
     return DecodedImage(
         pixels_hwc=resize_picture(upright, side),
+        detector_hwc=None if shown in (None, side) else resize_picture(upright, shown),
         size_hw=size_hw,
         stored_size_hw=size_hw[::-1] if swapped else size_hw,
         exif_orientation=orientation,

@@ -26,12 +26,13 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.decode import DecodedImage
-from pipeline.errors import ImageError, SystemicFault
+from pipeline.errors import ImageError, SystemicFault, clean_text
 from pipeline.records import Limits
 
 MAX_DEATHS = 3
@@ -56,6 +57,7 @@ class _Config:
     side: int
     memory_bytes: int
     files: tuple[int, int, int, int]  # requests, answers, bytes in, pixels out
+    detector_side: int | None = None
 
 
 class DecodeChild:
@@ -65,9 +67,17 @@ class DecodeChild:
     Owns its process: `close()` ends it, and so does the end of this one.
     """
 
-    def __init__(self, limits: Limits, side: int, *, decoder: str = "pipeline.decode:decode_image") -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        side: int,
+        *,
+        decoder: str = "pipeline.decode:decode_image",
+        detector_side: int | None = None,
+    ) -> None:
         self._limits = limits
         self._side = side
+        self._detector_side = detector_side
         self._decoder = decoder
         self._process: subprocess.Popen[bytes] | None = None
         self._data_file = _shared_file()
@@ -132,10 +142,14 @@ class DecodeChild:
             if answer["code"] == "out_of_memory":
                 self.close()  # its heap may be full of what it could not finish
             raise ImageError(answer["code"], answer["message"])
-        height, width = answer["shape_hw"]
-        pixels = np.frombuffer(_read_all(self._pixel_file, height * width * 3), np.uint8)
+        shapes = [(height, width, 3) for height, width in answer["shapes_hw"]]
+        sizes = [height * width * 3 for height, width, _ in shapes]
+        data = memoryview(_read_all(self._pixel_file, sum(sizes)))
+        pixels = np.frombuffer(data[: sizes[0]], np.uint8).reshape(shapes[0])
+        shown = np.frombuffer(data[sizes[0] :], np.uint8).reshape(shapes[1]) if len(shapes) > 1 else None
         return DecodedImage(
-            pixels_hwc=pixels.reshape(height, width, 3),
+            pixels_hwc=pixels,
+            detector_hwc=shown,
             size_hw=tuple(answer["size_hw"]),
             stored_size_hw=tuple(answer["stored_size_hw"]),
             exif_orientation=answer["exif_orientation"],
@@ -178,8 +192,9 @@ class DecodeChild:
             side=self._side,
             memory_bytes=self._limits.decode_memory_bytes,
             files=files,
+            detector_side=self._detector_side,
         )
-        boot = _BOOT.format(path=sys.path, config=json.dumps(vars(config)))
+        boot = _BOOT.format(path=_import_path(), config=json.dumps(vars(config)))
         with tempfile.TemporaryFile() as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", boot],
@@ -196,7 +211,17 @@ class DecodeChild:
                 self.close()
                 errors.seek(0)
                 said = errors.read()[-400:].decode(errors="replace")
-                raise SystemicFault("resources", f"no decoder process can be started: {answer} {said}")
+                told = f"{answer or 'it ended without a word'}; {said}"
+                raise SystemicFault("resources", clean_text(f"no decoder process can be started: {told}"))
+
+
+def _import_path() -> list[str]:
+    """This process's import path, and this package's folder on it.
+
+    An editable install is found by a hook that only `site` sets up, and the child starts without `site`.
+    """
+    here = str(Path(__file__).resolve().parents[1])
+    return sys.path if here in sys.path else [*sys.path, here]
 
 
 def _bare_environment() -> dict[str, str]:
@@ -213,11 +238,11 @@ def _shared_file() -> int:
         return os.dup(file.fileno())
 
 
-def _write_all(descriptor: int, data: memoryview | bytes) -> None:
-    """None; `data` stands at the start of the file. One call writes at most 2 GiB on Linux."""
+def _write_all(descriptor: int, data: memoryview | bytes, start: int = 0) -> None:
+    """None; `data` stands in the file from `start` on. One call writes at most 2 GiB on Linux."""
     view, at = memoryview(data), 0
     while at < len(view):
-        at += os.pwrite(descriptor, view[at:], at)
+        at += os.pwrite(descriptor, view[at:], start + at)
 
 
 def _read_all(descriptor: int, size: int) -> bytes:
@@ -273,7 +298,8 @@ def _answer(decoder: Decoder, config: _Config, size: int) -> dict[str, Any]:
     _, _, data_file, pixel_file = config.files
     try:
         data = _read_all(data_file, size)
-        found = decoder(data, max_pixels=config.max_pixels, side=config.side)
+        more = {} if config.detector_side is None else {"detector_side": config.detector_side}
+        found = decoder(data, max_pixels=config.max_pixels, side=config.side, **more)
     except ImageError as error:
         return {"code": error.code, "message": error.message}
     except MemoryError:
@@ -284,9 +310,12 @@ def _answer(decoder: Decoder, config: _Config, size: int) -> dict[str, Any]:
         }
     except Exception:  # not the picture's fault: `decode_image` has a code for everything that is
         return {"bug": traceback.format_exc()}
-    _write_all(pixel_file, np.ascontiguousarray(found.pixels_hwc).reshape(-1).data)
+    start, pictures = 0, [one for one in (found.pixels_hwc, found.detector_hwc) if one is not None]
+    for picture in pictures:
+        _write_all(pixel_file, np.ascontiguousarray(picture).reshape(-1).data, start)
+        start += picture.size
     return {
-        "shape_hw": found.pixels_hwc.shape[:2],
+        "shapes_hw": [picture.shape[:2] for picture in pictures],
         "size_hw": found.size_hw,
         "stored_size_hw": found.stored_size_hw,
         "exif_orientation": found.exif_orientation,

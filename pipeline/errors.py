@@ -108,6 +108,7 @@ SYSTEMIC_CODES: dict[str, str] = {
     "disk": "the disk or the object store is full",
     "device": "the accelerator failed",
     "weights": "a worker does not find the job's weights",
+    "environment": "a worker's environment switches a protection off",
     "resources": "the cluster cannot place what the job needs",
 }
 
@@ -119,8 +120,22 @@ BOX_CODES: dict[str, str] = {
     "box_empty": "no width or no height",
     "box_outside": "does not touch the image",
     "prompt_invalid": "points or mask prompt cannot be used",
+    "box_small": "a side is shorter than boxes.min_side_px",
+    "box_score": "the score is lower than boxes.min_score",
+    "box_rank": "not among the boxes.top_k best of its image",
+    "nms": "overlaps a better box, whose instance_index follows the colon (boxes.nms_mode)",
     "image_failed": "the whole image failed",
 }
+
+
+SET_ASIDE = ("box_small", "box_score", "box_rank", "nms")
+"""Of these, the reasons that say nothing against a box: the job's own rules leave it without a mask."""
+
+
+def box_code(reason: str) -> str:
+    """The kind of a box's reason: `nms` for `nms:<instance_index of the box it lost to>`, else itself."""
+    kind, colon, winner = reason.partition(":")
+    return "nms" if colon and kind == "nms" and winner.isascii() and winner.isdigit() else reason
 
 
 def stage_of(code: str) -> str:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 from pipeline.errors import ImageError, SystemicFault
+from pipeline.members import split_member
 from pipeline.records import AccessRules, Limits
 from pipeline.retries import StorageFault
-from pipeline.storage import FetchedObject, check_uri, options_for, read_object
+from pipeline.storage import FetchedObject, check_uri, options_for, read_contained, read_object
 
 FETCH_THREADS = 8
 """Requests in flight for one unit: at 50 ms each they feed 160 images/s, and hold 8 objects at most."""
@@ -42,12 +43,11 @@ def fetch_object(uri: str, access: AccessRules, limits: Limits) -> FetchedObject
         SystemicFault: credentials, clock, store or disk: what every image would meet.
     """
     check_uri(uri, access)
-    return read_object(
-        uri,
-        options_for(uri, access),
-        max_bytes=limits.max_image_bytes,
-        deadline_monotonic=time.monotonic() + limits.fetch_timeout_s,
-    )
+    options, deadline = options_for(uri, access), time.monotonic() + limits.fetch_timeout_s
+    member = split_member(uri)
+    if member is not None:
+        return read_contained(member, options, max_bytes=limits.max_image_bytes, deadline_monotonic=deadline)
+    return read_object(uri, options, max_bytes=limits.max_image_bytes, deadline_monotonic=deadline)
 
 
 def fetch_ahead(

@@ -17,9 +17,9 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import ray
@@ -28,7 +28,9 @@ import ray.data.exceptions
 import ray.exceptions
 from ray.autoscaler.sdk import request_resources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.util import metrics as ray_metrics
 
+from pipeline import logs, metrics
 from pipeline.commit import commit_unit, read_outcome
 from pipeline.decode_child import DecodeChild
 from pipeline.errors import SystemicFault, clean_text
@@ -38,6 +40,7 @@ from pipeline.resources import ClusterSettings, Node, Requests, fit, still_fits
 from pipeline.rows import UnitRow, pack, unpack
 from pipeline.segment import SegmentWorker
 from pipeline.storage import open_store
+from pipeline.switches import refuse_here
 
 _ray: Any = ray  # some of it has no types
 
@@ -57,6 +60,8 @@ _CALLS_PER_ACTOR = 2  # while one unit is in the model, the next is read and the
 NO_PROGRESS_AT_LEAST_S = 2 * 3600.0
 NODES_GONE_S = 60.0
 """How long nodes may be gone and nothing finish, before the rest is begun anew on those that are left."""
+NO_MODEL_S = 600.0
+"""How long no model process may run and nothing finish; weights take less to load."""
 _POLL_S = 1.0
 
 
@@ -93,19 +98,23 @@ def run_units(
     """
     requests = check_resources(cluster)
     left = list(unit_ids)
+    unfinished = len(left)
     while left:
         units = [_first_row(unit_id, retry) for unit_id in left[:UNITS_PER_WAVE]]
-        watch = _watch(requests, NODES_GONE_S + cluster.wait_for_nodes_s)
+        watch = _watch(requests, NODES_GONE_S + cluster.wait_for_nodes_s, context.run_id)
         finished = set()
         try:
             with contextlib.closing(_outcomes(units, context, requests, epoch, watch)) as outcomes:
                 for outcome in outcomes:
                     finished.add(outcome.unit_id)
                     watch.last_outcome = time.monotonic()
+                    unfinished -= 1
+                    _record(context.run_id, metrics.of_progress(unfinished))
                     on_outcome(outcome)
                     if should_stop():
                         return
             left = left[len(units) :]
+            requests = _requests_for_what_is_left(cluster) if left else requests  # nodes may have joined
         except _NodesGone:
             left = [unit_id for unit_id in left if unit_id not in finished]
             requests = _requests_for_what_is_left(cluster)
@@ -168,33 +177,82 @@ def chain(
 
 def prepare(table: pa.Table, context: JobContext) -> pa.Table:
     """Stage one: the unit, fetched and decoded; schema rows.TRAVEL."""
-    child = _child(context.limits, context.weights.input_side, context.decoder)
+    logs.keep_in_this_process()
+    began = time.monotonic()
+    detector = context.detector
+    child = _child(
+        context.limits, context.weights.input_side, context.decoder, detector and detector.longest_side
+    )
     unit, arena = prepare_unit(unpack(table), context, open_store(context.output), child)
+    _record(context.run_id, metrics.of_prepared(unit, time.monotonic() - began))
     return pack(unit, arena)
 
 
 @functools.lru_cache(maxsize=1)
-def _child(limits: Limits, side: int, decoder: str) -> DecodeChild:
+def _child(limits: Limits, side: int, decoder: str, detector_side: int | None) -> DecodeChild:
     """This worker process's decoder; it serves every unit the process is given."""
-    return DecodeChild(limits, side, decoder=decoder)
+    return DecodeChild(limits, side, decoder=decoder, detector_side=detector_side)
 
 
 class Segment:
-    """Stage two: one actor with the model; a unit in, the unit with its masks out, schema rows.TRAVEL."""
+    """Stage two: one actor with the model, and the detector where there is one.
+
+    A unit in, the unit with its masks out, schema rows.TRAVEL.
+    """
 
     def __init__(self, context: JobContext, epoch: int, use_gpu: bool) -> None:
+        logs.keep_in_this_process()
+        self._run_id = context.run_id
         mine = ray.get_runtime_context()
         restarted = mine.get_actor_id() if mine.was_current_actor_reconstructed else None
         self._worker = SegmentWorker(context, epoch=epoch, use_gpu=use_gpu, restarted=restarted)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """See the class."""
-        return pack(self._worker.run(unpack(table)))
+        began = time.monotonic()
+        unit = self._worker.run(unpack(table))
+        _record(self._run_id, metrics.of_segmented(unit, time.monotonic() - began))
+        return pack(unit)
 
 
 def commit(table: pa.Table, context: JobContext) -> pa.Table:
     """Stage three: the outcome, after the unit's file is in the store; schema commit.OUTCOME."""
-    return commit_unit(unpack(table), context, open_store(context.output))
+    logs.keep_in_this_process()
+    began = time.monotonic()
+    unit = unpack(table)
+    answer = commit_unit(unit, context, open_store(context.output))
+    try:
+        outcome = read_outcome(answer)
+        samples = metrics.of_committed(unit, outcome, time.monotonic() - began)
+    except SystemicFault as fault:
+        logs.event("fault", level=logging.ERROR, run_id=context.run_id, unit_id=unit.unit_id, code=fault.code,
+                   message=fault.message)  # fmt: skip
+        samples = metrics.of_fault(fault.code)
+    _record(context.run_id, samples)
+    return answer
+
+
+def _record(run_id: str, samples: Iterable[metrics.Sample]) -> None:
+    """None; the samples are with Ray, whose agent on this node offers them to Prometheus."""
+    for sample in samples:
+        meter, tags = _meter(sample.name), {**sample.tags, metrics.RUN: run_id}
+        if isinstance(meter, ray_metrics.Counter):
+            meter.inc(sample.value, tags)
+        elif isinstance(meter, ray_metrics.Gauge):
+            meter.set(sample.value, tags)
+        else:
+            meter.observe(sample.value, tags)
+
+
+@functools.cache
+def _meter(name: str) -> ray_metrics.Counter | ray_metrics.Gauge | ray_metrics.Histogram:
+    metric = metrics.METRICS[name]
+    tags = (*metric.tags, metrics.RUN)
+    if metric.kind == "counter":
+        return ray_metrics.Counter(name, metric.meaning, tag_keys=tags)
+    if metric.kind == "gauge":
+        return ray_metrics.Gauge(name, metric.meaning, tag_keys=tags)
+    return ray_metrics.Histogram(name, metric.meaning, boundaries=list(metric.boundaries), tag_keys=tags)
 
 
 def plan_operators(dataset: ray.data.Dataset) -> list[str]:
@@ -225,17 +283,19 @@ class _Watch(ExecutionCallback):
     requests: Requests
     patience_s: float
     last_outcome: float
+    run_id: str
 
     def __init__(self) -> None:
         self._most = _nodes()
-        self._fitted = self._looked = time.monotonic()
+        self._fitted = self._looked = self._modelled = time.monotonic()
 
-    def on_execution_step(self, executor: Any) -> None:  # noqa: ARG002 - Ray Data passes it
+    def on_execution_step(self, executor: Any) -> None:
         """Asked many times a second, in the thread that schedules."""
         now = time.monotonic()
         if now < self._looked + _POLL_S:
             return
         self._looked = now
+        self._look_at_queues(executor, now)
         try:
             nodes = _nodes()
         except Exception:  # a look that fails is no sign of anything; what Ray itself notices, it raises
@@ -245,9 +305,55 @@ class _Watch(ExecutionCallback):
         elif now - max(self._fitted, self.last_outcome) > self.patience_s:
             raise _NodesGone
 
+    def _look_at_queues(self, executor: Any, now: float) -> None:
+        try:
+            queues = _queues(executor)
+        except Exception:  # these are inner parts of Ray Data, and no job shall end for want of a metric
+            return
+        _record(self.run_id, metrics.of_queues(*queues))
+        if queues.processes["running"] or not (queues.waiting["prepare"] or queues.waiting["segment"]):
+            self._modelled = now
+        elif now - max(self._modelled, self.last_outcome) > NO_MODEL_S + self.patience_s:
+            raise SystemicFault("resources", _no_model(self.requests, NO_MODEL_S + self.patience_s))
 
-def _watch(requests: Requests, patience_s: float) -> type[_Watch]:
-    values = {"requests": requests, "patience_s": patience_s, "last_outcome": time.monotonic()}
+
+class _Queues(NamedTuple):
+    waiting: dict[str, int]
+    processes: dict[str, int]
+
+
+def _queues(executor: Any) -> _Queues:
+    """The queues before the stages and the states of the model processes, as Ray Data sees them now."""
+    stages: dict[str, Any] = dict(
+        zip(("prepare", "segment", "commit"), list(executor._topology)[1:], strict=True)
+    )
+    states = {stage: executor._topology[operator] for stage, operator in stages.items()}
+    waiting = {stage: state.total_enqueued_input_blocks() for stage, state in states.items()}
+    pool = stages["segment"].get_actor_info()
+    processes = {state: getattr(pool, state) for state in ("running", "pending", "restarting")}
+    return _Queues(waiting, processes)
+
+
+def _no_model(requests: Requests, seconds: float) -> str:
+    """Why nothing moves, for people: what one model process asks for, and what Ray has left of it."""
+    gpus = f" and {requests.gpus_per_actor:g} GPUs" if requests.gpus_per_actor else ""
+    free = _ray.available_resources()
+    left = f"{free.get('CPU', 0.0):g} CPU cores and {free.get('GPU', 0.0):g} GPUs"
+    return (
+        f"no model process has been running for {seconds / 60:.0f} min; each asks for "
+        f"{requests.cpus_per_actor:g} CPU cores{gpus} on one node, and {left} of the whole cluster are free. "
+        "Either somebody else holds them (`ray status` lists what waits), or the model does not come up (the "
+        "log of its worker says why)"
+    )
+
+
+def _watch(requests: Requests, patience_s: float, run_id: str) -> type[_Watch]:
+    values = {
+        "requests": requests,
+        "patience_s": patience_s,
+        "last_outcome": time.monotonic(),
+        "run_id": run_id,
+    }
     return type("_WatchOfOneExecution", (_Watch,), values)
 
 
@@ -309,14 +415,14 @@ def map_parts(function: Callable[[A], T], arguments: Sequence[A], *, num_cpus: f
     Raises:
         Exception: what `function` raised.
     """
-    task = ray.remote(num_cpus=num_cpus, max_retries=3)(function)
+    task: Any = ray.remote(num_cpus=num_cpus, max_retries=3)(_safely)
     most = max(2, int(_ray.cluster_resources().get("CPU", 1) / num_cpus))
     waiting = iter(arguments)
     running: list[Any] = []
     with _unwrapped():
         while True:
             for argument in waiting:
-                running.append(task.remote(argument))
+                running.append(task.remote(function, argument))
                 if len(running) >= most:
                     break
             if not running:
@@ -333,10 +439,15 @@ def run_on_model_node(function: Callable[[bool], T], cluster: ClusterSettings) -
         Exception: what `function` raised.
     """
     requests = check_resources(cluster)
-    task = ray.remote(num_cpus=requests.cpus_per_actor, num_gpus=requests.gpus_per_actor)(function)
+    task: Any = ray.remote(num_cpus=requests.cpus_per_actor, num_gpus=requests.gpus_per_actor)(_safely)
     with _unwrapped():
-        result: T = ray.get(task.remote(requests.gpus_per_actor > 0))
+        result: T = ray.get(task.remote(function, requests.gpus_per_actor > 0))
     return result
+
+
+def _safely(function: Callable[[A], T], argument: A) -> T:
+    refuse_here()
+    return function(argument)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,13 @@
 """Whatever a person points at -> the lists of images and of boxes; which reader takes it is told by its name.
 
-Names are told apart by their ending (.parquet, .csv, .jsonl, .json) and by what a folder holds; the
-content is checked by the reader. Nothing is opened here but the input files themselves, no image.
+Names are told apart by their ending and by what a folder holds (`named`); two kinds of JSON and of Parquet
+by a look at their beginning. The content is checked by the reader. No image is opened.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
@@ -20,18 +20,28 @@ from pipeline.coco import is_results, read_coco_images, read_instances, read_res
 from pipeline.columns import missing_column
 from pipeline.earlier import EarlierParts, find_parts, read_earlier_boxes, read_earlier_images
 from pipeline.errors import JobRefused, UsageError
-from pipeline.listings import TEXT, BoxList, ImageList, examples
-from pipeline.records import AccessRules, BoxFormat, BoxFrame
-from pipeline.storage import Entry, glob_objects, head_object, list_objects, options_for
-from pipeline.tables import TABLE_SUFFIXES, TableFormat, inspect_tables, read_batches, table_format
-
-PICTURE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".heic", ".heif"),
+from pipeline.hf_datasets import NAMES as HF_NAMES
+from pipeline.hf_datasets import holds_pictures, read_hf_boxes, read_hf_images
+from pipeline.listings import TEXT, BoxList, ImageList, is_picture
+from pipeline.megadetector import is_megadetector, read_megadetector
+from pipeline.named import (
+    Named,
+    absolute,
+    is_json,
+    is_pattern,
+    is_tar,
+    nothing_in,
+    parent_of,
+    pattern_root,
+    states_ending,
 )
-"""Which files of a folder are taken for pictures, in any case. Decoding goes by content, not by name."""
+from pipeline.records import AccessRules, BoxFormat, BoxFrame
+from pipeline.storage import Entry
+from pipeline.tables import inspect_tables, read_batches, table_format
+from pipeline.tars import TarIds, read_tar_boxes, read_tar_images
+from pipeline.yolo import read_yolo
 
-_COLUMN_NAMES = frozenset(IMAGE_ROWS) | frozenset(BOX_ROWS)
+_COLUMN_NAMES = frozenset(IMAGE_ROWS) | frozenset(BOX_ROWS) | frozenset(HF_NAMES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +50,8 @@ class InputSettings:
 
     `images`, `boxes`: paths or uris, at least one of them. `columns`: our column name to the table's.
     `image_root`: folder or prefix that relative uris and COCO file names start from; None: the folder of
-    the table that names them. `limit`: the first N images in the order of their ids. `access`: further
-    local roots, allowed schemes, storage options.
+    the table that names them. `limit`: the first N images in the order of their ids. `tar_ids`: what images
+    in tars are called. `access`: further local roots, allowed schemes, storage options.
     """
 
     images: str | None = None
@@ -52,6 +62,7 @@ class InputSettings:
     image_root: str | None = None
     limit: int | None = None
     allow_unmatched: bool = False
+    tar_ids: TarIds = "member"
     access: AccessRules = field(default_factory=AccessRules)
     images_per_unit: int = 64
 
@@ -75,16 +86,10 @@ def _folder_of(argument: str | None) -> str | None:
     if argument is None:
         return None
     uri = absolute(argument)
-    if _is_pattern(uri):
-        return _pattern_root(uri)
-    is_file = _is_json(uri) or table_format(uri) is not None
+    if is_pattern(uri):
+        return pattern_root(uri)
+    is_file = is_json(uri) or is_tar(uri) or table_format(uri) is not None
     return uri.rpartition("/")[0] if is_file and not os.path.isdir(uri) else uri
-
-
-def absolute(uri: str) -> str:
-    """A local path made absolute, `file://` taken off; another uri as it is, without "/" at the end."""
-    scheme, rest = split_scheme(uri)
-    return os.path.abspath(rest) if scheme == "file" else uri.rstrip("/")
 
 
 def read_images(settings: InputSettings) -> ImageList:
@@ -95,20 +100,25 @@ def read_images(settings: InputSettings) -> ImageList:
     """
     assert settings.images is not None, "the caller asks only for what is given"
     uri, access = absolute(settings.images), settings.access
-    if _is_pattern(uri):
-        return _from_listing(uri, glob_objects(uri, options_for(uri, access)), root=_pattern_root(uri))
-    if _is_json(uri):
+    if is_json(uri) and not is_pattern(uri):
         _refuse_results(uri, access)
-        return _resolved(read_coco_images(uri, access, folder=_parent(uri)), settings)
-    if table_format(uri) is not None and _is_file(uri, access):
-        return _resolved(_read_image_tables([uri], settings, _parent(uri)), settings)
-    entries = list_objects(uri, options_for(uri, access))
-    parts = find_parts(uri, entries)  # before pictures: an output holds overlays
+        if is_megadetector(uri, access):
+            raise JobRefused(
+                f"{uri}: a MegaDetector file; give it as --boxes, and the pictures' folder as --images"
+            )
+        return _resolved(read_coco_images(uri, access, folder=parent_of(uri)), settings)
+    named = Named.of(uri, access)
+    parts = find_parts(uri, named.entries)  # before pictures: an output holds overlays
     if parts is not None:
         return read_earlier_images(parts, access)
-    if any(_is_picture(entry.key) for entry in entries):
-        return _from_listing(uri, entries, root=uri)
-    return _resolved(_read_image_tables(_tables_in(uri, entries, access), settings, uri), settings)
+    if tars := named.tars():
+        return read_tar_images(tars, access, root=named.root, ids=settings.tar_ids)
+    if named.is_listing():
+        return _from_listing(uri, named.entries, root=named.root)
+    tables = named.tables(access)
+    if holds_pictures(tables[0], settings.columns, access):
+        return read_hf_images(tables, settings.columns, access, root=named.root)
+    return _resolved(_read_image_tables(tables, settings, named.root), settings)
 
 
 def read_boxes(settings: InputSettings) -> BoxList:
@@ -119,18 +129,35 @@ def read_boxes(settings: InputSettings) -> BoxList:
     """
     assert settings.boxes is not None, "the caller asks only for what is given"
     uri, access = absolute(settings.boxes), settings.access
-    if _is_json(uri):
-        read = read_results if is_results(uri, access) else read_instances
-        return read(uri, access, folder=_root(settings, _parent(uri)))
-    if table_format(uri) is not None and _is_file(uri, access):
-        folder = _root(settings, _parent(uri))
-        return read_box_tables([uri], settings.columns, access, folder=folder)
-    entries = list_objects(uri, options_for(uri, access))
-    parts = find_parts(uri, entries)
+    if is_json(uri) and not is_pattern(uri):
+        return _json_reader(uri, access)(uri, access, folder=_root(settings, parent_of(uri)))
+    named = Named.of(uri, access)
+    parts = find_parts(uri, named.entries)
     if parts is not None:
         return _earlier_boxes(parts, settings)
-    uris = _tables_in(uri, entries, access)
-    return read_box_tables(uris, settings.columns, access, folder=_root(settings, uri))
+    if tars := named.tars():
+        return read_tar_boxes(tars, settings.columns, access, root=named.root, ids=settings.tar_ids)
+    if labels := named.label_files():
+        return _yolo_boxes(labels, named, settings)
+    tables = named.tables(access)
+    if holds_pictures(tables[0], settings.columns, access):
+        return read_hf_boxes(tables, settings.columns, access, root=named.root)
+    return read_box_tables(tables, settings.columns, access, folder=_root(settings, named.root))
+
+
+def _json_reader(uri: str, access: AccessRules) -> Callable[..., BoxList]:
+    if is_results(uri, access):
+        return read_results
+    return read_megadetector if is_megadetector(uri, access) else read_instances
+
+
+def _yolo_boxes(labels: Sequence[str], named: Named, settings: InputSettings) -> BoxList:
+    if settings.images is None:
+        raise JobRefused(
+            f"{named.root}: YOLO label files, such as {labels[0]}, name no pictures; say with --images where "
+            f"they are"
+        )
+    return read_yolo(named.root, named.entries, settings.access)
 
 
 def resolve_uris(uris: pa.Array, folder: str) -> pa.Array:
@@ -167,9 +194,9 @@ def check_columns(settings: InputSettings, found: Sequence[str]) -> None:
 
 def _from_listing(uri: str, entries: Sequence[Entry], *, root: str) -> ImageList:
     """The pictures among listed files; every file where a pattern states the ending."""
-    keys = [entry.key for entry in entries if _states_ending(uri) or _is_picture(entry.key)]
+    keys = [entry.key for entry in entries if states_ending(uri) or is_picture(entry.key)]
     if not keys:
-        raise _nothing_in(uri, entries, "pictures")
+        raise nothing_in(uri, entries, "pictures")
     return ImageList(
         image_uri=pa.array(keys, TEXT),
         image_id=None,
@@ -179,78 +206,12 @@ def _from_listing(uri: str, entries: Sequence[Entry], *, root: str) -> ImageList
     )
 
 
-def _nothing_in(uri: str, entries: Sequence[Entry], wanted: str) -> JobRefused:
-    if split_scheme(uri)[0] == "file" and not _is_pattern(uri) and not os.path.lexists(uri):
-        return JobRefused(f"{uri}: there is no such file or folder")
-    found = (
-        f"{len(entries)} other files, such as {examples([e.key for e in entries])}" if entries else "nothing"
-    )
-    return JobRefused(f"{uri}: no {wanted}; found {found}")
-
-
-def _is_picture(key: str) -> bool:
-    name = key.rpartition("/")[2]
-    return not name.startswith(".") and name.lower().endswith(PICTURE_SUFFIXES)
-
-
-def _is_pattern(uri: str) -> bool:
-    """True with a wildcard, unless a local file or folder has that very name."""
-    scheme, path = split_scheme(uri)
-    return any(sign in uri for sign in "*?[") and not (scheme == "file" and os.path.lexists(path))
-
-
-def _pattern_root(pattern: str) -> str:
-    """The folder above the first wildcard."""
-    first = min(pattern.index(sign) for sign in "*?[" if sign in pattern)
-    return pattern[:first].rpartition("/")[0]
-
-
-def _states_ending(uri: str) -> bool:
-    _, dot, ending = uri.rpartition("/")[2].rpartition(".")
-    return _is_pattern(uri) and bool(dot) and not any(sign in ending for sign in "*?[")
-
-
-def _is_json(uri: str) -> bool:
-    return uri.lower().endswith(".json")
-
-
-def _is_file(uri: str, access: AccessRules) -> bool:
-    """False for a folder that is called like a table, as Spark writes them."""
-    return head_object(uri, options_for(uri, access)) is not None
-
-
-def _parent(uri: str) -> str:
-    return uri.rpartition("/")[0]
-
-
 def _refuse_results(uri: str, access: AccessRules) -> None:
     if is_results(uri, access):
         raise JobRefused(
             f"{uri}: COCO results name no image files; "
             "give the instances file as --images and this one as --boxes"
         )
-
-
-def _tables_in(uri: str, entries: Sequence[Entry], access: AccessRules) -> list[str]:
-    """The tables of a folder, all of one kind; hidden files and folders are left out."""
-    shown = [entry.key for entry in entries if not _is_hidden(entry.key.removeprefix(uri))]
-    kinds: dict[TableFormat, list[str]] = {}
-    for key in shown:
-        kind = table_format(key)
-        if kind is not None:
-            kinds.setdefault(kind, []).append(key)
-    if len(kinds) > 1:
-        found = ", ".join(f"{len(keys)} {kind} ({keys[0]})" for kind, keys in kinds.items())
-        raise JobRefused(f"{uri}: tables of several kinds: {found}; give a folder of one kind, or one file")
-    if kinds:
-        return next(iter(kinds.values()))
-    if not entries and _is_file(uri, access):
-        raise JobRefused(f"{uri}: a file of no known kind; wanted {', '.join((*TABLE_SUFFIXES, '.json'))}")
-    raise _nothing_in(uri, entries, f"pictures or tables ({', '.join(TABLE_SUFFIXES)})")
-
-
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith((".", "_")) for part in path.split("/"))
 
 
 def _read_image_tables(uris: Sequence[str], settings: InputSettings, folder: str) -> ImageList:

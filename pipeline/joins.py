@@ -91,7 +91,9 @@ def join(images: ImageList, boxes: BoxList | None, *, allow_unmatched: bool) -> 
 def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool) -> Joined:
     ids, rule = _ids(images)
     by_uri = boxes.image_uri is not None and (images.image_id is None or boxes.image_id is None)
-    if by_uri:
+    if boxes.by_stem:
+        keys, wanted, how = _stem_keys(images, boxes)
+    elif by_uri:
         keys, wanted, how = _uri_keys(images, boxes)
     else:
         assert boxes.image_id is not None, "boxes are named by id or by uri"
@@ -119,6 +121,10 @@ def _ids(images: ImageList) -> tuple[pa.Array, str]:
     """The id of each image, and the rule in words."""
     if images.image_id is not None:
         return images.image_id, "ids as given"
+    return _ids_of_uris(images)
+
+
+def _ids_of_uris(images: ImageList) -> tuple[pa.Array, str]:
     below = pc.starts_with(images.image_uri, f"{images.root.rstrip('/')}/")
     names = pc.utf8_slice_codeunits(images.image_uri, start=len(images.root.rstrip("/")) + 1)
     return pc.if_else(below, names, images.image_uri), f"ids are the uris below {images.root}"
@@ -145,6 +151,28 @@ def _uri_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, st
     if (positions(below_root, keys) >= 0).any():
         return keys, below_root, f"joined by image_uri, relative ones below {images.root}"
     return keys, wanted, "joined by image_uri"
+
+
+def _stem_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, str]:
+    """Both sides' names below their folders without ending: `a/1` for `a/1.jpg` and `a/1.txt`.
+
+    Raises:
+        JobRefused: the labels of one file could be those of two images.
+    """
+    assert boxes.image_id is not None, "label files are named"
+    names = images.image_id if images.listed and images.image_id is not None else _ids_of_uris(images)[0]
+    keys = _stem(names)
+    labelled = keys.filter(pc.is_in(keys, boxes.image_id))
+    if pc.count_distinct(labelled).as_py() < len(labelled):
+        counts = pc.value_counts(labelled)
+        stem = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0].as_py()
+        both = names.filter(pc.equal(keys, stem))
+        raise JobRefused(
+            f"{boxes.folder}/{clean_text(stem)}.txt could hold the boxes of {examples(both)}; give the "
+            f"pictures "
+            "names that differ before their ending"
+        )
+    return keys, boxes.image_id, "joined by name without ending"
 
 
 def _comparable(uris: pa.Array) -> pa.Array:

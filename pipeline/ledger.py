@@ -18,7 +18,15 @@ from typing import Any
 from model.structures import CallShape
 from pipeline.errors import JobRefused
 from pipeline.failpoints import visit
-from pipeline.records import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Weights
+from pipeline.records import (
+    AccessRules,
+    BoxRules,
+    DetectorSettings,
+    JobContext,
+    Limits,
+    MaskSettings,
+    Weights,
+)
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.storage import NotFound, Store
 
@@ -63,7 +71,6 @@ def identity_of(
     inputs: Mapping[str, Any],
     limit: int | None,
     protocol: int,
-    detector: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that decides what a job's rows and masks are, as plain JSON values.
 
@@ -80,10 +87,20 @@ def identity_of(
         "weights": {"sha256": context.weights.sha256, "input_side": context.weights.input_side},
         "masks": dataclasses.asdict(context.masks),
         "box_rules": dataclasses.asdict(context.box_rules),
-        "detector": detector,
+        "detector": _detector_identity(context.detector),
     }
     # As it comes back from the file: tuples become lists, keys strings.
     return dict(json.loads(json.dumps(identity, allow_nan=False)))
+
+
+def _detector_identity(detector: DetectorSettings | None) -> dict[str, Any] | None:
+    """All of a detector but where its files lie and what it is called."""
+    if detector is None:
+        return None
+    fields = dataclasses.asdict(detector)
+    del fields["license"], fields["title"]
+    kind, colon, _ = fields.pop("name").partition(":")
+    return {"kind": kind + colon if colon and kind in ("hf", "hf-zero-shot") else detector.name, **fields}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,4 +301,6 @@ def _context_of(stored: Mapping[str, Any], store: Store, access: AccessRules) ->
         "box_rules": BoxRules(**rest["box_rules"]),
         "limits": Limits(**rest["limits"]),
     }
+    if rest.get("detector") is not None:
+        rest["detector"] = DetectorSettings(**rest["detector"])
     return JobContext(output=store.place, access=access, **rest)

@@ -20,6 +20,12 @@ from pipeline.records import BoxFormat, BoxFrame
 TEXT = pa.large_string()
 NUMBERS = pa.list_(pa.float64())
 
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".heic", ".heif"),
+)
+"""Which files of a folder are taken for pictures, in any case. Decoding goes by content, not by name."""
+
 # The columns that describe one box; a table of boxes has those that its input names.
 BOX_COLUMNS: dict[str, pa.DataType] = {
     "given": NUMBERS,
@@ -65,7 +71,8 @@ class BoxList:
     null, bool (n,). `error`: why its lists cannot be used (`labels_mismatch`), or null, large_string.
     `boxes`: columns of BOX_COLUMNS, one row a box. `rows`: rows of `boxes`, image by image; None when
     they stand in that order already. `folder`: what relative uris start from. `one_row_per_image`: an
-    image named twice is a mistake of the input, not two of its boxes. `categories`: id to name.
+    image named twice is a mistake of the input, not two of its boxes. `categories`: id to name. `by_stem`:
+    `image_id` holds the names of images below their folder, without ending.
     """
 
     image_id: pa.Array | None
@@ -79,6 +86,7 @@ class BoxList:
     box_format: BoxFormat
     box_frame: BoxFrame | None = None
     one_row_per_image: bool = False
+    by_stem: bool = False
     categories: Mapping[int, str] = field(default_factory=dict)
     size_hw: Int64Array | None = None
     files: tuple[str, ...] = ()
@@ -206,3 +214,9 @@ def examples(values: pa.Array | Sequence[str], count: int = 3) -> str:
     """The first few values, quoted and escaped, for a message."""
     shown = values.slice(0, count).to_pylist() if isinstance(values, pa.Array) else list(values)[:count]
     return ", ".join(repr(clean_text(str(value))) for value in shown)
+
+
+def is_picture(key: str) -> bool:
+    """Whether a file is called like a picture, and is not hidden."""
+    name = key.rpartition("/")[2]
+    return not name.startswith(".") and name.lower().endswith(PICTURE_SUFFIXES)

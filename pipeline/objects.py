@@ -13,6 +13,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
@@ -26,6 +27,7 @@ T = TypeVar("T")
 
 INPUT_BUDGET_S = 120.0
 READ_TRIES = 8
+FINGERPRINT_THREADS = 16
 BLOCK = 4 * 2**20
 
 
@@ -76,9 +78,9 @@ class _BlockReader(io.RawIOBase):
         return len(data)
 
 
-def blockwise(read_range: Callable[[int, int], bytes], size: int) -> BinaryIO:
+def blockwise(read_range: Callable[[int, int], bytes], size: int, *, block: int = BLOCK) -> BinaryIO:
     """A seekable file of `size` bytes, read in blocks by a function that reads ranges."""
-    return io.BufferedReader(_BlockReader(read_range, size), buffer_size=BLOCK)
+    return io.BufferedReader(_BlockReader(read_range, size), buffer_size=block)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +121,11 @@ def read_object(
     try:
         return attempt(get, deadline=deadline_monotonic, what="read", max_tries=READ_TRIES)
     except StorageFault as fault:
-        _raise_for_image(fault)
+        raise_for_image(fault)
 
 
-def _raise_for_image(fault: StorageFault) -> NoReturn:
+def raise_for_image(fault: StorageFault) -> NoReturn:
+    """Never comes back: raises what a fault in reading one image means."""
     verdict = fault.verdict
     if verdict.kind == "image":
         raise ImageError(verdict.code, fault.message) from fault
@@ -194,10 +197,10 @@ def _glob_piece(piece: str) -> str:
     return fnmatch.translate(piece)[4:-3] if piece.startswith("[") else re.escape(piece)
 
 
-def open_input(uri: str, options: Mapping[str, Any]) -> BinaryIO:
+def open_input(uri: str, options: Mapping[str, Any], *, block: int = BLOCK) -> BinaryIO:
     """A seekable binary file over one object, read in blocks; JobRefused when it is absent or refused.
 
-    For tables, box files and weights: streams of any size in bounded memory.
+    For tables, box files and weights: streams of any size in bounded memory. `block`: what one read asks for.
     """
     target = _Target(uri=uri, options=options)
     found = _for_input(uri, "look up", lambda left: target.driver.stat(target.path, timeout_s=left))
@@ -209,14 +212,37 @@ def open_input(uri: str, options: Mapping[str, Any]) -> BinaryIO:
             uri, "read", lambda left: target.driver.get_range(target.path, start, stop, timeout_s=left)
         )
 
-    return blockwise(read_range, found.size)
+    return blockwise(read_range, found.size, block=block)
+
+
+LABEL_SUFFIXES = (".txt", ".yaml", ".yml")
+
+
+def _folder_fingerprint(uri: str, options: Mapping[str, Any]) -> dict[str, str | int]:
+    """One figure for a folder of many small files: names, and what `fingerprint` says of each."""
+    entries = [one for one in list_objects(uri, options) if one.key.lower().endswith(LABEL_SUFFIXES)]
+    with ThreadPoolExecutor(FINGERPRINT_THREADS) as pool:
+        found = list(pool.map(lambda one: _version(one, options), entries))
+    digest = hashlib.sha256()
+    for entry, version in zip(entries, found, strict=True):
+        digest.update(f"{entry.key.removeprefix(uri)}\0{version}\n".encode())
+    return {"uri": uri, "files": len(entries), "sha256": digest.hexdigest()}
+
+
+def _version(entry: Entry, options: Mapping[str, Any]) -> str | int:
+    if entry.etag is not None and split_scheme(entry.key)[0] != "file":
+        return entry.etag
+    return fingerprint(entry.key, options)["sha256"]
 
 
 def fingerprint(uri: str, options: Mapping[str, Any]) -> dict[str, str | int]:
     """What tells one version of an input file from another: uri, size and sha256, or the store's etag.
 
-    Local files are hashed, because a copy or a checkout changes their times; remote ones have etags.
+    Local files are hashed, because a copy or a checkout changes their times; remote ones have etags. A folder
+    (its uri ends in "/") stands for all label files in it.
     """
+    if uri.endswith("/"):
+        return _folder_fingerprint(uri, options)
     entry = head_object(uri, options)
     if entry is None:
         raise JobRefused(f"{uri}: there is no such file")

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from pipeline.arrays import Int64Array, list_lengths, null_mask, to_lists
 from pipeline.errors import ImageError, JobRefused
 from pipeline.listings import BOX_COLUMNS, TEXT, BoxList, examples
+from pipeline.members import PLACE
 from pipeline.records import AccessRules
 from pipeline.schema import PLAN, PLAN_BOX
 from pipeline.storage import check_uri
@@ -127,6 +128,10 @@ def refused_uris(uris: pa.Array, access: AccessRules) -> dict[int, str]:
     folder; odd names, and all of a folder whose first was refused, are checked one by one. Workers check
     every uri again before they open it, and there follow the links of each file too.
     """
+    # Of a picture inside another file, that file is looked at.
+    inside = pc.match_substring_regex(uris, PLACE)
+    if pc.any(inside).as_py():
+        uris = pc.replace_substring_regex(uris, PLACE, r"\1\2")
     folders = pc.replace_substring_regex(uris, r"[^/]*\z", "").dictionary_encode()
     codes = folders.indices.to_numpy()
     names = pc.replace_substring_regex(uris, r"\A.*/", "")

@@ -22,6 +22,7 @@ from pipeline.prompts import resolved_boxes
 from pipeline.records import JobContext, Limits
 from pipeline.rows import PixelArena, Pixels, UnitRow
 from pipeline.storage import Store
+from pipeline.switches import refuse_here
 from pipeline.unit_rows import ImageResult
 from pipeline.units import CommittedUnit, read, unit_key
 
@@ -35,35 +36,40 @@ def prepare_unit(
     """
     began = time.monotonic()
     try:
-        images, pixels, arena = _prepare(unit, context, store, child)
+        images, pixels, shown, arena = _prepare(unit, context, store, child)
     except SystemicFault as fault:
         return replace(unit, fault=fault), None
     seconds = unit.seconds + time.monotonic() - began
-    return replace(unit, images=tuple(images), pixels=tuple(pixels), seconds=seconds), arena
+    unit = replace(unit, images=tuple(images), pixels=tuple(pixels), detector_pixels=tuple(shown))
+    return replace(unit, seconds=seconds), arena
 
 
 def _prepare(
     unit: UnitRow, context: JobContext, store: Store, child: DecodeChild
-) -> tuple[list[ImageResult], list[Pixels], PixelArena]:
+) -> tuple[list[ImageResult], list[Pixels], list[Pixels], PixelArena]:
+    refuse_here()
     rows = planned_rows(unit, context, store)
     visit("unit.read")
     images = [_counted(ImageResult(planned=row), context.limits) for row in rows]
     pixels: list[Pixels] = [None] * len(images)
+    shown: list[Pixels] = [None] * len(images)
+    detector = context.detector
     wanted = [
         place
         for place, image in enumerate(images)
-        if needs_pixels(image.planned) and image.error_code is None
+        if needs_pixels(image.planned, detected=detector is not None) and image.error_code is None
     ]
-    arena = PixelArena(len(wanted), context.weights.input_side)
+    shown_side = None if detector is None else detector.longest_side
+    arena = PixelArena(len(wanted), context.weights.input_side, shown_side)
     errors: list[ImageError | None] = []
     uris = [images[place].planned["image_uri"] for place in wanted]
     for place, outcome in zip(wanted, fetch_ahead(uris, context.access, context.limits), strict=True):
         errors.append(outcome.error)
-        images[place], pixels[place] = _decode(images[place], outcome, context, child, arena)
+        images[place], pixels[place], shown[place] = _decode(images[place], outcome, context, child, arena)
     stop_if_denied(errors)
     if unit.redo_codes is None:  # in a retry they may well be all that is left, for good
         stop_if_unreachable(uris, errors)
-    return images, pixels, arena
+    return images, pixels, shown, arena
 
 
 def planned_rows(unit: UnitRow, context: JobContext, store: Store) -> list[dict[str, Any]]:
@@ -86,9 +92,12 @@ def earlier_generation(unit: UnitRow, store: Store) -> pa.Table:
     return read(store, CommittedUnit(unit_id=unit.unit_id, generation=generation, key=key, size=0))
 
 
-def needs_pixels(planned: Mapping[str, Any]) -> bool:
-    """Whether an image has to be opened: it has boxes, and nothing was wrong with it when it was planned."""
-    return planned["error_code"] is None and bool(planned["boxes"])
+def needs_pixels(planned: Mapping[str, Any], *, detected: bool = False) -> bool:
+    """Whether an image has to be opened: it has boxes, and nothing was wrong with it when it was planned.
+
+    `detected`: a detector is to find the boxes.
+    """
+    return planned["error_code"] is None and (detected or bool(planned["boxes"]))
 
 
 def _counted(image: ImageResult, limits: Limits) -> ImageResult:
@@ -102,17 +111,20 @@ def _counted(image: ImageResult, limits: Limits) -> ImageResult:
 
 def _decode(
     image: ImageResult, outcome: FetchOutcome, context: JobContext, child: DecodeChild, arena: PixelArena
-) -> tuple[ImageResult, Pixels]:
-    """The image with what fetching and decoding say of it, and its pixels if the model has work with it."""
+) -> tuple[ImageResult, Pixels, Pixels]:
+    """The image with what fetching and decoding say of it, and its pixels if the model has work with it.
+
+    The second picture is the detector's, where it is another one.
+    """
     image = replace(image, fetch_ms=outcome.fetch_ms)
     if outcome.fetched is None:
-        return _failed(image, outcome.error), None
+        return _failed(image, outcome.error), None, None
     image = replace(image, source_bytes=outcome.fetched.size, source_etag=outcome.fetched.etag)
     began = time.monotonic()
     try:
         decoded = child.decode(outcome.fetched.data)
     except ImageError as error:
-        return _failed(replace(image, decode_ms=1000 * (time.monotonic() - began)), error), None
+        return _failed(replace(image, decode_ms=1000 * (time.monotonic() - began)), error), None, None
     image = replace(
         image,
         size_hw=decoded.size_hw,
@@ -120,8 +132,11 @@ def _decode(
         exif_orientation=decoded.exif_orientation,
         decode_ms=1000 * (time.monotonic() - began),
     )
-    usable = resolved_boxes(image, context.box_rules).usable.any()
-    return image, arena.keep(decoded.pixels_hwc) if usable else None
+    if arena.detector is None and not resolved_boxes(image, context.box_rules).usable.any():
+        return image, None, None
+    shown = decoded.detector_hwc
+    kept = None if arena.detector is None or shown is None else arena.detector.keep(shown)
+    return image, arena.keep(decoded.pixels_hwc), kept
 
 
 def _failed(image: ImageResult, error: ImageError | None) -> ImageResult:

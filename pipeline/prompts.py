@@ -23,9 +23,13 @@ MaskPrompt = Callable[[str, tuple[int, int]], npt.NDArray[np.float32]]
 
 @dataclass(frozen=True, kw_only=True)
 class PromptGroup:
-    """Prompts of one kind, and which of the image's usable boxes they are, ascending."""
+    """Prompts of one kind, and which of the image's usable boxes they answer, ascending.
+
+    Boxes that are equal to the last bit are one prompt: `row_of` is the prompt's row for each of `places`.
+    """
 
     places: npt.NDArray[np.int64]
+    row_of: npt.NDArray[np.int64]
     prompts: Prompts
 
 
@@ -51,7 +55,13 @@ def group_by_kind(
         kinds.setdefault(_kind(boxes, int(row)), []).append(place)
     groups = []
     for (has_box, num_points, has_mask), places in kinds.items():
-        chosen = rows[places]
+        chosen, row_of = rows[places], np.arange(len(places))
+        if has_box and not num_points and not has_mask:
+            _, first, row_of = np.unique(
+                boxes.prompt_xyxy[chosen], axis=0, return_index=True, return_inverse=True
+            )
+            order = np.argsort(first)  # in the order in which the boxes were given
+            chosen, row_of = chosen[first[order]], np.argsort(order)[row_of.reshape(-1)]
         points = [p for p in (boxes.points_xy[row] for row in chosen) if p is not None]
         labels = [p for p in (boxes.point_labels[row] for row in chosen) if p is not None]
         masks = [m for m in (boxes.prompt_mask[row] for row in chosen) if m is not None]
@@ -61,7 +71,7 @@ def group_by_kind(
             point_labels=np.stack(labels) if num_points else None,
             mask_logits=np.stack([mask_prompt(m, size_hw) for m in masks]) if has_mask else None,
         )
-        groups.append(PromptGroup(places=np.array(places, np.int64), prompts=prompts))
+        groups.append(PromptGroup(places=np.array(places, np.int64), row_of=row_of, prompts=prompts))
     return groups
 
 
@@ -72,10 +82,14 @@ def _kind(boxes: ResolvedBoxes, row: int) -> tuple[bool, int, bool]:
 
 
 def join(groups: list[PromptGroup], answers: list[Instances]) -> Instances:
-    """The masks of all groups of one image, in the order of its usable boxes; flags of any are kept."""
-    if len(groups) == 1:
+    """The masks of all groups of one image, one a usable box, in order; flags of any are kept."""
+    first, *others = groups
+    if not others and np.array_equal(first.row_of, np.arange(len(answers[0].counts))):
         return answers[0]
-    order = np.argsort(np.concatenate([group.places for group in groups]), kind="stable")
+    places = np.concatenate([group.places for group in groups])
+    begins = np.cumsum([0, *(len(answer.counts) for answer in answers)])
+    rows = np.concatenate([begin + group.row_of for begin, group in zip(begins, groups, strict=False)])
+    order = rows[np.argsort(places, kind="stable")]
     counts = [text for answer in answers for text in answer.counts]
     return Instances(
         size_hw=answers[0].size_hw,

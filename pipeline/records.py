@@ -56,10 +56,22 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class BoxRules:
-    """How given boxes become prompts: their format and the frame they are measured in."""
+    """How boxes become prompts: their format, the frame they are measured in, and which get no mask.
+
+    A box that gets none keeps its row with the reason. `min_score`: of a box that has a score. `top_k`: the
+    best-scored of an image. `nms_mode`: of two boxes that overlap by an IoU over `nms_iou`, the one with the
+    lower score gets none, within one category or over all. `min_side_px`: of width and height. `expand`: how
+    far each side of a prompt is moved out, as a share of the box's own width or height.
+    """
 
     box_format: BoxFormat = "xyxy"
     box_frame: BoxFrame = "upright"
+    min_score: float | None = None
+    top_k: int | None = None
+    nms_mode: Literal["none", "class", "all"] = "none"
+    nms_iou: float = 0.7
+    min_side_px: float = 0.0
+    expand: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +100,29 @@ class Weights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DetectorSettings:
+    """The detector that finds a job's boxes when none are given.
+
+    `name`: `hf:SOURCE`, `hf-zero-shot:SOURCE` or a person's own `module:Class`. `title`, `license`: what it
+    says of itself, for people. `fingerprint`: what it must say in every process. `prompts`: text to category.
+    `longest_side`: of the pictures it is shown, in pixels; none is enlarged. Of its boxes those count that
+    score over `score_threshold`, at most `max_detections`. `options`: keyword arguments of a person's own
+    class.
+    """
+
+    name: str
+    fingerprint: str = ""
+    title: str = ""
+    license: str | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    longest_side: int = 1333
+    score_threshold: float = 0.3
+    max_detections: int = 100
+    images_per_call: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobContext:
     """All that a worker needs to do any unit of a job; kept in job.json, handed to every stage."""
 
@@ -100,6 +135,8 @@ class JobContext:
     box_rules: BoxRules
     access: AccessRules
     limits: Limits
+    detector: DetectorSettings | None = None
+    """Read back from job.json it is for reading only: what a worker loads comes from this process."""
     lineage: Mapping[str, str] = field(default_factory=dict)
     """Footer entries beyond the fixed ones, already strings; keys without the `hqlabel.` prefix."""
     segmenter: str = "pipeline.weights:load_segmenter"

@@ -95,7 +95,7 @@ def fit(settings: ClusterSettings, nodes: Sequence[Node]) -> Requests:
     placing = _Placing(nodes=tuple(nodes), actor_cpus=actor_cpus, gpus=gpus, decode_cpus=least)
     actors = settings.actors or _default_actors(placing)
     if settings.decode_cpus is None:
-        placing = _with_more_for_decoding(placing, actors)
+        placing = _with_more_for_decoding(placing, min(actors, placing.places()))  # others may still come
     if not gpus and placing.decode_cpus == actor_cpus:
         # Ray fuses neighbours with equal requests: the actor would decode.
         placing = replace(placing, decode_cpus=placing.decode_cpus - 0.01)

@@ -63,6 +63,8 @@ IMAGE = pa.struct(
         pa.field("masks", MASKS),
         pa.field("pixels_hw", _PAIR),
         pa.field("pixels", pa.large_binary()),
+        pa.field("detector_pixels_hw", _PAIR),
+        pa.field("detector_pixels", pa.large_binary()),
     ]
 )
 TRAVEL = pa.schema(
@@ -85,7 +87,8 @@ class UnitRow:
     `redo_codes`: None for a whole unit. In a retry, the error codes whose images are done again (empty:
     all failed ones); `images` then holds those alone. `seconds`: what the stages so far have taken.
     `fault`: a systemic fault met on the way, as a value, because Ray rewrites exceptions; no images then.
-    `pixels`: for each image uint8 RGB (h, w, 3) at the model's side, read-only, or None.
+    `pixels`: for each image uint8 RGB (h, w, 3) at the model's side, read-only, or None. `detector_pixels`:
+    the same for the detector, None also where it is shown the model's own.
     """
 
     unit_id: int
@@ -95,6 +98,7 @@ class UnitRow:
     fault: SystemicFault | None = None
     images: tuple[ImageResult, ...] = ()
     pixels: tuple[Pixels, ...] = ()
+    detector_pixels: tuple[Pixels, ...] = ()
 
 
 _REFERENCES_WHEN_FREE = 3
@@ -105,13 +109,15 @@ class PixelArena:
 
     Only the part that is used ever takes memory, and the next unit of this process gets the same memory when
     nothing refers to it any more: new pages cost as much as what is written to them (2 ms an image of
-    1024 x 768, measured).
+    1024 x 768, measured). `detector`: a second one for the pictures that the detector is shown, where there
+    is a detector.
     """
 
     _last: ClassVar[UInt8Array] = np.empty(0, np.uint8)
     _choosing: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, images: int, side: int) -> None:
+    def __init__(self, images: int, side: int, detector_side: int | None = None) -> None:
+        self.detector = None if detector_side is None else PixelArena(images, detector_side)
         size = images * side * side * 3
         with PixelArena._choosing:
             last = PixelArena._last
@@ -145,10 +151,9 @@ class PixelArena:
 def pack(unit: UnitRow, arena: PixelArena | None = None) -> pa.Table:
     """The unit as a table of one row, schema TRAVEL; `arena` holds its pixels, if it has any."""
     count = len(unit.images)
-    columns = [pa.array([one[f.name] for one in map(_plain, unit.images)], f.type) for f in list(IMAGE)[:-2]]
-    pixels = unit.pixels if arena is not None else (None,) * count
-    columns.append(pa.array([None if one is None else one.shape[:2] for one in pixels], _PAIR))
-    columns.append(pa.nulls(count, pa.large_binary()) if arena is None else arena.column(pixels))
+    columns = [pa.array([one[f.name] for one in map(_plain, unit.images)], f.type) for f in list(IMAGE)[:-4]]
+    columns += _pixel_columns(unit.pixels, arena, count)
+    columns += _pixel_columns(unit.detector_pixels, arena and arena.detector, count)
     images = pa.StructArray.from_arrays(columns, fields=list(IMAGE))
     head = {
         "unit_id": unit.unit_id,
@@ -164,12 +169,20 @@ def pack(unit: UnitRow, arena: PixelArena | None = None) -> pa.Table:
     return pa.Table.from_arrays([*arrays, nested], schema=TRAVEL)
 
 
+def _pixel_columns(pixels: tuple[Pixels, ...], arena: PixelArena | None, count: int) -> list[pa.Array]:
+    if arena is None:
+        return [pa.nulls(count, _PAIR), pa.nulls(count, pa.large_binary())]
+    sizes = [None if one is None else one.shape[:2] for one in pixels]
+    return [pa.array(sizes, _PAIR), arena.column(pixels)]
+
+
 def unpack(table: pa.Table) -> UnitRow:
     """The unit in a table of one row; its pixels are views of the table's memory."""
     head = table.drop_columns(["images"]).to_pylist()[0]
     nested = table.column("images")
     images = dict(zip(IMAGE.names, nested.chunk(0).flatten().flatten(), strict=True))
-    pixels, pixels_hw = images.pop("pixels"), images.pop("pixels_hw").to_pylist()
+    pixels = _views(images.pop("pixels"), images.pop("pixels_hw").to_pylist())
+    shown = _views(images.pop("detector_pixels"), images.pop("detector_pixels_hw").to_pylist())
     lists = {name: column.to_pylist() for name, column in images.items()}
     rows = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
     fault = head["fault_code"] and SystemicFault(head["fault_code"], head["fault_message"])
@@ -181,7 +194,8 @@ def unpack(table: pa.Table) -> UnitRow:
         seconds=head["seconds"],
         fault=fault,
         images=tuple(_result(row) for row in rows),
-        pixels=_views(pixels, pixels_hw),
+        pixels=pixels,
+        detector_pixels=shown,
     )
 
 

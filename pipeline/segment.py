@@ -1,5 +1,7 @@
 """Decoded units in, masks out: the process around the model, and what becomes of it when an image is bad.
 
+Where the job has a detector, it lives here too, and finds the boxes first (`detect`).
+
 A model process cannot be supervised like a decoder: its weights take seconds to load, and a lost GPU
 takes the whole process with it. So it is allowed to die, and Ray starts it again. Each start of a unit
 is noted in the store beforehand; from the second one on the images go through alone, each noted before
@@ -27,6 +29,7 @@ import numpy.typing as npt
 
 from model.structures import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
 from pipeline.attempts import Attempts, Start
+from pipeline.detect import CallWatch, DetectStep
 from pipeline.errors import SystemicFault, clean_text
 from pipeline.failpoints import visit
 from pipeline.native import prepare_for_torch
@@ -34,6 +37,7 @@ from pipeline.prompts import PromptGroup, group_by_kind, join, resolved_boxes
 from pipeline.records import JobContext, Limits
 from pipeline.rows import UInt8Array, UnitRow
 from pipeline.storage import Store, open_store
+from pipeline.switches import refuse_here
 from pipeline.unit_rows import ImageResult
 
 BOXES_PER_DEADLINE = 100
@@ -107,8 +111,12 @@ class SegmentWorker:
         self._fault: SystemicFault | None = None
         prepare_for_torch(os.environ)  # before the factory loads torch
         try:
+            refuse_here()
             with _counted_loading(store, f"attempts/model.{epoch}.{restarted}.json", bool(restarted)):
                 self._model: MaskModel = load_by_name(context.segmenter)(context, use_gpu)
+                self._detect: DetectStep | None = None
+                if context.detector is not None:
+                    self._detect = DetectStep(context.detector, use_gpu=use_gpu)
             if use_gpu or restarted:
                 self._prove_device()
         except SystemicFault as fault:  # kept, and said of every unit: Ray would start us again for ever
@@ -117,29 +125,32 @@ class SegmentWorker:
     def run(self, unit: UnitRow) -> UnitRow:
         """The unit with masks or an error for every image that has pixels, and without its pixels."""
         if unit.fault is not None or self._fault is not None:
-            return replace(unit, fault=unit.fault or self._fault, images=(), pixels=())
+            return _without_images(replace(unit, fault=unit.fault or self._fault))
         began = time.monotonic()
         try:
             # Without pixels there is nothing to die of, and nothing to note in the store.
             images = self._segment(unit) if any(one is not None for one in unit.pixels) else unit.images
             visit("unit.segmented")
         except SystemicFault as fault:
-            return replace(unit, fault=fault, images=(), pixels=())
+            return _without_images(replace(unit, fault=fault))
         seconds = unit.seconds + time.monotonic() - began
-        return replace(unit, images=tuple(images), pixels=(None,) * len(images), seconds=seconds)
+        nothing = (None,) * len(images)
+        return replace(unit, images=tuple(images), pixels=nothing, detector_pixels=nothing, seconds=seconds)
 
     def _segment(self, unit: UnitRow) -> Sequence[ImageResult]:
         start = self._attempts.note_start(unit.unit_id, unit.generation)
         images = [replace(image, attempts=start.earlier + 1) for image in unit.images]
+        for place, image in enumerate(images):
+            code = start.crashed.get(image.planned["image_id"])
+            if code is not None and unit.pixels[place] is not None:
+                images[place] = replace(image, error_code=code, error_message=_KILLED[code])
+        if self._detect is not None:
+            self._detect.run(images, unit.pixels, unit.detector_pixels, self._watch(start))
         jobs: list[_Job] = []
         for place, (image, pixels) in enumerate(zip(images, unit.pixels, strict=True)):
-            code = start.crashed.get(image.planned["image_id"])
-            if pixels is None:
-                continue
-            if code is None:
+            if pixels is not None and image.error_code is None:
                 jobs.append(self._job(place, image, pixels))
-            else:
-                images[place] = replace(image, error_code=code, error_message=_KILLED[code])
+        jobs = [job for job in jobs if job.groups]  # a detector may have found nothing
         size = 1 if start.image_by_image else self._model.call_shape.images_per_call
         for at in range(0, len(jobs), size):
             if start.image_by_image:
@@ -163,20 +174,13 @@ class SegmentWorker:
     def _call(self, jobs: Sequence[_Job], images: list[ImageResult], start: Start) -> None:
         """Puts the results of one call of the model into `images`."""
 
-        def too_late() -> None:
-            with contextlib.suppress(Exception):  # without the word, this counts as a crash
-                if len(jobs) == 1:
-                    self._attempts.note_image(start, jobs[0].image_id, code="timeout")
-            self._end_process(_EXIT_STATUS)
-
         began = time.monotonic()
-        with _deadline(sum(deadline_s(self._context.limits, job.boxes) for job in jobs), too_late):
+        timeout_s = sum(deadline_s(self._context.limits, job.boxes) for job in jobs)
+        with _deadline(timeout_s, lambda: self._end_late(start, [job.image_id for job in jobs])):
             try:
                 answers = self._model.segment_prepared([one for job in jobs for one in job.prepared()])
             except RuntimeError as error:
-                if is_device_lost(error):
-                    _log.error("the GPU is lost to this process, which ends: %s", error)
-                    self._end_process(_EXIT_STATUS)
+                self._end_if_lost(error)
                 raise
         segment_ms = 1000 * (time.monotonic() - began) / len(jobs)
         for job in jobs:
@@ -184,6 +188,31 @@ class SegmentWorker:
             images[job.place] = _with_masks(
                 replace(images[job.place], segment_ms=segment_ms), job.groups, mine
             )
+
+    def _watch(self, start: Start) -> CallWatch:
+        """How a detector's calls for one unit are looked after: as the model's."""
+
+        def deadline(image_ids: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+            timeout_s = self._context.limits.segment_timeout_s * len(image_ids)
+            return _deadline(timeout_s, lambda: self._end_late(start, image_ids))
+
+        return CallWatch(
+            one_by_one=start.image_by_image,
+            note=lambda image_id: self._attempts.note_image(start, image_id),
+            deadline=deadline,
+            end_if_lost=self._end_if_lost,
+        )
+
+    def _end_late(self, start: Start, image_ids: Sequence[str]) -> None:
+        with contextlib.suppress(Exception):  # without the word, this counts as a crash
+            if len(image_ids) == 1:
+                self._attempts.note_image(start, image_ids[0], code="timeout")
+        self._end_process(_EXIT_STATUS)
+
+    def _end_if_lost(self, error: BaseException) -> None:
+        if is_device_lost(error):
+            _log.error("the GPU is lost to this process, which ends: %s", error)
+            self._end_process(_EXIT_STATUS)
 
     def _prove_device(self) -> None:
         """None when the device computes: on a broken one, every image would look like a killer.
@@ -203,6 +232,10 @@ class SegmentWorker:
             if not is_device_lost(error):
                 raise
             raise SystemicFault("device", clean_text(f"on a blank image: {error}")) from error
+
+
+def _without_images(unit: UnitRow) -> UnitRow:
+    return replace(unit, images=(), pixels=(), detector_pixels=())
 
 
 @contextlib.contextmanager

@@ -56,8 +56,14 @@ class _UnitTime:
     images: int
 
 
-def status(store: Store, job: Job, *, read_at_most: int = UNITS_READ_AT_MOST) -> JobStatus:
-    """The status of a job. Published parts are taken from the manifest; other units are read.
+Seen = dict[str, tuple[Counts, _UnitTime]]
+"""What `status` has read of units, by key. Given again, it spares the reading: a unit never changes."""
+
+
+def status(
+    store: Store, job: Job, *, read_at_most: int = UNITS_READ_AT_MOST, seen: Seen | None = None
+) -> JobStatus:
+    """The status of a job. Published parts are taken from the manifest; other units are read, unless `seen`.
 
     Raises:
         DamageFound: a unit or the manifest does not verify.
@@ -66,7 +72,9 @@ def status(store: Store, job: Job, *, read_at_most: int = UNITS_READ_AT_MOST) ->
     manifest = read_manifest(store)
     finished = finished_units(list(committed), manifest)
     known, unknown = _split(committed, manifest)
-    counted, times = _count(store, unknown[-read_at_most:] if read_at_most else [])
+    counted, times = _count(
+        store, unknown[-read_at_most:] if read_at_most else [], {} if seen is None else seen
+    )
     rate, last = _rate(times)
     images = int(job.plan["images"])
     per_unit = job.context.images_per_unit
@@ -102,9 +110,12 @@ def _split(
     return known, list(rest.values())
 
 
-def _count(store: Store, wanted: Sequence[CommittedUnit]) -> tuple[list[Counts], list[_UnitTime]]:
+def _count(store: Store, wanted: Sequence[CommittedUnit], seen: Seen) -> tuple[list[Counts], list[_UnitTime]]:
+    unread = [unit for unit in wanted if unit.key not in seen]
     with ThreadPoolExecutor(READERS) as pool:
-        read_units = list(pool.map(lambda unit: _count_unit(store, unit), wanted))
+        found = pool.map(lambda unit: _count_unit(store, unit), unread)
+        seen.update(zip((unit.key for unit in unread), found, strict=True))
+    read_units = [seen[unit.key] for unit in wanted]
     return [counts for counts, _ in read_units], [time for _, time in read_units]
 
 

@@ -15,6 +15,7 @@ from typing import BinaryIO, NoReturn, TypeVar
 
 from pipeline.access import check_uri, options_for, redact_options, refuse_secrets, split_scheme
 from pipeline.buckets import driver_for
+from pipeline.contained import read_contained
 from pipeline.drivers import Driver, FetchedObject
 from pipeline.errors import SystemicFault, UsageError
 from pipeline.objects import (
@@ -46,6 +47,7 @@ __all__ = [
     "open_input",
     "open_store",
     "options_for",
+    "read_contained",
     "read_object",
     "redact_options",
     "refuse_secrets",

@@ -1,7 +1,7 @@
 """CSV and JSONL read by Arrow with types stated beforehand: nothing is guessed from what the rows look like.
 
 CSV: comma, a header line, UTF-8. An empty field is null, a quoted empty one is the empty string; no other
-word means null, so a class may be called NA. A list in a CSV field is JSON text: [[1, 2, 3, 4]].
+word means null, so a class may be called NA. A list, or a mask, in a CSV field is JSON text: [[1, 2, 3, 4]].
 JSONL: one object a line; a missing key is null; NaN and Infinity are read as Python writes them.
 """
 
@@ -71,7 +71,8 @@ def _json_samples(column: pa.Array) -> list[Any]:
 
 def csv_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
     """The rows of the named columns, typed by their kinds."""
-    types = {name: pa.string() if kind.depth else kind.arrow_type() for name, kind in columns.items()}
+    json_text = {name for name, kind in columns.items() if kind.depth or kind.leaf == "rle"}
+    types = {name: pa.string() if name in json_text else kind.arrow_type() for name, kind in columns.items()}
     convert = pa_csv.ConvertOptions(
         column_types=types,
         include_columns=list(columns),
@@ -84,7 +85,7 @@ def csv_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.Re
     )
     for batch in reader:
         arrays = [
-            _parse_fields(batch.column(name), kind) if kind.depth else batch.column(name)
+            _parse_fields(batch.column(name), kind) if name in json_text else batch.column(name)
             for name, kind in columns.items()
         ]
         yield pa.record_batch(arrays, names=list(columns))

@@ -11,30 +11,33 @@ import pyarrow.compute as pc
 from pycocotools import mask as coco_mask
 
 from pipeline import runs, schema
-from pipeline.errors import BOX_CODES, IMAGE_CODES
+from pipeline.errors import BOX_CODES, IMAGE_CODES, SET_ASIDE, box_code
 
 AREAS_PER_CALL = 200  # pycocotools 2.0.11 overflows on lists of 256 masks and more (with numpy 2)
 
 
-def check_against_plan(table: pa.Table, planned: pa.Table) -> None:
+def check_against_plan(table: pa.Table, planned: pa.Table, *, detected: bool = False) -> None:
     """None when the unit's table is sound and answers its plan rows; else ValueError with the faults.
 
-    The table was built by this process, so a fault is a bug here, and nothing must be committed.
+    `detected`: the boxes are a detector's, and the plan does not know how many. The table was built by this
+    process, so a fault is a bug here, and nothing must be committed.
     """
-    faults = [*plan_faults(table, planned), *find_faults(table)]
+    faults = [*plan_faults(table, planned, detected=detected), *find_faults(table)]
     if faults:
         unit = planned["unit_id"][0].as_py() if planned.num_rows else "?"
         raise ValueError(f"unit {unit} is not fit to be committed: {'; '.join(faults[:5])}")
 
 
-def plan_faults(table: pa.Table, planned: pa.Table) -> list[str]:
-    """How a unit's table differs from its plan rows: count, order, ids, uris, boxes given."""
+def plan_faults(table: pa.Table, planned: pa.Table, *, detected: bool = False) -> list[str]:
+    """How a unit's table differs from its plan rows: count, order, ids, uris, and boxes unless `detected`."""
     if table.num_rows != planned.num_rows:
         return [f"{table.num_rows} rows, planned {planned.num_rows}"]
     faults = []
     for name in ("image_id", "image_uri", "unit_id"):
         pairs = zip(table[name].to_pylist(), planned[name].to_pylist(), strict=True)
         faults += [f"{name} {found!a}, planned {wanted!a}" for found, wanted in pairs if found != wanted][:3]
+    if detected:
+        return faults
     found_counts = pc.list_value_length(table["instances"]).to_pylist()
     wanted_counts = pc.fill_null(pc.list_value_length(planned["boxes"]), 0).to_pylist()
     ids = table["image_id"].to_pylist()
@@ -109,10 +112,15 @@ def _status_faults(row: Mapping[str, Any]) -> Iterator[str]:
     masks = sum(instance["segmentation"] is not None for instance in row["instances"])
     if (status == "labelled") != (masks > 0):
         yield f"status {status} with {masks} masks"
-    if status == "no_boxes" and row["instances"]:
+    if status == "no_boxes" and row["instances"] and not _set_aside(row["instances"]):
         yield f"status no_boxes with {len(row['instances'])} boxes"
     if status == "labelled" and None in (row["width"], row["height"]):
         yield "labelled without a size"
+
+
+def _set_aside(instances: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the job's own rules left boxes of the image without a mask, and none has one."""
+    return any(box_code(one["box_error"]) in SET_ASIDE for one in instances if one["box_error"])
 
 
 def _instance_faults(row: Mapping[str, Any]) -> Iterator[str]:
@@ -122,7 +130,7 @@ def _instance_faults(row: Mapping[str, Any]) -> Iterator[str]:
             yield f"instance_index {instance['instance_index']} at place {place}"
         if (error is None) != (instance["segmentation"] is not None):
             yield f"instance {place}: mask and box_error {error} exclude each other"
-        if error is not None and error not in BOX_CODES:
+        if error is not None and box_code(error) not in BOX_CODES:
             yield f"instance {place}: unknown box_error {error!r}"
         if instance["segmentation"] is None:
             continue

@@ -20,7 +20,7 @@ import pyarrow as pa
 from model.structures import Instances
 from pipeline import quality, schema
 from pipeline.boxes import ResolvedBoxes
-from pipeline.errors import BOX_CODES, clean_text, stage_of
+from pipeline.errors import BOX_CODES, SET_ASIDE, box_code, clean_text, stage_of
 from pipeline.records import JobContext
 
 Float64Array = npt.NDArray[np.float64]
@@ -100,6 +100,8 @@ def _outcome(result: ImageResult) -> _Outcome:
         )
     usable = int(np.count_nonzero(result.boxes.usable))
     if not usable:
+        if any(box_code(reason) in SET_ASIDE for reason in result.boxes.error if reason):
+            return _Outcome(status="no_boxes")  # nothing is wrong: the job's rules want no mask here
         return _failed("no_usable_box", _reasons(result.boxes.error))
     return _outcome_of_masks(result, usable)
 
@@ -190,7 +192,7 @@ def _prompt_xywh(boxes: ResolvedBoxes | None, count: int) -> Float64Array:
 def _box_errors(boxes: ResolvedBoxes | None, outcome: _Outcome, count: int) -> list[str | None]:
     """Each box's own reason first; `image_failed` where the image is to blame; None with a mask."""
     own: Sequence[str | None] = [None] * count if boxes is None else boxes.error
-    unknown = {code for code in own if code} - set(BOX_CODES)
+    unknown = {box_code(code) for code in own if code} - set(BOX_CODES)
     if unknown:
         raise ValueError(f"unknown box error codes {sorted(unknown)}; add them to pipeline/errors.py")
     rest = "image_failed" if outcome.status == "failed" else None

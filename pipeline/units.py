@@ -8,6 +8,7 @@ what a listing shows; there are no markers beside it.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 
 from pipeline import parquet, schema
 from pipeline.failpoints import visit
-from pipeline.records import JobContext, UnitOutcome
+from pipeline.records import BoxRules, JobContext, UnitOutcome
 from pipeline.storage import Store
 from pipeline.unit_checks import check_against_plan, find_faults, plan_faults
 from pipeline.unit_rows import ImageResult, build_unit_table
@@ -119,10 +120,32 @@ def footer(context: JobContext) -> dict[str, str]:
         "exif_rule": "orientation applied; sizes, boxes and masks are upright",
         "rle": "COCO compressed, column-major, size is [height, width]",
         "bbox_format": "xywh, absolute upright pixels",
+        **_box_lineage(context),
         "note": context.weights.note or "",
         **context.lineage,
     }
     return {name: str(value) for name, value in sorted(entries.items())}
+
+
+def _box_lineage(context: JobContext) -> dict[str, object]:
+    """Where the boxes come from, and the rules by which some have no mask."""
+    detector, rules = context.detector, context.box_rules
+    entries: dict[str, object] = {
+        f"box_{name}": value
+        for name, value in vars(rules).items()
+        if name not in ("box_format", "box_frame") and value != getattr(BoxRules(), name)
+    }
+    if detector is None:
+        return entries
+    return entries | {
+        "detector": detector.title,
+        "detector_fingerprint": detector.fingerprint,
+        "detector_license": detector.license or "unknown",
+        "detector_longest_side": detector.longest_side,
+        "detector_score_threshold": detector.score_threshold,
+        "detector_max_detections": detector.max_detections,
+        "detector_prompts": json.dumps(dict(detector.prompts), ensure_ascii=False),
+    }
 
 
 def encode(table: pa.Table, context: JobContext) -> bytes:

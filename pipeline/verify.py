@@ -123,12 +123,14 @@ def _verify_units(
     found.units_left = len(set(range(job.units)) - set(files)) if not (manifest and manifest.cleaned) else 0
     if not files and manifest is None and found.plan_files < -(-job.units // UNITS_PER_FILE):
         return  # ended while its plan was written, which the next start of label goes on with
-    planned = _planned_units(store, job, found)
+    planned, detected = _planned_units(store, job, found), job.context.detector is not None
     with ThreadPoolExecutor(READERS) as pool:
         # In batches, or the plan of millions of images would wait in memory for its turn.
         while batch := list(islice(planned, UNITS_AT_A_TIME)):
             work = [(unit, rows) for unit_id, rows in batch for unit in files.get(unit_id, [])]
-            checks = pool.map(lambda one: _check_unit(store, *one, all_masks=all_masks), work)
+            checks = pool.map(
+                lambda one: _check_unit(store, *one, detected=detected, all_masks=all_masks), work
+            )
             for unit, faults in checks:
                 found.units += 1
                 found.bytes += unit.size
@@ -155,7 +157,7 @@ def _planned_units(store: Store, job: Job, found: Verified) -> Iterator[tuple[in
 
 
 def _check_unit(
-    store: Store, unit: CommittedUnit, planned: pa.Table | None, *, all_masks: bool
+    store: Store, unit: CommittedUnit, planned: pa.Table | None, *, detected: bool, all_masks: bool
 ) -> tuple[CommittedUnit, list[str]]:
     try:
         table = units.read(store, unit)
@@ -165,7 +167,7 @@ def _check_unit(
     if not all_masks and not faults and table.num_rows:
         faults = units.find_faults(table.slice(unit.unit_id % table.num_rows, 1))
     if planned is not None:
-        faults += units.plan_faults(table, planned)
+        faults += units.plan_faults(table, planned, detected=detected)
     return unit, faults
 
 

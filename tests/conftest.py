@@ -113,6 +113,7 @@ def local_ray(aws_environment: None) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level="ERROR",
                 object_store_memory=300 * 2**20,
+                _system_config={"metrics_report_interval_ms": 2000},  # ten seconds otherwise
             )
             break
         except Exception:  # Ray gives its processes 30 s, which a busy machine may not keep

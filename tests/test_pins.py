@@ -13,9 +13,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK_EXTRAS = {
-    "constraints.txt": ("s3", "gcs", "detect", "eval", "dev"),
+    "constraints.txt": ("s3", "gcs", "detect", "eval", "cluster", "dev"),
     "requirements.lock": ("s3", "detect", "eval", "dev"),
-    "deploy/requirements.lock": ("s3", "gcs", "detect"),
+    "deploy/requirements.lock": ("s3", "gcs", "detect", "cluster"),
 }
 
 
@@ -87,13 +87,13 @@ MACHINES = [
     for python in ("3.11", "3.12")
     for system, machine in (("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64"))
 ]
-EXTRAS_IN_USE = {"ray": "data", "moto": "server", "google-api-core": "grpc"}
+EXTRAS_IN_USE = {"ray": ("data", "default"), "moto": ("server",), "google-api-core": ("grpc",)}
 
 
-def needed(requirement: Requirement, extra: str) -> bool:
+def needed(requirement: Requirement, extras: tuple[str, ...]) -> bool:
     marker = requirement.marker
     return marker is None or any(
-        marker.evaluate(machine | {"extra": chosen}) for machine in MACHINES for chosen in {"", extra}
+        marker.evaluate(machine | {"extra": chosen}) for machine in MACHINES for chosen in ("", *extras)
     )
 
 
@@ -105,7 +105,7 @@ def test_nothing_that_a_pinned_package_needs_is_missing_on_any_machine() -> None
             lines = metadata.requires(name) or []
         except metadata.PackageNotFoundError:
             continue  # an extra that this environment has not
-        wanted = [r for r in map(Requirement, lines) if needed(r, EXTRAS_IN_USE.get(name, ""))]
+        wanted = [r for r in map(Requirement, lines) if needed(r, EXTRAS_IN_USE.get(name, ()))]
         missing += [f"{name} needs {r.name}" for r in wanted if normal(r.name) not in pinned]
 
     assert missing == []

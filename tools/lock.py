@@ -30,7 +30,7 @@ SETUPTOOLS = "setuptools==84.2.1"  # builds the editable install, and torch impo
 WITHOUT_DEPENDENCIES = "segment-anything-hq==0.3"
 LOCKS = {
     "requirements.lock": ("s3", "detect", "eval", "dev"),  # what `make setup` installs
-    "deploy/requirements.lock": ("s3", "gcs", "detect"),  # what the image of deploy/Dockerfile holds
+    "deploy/requirements.lock": ("s3", "gcs", "detect", "cluster"),  # what deploy/Dockerfile installs
 }
 PYTHONS = ("3.11", "3.12")
 

@@ -145,6 +145,19 @@ def test_dashboard_and_job_api_stay_on_loopback_and_want_the_token(cluster: dict
         assert fetch < next(i for i, line in enumerate(lines) if "ray start" in line)
 
 
+def test_every_node_offers_its_metrics_on_the_port_that_the_page_names(cluster: dict[str, Any]) -> None:
+    starts = [
+        line
+        for key in ("head_start_ray_commands", "worker_start_ray_commands")
+        for line in cluster[key]
+        if "ray start" in line
+    ]
+
+    assert len(starts) == 2
+    assert all("--metrics-export-port=8080" in line for line in starts)
+    assert "port 8080" in (ROOT / "docs" / "cluster.md").read_text()
+
+
 def test_no_secret_stands_in_the_file(cluster: dict[str, Any]) -> None:
     assert set(cluster["auth"]) <= {"ssh_user", "ssh_proxy_command", "ssh_proxy_use_node_id"}
     assert "aws_credentials" not in cluster["provider"]

@@ -40,6 +40,13 @@ def test_the_versions_are_the_locked_ones() -> None:
     assert all("--no-deps" in install for install in installs[1:])
 
 
+def test_the_image_holds_what_rays_dashboard_launcher_and_metrics_need() -> None:
+    lock = (ROOT / "deploy" / "requirements.lock").read_text()
+    needed = ("aiohttp-cors", "boto3", "opentelemetry-exporter-prometheus", "prometheus-client", "virtualenv")
+
+    assert [name for name in needed if not re.search(rf"^{name}==", lock, re.MULTILINE)] == []
+
+
 def test_nothing_is_fetched_and_run_and_no_secret_is_baked_in() -> None:
     assert not re.search(r"curl|wget|ADD http|\| *(ba)?sh\b", TEXT)
     assert not re.search(r"TOKEN=|SECRET|PASSWORD|ACCESS_KEY", TEXT)

@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import fsspec
 import pytest
 from botocore.session import Session
 from moto.server import ThreadedMotoServer
+
+from tests.conftest import MotoS3
 
 SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "ray_token.py"
 
@@ -35,6 +38,7 @@ def parameters(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     monkeypatch.setenv("AWS_REGION", "us-west-2")
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     values = {"/hqlabel/ray-token": "0123456789abcdef" * 4, "/hqlabel/short": "secret"}
@@ -67,6 +71,19 @@ def test_the_token_lands_in_a_file_that_only_the_owner_can_read(
     assert path.read_text() == parameters["/hqlabel/ray-token"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_the_token_may_stand_in_an_object_of_a_private_bucket(
+    ray_token: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, moto_s3: MotoS3
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto_s3.endpoint)
+    store = fsspec.filesystem("s3", endpoint_url=moto_s3.endpoint)
+    store.pipe(f"{moto_s3.bucket}/ray-token", b"ab" * 32 + b"\n")
+
+    path = run(ray_token, monkeypatch, tmp_path, f"s3://{moto_s3.bucket}/ray-token")
+
+    assert path.read_text() == "ab" * 32
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_a_short_token_is_refused_and_not_shown(

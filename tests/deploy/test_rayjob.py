@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+from jobs.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,8 +100,26 @@ def test_the_token_is_the_operators_and_no_secret_stands_here(job: dict[str, Any
 def test_a_network_policy_stands_around_rays_ports() -> None:
     documents = list(yaml.safe_load_all((ROOT / "deploy" / "rayjob.yaml").read_text()))
     [policy] = [d for d in documents if d["kind"] == "NetworkPolicy"]
-    inner, outer = policy["spec"]["ingress"]
+    inner, outer, scrapes = policy["spec"]["ingress"]
 
     assert policy["spec"]["policyTypes"] == ["Ingress"]
     assert inner["from"] == [{"podSelector": policy["spec"]["podSelector"]}]
     assert outer["ports"] == [{"protocol": "TCP", "port": 8265}]
+    assert scrapes["ports"] == [{"protocol": "TCP", "port": 8080}]
+    assert "podSelector" not in scrapes["from"][0]
+
+
+def test_the_entrypoint_waits_for_its_first_node_and_uses_all_that_may_come(job: dict[str, Any]) -> None:
+    words = shlex.split(job["spec"]["entrypoint"])
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    sets = [word for flag, word in itertools.pairwise(words) if flag == "--set"]
+
+    config = load_config(None, sets=sets)
+
+    assert words[:2] == ["hqlabel", "label"]
+    assert set(given) == {"--images", "--boxes", "--checkpoint", "--output", "--set"}
+    [gpu] = [g for g in job["spec"]["rayClusterSpec"]["workerGroupSpecs"] if g["groupName"] == "gpu"]
+    assert gpu["minReplicas"] == 0, "so the job must wait, and must not take a decode node for its model"
+    assert (config.cluster.gpus_per_actor, config.cluster.actors) == (1, gpu["maxReplicas"])
+    assert config.cluster.actors_min == 1
+    assert config.cluster.wait_for_nodes_s >= 600

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,10 +20,12 @@ PASSING_COLUMNS = ("run_id", "processed_at", "fetch_ms", "decode_ms", "detect_ms
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """A started `hqlabel`, with signals at their defaults and output to pipes."""
+    """A started `hqlabel`, with signals at their defaults and output to pipes, in a folder of its own choice:
+    from the repository's, Python would find the package even where an installed one is not found.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "jobs", *arguments],
-        cwd=REPOSITORY,
+        cwd=tempfile.gettempdir(),
         env={**os.environ, "RAY_worker_niceness": "0", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -144,10 +144,12 @@ def run_job(made: SmallJob, *, until: str = "clean", codes: tuple[str, ...] = ("
 # ---------------------------------------------------------------------------------------------
 
 
-def in_child(function: Callable[..., object], *arguments: object, failpoint: str = "") -> int:
+def in_child(
+    function: Callable[..., object], *arguments: object, failpoint: str = "", timeout_s: float = 120
+) -> int:
     """The exit code of a process that runs `function`, with a fail point armed."""
     process = start_child(function, *arguments, failpoint=failpoint)
-    process.join(120)
+    process.join(timeout_s)
     if process.exitcode is None:
         process.kill()
         process.join()

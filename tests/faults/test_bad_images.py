@@ -222,12 +222,14 @@ def network_job(folder: Path, weights: Path, images: int, **options: object) -> 
 
 
 def digest(job: MadeJob) -> str:
+    """Of every row, but for its unit and what names the picture's file: those differ between two jobs."""
     store = open_store(job.context.output)
     tables = [read(store, unit) for unit in list_committed(store).values()]
-    return mask_columns_digest(pa.concat_tables(tables).drop_columns(["unit_id", "source_etag"]))
+    return mask_columns_digest(pa.concat_tables(tables).drop_columns(["unit_id", "image_uri", "source_etag"]))
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("images", [12, 200])
 def test_row_57_masks_are_the_same_bytes_whatever_happens(
     images: int, weights: Path, tmp_path: Path, record: Record
@@ -238,9 +240,12 @@ def test_row_57_masks_are_the_same_bytes_whatever_happens(
 
     shuffled = at_another_place(made, tmp_path / "b")
     order = list(np.random.default_rng(0).permutation(made.unit_ids))
-    code = in_child(_with_threads, shuffled.context, order, 1, failpoint="commit.created=kill@2")
+    code = in_child(
+        _with_threads, shuffled.context, order, 1, failpoint="commit.created=kill@2", timeout_s=250
+    )
     assert code == -signal.SIGKILL
-    assert in_child(_with_threads, shuffled.context, order, 2) == 0
+    # Two threads beside another busy process spin for each other's turn: many times as slow.
+    assert in_child(_with_threads, shuffled.context, order, 2, timeout_s=500) == 0
     assert digest(shuffled) == wanted
     landed += 1
 

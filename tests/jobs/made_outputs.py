@@ -28,7 +28,7 @@ from tests.pipeline.made_units import make_context, planned_box, planned_image, 
 class MadeImage:
     """One image of an output. `masks`: uint8 (H, W) each, one a box; `boxes`: xyxy, default tight ones.
 
-    `error`: a code, for an image that failed. `exif`: its orientation.
+    `error`: a code, for an image that failed. `exif`: its orientation. `rules`: which boxes get no mask.
     """
 
     image_id: str
@@ -42,6 +42,7 @@ class MadeImage:
     uri: str | None = None
     error: str | None = None
     exif: int = 1
+    rules: BoxRules = dataclasses.field(default_factory=BoxRules)
 
 
 def tight_box(mask: np.ndarray) -> list[float]:
@@ -113,7 +114,7 @@ def _result(one: MadeImage, row: dict) -> ImageResult:
         return ImageResult(planned=row, error_code=one.error, error_message=f"{one.error} happened")
     if not one.masks:
         return ImageResult(planned=row)
-    resolved = resolve_boxes(row["boxes"], BoxRules(), upright_size_hw=one.size_hw)
+    resolved = resolve_boxes(row["boxes"], one.rules, upright_size_hw=one.size_hw)
     masks = [mask for mask, usable in zip(one.masks, resolved.usable, strict=True) if usable]
     fields = {}
     if one.predicted_iou is not None:
@@ -121,7 +122,8 @@ def _result(one: MadeImage, row: dict) -> ImageResult:
     stored = one.size_hw[::-1] if one.exif in (5, 6, 7, 8) else one.size_hw
     return ImageResult(
         planned=row, size_hw=one.size_hw, stored_size_hw=stored, exif_orientation=one.exif,
-        boxes=resolved, instances=segment(masks, **fields), source_bytes=1000, source_etag="tag",
+        boxes=resolved, instances=segment(masks, **fields) if masks else None,
+        source_bytes=1000, source_etag="tag",
         fetch_ms=3.0, decode_ms=4.0, segment_ms=50.0,
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from pipeline.quality import FilterSettings
+from pipeline.records import BoxRules
 from tests.jobs.made_outputs import MadeImage, blob, make_output
 from tests.jobs.test_cli import run
 from tests.pipeline.test_polygons import decode_brush
@@ -239,3 +240,23 @@ def test_an_export_goes_to_a_bucket_as_to_a_folder(output: str, moto_s3, tmp_pat
     export("coco", "--output", output, "--to", str(tmp_path / "here"))
     store = open_store(Place(uri=to, options=moto_s3.options))
     assert store.read("instances.json") == (tmp_path / "here" / "instances.json").read_bytes()
+
+
+def test_an_image_whose_boxes_the_rules_left_out_is_no_picture_without_objects(tmp_path: Path) -> None:
+    images = [
+        MadeImage(image_id="kept.jpg", masks=[blob(1)], scores=[0.9], rules=BoxRules(min_score=0.5)),
+        MadeImage(image_id="left.jpg", masks=[blob(2)], scores=[0.4], rules=BoxRules(min_score=0.5)),
+    ]
+    output = make_output(tmp_path / "out", images)
+
+    said = export("coco", "--output", output, "--to", str(tmp_path / "coco"))
+
+    coco = json.loads((tmp_path / "coco" / "instances.json").read_text())
+    assert [one["file_name"] for one in coco["images"]] == ["kept.jpg"]
+    assert said["left_out"]["images whose boxes were all left without a mask by the job's rules"] == 1
+    rows = {row["image_id"]: row for row in pq.read_table(Path(output) / "images").to_pylist()}
+    assert (rows["left.jpg"]["status"], rows["left.jpg"]["num_boxes"]) == ("no_boxes", 1)
+    [reason] = pq.read_table(Path(output) / "instances", filters=[("image_id", "=", "left.jpg")])[
+        "reject_reason"
+    ]
+    assert reason.as_py() == "box_score"

@@ -54,6 +54,75 @@ def test_a_box_over_the_edge_is_cut_and_says_so(given, prompt):
     assert (None,) == found.error
 
 
+def scored(given, score=None, category=1):
+    return box(given, score=score, category_id=category, category_name=None)
+
+
+OVERLAPPING = [
+    scored((0, 0, 100, 100), 0.5),
+    scored((0, 0, 100, 98), 0.9),
+    scored((0, 0, 100, 99), 0.8, category=2),
+    scored((300, 300, 400, 400), None),
+    scored((300, 300, 400, 399), None),
+]
+
+
+@pytest.mark.parametrize(
+    ("mode", "error"),
+    [
+        ("none", (None,) * 5),
+        ("class", ("nms:1", None, None, None, "nms:3")),
+        ("all", ("nms:1", None, "nms:1", None, "nms:3")),
+    ],
+)
+def test_of_overlapping_boxes_the_better_one_is_used_and_named(mode, error):
+    found = resolve(*OVERLAPPING, rules=BoxRules(nms_mode=mode, nms_iou=0.9))
+
+    assert found.error == error
+    assert found.usable.tolist() == [reason is None for reason in error]
+    assert np.isnan(found.prompt_xyxy[~found.usable]).all()
+
+
+def test_the_overlap_must_be_over_the_bound():
+    pair = [scored((0, 0, 10, 10), 0.5), scored((0, 0, 10, 5), 0.4)]
+
+    assert resolve(*pair, rules=BoxRules(nms_mode="all", nms_iou=0.5)).error == (None, None)
+    assert resolve(*pair, rules=BoxRules(nms_mode="all", nms_iou=0.49)).error == (None, "nms:0")
+
+
+def test_rules_are_asked_in_order_and_each_looks_at_what_is_left():
+    boxes = [
+        scored((0, 0, 3, 100), 0.99),  # too small, so it takes no place among the best
+        scored((0, 0, 100, 100), 0.1),
+        scored((9, 9, 1, 1), 0.95),  # its own fault goes first
+        scored((200, 0, 300, 100), 0.7),
+        scored((200, 0, 300, 100), 0.6),
+        scored((400, 0, 500, 100), None),
+        scored((500, 0, 600, 100), math.nan),
+    ]
+    rules = BoxRules(min_side_px=4, min_score=0.2, top_k=3, nms_mode="all")
+
+    assert resolve(*boxes, rules=rules).error == (
+        "box_small", "box_score", "box_inverted", None, "nms:3", None, "box_rank",
+    )  # fmt: skip
+
+
+def test_a_prompt_without_a_box_has_no_size_and_no_overlap():
+    point = {"given": None, "points_xy": [5.0, 5.0], "point_labels": [1], "score": 0.9, "category_id": 1}
+    rules = BoxRules(min_side_px=50, nms_mode="all", expand=0.5)
+
+    found = resolve(point, (0, 0, 10, 10), point, rules=rules)
+
+    assert found.error == (None, "box_small", None)
+
+
+def test_expanded_prompts_stay_in_the_picture_and_are_no_cut_boxes():
+    found = resolve((100, 100, 200, 140), (0, 0, 64, 48), rules=BoxRules(expand=0.25))
+
+    np.testing.assert_array_equal(np.float32([[75, 90, 225, 150], [0, 0, 80, 60]]), found.prompt_xyxy)
+    assert found.flags == ((), ())
+
+
 @pytest.mark.parametrize(
     ("given", "code"),
     [

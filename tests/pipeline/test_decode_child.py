@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import decode_child
 from pipeline.decode import decode_image
 from pipeline.decode_child import MAX_DEATHS, DecodeChild
 from pipeline.errors import ImageError, SystemicFault
@@ -146,6 +148,17 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(child, monkeypatch):
     monkeypatch.setattr(child, "_wait_for_answer", wait)
 
     assert child.decode(picture(3, 40, 80)).size_hw == (40, 80)
+
+
+def test_the_child_starts_where_only_an_import_hook_finds_the_package(monkeypatch):
+    """As in an editable install, used from a folder that is not the repository."""
+    here = Path(decode_child.__file__).resolve().parents[1]
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p and Path(p).resolve() != here])
+    made = DecodeChild(Limits(), SIDE)
+    try:
+        assert made.decode(picture()).size_hw
+    finally:
+        made.close()
 
 
 def test_the_child_sees_no_credentials(monkeypatch):

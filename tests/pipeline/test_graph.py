@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from PIL import Image
 
 from model.geometry import resize_longest_side
@@ -325,6 +328,44 @@ def test_what_cannot_be_placed_is_refused_before_any_work(tmp_path):
     assert check_resources(ClusterSettings()).actors_max == 1
     with pytest.raises(SystemicFault, match="gpus_per_actor"):
         check_resources(ClusterSettings(gpus_per_actor=1, wait_for_nodes_s=1.5))
+
+
+def test_a_cluster_whose_cores_somebody_else_holds_is_said_and_not_waited_for(tmp_path, monkeypatch):
+    """Ray would wait for them in silence, for hours."""
+    job = make_job(tmp_path, {"a.png": png(noise(1))})
+    monkeypatch.setattr(graph, "NO_MODEL_S", 1.0)
+    monkeypatch.setattr(graph, "NODES_GONE_S", 1.0)
+    other = ray.remote(num_cpus=1.5)(Holder).remote()
+    ray.get(other.ping.remote())
+    try:
+        with pytest.raises(
+            SystemicFault, match=r"no model process .* 1 CPU cores on one node, and 0\."
+        ) as caught:
+            run(job)
+    finally:
+        ray.kill(other)
+
+    assert caught.value.code == "resources"
+    assert list_committed(open_store(job.context.output)) == {}
+
+
+class Holder:
+    """Somebody else's actor."""
+
+    def ping(self) -> None: ...
+
+
+def test_workers_log_each_unit_and_each_failed_image_as_json(tmp_path):
+    job = make_job(tmp_path, {"a.png": png(noise(1)), "b.png": b"<html>"}, run_id=f"logged-{time.time_ns()}")
+
+    run(job)
+
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    text = [line for file in logs.glob("worker-*.err") for line in file.read_text().splitlines()]
+    lines = [json.loads(line) for line in text if job.context.run_id in line]
+    assert [(one["event"], one["unit_id"]) for one in lines] == [("unit_committed", 0), ("image_failed", 0)]
+    assert (lines[0]["labelled"], lines[0]["failed_by_code"]) == (1, {"not_an_image": 1})
+    assert (lines[1]["image_id"], lines[1]["code"]) == ("b.png", "not_an_image")
 
 
 def test_parts_are_mapped_over_tasks_and_their_errors_rise_as_themselves():

@@ -27,7 +27,7 @@ from pipeline.ledger import (
     units_per_part,
 )
 from pipeline.owner import Holder, Owner, current_holder, this_process
-from pipeline.records import AccessRules, Place
+from pipeline.records import AccessRules, DetectorSettings, Place
 from pipeline.storage import Store, open_store
 from tests.pipeline.made_units import make_context
 
@@ -38,9 +38,15 @@ INPUTS = {
 }
 
 
+DETECTOR = DetectorSettings(
+    name="hf:there", fingerprint="f" * 64, prompts={"a": "b"}, license="apache-2.0", options={"o": 1}
+)
+
+
 def make_job(context=None, **fields) -> Job:
     context = context or make_context()
-    identity = identity_of(context, inputs=INPUTS, limit=None, protocol=1, detector={"name": "d"})
+    context = dataclasses.replace(context, detector=DETECTOR)
+    identity = identity_of(context, inputs=INPUTS, limit=None, protocol=1)
     plan = {"images": 10, "boxes": 20, "units": 3}
     values = {"identity": identity, "context": context, "plan": plan, "units_per_part": 2}
     values["categories"] = ({"id": 1, "name": "cat"},)
@@ -94,7 +100,11 @@ def test_the_identity_holds_everything_that_changes_masks():
         "schema_version", "model_protocol", "plan_sha256", "images_per_unit", "limit",
         "weights.sha256", "weights.input_side", "masks.dtype", "masks.call_shape.images_per_call",
         "masks.call_shape.boxes_per_call", "masks.multimask", "masks.hq_token_only",
-        "masks.stability_offset", "box_rules.box_format", "box_rules.box_frame", "detector.name",
+        "masks.stability_offset", "box_rules.box_format", "box_rules.box_frame", "detector.kind",
+        "detector.fingerprint", "detector.prompts.a", "detector.longest_side", "detector.score_threshold",
+        "detector.max_detections", "detector.images_per_call", "detector.options.o", "box_rules.min_score",
+        "box_rules.top_k", "box_rules.nms_mode", "box_rules.nms_iou", "box_rules.expand",
+        "box_rules.min_side_px",
         "inputs.images", "inputs.boxes", "inputs.files.0.size", "inputs.files.0.sha256",
     }  # fmt: skip
     assert wanted <= named
@@ -114,6 +124,17 @@ def test_machines_limits_lineage_and_code_may_change_between_resumes(local_store
     assert again.units_per_part == 2
     assert again.created_at == first.created_at
     assert again.context.segmenter == "tests.fakes:segmenter"
+
+
+def test_a_detector_may_lie_elsewhere_but_a_class_of_ones_own_is_known_by_its_name():
+    def identity(name):
+        context = dataclasses.replace(make_context(), detector=dataclasses.replace(DETECTOR, name=name))
+        return identity_of(context, inputs=INPUTS, limit=None, protocol=1)["detector"]
+
+    assert identity("hf:here") == identity("hf:there")
+    assert identity("hf:here") != identity("hf-zero-shot:here")
+    assert identity("mine:One") != identity("mine:Two")
+    assert "license" not in identity("mine:One")
 
 
 def test_added_removed_and_retyped_fields_are_differences():

@@ -34,6 +34,31 @@ def test_boxes_alone_are_one_group_without_the_unusable():
     assert (group.prompts.points_xy, group.prompts.mask_logits) == (None, None)
 
 
+def test_equal_boxes_are_one_prompt_and_each_gets_its_mask():
+    twice, other = planned_box((1, 1, 9, 9)), planned_box((2, 2, 30, 20))
+    boxes = [twice, other, twice, planned_box((9, 9, 1, 1)), twice | {"category_id": 7}]
+
+    _, (group,) = groups_of(boxes)
+    masks = box_masks(
+        PreparedImage(pixels_hwc=np.zeros((64, 64, 3), np.uint8), size_hw=SIZE_HW, prompts=group.prompts)
+    )
+    joined = join([group], [masks])
+
+    assert group.prompts.boxes_xyxy.tolist() == [[1, 1, 9, 9], [2, 2, 30, 20]]
+    assert group.places.tolist() == [0, 1, 2, 3]
+    assert joined.counts == (masks.counts[0], masks.counts[1], masks.counts[0], masks.counts[0])
+    assert joined.area.tolist() == [64, 28 * 18, 64, 64]
+
+
+def test_equal_boxes_with_points_stay_apart():
+    boxes = [planned_box((1, 1, 9, 9), points_xy=[x, 5.0], point_labels=[1]) for x in (3.0, 4.0)]
+
+    _, (group,) = groups_of(boxes)
+
+    assert len(group.prompts.boxes_xyxy) == 2
+    assert group.row_of.tolist() == [0, 1]
+
+
 def test_no_usable_box_gives_no_group():
     assert groups_of([planned_box((9, 9, 1, 1))])[1] == []
     assert groups_of([])[1] == []

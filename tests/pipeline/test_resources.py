@@ -72,6 +72,12 @@ def test_a_pool_may_begin_small():
     assert (found.actors_min, found.actors_max) == (2, 6)
 
 
+def test_a_pool_that_waits_for_most_of_its_nodes_decodes_with_whole_cores_on_the_first():
+    found = fit(ClusterSettings(actors=32, actors_min=1, gpus_per_actor=1), [Node(cpus=8, gpus=1)])
+
+    assert (found.actors_min, found.actors_max, found.decode_cpus) == (1, 32, 0.95)
+
+
 @pytest.mark.parametrize(("actors", "cpus", "each"), [(2, 2, 0.75), (3, 2, 0.5), (2, 8, 1.0), (2, 1, 0.25)])
 def test_more_actors_than_cores_get_smaller_shares(actors, cpus, each):
     found = fit(ClusterSettings(actors=actors), [Node(cpus=cpus)])

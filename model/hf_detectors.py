@@ -1,0 +1,256 @@
+"""Detectors of the transformers library, closed-set and zero-shot, behind `detections.Detector`.
+
+safetensors alone; no code of a checkpoint's own is run, nothing is unpickled, and nothing is fetched but the
+named repository. The pictures are prepared and the boxes worked out by the library's own processors, always
+by their Pillow backend, so that the same machine gives the same boxes with torchvision and without. The
+numbers are float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from model.detections import Category, Detections, DetectorError
+from model.weight_files import HUB_ID
+
+UInt8Array = npt.NDArray[np.uint8]
+
+_FILES = ("*.safetensors", "*.json", "vocab.txt", "merges.txt")
+"""What is read of a folder or repository, and what its fingerprint covers."""
+_LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
+
+
+class _Transformers:
+    """What both kinds share: the files, their fingerprint and licence, and the loaded model."""
+
+    def __init__(self, source: str, auto_model: str, auto_processor: str, device: str) -> None:
+        folder = _folder(source)
+        names = _checked_files(folder, source)
+        self._fingerprint = _digest(folder, names)
+        self.license = _stated_license(folder)
+        self._device = device
+        library = _library()
+        try:
+            self._processor: Any = getattr(library, auto_processor).from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, backend="pil"
+            )
+            model = getattr(library, auto_model).from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise DetectorError(f"{source}: no detector that transformers can load: {error}") from error
+        self._model, loading = model
+        _refuse_missing(loading, source)
+        self._model = self._model.to(device).eval()
+        self.name = str(self._model.config.model_type)
+
+    def _outputs(self, inputs: Any) -> Any:
+        with torch.inference_mode():
+            return self._model(**inputs)
+
+
+class ClosedSetDetector(_Transformers):
+    """A detector with classes of its own: RT-DETR, RT-DETRv2, D-FINE, DETR and whatever else
+    `AutoModelForObjectDetection` loads. Only boxes with a score over `threshold` come out.
+
+    Raises:
+        DetectorError: no such checkpoint, or one that may not or cannot be loaded.
+    """
+
+    def __init__(self, source: str, *, threshold: float, device: str = "cpu") -> None:
+        super().__init__(source, "AutoModelForObjectDetection", "AutoImageProcessor", device)
+        self._threshold = threshold
+        labels: Mapping[int, str] = self._model.config.id2label
+        self.categories = tuple(Category(id=int(key), name=labels[key]) for key in sorted(labels))
+
+    def fingerprint(self) -> str:
+        """sha256 over the names and bytes of the checkpoint's files."""
+        return self._fingerprint
+
+    def detect(self, images: Sequence[UInt8Array]) -> list[Detections]:
+        """See `Detector`."""
+        inputs = self._processor(images=_pictures(images), return_tensors="pt").to(self._device)
+        found = self._processor.post_process_object_detection(
+            self._outputs(inputs), threshold=self._threshold, target_sizes=_sizes(images)
+        )
+        return [_detections(one["boxes"], one["scores"], one["labels"]) for one in found]
+
+
+class ZeroShotDetector(_Transformers):
+    """A detector that is told by text what to look for: Grounding DINO, OWL-ViT and the like.
+
+    OWLv2 wants scipy, OmDet-Turbo torchvision; they are asked for when the checkpoint is opened or tried.
+
+    `prompts`: text to the name of its category. Categories are numbered from 1 in the order of the UTF-8
+    bytes of their names, like names in a table of boxes.
+
+    Raises:
+        DetectorError: no such checkpoint, or one that may not or cannot be loaded, or no prompts.
+    """
+
+    def __init__(
+        self, source: str, prompts: Mapping[str, str], *, threshold: float, device: str = "cpu"
+    ) -> None:
+        if not prompts:
+            raise DetectorError(f"{source}: a zero-shot detector needs prompts, such as 'person; red car'")
+        super().__init__(source, "AutoModelForZeroShotObjectDetection", "AutoProcessor", device)
+        self._threshold = threshold
+        self._asked = dict(prompts)
+        self._prompts = list(prompts)
+        names = sorted(set(prompts.values()), key=str.encode)
+        self.categories = tuple(Category(id=at, name=name) for at, name in enumerate(names, start=1))
+        self._ids = np.array([names.index(prompts[one]) + 1 for one in self._prompts], np.int32)
+        self._reads_phrases = "grounding" in self._model.config.model_type
+        if self._reads_phrases and any("." in prompt for prompt in prompts):
+            raise DetectorError(f"{source}: prompts are joined by '.', so none may hold one")
+
+    def fingerprint(self) -> str:
+        """sha256 over the names and bytes of the checkpoint's files, and the prompts."""
+        prompts = json.dumps(list(self._asked.items()))
+        return hashlib.sha256(f"{self._fingerprint} {prompts}".encode()).hexdigest()
+
+    def detect(self, images: Sequence[UInt8Array]) -> list[Detections]:
+        """See `Detector`."""
+        text = [self._prompts] * len(images)
+        inputs = self._processor(images=_pictures(images), text=text, return_tensors="pt").to(self._device)
+        outputs = self._outputs(inputs)
+        found = self._processor.post_process_grounded_object_detection(
+            outputs, threshold=self._threshold, target_sizes=_sizes(images)
+        )
+        if not self._reads_phrases:
+            return [_detections(one["boxes"], one["scores"], self._ids[one["labels"].cpu()]) for one in found]
+        prompts = _prompt_of_each_query(outputs.logits, inputs["input_ids"], self._period())
+        kept = torch.sigmoid(outputs.logits).amax(dim=-1) > self._threshold
+        return [
+            _detections(one["boxes"], one["scores"], self._ids[prompts[at][kept[at]].cpu()])
+            for at, one in enumerate(found)
+        ]
+
+    def _period(self) -> int:
+        return int(self._processor.tokenizer.convert_tokens_to_ids("."))
+
+
+def _prompt_of_each_query(logits: torch.Tensor, input_ids: torch.Tensor, period: int) -> torch.Tensor:
+    """(B, Q): which prompt's words each query agrees with most.
+
+    The library's own phrases are read off the words over a threshold, and may be empty, half a prompt or
+    two of them; every box shall have one category. `input_ids` (B, T): [CLS] words of one prompt . words
+    of the next . and so on [SEP].
+    """
+    answers = []
+    for row, ids in zip(logits, input_ids, strict=True):
+        ends = torch.nonzero(ids == period).flatten().tolist()
+        starts = [1, *(end + 1 for end in ends[:-1])]
+        best = [row[:, start:end].amax(dim=-1) for start, end in zip(starts, ends, strict=True)]
+        answers.append(torch.stack(best, dim=-1).argmax(dim=-1))
+    return torch.stack(answers)
+
+
+def _detections(boxes: torch.Tensor, scores: torch.Tensor, labels: Any) -> Detections:
+    ids = labels.cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    return Detections(
+        boxes_xyxy=boxes.float().cpu().numpy(),
+        scores=scores.float().cpu().numpy(),
+        category_ids=ids.astype(np.int32),
+    )
+
+
+def _pictures(images: Sequence[UInt8Array]) -> list[Image.Image]:
+    """Pillow's pictures say themselves which axis is which; of an array of 3 x 3 x 3 nobody knows."""
+    return [Image.fromarray(image) for image in images]
+
+
+def _sizes(images: Sequence[UInt8Array]) -> list[tuple[int, int]]:
+    return [(image.shape[0], image.shape[1]) for image in images]
+
+
+def _library() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise DetectorError(
+            "detectors hf: and hf-zero-shot: need transformers: pip install 'hqlabel[detect]'"
+        ) from error
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
+    return transformers
+
+
+def _folder(source: str) -> Path:
+    """The folder of a checkpoint: a local one, or a hub repository in the hub's cache."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if HUB_ID.fullmatch(source) is None or source.count("/") != 1:
+        raise DetectorError(f"{source}: no such folder, nor a hub id (org/name)")
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=[*_FILES, "README.md"]))
+    except Exception as error:  # the hub's client has many ways to fail, and none is ours
+        raise DetectorError(f"{source}: could not be fetched from the hub: {error}") from error
+
+
+def _checked_files(folder: Path, source: str) -> list[str]:
+    """The names of the files that count; DetectorError for what would have to run code to be loaded."""
+    names = sorted({path.name for pattern in _FILES for path in folder.glob(pattern) if path.is_file()})
+    if "config.json" not in names:
+        raise DetectorError(f"{source}: no config.json; wanted a folder as transformers saves it")
+    if not any(name.endswith(".safetensors") for name in names):
+        pickled = sorted(path.name for path in folder.glob("*.bin")) or ["nothing"]
+        raise DetectorError(
+            f"{source}: no *.safetensors; found {pickled[0]}. Pickled weights are never opened: "
+            "save them again with safetensors"
+        )
+    for name in (name for name in names if name.endswith(".json")):
+        _refuse_own_code(folder / name, source)
+    return names
+
+
+def _refuse_own_code(path: Path, source: str) -> None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DetectorError(f"{source}: {path.name} is no JSON: {error}") from error
+    if isinstance(content, dict) and content.get("auto_map"):
+        raise DetectorError(f"{source}: {path.name} names code of its own (auto_map), which is never run")
+
+
+def _refuse_missing(loading: Mapping[str, Any], source: str) -> None:
+    """None when the file held every tensor of the model: the library fills the others with random numbers."""
+    for what in ("missing_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(map(str, loading.get(what) or ()))
+        if found:
+            raise DetectorError(f"{source}: {len(found)} {what.replace('_', ' ')}, such as {found[0]}")
+
+
+def _digest(folder: Path, names: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        with open(folder / name, "rb") as file:
+            digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _stated_license(folder: Path) -> str | None:
+    """The licence in the head of the model card."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    text = card.read_text(encoding="utf-8", errors="replace")
+    found = _LICENSE.search(text.split("\n---")[0]) if text.startswith("---\n") else None
+    return found.group(1) if found else None
