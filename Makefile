@@ -57,6 +57,9 @@ bench: $(STAMP)  ## figures of this machine: whole jobs on two stores, model, ma
 	$(BIN)/python -m benchmarks.masks_rle
 	$(BIN)/python -m benchmarks.decoder_speed
 	$(BIN)/python -m benchmarks.model_speed
+	$(BIN)/python -m benchmarks.model_speed --only "hqlabel bf16" --operations 24
+	$(BIN)/python -m benchmarks.precision
+	$(BIN)/hqlabel bench
 	$(BIN)/python -m benchmarks.driver_memory 1000 10000
 	$(BIN)/python -m benchmarks.labels_out --images 2858
 	$(BIN)/python -m benchmarks.store_requests 5000

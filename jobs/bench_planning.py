@@ -124,6 +124,7 @@ class _Watch:
                 "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             }
         )
+        console.say(f"{step}: {self.laps[-1]['seconds']:.1f} s")
         self._last = self._now()
 
     @staticmethod

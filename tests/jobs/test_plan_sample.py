@@ -48,6 +48,7 @@ def test_hours_money_and_bytes_follow_from_what_was_measured(data_set: DataSet) 
     plan = make_plan(InputSettings(images=str(data_set.images), boxes=str(data_set.boxes), images_per_unit=2))
     measured = Measured(
         images=10,
+        images_per_unit=5,
         failed=0,
         boxes=30,
         start_s=36.0,
