@@ -22,7 +22,7 @@ class Coefficients:
 
     images_per_unit: int = 64
     driver_cpu_s_per_unit: float = 0.0315
-    worker_cpu_s_per_unit: float = 0.108
+    worker_cpu_s_per_unit: float = 0.114
     plan_bytes_per_image: float = 900.0
     plan_bytes_at_least: float = 235e6
     plan_cpu_s_per_image: float = 22e-6
@@ -32,7 +32,7 @@ class Coefficients:
     heads_per_unit: float = 2.0
     puts_per_unit: float = 2.0
     listed_units_per_request: int = 1000
-    output_bytes_per_image: float = 1.5e3
+    output_bytes_per_image: float = 2 * (120 + 3 * 160)
 
 
 @dataclass(frozen=True, kw_only=True)

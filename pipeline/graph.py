@@ -97,6 +97,7 @@ def run_units(
         Exception: a bug in a stage, as the exception that was raised there.
     """
     requests = check_resources(cluster)
+    _prove_room(requests, NO_MODEL_S + NODES_GONE_S + cluster.wait_for_nodes_s)
     left = list(unit_ids)
     unfinished = len(left)
     while left:
@@ -118,6 +119,23 @@ def run_units(
         except _NodesGone:
             left = [unit_id for unit_id in left if unit_id not in finished]
             requests = _requests_for_what_is_left(cluster)
+
+
+def _prove_room(requests: Requests, patience_s: float) -> None:
+    """None, once a task of one core has run: Ray Data begins with such tasks, and would wait in silence.
+
+    Raises:
+        SystemicFault: `resources`.
+    """
+    task: Any = ray.remote(num_cpus=1)(_answer)
+    try:
+        ray.get(task.remote(), timeout=patience_s)
+    except ray.exceptions.GetTimeoutError:
+        raise SystemicFault("resources", _no_model(requests, patience_s)) from None
+
+
+def _answer() -> None:
+    """A task that has only to be placed."""
 
 
 def _first_row(unit_id: int, retry: Retry | None) -> UnitRow:

@@ -330,18 +330,17 @@ def test_what_cannot_be_placed_is_refused_before_any_work(tmp_path):
         check_resources(ClusterSettings(gpus_per_actor=1, wait_for_nodes_s=1.5))
 
 
-def test_a_cluster_whose_cores_somebody_else_holds_is_said_and_not_waited_for(tmp_path, monkeypatch):
-    """Ray would wait for them in silence, for hours."""
+@pytest.mark.parametrize(("held", "asked"), [(1.5, 1.0), (1.0, 1.5)])
+def test_cores_that_somebody_else_holds_are_said_and_not_waited_for(tmp_path, monkeypatch, held, asked):
+    """Before anything can begin, and when all but the model can: Ray would wait in silence, for hours."""
     job = make_job(tmp_path, {"a.png": png(noise(1))})
-    monkeypatch.setattr(graph, "NO_MODEL_S", 1.0)
-    monkeypatch.setattr(graph, "NODES_GONE_S", 1.0)
-    other = ray.remote(num_cpus=1.5)(Holder).remote()
+    monkeypatch.setattr(graph, "NO_MODEL_S", 4.0)
+    monkeypatch.setattr(graph, "NODES_GONE_S", 4.0)
+    other = ray.remote(num_cpus=held)(Holder).remote()
     ray.get(other.ping.remote())
     try:
-        with pytest.raises(
-            SystemicFault, match=r"no model process .* 1 CPU cores on one node, and 0\."
-        ) as caught:
-            run(job)
+        with pytest.raises(SystemicFault, match=rf"no model process .* {asked:g} CPU cores on one") as caught:
+            run(job, cluster=ClusterSettings(cpus_per_actor=asked))
     finally:
         ray.kill(other)
 
