@@ -16,7 +16,6 @@ from pipeline.detect import load_detector, try_out
 from pipeline.errors import JobRefused
 from pipeline.records import DetectorSettings
 
-
 _SHORT = 40  # a fingerprint of words is shown whole, of a hash its beginning
 
 
