@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jobs import console
 from jobs.config import Config
 from jobs.settings import detector_settings
 from pipeline.detect import load_detector, try_out
 from pipeline.errors import JobRefused
 from pipeline.records import DetectorSettings
+
+_SHORT = 40  # a fingerprint of words is shown whole, of a hash its beginning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +28,10 @@ class FoundDetector:
 
     def __str__(self) -> str:
         licence = f"licence {self.settings.license}" if self.settings.license else "licence unknown"
-        classes = f"{len(self.categories):,} categories"
-        return f"{self.settings.title}; {classes}; fingerprint {self.settings.fingerprint[:12]}; {licence}"
+        classes = console.count(len(self.categories), "category", "categories")
+        said = self.settings.fingerprint
+        shown = said if len(said) <= _SHORT else said[:12]
+        return f"{self.settings.title}; {classes}; fingerprint {shown}; {licence}"
 
 
 def read_detector(config: Config) -> FoundDetector | None:

@@ -166,4 +166,4 @@ def test_the_documented_example_of_ones_own_detector_runs_and_is_never_taken_fro
     assert instances.num_rows > 0
     assert "licence MIT" in said
     assert "never taken from an output" in retried.stderr
-    assert "bright spot; 1 categories; fingerprint bright spot, " in doctor.stdout
+    assert "bright spot; 1 category; fingerprint bright spot, version 1; licence MIT" in doctor.stdout
