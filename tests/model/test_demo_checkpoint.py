@@ -15,7 +15,7 @@ from model.checkpoints import LoadedModel, load
 FOLDER = Path(__file__).parents[2] / "model" / "weights" / "hqlabel-demo"
 MAX_BYTES = 20_000_000
 SCENES = 30
-IOU_FLOOR = 0.79  # measured 0.817 on these scenes; a swapped axis or a bad resize costs far more
+IOU_FLOOR = 0.84  # measured 0.86 on these scenes; a swapped axis or a bad resize costs far more
 
 
 @cache
@@ -45,7 +45,7 @@ def test_its_masks_are_far_better_than_the_boxes_alone(figures: dict[str, float]
 
 
 def test_the_hq_mask_has_better_edges_than_the_sam_mask(figures: dict[str, float]) -> None:
-    assert figures["boundary_iou_sum"] > figures["boundary_iou_m0"] + 0.007  # measured 0.014
+    assert figures["boundary_iou_sum"] > figures["boundary_iou_m0"] + 0.01  # measured 0.02
 
 
 def test_its_scores_rank_its_masks(figures: dict[str, float]) -> None:
