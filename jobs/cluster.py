@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import os
 import secrets
 import shutil
@@ -155,19 +156,39 @@ def _start_private(ray: ModuleType, section: ClusterSection, folder: Path) -> Cl
     # Ray gives its processes 30 s to come up, which a busy machine may need twice.
     for name in ("s", "t"):
         try:
-            ray.init(
-                address="local",
-                num_cpus=section.cpus or usable_cpus(),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                _temp_dir=str(folder / name),  # Ray opens this folder to all; the one above stays closed
-            )
+            with _without_side_processes():
+                ray.init(
+                    address="local",
+                    num_cpus=section.cpus or usable_cpus(),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    _temp_dir=str(folder / name),  # Ray opens this folder to all; the one above stays closed
+                )
             return _info(ray, "local", private=True)
         except Exception as error:
             ray.shutdown()
             fault = error
     raise SystemicFault("resources", f"Ray does not start on this machine: {_reason(fault)}") from fault
+
+
+@contextlib.contextmanager
+def _without_side_processes() -> Iterator[None]:
+    """None; what Ray starts meanwhile lacks the processes of its dashboard and of its autoscaler.
+
+    A private Ray needs neither, and no option leaves them out (Ray 2.60). `include_dashboard=False` only
+    empties the first: its rest asks the cloud's metadata service (169.254.169.254) what cloud this is, although
+    usage reports are off. The second offers its figures to every network where ray[default] is installed.
+    """
+    services: Any = importlib.import_module("ray._private.services")
+    node: Any = importlib.import_module("ray._private.node").Node
+    kept = services.start_api_server, node.start_monitor
+    services.start_api_server = lambda *_, **__: (None, None)  # as Ray itself answers when it does not start
+    node.start_monitor = lambda _: None
+    try:
+        yield
+    finally:
+        services.start_api_server, node.start_monitor = kept
 
 
 def _join(ray: ModuleType, address: str, environ: Mapping[str, str]) -> ClusterInfo:
