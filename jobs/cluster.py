@@ -177,13 +177,13 @@ def _without_side_processes() -> Iterator[None]:
     """None; what Ray starts meanwhile lacks the processes of its dashboard and of its autoscaler.
 
     A private Ray needs neither, and no option leaves them out (Ray 2.60). `include_dashboard=False` only
-    empties the first: its rest asks the cloud's metadata service (169.254.169.254) what cloud this is, although
+    empties the first: its rest asks the cloud's metadata service (169.254.169.254) what cloud this is, though
     usage reports are off. The second offers its figures to every network where ray[default] is installed.
     """
     services: Any = importlib.import_module("ray._private.services")
     node: Any = importlib.import_module("ray._private.node").Node
     kept = services.start_api_server, node.start_monitor
-    services.start_api_server = lambda *_, **__: (None, None)  # as Ray itself answers when it does not start
+    services.start_api_server = lambda *_, **__: ("", None)  # no address, no process
     node.start_monitor = lambda _: None
     try:
         yield
