@@ -147,7 +147,7 @@ def refuse_changes(
     }
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_the_documented_example_of_ones_own_detector_runs_and_is_never_taken_from_an_output(
     photos: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

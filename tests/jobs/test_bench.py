@@ -34,7 +34,7 @@ def test_the_model_part_names_every_shape_it_measured(checkpoint: Path) -> None:
     assert "torch" in said["machine"]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_the_planning_part_starts_what_is_left_of_a_job() -> None:
     done = commands.run("bench", "planning", "--rows", "2000", "--json")
 
