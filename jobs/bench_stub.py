@@ -29,8 +29,14 @@ class BoxModel:
         return [_boxes_as_masks(image) for image in images]
 
     def mask_prompt(self, counts: str, size_hw: tuple[int, int]) -> npt.NDArray[np.float32]:
-        """Not made: there are only boxes here."""
-        raise NotImplementedError(f"mask prompts ({len(counts)} bytes of {size_hw})")
+        """None ever: the benchmark's own inputs are boxes.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"the benchmark's stub answers boxes; found a mask of {size_hw}, {len(counts)} bytes"
+        )
 
 
 def make(context: JobContext, use_gpu: bool) -> BoxModel:  # noqa: ARG001 - every factory is called so
