@@ -8,9 +8,11 @@ Step two freezes it and trains the HQ token, its MLP and the fusion convolutions
 This is no fine-tuning tool: it knows only its own scenes and its own small network.
 
 `--init CHECKPOINT` goes on from a finished demo checkpoint: the first two stages are left out, and both steps
-run again from its weights. The matrix work runs in bfloat16 where the processor multiplies it natively.
+run again from its weights; with `--hq-only` step two alone, at the final side. The matrix work runs in
+bfloat16 where the processor multiplies it natively.
 
-The stages' lengths are shares of the time given: a slow machine makes a weaker checkpoint, not a late one.
+The stages' lengths are shares of the time given, in processor time a thread: a process that is paused or
+outranked loses nothing, and a slow processor makes a weaker checkpoint.
 DIR/state.pt is written every two minutes and on SIGTERM; `--resume` goes on from it. Batches are drawn from
 (seed, stage, step), so a resumed run sees what it would have seen.
 """
@@ -67,11 +69,13 @@ class Stage:
         return self.kind == "hq"
 
 
-def stages_for(final_side: int, *, warm: bool) -> tuple[Stage, ...]:
+def stages_for(final_side: int, *, warm: bool, hq_only: bool = False) -> tuple[Stage, ...]:
     """The stages for a checkpoint of this side; above 256, both steps are finished there.
 
-    `warm`: from a checkpoint that already fills boxes and finds objects.
+    `warm`: from a checkpoint that already fills boxes and finds objects. `hq_only`: its SAM part stays.
     """
+    if hq_only:
+        return (Stage(name="hq-final", side=final_side, images=3, boxes=5, share=1.0, kind="hq"),)
     if warm:
         return (
             Stage(name="sam-256", side=256, images=8, boxes=6, share=0.42),
@@ -173,7 +177,7 @@ class Training:
         )
 
     def run_step(self) -> dict[str, float]:
-        started = time.monotonic()
+        started = time.process_time()
         makers = {"boxes": self._box_loss, "sam": self._sam_loss, "hq": self._hq_loss}
         loss, figures = makers[self.stage.kind]()
         loss.backward()
@@ -191,7 +195,7 @@ class Training:
         self.step += 1
         if self.step == 1:
             return {"loss": loss.item(), "norm": norm.item(), **figures}  # its time is the compiler's
-        self.spent_s += time.monotonic() - started
+        self.spent_s += (time.process_time() - started) / torch.get_num_threads()
         return {"loss": loss.item(), "norm": norm.item(), **figures}
 
     def _box_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
@@ -344,16 +348,21 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--final-side", type=int, default=512)
     parser.add_argument("--init", type=Path, help="a demo checkpoint to go on from")
+    parser.add_argument(
+        "--hq-only", action="store_true", help="train the HQ part of --init, at the final side"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
+    if options.hq_only and options.init is None:
+        parser.error("--hq-only needs --init: there is no SAM part to leave as it is")
     print(NOTICE, flush=True)
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     training = Training(
         [SceneCache(folder) for folder in options.caches],
-        stages=stages_for(options.final_side, warm=options.init is not None),
+        stages=stages_for(options.final_side, warm=options.init is not None, hq_only=options.hq_only),
         minutes=options.minutes,
         seed=options.seed,
         init=options.init,
