@@ -45,7 +45,8 @@ class DrawnInstance:
     """One prompt and its mask, as drawn. Boxes in upright pixels; None where there is none.
 
     `box_xyxy`: the prompt as used, or as given when it could not be used. `size_hw`, `counts`: the
-    mask as COCO compressed RLE. `text`: what stands at the box, such as `cat 0.93`.
+    mask as COCO compressed RLE. `text`: what stands at the box, such as `cat 0.93`. `colour`: by default
+    the next of the palette.
     """
 
     box_xyxy: Box | None
@@ -53,6 +54,7 @@ class DrawnInstance:
     counts: str | None = None
     text: str = ""
     accepted: bool = True
+    colour: Colour | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +80,11 @@ def draw_overlay(tile: Tile, *, longest_side: int, max_scale: float = 1.0) -> Im
     canvas = tile.picture.convert("RGB").resize(drawn_wh, smooth)
     for index, instance in enumerate(tile.instances):
         if instance.counts is not None and instance.size_hw is not None:
-            _draw_mask(canvas, _shrunk_mask(instance, drawn_wh), _colour(index))
+            _draw_mask(canvas, _shrunk_mask(instance, drawn_wh), instance.colour or _colour(index))
     for index, instance in enumerate(tile.instances):
-        _draw_box(canvas, instance, _colour(index), drawn_wh[0] / width, drawn_wh[1] / height)
+        _draw_box(
+            canvas, instance, instance.colour or _colour(index), drawn_wh[0] / width, drawn_wh[1] / height
+        )
     if len(tile.instances) <= _MOST_LABELS:
         for instance in tile.instances:
             _draw_label(canvas, instance, drawn_wh[0] / width, drawn_wh[1] / height)
@@ -120,6 +124,15 @@ def contact_sheet(
         _write_line(pen, (left, top + picture_h + 4), tile.caption, _TEXT_PX, _INK, tile_px)
         _write_line(pen, (left, top + picture_h + 4 + line_h), tile.remark, _TEXT_PX, _FAINT, tile_px)
     return sheet
+
+
+def standing_out(picture: Image.Image) -> Colour:
+    """The colour of the palette that is farthest from what is in the picture, for one mask drawn over it."""
+    seen = np.asarray(picture.convert("RGB").resize((16, 16), Image.Resampling.BOX), np.float64).reshape(
+        -1, 3
+    )
+    distance = np.linalg.norm(seen[:, None] - np.array(_PALETTE), axis=2)
+    return _PALETTE[int(np.argmax(np.quantile(distance, 0.1, axis=0)))]
 
 
 def png_bytes(picture: Image.Image) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from jobs.overlays import DrawnInstance, Tile, contact_sheet, draw_overlay, png_bytes
+from jobs.overlays import DrawnInstance, Tile, contact_sheet, draw_overlay, png_bytes, standing_out
 
 GREY = (100, 100, 100)
 
@@ -118,3 +118,12 @@ def test_texts_from_outside_are_drawn_escaped() -> None:
     contact_sheet(
         [tile(DrawnInstance(box_xyxy=(0, 0, 9, 9), text="\n\x00猫"), caption="a\nb\x1b")], title="\n"
     )
+
+
+@pytest.mark.parametrize(
+    "ground", [(0, 150, 250), (250, 140, 0), (20, 20, 20), (235, 235, 235), (200, 60, 30)]
+)
+def test_the_colour_of_a_single_mask_stands_out_from_the_picture(ground: tuple[int, int, int]) -> None:
+    colour = standing_out(Image.new("RGB", (40, 30), ground))
+
+    assert np.linalg.norm(np.subtract(colour, ground)) > 180
