@@ -18,7 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from jobs import console
-from jobs.overlays import Box, DrawnInstance, Tile, draw_overlay, standing_out
+from jobs.overlays import Box, DrawnInstance, Tile, draw_overlay
 from jobs.pictures import drawn_instance, picture_decoder, upright_picture
 from jobs.tables import ImageRows, Row
 from pipeline.errors import HqlabelError
@@ -28,6 +28,7 @@ _DECODED_PX, _SHOWN_PX = 1600, 360
 _MARGIN = 0.25  # of the object's extent, around the close-up
 _LEAST_PX = 24
 _QUALITY = 80
+_EDGE_PX = 3  # the page shows tiles at about a third of their size, and enlarges them on demand
 
 Key = tuple[str, int]
 
@@ -75,30 +76,26 @@ def _size_hw(image: Row, picture: Image.Image) -> tuple[int, int]:
 
 def _pictures(picture: Image.Image, size_hw: tuple[int, int], row: Row, context: JobContext) -> Pictures:
     drawn = replace(drawn_instance(row, context.box_rules.box_format), text="")
-    part = _window(size_hw, drawn.box_xyxy, row["bbox"])
-    cut = picture if part is None else _cut_picture(picture, size_hw, part)
-    drawn = replace(drawn, colour=standing_out(cut))
     whole = Tile(picture=picture, size_hw=size_hw, instances=(drawn,), caption="")
-    close = None if part is None else _close_up(cut, size_hw, drawn, part)
+    close = _close_up(picture, size_hw, drawn, row)
     return Pictures(
-        whole=_jpeg(draw_overlay(whole, longest_side=_SHOWN_PX, max_scale=4)),
-        close=None if close is None else _jpeg(draw_overlay(close, longest_side=_SHOWN_PX, max_scale=8)),
+        whole=_drawn_jpeg(whole, max_scale=4),
+        close=None if close is None else _drawn_jpeg(close, max_scale=8),
     )
 
 
-def _cut_picture(
-    picture: Image.Image, size_hw: tuple[int, int], part: tuple[int, int, int, int]
-) -> Image.Image:
+def _drawn_jpeg(tile: Tile, *, max_scale: float) -> str:
+    return _jpeg(draw_overlay(tile, longest_side=_SHOWN_PX, max_scale=max_scale, edge_px=_EDGE_PX))
+
+
+def _close_up(picture: Image.Image, size_hw: tuple[int, int], drawn: DrawnInstance, row: Row) -> Tile | None:
+    """The part of the picture around box and mask; None when neither has a place in it."""
+    part = _window(size_hw, drawn.box_xyxy, row["bbox"])
+    if part is None:
+        return None
+    left, top, right, bottom = part
     sx, sy = picture.width / size_hw[1], picture.height / size_hw[0]
-    left, top, right, bottom = part
-    return picture.crop((round(left * sx), round(top * sy), round(right * sx), round(bottom * sy)))
-
-
-def _close_up(
-    cut: Image.Image, size_hw: tuple[int, int], drawn: DrawnInstance, part: tuple[int, int, int, int]
-) -> Tile:
-    """The part of the picture around box and mask."""
-    left, top, right, bottom = part
+    cut = picture.crop((round(left * sx), round(top * sy), round(right * sx), round(bottom * sy)))
     box = drawn.box_xyxy
     moved = replace(
         drawn,
