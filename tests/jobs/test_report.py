@@ -323,7 +323,7 @@ FOCUSED = """(() => {
   const one = document.activeElement, box = one.getBoundingClientRect();
   const style = getComputedStyle(one);
   one.dataset.visited = (one.dataset.visited || 0) + 1;
-  return { name: one.localName, visits: Number(one.dataset.visited), outline: style.outlineStyle,
+  return { name: one.localName, visits: Number(one.dataset.visited), outline: `${style.outlineStyle} ${style.outlineWidth}`,
     words: one.getAttribute("aria-label") || one.textContent.trim(),
     seen: box.bottom > 0 && box.top < innerHeight };
 })()"""
@@ -370,7 +370,7 @@ def test_all_of_it_is_reached_and_worked_by_the_keyboard_alone(
         assert {stop["name"] for stop in stops} == {"a", "button", "summary"}
         assert all(stop["words"] for stop in stops)
         assert all(stop["seen"] for stop in stops), "what has the focus is in sight"
-        assert {stop["outline"] for stop in stops} == {"solid"}, "and shows that it has it"
+        assert {stop["outline"] for stop in stops} == {"solid 2px"}, "and shows that it has it"
 
         shown.ask("document.querySelector('figure .pair').focus()")
         shown.press("Enter")
