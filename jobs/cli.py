@@ -280,6 +280,10 @@ def retry(
 @app.command(rich_help_panel="Results")
 @command
 def publish(
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OUTPUT]...", help="With --merge: further outputs.", show_default=False),
+    ] = None,
     output: options.Output = None,
     min_predicted_iou: Annotated[
         float | None,
@@ -294,7 +298,7 @@ def publish(
         typer.Option(
             "--merge",
             metavar="OUTPUT",
-            help="Write the tables of these outputs as one into --output, a new folder. Repeat it for each. "
+            help="Write the tables of these outputs as one into --output, a new folder: --merge A B C. "
             "Of an image that several have, the newest row holds.",
             show_default=False,
         ),
@@ -308,7 +312,7 @@ def publish(
 
     Example:  hqlabel publish --output out --min-predicted-iou 0.8
 
-    Example:  hqlabel publish --output all --merge monday --merge tuesday
+    Example:  hqlabel publish --output all --merge monday tuesday
 
     Nothing is deleted: a filter marks rows (accepted, reject_reason). All filters: --set filter.NAME=VALUE.
     """
@@ -325,7 +329,11 @@ def publish(
             raise UsageError("--merge takes the marks as they are; publish each output with the filter first")
         from jobs import merging
 
-        return merging.run(given, merge, json=json)
+        return merging.run(given, [*merge, *(more or ())], json=json)
+    if more:
+        raise UsageError(
+            f"publish {' '.join(more)}: wanted --output OUTPUT, or --merge before several outputs"
+        )
     from jobs import publish as job
 
     return job.run(given, interrupts, json=json)

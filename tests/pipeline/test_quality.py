@@ -303,6 +303,13 @@ def test_of_overlapping_masks_the_worse_is_marked_with_the_winner():
     assert reasons(table) == [None, None, None]
 
 
+def test_the_detectors_score_decides_before_the_models() -> None:
+    table = rows_of(
+        {"detector_score": 0.6, "predicted_iou": 0.9}, {"detector_score": 0.7, "predicted_iou": 0.5}
+    )
+    assert reasons(table, nms_mode="all") == ["nms:1", None]
+
+
 def test_nms_within_classes_leaves_other_classes_alone():
     table = rows_of({"category_id": 1}, {"category_id": 2}, {"category_id": 2, "detector_score": 0.4})
     assert reasons(table, nms_mode="class") == [None, None, "nms:1"]
