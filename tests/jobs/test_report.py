@@ -323,7 +323,8 @@ FOCUSED = """(() => {
   const one = document.activeElement, box = one.getBoundingClientRect();
   const style = getComputedStyle(one);
   one.dataset.visited = (one.dataset.visited || 0) + 1;
-  return { name: one.localName, visits: Number(one.dataset.visited), outline: `${style.outlineStyle} ${style.outlineWidth}`,
+  return { name: one.localName, visits: Number(one.dataset.visited),
+    outline: `${style.outlineStyle} ${style.outlineWidth}`,
     words: one.getAttribute("aria-label") || one.textContent.trim(),
     seen: box.bottom > 0 && box.top < innerHeight };
 })()"""
