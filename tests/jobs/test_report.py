@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs import report
 from jobs.report_data import gather
 from jobs.report_sections import sections
 from jobs.tables import require_published
@@ -283,6 +284,19 @@ def test_names_from_outside_are_text_never_markup(page: str) -> None:
 def test_an_image_that_is_gone_leaves_its_tile_with_the_reason(page: str) -> None:
     assert page.count("No picture: ") >= 1
     assert "13.jpg" in text_of(page)
+
+
+def test_pictures_that_would_make_the_page_too_large_are_left_out_and_said(
+    output: str, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_MOST_BYTES", 60_000)
+
+    code, _, err = run("report", "--output", output, "--to", str(tmp_path / "page.html"))
+
+    assert code == 0, err
+    small = (tmp_path / "page.html").read_text()
+    assert small.count("left out for size") > 10
+    assert 0 < small.count("data:image/jpeg") < page.count("data:image/jpeg") / 2
 
 
 def test_a_report_shows_the_evaluation_once_there_is_one(tmp_path: Path, output: str) -> None:
