@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs import report
 from jobs.report_data import gather
 from jobs.report_sections import sections
 from jobs.tables import require_published
@@ -285,6 +286,19 @@ def test_an_image_that_is_gone_leaves_its_tile_with_the_reason(page: str) -> Non
     assert "13.jpg" in text_of(page)
 
 
+def test_pictures_that_would_make_the_page_too_large_are_left_out_and_said(
+    output: str, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_MOST_BYTES", 60_000)
+
+    code, _, err = run("report", "--output", output, "--to", str(tmp_path / "page.html"))
+
+    assert code == 0, err
+    small = (tmp_path / "page.html").read_text()
+    assert small.count("left out for size") > 10
+    assert 0 < small.count("data:image/jpeg") < page.count("data:image/jpeg") / 2
+
+
 def test_a_report_shows_the_evaluation_once_there_is_one(tmp_path: Path, output: str) -> None:
     masks = made_images_masks(11)
     truth = write_truth(
@@ -323,7 +337,8 @@ FOCUSED = """(() => {
   const one = document.activeElement, box = one.getBoundingClientRect();
   const style = getComputedStyle(one);
   one.dataset.visited = (one.dataset.visited || 0) + 1;
-  return { name: one.localName, visits: Number(one.dataset.visited), outline: `${style.outlineStyle} ${style.outlineWidth}`,
+  return { name: one.localName, visits: Number(one.dataset.visited),
+    outline: `${style.outlineStyle} ${style.outlineWidth}`,
     words: one.getAttribute("aria-label") || one.textContent.trim(),
     seen: box.bottom > 0 && box.top < innerHeight };
 })()"""
