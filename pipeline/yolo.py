@@ -79,9 +79,11 @@ def _read_file(uri: str, access: AccessRules) -> np.ndarray[Any, np.dtype[np.flo
 
 
 def _numbers(uri: str, line: int, words: Sequence[str]) -> list[float]:
-    if len(words) not in (5, 6):
-        what = "a polygon or a turned box" if len(words) > 6 else "too few"
-        raise JobRefused(f"{uri}: line {line} has {len(words)} numbers ({what}); {_SHAPE}")
+    if len(words) > 6:
+        raise JobRefused(f"{uri}: line {line} has {len(words)} numbers (a polygon or a turned box); {_SHAPE}")
+    if len(words) < 5:
+        found = clean_text(" ".join(words))
+        raise JobRefused(f"{uri}: line {line} has {len(words)} numbers (too few): {found!r}; {_SHAPE}")
     try:
         numbers = [float(word) for word in words]
     except ValueError:

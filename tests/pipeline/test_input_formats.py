@@ -214,6 +214,7 @@ def with_text(name: str, text: str):
     ("text", "said"),
     [
         ("0 0.1 0.2 0.3\n", ("line 1 has 4 numbers (too few)", "wanted `class cx cy width height`")),
+        ("0,0.1,0.2,0.3,0.4\n", ("line 1 has 1 numbers (too few): '0,0.1,0.2,0.3,0.4'", "wanted `class cx")),
         ("0 0.1 0.2 0.3 0.4\n1 0 0 1 0 1 1 0 1\n", ("line 2 has 9 numbers (a polygon", "wanted `class cx")),
         ("cat 0.1 0.2 0.3 0.4\n", ("line 1 holds 'cat 0.1 0.2 0.3 0.4'", "wanted `class")),
         ("1.5 0.1 0.2 0.3 0.4\n", ("the class is 1.5", "wanted a whole number")),
@@ -252,7 +253,7 @@ def test_broken_yolo_folders_are_refused(tmp_path):
         ),
         (
             lambda one: one["images"][0]["detections"][0].update(bbox="none"),
-            ("not a sound JSON file", "bbox"),
+            ("'detections[].bbox' holds text", "wanted a list"),
         ),
         (
             lambda one: one.update(detection_categories={"one": "cat"}),
@@ -295,7 +296,14 @@ def shard(members: dict[str, bytes]):
         ),
         (shard(sample("b/3") | {"b/3.json": b"[1]"}), ("b/3.json holds a list", "wanted an object")),
         (shard(sample("b/3") | {"b/3.json": b"{"}), ("b/3.json is no JSON",)),
-        (shard(sample("b/3") | {"b/3.json": b'{"boxes": "none"}'}), ("not a sound JSON file", "boxes")),
+        (
+            shard(sample("b/3") | {"b/4.png": b"x", "b/4.json": b'{"boxes": "none"}'}),
+            ("b/4.json", "'boxes' holds text", "wanted a list"),
+        ),
+        (
+            shard(sample("b/3") | {"b/3.json": b'{"boxes": [[1, 2, 3, 4]], "labels": [1.5]}'}),
+            ("b/3.json", "'labels' holds 1.5", "wanted a whole number"),
+        ),
     ],
 )
 def test_a_broken_tar_is_refused(tmp_path, change, said):
