@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,27 @@ def test_doctor_loads_and_tries_the_detector(detector: Path, tmp_path: Path) -> 
     assert "rt_detr_v2; 3 categories" in out
     assert broken_code == 4
     assert "no config.json" in broken
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "package"),
+    [
+        ("hf", made_detectors.small_rf_detr, "torchvision"),
+        ("hf-zero-shot", made_detectors.small_omdet_turbo, "torchvision"),
+        ("hf-zero-shot", made_detectors.small_owlv2, "scipy"),
+    ],
+)
+def test_a_package_that_a_detector_wants_is_named_before_any_work(
+    kind: str, make: Callable[[Path], Path], package: str, photos: str, tmp_path: Path
+) -> None:
+    if find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    prompts = ["--prompts", "cat; red car"] if kind == "hf-zero-shot" else []
+
+    code, _, err = run("plan", "--images", photos, "--detector", f"{kind}:{make(tmp_path / 'one')}", *prompts)
+
+    assert code == 4
+    assert package in err.lower()
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_a_detector_that_answers_wrongly_is_refused_on_a_blank_picture(wrong, wh
     ("name", "why"),
     [
         ("yolo", "no such kind of detector; wanted hf:"),
-        ("no.such.module:Class", "ModuleNotFoundError"),
+        ("no.such.module:Class", "No module named 'no'; wanted .* PYTHONPATH=FOLDER"),
         ("tests.pipeline.test_detect:Nothing", "AttributeError"),
         ("pyarrow:Table", "TypeError|it has no 'name'"),
         ("hf:no/such/place/at/all", "no such folder, nor a hub id"),
