@@ -67,8 +67,16 @@ def read_tar_images(uris: Sequence[str], access: AccessRules, *, root: str, ids:
         image_uri=pa.array([str(sample.picture) for sample in samples], TEXT),
         image_id=pa.array([_id(sample.picture, root, ids) for sample in samples], TEXT),
         root=root,
+        id_rule=_ID_RULES[ids],
         listed=True,
     )
+
+
+_ID_RULES: dict[TarIds, str] = {
+    "member": "ids are the names in the tars",
+    "key": "ids are the names in the tars up to the first dot",
+    "shard": "ids are the tars' names and the names in them",
+}
 
 
 def read_tar_boxes(
@@ -88,7 +96,8 @@ def read_tar_boxes(
             for batch in _batches(uri, found, lines, dict(columns.values())):
                 yield uri, pa.table({ours: batch.column(theirs) for ours, (theirs, _) in columns.items()})
 
-    return replace(boxes_of_rows(batches(), columns, folder=root, box_format="xyxy"), columns=names)
+    boxes = boxes_of_rows(batches(), columns, folder=root, box_format="xyxy")
+    return replace(boxes, id_rule=_ID_RULES[ids], columns=names)
 
 
 def _batches(

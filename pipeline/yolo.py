@@ -68,7 +68,15 @@ def read_yolo(folder: str, entries: Sequence[Entry], access: AccessRules) -> Box
         files=[f"{folder}/"],
         categories=_class_names(folder, entries, access),
     )
-    return replace(boxes, by_stem=True, one_row_per_image=True)
+    return replace(boxes, by_stem=True, one_row_per_image=True, notes=_notes(boxes))
+
+
+def _notes(boxes: BoxList) -> tuple[str, ...]:
+    """A sentence where the folder does not name its classes; `data.yaml` often lies one folder above."""
+    if boxes.categories or not boxes.boxes.num_rows:
+        return ()
+    wanted = f"{_CLASSES}, {_YAML[0]} or {_YAML[1]}"
+    return (f"{boxes.folder}: none of {wanted} is there, so classes have numbers and no names; copy it there",)
 
 
 def _read_file(uri: str, access: AccessRules) -> np.ndarray[Any, np.dtype[np.float64]]:

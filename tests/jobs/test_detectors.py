@@ -150,6 +150,16 @@ def test_what_does_not_go_together_is_refused(
     assert said in err
 
 
+def test_a_plan_without_boxes_and_without_a_detector_says_that_no_mask_can_come(
+    photos: str, detector: Path
+) -> None:
+    _, out, _ = run("plan", "--images", photos)
+    _, detected, _ = run("plan", "--images", photos, "--detector", f"hf:{detector}")
+
+    assert "warning: no image has a box, so there will be no mask; say with --boxes where they are" in out
+    assert "warning" not in detected
+
+
 def test_a_detector_needs_pictures(tmp_path: Path) -> None:
     code, _, err = run("plan", "--detector", "hf:a/b")
 
