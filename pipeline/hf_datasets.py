@@ -105,9 +105,7 @@ def read_hf_boxes(
         folder=root,
         box_format="xywh",
     )
-    return replace(
-        found, id_rule=_ID_RULE, categories=_category_names(files[0]), columns=_names(files[0])
-    )
+    return replace(found, id_rule=_ID_RULE, categories=_category_names(files[0]), columns=_names(files[0]))
 
 
 def _names(file: _File) -> tuple[str, ...]:

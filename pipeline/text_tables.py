@@ -221,7 +221,9 @@ def _typed(schema: pa.Schema) -> pa_json.ParseOptions:
 
 
 _OTHER_TYPE = re.compile(r"Column\(/(?P<path>.*)\) changed from (?P<wanted>\w+) to (?P<found>\w+)")
-_OTHER_NUMBER = re.compile(r"Failed to convert JSON to (?P<wanted>\w+), couldn't parse:\s*(?P<found>.*)", re.DOTALL)
+_OTHER_NUMBER = re.compile(
+    r"Failed to convert JSON to (?P<wanted>\w+), couldn't parse:\s*(?P<found>.*)", re.DOTALL
+)
 
 _WORDS = {
     "array": "a list",
@@ -236,7 +238,7 @@ _WORDS = {
 
 @contextlib.contextmanager
 def _naming_keys(schema: pa.Schema) -> Iterator[None]:
-    """Says Arrow's word on a value of another type as a person would; Arrow knows its row in a block alone."""
+    """Says as a person would what Arrow says of a value of another type, the row in its block left out."""
     try:
         yield
     except pa.ArrowInvalid as error:

@@ -76,7 +76,7 @@ def _notes(boxes: BoxList) -> tuple[str, ...]:
     if boxes.categories or not boxes.boxes.num_rows:
         return ()
     wanted = f"{_CLASSES}, {_YAML[0]} or {_YAML[1]}"
-    return (f"{boxes.folder}: none of {wanted} is there, so classes have numbers and no names; copy it there",)
+    return (f"{boxes.folder}: none of {wanted} is there, so classes have no names; copy one of them there",)
 
 
 def _read_file(uri: str, access: AccessRules) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -84,9 +84,7 @@ def alone(segmenter: Segmenter, data: bytes, one: dict) -> Instances:
 def test_points_and_masks_of_a_table_give_the_models_own_masks(checkpoint: Path, tmp_path: Path) -> None:
     pictures = {f"{i}.png": stored(i, orientation=6 if i == 1 else 1) for i in range(3)}
     (tmp_path / "shard.tar").write_bytes(tar_of(pictures))
-    sizes = {
-        name: decode_image(data, max_pixels=10**8, side=128).size_hw for name, data in pictures.items()
-    }
+    sizes = {name: decode_image(data, max_pixels=10**8, side=128).size_hw for name, data in pictures.items()}
     prompts = {name: prompts_of(sizes[name]) for name in pictures}
     columns = {key: [[one[key] for one in some] for some in prompts.values()] for key in KINDS}
     rows = {"image_id": pa.array(prompts), **{key: pa.array(columns[key], TYPES[key]) for key in KINDS}}

@@ -18,9 +18,11 @@ from model.hf_detectors import ClosedSetDetector, ZeroShotDetector
 from tests.model import made_detectors
 from tests.model.made_detectors import PROMPTS
 
-# Two families want packages that are no dependency; where those are installed, they are tried as the others.
+# Three families want packages that are no dependency; where those are installed, they are tried too.
 with_scipy = pytest.mark.skipif(find_spec("scipy") is None, reason="OWLv2's processor wants scipy")
-with_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="the processor wants torchvision")
+with_torchvision = pytest.mark.skipif(
+    find_spec("torchvision") is None, reason="the processor wants torchvision"
+)
 CLOSED = {
     "rt_detr": lambda folder: made_detectors.small_rt_detr(folder, version=1),
     "rt_detr_v2": made_detectors.small_rt_detr,
@@ -187,7 +189,9 @@ def test_what_would_run_code_or_be_half_random_is_refused(tmp_path, spoil):
 
 
 def test_a_detector_of_the_other_kind_is_sent_to_its_own_name(folders):
-    with pytest.raises(DetectorError, match=r"grounding-dino is told by text .* hf-zero-shot:.* with --prompts"):
+    with pytest.raises(
+        DetectorError, match=r"grounding-dino is told by text .* hf-zero-shot:.* with --prompts"
+    ):
         ClosedSetDetector(str(folders["grounding-dino"]), threshold=0.5)
     with pytest.raises(DetectorError, match=r"d_fine has classes of its own; wanted --detector hf:"):
         ZeroShotDetector(str(folders["d_fine"]), PROMPTS, threshold=0.5)
