@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -80,7 +79,6 @@ def alone(segmenter: Segmenter, data: bytes, one: dict) -> Instances:
     return found
 
 
-@pytest.mark.timeout(300)
 def test_points_and_masks_of_a_table_give_the_models_own_masks(checkpoint: Path, tmp_path: Path) -> None:
     pictures = {f"{i}.png": stored(i, orientation=6 if i == 1 else 1) for i in range(3)}
     (tmp_path / "shard.tar").write_bytes(tar_of(pictures))
