@@ -11,7 +11,7 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -70,8 +70,10 @@ def _json_samples(column: pa.Array) -> list[Any]:
         return []  # the reader below says where and why
 
 
-def csv_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
-    """The rows of the named columns, typed by their kinds."""
+def csv_batches(
+    stream: BinaryIO, columns: Mapping[str, Kind], header: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """The rows of the named columns, typed by their kinds; `header`: all columns there, for messages."""
     json_text = {name for name, kind in columns.items() if kind.depth or kind.leaf == "rle"}
     types = {name: pa.string() if name in json_text else kind.arrow_type() for name, kind in columns.items()}
     convert = pa_csv.ConvertOptions(
@@ -81,7 +83,7 @@ def csv_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.Re
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,
     )
-    for batch in _typed_csv(stream, convert):
+    for batch in _typed_csv(stream, convert, header):
         arrays = [
             _parse_fields(batch.column(name), name, kind) if name in json_text else batch.column(name)
             for name, kind in columns.items()
@@ -89,7 +91,9 @@ def csv_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.Re
         yield pa.record_batch(arrays, names=list(columns))
 
 
-def _typed_csv(stream: BinaryIO, convert: pa_csv.ConvertOptions) -> Iterator[pa.RecordBatch]:
+def _typed_csv(
+    stream: BinaryIO, convert: pa_csv.ConvertOptions, header: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
     """Arrow's batches; what it says of a column by its number alone is said with the column's name."""
     try:
         yield from pa_csv.open_csv(
@@ -99,8 +103,7 @@ def _typed_csv(stream: BinaryIO, convert: pa_csv.ConvertOptions) -> Iterator[pa.
         match = _OTHER_FIELD.search(str(error))
         if match is None:
             raise
-        stream.seek(0)
-        name = csv_header(stream)[0][int(match["column"])]
+        name = header[int(match["column"])]
         wanted = _WORDS.get(match["wanted"], match["wanted"])
         place = f" in row {match['row']}" if match["row"] else ""
         raise JsonDamage(f"{name!r} holds {match['found'][:40]}{place}; wanted {wanted}") from error

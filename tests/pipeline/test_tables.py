@@ -294,6 +294,7 @@ def test_csv_lists_of_integers_are_told_from_names(tmp_path):
     ("content", "reason"),
     [
         ("score\nabc\n", "'score' holds 'abc' in row 2; wanted a number"),
+        ("image_uri,size,score\na,1,1\nb,2,abc\n", "'score' holds 'abc' in row 3; wanted a number"),
         ("image_uri,score\na,1,2\n", "Expected 2 columns"),
         ("image_uri,image_uri\na,b\n", "twice"),
         (b"image_uri\n\xff\xfe\n", "utf"),
