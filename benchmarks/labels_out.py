@@ -2,16 +2,20 @@
 
 python -m benchmarks.labels_out --images 20000 --commands report,coco,yolo-seg,label-studio,hf,evaluate
 python -m benchmarks.labels_out --images 714300 --commands coco        # 5 million masks
+python -m benchmarks.labels_out --images 1428600 --commands report     # 10 million rows
 
-The tables are made up: 7 masks of two ellipses with a hole in each 640 x 480 image, 100 different images
-repeated under new ids. Only the report opens pictures, and all images share one file.
+With `--folder` the tables stay there, and another call with as many images uses them again. They are
+made up: 7 masks of two ellipses with a hole in each 640 x 480 image, 100 different images repeated under
+new ids. Only the report opens pictures, and they are all the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,6 +44,7 @@ MASKS_PER_IMAGE = 7
 DIFFERENT = 100
 IMAGES_PER_PART = 36_000
 CLASSES = ("person", "car", "dog", "tree", "cup")
+LINKS_OF_ONE_FILE = 50_000  # ext4 takes 65,000
 COMMANDS = ("report", "coco", "yolo-seg", "label-studio", "hf", "evaluate")
 
 
@@ -93,9 +98,8 @@ def one_image(number: int) -> ImageResult:
     )
 
 
-def make_tables(folder: Path, images: int) -> Path:
-    """The output of a finished job of so many images, without units."""
-    output = folder / "out"
+def make_tables(folder: Path, output: Path, images: int) -> None:
+    """Write the output of a finished job of so many images, without units; its pictures are in `folder`."""
     store = open_store(Place(uri=str(output)))
     context = JobContext(
         output=store.place,
@@ -138,7 +142,6 @@ def make_tables(folder: Path, images: int) -> Path:
             cleaned=True,
         ),
     )
-    return output
 
 
 def _part(folder: Path, store: Store, first: int, stop: int, images: pa.Table, instances: pa.Table) -> Part:
@@ -174,9 +177,13 @@ def write_pictures(folder: Path, images: int) -> None:
     """One picture under the name of every image."""
     noise = np.random.default_rng(0).integers(0, 255, (*SIZE_HW, 3), dtype=np.uint8)
     (folder / "photos").mkdir()
-    Image.fromarray(noise).save(folder / "picture.jpg")
     for number in range(images):
-        (folder / "photos" / f"{number:09d}.jpg").hardlink_to(folder / "picture.jpg")
+        path = folder / "photos" / f"{number:09d}.jpg"
+        if number % LINKS_OF_ONE_FILE == 0:
+            picture = path
+            Image.fromarray(noise).save(picture)
+        else:
+            path.hardlink_to(picture)
 
 
 def write_truth(folder: Path, images: int) -> Path:
@@ -223,32 +230,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--commands", default=",".join(COMMANDS))
+    parser.add_argument("--folder", type=Path, help="keep the tables here")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        began = time.perf_counter()
-        output = make_tables(folder, options.images)
-        print(
-            f"{options.images:,} images, {options.images * MASKS_PER_IMAGE:,} masks, "
-            f"{size_of(output):,.0f} MB of tables, made in {time.perf_counter() - began:.0f} s",
-            flush=True,
-        )
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        output = tables_of(folder, options.images)
         for command in options.commands.split(","):
-            to = folder / command
-            arguments = ["export", command, "--output", str(output), "--to", str(to)]
-            if command == "report":
-                write_pictures(folder, options.images)
-                arguments = ["report", "--output", str(output), "--to", str(to / "page.html")]
-            elif command == "evaluate":
-                truth = write_truth(folder, options.images)
-                arguments = ["evaluate", "--output", str(output), "--truth", str(truth)]
-            seconds, cpu, peak = measured(arguments)
-            wrote = size_of(to) if to.exists() else 0
-            print(
-                f"{command:<13}{seconds:8.1f} s{cpu:8.1f} s of CPU{peak:9,.0f} MB peak"
-                f"{wrote:9,.0f} MB written",
-                flush=True,
-            )
+            run(command, folder, output, options.images)
+
+
+def tables_of(folder: Path, images: int) -> Path:
+    """The output in `folder`, made now or by an earlier call."""
+    output = folder / f"out-{images}"
+    if not (output / "manifest.json").exists():  # written last
+        shutil.rmtree(output, ignore_errors=True)
+        began = time.perf_counter()
+        make_tables(folder, output, images)
+        print(f"tables made in {time.perf_counter() - began:.0f} s")
+    masks = images * MASKS_PER_IMAGE
+    print(f"{images:,} images, {masks:,} masks, {size_of(output):,.0f} MB of tables", flush=True)
+    return output
+
+
+def run(command: str, folder: Path, output: Path, images: int) -> None:
+    """Print what one command took; what it wrote is removed."""
+    to = folder / command
+    arguments = ["export", command, "--output", str(output), "--to", str(to)]
+    if command == "report":
+        write_pictures(folder, images)
+        arguments = ["report", "--output", str(output), "--to", str(to / "page.html")]
+    elif command == "evaluate":
+        truth = write_truth(folder, images)
+        arguments = ["evaluate", "--output", str(output), "--truth", str(truth)]
+    seconds, cpu, peak = measured(arguments)
+    wrote = size_of(to) if to.exists() else 0
+    print(
+        f"{command:<13}{seconds:8.1f} s{cpu:8.1f} s of CPU{peak:9,.0f} MB peak{wrote:9,.0f} MB written",
+        flush=True,
+    )
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.rmtree(folder / "photos", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -306,7 +306,9 @@ class Meter:
 @contextlib.contextmanager
 def private_ray() -> Iterator[None]:
     """A Ray of two cores whose workers have the stub."""
-    os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    root = str(Path(__file__).resolve().parent.parent)  # the workers look for the stub by its name
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": path}
     import ray
 
     ray.init(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.config import ClusterSection
+from jobs.console import stdout_for_data_alone
 from jobs.interrupts import Interrupted
 from pipeline.errors import JobRefused, SystemicFault, UsageError, clean_text
 
@@ -83,13 +84,14 @@ def running_ray(section: ClusterSection, environ: MutableMapping[str, str]) -> I
         SystemicFault: `resources`, when a private Ray does not start.
     """
     address = address_to_join(section.ray_address, environ)
-    if address is None:
-        with _private_folder() as folder:
-            ray = _import_ray(environ, token_file=folder / "auth_token")
-            yield from _session(ray, _start_private(ray, section, folder))
-    else:
-        ray = _import_ray(environ, token_file=None)
-        yield from _session(ray, _join(ray, address, environ))
+    with stdout_for_data_alone():
+        if address is None:
+            with _private_folder() as folder:
+                ray = _import_ray(environ, token_file=folder / "auth_token")
+                yield from _session(ray, _start_private(ray, section, folder))
+        else:
+            ray = _import_ray(environ, token_file=None)
+            yield from _session(ray, _join(ray, address, environ))
 
 
 def refuse_local_output(info: ClusterInfo, output_uri: str, *, is_local: bool, shared_paths: bool) -> None:

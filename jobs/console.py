@@ -5,15 +5,32 @@ Tables, numbers and wording are made here so that every command says the same th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 from pipeline.errors import clean_text
+
+_stdout_for_data: list[TextIO] = []  # the real one, while `sys.stdout` is something else
+
+
+@contextlib.contextmanager
+def stdout_for_data_alone() -> Iterator[None]:
+    """None; meanwhile `data` and `data_json` alone write on stdout, and what others print goes to stderr.
+
+    Ray prints the errors of its cluster on stdout whatever it is told (2.60), in the middle of our JSON.
+    """
+    _stdout_for_data.append(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _stdout_for_data.pop()
 
 
 def say(text: str = "") -> None:
@@ -26,12 +43,12 @@ def say(text: str = "") -> None:
 
 def data(text: str) -> None:
     """Write one line of data on stdout."""
-    _write(sys.stdout, visible(text))
+    _write(_data_stream(), visible(text))
 
 
 def data_json(value: Mapping[str, Any]) -> None:
     """Write one JSON object on stdout: one line, UTF-8, NaN and infinity as null."""
-    _write(sys.stdout, json_line(value))
+    _write(_data_stream(), json_line(value))
 
 
 def json_line(value: Mapping[str, Any]) -> str:
@@ -143,6 +160,10 @@ def _char_cells(char: str) -> int:
     if unicodedata.combining(char):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def _data_stream() -> TextIO:
+    return _stdout_for_data[0] if _stdout_for_data else sys.stdout
 
 
 def _write(stream: Any, text: str) -> None:

@@ -7,6 +7,7 @@ mask's, `bbox` the mask's tight box.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -43,12 +44,11 @@ def write_coco(source: Source, place: Store, *, per_file: int) -> Iterator[str]:
             body = _Body()
         image_id = int(rows.image["image_id"]) if keep_ids else place_
         file_name = source.file_name(rows.image)
-        body.images.append(_image(rows, image_id, file_name).encode())
+        body.images.add(_image(rows, image_id, file_name))
         ids.add(image_id, str(rows.image["image_id"]), file_name)
         for row in rows.instances:
             annotation_id += 1
-            text = _annotation(row, annotation_id, image_id, source.classes.id_of(row))
-            body.annotations.append(text.encode())
+            body.annotations.add(_annotation(row, annotation_id, image_id, source.classes.id_of(row)))
     place.put(name.format(written + 1), frame.around(body))
     yield name.format(written + 1)
     if not keep_ids:
@@ -56,17 +56,35 @@ def write_coco(source: Source, place: Store, *, per_file: int) -> Iterator[str]:
         yield _IDS_KEY
 
 
+class _Records:
+    """Records of JSON as they stand in a file, separated: one buffer, not an object for each."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._text = io.BytesIO()
+
+    def add(self, text: str) -> None:
+        """None; one record more."""
+        self._text.write(b",\n" if self.number else b"")
+        self._text.write(text.encode())
+        self.number += 1
+
+    def view(self) -> memoryview:
+        """What is there so far, UTF-8; not a copy."""
+        return self._text.getbuffer()
+
+
 @dataclass(kw_only=True)
 class _Body:
-    """One file as it grows: its records as UTF-8, or the file would be in memory once more as text."""
+    """One file as it grows."""
 
-    images: list[bytes] = field(default_factory=list)
-    annotations: list[bytes] = field(default_factory=list)
+    images: _Records = field(default_factory=_Records)
+    annotations: _Records = field(default_factory=_Records)
 
     def is_full(self, more: int, per_file: int) -> bool:
         """Whether another image with so many annotations belongs into the next file."""
-        too_many = len(self.annotations) + more > per_file or len(self.images) >= per_file
-        return bool(self.images) and too_many
+        too_many = self.annotations.number + more > per_file or self.images.number >= per_file
+        return bool(self.images.number) and too_many
 
 
 class _Frame:
@@ -81,8 +99,8 @@ class _Frame:
         """The whole file."""
         head = f'{{"info":{self._info},"images":[\n'.encode()
         tail = f'\n],"categories":{self._categories}}}\n'.encode()
-        images, annotations = b",\n".join(body.images), b",\n".join(body.annotations)
-        return b"".join([head, images, b'\n],"annotations":[\n', annotations, tail])
+        between = b'\n],"annotations":[\n'
+        return b"".join([head, body.images.view(), between, body.annotations.view(), tail])
 
 
 class _Ids:

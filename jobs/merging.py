@@ -48,7 +48,7 @@ def run(given: Given, outputs: Sequence[str], *, json: bool) -> int:
         UsageError: fewer than two outputs, or the new one is not empty, or classes contradict each other.
     """
     if len(outputs) < 2:
-        raise UsageError("--merge wants two outputs or more: --merge out1 --merge out2")
+        raise UsageError("--merge wants two outputs or more: --merge out1 out2")
     sources = [_source(number, uri) for number, uri in enumerate(outputs)]
     config = given.load()
     store = open_store(settings.output_place(config))

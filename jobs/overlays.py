@@ -66,10 +66,11 @@ class Tile:
     remark: str = ""
 
 
-def draw_overlay(tile: Tile, *, longest_side: int, max_scale: float = 1.0) -> Image.Image:
+def draw_overlay(tile: Tile, *, longest_side: int, max_scale: float = 1.0, edge_px: int = 1) -> Image.Image:
     """The picture with all its prompts and masks, RGB, its longer side at most `longest_side` pixels.
 
-    Smaller pictures keep their size, or grow up to `max_scale` times.
+    Smaller pictures keep their size, or grow up to `max_scale` times. `edge_px`: how wide a mask's edge is,
+    inwards; more than 1 for pictures that are shown smaller than they are drawn.
     """
     height, width = tile.size_hw
     scale = min(max_scale, longest_side / max(height, width))
@@ -78,7 +79,7 @@ def draw_overlay(tile: Tile, *, longest_side: int, max_scale: float = 1.0) -> Im
     canvas = tile.picture.convert("RGB").resize(drawn_wh, smooth)
     for index, instance in enumerate(tile.instances):
         if instance.counts is not None and instance.size_hw is not None:
-            _draw_mask(canvas, _shrunk_mask(instance, drawn_wh), _colour(index))
+            _draw_mask(canvas, _shrunk_mask(instance, drawn_wh), _colour(index), edge_px)
     for index, instance in enumerate(tile.instances):
         _draw_box(canvas, instance, _colour(index), drawn_wh[0] / width, drawn_wh[1] / height)
     if len(tile.instances) <= _MOST_LABELS:
@@ -149,13 +150,14 @@ def _shrunk_mask(instance: DrawnInstance, drawn_wh: tuple[int, int]) -> Image.Im
     return shrunk.point([255 if level >= 64 else 0 for level in range(256)])
 
 
-def _draw_mask(canvas: Image.Image, mask: Image.Image, colour: Colour) -> None:
+def _draw_mask(canvas: Image.Image, mask: Image.Image, colour: Colour, edge_px: int) -> None:
     paint = Image.new("RGB", canvas.size, colour)
     canvas.paste(paint, mask=mask.point([round(_FILL * level) for level in range(256)]))
     # a border of zeros, so that a mask that leaves the picture has an edge there as well
-    framed = Image.new("L", (mask.width + 2, mask.height + 2))
-    framed.paste(mask, (1, 1))
-    inner = framed.filter(ImageFilter.MinFilter(3)).crop((1, 1, mask.width + 1, mask.height + 1))
+    framed = Image.new("L", (mask.width + 2 * edge_px, mask.height + 2 * edge_px))
+    framed.paste(mask, (edge_px, edge_px))
+    inner = framed.filter(ImageFilter.MinFilter(2 * edge_px + 1))
+    inner = inner.crop((edge_px, edge_px, mask.width + edge_px, mask.height + edge_px))
     canvas.paste(paint, mask=ImageChops.subtract(mask, inner))
 
 

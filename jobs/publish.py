@@ -25,7 +25,9 @@ def run(given: Given, interrupts: Interrupts, *, json: bool) -> int:
         manifest = publish(
             saved.store, saved.job, filters, require_owner=ownership.require, mapper=machine.map_parts
         )
-        save_config(saved.store, settings.resolved(saved.config))
+        config = settings.resolved(saved.config)
+        # A hub id is not looked for among the folders of where this command happens to run.
+        save_config(saved.store, config.model_copy(update={"model": saved.config.model}))
     uri = saved.store.place.uri
     asked = ", ".join(f"{name} {value}" for name, value in asdict(filters).items() if value is not None)
     console.say(f"published {manifest.published_units:,} of {console.count(manifest.units, 'unit')} in {uri}")

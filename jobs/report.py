@@ -19,10 +19,12 @@ from jobs import console
 from jobs.config import Given
 from jobs.report_charts import bars, histogram
 from jobs.report_data import SAMPLE_ROWS, SCORES, ReportData, gather
+from jobs.report_queries import STEPS, queries
 from jobs.report_sections import Section, sections
 from jobs.report_tiles import Key, Pictures, draw_tiles
 from jobs.saved import SavedJob, open_saved
 from jobs.tables import ImageRows, Row, failed_examples, find_images, require_published
+from jobs.understood import describe_detector
 from pipeline.errors import stage_of
 from pipeline.manifest import Manifest
 from pipeline.storage import NotFound
@@ -34,7 +36,6 @@ _MOST_CLASSES = 200
 _PAIR_IOU = 0.8
 _MOST_PAIRS = 6
 _LEAST_SECONDS = 10  # a run's first unit has no beginning in the tables: short runs have no honest rate
-_STEPS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,19 +164,19 @@ def _render(
         failures=_failures(saved, manifest),
         retry=console.command(["hqlabel", "retry", "--output", output]),
         charts=[
-            {"name": h.name, "svg": histogram(h, _line(manifest, h.name)), "known": int(h.counts.sum())}
+            {"name": h.name, "svg": histogram(h, _line(manifest, h.name)), "most": int(h.counts.max())}
             for h in data.histograms
             if h.counts.sum()
         ],
         lines=_lines(data),
-        steps=_STEPS,
+        steps=STEPS,
         pace=None if data.pace is None else bars(data.pace),
         times=[(name.removesuffix("_ms"), found) for name, found in data.times.items() if found],
         evaluation=_evaluation(saved),
         score_names=SCORES,
         most_classes=_MOST_CLASSES,
         sample_rows=SAMPLE_ROWS,
-        queries=_queries(output),
+        queries=queries(output),
         made_at=dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         number=_number,
     )
@@ -202,6 +203,7 @@ def _facts(saved: SavedJob, manifest: Manifest) -> list[tuple[str, str]]:
         ("model", f"{weights.architecture}, {context.masks.dtype}, weights sha256 {weights.sha256[:16]}…"),
         ("licence of the weights", weights.license or "unknown"),
         ("boxes", f"{context.box_rules.box_format}, {context.box_rules.box_frame} frame"),
+        *describe_detector(context),
         ("filters", filters or "none"),
         ("code", lineage.get("code_version", context.lineage.get("code_version", "unknown"))),
         ("plan", f"sha256 {manifest.plan_sha256[:16]}…"),
@@ -254,12 +256,12 @@ def _line(manifest: Manifest, name: str) -> float | None:
 
 
 def _lines(data: ReportData) -> list[tuple[str, list[str]]]:
-    """For each score, the share of masks that each of _STEPS would keep, from the histogram."""
+    """For each score, the share of masks that each of STEPS would keep, from the histogram."""
     rows = []
     for one in data.histograms:
         total = int(one.counts.sum())
         if one.name in SCORES and total:
-            first = [round((step - one.low) / (one.high - one.low) * len(one.counts)) for step in _STEPS]
+            first = [round((step - one.low) / (one.high - one.low) * len(one.counts)) for step in STEPS]
             rows.append((one.name, [console.share(int(one.counts[at:].sum()), total) for at in first]))
     return rows
 
@@ -269,20 +271,3 @@ def _evaluation(saved: SavedJob) -> Any:
         return json.loads(saved.store.read(EVALUATION_KEY))
     except NotFound:
         return None
-
-
-def _queries(output: str) -> dict[str, str]:
-    """The SQL behind what is no list of tiles."""
-    instances, images = f"'{output}/instances/*.parquet'", f"'{output}/images/*.parquet'"
-    medians = ", ".join(f"median({name}) AS {name}" for name in (*SCORES, "area"))
-    return {
-        "failures": f"SELECT error_stage, error_code, count(*) AS images, any_value(error_message)\n"
-        f"FROM {images} WHERE status = 'failed' GROUP BY ALL ORDER BY images DESC;",
-        "classes": "SELECT category_id, category_name, count(DISTINCT image_id) AS images, "
-        f"count(*) AS boxes,\n  count(area) AS masks, count(*) FILTER (accepted) AS accepted, {medians}\n"
-        f"FROM {instances} GROUP BY 1, 2 ORDER BY boxes DESC;",
-        "scores": f"SELECT floor(predicted_iou * 40) / 40 AS bin, count(*), count(*) FILTER (accepted)\n"
-        f"FROM {instances} WHERE predicted_iou IS NOT NULL GROUP BY 1 ORDER BY 1;",
-        "pace": f"SELECT CAST(date_trunc('minute', processed_at) AS VARCHAR) AS minute, count(*) AS images\n"
-        f"FROM {images} GROUP BY 1 ORDER BY 1;",
-    }

@@ -36,7 +36,7 @@ _INSTANCE_COLUMNS = (
 )
 _IMAGE_COLUMNS = ("image_id", "num_boxes", "source_bytes", "processed_at", *TIMES)
 _PAIR_REACH = 16  # rows after a row that are compared with it for overlap
-_PAIR_BOX_IOU = 0.6
+PAIR_BOX_IOU = 0.6
 _MOST_PAIRS = 40
 
 
@@ -216,7 +216,7 @@ class _Instances:
             near = (image[reach:] == image[:-reach]) & (kind[reach:] != kind[:-reach])
             first = np.flatnonzero(near)
             overlap = _box_iou(boxes[first], boxes[first + reach])
-            for place in np.flatnonzero(overlap > _PAIR_BOX_IOU):
+            for place in np.flatnonzero(overlap > PAIR_BOX_IOU):
                 one, other = (rows.slice(int(first[place]) + by, 1).to_pylist()[0] for by in (0, reach))
                 self._pairs.append((float(overlap[place]), one, other))
         self._pairs = sorted(self._pairs, key=lambda pair: -pair[0])[:_MOST_PAIRS]
@@ -325,8 +325,15 @@ def _numbers(table: pa.Table, name: str) -> Float64Array:
 def _bin(values: Float64Array, *, log: bool) -> npt.NDArray[np.int64]:
     """The bin of each value; -1 for NaN, and for an empty mask where the axis is logarithmic."""
     known = ~np.isnan(values) & (values > 0 if log else np.True_)
-    scaled = np.log10(np.maximum(np.nan_to_num(values), 1e-9)) / 8 if log else np.nan_to_num(values)
-    return np.where(known, np.clip(scaled * BINS, 0, BINS - 1).astype(np.int64), -1)
+    finite = np.nan_to_num(values)
+    if log:
+        return _clipped(np.log10(np.maximum(finite, 1e-9)) * (BINS / 8), known)
+    # In float32, as the columns are: 0.7 stands in the bin from 0.7 on, as a filter at 0.7 keeps it.
+    return _clipped(finite.astype(np.float32) * np.float32(BINS), known)
+
+
+def _clipped(scaled: npt.NDArray[Any], known: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    return np.where(known, np.clip(scaled, 0, BINS - 1).astype(np.int64), -1)
 
 
 def _codes(table: pa.Table, names: Sequence[str]) -> npt.NDArray[np.int64]:

@@ -50,7 +50,7 @@ class Section:
         if self.column and self.column not in chosen:
             chosen.append(self.column)
         return (
-            f"SELECT {', '.join(chosen)}\nFROM '{tables}/instances/*.parquet'\nWHERE {self.where}\n"
+            f"SELECT {', '.join(chosen)}\nFROM '{quoted(tables)}/instances/*.parquet'\nWHERE {self.where}\n"
             f"ORDER BY {self.order_by}, image_id, instance_index\nLIMIT {self.number};"
         )
 
@@ -221,6 +221,11 @@ def _rejected(reason: str, number: int) -> Section:
         order_by=SHUFFLED,
         number=number,
     )
+
+
+def quoted(text: str) -> str:
+    """The text as it stands between single quotes in SQL."""
+    return text.replace("'", "''")
 
 
 def reason_names(column: pa.ChunkedArray) -> pa.Array:

@@ -28,6 +28,7 @@ _DECODED_PX, _SHOWN_PX = 1600, 360
 _MARGIN = 0.25  # of the object's extent, around the close-up
 _LEAST_PX = 24
 _QUALITY = 80
+_EDGE_PX = 3  # the page shows tiles at about a third of their size, and enlarges them on demand
 
 Key = tuple[str, int]
 
@@ -78,9 +79,13 @@ def _pictures(picture: Image.Image, size_hw: tuple[int, int], row: Row, context:
     whole = Tile(picture=picture, size_hw=size_hw, instances=(drawn,), caption="")
     close = _close_up(picture, size_hw, drawn, row)
     return Pictures(
-        whole=_jpeg(draw_overlay(whole, longest_side=_SHOWN_PX, max_scale=4)),
-        close=None if close is None else _jpeg(draw_overlay(close, longest_side=_SHOWN_PX, max_scale=8)),
+        whole=_drawn_jpeg(whole, max_scale=4),
+        close=None if close is None else _drawn_jpeg(close, max_scale=8),
     )
+
+
+def _drawn_jpeg(tile: Tile, *, max_scale: float) -> str:
+    return _jpeg(draw_overlay(tile, longest_side=_SHOWN_PX, max_scale=max_scale, edge_px=_EDGE_PX))
 
 
 def _close_up(picture: Image.Image, size_hw: tuple[int, int], drawn: DrawnInstance, row: Row) -> Tile | None:

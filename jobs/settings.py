@@ -17,6 +17,7 @@ from pipeline.errors import UsageError
 from pipeline.inputs import InputSettings
 from pipeline.quality import FilterSettings
 from pipeline.records import (
+    DEMO,
     AccessRules,
     BoxFormat,
     BoxFrame,
@@ -52,7 +53,8 @@ def resolved(config: Config) -> Config:
     inputs: dict[str, Any] = {name: absolute(place) for name, place in places.items() if place}
     inputs["allow_roots"] = [os.path.realpath(root) for root in given.allow_roots]
     checkpoint = model.checkpoint
-    if checkpoint and is_local(checkpoint) and os.path.exists(absolute(checkpoint)):
+    may_be_path = checkpoint not in (None, DEMO) and is_local(str(checkpoint))
+    if checkpoint and may_be_path and os.path.exists(absolute(checkpoint)):
         checkpoint = absolute(checkpoint)
     uri, detector = config.output.uri, detector_settings(config)
     return config.model_copy(

@@ -13,8 +13,8 @@ from jobs.settings import absolute, is_local, require, storage_options
 from model.checkpoints import CheckpointError, LoadedModel, load
 from model.config import ConfigError
 from pipeline.errors import HqlabelError, JobRefused, clean_text
-from pipeline.records import Weights
-from pipeline.weights import DEMO, open_weights
+from pipeline.records import DEMO, Weights
+from pipeline.weights import open_weights
 
 DEMO_NOTE = (
     "made with the demo checkpoint: for trying the pipeline and for its tests, not for labelling your data"

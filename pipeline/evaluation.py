@@ -114,7 +114,7 @@ def average_precision(
     truth, found = COCO(_truth_dict(images, categories)), COCO(_found_dict(images, categories))
     judge = COCOeval_faster(truth, found, iouType="boundary" if boundary else "segm")
     judge.boundary_dilation_ratio = BOUNDARY_DILATION
-    judge.params.maxDets = [1, 10, max_per_image]
+    judge.params.maxDets = [max_per_image]
     judge.params.areaRng = [list(bounds) for bounds in SIZES.values()]
     judge.params.areaRngLbl = list(SIZES)
     judge.evaluate()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -173,7 +174,7 @@ def chain(
     first: Any = prepare  # Ray's types know no tables of Arrow's
     last: Any = commit
     return (
-        ray.data.from_arrow([pack(unit) for unit in units])
+        ray.data.from_items([_item(unit) for unit in units], override_num_blocks=len(units))
         .map_batches(first, fn_kwargs={"context": context}, num_cpus=requests.decode_cpus, **rows)
         .map_batches(
             Segment,
@@ -193,15 +194,30 @@ def chain(
     )
 
 
+def _item(unit: UnitRow) -> dict[str, Any]:
+    """A unit that is only named yet. `from_arrow` would run a task of a whole core for each table's size."""
+    return {"unit_id": unit.unit_id, "generation": unit.generation, "redo_codes": json.dumps(unit.redo_codes)}
+
+
+def _named(table: pa.Table) -> UnitRow:
+    (item,) = table.to_pylist()
+    codes = json.loads(item["redo_codes"])
+    return UnitRow(
+        unit_id=item["unit_id"],
+        generation=item["generation"],
+        redo_codes=None if codes is None else tuple(codes),
+    )
+
+
 def prepare(table: pa.Table, context: JobContext) -> pa.Table:
-    """Stage one: the unit, fetched and decoded; schema rows.TRAVEL."""
+    """Stage one: the unit that `table` names, fetched and decoded; schema rows.TRAVEL."""
     logs.keep_in_this_process()
     began = time.monotonic()
     detector = context.detector
     child = _child(
         context.limits, context.weights.input_side, context.decoder, detector and detector.longest_side
     )
-    unit, arena = prepare_unit(unpack(table), context, open_store(context.output), child)
+    unit, arena = prepare_unit(_named(table), context, open_store(context.output), child)
     _record(context.run_id, metrics.of_prepared(unit, time.monotonic() - began))
     return pack(unit, arena)
 

@@ -21,9 +21,6 @@ from pipeline import runs
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
-MASKS_PER_STEP = 256
-"""Bounds the memory of `measure` for images with thousands of boxes."""
-
 TINY_PX = 16
 FILLS_BOX_SHARE = 0.98
 LEAKS_BOX_SHARE = 0.80
@@ -58,20 +55,28 @@ class MaskQuality:
     touches_border: BoolArray
     flags: tuple[tuple[str, ...], ...]
 
+    def of(self, part: slice) -> MaskQuality:
+        """The same of some of the masks."""
+        return MaskQuality(**{name: values[part] for name, values in vars(self).items()})
 
-def measure(instances: Instances, prompts_xyxy: npt.NDArray[np.float32]) -> MaskQuality:
-    """The quality of one image's masks against their prompt boxes, upright pixels, (N, 4); NaN: no box.
+
+def measure(images: Sequence[Instances], prompts_xyxy: Sequence[npt.ArrayLike]) -> MaskQuality:
+    """The quality of the masks of all these images, one after the other, against their prompt boxes.
+
+    `prompts_xyxy`: for each image (n, 4) in its upright pixels, a row a mask; NaN: no box.
 
     Raises:
-        ValueError: a run-length string is not a mask of the image's size.
+        ValueError: a run-length string is not a mask of its image's size.
     """
-    boxes = np.asarray(prompts_xyxy, dtype=np.float64).reshape(-1, 4)
+    boxes = _rows_of_four(prompts_xyxy)
     no_box = np.asarray(~np.isfinite(boxes).all(axis=1), dtype=np.bool_)
     boxes = np.where(no_box[:, None], 0.0, boxes)
-    inside, components = _count(instances, boxes)
-    area = np.asarray(instances.area, dtype=np.int64)
+    counts = [text for image in images for text in image.counts]
+    sizes_hw = np.array([image.size_hw for image in images for _ in image.counts], np.int64).reshape(-1, 2)
+    inside, components = _count(counts, sizes_hw, boxes)
+    area = np.concatenate([np.zeros(0, np.int64), *[np.asarray(i.area, np.int64) for i in images]])
     empty = area == 0
-    tight = np.asarray(instances.bbox_xywh, dtype=np.float64).reshape(-1, 4)
+    tight = _rows_of_four([image.bbox_xywh for image in images])
     box_iou = np.where(no_box, np.nan, np.where(empty, 0.0, _box_iou(boxes, tight)))
     mask_in_box = np.where(no_box | empty, np.nan, inside / np.maximum(area, 1))
     rules = {
@@ -86,9 +91,17 @@ def measure(instances: Instances, prompts_xyxy: npt.NDArray[np.float32]) -> Mask
         box_iou=box_iou,
         mask_in_box=mask_in_box,
         num_components=components,
-        touches_border=~empty & _touches_border(tight, instances.size_hw),
-        flags=tuple(tuple(name for name in named if named[name][i]) for i in range(len(area))),
+        touches_border=~empty & _touches_border(tight, sizes_hw),
+        flags=tuple(
+            tuple(name for name, holds in zip(named, row, strict=True) if holds)
+            for row in np.stack(list(named.values()), axis=1).tolist()
+        ),
     )
+
+
+def _rows_of_four(parts: Sequence[npt.ArrayLike]) -> Float64Array:
+    rows = [np.asarray(part, dtype=np.float64).reshape(-1, 4) for part in parts]
+    return np.concatenate([np.zeros((0, 4)), *rows])
 
 
 def order_flags(names: Sequence[str]) -> list[str]:
@@ -99,11 +112,12 @@ def order_flags(names: Sequence[str]) -> list[str]:
     return [name for name in FLAGS if name in names]
 
 
-def _count(instances: Instances, boxes: Float64Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _count(
+    counts: Sequence[str], sizes_hw: npt.NDArray[np.int64], boxes: Float64Array
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     inside, components = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for start in range(0, len(instances.counts), MASKS_PER_STEP):
-        step = slice(start, start + MASKS_PER_STEP)
-        strips = runs.read_strips(instances.counts[step], instances.size_hw)
+    for step in runs.steps(counts):
+        strips = runs.read_strips(counts[step], sizes_hw[step])
         inside.append(runs.count_inside(strips, boxes[step]))
         components.append(runs.count_components(strips))
     return np.concatenate(inside), np.concatenate(components)
@@ -125,9 +139,9 @@ def _box_pixels(xyxy: Float64Array) -> Float64Array:
     return pixels
 
 
-def _touches_border(xywh: Float64Array, size_hw: tuple[int, int]) -> BoolArray:
+def _touches_border(xywh: Float64Array, sizes_hw: npt.NDArray[np.int64]) -> BoolArray:
     far = xywh[:, :2] + xywh[:, 2:]
-    near = np.concatenate([xywh[:, :2] <= 0, far >= [size_hw[1], size_hw[0]]], axis=1)
+    near = np.concatenate([xywh[:, :2] <= 0, far >= sizes_hw[:, ::-1]], axis=1)
     return np.asarray(near.any(axis=1), dtype=np.bool_)
 
 

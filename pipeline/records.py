@@ -14,6 +14,8 @@ from model.structures import CallShape
 
 BoxFormat = Literal["xyxy", "xywh", "cxcywh", "xyxy-normalised", "xywh-normalised", "cxcywh-normalised"]
 BoxFrame = Literal["upright", "stored"]
+DEMO = "demo"
+"""The checkpoint of this name is the one that comes along, whatever lies in the working folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,18 @@
-"""Reading COCO run-length strings without decoding masks: numpy only, many masks of one size at once.
+"""Reading COCO run-length strings without decoding masks: numpy only, many masks of any sizes at once.
 
 A mask's runs go down the columns (position p = x * H + y) and alternate outside, inside. Cut at the
 column ends they become vertical strips, and everything measured here is arithmetic on strips: a
 30,000-run mask of a 12-megapixel image takes milliseconds and no frame. The encoder is model/rle.py.
 
-Letters: N masks of one size H x W, R runs, S strips.
+A call costs some hundred array operations whatever it is given, as much as the arithmetic on a hundred masks
+of the usual sort: so the masks of a whole unit are read together, in `steps`.
+
+Letters: N masks, R runs, S strips.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,40 +22,59 @@ Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 
+MASKS_PER_STEP = 200
+"""Also what pycocotools is given at a time: 2.0.11 overflows on lists of 256 masks or more (with numpy 2)."""
+TEXT_PER_STEP = 1 << 18
+"""Characters of a step, which bounds its memory: each becomes some 30 numbers of 8 bytes at most."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Strips:
     """The vertical strips of N masks, in order of mask, column and row; none is empty.
 
     `mask`, `x`, `top`, `bottom`: int64 (S,); rows top..bottom (end-exclusive) of column x of that
-    mask. `num_masks`: N. `size_hw`: (H, W).
+    mask. `sizes_hw`: int64 (N, 2), height and width of each mask.
     """
 
     mask: Int64Array
     x: Int64Array
     top: Int64Array
     bottom: Int64Array
-    num_masks: int
-    size_hw: tuple[int, int]
+    sizes_hw: Int64Array
 
 
-def read_strips(counts: Sequence[str], size_hw: tuple[int, int]) -> Strips:
-    """The strips of N compressed strings.
+def steps(counts: Sequence[str]) -> Iterator[slice]:
+    """Slices that cover N strings in order, each small enough to be read at once; one string at the least."""
+    start = characters = 0
+    for place, text in enumerate(counts):
+        if place > start and (place - start == MASKS_PER_STEP or characters + len(text) > TEXT_PER_STEP):
+            yield slice(start, place)
+            start, characters = place, 0
+        characters += len(text)
+    if len(counts) > start:
+        yield slice(start, len(counts))
+
+
+def read_strips(counts: Sequence[str], sizes_hw: npt.ArrayLike) -> Strips:
+    """The strips of N compressed strings; `sizes_hw`: (2,) of all masks, or (N, 2).
 
     Raises:
-        ValueError: a string is not the runs of a mask of `size_hw`; says which and why.
+        ValueError: a string is not the runs of a mask of its size; says which and why.
     """
-    height, width = size_hw
+    sizes_hw = np.broadcast_to(np.asarray(sizes_hw, np.int64), (len(counts), 2))
+    pixels = sizes_hw[:, 0] * sizes_hw[:, 1]
     lengths, mask = _read_lengths(counts)
     ends = np.cumsum(lengths)
     firsts = np.flatnonzero(np.diff(mask, prepend=-1))
     totals = np.add.reduceat(lengths, firsts) if len(lengths) else lengths
-    wrong = np.flatnonzero(totals != height * width)
+    wrong = np.flatnonzero(totals != pixels)
     if len(wrong):
+        height, width = sizes_hw[wrong[0]]
         raise ValueError(f"mask {wrong[0]}: runs of {totals[wrong[0]]} pixels, wanted {height} x {width}")
-    ends -= mask * (height * width)
+    ends -= (np.cumsum(pixels) - pixels)[mask]
     order = np.arange(len(lengths)) - np.repeat(firsts, np.diff(np.append(firsts, len(lengths))))
     inside = (order % 2 == 1) & (lengths > 0)
-    return _cut_at_columns(mask[inside], (ends - lengths)[inside], ends[inside], len(counts), size_hw)
+    return _cut_at_columns(mask[inside], (ends - lengths)[inside], ends[inside], sizes_hw)
 
 
 def _read_lengths(counts: Sequence[str]) -> tuple[Int64Array, Int64Array]:
@@ -101,41 +123,38 @@ def _undo_differences(values: Int64Array, mask: Int64Array) -> Int64Array:
     return lengths
 
 
-def _cut_at_columns(
-    mask: Int64Array, start: Int64Array, end: Int64Array, num_masks: int, size_hw: tuple[int, int]
-) -> Strips:
-    height = size_hw[0]
-    first, last = start // height, (end - 1) // height
+def _cut_at_columns(mask: Int64Array, start: Int64Array, end: Int64Array, sizes_hw: Int64Array) -> Strips:
+    height = sizes_hw[mask, 0]
+    (first, from_row), (last, last_row) = np.divmod(start, height), np.divmod(end - 1, height)
     repeats = last - first + 1
     row = np.repeat(np.arange(len(start)), repeats)
-    x = np.arange(len(row)) - np.repeat(np.cumsum(repeats) - repeats, repeats) + first[row]
-    top = np.where(x == first[row], start[row] % height, 0)
-    bottom = np.where(x == last[row], (end[row] - 1) % height + 1, height)
-    return Strips(mask=mask[row], x=x, top=top, bottom=bottom, num_masks=num_masks, size_hw=size_hw)
+    x = np.arange(len(row)) - (np.cumsum(repeats) - repeats - first)[row]
+    top = np.where(x == first[row], from_row[row], 0)
+    bottom = np.where(x == last[row], last_row[row] + 1, height[row])
+    return Strips(mask=mask[row], x=x, top=top, bottom=bottom, sizes_hw=sizes_hw)
 
 
 def count_inside(strips: Strips, boxes_xyxy: npt.NDArray[np.float64]) -> Int64Array:
     """The pixels of each mask whose centre lies in its box (N, 4), edges included; int64 (N,)."""
-    height, width = strips.size_hw
-    limit = np.array([width, height], dtype=np.float64)
+    limit = strips.sizes_hw[:, ::-1].astype(np.float64)
     low = np.clip(np.ceil(boxes_xyxy[:, :2] - 0.5), 0, limit).astype(np.int64)
     high = np.clip(np.floor(boxes_xyxy[:, 2:] - 0.5) + 1, 0, limit).astype(np.int64)
     rows = np.minimum(strips.bottom, high[strips.mask, 1]) - np.maximum(strips.top, low[strips.mask, 1])
     in_columns = (strips.x >= low[strips.mask, 0]) & (strips.x < high[strips.mask, 0])
     inside = np.where(in_columns, np.maximum(rows, 0), 0)
-    return np.bincount(strips.mask, weights=inside, minlength=strips.num_masks).astype(np.int64)
+    return np.bincount(strips.mask, weights=inside, minlength=len(strips.sizes_hw)).astype(np.int64)
 
 
 def count_components(strips: Strips) -> Int64Array:
     """The connected parts of each mask, where pixels touch by edge or corner (8 neighbours); int64 (N,)."""
     parent = _roots(len(strips.x), *_touching(strips))
     is_root = parent == np.arange(len(parent))
-    return np.bincount(strips.mask[is_root], minlength=strips.num_masks).astype(np.int64)
+    return np.bincount(strips.mask[is_root], minlength=len(strips.sizes_hw)).astype(np.int64)
 
 
 def _touching(strips: Strips) -> tuple[Int64Array, Int64Array]:
     """Pairs of strips that touch: in the next column with rows that meet, or joined in one column."""
-    height, width = strips.size_hw
+    height, width = strips.sizes_hw.max(axis=0, initial=0)
     # One number a column of a mask; a spare column keeps the masks apart, a spare row the columns.
     column = strips.mask * (width + 1) + strips.x
     stride = height + 2

@@ -13,8 +13,6 @@ from pycocotools import mask as coco_mask
 from pipeline import runs, schema
 from pipeline.errors import BOX_CODES, IMAGE_CODES, SET_ASIDE, box_code
 
-AREAS_PER_CALL = 200  # pycocotools 2.0.11 overflows on lists of 256 masks and more (with numpy 2)
-
 
 def check_against_plan(table: pa.Table, planned: pa.Table, *, detected: bool = False) -> None:
     """None when the unit's table is sound and answers its plan rows; else ValueError with the faults.
@@ -57,11 +55,14 @@ def find_faults(table: pa.Table, *, check_masks: bool = True) -> list[str]:
     faults = list(_null_faults(table)) + list(_number_faults(table))
     if faults:
         return faults
-    for row in table.to_pylist():
-        problems = [*_status_faults(row), *_instance_faults(row)]
-        if check_masks and not problems:
-            problems = list(_mask_faults(row))
-        faults += [f"{row['image_id']!a}: {problem}" for problem in problems]
+    rows = table.to_pylist()
+    problems = [[*_status_faults(row), *_instance_faults(row)] for row in rows]
+    if check_masks:
+        sound = [place for place, found in enumerate(problems) if not found]
+        for place, fault in _mask_faults(rows, sound):
+            problems[place].append(fault)
+    for row, found in zip(rows, problems, strict=True):
+        faults += [f"{row['image_id']!a}: {problem}" for problem in found]
     return faults
 
 
@@ -141,30 +142,43 @@ def _instance_faults(row: Mapping[str, Any]) -> Iterator[str]:
             yield f"instance {place}: area {instance['area']} with bbox {instance['bbox']}"
 
 
-def _mask_faults(row: Mapping[str, Any]) -> Iterator[str]:
-    """Masks whose string, size, area and box do not agree, judged by pycocotools and by runs.py."""
-    masks = [instance for instance in row["instances"] if instance["segmentation"] is not None]
-    size = [row["height"], row["width"]]
-    for instance in masks:
-        found = instance["segmentation"]["size"]
-        if found != size:
-            yield f"instance {instance['instance_index']}: mask of size {found}, image of {size}"
-            return
-    for start in range(0, len(masks), AREAS_PER_CALL):
-        yield from _run_faults(masks[start : start + AREAS_PER_CALL], (size[0], size[1]))
+def _mask_faults(rows: Sequence[Mapping[str, Any]], places: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """Masks of these rows whose string, size, area and box do not agree: the row's place and what is wrong.
+
+    Judged by pycocotools and by runs.py, all masks together.
+    """
+    masks = []
+    for place in places:
+        row = rows[place]
+        size = [row["height"], row["width"]]
+        mine = [one for one in row["instances"] if one["segmentation"] is not None]
+        odd = next((one for one in mine if one["segmentation"]["size"] != size), None)
+        if odd is None:
+            masks += [(place, one) for one in mine]
+        else:
+            index, found = odd["instance_index"], odd["segmentation"]["size"]
+            yield place, f"instance {index}: mask of size {found}, image of {size}"
+    for step in runs.steps([one["segmentation"]["counts"] for _, one in masks]):
+        yield from _run_faults(masks[step])
 
 
-def _run_faults(masks: Sequence[Mapping[str, Any]], size_hw: tuple[int, int]) -> Iterator[str]:
-    rles = [instance["segmentation"] for instance in masks]
+def _run_faults(masks: Sequence[tuple[int, Mapping[str, Any]]]) -> Iterator[tuple[int, str]]:
+    rles = [one["segmentation"] for _, one in masks]
     try:
-        runs.read_strips([rle["counts"] for rle in rles], size_hw)
+        runs.read_strips([rle["counts"] for rle in rles], [rle["size"] for rle in rles])
         areas, boxes = coco_mask.area(rles), coco_mask.toBbox(rles)
     except ValueError as error:
-        yield f"instances {masks[0]['instance_index']} and after: {error}"
+        if len(masks) > 1:  # one by one, to say which
+            for one in masks:
+                yield from _run_faults([one])
+        else:
+            [(place, instance)] = masks
+            reason = str(error).removeprefix("mask 0: ")
+            yield place, f"instance {instance['instance_index']}: {reason}"
         return
-    for instance, area, box in zip(masks, areas, boxes, strict=True):
+    for (place, instance), area, box in zip(masks, areas, boxes, strict=True):
         name = f"instance {instance['instance_index']}"
         if instance["area"] != area:
-            yield f"{name}: area {instance['area']}, the mask has {area}"
+            yield place, f"{name}: area {instance['area']}, the mask has {area}"
         if instance["bbox"] is not None and not np.array_equal(np.float32(instance["bbox"]), np.float32(box)):
-            yield f"{name}: bbox {instance['bbox']}, the mask has {box.tolist()}"
+            yield place, f"{name}: bbox {instance['bbox']}, the mask has {box.tolist()}"

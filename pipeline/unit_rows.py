@@ -8,6 +8,7 @@ Columns are built whole, image after image, because a dict for each of thousands
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from model.structures import Instances
 from pipeline import quality, schema
 from pipeline.boxes import ResolvedBoxes
 from pipeline.errors import BOX_CODES, SET_ASIDE, box_code, clean_text, stage_of
+from pipeline.quality import MaskQuality
 from pipeline.records import JobContext
 
 Float64Array = npt.NDArray[np.float64]
@@ -75,7 +77,8 @@ def build_unit_table(
     now = processed_at or dt.datetime.now(dt.UTC)
     outcomes = [_outcome(result) for result in results]
     columns = _image_columns(results, outcomes, context.run_id, now)
-    per_image = [_instance_columns(r, o) for r, o in zip(results, outcomes, strict=True)]
+    measured = _measured(results, outcomes)
+    per_image = [_instance_columns(*one) for one in zip(results, outcomes, measured, strict=True)]
     offsets = np.cumsum([0, *(len(one["instance_index"]) for one in per_image)])
     kind = schema.UNIT.field("instances").type
     values = _struct_array(per_image)
@@ -117,6 +120,19 @@ def _outcome_of_masks(result: ImageResult, usable: int) -> _Outcome:
     return _Outcome(status="labelled", instances=instances)
 
 
+def _measured(results: Sequence[ImageResult], outcomes: Sequence[_Outcome]) -> list[MaskQuality]:
+    """The quality of each image's masks, of none where it has none; all masks of the unit read together."""
+    instances = [outcome.instances for outcome in outcomes]
+    prompts = [
+        result.boxes.prompt_xyxy[result.boxes.usable]
+        for result, found in zip(results, instances, strict=True)
+        if found is not None and result.boxes is not None
+    ]
+    of_all = quality.measure([found for found in instances if found is not None], prompts)
+    ends = np.cumsum([0, *(0 if found is None else len(found.counts) for found in instances)]).tolist()
+    return [of_all.of(slice(start, end)) for start, end in itertools.pairwise(ends)]
+
+
 def _failed(code: str, message: str | None) -> _Outcome:
     return _Outcome(status="failed", code=code, message=clean_text(message or code))
 
@@ -154,7 +170,7 @@ _PLAIN_COLUMNS = (
 )
 
 
-def _instance_columns(result: ImageResult, outcome: _Outcome) -> dict[str, Any]:
+def _instance_columns(result: ImageResult, outcome: _Outcome, measured: MaskQuality) -> dict[str, Any]:
     """Every column of schema.UNIT_INSTANCE for one image; arrays (n,) with NaN for null, or lists."""
     given = result.planned["boxes"] or []
     columns: dict[str, Any] = {
@@ -169,7 +185,7 @@ def _instance_columns(result: ImageResult, outcome: _Outcome) -> dict[str, Any]:
     flags = [["score_not_finite"] if bad else [] for bad in bad_score]
     if result.boxes is not None:
         flags = [[*mine, *theirs] for mine, theirs in zip(flags, result.boxes.flags, strict=True)]
-    columns |= _mask_columns(result, outcome.instances, flags)
+    columns |= _mask_columns(result, outcome.instances, measured, flags)
     return columns
 
 
@@ -200,7 +216,10 @@ def _box_errors(boxes: ResolvedBoxes | None, outcome: _Outcome, count: int) -> l
 
 
 def _mask_columns(
-    result: ImageResult, instances: Instances | None, flags: Sequence[Sequence[str]]
+    result: ImageResult,
+    instances: Instances | None,
+    measured: MaskQuality,
+    flags: Sequence[Sequence[str]],
 ) -> dict[str, Any]:
     """Columns of the masks, spread over the given boxes; null where a box has none."""
     count = len(flags)
@@ -209,7 +228,6 @@ def _mask_columns(
         nothing: dict[str, Any] = {"bbox": np.full((count, 4), np.nan), "segmentation": [None] * count}
         return nothing | nulls | {"qc_flags": [quality.order_flags(names) for names in flags]}
     rows = np.flatnonzero(result.boxes.usable)
-    measured = quality.measure(instances, np.asarray(result.boxes.prompt_xyxy)[rows])
     area = np.asarray(instances.area, dtype=np.float64)
     tight = np.where(area[:, None] > 0, np.asarray(instances.bbox_xywh, dtype=np.float64), np.nan)
     numbers = {

@@ -22,10 +22,9 @@ from model.structures import CallShape, Instances, PreparedImage, SegmentFailure
 from model.weight_files import Source
 from pipeline.access import split_scheme
 from pipeline.errors import JobRefused, SystemicFault, clean_text
-from pipeline.records import JobContext, Weights
+from pipeline.records import DEMO, JobContext, Weights
 from pipeline.storage import list_objects, open_input
 
-DEMO = "demo"
 _FILES = (".pth", ".pt", ".safetensors")
 
 

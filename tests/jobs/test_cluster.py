@@ -96,13 +96,14 @@ def test_a_folder_that_others_may_write_is_refused(private_tmp: Path) -> None:
 
 RAY_SCRIPT = """
     import json, os, stat
+    from jobs import console
     from jobs.cluster import running_ray
     from jobs.config import ClusterSection
     with running_ray(ClusterSection(cpus=1), os.environ) as info:
         import ray
         token = os.environ["RAY_AUTH_TOKEN_PATH"]
         folder = os.path.dirname(token)
-        print(json.dumps({
+        console.data(json.dumps({
             "info": str(info), "mode": os.environ["RAY_AUTH_MODE"],
             "token": oct(stat.S_IMODE(os.stat(token).st_mode)),
             "dashboard": ray._private.worker.global_worker.node.webui_url,

@@ -72,3 +72,12 @@ def test_orders_to_a_terminal_are_shown_and_not_obeyed(capsys: pytest.CaptureFix
 
     assert found.err == "a\\x1b[2Jb\\u202ec\\rd\ne\n"
     assert found.out == "x\\x1b]0;title\\x07\n"
+
+
+def test_what_others_print_stays_off_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.stdout_for_data_alone():
+        print("(raylet) a node died")  # noqa: T201 - as Ray does
+        console.data_json({"counts": 1})
+    console.data("after")
+    found = capsys.readouterr()
+    assert (found.out, found.err) == ('{"counts": 1}\nafter\n', "(raylet) a node died\n")

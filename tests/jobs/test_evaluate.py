@@ -64,6 +64,12 @@ def test_boxes_of_the_truths_own_file_are_matched_by_their_ids(
     assert found["pairs"]["objects"] == 4
     assert found["pairs"]["mean_iou"] == pytest.approx(np.mean(expected))
     assert found["pairs"]["mean_boundary_iou"] < found["pairs"]["mean_iou"]
+    for size, low, high in (("small", 0, 32**2), ("medium", 32**2, 96**2), ("large", 96**2, 1e9)):
+        mine = [iou for iou, mask in zip(expected, masks, strict=True) if low <= mask.sum() < high]
+        assert found["pairs"]["by_size"][size]["objects"] == len(mine)
+        assert found["pairs"]["by_size"][size]["mean_iou"] == (pytest.approx(np.mean(mine)) if mine else None)
+    [cat] = [one for one in found["categories"] if one["name"] == "cat"]
+    assert (cat["objects"], cat["mean_iou"]) == (4, found["pairs"]["mean_iou"])
     assert json.loads((tmp_path / "out" / "report" / "evaluation.json").read_text()) == found
 
 

@@ -23,8 +23,7 @@ def image(name: str, *seeds: int, **fields) -> MadeImage:
 
 
 def merge(to: Path, *outputs: str) -> dict:
-    options = [word for output in outputs for word in ("--merge", output)]
-    code, out, err = run("publish", "--output", str(to), *options, "--json")
+    code, out, err = run("publish", "--output", str(to), "--merge", *outputs, "--json")
     assert code == 0, err
     return json.loads(out)
 
@@ -33,11 +32,14 @@ def table(output: Path | str, name: str) -> list[dict]:
     return pq.read_table(Path(output) / name).to_pylist()
 
 
-def test_every_image_is_there_once_with_all_the_instances_of_its_newest_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [1, -1])
+def test_every_image_is_there_once_with_all_the_instances_of_its_newest_row(
+    tmp_path: Path, order: int
+) -> None:
     monday = drop(tmp_path / "monday", image("a", 1, 2), image("b", 3), image("c"), image("d", 4))
     tuesday = drop(tmp_path / "tuesday", image("b", 5, 6, 7), image("d", 8, error="not_found"), image("e", 9))
 
-    said = merge(tmp_path / "all", monday, tuesday)
+    said = merge(tmp_path / "all", *[monday, tuesday][::order])
 
     rows = {row["image_id"]: row for row in table(tmp_path / "all", "images")}
     assert list(rows) == ["a", "b", "c", "d", "e"]
@@ -103,6 +105,13 @@ def test_a_merge_wants_two_outputs_and_an_empty_place(tmp_path: Path, number: in
 
     assert code == 2
     assert ["two outputs or more", "is not empty"][number] in err
+
+
+def test_an_output_named_without_merge_is_wrong_usage(tmp_path: Path) -> None:
+    code, _, err = run("publish", str(tmp_path / "out"))
+
+    assert code == 2
+    assert "wanted --output OUTPUT" in err
 
 
 def test_a_merged_output_cannot_be_marked_anew(tmp_path: Path) -> None:

@@ -76,6 +76,19 @@ def test_publish_marks_by_the_filters_given_and_remembers_them(output: str) -> N
     ]
 
 
+def test_publishing_elsewhere_takes_no_folder_for_the_jobs_hub_id(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (Path(output) / "config.yaml").write_text("model:\n  checkpoint: org/name\n")
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    code, _, err = run("publish", "--output", output)
+
+    assert code == 0, err
+    assert yaml.safe_load((Path(output) / "config.yaml").read_text())["model"]["checkpoint"] == "org/name"
+
+
 def test_publishing_again_changes_no_byte(output: str) -> None:
     run("publish", "--output", output)
     before = _contents(output)

@@ -49,6 +49,14 @@ def test_a_mask_that_leaves_the_picture_has_an_edge_there_too() -> None:
     assert difference[59, 40] > difference[30, 40]
 
 
+def test_an_edge_can_be_wider_and_grows_inwards_alone() -> None:
+    given = tile(DrawnInstance(box_xyxy=None, **rle(square())))
+    drawn = np.asarray(draw_overlay(given, longest_side=80, edge_px=3)).astype(int)
+    difference = np.abs(drawn - 100).sum(axis=2)
+    assert (difference > 0).sum() == 20 * 20
+    assert (difference == difference[20, 40]).sum() == 20 * 20 - 14 * 14
+
+
 def test_a_hole_stays_open() -> None:
     mask = square()
     mask[28:32, 38:42] = False

@@ -6,7 +6,6 @@ import html
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,12 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs import report
 from jobs.report_data import gather
 from jobs.report_sections import sections
 from jobs.tables import require_published
 from pipeline.quality import FilterSettings
 from pipeline.records import Place
 from pipeline.storage import open_store
+from tests.jobs.browser import CHROMIUM, browser
 from tests.jobs.made_outputs import MadeImage, blob, make_output, write_truth
 from tests.jobs.test_cli import run
 
@@ -142,20 +143,111 @@ def test_each_section_shows_the_rows_that_its_sql_finds(output: str) -> None:
     assert empty == [], "every section has something to show in this output"
 
 
-def test_the_other_queries_of_the_page_run_and_agree(page: str, output: str) -> None:
+def answers_below(page: str, head: str) -> list[tuple]:
+    """What DuckDB answers to the query under a summary of the page."""
+    [body] = re.findall(rf"<summary>{re.escape(head)}</summary><pre>(.*?)</pre>", page, flags=re.S)
+    return duckdb.sql(html.unescape(body)).fetchall()
+
+
+def cells_below(page: str, head: str) -> list[list[str]]:
+    """The rows of the first table after these words, without its head."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page.split(head)[1].split("</table>")[0], flags=re.S)[1:]
+    return [
+        [text_of(cell).strip() for cell in re.findall(r"<td.*?>(.*?)</td>", row, flags=re.S)] for row in rows
+    ]
+
+
+def bars_of(page: str, name: str) -> dict[str, tuple[int, int]]:
+    """Of one chart, (all, accepted) by what each bar says of its lower edge."""
+    chart = page.split(f"<h3>{name} <span")[1].split("</svg>")[0]
+    said = re.findall(r"<title>(\S+) to \S+: ([\d,]+)(?:, ([\d,]+) accepted)?</title>", chart)
+    return {low: (int(number), int(kept or 0)) for low, number, kept in said}
+
+
+def test_the_queries_under_tables_give_the_numbers_of_the_tables(page: str) -> None:
+    text = text_of(page)
+    totals = {row[0]: row[1:] for row in answers_below(page, "SQL: totals")}
+
+    assert sum(row[0] for row in totals.values()) == COUNT
+    assert (totals["failed"][0], totals["no_boxes"][0]) == (2, 5)
+    masks, boxes = (sum(row[place] for row in totals.values()) for place in (2, 1))
+    assert f"{masks} masks of {boxes} boxes" in text
+    assert f"{sum(row[3] for row in totals.values())} of {boxes} " in text
+    rejected = answers_below(page, "SQL: boxes that were not accepted")
+    shown = cells_below(page, "Boxes that were not accepted")
+    assert sorted(shown) == sorted([reason, str(number)] for reason, number in rejected)
+    assert sum(number for _, number in rejected) + sum(row[3] for row in totals.values()) == boxes
+    [times] = answers_below(page, "SQL: milliseconds")
+    for name, *shown in cells_below(page, "milliseconds an image"):
+        found = dict(zip(("fetch", "decode", "detect", "segment"), times, strict=True))[name]
+        assert shown == [f"{value:,.1f}" for value in found]
+    assert sum(number for _, number in answers_below(page, "SQL: images finished")) == COUNT
+    lines = {name: shares for name, *shares in answers_below(page, "SQL: lines")}
+    for name, *shares in cells_below(page, "Share of masks that a line would keep"):
+        assert [float(share.strip("<>%")) for share in shares] == pytest.approx(
+            [100 * share for share in lines[name]], abs=0.051
+        )
+    assert len(lines) == 5
+
+
+def test_the_queries_under_charts_give_their_bars(page: str) -> None:
+    scores = answers_below(page, "SQL: scores")
+
+    for name in ("detector_score", "predicted_iou", "stability_score", "box_iou", "mask_in_box"):
+        expected = {f"{low:.3g}": (number, kept) for of, low, number, kept in scores if of == name}
+        assert bars_of(page, name) == expected
+        assert len(expected) > 0
+    sizes = {f"{low:,.0f}": (number, kept) for low, number, kept in answers_below(page, "SQL: area")}
+    assert bars_of(page, "area") == sizes
+    parts = {f"{low}": (number, kept) for low, number, kept in answers_below(page, "SQL: num_components")}
+    assert bars_of(page, "num_components") == parts
+    boxes = {f"{low}": (number, 0) for low, number in answers_below(page, "SQL: boxes per image")}
+    assert bars_of(page, "boxes per image") == boxes
+    assert len(boxes) == 5
+
+
+def test_the_query_under_failures_gives_code_stage_and_number(page: str) -> None:
+    section = page.split('id="failures"')[1].split("</details>")[0]
+    query = html.unescape(re.search(r"<pre>(.*?)</pre>", section, flags=re.S).group(1))
+
+    [(stage, code, number, _)] = duckdb.sql(query).fetchall()
+
+    [[shown_code, shown_stage, shown_number, _]] = cells_below(page, 'id="failures"')
+    assert (
+        (shown_code, shown_stage, shown_number) == (code, stage, str(number)) == ("not_found", "fetch", "2")
+    )
+
+
+def test_every_query_of_the_page_runs_and_finds_something(page: str) -> None:
     queries = [html.unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", page, flags=re.S)]
 
-    answers = {query: duckdb.sql(query).fetchall() for query in queries}
+    assert len(queries) > 25
+    assert all(duckdb.sql(query).fetchall() for query in queries)
 
-    [failures] = [rows for query, rows in answers.items() if "status = 'failed'" in query]
-    assert failures[0][:3] == ("fetch", "not_found", 2)
-    assert all(answers.values())
+
+def test_a_score_that_lies_on_a_line_is_kept_by_it_as_by_the_filter(tmp_path: Path) -> None:
+    """0.7 as float32 is a little less than 0.7."""
+    lines = [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95]
+    image = MadeImage(image_id="a.jpg", masks=[blob(k) for k in range(7)], predicted_iou=lines)
+    output = make_output(tmp_path / "out", [image])
+
+    code, _, err = run("report", "--output", output)
+
+    assert code == 0, err
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    [shares] = [row[1:] for row in cells_below(page, "would keep") if row[0] == "predicted_iou"]
+    assert shares == [f"{100 * left / 7:.1f}%".replace(".0%", "%") for left in range(7, 0, -1)]
+    assert set(bars_of(page, "predicted_iou")) == {f"{line:.3g}" for line in lines}
 
 
 def test_masks_of_unlike_classes_that_are_one_are_shown_as_a_disagreement(page: str) -> None:
     section = page.split('id="pairs"')[1].split("</section>")[0]
 
     assert {"08.jpg #0", "08.jpg #1"} <= set(re.findall(r"08\.jpg #\d", section))
+    query = html.unescape(re.search(r"<pre>(.*?)</pre>", section, flags=re.S).group(1))
+    found = duckdb.sql(query).fetchall()
+    assert found[0][:3] == ("08.jpg", 0, 1)
+    assert found[0][-1] == 1
 
 
 def test_the_page_asks_for_nothing_outside_itself_and_is_small(page: str) -> None:
@@ -194,6 +286,19 @@ def test_an_image_that_is_gone_leaves_its_tile_with_the_reason(page: str) -> Non
     assert "13.jpg" in text_of(page)
 
 
+def test_pictures_that_would_make_the_page_too_large_are_left_out_and_said(
+    output: str, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_MOST_BYTES", 60_000)
+
+    code, _, err = run("report", "--output", output, "--to", str(tmp_path / "page.html"))
+
+    assert code == 0, err
+    small = (tmp_path / "page.html").read_text()
+    assert small.count("left out for size") > 10
+    assert 0 < small.count("data:image/jpeg") < page.count("data:image/jpeg") / 2
+
+
 def test_a_report_shows_the_evaluation_once_there_is_one(tmp_path: Path, output: str) -> None:
     masks = made_images_masks(11)
     truth = write_truth(
@@ -220,49 +325,80 @@ def made_images_masks(n: int) -> list[np.ndarray]:
     return [blob(50 * n + k, SIZE) for k in range(n % 5)]
 
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((path for path in map(shutil.which, NAMES) if path), None)
-PROBE = """<script>
-addEventListener("load", () => {
-  const button = document.querySelector("figure .pair");
-  button.focus();
-  const focused = document.activeElement === button;
-  button.click();
-  const shown = document.querySelector("dialog").open && document.querySelectorAll("dialog img").length;
-  const wide = document.documentElement.scrollWidth > innerWidth;
-  const broken = [...document.querySelectorAll("dialog img")].filter((i) => i.complete && !i.naturalWidth);
-  document.title = JSON.stringify({ focused, shown, wide, broken: broken.length,
-    paper: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color });
-});
-</script></body>"""
+LOOKS = """({
+  paper: getComputedStyle(document.body).backgroundColor,
+  ink: getComputedStyle(document.body).color,
+  wide: document.documentElement.scrollWidth > innerWidth,
+  broken: [...document.images].filter((image) => image.complete && !image.naturalWidth).length,
+})"""
+REACHABLE = """[...document.querySelectorAll("a, button, summary")].filter(
+  (one) => !one.closest("dialog") && (!one.closest("details") || one.matches("summary"))).length"""
+FOCUSED = """(() => {
+  const one = document.activeElement, box = one.getBoundingClientRect();
+  const style = getComputedStyle(one);
+  one.dataset.visited = (one.dataset.visited || 0) + 1;
+  return { name: one.localName, visits: Number(one.dataset.visited),
+    outline: `${style.outlineStyle} ${style.outlineWidth}`,
+    words: one.getAttribute("aria-label") || one.textContent.trim(),
+    seen: box.bottom > 0 && box.top < innerHeight };
+})()"""
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)"
+)
 
 
-def browse(page: Path, folder: Path, *arguments: str) -> tuple[dict, str]:
-    """(what PROBE saw, what the console said) of the page in headless Chromium."""
-    probed = folder / "probed.html"
-    probed.write_text(page.read_text().replace("</body>", PROBE))
-    done = subprocess.run(
-        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
-         "--enable-logging=stderr", "--virtual-time-budget=4000", *arguments, "--dump-dom", probed.as_uri()],
-        capture_output=True, text=True, timeout=200, check=True,
-    )  # fmt: skip
-    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-    return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout).group(1))), console
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
-@pytest.mark.parametrize(("dark", "window"), [(False, "1280,900"), (True, "420,900")])
+@needs_browser
+@pytest.mark.parametrize(("dark", "width"), [(False, 1280), (True, 420)])
 def test_a_browser_shows_it_in_light_and_dark_wide_and_narrow_without_a_complaint(
-    page: str, output: str, tmp_path: Path, dark: bool, window: str
+    page: str, output: str, tmp_path: Path, dark: bool, width: int
 ) -> None:
-    arguments = [f"--window-size={window}", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+    with browser(tmp_path) as shown:
+        shown.open((Path(output) / "report" / "index.html").as_uri(), width=width, dark=dark)
+        seen = shown.ask(LOOKS)
+        shown.screenshot(tmp_path / "page.png")
+        complaints = shown.complaints
 
-    seen, console = browse(Path(output) / "report" / "index.html", tmp_path, *arguments)
-
-    assert console == ""
-    assert seen["focused"]
-    assert seen["shown"] == 2
+    assert complaints == []
     assert seen["wide"] is False, "nothing sticks out of the window"
     assert seen["broken"] == 0
     paper, ink = (sum(int(v) for v in re.findall(r"\d+", seen[name])[:3]) / 3 for name in ("paper", "ink"))
     assert (ink > 180 > 60 > paper) if dark else (paper > 180 > 60 > ink)
+    with Image.open(tmp_path / "page.png") as picture:
+        assert picture.size == (width, 900)
+        assert bool(np.asarray(picture.convert("L")).mean() < 90) is dark
+
+
+@needs_browser
+def test_all_of_it_is_reached_and_worked_by_the_keyboard_alone(
+    page: str, output: str, tmp_path: Path
+) -> None:
+    with browser(tmp_path) as shown:
+        shown.open((Path(output) / "report" / "index.html").as_uri(), width=1280, dark=False)
+        expected = shown.ask(REACHABLE)
+        stops = []
+        for _ in range(expected):
+            shown.press("Tab")
+            stops.append(shown.ask(FOCUSED))
+
+        assert expected > 100
+        assert {stop["visits"] for stop in stops} == {1}, "Tab comes to each thing once, in their order"
+        assert {stop["name"] for stop in stops} == {"a", "button", "summary"}
+        assert all(stop["words"] for stop in stops)
+        assert all(stop["seen"] for stop in stops), "what has the focus is in sight"
+        assert {stop["outline"] for stop in stops} == {"solid 2px"}, "and shows that it has it"
+
+        shown.ask("document.querySelector('figure .pair').focus()")
+        shown.press("Enter")
+        assert shown.ask("document.querySelector('dialog').open")
+        assert shown.ask("document.querySelectorAll('dialog img[alt]').length") == 2
+        assert shown.ask("document.activeElement.textContent") == "Close"
+        shown.press("Escape")
+        assert not shown.ask("document.querySelector('dialog').open")
+        assert shown.ask("document.activeElement === document.querySelector('figure .pair')")
+
+        shown.ask("document.querySelector('summary').focus()")
+        shown.press("Enter")
+        assert shown.ask("document.querySelector('details').open")
+        shown.press("Tab")
+        assert shown.ask("document.activeElement.matches('.copy')"), "the button in the opened SQL comes next"
+        assert shown.complaints == []

@@ -38,6 +38,15 @@ def test_a_checkpoint_that_is_no_path_stays_as_it_is(name: str) -> None:
     assert settings.resolved(config(f"model.checkpoint={name}")).model.checkpoint == name
 
 
+def test_the_checkpoint_demo_is_never_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+
+    assert settings.resolved(config("model.checkpoint=demo")).model.checkpoint == "demo"
+
+
 def test_storage_options_go_by_scheme() -> None:
     given = config("storage.s3={endpoint_url: 'http://x'}", "output.uri=s3://b/out")
     place = settings.output_place(given)

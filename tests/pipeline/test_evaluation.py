@@ -175,6 +175,15 @@ def test_the_truth_against_itself_is_1_and_nothing_is_found_without_masks() -> N
     assert average_precision([perfect], [1, 2], boundary=False).by_category[2] is None
 
 
+def test_of_each_image_and_class_only_so_many_of_the_best_scored_masks_count() -> None:
+    masks = [blob(k, SIZE) for k in range(4)]
+    found = [as_found(mask, score=0.9 - 0.1 * k) for k, mask in enumerate(masks)]  # the right one is last
+    image = EvaluatedImage(image_id="i", size_hw=SIZE, objects=(as_object(masks[3], 1),), masks=tuple(found))
+
+    assert average_precision([image], [1], boundary=False).ap == pytest.approx(1 / 4)
+    assert average_precision([image], [1], boundary=False, max_per_image=3).ap == 0
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("size_hw", [(120, 160), (7, 9), (300, 41)])
 def test_a_boundary_is_what_erosion_leaves(seed: int, size_hw: tuple[int, int]) -> None:

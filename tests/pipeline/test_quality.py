@@ -82,6 +82,28 @@ def test_pixels_inside_a_box_are_counted_by_their_centre(seed: int, numbers: lis
     assert runs.count_inside(strips, np.array([[x1, y1, x2, y2]])).tolist() == [(mask & inside).sum()]
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.tuples(st.integers(1, 17), st.integers(1, 17)), max_size=6))
+def test_masks_of_different_sizes_are_read_together_as_alone(seed: int, sizes_hw: list[tuple[int, int]]):
+    images = [instances_of(*random_masks(seed + n, 3, *size)) for n, size in enumerate(sizes_hw)]
+    boxes = [np.array([[1, 2, 9, 7]] * 3, np.float32)] * len(images)
+    together = measure(images, boxes)
+    for place, image in enumerate(images):
+        alone, part = measure([image], boxes[:1]), together.of(slice(3 * place, 3 * place + 3))
+        for name, values in vars(alone).items():
+            np.testing.assert_equal(getattr(part, name), values, err_msg=name)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 200_000), max_size=9), st.integers(0, 450))
+def test_steps_cover_all_strings_in_order_and_stay_small(lengths: list[int], many: int):
+    counts = ["0" * length for length in [*lengths, *[1] * many]]
+    parts = [counts[step] for step in runs.steps(counts)]
+    assert [text for part in parts for text in part] == counts
+    assert all(0 < len(part) <= runs.MASKS_PER_STEP for part in parts)
+    assert all(len(part) == 1 or sum(map(len, part)) <= runs.TEXT_PER_STEP for part in parts)
+
+
 def test_large_run_lengths_are_read_like_pycocotools():
     mask = np.zeros((3000, 4000), bool)
     mask[100:2900, 50:3990] = True
@@ -115,9 +137,9 @@ def test_thirty_thousand_runs_take_well_under_a_tenth_of_a_second():
     mask[:, :500] = np.arange(500) % 2 == 0  # and long columns
     one = instances_of(mask)
     boxes = np.array([[10, 10, 3000, 2000]], np.float32)
-    measure(one, boxes)
+    measure([one], [boxes])
     started = time.perf_counter()
-    measure(one, boxes)
+    measure([one], [boxes])
     assert time.perf_counter() - started < 0.5  # 0.05 s here; slack for a busy machine
 
 
@@ -126,13 +148,16 @@ def test_a_long_snake_is_one_component():
     mask[::2] = True
     mask[1::4, -1] = True
     mask[3::4, 0] = True
-    assert measure(instances_of(mask, mask.T), np.array([[0, 0, 9, 9]] * 2)).num_components.tolist() == [1, 1]
+    assert measure([instances_of(mask, mask.T)], [np.array([[0, 0, 9, 9]] * 2)]).num_components.tolist() == [
+        1,
+        1,
+    ]
 
 
 def test_measures_of_a_known_mask():
     mask = np.zeros((20, 30), bool)
     mask[5:15, 10:20] = True
-    quality = measure(instances_of(mask), np.array([[10, 5, 25, 15]], np.float32))
+    quality = measure([instances_of(mask)], [np.array([[10, 5, 25, 15]], np.float32)])
     assert quality.box_iou[0] == pytest.approx(100 / 150)
     assert quality.mask_in_box[0] == 1.0
     assert quality.num_components[0] == 1
@@ -144,7 +169,7 @@ def test_measures_of_a_known_mask():
 def test_a_pixel_at_the_edge_touches_the_border(edge):
     mask = np.zeros((20, 30), bool)
     mask[edge] = True
-    assert measure(instances_of(mask), np.array([[0, 0, 30, 20]])).touches_border.tolist() == [True]
+    assert measure([instances_of(mask)], [np.array([[0, 0, 30, 20]])]).touches_border.tolist() == [True]
 
 
 def test_flags_name_what_is_odd():
@@ -161,7 +186,9 @@ def test_flags_name_what_is_odd():
         "leaks_box": (drawn((5, 5, 15, 15)), [5, 5, 10, 40]),
         "fragmented": (drawn(*((x, 5, x + 4, 15) for x in range(0, 50, 8))), [0, 0, 60, 40]),
     }
-    quality = measure(instances_of(*(m for m, _ in cases.values())), np.array([b for _, b in cases.values()]))
+    quality = measure(
+        [instances_of(*(m for m, _ in cases.values()))], [np.array([b for _, b in cases.values()])]
+    )
     assert quality.flags == tuple((name,) for name in cases)
     assert quality.box_iou[0] == 0
     assert np.isnan(quality.mask_in_box[0])
@@ -169,7 +196,7 @@ def test_flags_name_what_is_odd():
 
 
 def test_a_prompt_without_a_box_has_no_box_measures():
-    quality = measure(instances_of(np.ones((4, 4), bool)), np.array([[np.nan] * 4]))
+    quality = measure([instances_of(np.ones((4, 4), bool))], [np.array([[np.nan] * 4])])
     assert np.isnan(quality.box_iou[0])
     assert np.isnan(quality.mask_in_box[0])
     assert quality.flags == ((),)
@@ -179,7 +206,7 @@ def test_ten_thousand_masks_are_measured_in_steps():
     mask = np.zeros((8, 8), bool)
     mask[2:5, 2:5] = True
     many = instances_of(*[mask] * 1000, *[~mask] * 1000)
-    quality = measure(many, np.tile(np.array([[2, 2, 5, 5]], np.float32), (2000, 1)))
+    quality = measure([many], [np.tile(np.array([[2, 2, 5, 5]], np.float32), (2000, 1))])
     assert quality.mask_in_box[[0, 999, 1000, 1999]].tolist() == [1, 1, 0, 0]
     assert len(quality.flags) == 2000
 
@@ -189,7 +216,8 @@ def test_no_masks_give_no_measures():
         size_hw=(4, 4), counts=(), area=np.zeros(0), bbox_xywh=np.zeros((0, 4)),
         predicted_iou=np.zeros(0), stability_score=np.zeros(0),
     )  # fmt: skip
-    assert measure(none, np.zeros((0, 4))).flags == ()
+    assert measure([none], [np.zeros((0, 4))]).flags == ()
+    assert measure([], []).flags == ()
 
 
 def test_flags_are_ordered_and_closed():
@@ -273,6 +301,13 @@ def test_of_overlapping_masks_the_worse_is_marked_with_the_winner():
     assert reasons(table, nms_mode="all", nms_iou=0.7) == ["nms:8", None, None]
     assert reasons(table, nms_mode="all", nms_iou=0.95) == [None, None, None]
     assert reasons(table) == [None, None, None]
+
+
+def test_the_detectors_score_decides_before_the_models() -> None:
+    table = rows_of(
+        {"detector_score": 0.6, "predicted_iou": 0.9}, {"detector_score": 0.7, "predicted_iou": 0.5}
+    )
+    assert reasons(table, nms_mode="all") == ["nms:1", None]
 
 
 def test_nms_within_classes_leaves_other_classes_alone():
