@@ -84,6 +84,11 @@ def shown(text: str, most: int = 60) -> str:
     return safe if len(safe) <= most else f"{safe[: most - 1 - half]}…{safe[-half:]}"
 
 
+def fingerprint(text: str) -> str:
+    """A fingerprint of words whole, of a hash its beginning."""
+    return text if len(text) <= 40 else text[:12]
+
+
 def visible(text: str) -> str:
     """`text` with every character escaped that a terminal does not print, but for the ends of lines."""
     if text.replace("\n", "").isprintable():

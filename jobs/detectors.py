@@ -16,8 +16,6 @@ from pipeline.detect import load_detector, try_out
 from pipeline.errors import JobRefused
 from pipeline.records import DetectorSettings
 
-_SHORT = 40  # a fingerprint of words is shown whole, of a hash its beginning
-
 
 @dataclass(frozen=True, kw_only=True)
 class FoundDetector:
@@ -29,9 +27,8 @@ class FoundDetector:
     def __str__(self) -> str:
         licence = f"licence {self.settings.license}" if self.settings.license else "licence unknown"
         classes = console.count(len(self.categories), "category", "categories")
-        said = self.settings.fingerprint
-        shown = said if len(said) <= _SHORT else said[:12]
-        return f"{self.settings.title}; {classes}; fingerprint {shown}; {licence}"
+        fingerprint = console.fingerprint(self.settings.fingerprint)
+        return f"{self.settings.title}; {classes}; fingerprint {fingerprint}; {licence}"
 
 
 def read_detector(config: Config) -> FoundDetector | None:

@@ -103,7 +103,7 @@ def _say_understood(config: Config, opened: Opened, machine: Machine, part: Slic
         work,
     ]
     console.say(console.pairs(rows))
-    for line in understood.warnings(job.plan):
+    for line in understood.warnings(opened.config, job.plan):
         console.say(line)
 
 

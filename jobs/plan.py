@@ -53,10 +53,11 @@ def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> i
     else:
         rows = _rows(config, plan, weights, done, detector)
         console.data(console.pairs([*rows, *(describe(estimate) if estimate else [])]))
-        for line in understood.warnings(_facts(plan)):
+        for line in understood.warnings(config, _facts(plan)):
             console.data(line)
     if estimate is None and not json:
-        console.say("for time, money and bytes: --sample 64, with --checkpoint")
+        also = "" if weights else ", with --checkpoint"
+        console.say(f"for time, money and bytes: --sample 64{also}")
     console.say("nothing was written; `hqlabel label` with the same options begins the work")
     return 0
 

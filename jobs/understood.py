@@ -63,7 +63,8 @@ def describe_detector(context: JobContext) -> list[tuple[str, str]]:
         return []
     licence = f"licence {detector.license}" if detector.license else "licence unknown"
     shown = f"shown {detector.longest_side} pixels, score over {detector.score_threshold:g}"
-    return [("detector", f"{detector.title}, {shown}; fingerprint {detector.fingerprint[:12]}; {licence}")]
+    fingerprint = console.fingerprint(detector.fingerprint)
+    return [("detector", f"{detector.title}, {shown}; fingerprint {fingerprint}; {licence}")]
 
 
 def describe_work(job: Job, *, done_units: int, pending_units: int, part: str | None) -> tuple[str, str]:
@@ -80,9 +81,18 @@ def describe_work(job: Job, *, done_units: int, pending_units: int, part: str | 
     return "work", f"{cut}; {done}{mine}"
 
 
-def warnings(plan: Mapping[str, Any]) -> list[str]:
-    """The sentences on likely mistakes, each a line of its own."""
-    return [f"warning: {sentence}" for sentence in plan["warnings"]]
+def warnings(config: Config, plan: Mapping[str, Any]) -> list[str]:
+    """The sentences on likely mistakes, each a line of its own; `plan`: the fields of a PlanSummary."""
+    sentences = list(plan["warnings"])
+    if not plan["boxes"] and plan["without_boxes"] == plan["images"] and config.detector.name is None:
+        sentences.insert(0, f"no image has a box, so there will be no mask; {_NO_BOXES}")
+    return [f"warning: {sentence}" for sentence in sentences]
+
+
+_NO_BOXES = (
+    "say with --boxes where they are (tars, data sets and COCO files that hold pictures and boxes are named "
+    "there too), or find them with --detector"
+)
 
 
 def as_json(config: Config, plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class _Transformers:
         self.license = _stated_license(folder)
         self._device = device
         library = _library()
+        _refuse_other_kind(folder, source, auto_model)
         try:
             self._processor: Any = getattr(library, auto_processor).from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, backend="pil"
@@ -180,6 +181,25 @@ def _sizes(images: Sequence[UInt8Array]) -> list[tuple[int, int]]:
     return [(image.shape[0], image.shape[1]) for image in images]
 
 
+def _refuse_other_kind(folder: Path, source: str, auto_model: str) -> None:
+    """None unless the checkpoint is a detector of the other kind, which then is named."""
+    from transformers.models.auto import modeling_auto as auto
+
+    content = json.loads((folder / "config.json").read_bytes())
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    zero_shot = kind in auto.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
+    closed_set = kind in auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+    if zero_shot and not closed_set and auto_model == "AutoModelForObjectDetection":
+        raise DetectorError(
+            f"{source}: {kind} is told by text what to look for; "
+            f"wanted --detector hf-zero-shot:{source} with --prompts"
+        )
+    if closed_set and not zero_shot and auto_model == "AutoModelForZeroShotObjectDetection":
+        raise DetectorError(
+            f"{source}: {kind} has classes of its own; wanted --detector hf:{source}, without --prompts"
+        )
+
+
 def _library() -> Any:
     try:
         import transformers
@@ -202,7 +222,9 @@ def _folder(source: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=[*_FILES, "README.md"]))
     except Exception as error:  # the hub's client has many ways to fail, and none is ours
-        raise DetectorError(f"{source}: could not be fetched from the hub: {error}") from error
+        raise DetectorError(
+            f"{source}: no such folder here, and as a hub id it could not be fetched: {error}"
+        ) from error
 
 
 def _checked_files(folder: Path, source: str) -> list[str]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -66,13 +67,24 @@ def _own(settings: DetectorSettings) -> Detector:
     module, colon, attribute = settings.name.partition(":")
     if not colon or not module or not attribute.isidentifier():
         raise JobRefused(f"detector {settings.name!r}: no such kind of detector; {WANTED}")
-    made: Detector = getattr(importlib.import_module(module), attribute)(**settings.options)
+    made: Detector = getattr(_imported(module), attribute)(**settings.options)
     missing = [
         name for name in ("name", "license", "categories", "fingerprint", "detect") if not hasattr(made, name)
     ]
     if missing:
         raise JobRefused(f"detector {settings.name}: it has no {missing[0]!r}; see docs/detectors.md")
     return made
+
+
+def _imported(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that it imports itself
+        raise ModuleNotFoundError(
+            f"{error}; wanted a module that Python finds here and on every worker, as with PYTHONPATH=FOLDER"
+        ) from error
 
 
 def try_out(detector: Detector, settings: DetectorSettings) -> None:

@@ -41,6 +41,7 @@ _FIELDS = {
 }
 _OURS = {"bbox": "boxes", "category": "labels", "score": "scores"}
 _BATCH_ROWS = 4096
+_ID_RULE = "ids are the files' names and the rows' numbers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ def read_hf_images(
         image_uri=_single(table, "image_uri"),
         image_id=_single(table, "image_id"),
         root=root,
+        id_rule=_ID_RULE,
         listed=True,
         columns=_names(files[0]),
     )
@@ -103,7 +105,7 @@ def read_hf_boxes(
         folder=root,
         box_format="xywh",
     )
-    return replace(found, categories=_category_names(files[0]), columns=_names(files[0]))
+    return replace(found, id_rule=_ID_RULE, categories=_category_names(files[0]), columns=_names(files[0]))
 
 
 def _names(file: _File) -> tuple[str, ...]:

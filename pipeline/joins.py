@@ -61,6 +61,7 @@ def images_of(boxes: BoxList) -> ImageList:
     return ImageList(
         image_uri=resolve_uris(uris.filter(named), boxes.folder),
         image_id=None if boxes.image_id is None else boxes.image_id.filter(named),
+        id_rule=boxes.id_rule,
         root=boxes.folder,
         size_hw=None if boxes.size_hw is None else boxes.size_hw[named.to_numpy(zero_copy_only=False)],
     )
@@ -120,7 +121,7 @@ def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool) -> Joined:
 def _ids(images: ImageList) -> tuple[pa.Array, str]:
     """The id of each image, and the rule in words."""
     if images.image_id is not None:
-        return images.image_id, "ids as given"
+        return images.image_id, images.id_rule
     return _ids_of_uris(images)
 
 

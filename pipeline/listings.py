@@ -44,7 +44,8 @@ class ImageList:
     """The images there are, in the order of the input.
 
     `image_uri`: where each is opened, large_string. `image_id`: large_string, or None when no input
-    gives ids. `root`: the folder or prefix that relative names start from, without a "/" at its end.
+    gives ids; `id_rule`: where they come from, in words. `root`: the folder or prefix that relative names
+    start from, without a "/" at its end.
     `listed`: found by listing a folder, not named by a file. `size_hw`: int64 (n, 2) as the input says
     (0 where it does not), unchecked. `categories`: id to name. `files`: uris of the tables that were read,
     `columns`: all of their columns' names. `notes`: sentences for the summary.
@@ -53,6 +54,7 @@ class ImageList:
     image_uri: pa.Array
     image_id: pa.Array | None
     root: str
+    id_rule: str = "ids as given"
     listed: bool = False
     size_hw: Int64Array | None = None
     categories: Mapping[int, str] = field(default_factory=dict)
@@ -69,6 +71,7 @@ class BoxList:
     `image_id`, `image_uri`: large_string (n,), as written; at least one is not None. A null uri: the
     input names no file for this id. `lengths`: boxes of each image, int64 (n,). `is_null`: its list was
     null, bool (n,). `error`: why its lists cannot be used (`labels_mismatch`), or null, large_string.
+    `id_rule`: where ids come from, in words.
     `boxes`: columns of BOX_COLUMNS, one row a box. `rows`: rows of `boxes`, image by image; None when
     they stand in that order already. `folder`: what relative uris start from. `one_row_per_image`: an
     image named twice is a mistake of the input, not two of its boxes. `categories`: id to name. `by_stem`:
@@ -85,6 +88,7 @@ class BoxList:
     folder: str
     box_format: BoxFormat
     box_frame: BoxFrame | None = None
+    id_rule: str = "ids as given"
     one_row_per_image: bool = False
     by_stem: bool = False
     categories: Mapping[int, str] = field(default_factory=dict)

@@ -88,9 +88,10 @@ def _unopened(seen: list[_Seen]) -> str | None:
     codes = Counter(one.error.code for one in failed if one.error)
     code = codes.most_common(1)[0][0]
     first = next(one for one in failed if one.error and one.error.code == code)
+    mend = "; if they lie elsewhere: --set input.image_root=FOLDER" if code == "not_found" else ""
     return (
         f"{len(failed)} of {len(seen)} pictures looked at cannot be opened, most with {code}, such as "
-        f"{clean_text(first.row['image_uri'])}: {first.error.message if first.error else ''}"
+        f"{clean_text(first.row['image_uri'])}: {first.error.message if first.error else ''}{mend}"
     )
 
 

@@ -100,7 +100,7 @@ def read_batches(file: TableFile, access: AccessRules) -> Iterator[pa.Table]:
 def _batches(file: TableFile, stream: BinaryIO) -> Iterator[pa.RecordBatch]:
     columns = {theirs: file.kinds[ours] for ours, theirs in file.names.items()}
     if file.file_format == "csv":
-        return csv_batches(stream, columns)
+        return csv_batches(stream, columns, file.all_names)
     if file.file_format == "jsonl":
         return jsonl_batches(stream, columns)
     size = stream.seek(0, io.SEEK_END)

@@ -26,6 +26,7 @@ from pipeline.access import split_scheme
 from pipeline.box_tables import IMAGE_ROWS, KEYS, boxes_of_rows
 from pipeline.columns import Kind, locate, missing_column, settle
 from pipeline.errors import JobRefused, clean_text
+from pipeline.json_arrays import JsonDamage
 from pipeline.listings import TEXT, BoxList, ImageList, examples, is_picture
 from pipeline.members import TarMember
 from pipeline.records import AccessRules
@@ -66,8 +67,16 @@ def read_tar_images(uris: Sequence[str], access: AccessRules, *, root: str, ids:
         image_uri=pa.array([str(sample.picture) for sample in samples], TEXT),
         image_id=pa.array([_id(sample.picture, root, ids) for sample in samples], TEXT),
         root=root,
+        id_rule=_ID_RULES[ids],
         listed=True,
     )
+
+
+_ID_RULES: dict[TarIds, str] = {
+    "member": "ids are the names in the tars",
+    "key": "ids are the names in the tars up to the first dot",
+    "shard": "ids are the tars' names and the names in them",
+}
 
 
 def read_tar_boxes(
@@ -83,12 +92,28 @@ def read_tar_boxes(
 
     def batches() -> Iterator[tuple[str, pa.Table]]:
         for uri, found in samples.items():
-            lines = b"\n".join(json.dumps(row).encode() for row in _rows(uri, found, root, ids, access))
-            with naming(uri, "JSON"):
-                for batch in jsonl_batches(io.BytesIO(lines), dict(columns.values())) if found else ():
-                    yield uri, pa.table({ours: batch.column(theirs) for ours, (theirs, _) in columns.items()})
+            lines = [json.dumps(row).encode() for row in _rows(uri, found, root, ids, access)]
+            for batch in _batches(uri, found, lines, dict(columns.values())):
+                yield uri, pa.table({ours: batch.column(theirs) for ours, (theirs, _) in columns.items()})
 
-    return replace(boxes_of_rows(batches(), columns, folder=root, box_format="xyxy"), columns=names)
+    boxes = boxes_of_rows(batches(), columns, folder=root, box_format="xyxy")
+    return replace(boxes, id_rule=_ID_RULES[ids], columns=names)
+
+
+def _batches(
+    uri: str, samples: Sequence[Sample], lines: Sequence[bytes], kinds: Mapping[str, Kind]
+) -> list[pa.RecordBatch]:
+    """The lines of one tar's samples as typed columns; of one that cannot be read the member is named."""
+    if not lines:
+        return []
+    try:
+        return list(jsonl_batches(io.BytesIO(b"\n".join(lines)), kinds))
+    except (pa.ArrowException, JsonDamage):
+        for sample, line in zip(samples, lines, strict=True):
+            what = uri if sample.data is None else f"{uri}: {clean_text(sample.data.name)}"
+            with naming(what, "JSON"):
+                list(jsonl_batches(io.BytesIO(line), kinds))
+        raise
 
 
 def _id(picture: TarMember, root: str, ids: TarIds) -> str:

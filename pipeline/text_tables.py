@@ -7,10 +7,11 @@ JSONL: one object a line; a missing key is null; NaN and Infinity are read as Py
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -69,8 +70,10 @@ def _json_samples(column: pa.Array) -> list[Any]:
         return []  # the reader below says where and why
 
 
-def csv_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
-    """The rows of the named columns, typed by their kinds."""
+def csv_batches(
+    stream: BinaryIO, columns: Mapping[str, Kind], header: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """The rows of the named columns, typed by their kinds; `header`: all columns there, for messages."""
     json_text = {name for name, kind in columns.items() if kind.depth or kind.leaf == "rle"}
     types = {name: pa.string() if name in json_text else kind.arrow_type() for name, kind in columns.items()}
     convert = pa_csv.ConvertOptions(
@@ -80,24 +83,46 @@ def csv_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.Re
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,
     )
-    reader = pa_csv.open_csv(
-        stream, read_options=_csv_block(BLOCK_BYTES), parse_options=_CSV_PARSE, convert_options=convert
-    )
-    for batch in reader:
+    for batch in _typed_csv(stream, convert, header):
         arrays = [
-            _parse_fields(batch.column(name), kind) if name in json_text else batch.column(name)
+            _parse_fields(batch.column(name), name, kind) if name in json_text else batch.column(name)
             for name, kind in columns.items()
         ]
         yield pa.record_batch(arrays, names=list(columns))
 
 
-def _parse_fields(texts: pa.Array, kind: Kind) -> pa.Array:
+def _typed_csv(
+    stream: BinaryIO, convert: pa_csv.ConvertOptions, header: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """Arrow's batches; what it says of a column by its number alone is said with the column's name."""
+    try:
+        yield from pa_csv.open_csv(
+            stream, read_options=_csv_block(BLOCK_BYTES), parse_options=_CSV_PARSE, convert_options=convert
+        )
+    except pa.ArrowInvalid as error:
+        match = _OTHER_FIELD.search(str(error))
+        if match is None:
+            raise
+        name = header[int(match["column"])]
+        wanted = _WORDS.get(match["wanted"], match["wanted"])
+        place = f" in row {match['row']}" if match["row"] else ""
+        raise JsonDamage(f"{name!r} holds {match['found'][:40]}{place}; wanted {wanted}") from error
+
+
+_OTHER_FIELD = re.compile(
+    r"In CSV column #(?P<column>\d+):(?: Row #(?P<row>\d+):)? CSV conversion error to (?P<wanted>\w+): "
+    r"invalid value (?P<found>'.*')",
+    re.DOTALL,
+)
+
+
+def _parse_fields(texts: pa.Array, name: str, kind: Kind) -> pa.Array:
     """A column of JSON text -> lists, by writing it as one JSONL and reading that; null stays null."""
     one_line = pc.replace_substring_regex(pc.fill_null(texts, "null"), "[\r\n]", " ")
-    lines = pc.binary_join_element_wise('{"v":', one_line, "}", "")
+    lines = pc.binary_join_element_wise(f"{{{json.dumps(name)}:", one_line, "}", "")
     body = "\n".join(lines.to_pylist()).encode()
-    parsed = read_lines(body, len(texts), pa.schema([("v", kind.arrow_type())]))
-    return parsed.column("v").combine_chunks()
+    parsed = read_lines(body, len(texts), pa.schema([(name, kind.arrow_type())]))
+    return parsed.column(name).combine_chunks()
 
 
 def jsonl_sample(stream: BinaryIO) -> dict[str, list[Any]]:
@@ -160,27 +185,34 @@ class _Records(io.BufferedIOBase):
 
 
 def jsonl_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
-    """The rows of the named keys, typed by their kinds; other keys are not looked at."""
+    """The rows of the named keys, typed by their kinds; other keys are not looked at.
+
+    Raises:
+        pa.ArrowInvalid, JsonDamage: as `read_lines`.
+    """
     schema = pa.schema([(name, kind.arrow_type()) for name, kind in columns.items()])
-    yield from pa_json.open_json(
-        _Records(stream),
-        read_options=pa_json.ReadOptions(block_size=BLOCK_BYTES),
-        parse_options=_typed(schema),
-    )
+    with _naming_keys(schema):
+        yield from pa_json.open_json(
+            _Records(stream),
+            read_options=pa_json.ReadOptions(block_size=BLOCK_BYTES),
+            parse_options=_typed(schema),
+        )
 
 
 def read_lines(text: bytes, count: int, schema: pa.Schema) -> pa.Table:
     """`count` JSON objects, one a line, as a table of `schema`; keys that it lacks are not looked at.
 
     Raises:
-        pa.ArrowInvalid: no JSON, or a value of another type (the message names the key).
-        JsonDamage: another number of objects than `count`, or a null among them.
+        pa.ArrowInvalid: no JSON.
+        JsonDamage: a value of another type (the message names the key, what was found and what was wanted),
+            another number of objects than `count`, or a null among them.
     """
     if not count:
         return schema.empty_table()
     _refuse_null(text)
     options = pa_json.ReadOptions(block_size=len(text) + 1)
-    table = pa_json.read_json(io.BytesIO(text), read_options=options, parse_options=_typed(schema))
+    with _naming_keys(schema):
+        table = pa_json.read_json(io.BytesIO(text), read_options=options, parse_options=_typed(schema))
     if table.num_rows != count:
         raise JsonDamage(f"{count} records were counted, {table.num_rows} can be read")
     table.validate(full=True)  # Arrow's reader lets text through that is not UTF-8
@@ -189,3 +221,42 @@ def read_lines(text: bytes, count: int, schema: pa.Schema) -> pa.Table:
 
 def _typed(schema: pa.Schema) -> pa_json.ParseOptions:
     return pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+
+
+_OTHER_TYPE = re.compile(r"Column\(/(?P<path>.*)\) changed from (?P<wanted>\w+) to (?P<found>\w+)")
+_OTHER_NUMBER = re.compile(
+    r"Failed to convert JSON to (?P<wanted>\w+), couldn't parse:\s*(?P<found>.*)", re.DOTALL
+)
+
+_WORDS = {
+    "array": "a list",
+    "boolean": "true or false",
+    "double": "a number",
+    "int64": "a whole number",
+    "number": "a number",
+    "object": "an object",
+    "string": "text",
+}
+
+
+@contextlib.contextmanager
+def _naming_keys(schema: pa.Schema) -> Iterator[None]:
+    """Says as a person would what Arrow says of a value of another type, the row in its block left out."""
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        if (match := _OTHER_TYPE.search(str(error))) is not None:
+            key = match["path"].replace("/[]", "[]").replace("/", ".")
+            found, wanted = (_WORDS.get(match[name], match[name]) for name in ("found", "wanted"))
+            raise JsonDamage(f"{key!r} holds {found}; wanted {wanted}") from error
+        if (match := _OTHER_NUMBER.search(str(error))) is not None:
+            keys = [repr(field.name) for field in schema if _leaf_type(field.type) == match["wanted"]]
+            wanted = _WORDS.get(match["wanted"], match["wanted"])
+            raise JsonDamage(f"{' or '.join(keys)} holds {match['found'][:40]}; wanted {wanted}") from error
+        raise
+
+
+def _leaf_type(kind: pa.DataType) -> str:
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return str(kind)

@@ -68,7 +68,15 @@ def read_yolo(folder: str, entries: Sequence[Entry], access: AccessRules) -> Box
         files=[f"{folder}/"],
         categories=_class_names(folder, entries, access),
     )
-    return replace(boxes, by_stem=True, one_row_per_image=True)
+    return replace(boxes, by_stem=True, one_row_per_image=True, notes=_notes(boxes))
+
+
+def _notes(boxes: BoxList) -> tuple[str, ...]:
+    """A sentence where the folder does not name its classes; `data.yaml` often lies one folder above."""
+    if boxes.categories or not boxes.boxes.num_rows:
+        return ()
+    wanted = f"{_CLASSES}, {_YAML[0]} or {_YAML[1]}"
+    return (f"{boxes.folder}: none of {wanted} is there, so classes have no names; copy one of them there",)
 
 
 def _read_file(uri: str, access: AccessRules) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -79,9 +87,11 @@ def _read_file(uri: str, access: AccessRules) -> np.ndarray[Any, np.dtype[np.flo
 
 
 def _numbers(uri: str, line: int, words: Sequence[str]) -> list[float]:
-    if len(words) not in (5, 6):
-        what = "a polygon or a turned box" if len(words) > 6 else "too few"
-        raise JobRefused(f"{uri}: line {line} has {len(words)} numbers ({what}); {_SHAPE}")
+    if len(words) > 6:
+        raise JobRefused(f"{uri}: line {line} has {len(words)} numbers (a polygon or a turned box); {_SHAPE}")
+    if len(words) < 5:
+        found = clean_text(" ".join(words))
+        raise JobRefused(f"{uri}: line {line} has {len(words)} numbers (too few): {found!r}; {_SHAPE}")
     try:
         numbers = [float(word) for word in words]
     except ValueError:

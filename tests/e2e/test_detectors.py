@@ -48,8 +48,11 @@ def label(photos: Path, checkpoint: Path, output: Path, *more: str, code: int = 
 
 def plain_loop(
     folder: Path, photos: Path, prompts: list[str] | None
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Boxes and scores by image, best first: transformers over the upright pictures at the same size."""
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Boxes, scores and labels by image, best first: transformers over the upright pictures at the same size.
+
+    Labels: the library's own class numbers; of a zero-shot detector nothing.
+    """
     if prompts is None:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
         model = transformers.AutoModelForObjectDetection.from_pretrained(folder)
@@ -72,7 +75,8 @@ def plain_loop(
         )
         order = np.argsort(-one["scores"].numpy(), kind="stable")
         scale = np.array([upright.shape[1] / shown.shape[1], upright.shape[0] / shown.shape[0]] * 2)
-        found[path.name] = (one["boxes"].numpy()[order] * scale, one["scores"].numpy()[order])
+        labels = one["labels"].numpy()[order] if prompts is None else np.zeros(0, int)
+        found[path.name] = (one["boxes"].numpy()[order] * scale, one["scores"].numpy()[order], labels)
     return found
 
 
@@ -98,13 +102,16 @@ def test_a_detector_in_the_job_finds_what_a_plain_loop_finds(
 
     images, instances = commands.tables(output)
     wanted, found = plain_loop(folder, photos, prompts and list(prompts)), by_image(instances)
-    assert sum(len(boxes) for boxes, _ in wanted.values()) > 20
-    for name, (boxes, scores) in wanted.items():
+    assert sum(len(boxes) for boxes, _, _ in wanted.values()) > 20
+    for name, (boxes, scores, labels) in wanted.items():
         rows = found.get(name, [])
         np.testing.assert_allclose(
             np.array([row["prompt_bbox_given"] for row in rows]).reshape(-1, 4), boxes, rtol=0, atol=1e-3
         )
         np.testing.assert_allclose([row["detector_score"] for row in rows], scores, atol=1e-6)
+        if prompts is None:
+            assert [row["category_id"] for row in rows] == labels.tolist()
+            assert [row["category_name"] for row in rows] == [made_detectors.LABELS[one] for one in labels]
         assert all((row["segmentation"] is None) == (row["prompt_bbox"] is None) for row in rows)
     names = set(made_detectors.LABELS.values()) if prompts is None else set(PROMPTS.values())
     assert {row["category_name"] for rows in found.values() for row in rows} <= names

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,27 @@ def test_doctor_loads_and_tries_the_detector(detector: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    ("kind", "make", "package"),
+    [
+        ("hf", made_detectors.small_rf_detr, "torchvision"),
+        ("hf-zero-shot", made_detectors.small_omdet_turbo, "torchvision"),
+        ("hf-zero-shot", made_detectors.small_owlv2, "scipy"),
+    ],
+)
+def test_a_package_that_a_detector_wants_is_named_before_any_work(
+    kind: str, make: Callable[[Path], Path], package: str, photos: str, tmp_path: Path
+) -> None:
+    if find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    prompts = ["--prompts", "cat; red car"] if kind == "hf-zero-shot" else []
+
+    code, _, err = run("plan", "--images", photos, "--detector", f"{kind}:{make(tmp_path / 'one')}", *prompts)
+
+    assert code == 4
+    assert package in err.lower()
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (["--boxes", "b.csv", "--detector", "hf:a/b"], 2, "--boxes and --detector are both given"),
@@ -125,6 +148,16 @@ def test_what_does_not_go_together_is_refused(
 
     assert found == code
     assert said in err
+
+
+def test_a_plan_without_boxes_and_without_a_detector_says_that_no_mask_can_come(
+    photos: str, detector: Path
+) -> None:
+    _, out, _ = run("plan", "--images", photos)
+    _, detected, _ = run("plan", "--images", photos, "--detector", f"hf:{detector}")
+
+    assert "warning: no image has a box, so there will be no mask; say with --boxes where they are" in out
+    assert "warning" not in detected
 
 
 def test_a_detector_needs_pictures(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,77 @@ def small_owl_vit(folder: Path, *, seed: int = 0) -> Path:
     return _saved(folder, transformers.OwlViTForObjectDetection(config), processor)
 
 
+def small_owlv2(folder: Path, *, seed: int = 0) -> Path:
+    """Opened by anybody; to be used it wants scipy."""
+    tokenizer = _clip_tokenizer()
+    shared: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    }  # fmt: skip
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    config = transformers.Owlv2Config(
+        text_config={**shared, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
+        vision_config={**shared, "image_size": SIDE, "patch_size": 16},
+        projection_dim=32,
+    )
+    torch.manual_seed(seed)
+    image = transformers.Owlv2ImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    processor = transformers.Owlv2Processor(image, tokenizer)
+    return _saved(folder, transformers.Owlv2ForObjectDetection(config), processor)
+
+
+def small_rf_detr(folder: Path, *, seed: int = 0) -> Path:
+    """Made by anybody; to be opened it wants torchvision, as its processor is written in it alone."""
+    backbone = transformers.RfDetrDinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=SIDE,
+        patch_size=16, num_windows=2, out_indices=[1, 2],
+    )  # fmt: skip
+    config = transformers.RfDetrConfig(
+        backbone_config=backbone, d_model=32, decoder_ffn_dim=32, decoder_layers=2, decoder_n_points=2,
+        decoder_self_attention_heads=2, decoder_cross_attention_heads=2, num_queries=12, group_detr=2,
+        id2label=LABELS,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    size = {"height": SIDE, "width": SIDE}
+    processor = {"preprocessor_config.json": {"image_processor_type": "RfDetrImageProcessor", "size": size}}
+    return _saved(folder, transformers.RfDetrForObjectDetection(config), processor)
+
+
+def small_omdet_turbo(folder: Path, *, seed: int = 0) -> Path:
+    """Made by anybody; to be opened it wants torchvision, as its processor is written in it alone."""
+    tokenizer = _clip_tokenizer()
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=77, projection_dim=48,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
+    )  # fmt: skip
+    backbone = transformers.SwinConfig(
+        image_size=SIDE, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
+        out_indices=[2, 3, 4],
+    )  # fmt: skip
+    config = transformers.OmDetTurboConfig(
+        text_config=text, backbone_config=backbone, image_size=SIDE, text_projection_in_dim=48,
+        text_projection_out_dim=48, class_embed_dim=48, task_encoder_hidden_dim=64, num_queries=12,
+        encoder_hidden_dim=32, encoder_in_channels=[16, 32, 64], vision_features_channels=[32, 32, 32],
+        encoder_attention_heads=2, encoder_dim_feedforward=32, decoder_hidden_dim=32, decoder_num_heads=2,
+        decoder_num_layers=2, decoder_dim_feedforward=32, disable_custom_kernels=True,
+        apply_layernorm_after_vision_backbone=False,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = transformers.OmDetTurboForObjectDetection(config)
+    folder = _saved(folder, model, {"processor_config.json": {"processor_class": "OmDetTurboProcessor"}})
+    tokenizer.save_pretrained(folder)
+    transformers.DetrImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return folder
+
+
 def _saved(folder: Path, model: Any, processor: Any) -> Path:
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    if isinstance(processor, dict):  # the files of one that cannot be made here
+        for name, content in processor.items():
+            (folder / name).write_text(json.dumps(content))
+    else:
+        processor.save_pretrained(folder)
     (folder / "README.md").write_text("---\ntags: [tiny]\nlicense: apache-2.0\n---\n# Tiny\n")
     return folder
 

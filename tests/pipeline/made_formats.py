@@ -70,6 +70,46 @@ def write_table(folder: Path) -> Written:
     return Written(settings=InputSettings(images=images, boxes=str(folder / "boxes.jsonl")))
 
 
+def write_parquet(folder: Path) -> Written:
+    """One row an image, with numbers of other widths than those that are used inside."""
+    images = write_pictures(folder / "images")
+    columns = {
+        "image_uri": pa.array([f"images/{name}.png" for name in BOXES]),
+        "boxes": pa.array(
+            [[box[1] for box in boxes] for boxes in BOXES.values()], pa.list_(pa.list_(pa.float32(), 4))
+        ),
+        "labels": pa.array([[box[0] for box in boxes] for boxes in BOXES.values()], pa.list_(pa.int16())),
+        "scores": pa.array([[box[2] for box in boxes] for boxes in BOXES.values()], pa.list_(pa.float32())),
+    }
+    pq.write_table(pa.table(columns), folder / "boxes.parquet")
+    return Written(settings=InputSettings(images=images, boxes=str(folder / "boxes.parquet")))
+
+
+def write_box_rows(folder: Path) -> Written:
+    """One row a box, those of an image apart from each other."""
+    images = write_pictures(folder / "images")
+    rows = [
+        (at, f"{name}.png,{','.join(map(str, box[1]))},{box[0]},{box[2]}")
+        for name, boxes in BOXES.items()
+        for at, box in enumerate(boxes)
+    ]
+    lines = [line for _, line in sorted(rows, key=lambda row: row[0])]
+    (folder / "boxes.csv").write_text("image_id,x1,y1,x2,y2,category_id,score\n" + "\n".join(lines) + "\n")
+    return Written(settings=InputSettings(images=images, boxes=str(folder / "boxes.csv")))
+
+
+def write_coco_results(folder: Path) -> Written:
+    """The boxes of the instances file as a detector's results; names and sizes stay there."""
+    instances = write_coco(folder).settings.boxes
+    coco = json.loads(Path(str(instances)).read_text())
+    (folder / "results.json").write_text(json.dumps(coco.pop("annotations")))
+    Path(str(instances)).write_text(json.dumps(coco))
+    settings = InputSettings(
+        images=instances, boxes=str(folder / "results.json"), image_root=str(folder / "images")
+    )
+    return Written(settings=settings)
+
+
 def write_coco(folder: Path) -> Written:
     write_pictures(folder / "images")
     images = [
@@ -190,7 +230,10 @@ def write_hf_structs(folder: Path) -> Written:
 
 FORMATS = {
     "table": write_table,
+    "parquet": write_parquet,
+    "box_rows": write_box_rows,
     "coco": write_coco,
+    "coco_results": write_coco_results,
     "yolo": write_yolo,
     "megadetector": write_megadetector,
     "tars": write_tars,

@@ -112,7 +112,8 @@ def turned(picture: Image.Image) -> bytes:
 
 
 def test_the_boxes_found_are_upright_pixels_with_score_and_category(tmp_path, child):
-    job = made(tmp_path, {"a.png": png(noise(1, 30, 100)), "b.png": turned(noise(2, 20, 80))})
+    pictures = {"a.png": png(noise(1, 30, 100)), "b.png": turned(noise(2, 20, 80))}
+    job = made(tmp_path, pictures | {"c.png": png(noise(3, 33, 100))})  # shown as 13 x 40: two scales
 
     rows = worked(job, child)
 
@@ -129,6 +130,11 @@ def test_the_boxes_found_are_upright_pixels_with_score_and_category(tmp_path, ch
     assert [one["prompt_bbox_given"] for one in rows["b.png"]["instances"]][:2] == [
         [0, 0, 20, 40], [0, 0, 10, 80],
     ]  # fmt: skip
+    np.testing.assert_allclose(
+        [one["prompt_bbox_given"] for one in rows["c.png"]["instances"]],
+        [[0, 0, 100, 16.5], [0, 0, 50, 33], [0, 0, 7.5, 3 * 33 / 13]],
+        rtol=1e-6,
+    )
     assert all(row["status"] == "labelled" and row["detect_ms"] > 0 for row in rows.values())
 
 
@@ -277,7 +283,7 @@ def test_a_detector_that_answers_wrongly_is_refused_on_a_blank_picture(wrong, wh
     ("name", "why"),
     [
         ("yolo", "no such kind of detector; wanted hf:"),
-        ("no.such.module:Class", "ModuleNotFoundError"),
+        ("no.such.module:Class", "No module named 'no'; wanted .* PYTHONPATH=FOLDER"),
         ("tests.pipeline.test_detect:Nothing", "AttributeError"),
         ("pyarrow:Table", "TypeError|it has no 'name'"),
         ("hf:no/such/place/at/all", "no such folder, nor a hub id"),

@@ -22,6 +22,7 @@ from tests.pipeline import made_formats
 from tests.pipeline.made_formats import BOXES, FORMATS, NAMES, PICTURES, SIZE_HW, sample, tar_of
 
 NAMED_BY_ROW = ("hf", "hf_structs")
+NAMELESS = ("table", "parquet", "box_rows", "tars")
 
 
 def planned(written):
@@ -50,14 +51,16 @@ def test_every_format_gives_the_same_images_and_boxes(kind, tmp_path):
     assert found == BOXES
     assert plan.summary.refused_uris == 0
     ids = plan.table["image_id"].to_pylist()
-    if kind == "coco":
+    if kind.startswith("coco"):
         assert ids == sorted(BOXES)
     elif kind in NAMED_BY_ROW:
         assert ids == [f"train-0.parquet/{row:09d}" for row in range(3)] + ["train-1.parquet/000000000"]
     else:
         assert ids == sorted(f"{name}.png" for name in BOXES)
     names = {one["id"] - written.first_class: one["name"] for one in plan.categories}
-    assert names == dict(enumerate(NAMES if kind not in ("table", "tars") else [None] * 3))
+    assert names == dict(enumerate([None] * 3 if kind in NAMELESS else NAMES))
+    rule = {"tars": "the names in the tars", "hf": "the files' names", "hf_structs": "the files' names"}
+    assert rule.get(kind, "") in plan.summary.id_rule
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -179,6 +182,19 @@ def test_class_names_of_yolo_come_from_its_yaml_too(tmp_path):
     assert [one["name"] for one in make_plan(written.settings).categories] == NAMES
 
 
+def test_classes_without_names_are_said_with_the_way_out(tmp_path):
+    written = made_formats.write_yolo(tmp_path)
+    named = make_plan(written.settings).summary.warnings
+    (tmp_path / "labels" / "classes.txt").rename(tmp_path / "classes.txt")
+
+    plan = make_plan(written.settings)
+
+    assert named == ()
+    assert {one["name"] for one in plan.categories} == {None}
+    [said] = plan.summary.warnings
+    assert f"{tmp_path}/labels: none of classes.txt, data.yaml or dataset.yaml is there" in said
+
+
 def test_pictures_without_a_label_file_have_no_boxes_and_labels_without_a_picture_are_refused(tmp_path):
     written = made_formats.write_yolo(tmp_path)
     (tmp_path / "labels" / "b" / "3.txt").unlink()
@@ -214,6 +230,7 @@ def with_text(name: str, text: str):
     ("text", "said"),
     [
         ("0 0.1 0.2 0.3\n", ("line 1 has 4 numbers (too few)", "wanted `class cx cy width height`")),
+        ("0,0.1,0.2,0.3,0.4\n", ("line 1 has 1 numbers (too few): '0,0.1,0.2,0.3,0.4'", "wanted `class cx")),
         ("0 0.1 0.2 0.3 0.4\n1 0 0 1 0 1 1 0 1\n", ("line 2 has 9 numbers (a polygon", "wanted `class cx")),
         ("cat 0.1 0.2 0.3 0.4\n", ("line 1 holds 'cat 0.1 0.2 0.3 0.4'", "wanted `class")),
         ("1.5 0.1 0.2 0.3 0.4\n", ("the class is 1.5", "wanted a whole number")),
@@ -252,7 +269,7 @@ def test_broken_yolo_folders_are_refused(tmp_path):
         ),
         (
             lambda one: one["images"][0]["detections"][0].update(bbox="none"),
-            ("not a sound JSON file", "bbox"),
+            ("'detections[].bbox' holds text", "wanted a list"),
         ),
         (
             lambda one: one.update(detection_categories={"one": "cat"}),
@@ -295,7 +312,14 @@ def shard(members: dict[str, bytes]):
         ),
         (shard(sample("b/3") | {"b/3.json": b"[1]"}), ("b/3.json holds a list", "wanted an object")),
         (shard(sample("b/3") | {"b/3.json": b"{"}), ("b/3.json is no JSON",)),
-        (shard(sample("b/3") | {"b/3.json": b'{"boxes": "none"}'}), ("not a sound JSON file", "boxes")),
+        (
+            shard(sample("b/3") | {"b/4.png": b"x", "b/4.json": b'{"boxes": "none"}'}),
+            ("b/4.json", "'boxes' holds text", "wanted a list"),
+        ),
+        (
+            shard(sample("b/3") | {"b/3.json": b'{"boxes": [[1, 2, 3, 4]], "labels": [1.5]}'}),
+            ("b/3.json", "'labels' holds 1.5", "wanted a whole number"),
+        ),
     ],
 )
 def test_a_broken_tar_is_refused(tmp_path, change, said):

@@ -129,6 +129,7 @@ def test_pictures_that_are_not_there_are_said_before_work(tmp_path: Path) -> Non
     [sentence] = look(plan.table, BoxRules(), plan.access, LIMITS)
 
     assert f"{PICTURES} of {PICTURES} pictures looked at cannot be opened, most with not_found" in sentence
+    assert sentence.endswith("--set input.image_root=FOLDER")
 
 
 def with_uris(path: Path) -> Path:

@@ -293,16 +293,17 @@ def test_csv_lists_of_integers_are_told_from_names(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("score\nabc\n", "abc"),
+        ("score\nabc\n", "'score' holds 'abc' in row 2; wanted a number"),
+        ("image_uri,size,score\na,1,1\nb,2,abc\n", "'score' holds 'abc' in row 3; wanted a number"),
         ("image_uri,score\na,1,2\n", "Expected 2 columns"),
         ("image_uri,image_uri\na,b\n", "twice"),
         (b"image_uri\n\xff\xfe\n", "utf"),
         ('image_uri,score\n"a,1\nb,2\n', "csv"),
         ("", "empty"),
         ("boxes\n[[1]]}\n", "JSON"),
-        ('boxes\n"[[""1""]]"\n', "string"),
-        ('boxes\n"[1,2,3,4]"\n', "number"),
-        ('boxes\n"[[1]]},{""v"":[[2]]"\n', "JSON"),
+        ('boxes\n"[[""1""]]"\n', "'boxes[][]' holds text; wanted a number"),
+        ('boxes\n"[1,2,3,4]"\n', "'boxes[]' holds a number; wanted a list"),
+        ('boxes\n"[[1]]},{""boxes"":[[2]]"\n', "JSON"),
     ],
 )
 def test_a_csv_that_is_not_sound_is_refused(tmp_path, content, reason):

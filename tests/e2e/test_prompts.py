@@ -1,0 +1,110 @@
+"""Points and masks beside and instead of boxes, through the whole job: the masks are the model's own."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from model import checkpoints, rle
+from model.prompts import mask_to_prompt
+from model.segmenter import Segmenter
+from model.structures import CallShape, Instances, PreparedImage, Prompts
+from pipeline.decode import decode_image
+from tests.e2e import commands
+from tests.e2e.scenes import picture
+from tests.pipeline.made_formats import tar_of
+
+SHAPE = CallShape(images_per_call=1, boxes_per_call=4)
+SETTINGS = (
+    "--set", "model.dtype=float32", "--set", f"model.boxes_per_call={SHAPE.boxes_per_call}",
+    "--set", "output.images_per_unit=2", "--set", "cluster.actors=1", "--no-progress",
+)  # fmt: skip
+BOX, OTHER = [10.0, 20.0, 55.0, 60.0], [20.0, 15.0, 50.0, 60.0]
+KINDS = ("boxes", "points", "point_labels", "prompt_mask")
+TYPES = {
+    "boxes": pa.list_(pa.list_(pa.float64())),
+    "points": pa.list_(pa.list_(pa.list_(pa.float64()))),
+    "point_labels": pa.list_(pa.list_(pa.int8())),
+    "prompt_mask": pa.list_(pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])),
+}
+
+
+def stored(index: int, *, orientation: int) -> bytes:
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    picture(index).save(buffer, "PNG", exif=exif)
+    return buffer.getvalue()
+
+
+def prompts_of(size_hw: tuple[int, int]) -> list[dict]:
+    """One prompt of every kind, and one whose points and labels do not go together."""
+    nothing = dict.fromkeys(KINDS)
+    y, x = np.mgrid[: size_hw[0], : size_hw[1]]
+    inside = ((x - 35) ** 2 + (y - 40) ** 2 < 600).astype(np.uint8)
+    mask = {"size": list(size_hw), "counts": coco_mask.encode(np.asfortranarray(inside))["counts"].decode()}
+    return [
+        nothing | {"boxes": BOX},
+        nothing | {"points": [[30.5, 40.0]], "point_labels": [1]},
+        nothing | {"points": [[30.5, 40.0], [50.0, 20.0]], "point_labels": [1, 0]},
+        nothing | {"boxes": OTHER, "points": [[30.0, 35.0]], "point_labels": [1]},
+        nothing | {"prompt_mask": mask},
+        nothing | {"boxes": BOX, "prompt_mask": mask},
+        nothing | {"points": [[30.0, 40.0]], "point_labels": [1, 1]},
+    ]
+
+
+def alone(segmenter: Segmenter, data: bytes, one: dict) -> Instances:
+    """The answer to one prompt, straight from the model."""
+    decoded = decode_image(data, max_pixels=10**8, side=128)
+    logits = None
+    if one["prompt_mask"] is not None:
+        inside = rle.decode_rle(one["prompt_mask"]["counts"], decoded.size_hw).astype(np.bool_)
+        logits = mask_to_prompt(inside, side=128)[None]
+    prompts = Prompts(
+        boxes_xyxy=None if one["boxes"] is None else np.array([one["boxes"]]),
+        points_xy=None if one["points"] is None else np.array([one["points"]]),
+        point_labels=None if one["points"] is None else np.array([one["point_labels"]]),
+        mask_logits=logits,
+    )
+    [found] = segmenter.segment_prepared(
+        [PreparedImage(pixels_hwc=decoded.pixels_hwc, size_hw=decoded.size_hw, prompts=prompts)]
+    )
+    assert isinstance(found, Instances)
+    return found
+
+
+def test_points_and_masks_of_a_table_give_the_models_own_masks(checkpoint: Path, tmp_path: Path) -> None:
+    pictures = {f"{i}.png": stored(i, orientation=6 if i == 1 else 1) for i in range(3)}
+    (tmp_path / "shard.tar").write_bytes(tar_of(pictures))
+    sizes = {name: decode_image(data, max_pixels=10**8, side=128).size_hw for name, data in pictures.items()}
+    prompts = {name: prompts_of(sizes[name]) for name in pictures}
+    columns = {key: [[one[key] for one in some] for some in prompts.values()] for key in KINDS}
+    rows = {"image_id": pa.array(prompts), **{key: pa.array(columns[key], TYPES[key]) for key in KINDS}}
+    pq.write_table(pa.table(rows), tmp_path / "prompts.parquet")
+    inputs = ["--images", str(tmp_path / "shard.tar"), "--boxes", str(tmp_path / "prompts.parquet")]
+    output = tmp_path / "out"
+
+    commands.run("label", *inputs, "--checkpoint", str(checkpoint), "--output", str(output), *SETTINGS)
+
+    segmenter = Segmenter(checkpoints.load(checkpoint).model, call_shape=SHAPE, dtype="float32")
+    instances = {
+        (row["image_id"], row["instance_index"]): row for row in commands.tables(output)[1].to_pylist()
+    }
+    assert len(instances) == sum(map(len, prompts.values()))
+    for name, data in pictures.items():
+        for index, one in enumerate(prompts[name][:-1]):
+            row, found = instances[name, index], alone(segmenter, data, one)
+            assert row["segmentation"] == {"size": list(sizes[name]), "counts": found.counts[0]}
+            assert row["predicted_iou"] == found.predicted_iou[0]
+            assert row["stability_score"] == found.stability_score[0]
+            assert (row["prompt_bbox"] is None) == (row["box_iou"] is None) == (one["boxes"] is None)
+        masks = {instances[name, index]["segmentation"]["counts"] for index in range(6)}
+        assert len(masks) == 6, "each kind of prompt changes the mask"
+        refused = instances[name, 6]
+        assert (refused["segmentation"], refused["reject_reason"]) == (None, "prompt_invalid")
