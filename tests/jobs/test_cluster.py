@@ -95,7 +95,7 @@ def test_a_folder_that_others_may_write_is_refused(private_tmp: Path) -> None:
 
 
 RAY_SCRIPT = """
-    import json, os, stat
+    import json, os, stat, time
     from jobs import console
     from jobs.cluster import running_ray
     from jobs.config import ClusterSection
@@ -103,6 +103,9 @@ RAY_SCRIPT = """
         import ray
         token = os.environ["RAY_AUTH_TOKEN_PATH"]
         folder = os.path.dirname(token)
+        task = ray.remote(num_cpus=0.3)(lambda: (time.sleep(1), os.getpid())[1])
+        workers = set(ray.get([task.remote() for _ in range(3)]))
+        time.sleep(4)  # Ray looks every 200 ms for workers that had nothing to do for a second
         console.data(json.dumps({
             "info": str(info), "mode": os.environ["RAY_AUTH_MODE"],
             "token": oct(stat.S_IMODE(os.stat(token).st_mode)),
@@ -110,6 +113,7 @@ RAY_SCRIPT = """
             "folder": oct(stat.S_IMODE(os.stat(folder).st_mode)),
             "answer": ray.get(ray.remote(num_cpus=0.1)(lambda: 7).remote()),
             "usage": os.environ["RAY_USAGE_STATS_ENABLED"],
+            "workers": [len(workers), sum(os.path.exists(f"/proc/{pid}") for pid in workers)],
         }))
     print(os.path.exists(folder))
 """
@@ -136,6 +140,7 @@ def test_a_private_ray_is_closed_and_leaves_nothing(private_tmp: Path) -> None:
         "folder": "0o700",
         "answer": 7,
         "usage": "0",
+        "workers": [3, 3],  # all of them are still there
     }
     assert left == "False"
     assert done.stderr == ""
