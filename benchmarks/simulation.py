@@ -309,7 +309,7 @@ def private_ray() -> Iterator[None]:
     root = str(Path(__file__).resolve().parent.parent)  # the workers look for the stub by its name
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": path}
-    os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "600000"  # as `jobs.cluster` asks for
+    os.environ |= {"RAY_idle_worker_killing_time_threshold_ms": "600000"}  # as `jobs.cluster` asks for
     import ray
 
     ray.init(

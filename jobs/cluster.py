@@ -133,8 +133,8 @@ def _session(ray: ModuleType, info: ClusterInfo) -> Iterator[ClusterInfo]:
 def _import_ray(environ: MutableMapping[str, str], token_file: Path | None) -> ModuleType:
     """Ray, imported after the switches that it reads while it is imported."""
     environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # By default a worker beyond one a core ends after a second without a task, and its successor's imports cost
-    # two seconds of a core: on two cores that was two thirds of what the chain did.
+    # By default a worker beyond one a core ends after a second without a task, and its successor's imports
+    # cost two seconds of a core: on two cores that was two thirds of what the chain did.
     environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
     environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
