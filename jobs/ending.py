@@ -74,7 +74,7 @@ def describe_counts(manifest: Manifest) -> list[tuple[str, str]]:
     if counts.status.get("failed"):
         failed = counts.status["failed"]
         images.append(f"{failed:,} failed ({console.share(failed, counts.images)})")
-    boxes = f"{counts.boxes:,} given · {counts.masks:,} with a mask · {counts.accepted:,} accepted"
+    boxes = f"{counts.boxes:,} in all · {counts.masks:,} with a mask · {counts.accepted:,} accepted"
     rows = [("images", " · ".join(images)), ("boxes", boxes)]
     if counts.rejected:
         worst = sorted(counts.rejected.items(), key=lambda item: -item[1])
