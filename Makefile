@@ -12,6 +12,7 @@ STAMP := $(VENV)/.setup-done
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 HASHES := $(if $(filter %.lock,$(LOCK)),--require-hashes)
 TEST_SECONDS ?= 1500
+FUZZ_EXAMPLES ?= 1000
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -49,7 +50,7 @@ test: check  ## check, then every test that needs no GPU, no network and no kill
 faults: $(STAMP)  ## kills and injected faults, half an hour; writes the table of docs/reliability.md
 	@mkdir -p build && rm -f build/faults.jsonl
 	FAULT_RESULTS=build/faults.jsonl $(BIN)/pytest tests/faults -m "not faults and not gpu and not network"
-	FAULT_RESULTS=build/faults.jsonl $(BIN)/pytest -m "faults and not gpu and not network"
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FAULT_RESULTS=build/faults.jsonl $(BIN)/pytest -m "faults and not gpu and not network"
 	$(BIN)/python tools/fault_table.py build/faults.jsonl docs/reliability.md
 
 bench: $(STAMP)  ## figures of this machine: whole jobs on two stores, model, masks to runs, memory, report and exports, requests, scale
