@@ -418,20 +418,30 @@ KEEPING = """
 
 @dataclass(kw_only=True)
 class Watch:
-    """What a process and its children did while they ran."""
+    """What a process and its children did while they ran.
+
+    A process that is about to end has no command line any more: it is known by the last one it had.
+    """
 
     command_lines: set[str] = field(default_factory=set)
-    listeners: set[tuple[str, str, int]] = field(default_factory=set)
+    lines: dict[psutil.Process, str] = field(default_factory=dict)
+    ports: set[tuple[psutil.Process, int]] = field(default_factory=set)
     foreign: set[str] = field(default_factory=set)
+
+    @property
+    def listeners(self) -> set[tuple[str, int]]:
+        return {(self.lines.get(process, ""), port) for process, port in self.ports}
 
     def look(self, process: psutil.Process) -> None:
         for one in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
                 line = " ".join(one.cmdline())
-                self.command_lines.add(line)
+                if line:
+                    self.lines[one] = line
+                    self.command_lines.add(line)
                 for connection in one.net_connections(kind="inet"):
                     if connection.status == psutil.CONN_LISTEN:
-                        self.listeners.add((line, connection.laddr.ip, connection.laddr.port))
+                        self.ports.add((one, connection.laddr.port))
                     elif connection.raddr and not _is_here(connection.raddr.ip):
                         self.foreign.add(f"{connection.raddr.ip}:{connection.raddr.port} by {line}")
 
@@ -536,10 +546,10 @@ def test_what_a_uri_carries_is_not_said(watched: Watched) -> None:
 
 @pytest.mark.slow
 def test_only_rays_own_processes_listen_and_no_dashboard(watched: Watched) -> None:
-    lines = {line for line, _, _ in watched.watch.listeners}
+    lines = {line for line, _ in watched.watch.listeners}
     assert any("gcs_server" in line for line in lines), "the watch saw nothing"
     assert [line for line in lines if not KNOWN_LISTENERS.search(line)] == []
-    assert 8265 not in {port for _, _, port in watched.watch.listeners}
+    assert 8265 not in {port for _, port in watched.watch.listeners}
     # Neither may run at all: one asks the cloud's metadata service, the other listens to every network.
     side = ("dashboard/dashboard.py", "/monitor.py")
     assert [line for line in watched.watch.command_lines if any(name in line for name in side)] == []
