@@ -21,14 +21,14 @@ class Coefficients:
     """What was measured, a unit being 64 images of 3 boxes; docs/scale.md names the command of each."""
 
     images_per_unit: int = 64
-    driver_cpu_s_per_unit: float = 0.0315
-    worker_cpu_s_per_unit: float = 0.114
+    driver_cpu_s_per_unit: float = 0.0278
+    worker_cpu_s_per_unit: float = 0.079
     plan_bytes_per_image: float = 900.0
     plan_bytes_at_least: float = 235e6
     plan_cpu_s_per_image: float = 22e-6
     decoded_bytes_per_image: float = 1024 * 768 * 3
     gets_per_image: float = 1.0
-    gets_per_unit: float = 6.0
+    gets_per_unit: float = 6.6
     heads_per_unit: float = 2.0
     puts_per_unit: float = 2.0
     listed_units_per_request: int = 1000

@@ -45,7 +45,7 @@ def test_its_masks_are_far_better_than_the_boxes_alone(figures: dict[str, float]
 
 
 def test_the_hq_mask_has_better_edges_than_the_sam_mask(figures: dict[str, float]) -> None:
-    assert figures["boundary_iou_sum"] > figures["boundary_iou_m0"] + 0.01  # measured 0.02
+    assert figures["boundary_iou_sum"] > figures["boundary_iou_m0"] + 0.02  # measured 0.03 on 500 scenes
 
 
 def test_its_scores_rank_its_masks(figures: dict[str, float]) -> None:
