@@ -59,7 +59,8 @@ _CSV_PARSE = pa_csv.ParseOptions(newlines_in_values=True)
 
 
 def _csv_block(size: int) -> pa_csv.ReadOptions:
-    return pa_csv.ReadOptions(block_size=size)
+    # With threads Arrow does not know the number of a row, and its errors would not name it.
+    return pa_csv.ReadOptions(block_size=size, use_threads=False)
 
 
 def _json_samples(column: pa.Array) -> list[Any]:
