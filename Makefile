@@ -47,7 +47,7 @@ fix: $(STAMP)  ## what ruff can mend by itself
 test: check  ## check, then every test that needs no GPU, no network and no kills
 	$(BIN)/pytest -m "not faults and not gpu and not network" --session-timeout=$(TEST_SECONDS)
 
-faults: $(STAMP)  ## kills and injected faults, half an hour; writes the table of docs/reliability.md
+faults: $(STAMP)  ## kills and injected faults, an hour or more; writes the table of docs/reliability.md
 	@mkdir -p build && rm -f build/faults.jsonl
 	FAULT_RESULTS=build/faults.jsonl $(BIN)/pytest tests/faults -m "not faults and not gpu and not network"
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FAULT_RESULTS=build/faults.jsonl $(BIN)/pytest -m "faults and not gpu and not network"
