@@ -23,18 +23,23 @@ from jobs.working import working_context
 from pipeline.arrays import table_sha256
 from pipeline.errors import JobRefused
 from pipeline.ledger import units_per_part
+from pipeline.parquet import compressed_bytes
 from pipeline.plan import Plan, write_plan
-from pipeline.records import DetectorSettings, Place, UnitOutcome, Weights
+from pipeline.publish import PartTask, publish_part
+from pipeline.quality import FilterSettings
+from pipeline.records import DetectorSettings, JobContext, Place, UnitOutcome, Weights
 from pipeline.storage import open_store
+from pipeline.units import list_committed
 
 _UNITS_PER_ACTOR = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a sample took. `start_s`: Ray and the models, once a job. `bytes`: of its committed units.
+    """What a sample took. `start_s`: Ray and the models, once a job.
 
-    `actors`: model processes; `gpus`: devices they hold together, 0 on the CPU.
+    `row_bytes`: of its rows in the published tables, compressed; `part_bytes`: what the two files of a part
+    hold beside rows. `actors`: model processes; `gpus`: devices they hold together, 0 on the CPU.
     """
 
     images: int
@@ -43,7 +48,8 @@ class Measured:
     boxes: int
     start_s: float
     images_per_s: float
-    bytes: int
+    row_bytes: int
+    part_bytes: int
     actors: int
     gpus: float
     device: str
@@ -53,8 +59,8 @@ class Measured:
 class Estimate:
     """What all images that are left would take on the same machines. `usd`: None when no price is known.
 
-    `bytes`: of the published tables; the working units take as much again, until `clean`. `parts`: files of
-    each table.
+    `bytes`: of the published tables; the working units take as much again or more, until `clean`. `parts`:
+    files of each table.
     """
 
     measured: Measured
@@ -124,6 +130,7 @@ def measure(
             if interrupts.should_stop():
                 raise Interrupted
             return clock.measured(
+                *_published_bytes(context, settings.filter_settings(config)),
                 actors=requests.actors_max,
                 gpus=requests.gpus_per_actor * requests.actors_max,
                 device=machine.device(),
@@ -145,6 +152,16 @@ def sampled_plan(plan: Plan, sample: int, *, actors: int) -> Plan:
     return replace(plan, table=table, sha256=table_sha256(table), images_per_unit=per_unit)
 
 
+def _published_bytes(context: JobContext, filters: FilterSettings) -> tuple[int, int]:
+    """(bytes of rows, bytes beside them) of the sample as one part; its small unit files say neither."""
+    store = open_store(context.output)
+    units = tuple(list_committed(store).values())
+    part = publish_part(PartTask(context=context, index=0, part_units=units, filters=filters))
+    files = (part.images, part.instances)
+    rows = sum(compressed_bytes(store.read(file.key)) for file in files)
+    return rows, sum(file.bytes for file in files) - rows
+
+
 class _Clock:
     """The outcomes of the sample's units and when they came."""
 
@@ -156,7 +173,9 @@ class _Clock:
         """None; one unit more is finished."""
         self._came.append((time.monotonic() - self._began, outcome))
 
-    def measured(self, *, actors: int, gpus: float, device: str, ray_s: float) -> Measured:
+    def measured(
+        self, row_bytes: int, part_bytes: int, *, actors: int, gpus: float, device: str, ray_s: float
+    ) -> Measured:
         """What it came to: the rate after the first unit of every actor, and the start before it."""
         outcomes = [outcome for _, outcome in self._came]
         images = sum(outcome.images for outcome in outcomes)
@@ -174,7 +193,8 @@ class _Clock:
             boxes=sum(outcome.instances for outcome in outcomes),
             start_s=ray_s + max(0.0, warm_s - before / images_per_s),
             images_per_s=images_per_s,
-            bytes=sum(outcome.bytes for outcome in outcomes),
+            row_bytes=row_bytes,
+            part_bytes=part_bytes,
             actors=actors,
             gpus=gpus,
             device=device,
@@ -188,6 +208,7 @@ def carry_over(measured: Measured, plan: Plan, *, left: int, usd_per_gpu_hour: f
     per_part = units_per_part(
         images=summary.images, boxes=summary.boxes, images_per_unit=plan.images_per_unit
     )
+    parts = -(-summary.units // per_part)
     gpu_hours = hours * measured.gpus
     return Estimate(
         measured=measured,
@@ -195,8 +216,8 @@ def carry_over(measured: Measured, plan: Plan, *, left: int, usd_per_gpu_hour: f
         hours=hours,
         gpu_hours=gpu_hours,
         usd=None if usd_per_gpu_hour is None else gpu_hours * usd_per_gpu_hour,
-        bytes=round(measured.bytes / measured.images * summary.images),
-        parts=-(-summary.units // per_part),
+        bytes=round(measured.row_bytes / measured.images * summary.images) + measured.part_bytes * parts,
+        parts=parts,
     )
 
 
@@ -215,5 +236,6 @@ def describe(estimate: Estimate) -> list[tuple[str, str]]:
         money = "" if estimate.usd is None else f", {estimate.usd:,.2f} USD"
         rows.append(("GPU-hours", f"{estimate.gpu_hours:.2f}{money}"))
     parts = console.count(estimate.parts, "part")
-    rows.append(("tables", f"about {console.size(estimate.bytes)} in {parts}, and as much of working files"))
+    size = console.size(estimate.bytes)
+    rows.append(("tables", f"about {size} in {parts}, and as much or more of working files"))
     return rows

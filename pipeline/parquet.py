@@ -180,6 +180,15 @@ def read_all(file: pq.ParquetFile, name: str) -> pa.Table:
     return table
 
 
+def compressed_bytes(body: bytes) -> int:
+    """How much of a file is its columns; the rest is footer and seal, once a file."""
+    with open_closed(pa.BufferReader(body)) as file:
+        groups = [file.metadata.row_group(at) for at in range(file.num_row_groups)]
+    return sum(
+        group.column(column).total_compressed_size for group in groups for column in range(group.num_columns)
+    )
+
+
 def footer_of(file: pq.ParquetFile) -> dict[str, str]:
     """The `hqlabel.` entries of a file's footer, without the prefix."""
     entries = file.metadata.metadata or {}

@@ -53,7 +53,8 @@ def test_hours_money_and_bytes_follow_from_what_was_measured(data_set: DataSet) 
         boxes=30,
         start_s=36.0,
         images_per_s=0.01,
-        bytes=5000,
+        row_bytes=5000,
+        part_bytes=300,
         actors=4,
         gpus=4,
         device="cuda",
@@ -64,7 +65,7 @@ def test_hours_money_and_bytes_follow_from_what_was_measured(data_set: DataSet) 
     assert found.hours == pytest.approx((36 + 1400) / 3600)
     assert found.gpu_hours == pytest.approx(4 * found.hours)
     assert found.usd == pytest.approx(10 * found.hours)
-    assert found.bytes == 7000
+    assert found.bytes == 7300
     assert found.parts == 1
     assert carry_over(measured, plan, left=0, usd_per_gpu_hour=None).usd is None
 
