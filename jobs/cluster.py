@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,11 +87,13 @@ def running_ray(section: ClusterSection, environ: MutableMapping[str, str]) -> I
     address = address_to_join(section.ray_address, environ)
     with stdout_for_data_alone():
         if address is None:
-            with _private_folder() as folder:
-                ray = _import_ray(environ, token_file=folder / "auth_token")
+            with _private_folder() as folder, _token_in(folder / "auth_token", environ):
+                ray = _import_ray(environ)
                 yield from _session(ray, _start_private(ray, section, folder))
         else:
-            ray = _import_ray(environ, token_file=None)
+            if _JOB_VARIABLE not in environ:  # a submitted job goes by what its cluster was started with
+                environ.setdefault("RAY_AUTH_MODE", "token")
+            ray = _import_ray(environ)
             yield from _session(ray, _join(ray, address, environ))
 
 
@@ -130,7 +133,7 @@ def _session(ray: ModuleType, info: ClusterInfo) -> Iterator[ClusterInfo]:
     ray.shutdown()
 
 
-def _import_ray(environ: MutableMapping[str, str], token_file: Path | None) -> ModuleType:
+def _import_ray(environ: MutableMapping[str, str]) -> ModuleType:
     """Ray, imported after the switches that it reads while it is imported."""
     environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # By default a worker beyond one a core ends after a second without a task, and its successor's imports
@@ -139,22 +142,32 @@ def _import_ray(environ: MutableMapping[str, str], token_file: Path | None) -> M
     environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # leave CUDA_VISIBLE_DEVICES of CPU tasks alone
-    if token_file is not None:
-        environ["RAY_AUTH_MODE"] = "token"
-        if not environ.get("RAY_AUTH_TOKEN") and not environ.get("RAY_AUTH_TOKEN_PATH"):
-            _write_token(token_file)
-            environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
-    elif _JOB_VARIABLE not in environ:  # a submitted job goes by what its cluster was started with
-        environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     return ray
 
 
-def _write_token(path: Path) -> None:
+@contextlib.contextmanager
+def _token_in(path: Path, environ: MutableMapping[str, str]) -> Iterator[None]:
+    """None; meanwhile a private Ray lets in who knows the user's token or, without one, that in `path`."""
+    environ["RAY_AUTH_MODE"] = "token"
+    if environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH"):
+        yield
+        return
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "w") as file:
-        file.write(secrets.token_hex(32))
+        file.write(_own_token())
+    environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    try:
+        yield
+    finally:
+        del environ["RAY_AUTH_TOKEN_PATH"]  # the file goes with its folder
+
+
+@lru_cache(maxsize=1)
+def _own_token() -> str:
+    """The token of every private Ray of this process: Ray reads it once and keeps it."""
+    return secrets.token_hex(32)
 
 
 def _start_private(ray: ModuleType, section: ClusterSection, folder: Path) -> ClusterInfo:

@@ -115,7 +115,9 @@ RAY_SCRIPT = """
             "usage": os.environ["RAY_USAGE_STATS_ENABLED"],
             "workers": [len(workers), sum(os.path.exists(f"/proc/{pid}") for pid in workers)],
         }))
-    print(os.path.exists(folder))
+    with running_ray(ClusterSection(cpus=1), os.environ) as info:  # again in one process, as benchmarks do
+        again = ray.get(ray.remote(num_cpus=0.1)(lambda: 8).remote())
+    print(os.path.exists(folder), again, os.environ.get("RAY_AUTH_TOKEN_PATH"))
 """
 
 
@@ -142,5 +144,5 @@ def test_a_private_ray_is_closed_and_leaves_nothing(private_tmp: Path) -> None:
         "usage": "0",
         "workers": [3, 3],  # all of them are still there
     }
-    assert left == "False"
+    assert left == "False 8 None"
     assert done.stderr == ""
