@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -35,16 +36,17 @@ _HEAD = ("pictures", "of", "a unit", "loop images/s", "chain images/s", "of the 
 
 def measure_stub(config: Config, folder: Path, interrupts: Interrupts, *, quick: bool) -> Table:
     """Fetch, decode, hand-over and units, with no model, against processes of Pillow: `loop_of_pillow`."""
-    counts = (96, 16) if quick else (1024, 128)
+    counts = (96, 16) if quick else (2048, 128)
     figures = []
     for count, size_hw in zip(counts, (_ONE_MEGAPIXEL, _TWELVE_MEGAPIXELS), strict=True):
         place = folder / f"{size_hw[1]}"
         paths = write_pictures(place, count, size_hw)
         cores = config.cluster.cpus or usable_cpus()
-        loop = _rate(partial(loop_of_pillow, side=_STUB_SIDE), paths, processes=cores)
+        loop = partial(_rate, partial(loop_of_pillow, side=_STUB_SIDE), paths, processes=cores)
+        before = loop()
         chain = _chain(config, place, paths, size_hw, _STUB, interrupts, segmenter=bench_stub.NAME)
-        figures.append(_figures(size_hw, chain, loop, cores))
-    title = f"a stub in the model's place, against {cores} processes that read, decode and resize with Pillow"
+        figures.append(_figures(size_hw, chain, [before, loop()], cores))
+    title = f"a stub in place of the model; {cores} processes of Pillow (read, decode, resize) before and after"
     return _table(title, figures)
 
 
@@ -61,8 +63,8 @@ def measure_model(config: Config, folder: Path, interrupts: Interrupts, *, quick
     config = settings.with_boxes_per_call(config, settings.BOXES_PER_CALL[chain.device])
     masks = settings.mask_settings(config, dtype)
     begin = partial(_load_model, weights, masks.call_shape, dtype, chain.device)
-    loop = _rate(loop_of_model, paths, processes=chain.actors, begin=begin)
-    figures = [_figures(size_hw, chain, loop, chain.actors)]
+    rate = _rate(loop_of_model, paths, processes=chain.actors, begin=begin)
+    figures = [_figures(size_hw, chain, [rate], chain.actors)]
     processes = console.count(chain.actors, "process", "processes")
     return _table(f"{weights.architecture}, {dtype}, against {processes} of one bare loop each", figures)
 
@@ -87,7 +89,10 @@ def _chain(
     return found
 
 
-def _figures(size_hw: tuple[int, int], chain: Measured, loop: float, cores: int) -> dict[str, object]:
+def _figures(
+    size_hw: tuple[int, int], chain: Measured, loops: Sequence[float], cores: int
+) -> dict[str, object]:
+    loop = statistics.harmonic_mean(loops)
     return {
         "images": chain.images,
         "megapixels": size_hw[0] * size_hw[1] / 1e6,

@@ -87,6 +87,10 @@ def running_ray(section: ClusterSection, environ: MutableMapping[str, str]) -> I
     address = address_to_join(section.ray_address, environ)
     with stdout_for_data_alone():
         if address is None:
+            # Ray Data's other autoscaler (its default from 2.60 on) asks for shares of cores, of which the
+            # coordinator then drops what is left below a whole core: of 2.0 cores 1.95 stayed, and one of
+            # two decode tasks. There is nothing to scale here.
+            environ.setdefault("RAY_DATA_CLUSTER_AUTOSCALER", "V2")
             with _private_folder() as folder, _token_in(folder / "auth_token", environ):
                 ray = _import_ray(environ)
                 yield from _session(ray, _start_private(ray, section, folder))

@@ -113,6 +113,7 @@ RAY_SCRIPT = """
             "folder": oct(stat.S_IMODE(os.stat(folder).st_mode)),
             "answer": ray.get(ray.remote(num_cpus=0.1)(lambda: 7).remote()),
             "usage": os.environ["RAY_USAGE_STATS_ENABLED"],
+            "autoscaler": os.environ["RAY_DATA_CLUSTER_AUTOSCALER"],
             "workers": [len(workers), sum(os.path.exists(f"/proc/{pid}") for pid in workers)],
         }))
     with running_ray(ClusterSection(cpus=1), os.environ) as info:  # again in one process, as benchmarks do
@@ -142,6 +143,7 @@ def test_a_private_ray_is_closed_and_leaves_nothing(private_tmp: Path) -> None:
         "folder": "0o700",
         "answer": 7,
         "usage": "0",
+        "autoscaler": "V2",  # the one that does not round shares of cores off
         "workers": [3, 3],  # all of them are still there
     }
     assert left == "False 8 None"
