@@ -46,7 +46,7 @@ def measure_stub(config: Config, folder: Path, interrupts: Interrupts, *, quick:
         before = loop()
         chain = _chain(config, place, paths, size_hw, _STUB, interrupts, segmenter=bench_stub.NAME)
         figures.append(_figures(size_hw, chain, [before, loop()], cores))
-    title = f"a stub in place of the model; {cores} processes of Pillow (read, decode, resize) before and after"
+    title = f"a stub in place of the model; {cores} processes of Pillow (read, decode, resize) around it"
     return _table(title, figures)
 
 
