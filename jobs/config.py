@@ -167,7 +167,7 @@ class ClusterSection(_Section):
     ray_address: str | None = None
     """A running cluster (host:port); null: a private Ray on this machine. Also from RAY_ADDRESS."""
     actors: int | None = Field(default=None, ge=1)
-    """Model processes; null: one a GPU, or what the cores allow."""
+    """Model processes; null: one a GPU, or one a core."""
     actors_min: int | None = Field(default=None, ge=1)
     """Let the pool begin with fewer than `actors` and grow; null: the same as `actors`."""
     gpus_per_actor: Number | None = Field(default=None, ge=0, le=1)

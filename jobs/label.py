@@ -99,7 +99,7 @@ def _say_understood(config: Config, opened: Opened, machine: Machine, part: Slic
         *understood.describe_inputs(opened.config, job.plan),
         *understood.describe_detector(job.context),
         *understood.describe_model(job.context, asked_dtype=config.model.dtype),
-        *([("machine", machine.describe())] if mine else []),
+        *([("machine", machine.describe(mine))] if mine else []),
         work,
     ]
     console.say(console.pairs(rows))

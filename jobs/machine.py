@@ -15,7 +15,7 @@ from typing import Literal, Self
 
 import torch
 
-from jobs import settings
+from jobs import console, settings
 from jobs.cluster import ClusterInfo, address_to_join, refuse_local_output, running_ray, usable_cpus
 from jobs.config import Config
 from jobs.interrupts import Interrupts
@@ -106,14 +106,14 @@ class Machine:
             )
         return self._info
 
-    def describe(self) -> str:
-        """The machine in words, before a private Ray is started, too."""
+    def describe(self, units: int) -> str:
+        """The machine in words, before a private Ray is started, too; `units`: how many are to be done."""
         if self._info is not None:
             return str(self._info)
         requests = self.check()
         cpus = self._config.cluster.cpus or usable_cpus()
-        where = f"private Ray on this machine: {cpus} CPU cores, {requests.actors_max} model processes"
-        return where.replace("1 model processes", "1 model process") + f" on {self.device()}"
+        processes = console.count(min(requests.actors_max, units), "model process", "model processes")
+        return f"private Ray on this machine: {cpus} CPU cores, {processes} on {self.device()}"
 
     def map_parts(self, function: Callable[[PartTask], Part], tasks: Sequence[PartTask]) -> Iterable[Part]:
         """`function` of every part, as Ray tasks in any order; little work is done here, without Ray."""

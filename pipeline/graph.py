@@ -103,10 +103,11 @@ def run_units(
     unfinished = len(left)
     while left:
         units = [_first_row(unit_id, retry) for unit_id in left[:UNITS_PER_WAVE]]
-        watch = _watch(requests, NODES_GONE_S + cluster.wait_for_nodes_s, context.run_id)
+        mine = _no_more_actors_than(len(units), requests)
+        watch = _watch(mine, NODES_GONE_S + cluster.wait_for_nodes_s, context.run_id)
         finished = set()
         try:
-            with contextlib.closing(_outcomes(units, context, requests, epoch, watch)) as outcomes:
+            with contextlib.closing(_outcomes(units, context, mine, epoch, watch)) as outcomes:
                 for outcome in outcomes:
                     finished.add(outcome.unit_id)
                     watch.last_outcome = time.monotonic()
@@ -137,6 +138,12 @@ def _prove_room(requests: Requests, patience_s: float) -> None:
 
 def _answer() -> None:
     """A task that has only to be placed."""
+
+
+def _no_more_actors_than(units: int, requests: Requests) -> Requests:
+    """The requests without model processes that no unit would ever reach."""
+    most, least = min(requests.actors_max, units), min(requests.actors_min, units)
+    return replace(requests, actors_max=most, actors_min=least)
 
 
 def _first_row(unit_id: int, retry: Retry | None) -> UnitRow:

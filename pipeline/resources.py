@@ -89,7 +89,7 @@ def fit(settings: ClusterSettings, nodes: Sequence[Node]) -> Requests:
             f"cluster.gpus_per_actor is {gpus:g}, the node with most GPUs has {most:g}; set it to 0 for CPU"
         )
     actor_cpus = settings.cpus_per_actor or (_ACTOR_CPUS_OF_ONE if largest < 2 else 1.0)
-    if settings.actors and not gpus and settings.cpus_per_actor is None:
+    if not gpus and settings.cpus_per_actor is None:
         actor_cpus = min(actor_cpus, _share_of_actor(nodes, settings.actors))
     least = settings.decode_cpus or _DECODE_CPUS_AT_LEAST
     placing = _Placing(nodes=tuple(nodes), actor_cpus=actor_cpus, gpus=gpus, decode_cpus=least)
@@ -179,12 +179,19 @@ def _with_more_for_decoding(placing: _Placing, actors: int) -> _Placing:
     return more if more.decode_cpus > placing.decode_cpus and fits else placing
 
 
-def _share_of_actor(nodes: Sequence[Node], actors: int) -> float:
+def _share_of_actor(nodes: Sequence[Node], actors: int | None) -> float:
     """What two decode tasks and some commits leave for each of so many actors, in steps of 0.05: people who
-    ask for two model processes on two cores mean two slower ones. Never below a tenth of a core."""
+    ask for two model processes on two cores mean two slower ones. Never below a tenth of a core.
+
+    None: one a core, on every node. Decoding takes a tenth of what a model on the CPU takes, so a core kept
+    free for it would mostly wait: on two cores that cost three eighths of the rate.
+    """
     others = 2 * _DECODE_CPUS_AT_LEAST + _COMMIT_TASKS_AT_LEAST * COMMIT_CPUS
-    left = sum(node.cpus for node in nodes) - others
-    return max(math.floor(20 * left / actors + _EPSILON) / 20, 0.1)
+    if actors is None:
+        shares = [(node.cpus - others) / math.floor(node.cpus) for node in nodes if node.cpus >= 1]
+    else:
+        shares = [(sum(node.cpus for node in nodes) - others) / actors]
+    return max(math.floor(20 * min(shares) + _EPSILON) / 20, 0.1)
 
 
 def _default_actors(placing: _Placing) -> int:
@@ -192,6 +199,7 @@ def _default_actors(placing: _Placing) -> int:
     room = placing.most_actors_with_room()
     places = placing.places() if room is None else min(placing.places(), room)
     if not placing.gpus:
+        places = min(places, sum(math.floor(node.cpus) for node in placing.nodes))
         by_memory = sum(int(node.memory_bytes // CPU_ACTOR_BYTES) for node in placing.nodes)
         known = all(node.memory_bytes for node in placing.nodes)
         places = min(places, max(1, by_memory)) if known else places

@@ -20,12 +20,11 @@ def test_small_machines_run_one_actor_two_decoders_and_a_commit_at_once(cpus):
 
     assert (found.actors_min, found.actors_max, found.gpus_per_actor) == (1, 1, 0)
     assert found.cpus_per_actor + 2 * found.decode_cpus + found.commit_cpus <= cpus
-    assert fit(ClusterSettings(), [Node(cpus=cpus)]).actors_max == max(1, cpus - 1)
 
 
 @pytest.mark.parametrize(
     ("cpus", "gpus", "actors", "decoders"),
-    [(1, 0, None, 2), (2, 0, None, 2), (2, 0, 2, 2), (4, 0, None, 2), (8, 0, None, 2), (64, 0, None, 2),
+    [(1, 0, None, 2), (2, 0, None, 2), (2, 0, 2, 2), (4, 0, None, 2), (8, 0, None, 2), (64, 0, None, 3),
      (16, 0, 1, 15), (2, 1, None, 2), (4, 1, None, 2), (4, 4, None, 2), (8, 1, None, 7)],
 )  # fmt: skip
 def test_two_units_at_least_can_be_prepared_beside_the_actors_and_never_more_than_cores_are_left(
@@ -35,6 +34,16 @@ def test_two_units_at_least_can_be_prepared_beside_the_actors_and_never_more_tha
 
     left = cpus - found.actors_max * found.cpus_per_actor - found.commit_tasks * found.commit_cpus
     assert int(left / found.decode_cpus + 1e-6) == decoders
+
+
+@pytest.mark.parametrize("cpus", [[1], [2], [3], [16], [2, 2], [1, 4], [1] * 8])
+def test_a_model_on_the_cpu_gets_every_core_and_decoding_a_little_of_each(cpus):
+    nodes = [Node(cpus=one) for one in cpus]
+
+    found = fit(ClusterSettings(), nodes)
+
+    assert found.actors_max == sum(cpus)
+    assert all(int(one / found.cpus_per_actor) >= one for one in cpus)
 
 
 def test_actor_and_decode_requests_differ_wherever_fusion_could_join_them():
