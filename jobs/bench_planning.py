@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 import time
@@ -33,7 +34,7 @@ _HEAD = ("step", "seconds", "CPU s", "driver's peak MB")
 
 def measure(config: Config, folder: Path, interrupts: Interrupts, *, rows: int) -> Table:
     """Seconds of each step for `rows` images of three boxes each, and the driver's memory after it."""
-    boxes = write_many_boxes(folder, rows)
+    boxes = _written_elsewhere(folder, rows)
     config = config.model_copy(
         update={
             "input": config.input.model_copy(update={"images": None, "boxes": str(boxes)}),
@@ -72,6 +73,12 @@ def measure(config: Config, folder: Path, interrupts: Interrupts, *, rows: int) 
         watch.lap("read the whole plan back")
     title = f"{rows:,} images, {units:,} units, {len(pending):,} of them left"
     return Table(title=title, head=_HEAD, rows=[_texts(row) for row in watch.laps], figures=watch.laps)
+
+
+def _written_elsewhere(folder: Path, rows: int) -> Path:
+    """The table of boxes, made in a process of its own: its memory is no part of the driver's."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(write_many_boxes, (folder, rows))
 
 
 def _first_outcome(config: Config, context: JobContext, machine: Machine, pending: list[int]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import logging
 import time
@@ -121,6 +122,8 @@ def run_units(
         except _NodesGone:
             left = [unit_id for unit_id in left if unit_id not in finished]
             requests = _requests_for_what_is_left(cluster)
+        # Ray ends an actor when nothing refers to it any more; one in a cycle would hold its place on.
+        gc.collect()
 
 
 def _prove_room(requests: Requests, patience_s: float) -> None:

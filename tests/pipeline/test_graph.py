@@ -325,7 +325,7 @@ def test_what_cannot_be_placed_is_refused_before_any_work(tmp_path):
 
     assert caught.value.code == "resources"
     assert time.monotonic() - began < 5
-    assert check_resources(ClusterSettings()).actors_max == 1
+    assert check_resources(ClusterSettings()).actors_max == 2
     with pytest.raises(SystemicFault, match="gpus_per_actor"):
         check_resources(ClusterSettings(gpus_per_actor=1, wait_for_nodes_s=1.5))
 
