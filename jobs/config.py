@@ -72,6 +72,8 @@ class ModelSection(_Section):
     """True leaves SAM's own mask logits out of the sum."""
     stability_offset: Number = Field(default=1.0, gt=0)
     """Logit offset of stability_score."""
+    compile: bool = False
+    """On GPUs: compile the model's calls and record them as CUDA graphs; a process begins minutes later."""
 
 
 class DetectorSection(_Section):

@@ -22,7 +22,7 @@ from jobs.detectors import FoundDetector, read_detector
 from jobs.understood import with_a_look
 from jobs.weights import read_checkpoint
 from model.structures import MODEL_PROTOCOL
-from pipeline.errors import JobRefused, SystemicFault
+from pipeline.errors import JobRefused, SystemicFault, UsageError
 from pipeline.inputs import InputSettings, allowed_access
 from pipeline.ledger import Job, identity_of, open_job, read_job, units_per_part
 from pipeline.plan import UNITS_PER_FILE, Plan, make_plan
@@ -95,6 +95,7 @@ def _open_or_create(
     store = open_store(place)
     stored = read_job(store)
     config = _with_boxes_per_call(config, stored, device)
+    _refuse_compiling_for_a_cpu(config, device)
     plan = None if stored and not check_inputs and _plan_holds(store, stored, inputs) else make_plan(inputs)
     if plan is not None and stored is None:
         plan = with_a_look(plan, settings.limits(config))
@@ -113,6 +114,14 @@ def _open_or_create(
     return Opened(
         config=config, store=store, job=open_job(store, asked), plan=plan, resumed=stored is not None
     )
+
+
+def _refuse_compiling_for_a_cpu(config: Config, device: Callable[[], str]) -> None:
+    if config.model.compile and device() == "cpu":
+        raise UsageError(
+            "model.compile=true, and the model would run on a CPU, which does not take it; leave it out, or "
+            "name a cluster with GPUs (--ray-address)"
+        )
 
 
 def code_version() -> str:

@@ -48,7 +48,8 @@ class Counts:
 class Progress:
     """A context manager that shows progress and counts the outcomes given to `add`.
 
-    `total_images`: planned; `done_images`: of these, done before this process began.
+    `total_images`: planned; `done_images`: of these, done before this process began. `beginning`: what takes
+    long before the first image, for people.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Progress:
         total_images: int,
         done_images: int,
         mode: Mode,
+        beginning: str | None = None,
         clock: Callable[[], float] = time.monotonic,
         line_every_s: float = LINE_EVERY_S,
     ) -> None:
         self._total, self._done_before = total_images, done_images
         self._mode, self._clock, self._every = mode, clock, line_every_s
+        self._beginning = beginning
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._counts = Counts()
@@ -140,6 +143,7 @@ class Progress:
         elif counts.units:
             parts.append(f"nothing finished in the last {console.duration(now - self._samples[-1][0])}")
         else:
+            parts.extend([self._beginning] if self._beginning else [])
             parts.append(f"no image finished yet, {console.duration(now - self._began)}")
         if counts.failed:
             parts.append(f"{counts.failed:,} failed" + (f" (most: {worst[0][0]})" if worst else ""))

@@ -192,6 +192,7 @@ def mask_settings(config: Config, dtype: str) -> MaskSettings:
         multimask=model.multimask,
         hq_token_only=model.hq_token_only,
         stability_offset=model.stability_offset,
+        compiled=model.compile,
     )
 
 

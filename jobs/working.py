@@ -85,7 +85,12 @@ def run_pending(
 def new_progress(work: Work, *, total_images: int, done_images: int) -> Progress:
     """The progress of this work, in the form that suits where stderr goes."""
     mode = choose_mode(wanted=work.show_progress, is_terminal=sys.stderr.isatty())
-    return Progress(total_images=total_images, done_images=done_images, mode=mode)
+    return Progress(
+        total_images=total_images,
+        done_images=done_images,
+        mode=mode,
+        beginning="the model is being compiled" if work.config.model.compile else None,
+    )
 
 
 def working_context(context: JobContext, device: str) -> JobContext:

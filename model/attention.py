@@ -147,7 +147,7 @@ def fold(
     side = (tables_dT.shape[1] // 2 + 1) // 2
     rel_h, rel_w = offset_terms(q_mLd, tables_dT)
     q_mLD, k_mLD = (q_mLd.new_zeros(m, length, -(-(d + 2 * side) // 8) * 8) for _ in range(2))
-    torch.mul(q_mLd, d**-0.5, out=q_mLD[..., :d])
+    q_mLD[..., :d] = q_mLd * d**-0.5
     q_grid = q_mLD.view(m, side, side, -1)
     q_grid[..., d : d + side], q_grid[..., d + side : d + 2 * side] = rel_h, rel_w
     place = torch.eye(side, dtype=q_mLd.dtype, device=q_mLd.device)

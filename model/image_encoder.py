@@ -17,7 +17,7 @@ from torch import nn
 
 from model.attention import blocked_attention, folded_attention, plain_attention
 from model.config import VisionConfig
-from model.layers import VIT_NORM_EPS, Neck
+from model.layers import VIT_NORM_EPS, Neck, is_inference
 from model.structures import EncoderFeatures
 
 
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         if gather_T is not None:
             parts = parts.index_select(1, gather_T)
         q, k, v = parts.view(3, self.heads, squares, -1, width // self.heads).unbind(0)
-        if x_RC.is_cuda:
+        if x_RC.device.type != "cpu":
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
             out = folded_attention(q, k, v, self.rel_pos_h, self.rel_pos_w).transpose(1, 2).flatten(2)
         else:
@@ -91,15 +91,22 @@ def from_windows(x_nWWC: torch.Tensor, grid: int) -> torch.Tensor:
     return x.reshape(-1, across * window, across * window, C)[:, :grid, :grid]
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def window_rows(
     images: int, grid: int, window: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return where the tokens of `to_windows` come from and where `from_windows` finds them; int64, flat.
 
     The first is (n * W * W,): rows of the images' tokens, and their number for padding. The second is
-    (images * grid * grid,): places among the windows' tokens.
+    (images * grid * grid,): places among the windows' tokens. Made once; constants for torch.compile.
     """
+    return _window_rows(images, grid, window, device)
+
+
+@lru_cache(maxsize=64)
+def _window_rows(
+    images: int, grid: int, window: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows = torch.arange(images * grid * grid, dtype=torch.float64).view(images, grid, grid, 1)
     gather = to_windows(rows + 1, window).flatten().long() - 1
     places = torch.arange(len(gather)).view(-1, window, window, 1)
@@ -122,7 +129,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the input's shape."""
-        if x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        if x.device.type != "cpu" or not is_inference(x.device):
             whole: torch.Tensor = self.fc2(F.gelu(self.fc1(x)))
             return whole
         rows_RC = x.flatten(0, -2)
@@ -157,7 +164,7 @@ class Block(nn.Module):
         masks it. The published weights were trained so. With gradients, and under autocast, which casts
         some products and not others, this is the plain definition.
         """
-        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x_BGGC.device.type):
+        if is_inference(x_BGGC.device):
             return self._attend_fast(x_BGGC)
         if self.window == 0:
             out: torch.Tensor = self.attn(x_BGGC)

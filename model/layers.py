@@ -63,3 +63,10 @@ class Neck(nn.Module):
         """Return (B, out_channels, G, G)."""
         out: torch.Tensor = self.norm2(self.conv2(self.norm1(self.conv1(x_BCGG))))
         return out
+
+
+def is_inference(device: torch.device) -> bool:
+    """Return whether nothing asks for gradients or, by autocast, for other products than the weights' own."""
+    kind = device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return not torch.is_grad_enabled() and not autocast

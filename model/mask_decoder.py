@@ -28,6 +28,7 @@ from torch import nn
 from model.config import MaskDecoderConfig
 from model.layers import LayerNorm2d, ReluMLP
 from model.structures import EncoderFeatures
+from model.transfer import to_device
 from model.transformer import ImageSide, PositionTerms, TwoWayTransformer
 
 ALL_MASK_TOKENS = (0, 1, 2, 3)
@@ -161,6 +162,11 @@ class MaskDecoder(nn.Module):
         self.hq_emb = Upscale(width, width // 4, upscaled)
         self.hq_mask = MaskFeature(upscaled)
 
+    @property
+    def tokens_of_a_box(self) -> int:
+        """The tokens T of a prompt that is a box: predicted IoU, mask tokens, HQ token, two corners."""
+        return 1 + len(self.mask_tokens) + 1 + 2
+
     def hq_features(self, features: EncoderFeatures) -> torch.Tensor:
         """Return the HQ features of B images, (B, U, 4G, 4G), from the embedding and the early feature."""
         embedding_BGGC = features.embedding_BCGG.permute(0, 2, 3, 1)
@@ -211,11 +217,24 @@ class MaskDecoder(nn.Module):
         dtype, device = shared.first.keys_NLC.dtype, shared.first.keys_NLC.device
         output_tokens = torch.cat([self.iou_token, self.mask_tokens, self.hq_token])
         tokens = torch.cat([output_tokens.expand(N, -1, -1), sparse_NTC.to(dtype)], dim=1)
-        image = shared.first.select(key_index_N.to(device))
-        out_NTC, keys_NLC = self.transformer(tokens, image, shared.terms)
+        image = shared.first.select(to_device(key_index_N, device))
+        sam, hq, hq_vector_NU, ious = self.answer(tokens, image, shared.terms, tuple(mask_tokens))
+        of_image = image_products(hq_vector_NU, shared.hq_features_BLU, hq_index_N)
+        return TokenMasks(sam_NKHW=sam, hq_NHW=hq + of_image.view_as(hq), predicted_iou_N4=ious)
 
+    def answer(
+        self, tokens_NTC: torch.Tensor, image: ImageSide, terms: PositionTerms, mask_tokens: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what the tokens of N prompts say of their images; shapes in, shapes out, and no waiting.
+
+        That is: the masks of `mask_tokens` (N, K, 4G, 4G); the HQ token's (N, 4G, 4G) but for the HQ
+        features; its vector (N, U) for these; and the predicted IoU (N, 4). All fp32. `image`: one row a
+        prompt.
+        """
+        out_NTC, keys_NLC = self.transformer(tokens_NTC, image, terms)
         hq_vector_NU = self.hyper_hq(out_NTC[:, 1 + len(self.hyper)]).float()
         sam_NKU = self._mask_vectors(out_NTC, mask_tokens)
+        N, device = len(tokens_NTC), tokens_NTC.device
         # On a CPU the maps of one prompt stay in its caches, those of all do not.
         step = 1 if device.type == "cpu" and not torch.is_grad_enabled() else N
         parts = [
@@ -223,11 +242,7 @@ class MaskDecoder(nn.Module):
             for n in range(0, N, step)
         ]
         sam, hq = (torch.cat(part) for part in zip(*parts, strict=True))
-        return TokenMasks(
-            sam_NKHW=sam,
-            hq_NHW=hq + image_products(hq_vector_NU, shared.hq_features_BLU, hq_index_N).view_as(hq),
-            predicted_iou_N4=self.iou_head(out_NTC[:, 0]).float(),
-        )
+        return sam, hq, hq_vector_NU, self.iou_head(out_NTC[:, 0]).float()
 
     def _mask_vectors(self, out_NTC: torch.Tensor, mask_tokens: Sequence[int]) -> torch.Tensor:
         if not mask_tokens:

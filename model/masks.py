@@ -60,6 +60,24 @@ class TracedMasks:
     stability_score: npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TracedEdges:
+    """Where the masks of one image change, on the host; `runs` makes them runs.
+
+    `edges`: a few masks' at a time, as `rle.runs_from_edges` wants them, and how many masks these are.
+    `stability_score`: float32 (N,), see `stability`.
+    """
+
+    edges: tuple[tuple[Int64Array, int], ...]
+    size_hw: tuple[int, int]
+    stability_score: npt.NDArray[np.float32]
+
+    def runs(self) -> rle.Runs:
+        """The runs of all masks, in order."""
+        parts = [rle.runs_from_edges(edges, masks, self.size_hw) for edges, masks in self.edges]
+        return rle.concatenate(parts)
+
+
 def upsample_logits(
     low_res_NLL: torch.Tensor, resized_hw: tuple[int, int], size_hw: tuple[int, int]
 ) -> torch.Tensor:
@@ -119,7 +137,26 @@ def trace_masks(
     mask_threshold: float = 0.0,
     stability_offset: float = 1.0,
 ) -> TracedMasks:
-    """The masks of one image as runs, with their stability: `plain_masks` without the frames.
+    """The masks of one image as runs, with their stability; arguments and errors as for `trace_edges`."""
+    traced = trace_edges(
+        low_res_NLL,
+        resized_hw=resized_hw,
+        size_hw=size_hw,
+        mask_threshold=mask_threshold,
+        stability_offset=stability_offset,
+    )
+    return TracedMasks(runs=traced.runs(), stability_score=traced.stability_score)
+
+
+def trace_edges(
+    low_res_NLL: torch.Tensor,
+    *,
+    resized_hw: tuple[int, int],
+    size_hw: tuple[int, int],
+    mask_threshold: float = 0.0,
+    stability_offset: float = 1.0,
+) -> TracedEdges:
+    """The device's part of `trace_masks`: `plain_masks` without the frames. What is left is the host's.
 
     Every pixel whose logit is not within about 1e-5 of the threshold is as on the plain road (the order of
     operations differs). Memory is bounded whatever N, H and W; on a GPU only edges and counts come back.
@@ -143,16 +180,20 @@ def trace_masks(
     grid = tile_grid(low_res_NLL.shape[-1], resized_hw, size_hw, low_res_NLL.device)
     shifted_NLL = low_res_NLL - mask_threshold if mask_threshold else low_res_NLL
     starts = range(0, max(1, len(shifted_NLL)), MASKS_PER_STEP)
-    steps = [_trace_step(shifted_NLL[i : i + MASKS_PER_STEP], grid, stability_offset) for i in starts]
-    return TracedMasks(
-        runs=rle.concatenate([step.runs for step in steps]),
-        stability_score=np.concatenate([step.stability_score for step in steps]),
+    parts = [shifted_NLL[start : start + MASKS_PER_STEP] for start in starts]
+    steps = [_trace_step(part, grid, stability_offset) for part in parts]
+    return TracedEdges(
+        edges=tuple((edges, len(part)) for (edges, _), part in zip(steps, parts, strict=True)),
+        size_hw=grid.size_hw,
+        stability_score=np.concatenate([scores for _, scores in steps]),
     )
 
 
-def _trace_step(low_NLL: torch.Tensor, grid: TileGrid, offset: float) -> TracedMasks:
-    """The masks of some logits, threshold 0."""
-    num_masks, (height, width), tile = len(low_NLL), grid.size_hw, grid.tile
+def _trace_step(
+    low_NLL: torch.Tensor, grid: TileGrid, offset: float
+) -> tuple[Int64Array, npt.NDArray[np.float32]]:
+    """Edges and stability scores of the masks of some logits, threshold 0."""
+    (height, width), tile = grid.size_hw, grid.tile
     lowest_NXY, highest_NXY = _tile_levels(low_NLL, grid, offset)
     crossed_NXY = lowest_NXY != highest_NXY
     # A run along the frame's top or bottom starts or ends there, even where the mask is solid.
@@ -174,8 +215,7 @@ def _trace_step(low_NLL: torch.Tensor, grid: TileGrid, offset: float) -> TracedM
         above_N.index_add_(0, n[part], _count_over(values_PTQ[1:], offset))
         below_N.index_add_(0, n[part], _count_over(values_PTQ[1:], -offset))
         edges.append(_tile_edges(values_PTQ, origin[part], height))
-    runs = rle.runs_from_edges(torch.cat(edges).cpu().numpy(), num_masks, grid.size_hw)
-    return TracedMasks(runs=runs, stability_score=stability(above_N, below_N).cpu().numpy())
+    return torch.cat(edges).cpu().numpy(), stability(above_N, below_N).cpu().numpy()
 
 
 def _tile_levels(low_NLL: torch.Tensor, grid: TileGrid, offset: float) -> tuple[torch.Tensor, torch.Tensor]:

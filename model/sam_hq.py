@@ -26,6 +26,7 @@ from model.prompt_encoder import PromptEncoder
 from model.prompts import PromptBatch, box_rows, group_prompts
 from model.structures import EncoderFeatures, ImageEmbedding, MaskLogits, Prompts
 from model.tiny_vit import TinyViT
+from model.transfer import to_device
 
 Multimask = Literal["single", "best", "three"]
 """`single`: mask token 0. `best`: of tokens 1 to 3 the one with the highest predicted IoU (the original's
@@ -128,11 +129,8 @@ class SamHQ(nn.Module):
             height, width = picture.shape[:2]
             if max(height, width) != S:
                 raise ValueError(f"a prepared picture is {height}x{width}; its long side must be {S}")
-            values = (
-                torch.from_numpy(np.require(picture, requirements=["C", "W"]))
-                .to(self.device)
-                .permute(2, 0, 1)
-            )
+            picture_hwc = torch.from_numpy(np.require(picture, requirements=["C", "W"]))
+            values = to_device(picture_hwc, self.device).permute(2, 0, 1)
             row[:, :height, :width] = (values - mean) / std
         return batch.to(self.dtype)
 
@@ -183,14 +181,18 @@ class SamHQ(nn.Module):
                     f"wanted {wanted}"
                 )
         with self._own_precision():
-            features = self.image_encoder(self.normalise(pixels))
-            hq_features = self.mask_decoder.hq_features(features)
+            embedding, hq_features = self.embed(self.normalise(pixels))
         return ImageEmbedding(
-            embedding_BCGG=features.embedding_BCGG,
+            embedding_BCGG=embedding,
             hq_features_BCHW=hq_features,
             sizes_hw=tuple((int(h), int(w)) for h, w in sizes_hw),
             resized_hw=resized_hw,
         )
+
+    def embed(self, batch_B3SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the embedding (B, C, G, G) and the HQ features (B, U, 4G, 4G) of a normalised batch."""
+        features: EncoderFeatures = self.image_encoder(batch_B3SS)
+        return features.embedding_BCGG, self.mask_decoder.hq_features(features)
 
     # Embeddings and prompts to masks
 
@@ -320,7 +322,7 @@ class ChunkDecoder:
         return choose_masks(tokens, multimask=self.multimask, hq_token_only=self.hq_token_only)
 
     def _move(self, part: torch.Tensor | None) -> torch.Tensor | None:
-        return None if part is None else part.to(self.model.device)
+        return None if part is None else to_device(part, self.model.device)
 
     def _share(self, embedding_BCGG: torch.Tensor, dense: torch.Tensor) -> SharedImages:
         return self.model.mask_decoder.share(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,11 +21,13 @@ import torch
 
 from model import rle
 from model.attention import STRIP_LOGITS
+from model.compiled import compile_calls
 from model.config import SamHQConfig, TinyVisionConfig
 from model.geometry import resize_longest_side, target_size_hw
-from model.masks import trace_masks
+from model.host_work import HostWork
+from model.masks import TracedEdges, trace_edges
 from model.prompts import box_rows, check_prompts, group_prompts
-from model.sam_hq import ChunkDecoder, SamHQ, check_picture
+from model.sam_hq import ChunkDecoder, SamHQ, check_picture, tokens_needed
 from model.structures import CallShape, ImageEmbedding, Instances, PreparedImage, Prompts, SegmentFailure
 
 Dtype = Literal["float32", "bfloat16"]
@@ -65,6 +68,7 @@ class Segmenter:
         hq_token_only: bool = False,
         mask_threshold: float = 0.0,
         stability_offset: float = 1.0,
+        compiled: bool = False,
     ) -> None:
         """Take `model` over: it is moved to `device`, cast to `dtype` and put in evaluation mode.
 
@@ -81,6 +85,8 @@ class Segmenter:
             hq_token_only: take the HQ token's logits alone, not the sum with SAM's.
             mask_threshold: a pixel is inside if its logit is greater.
             stability_offset: distance of the two thresholds of the stability score, greater than 0.
+            compiled: calls of `call_shape` run compiled and recorded (`compiled.py`), on a CUDA device alone;
+                the first ones take minutes.
 
         Raises:
             ValueError: a setting outside its range.
@@ -96,6 +102,8 @@ class Segmenter:
         if not 0 < stability_offset < math.inf:
             raise ValueError(f"stability_offset is {stability_offset}; it must be greater than 0, and finite")
         self.device = torch.device(device)
+        if compiled and self.device.type != "cuda":
+            raise ValueError(f"compiled calls are for CUDA devices; the device is {str(self.device)!r}")
         if self.device.type == "cuda":
             _forbid_reduced_precision()
         self.model = model.to(self.device).cast(getattr(torch, dtype)).eval()
@@ -105,6 +113,9 @@ class Segmenter:
         self.hq_token_only = hq_token_only
         self.mask_threshold = mask_threshold
         self.stability_offset = stability_offset
+        if compiled:
+            compile_calls(self.model, call_shape, tokens_needed(multimask, hq_token_only))
+        self._host_work = HostWork(aside=self.device.type == "cuda")
 
     @property
     def input_side(self) -> int:
@@ -210,12 +221,15 @@ class Segmenter:
         )
         no_prompts = Prompts(boxes_xyxy=np.zeros((0, 4)))
         prompts = [*[image.prompts for image in images], *[no_prompts] * fill]
-        pieces: list[list[Instances | None]] = [[] for _ in images]
+        pieces: list[list[Callable[[], Instances | None]]] = [[] for _ in images]
         for index, logits_NLL, iou_N in self._decode(embedding, prompts, shape.boxes_per_call):
             pieces[index].append(
                 self._finish(logits_NLL, iou_N, embedding.resized_hw[index], images[index].size_hw)
             )
-        return [_join(part, image.size_hw, flags) for part, image in zip(pieces, images, strict=True)]
+        return [
+            _join([piece() for piece in part], image.size_hw, flags)
+            for part, image in zip(pieces, images, strict=True)
+        ]
 
     def _decode(
         self, embedding: ImageEmbedding, prompts: Sequence[Prompts], boxes_per_call: int
@@ -243,26 +257,33 @@ class Segmenter:
         iou_N: torch.Tensor,
         resized_hw: tuple[int, int],
         size_hw: tuple[int, int],
-    ) -> Instances | None:
-        """Some masks of one image, or None if a number among them is not finite."""
+    ) -> Callable[[], Instances | None]:
+        """What gives some masks of one image, or None if a number among them is not finite."""
         # A sum is not finite if one term is not, and costs a tenth of asking each term.
         if not bool(torch.isfinite(logits_NLL.sum((1, 2)) + iou_N).all()):
-            return None
-        traced = trace_masks(
+            return lambda: None
+        traced = trace_edges(
             logits_NLL,
             resized_hw=resized_hw,
             size_hw=size_hw,
             mask_threshold=self.mask_threshold,
             stability_offset=self.stability_offset,
         )
-        return Instances(
-            size_hw=size_hw,
-            counts=rle.compress(traced.runs),
-            area=rle.run_areas(traced.runs),
-            bbox_xywh=rle.run_bboxes_xywh(traced.runs),
-            predicted_iou=iou_N.float().cpu().numpy(),
-            stability_score=traced.stability_score,
-        )
+        predicted_iou = iou_N.float().cpu().numpy()
+        return self._host_work.begin(partial(_instances, traced, predicted_iou))
+
+
+def _instances(traced: TracedEdges, predicted_iou: npt.NDArray[np.float32]) -> Instances:
+    """The host's part of some masks."""
+    runs = traced.runs()
+    return Instances(
+        size_hw=traced.size_hw,
+        counts=rle.compress(runs),
+        area=rle.run_areas(runs),
+        bbox_xywh=rle.run_bboxes_xywh(runs),
+        predicted_iou=predicted_iou,
+        stability_score=traced.stability_score,
+    )
 
 
 def reduced_shape(shape: CallShape) -> CallShape:

@@ -85,6 +85,7 @@ class MaskSettings:
     multimask: Literal["single", "best"] = "single"
     hq_token_only: bool = False
     stability_offset: float = 1.0
+    compiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.structures import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
+from pipeline import logs
 from pipeline.attempts import Attempts, Start
 from pipeline.detect import CallWatch, DetectStep
 from pipeline.errors import SystemicFault, clean_text
@@ -118,7 +119,9 @@ class SegmentWorker:
                 if context.detector is not None:
                     self._detect = DetectStep(context.detector, use_gpu=use_gpu)
             if use_gpu or restarted:
-                self._prove_device()
+                began = time.monotonic()
+                self._prove_device()  # compiles the model, where it is to be compiled
+                logs.event("warmed_up", seconds=time.monotonic() - began, compiled=context.masks.compiled)
         except SystemicFault as fault:  # kept, and said of every unit: Ray would start us again for ever
             self._fault = fault
 

@@ -114,6 +114,7 @@ def footer(context: JobContext) -> dict[str, str]:
         "boxes_per_call": shape.boxes_per_call,
         "multimask": masks.multimask,
         "hq_token_only": masks.hq_token_only,
+        "compiled": masks.compiled,
         "stability_offset": masks.stability_offset,
         "box_format": context.box_rules.box_format,
         "box_frame": context.box_rules.box_frame,

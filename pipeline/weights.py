@@ -104,6 +104,12 @@ def load_segmenter(context: JobContext, use_gpu: bool) -> TorchSegmenter:
                 f"this job's masks are made in bfloat16, which the {device} device of this node does not "
                 "multiply natively; keep such nodes out, or start a new job with model.dtype=float32",
             )
+        if masks.compiled and not use_gpu:
+            raise SystemicFault(
+                "device",
+                "this job's masks are made by compiled calls (model.compile=true), and here is no GPU; "
+                "go on where the GPUs are, or start a new job without it",
+            )
         segmenter = Segmenter(
             load_model(context.weights, device).model,
             call_shape=masks.call_shape,
@@ -112,6 +118,7 @@ def load_segmenter(context: JobContext, use_gpu: bool) -> TorchSegmenter:
             multimask=masks.multimask,
             hq_token_only=masks.hq_token_only,
             stability_offset=masks.stability_offset,
+            compiled=masks.compiled,
         )
     except (RuntimeError, AssertionError) as error:  # torch on a broken driver, or built without CUDA
         raise SystemicFault("device", clean_text(f"the model cannot be put on {device}: {error}")) from error

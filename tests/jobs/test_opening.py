@@ -12,6 +12,7 @@ from jobs.config import Config, load_config
 from jobs.interrupts import Interrupts
 from jobs.machine import Machine
 from jobs.opening import open_or_create
+from pipeline.errors import UsageError
 from tests.e2e.scenes import DataSet
 
 WITH_BFLOAT16 = {"avx512f", "avx512_bf16"}
@@ -46,6 +47,15 @@ def test_auto_is_what_the_cpu_multiplies_and_stays_so(config, cpu, dtype, monkey
 
     assert first["dtype"] == dtype
     assert again == first
+
+
+def test_compiling_for_a_cpu_is_refused_before_anything_is_written(config, monkeypatch) -> None:
+    compiling = config.model_copy(update={"model": config.model.model_copy(update={"compile": True})})
+
+    with pytest.raises(UsageError, match=r"model\.compile=true.*CPU.*--ray-address"):
+        begin(compiling, WITHOUT, monkeypatch)
+
+    assert not Path(str(config.output.uri)).exists()
 
 
 def test_a_cpu_decodes_few_boxes_a_call_unless_asked(config, tmp_path, monkeypatch) -> None:

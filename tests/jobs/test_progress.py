@@ -39,6 +39,8 @@ def test_the_line_counts_rates_and_what_is_left() -> None:
     clock = Clock()
     progress = Progress(total_images=1000, done_images=500, mode="silent", clock=clock)
     assert progress.line() == "500 of 1,000 images (50%) · no image finished yet, 0.0 s"
+    slow = Progress(total_images=9, done_images=0, mode="silent", clock=clock, beginning="it is compiled")
+    assert slow.line() == "0 of 9 images (0%) · it is compiled · no image finished yet, 0.0 s"
     clock.now += 10
     progress.add(outcome(0))
     progress.add(outcome(1, failed=2))

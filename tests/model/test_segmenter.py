@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from model import rle, segmenter
 from model.config import PUBLISHED, SamHQConfig, vit_config
 from model.geometry import resize_longest_side, target_size_hw
+from model.host_work import MOST_BEGUN, HostWork
 from model.masks import plain_masks
 from model.sam_hq import SamHQ
 from model.segmenter import Segmenter
@@ -302,13 +305,13 @@ def test_every_call_has_the_configured_shape_and_ends_in_runs_before_the_next(
     model: SamHQ, segment_all: Segmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    trace = segmenter.trace_masks
+    trace = segmenter.trace_edges
 
     def record_trace(logits: torch.Tensor, **options: Any) -> Any:
         events.append(f"masks {len(logits)}")
         return trace(logits, **options)
 
-    monkeypatch.setattr(segmenter, "trace_masks", record_trace)
+    monkeypatch.setattr(segmenter, "trace_edges", record_trace)
     with (
         hooked(model.image_encoder, lambda _, args, __: events.append(f"encode {len(args[0])}")),
         hooked(model.mask_decoder.iou_head, lambda _, args, __: events.append(f"decode {len(args[0])}")),
@@ -620,6 +623,42 @@ def test_without_cpuinfo_nothing_is_assumed(tmp_path: Path) -> None:
 def test_probe_of_this_machine_agrees_with_torch() -> None:
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     assert segmenter.probe_dtype("cpu") == ("bfloat16" if native else "float32")
+
+
+def test_runs_made_in_another_thread_are_the_same(segment_all: Segmenter, model: SamHQ) -> None:
+    aside = Segmenter(model, call_shape=SHAPE)
+    aside._host_work = HostWork(aside=True)  # as on a GPU
+
+    found = [as_bytes(result) for result in aside.segment_prepared(some_images())]
+
+    assert found == [as_bytes(result) for result in segment_all.segment_prepared(some_images())]
+
+
+def test_work_beside_a_device_is_bounded_in_order_and_raises_where_its_result_is_asked_for() -> None:
+    gate, done = threading.Event(), []
+
+    def piece(number: int) -> int:
+        gate.wait(10)
+        done.append(number)
+        if number == 3:
+            raise MemoryError("of the third")
+        return number
+
+    host = HostWork(aside=True)
+    results = [host.begin(partial(piece, number)) for number in range(MOST_BEGUN)]
+    threading.Timer(0.2, gate.set).start()
+    results.append(host.begin(partial(piece, MOST_BEGUN)))
+
+    assert done[:1] == [0], "one more had to wait until the first was done"
+    with pytest.raises(MemoryError, match="of the third"):
+        results.pop(3)()
+    assert [result() for result in results] == [n for n in range(MOST_BEGUN + 1) if n != 3]
+    assert done == list(range(MOST_BEGUN + 1))
+
+
+def test_compiled_calls_are_refused_on_a_cpu(model: SamHQ) -> None:
+    with pytest.raises(ValueError, match="compiled calls are for CUDA devices; the device is 'cpu'"):
+        Segmenter(model, call_shape=SHAPE, compiled=True)
 
 
 @pytest.mark.gpu

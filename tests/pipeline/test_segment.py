@@ -215,6 +215,17 @@ def test_weights_that_are_not_the_jobs_stop_the_job(tmp_path, child):
     assert str(checkpoint) in found.fault.message
 
 
+def test_a_job_of_compiled_calls_stops_where_there_is_no_gpu(tmp_path, child):
+    job = make_job(tmp_path, {"a.png": png(noise(1))})
+    masks = replace(job.context.masks, compiled=True)
+    context = replace(job.context, masks=masks, segmenter="pipeline.weights:load_segmenter")
+
+    found = SegmentWorker(context, epoch=1, use_gpu=False).run(prepared(job, child))
+
+    assert found.fault.code == "device"
+    assert "model.compile=true" in found.fault.message
+
+
 def test_a_fault_from_before_is_passed_on(tmp_path, child):
     job = make_job(tmp_path, {"a.png": png(noise(1))})
     fault = SystemicFault("denied", "no")

@@ -1,0 +1,150 @@
+"""The roads that only a GPU takes, as far as a machine without one can walk them, and on one the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.compiled import Recorded, compile_calls
+from model.segmenter import Segmenter
+from model.structures import CallShape, Instances, Prompts
+from model.transformer import ImageSide
+from tests.parity.lively import SMALL_TINY, SMALL_VITS, boxes_in, lively, photo
+
+CONFIGS = {**SMALL_VITS, "tiny": SMALL_TINY}
+SHAPE = CallShape(images_per_call=2, boxes_per_call=4)
+
+
+def again(run):
+    """A recording without a GPU: all of it is run again, into the same tensors."""
+    outputs = run()
+
+    def play():
+        for kept, new in zip(outputs, run(), strict=True):
+            kept.copy_(new)
+
+    return outputs, play
+
+
+def answer(model, boxes=4, mask_tokens=(0,)):
+    """The embedding of two pictures and what the decoder says of some boxes, on the model's device."""
+    device, side = model.device, model.config.image_size
+    embedding, hq = model.embed(torch.zeros(2, 3, side, side, dtype=model.dtype, device=device))
+    shared = model.mask_decoder.share(
+        embedding_BCGG=embedding,
+        hq_features_BCHW=hq,
+        dense_BCGG=model.prompt_encoder.no_mask.view(1, -1, 1, 1),
+        image_pe_1CGG=model.prompt_encoder.image_pe(),
+    )
+    sparse, _ = model.prompt_encoder(boxes_N4=torch.zeros(boxes, 4, device=device))
+    image = shared.first.select(torch.zeros(boxes, dtype=torch.int64, device=device))
+    width = model.mask_decoder.mask_tokens.shape[1]
+    tokens = torch.zeros(boxes, model.mask_decoder.tokens_of_a_box, width, dtype=model.dtype, device=device)
+    assert tokens.shape[1] == 6 + sparse.shape[1]
+    return embedding, hq, *model.mask_decoder.answer(tokens, image, shared.terms, mask_tokens)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_whatever_is_no_cpu_computes_on_itself_alone_and_is_never_waited_for(config, dtype):
+    """PyTorch's meta device takes part in no computation with another one, and has no values to ask for."""
+    there = answer(lively(config).cast(dtype).to("meta"))
+    here = answer(lively(config).cast(dtype))
+
+    assert {x.device.type for x in there} == {"meta"}
+    assert [(x.shape, x.dtype) for x in there] == [(x.shape, x.dtype) for x in here]
+
+
+@pytest.mark.parametrize("config", [SMALL_VITS["grid16-window5"], SMALL_TINY], ids=["vit", "tiny"])
+@torch.no_grad()
+def test_the_road_of_a_gpu_is_compiled_as_a_whole(config):
+    model = lively(config).cast(torch.bfloat16).to("meta")
+    torch.compiler.reset()
+    compile_calls(model, SHAPE, (0,), backend="aot_eager", record=again)
+
+    assert {x.device.type for x in answer(model)} == {"meta"}
+
+
+@pytest.fixture
+def pair():
+    """A model twice, the second compiled (by a compiler that changes no operation), on the CPU; a TinyViT,
+    because the way of a ViT on a CPU writes in place, as no compiler takes it."""
+    torch.compiler.reset()
+    plain, compiled = (Segmenter(lively(SMALL_TINY), call_shape=SHAPE) for _ in range(2))
+    compile_calls(compiled.model, SHAPE, (0,), backend="aot_eager", record=again)
+    return plain, compiled
+
+
+def segment(segmenter, counts):
+    pictures = [photo(150 + 20 * i, 200) for i in range(len(counts))]
+    boxes = [boxes_in(*picture.shape[:2], count, seed=i) for i, (picture, count) in
+             enumerate(zip(pictures, counts, strict=True))]  # fmt: skip
+    results = segmenter.segment(pictures, boxes)
+    assert all(isinstance(result, Instances) for result in results)
+    return [(r.counts, r.predicted_iou.tolist(), r.stability_score.tolist()) for r in results]
+
+
+def test_compiled_calls_give_the_masks_of_the_others(pair, monkeypatch):
+    plain, compiled = pair
+    own: list[Any] = []
+    for road in (compiled.model, "embed"), (compiled.model.mask_decoder, "answer"):
+        fixed = getattr(*road)
+        monkeypatch.setattr(fixed, "_own", lambda *_, name=road[1]: own.append(name))
+
+    assert segment(compiled, [3, 0, 9]) == segment(plain, [3, 0, 9])
+    assert segment(compiled, [5]) == segment(plain, [5]), "played back over what was recorded"
+    assert own == [], "every call had the one shape"
+
+
+def test_calls_of_another_shape_go_the_models_own_way(pair, monkeypatch):
+    plain, compiled = pair
+    fixed = compiled.model.mask_decoder.answer
+    monkeypatch.setattr(fixed, "_fast", lambda *_: pytest.fail("compiled for another shape"))
+    embedding = [one.model.encode_images([photo(100, 200)]) for one in pair]
+    prompts = Prompts(points_xy=np.full((4, 1, 2), 50.0), point_labels=np.ones((4, 1)))
+
+    ours, theirs = (
+        one.model.decode_prompts(e, [prompts], multimask="three")
+        for one, e in zip((compiled, plain), embedding, strict=True)
+    )
+
+    assert torch.equal(ours.low_res_NMHW, theirs.low_res_NMHW)
+
+
+def test_what_was_played_back_is_the_callers_own():
+    def double(image, more):
+        return image.keys_NLC * 2, more[0] + 1
+
+    recorded = Recorded(double, again)
+    ones = torch.ones(1, 2, 3)
+
+    def call(value):
+        side = ImageSide(keys_NLC=ones * value, k_NLI=ones, v_NLI=ones)
+        return recorded(side, (ones * value,))
+
+    first = call(1)
+    second = call(5)
+
+    assert [x.unique().tolist() for x in first] == [[2.0], [2.0]]
+    assert [x.unique().tolist() for x in second] == [[10.0], [6.0]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpus_graphs_give_nearly_the_masks_of_its_plain_calls(dtype):
+    plain, compiled = (
+        Segmenter(
+            lively(SMALL_VITS["grid14-window7"]), call_shape=SHAPE, dtype=dtype, device="cuda", compiled=on
+        )
+        for on in (False, True)
+    )
+    ours, theirs = segment(compiled, [3, 0, 9]), segment(plain, [3, 0, 9])
+
+    for (_, iou, stability), (_, wanted_iou, wanted_stability) in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(iou, wanted_iou, atol=2e-2)
+        np.testing.assert_allclose(stability, wanted_stability, atol=5e-2)
+    assert segment(compiled, [3, 0, 9]) == ours, "equal inputs, equal bytes"
