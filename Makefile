@@ -9,6 +9,7 @@ LOCK ?= requirements.lock
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+RECORD := $(BIN)/python -m benchmarks.record
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 HASHES := $(if $(filter %.lock,$(LOCK)),--require-hashes)
 TEST_SECONDS ?= 1500
@@ -53,18 +54,18 @@ faults: $(STAMP)  ## kills and injected faults, an hour or more; writes the tabl
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FAULT_RESULTS=build/faults.jsonl $(BIN)/pytest -m "faults and not gpu and not network"
 	$(BIN)/python tools/fault_table.py build/faults.jsonl docs/reliability.md
 
-bench: $(STAMP)  ## figures of this machine: whole jobs on two stores, model, masks to runs, memory, report and exports, requests, scale
-	$(BIN)/python -m benchmarks.whole_way
-	$(BIN)/python -m benchmarks.masks_rle
-	$(BIN)/python -m benchmarks.decoder_speed
-	$(BIN)/python -m benchmarks.model_speed
-	$(BIN)/python -m benchmarks.model_speed --only "hqlabel bf16" --operations 24
-	$(BIN)/python -m benchmarks.precision
-	$(BIN)/hqlabel bench
-	$(BIN)/python -m benchmarks.driver_memory 1000 10000
-	$(BIN)/python -m benchmarks.labels_out --images 2858
-	$(BIN)/python -m benchmarks.store_requests 5000
-	rm -rf build/simulation && $(BIN)/python -m benchmarks.simulation build/simulation --images 20000 --seconds 3600
+bench: $(STAMP)  ## figures of this machine, written to docs/benchmarks.md: whole jobs on two stores, model, masks to runs, memory, report and exports, requests, scale
+	$(RECORD) python -m benchmarks.whole_way
+	$(RECORD) python -m benchmarks.masks_rle
+	$(RECORD) python -m benchmarks.decoder_speed
+	$(RECORD) python -m benchmarks.model_speed
+	$(RECORD) python -m benchmarks.model_speed --only "hqlabel bf16" --operations 24
+	$(RECORD) python -m benchmarks.precision
+	$(RECORD) hqlabel bench
+	$(RECORD) python -m benchmarks.driver_memory 1000 10000
+	$(RECORD) python -m benchmarks.labels_out --images 2858
+	$(RECORD) python -m benchmarks.store_requests 5000
+	rm -rf build/simulation && $(RECORD) python -m benchmarks.simulation build/simulation --images 20000 --seconds 3600
 
 lock: $(STAMP)  ## resolves pyproject.toml again and writes the pins, versions kept (about eight minutes)
 	$(BIN)/python tools/lock.py

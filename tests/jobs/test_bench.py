@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from jobs import bench, bench_chain, bench_stub
+from jobs import bench, bench_chain, bench_model, bench_stub
 from jobs.bench_inputs import boxes_of, write_boxes, write_pictures
 from jobs.config import load_config
 from jobs.interrupts import Interrupts
+from model.config import PUBLISHED
 from model.structures import CallShape, PreparedImage, Prompts
 from pipeline.decode import decode_image
 from pipeline.errors import UsageError
@@ -30,8 +31,26 @@ def test_the_model_part_names_every_shape_it_measured(checkpoint: Path) -> None:
     said = json.loads(done.stdout)
     figures = said["parts"]["model"]["figures"]
     assert {(row["boxes"], row["boxes_per_call"]) for row in figures} == {(1, 4), (1, 16), (10, 4), (10, 16)}
-    assert all(row["ms_per_image"] > 0 for row in figures)
+    assert all(row["ms_per_image"] > 0 and 0 < row["of_peak"] < 1 for row in figures)
     assert "torch" in said["machine"]
+
+
+def test_operations_are_those_of_the_definition() -> None:
+    """ViT-B by hand: patches; twelve blocks; attention over the grid (4) and in windows (8); neck."""
+    config = PUBLISHED["vit_b"]
+    tokens, width, padded = 64 * 64, 768, 25 * 14 * 14
+    patches = tokens * width * 16 * 16 * 3
+    products = 12 * tokens * width * width * 12 - 8 * 4 * tokens * width * width
+    windows = 8 * padded * width * width * 4
+    attention = 2 * width * (4 * tokens * tokens + 8 * padded * 14 * 14)
+    neck = tokens * (width * 256 + 9 * 256 * 256)
+    encoder = 2 * (patches + products + windows + attention + neck)
+
+    of_picture = bench_model.flops(config, 0)
+
+    assert encoder < of_picture < 1.04 * encoder, "the rest: position terms, HQ features, what prompts share"
+    assert bench_model.flops(config, 10) == of_picture + 10 * (bench_model.flops(config, 1) - of_picture)
+    assert 5.0e9 < bench_model.flops(config, 1) - of_picture < 5.4e9, "8.5e9 before it was shortened"
 
 
 @pytest.mark.faults
