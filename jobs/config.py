@@ -45,6 +45,8 @@ class InputSection(_Section):
     """Folder or prefix that relative uris and COCO file names start from; null: the folder of their table."""
     limit: int | None = Field(default=None, ge=1)
     """Only the first N images in the order of their ids."""
+    draft_jpeg: bool = False
+    """Decode a JPEG at half, quarter or eighth size where that is still enough: quicker, other masks."""
     tar_ids: Literal["member", "key", "shard"] = "member"
     """What images in tars are called: their name in the tar, that up to its first dot, or tar and name."""
     allow_unmatched: bool = False

@@ -193,6 +193,7 @@ def mask_settings(config: Config, dtype: str) -> MaskSettings:
         hq_token_only=model.hq_token_only,
         stability_offset=model.stability_offset,
         compiled=model.compile,
+        draft_jpeg=config.input.draft_jpeg,
     )
 
 

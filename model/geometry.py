@@ -63,15 +63,17 @@ def resize_longest_side(image_hwc: UInt8Array, side: int) -> UInt8Array:
     return resize_picture(Image.fromarray(np.ascontiguousarray(image_hwc)), side)
 
 
-def resize_picture(picture: Image.Image, side: int) -> UInt8Array:
+def resize_picture(picture: Image.Image, side: int, *, full_hw: tuple[int, int] | None = None) -> UInt8Array:
     """The same of a picture that Pillow holds, mode RGB: at 12 megapixels two copies of 36 MB less.
+
+    `full_hw`: its size before it was loaded reduced, by which the new one is reckoned; None: as it is.
 
     Raises:
         ValueError: another mode, or `too_elongated`.
     """
     if picture.mode != "RGB":
         raise ValueError(f"picture has mode {picture.mode}; wanted RGB")
-    height, width = target_size_hw((picture.height, picture.width), side)
+    height, width = target_size_hw(full_hw or (picture.height, picture.width), side)
     if (width, height) != picture.size:
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     # np.array, not asarray: the result must own its memory and be writable (torch warns otherwise).

@@ -15,7 +15,9 @@ Rules, one each:
   bits, and turned over where 0 is white. 32-bit integers and floats have no stated white point and are
   refused, as are pixel types that Pillow does not know (`pixel_type`).
 - CMYK goes through Pillow's plain conversion (Adobe's inverted JPEGs included); ICC profiles are ignored.
-- Of an animation or a file of many pages, the first. No `draft`: reduced JPEG decoding changes pixels.
+- Of an animation or a file of many pages, the first.
+- Reduced JPEG decoding changes pixels, so it is done only where it was asked for (`draft_jpeg`), and never to
+  less than the picture is resized to afterwards.
 """
 
 from __future__ import annotations
@@ -91,11 +93,12 @@ class DecodedImage:
 
 
 def decode_image(
-    data: bytes, *, max_pixels: int, side: int, detector_side: int | None = None
+    data: bytes, *, max_pixels: int, side: int, detector_side: int | None = None, draft_jpeg: bool = False
 ) -> DecodedImage:
     """The picture in `data`, upright, RGB, its long side resized to `side`.
 
     `detector_side`: also the picture as a detector sees it, with no side longer than this, never enlarged.
+    `draft_jpeg`: let a JPEG be decoded at a half, a quarter or an eighth of its size, if that is enough.
 
     Raises:
         ImageError: `empty`, `not_an_image`, `format`, `truncated`, `corrupt`, `too_large` (more than
@@ -109,6 +112,7 @@ def decode_image(
         _check_header(Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS), max_pixels, least)
         picture = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
         orientation = _orientation(picture) if picture.format == "TIFF" else None
+        stored_hw = _reduce(picture, max(side, detector_side or side)) if draft_jpeg else None
         picture.load()
         if picture.format == "TIFF":  # Pillow turns TIFFs upright while loading, and forgets the tag
             upright = _to_rgb(picture)
@@ -117,10 +121,12 @@ def decode_image(
             upright = _turned(_to_rgb(picture), orientation)
     size_hw = (upright.height, upright.width)
     swapped = orientation in (5, 6, 7, 8)
+    if stored_hw is not None:
+        size_hw = stored_hw[::-1] if swapped else stored_hw
     shown = None if detector_side is None else min(detector_side, max(size_hw))
     return DecodedImage(
-        pixels_hwc=resize_picture(upright, side),
-        detector_hwc=None if shown in (None, side) else resize_picture(upright, shown),
+        pixels_hwc=resize_picture(upright, side, full_hw=size_hw),
+        detector_hwc=None if shown in (None, side) else resize_picture(upright, shown, full_hw=size_hw),
         size_hw=size_hw,
         stored_size_hw=size_hw[::-1] if swapped else size_hw,
         exif_orientation=orientation,
@@ -160,6 +166,16 @@ def _check_header(picture: Image.Image, max_pixels: int, side: int) -> None:
     except ValueError as error:
         raise ImageError("too_elongated", str(error)) from None
     picture.verify()
+
+
+def _reduce(picture: Image.Image, side: int) -> tuple[int, int] | None:
+    """The size of a JPEG before it was told to load reduced, no side below those at `side`; None for others."""
+    if picture.format != "JPEG":
+        return None
+    stored_hw = (picture.height, picture.width)
+    height, width = target_size_hw(stored_hw, side)
+    picture.draft(picture.mode, (width, height))
+    return stored_hw
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

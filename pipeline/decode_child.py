@@ -58,6 +58,7 @@ class _Config:
     memory_bytes: int
     files: tuple[int, int, int, int]  # requests, answers, bytes in, pixels out
     detector_side: int | None = None
+    draft_jpeg: bool = False
 
 
 class DecodeChild:
@@ -74,8 +75,10 @@ class DecodeChild:
         *,
         decoder: str = "pipeline.decode:decode_image",
         detector_side: int | None = None,
+        draft_jpeg: bool = False,
     ) -> None:
         self._limits = limits
+        self._draft_jpeg = draft_jpeg
         self._side = side
         self._detector_side = detector_side
         self._decoder = decoder
@@ -193,6 +196,7 @@ class DecodeChild:
             memory_bytes=self._limits.decode_memory_bytes,
             files=files,
             detector_side=self._detector_side,
+            draft_jpeg=self._draft_jpeg,
         )
         boot = _BOOT.format(path=_import_path(), config=json.dumps(vars(config)))
         with tempfile.TemporaryFile() as errors:
@@ -298,7 +302,8 @@ def _answer(decoder: Decoder, config: _Config, size: int) -> dict[str, Any]:
     _, _, data_file, pixel_file = config.files
     try:
         data = _read_all(data_file, size)
-        more = {} if config.detector_side is None else {"detector_side": config.detector_side}
+        asked = {"detector_side": config.detector_side, "draft_jpeg": config.draft_jpeg}
+        more = {name: value for name, value in asked.items() if value}
         found = decoder(data, max_pixels=config.max_pixels, side=config.side, **more)
     except ImageError as error:
         return {"code": error.code, "message": error.message}

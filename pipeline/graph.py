@@ -225,7 +225,11 @@ def prepare(table: pa.Table, context: JobContext) -> pa.Table:
     began = time.monotonic()
     detector = context.detector
     child = _child(
-        context.limits, context.weights.input_side, context.decoder, detector and detector.longest_side
+        context.limits,
+        context.weights.input_side,
+        context.decoder,
+        detector and detector.longest_side,
+        context.masks.draft_jpeg,
     )
     unit, arena = prepare_unit(_named(table), context, open_store(context.output), child)
     _record(context.run_id, metrics.of_prepared(unit, time.monotonic() - began))
@@ -233,9 +237,11 @@ def prepare(table: pa.Table, context: JobContext) -> pa.Table:
 
 
 @functools.lru_cache(maxsize=1)
-def _child(limits: Limits, side: int, decoder: str, detector_side: int | None) -> DecodeChild:
+def _child(
+    limits: Limits, side: int, decoder: str, detector_side: int | None, draft_jpeg: bool
+) -> DecodeChild:
     """This worker process's decoder; it serves every unit the process is given."""
-    return DecodeChild(limits, side, decoder=decoder, detector_side=detector_side)
+    return DecodeChild(limits, side, decoder=decoder, detector_side=detector_side, draft_jpeg=draft_jpeg)
 
 
 class Segment:

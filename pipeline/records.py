@@ -78,7 +78,7 @@ class BoxRules:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSettings:
-    """What the model is asked for. All of it changes masks, so all of it is identity."""
+    """What the model is asked for, and of what pixels. All of it changes masks, so all of it is identity."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     call_shape: CallShape = field(default_factory=CallShape)
@@ -86,6 +86,7 @@ class MaskSettings:
     hq_token_only: bool = False
     stability_offset: float = 1.0
     compiled: bool = False
+    draft_jpeg: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

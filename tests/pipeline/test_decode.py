@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from model.geometry import resize_longest_side
 from pipeline.decode import decode_image
@@ -315,6 +315,42 @@ def test_a_side_of_nothing_is_too_elongated():
     for size in ((1, 4000), (4000, 1), (20, 3000)):
         assert code_of(encode(Image.new("RGB", size), "PNG")) == "too_elongated", size
     assert decode(encode(Image.new("RGB", (1, 1)), "PNG")).pixels_hwc.shape == (SIDE, SIDE, 3)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size_hw", [(601, 900), (330, 401), (257, 515), (40, 50)])
+def test_a_jpeg_decoded_reduced_has_the_sizes_of_a_whole_one_and_nearly_its_pixels(
+    size_hw, orientation, monkeypatch
+):
+    loaded = []
+    real = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda p, *a, **k: loaded.append(p.size) or real(p, *a, **k))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    smooth = quadrants().resize(size_hw[::-1], Image.Resampling.BICUBIC)
+    data = encode(smooth, "JPEG", quality=95, exif=exif)
+
+    whole = decode_image(data, max_pixels=MAX_PIXELS, side=SIDE, detector_side=100)
+    full = loaded[-1]
+    draft = decode_image(data, max_pixels=MAX_PIXELS, side=SIDE, detector_side=100, draft_jpeg=True)
+
+    for name in ("size_hw", "stored_size_hw", "exif_orientation", "format"):
+        assert getattr(draft, name) == getattr(whole, name), name
+    for name in ("pixels_hwc", "detector_hwc"):
+        ours, theirs = (getattr(one, name).astype(int) for one in (draft, whole))
+        assert ours.shape == theirs.shape
+        assert np.abs(ours - theirs).mean() < 2
+    reduced = round(max(full) / max(loaded[-1]))
+    assert reduced == {900: 8, 401: 4, 515: 4, 50: 1}[max(size_hw)]
+    assert max(loaded[-1]) >= min(100, max(size_hw))
+
+
+def test_only_jpegs_are_decoded_reduced():
+    data = encode(noise(600, 900), "PNG")
+
+    drafted = decode_image(data, max_pixels=MAX_PIXELS, side=SIDE, draft_jpeg=True)
+
+    assert np.array_equal(drafted.pixels_hwc, decode(data).pixels_hwc)
 
 
 def test_pillow_is_left_as_it_was():
