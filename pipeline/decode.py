@@ -169,7 +169,7 @@ def _check_header(picture: Image.Image, max_pixels: int, side: int) -> None:
 
 
 def _reduce(picture: Image.Image, side: int) -> tuple[int, int] | None:
-    """The size of a JPEG before it was told to load reduced, no side below those at `side`; None for others."""
+    """The size of a JPEG before it was told to load reduced, no side below those at `side`; else None."""
     if picture.format != "JPEG":
         return None
     stored_hw = (picture.height, picture.width)
