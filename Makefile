@@ -66,6 +66,7 @@ bench: $(STAMP)  ## figures of this machine, written to docs/benchmarks.md: whol
 	$(RECORD) python -m benchmarks.model_speed --only "hqlabel bf16" --operations 24
 	$(RECORD) python -m benchmarks.precision
 	$(RECORD) hqlabel bench
+	$(RECORD) python -m benchmarks.image_reader
 	$(RECORD) python -m benchmarks.driver_memory 1000 10000
 	$(RECORD) python -m benchmarks.labels_out --images 2858
 	$(RECORD) python -m benchmarks.store_requests 5000

@@ -30,7 +30,7 @@ from pipeline.weights import load_model, native_dtype
 
 _ONE_MEGAPIXEL, _TWELVE_MEGAPIXELS = (864, 1152), (3000, 4000)
 _STUB_SIDE = 1024
-_STUB = Weights(source="none", sha256="0" * 64, architecture="stub", input_side=_STUB_SIDE)
+STUB = Weights(source="none", sha256="0" * 64, architecture="stub", input_side=_STUB_SIDE)
 _HEAD = ("pictures", "of", "a unit", "loop images/s", "chain images/s", "of the loop", "added ms an image")
 
 
@@ -42,9 +42,9 @@ def measure_stub(config: Config, folder: Path, interrupts: Interrupts, *, quick:
         place = folder / f"{size_hw[1]}"
         paths = write_pictures(place, count, size_hw)
         cores = config.cluster.cpus or usable_cpus()
-        loop = partial(_rate, partial(loop_of_pillow, side=_STUB_SIDE), paths, processes=cores)
+        loop = partial(loop_rate, partial(loop_of_pillow, side=_STUB_SIDE), paths, processes=cores)
         before = loop()
-        chain = _chain(config, place, paths, size_hw, _STUB, interrupts, segmenter=bench_stub.NAME)
+        chain = run_chain(config, place, paths, size_hw, STUB, interrupts, segmenter=bench_stub.NAME)
         figures.append(_figures(size_hw, chain, [before, loop()], cores))
     title = f"a stub in place of the model; {cores} processes of Pillow (read, decode, resize) around it"
     return _table(title, figures)
@@ -58,18 +58,18 @@ def measure_model(config: Config, folder: Path, interrupts: Interrupts, *, quick
     size_hw, count = _ONE_MEGAPIXEL, 24 if quick else 256
     paths = write_pictures(folder, count, size_hw)
     weights = read_checkpoint(config)
-    chain = _chain(config, folder, paths, size_hw, weights, interrupts)
+    chain = run_chain(config, folder, paths, size_hw, weights, interrupts)
     dtype = native_dtype(chain.gpus > 0) if config.model.dtype == "auto" else config.model.dtype
     config = settings.with_boxes_per_call(config, settings.BOXES_PER_CALL[chain.device])
     masks = settings.mask_settings(config, dtype)
     begin = partial(_load_model, weights, masks.call_shape, dtype, chain.device)
-    rate = _rate(loop_of_model, paths, processes=chain.actors, begin=begin)
+    rate = loop_rate(loop_of_model, paths, processes=chain.actors, begin=begin)
     figures = [_figures(size_hw, chain, [rate], chain.actors)]
     processes = console.count(chain.actors, "process", "processes")
     return _table(f"{weights.architecture}, {dtype}, against {processes} of one bare loop each", figures)
 
 
-def _chain(
+def run_chain(
     config: Config,
     folder: Path,
     paths: Sequence[Path],
@@ -122,7 +122,7 @@ def _table(title: str, figures: Sequence[dict[str, object]]) -> Table:
     return Table(title=title, head=_HEAD, rows=rows, figures=figures, notes=[note])
 
 
-def _rate(
+def loop_rate(
     loop: Callable[[str], object],
     paths: Sequence[Path],
     *,

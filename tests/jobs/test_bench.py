@@ -114,7 +114,7 @@ def test_the_stub_answers_with_the_boxes() -> None:
 def test_a_rate_is_of_the_loop_alone(tmp_path: Path) -> None:
     paths = write_pictures(tmp_path, 6, SIZE_HW)
 
-    rate = bench_chain._rate(partial(bench_chain.loop_of_pillow, side=64), paths, processes=1)
+    rate = bench_chain.loop_rate(partial(bench_chain.loop_of_pillow, side=64), paths, processes=1)
 
     assert rate > 0
     assert not multiprocessing.active_children()
