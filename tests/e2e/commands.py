@@ -22,7 +22,12 @@ PASSING_COLUMNS = ("run_id", "processed_at", "fetch_ms", "decode_ms", "detect_ms
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     """A started `hqlabel`, with signals at their defaults and output to pipes, in a folder of its own choice:
     from the repository's, Python would find the package even where an installed one is not found.
+
+    A job has one model process unless `arguments` say otherwise: a second one takes seconds of both cores to
+    begin, and most of these jobs are a few pictures. `cluster.actors=null` is the product's own choice.
     """
+    if arguments[0] in ("label", "retry") and not any("cluster.actors" in one for one in arguments):
+        arguments = (*arguments, "--set", "cluster.actors=1")
     return subprocess.Popen(
         [sys.executable, "-m", "jobs", *arguments],
         cwd=tempfile.gettempdir(),

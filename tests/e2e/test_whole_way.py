@@ -111,6 +111,7 @@ def test_s3_gives_the_same_tables_as_a_folder(
     commands.run(
         "label", *remote, "--checkpoint", str(checkpoint), "--output", target.uri, *MASKS,
         "--set", "output.images_per_unit=16", "--set", f"storage.s3.endpoint_url={moto_s3.endpoint}",
+        "--set", "cluster.actors=null",
     )  # fmt: skip
     s3.get(target.uri, str(tmp_path / "out"), recursive=True)
 
