@@ -47,7 +47,7 @@ def run(job, unit_ids=None, *, epoch=1, should_stop=lambda: False, cluster=None,
     run_units(
         job.unit_ids if unit_ids is None else unit_ids,
         job.context,
-        cluster or ClusterSettings(),
+        cluster or ClusterSettings(actors=1),
         epoch=epoch,
         on_outcome=outcomes.append,
         should_stop=lambda: should_stop(outcomes) if should_stop.__code__.co_argcount else should_stop(),

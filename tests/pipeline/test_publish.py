@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -388,8 +389,11 @@ def test_globs_never_see_a_doubled_row_while_parts_appear(made: MadeJob):
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(watch)
         for unit_ids in ([2], [3], [4], [5]):
+            before = len(seen)
             made.commit(unit_ids)
             run(made)
+            while len(seen) < before + 2 and not reader.done():  # both have looked at what stands now
+                time.sleep(0.01)
         stop.set()
         reader.result()
     assert len(seen) > 4
