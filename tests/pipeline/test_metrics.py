@@ -106,7 +106,8 @@ def test_a_running_jobs_metrics_move_in_what_prometheus_scrapes(tmp_path):
                 time.sleep(0.1)
 
     seen: list[UnitOutcome] = []
-    run = threading.Thread(target=run_units, args=(job.unit_ids, job.context, ClusterSettings(actors=1)), kwargs={
+    given = (job.unit_ids, job.context, ClusterSettings(actors=1))
+    run = threading.Thread(target=run_units, args=given, kwargs={
         "epoch": 1, "on_outcome": hold_after_four, "should_stop": lambda: False,
     })  # fmt: skip
     run.start()
