@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
@@ -326,13 +327,19 @@ class _Nodes:
         return bool(raylet.poll() is not None)
 
 
+@functools.lru_cache(maxsize=1)
+def ray_token() -> str:
+    """The token of every cluster that this process starts: Ray reads it once and keeps it."""
+    return secrets.token_hex(32)
+
+
 @contextlib.contextmanager
 def cluster_of_nodes() -> Iterator[_Nodes]:
     """A Ray cluster on this machine: a head without cores and two nodes of one core each."""
     folder = Path(tempfile.mkdtemp(prefix="soak", dir="/tmp"))
     os.environ |= {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_AUTH_TOKEN": ray_token(),
         "RAY_worker_niceness": "0",
     }
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(REPOSITORY), "RAY_TMPDIR": str(folder)}

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.soak import FAST_DEATH_NOTICE
+from benchmarks.soak import FAST_DEATH_NOTICE, ray_token
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STORE = 100 * 2**20
@@ -80,7 +80,7 @@ def cluster_of(**nodes: dict[str, Any]) -> Iterator[Nodes]:
     with pytest.MonkeyPatch.context() as patch:
         folder = Path(tempfile.mkdtemp(prefix="hq", dir="/tmp"))  # socket paths must be short
         environment = {
-            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0",
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": ray_token(), "RAY_worker_niceness": "0",
             "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(folder),
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         }  # fmt: skip
