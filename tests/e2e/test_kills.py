@@ -53,7 +53,13 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("moment", "sign"), [("first unit", signal.SIGKILL), ("third unit", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("moment", "sign"),
+    [
+        ("first unit", signal.SIGKILL),
+        pytest.param("third unit", signal.SIGTERM, marks=pytest.mark.faults),
+    ],
+)
 def test_a_killed_job_started_again_gives_the_undisturbed_tables(
     moment: str,
     sign: signal.Signals,
