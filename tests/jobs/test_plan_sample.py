@@ -109,7 +109,8 @@ def test_a_sample_without_a_model_is_refused(data_set: DataSet) -> None:
 def test_the_estimate_is_the_time_within_a_quarter(checkpoint: Path, tmp_path: Path) -> None:
     """Needs a machine that does nothing else meanwhile."""
     data = make_data_set(tmp_path / "data", images=3000, most_boxes=8)
-    more = ["--output", str(tmp_path / "out"), "--set", "output.images_per_unit=16", "--json"]
+    more = ["--output", str(tmp_path / "out"), "--set", "output.images_per_unit=16", "--json",
+            "--set", "cluster.actors=null"]  # fmt: skip
     planned = commands.run("plan", *arguments(data, checkpoint), *more, "--sample", "400", timeout_s=1200)
     found = json.loads(planned.stdout)["estimate"]
 
