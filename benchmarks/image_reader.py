@@ -59,6 +59,7 @@ def reader_rate(paths: list[Path]) -> float:
     with running_ray(Config().cluster, os.environ):
         import ray.data
 
+        ray.data.DataContext.get_current().enable_progress_bars = False
         resized = target_size_hw(SIZE_HW, SIDE)
         dataset = ray.data.read_images([str(path) for path in paths], size=resized, mode="RGB")
         times, rows = [], []

@@ -22,10 +22,10 @@ from jobs.interrupts import Interrupts
 from jobs.sampling import Measured, measure
 from jobs.weights import read_checkpoint
 from model.geometry import target_size_hw
-from model.structures import CallShape, Instances, PreparedImage, Prompts
+from model.structures import Instances, PreparedImage, Prompts
 from pipeline.decode import decode_image
 from pipeline.plan import make_plan
-from pipeline.records import Weights
+from pipeline.records import MaskSettings, Weights
 from pipeline.weights import load_model, native_dtype
 
 _ONE_MEGAPIXEL, _TWELVE_MEGAPIXELS = (864, 1152), (3000, 4000)
@@ -62,7 +62,7 @@ def measure_model(config: Config, folder: Path, interrupts: Interrupts, *, quick
     dtype = native_dtype(chain.gpus > 0) if config.model.dtype == "auto" else config.model.dtype
     config = settings.with_boxes_per_call(config, settings.BOXES_PER_CALL[chain.device])
     masks = settings.mask_settings(config, dtype)
-    begin = partial(_load_model, weights, masks.call_shape, dtype, chain.device)
+    begin = partial(_load_model, weights, masks, chain.device)
     rate = loop_rate(loop_of_model, paths, processes=chain.actors, begin=begin)
     figures = [_figures(size_hw, chain, [rate], chain.actors)]
     processes = console.count(chain.actors, "process", "processes")
@@ -167,12 +167,15 @@ _MODELS: list[object] = []
 """The model of this process, if it is one of a loop's."""
 
 
-def _load_model(weights: Weights, shape: CallShape, dtype: str, device: str) -> None:
+def _load_model(weights: Weights, masks: MaskSettings, device: str) -> None:
     import torch
 
     from model.segmenter import Segmenter
 
     torch.set_num_threads(1)
     model = load_model(weights, device).model
-    given: object = dtype
-    _MODELS.append(Segmenter(model, call_shape=shape, dtype=given, device=device))  # type: ignore[arg-type]
+    _MODELS.append(
+        Segmenter(
+            model, call_shape=masks.call_shape, dtype=masks.dtype, device=device, compiled=masks.compiled
+        )
+    )

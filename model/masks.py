@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -54,26 +55,19 @@ class PlainMasks:
 
 @dataclass(frozen=True, kw_only=True)
 class TracedMasks:
-    """The masks of one image as runs, on the host. `stability_score`: float32 (N,), see `stability`."""
-
-    runs: rle.Runs
-    stability_score: npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TracedEdges:
-    """Where the masks of one image change, on the host; `runs` makes them runs.
+    """Where the masks of one image change, on the host.
 
     `edges`: a few masks' at a time, as `rle.runs_from_edges` wants them, and how many masks these are.
-    `stability_score`: float32 (N,), see `stability`.
+    `size_hw`: (H, W). `stability_score`: float32 (N,), see `stability`.
     """
 
     edges: tuple[tuple[Int64Array, int], ...]
     size_hw: tuple[int, int]
     stability_score: npt.NDArray[np.float32]
 
+    @cached_property
     def runs(self) -> rle.Runs:
-        """The runs of all masks, in order."""
+        """The runs of all masks, in order; made when first asked for, which any thread may do."""
         parts = [rle.runs_from_edges(edges, masks, self.size_hw) for edges, masks in self.edges]
         return rle.concatenate(parts)
 
@@ -137,26 +131,7 @@ def trace_masks(
     mask_threshold: float = 0.0,
     stability_offset: float = 1.0,
 ) -> TracedMasks:
-    """The masks of one image as runs, with their stability; arguments and errors as for `trace_edges`."""
-    traced = trace_edges(
-        low_res_NLL,
-        resized_hw=resized_hw,
-        size_hw=size_hw,
-        mask_threshold=mask_threshold,
-        stability_offset=stability_offset,
-    )
-    return TracedMasks(runs=traced.runs(), stability_score=traced.stability_score)
-
-
-def trace_edges(
-    low_res_NLL: torch.Tensor,
-    *,
-    resized_hw: tuple[int, int],
-    size_hw: tuple[int, int],
-    mask_threshold: float = 0.0,
-    stability_offset: float = 1.0,
-) -> TracedEdges:
-    """The device's part of `trace_masks`: `plain_masks` without the frames. What is left is the host's.
+    """The masks of one image as runs, with their stability: `plain_masks` without the frames.
 
     Every pixel whose logit is not within about 1e-5 of the threshold is as on the plain road (the order of
     operations differs). Memory is bounded whatever N, H and W; on a GPU only edges and counts come back.
@@ -182,7 +157,7 @@ def trace_edges(
     starts = range(0, max(1, len(shifted_NLL)), MASKS_PER_STEP)
     parts = [shifted_NLL[start : start + MASKS_PER_STEP] for start in starts]
     steps = [_trace_step(part, grid, stability_offset) for part in parts]
-    return TracedEdges(
+    return TracedMasks(
         edges=tuple((edges, len(part)) for (edges, _), part in zip(steps, parts, strict=True)),
         size_hw=grid.size_hw,
         stability_score=np.concatenate([scores for _, scores in steps]),

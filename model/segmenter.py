@@ -25,7 +25,7 @@ from model.compiled import compile_calls
 from model.config import SamHQConfig, TinyVisionConfig
 from model.geometry import resize_longest_side, target_size_hw
 from model.host_work import HostWork
-from model.masks import TracedEdges, trace_edges
+from model.masks import TracedMasks, trace_masks
 from model.prompts import box_rows, check_prompts, group_prompts
 from model.sam_hq import ChunkDecoder, SamHQ, check_picture, tokens_needed
 from model.structures import CallShape, ImageEmbedding, Instances, PreparedImage, Prompts, SegmentFailure
@@ -262,7 +262,7 @@ class Segmenter:
         # A sum is not finite if one term is not, and costs a tenth of asking each term.
         if not bool(torch.isfinite(logits_NLL.sum((1, 2)) + iou_N).all()):
             return lambda: None
-        traced = trace_edges(
+        traced = trace_masks(
             logits_NLL,
             resized_hw=resized_hw,
             size_hw=size_hw,
@@ -273,9 +273,9 @@ class Segmenter:
         return self._host_work.begin(partial(_instances, traced, predicted_iou))
 
 
-def _instances(traced: TracedEdges, predicted_iou: npt.NDArray[np.float32]) -> Instances:
+def _instances(traced: TracedMasks, predicted_iou: npt.NDArray[np.float32]) -> Instances:
     """The host's part of some masks."""
-    runs = traced.runs()
+    runs = traced.runs
     return Instances(
         size_hw=traced.size_hw,
         counts=rle.compress(runs),

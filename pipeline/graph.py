@@ -104,7 +104,7 @@ def run_units(
     unfinished = len(left)
     while left:
         units = [_first_row(unit_id, retry) for unit_id in left[:UNITS_PER_WAVE]]
-        mine = _no_more_actors_than(len(units), requests)
+        mine = requests.for_units(len(units))
         watch = _watch(mine, NODES_GONE_S + cluster.wait_for_nodes_s, context.run_id)
         finished = set()
         try:
@@ -141,12 +141,6 @@ def _prove_room(requests: Requests, patience_s: float) -> None:
 
 def _answer() -> None:
     """A task that has only to be placed."""
-
-
-def _no_more_actors_than(units: int, requests: Requests) -> Requests:
-    """The requests without model processes that no unit would ever reach."""
-    most, least = min(requests.actors_max, units), min(requests.actors_min, units)
-    return replace(requests, actors_max=most, actors_min=least)
 
 
 def _first_row(unit_id: int, retry: Retry | None) -> UnitRow:

@@ -69,6 +69,11 @@ class Requests:
     """Without a bound Ray Data sets a sixth of all cores aside for commits, and on two cores that is what the
     second decode task would have needed."""
 
+    def for_units(self, units: int) -> Requests:
+        """The same without model processes that none of so many units would ever reach."""
+        most, least = min(self.actors_max, units), min(self.actors_min, units)
+        return replace(self, actors_max=most, actors_min=least)
+
 
 def fit(settings: ClusterSettings, nodes: Sequence[Node]) -> Requests:
     """The requests for these nodes; however Ray packs the actors, some node keeps room for a task.

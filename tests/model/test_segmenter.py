@@ -305,13 +305,13 @@ def test_every_call_has_the_configured_shape_and_ends_in_runs_before_the_next(
     model: SamHQ, segment_all: Segmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    trace = segmenter.trace_edges
+    trace = segmenter.trace_masks
 
     def record_trace(logits: torch.Tensor, **options: Any) -> Any:
         events.append(f"masks {len(logits)}")
         return trace(logits, **options)
 
-    monkeypatch.setattr(segmenter, "trace_edges", record_trace)
+    monkeypatch.setattr(segmenter, "trace_masks", record_trace)
     with (
         hooked(model.image_encoder, lambda _, args, __: events.append(f"encode {len(args[0])}")),
         hooked(model.mask_decoder.iou_head, lambda _, args, __: events.append(f"decode {len(args[0])}")),

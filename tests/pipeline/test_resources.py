@@ -46,6 +46,15 @@ def test_a_model_on_the_cpu_gets_every_core_and_decoding_a_little_of_each(cpus):
     assert all(int(one / found.cpus_per_actor) >= one for one in cpus)
 
 
+def test_no_model_process_is_started_that_no_unit_would_reach():
+    requests = fit(ClusterSettings(actors=6, actors_min=2), [Node(cpus=8)])
+
+    one, four, many = (requests.for_units(units) for units in (1, 4, 100))
+
+    assert [(r.actors_min, r.actors_max) for r in (one, four, many)] == [(1, 1), (2, 4), (2, 6)]
+    assert one.decode_cpus == requests.decode_cpus
+
+
 def test_actor_and_decode_requests_differ_wherever_fusion_could_join_them():
     for settings in (
         ClusterSettings(),
