@@ -51,7 +51,7 @@ def answer(model, boxes=4, mask_tokens=(0,)):
 
 
 class OneDevice(TorchDispatchMode):
-    """Refuses an operation, other than a copy, on tensors of several devices; the meta device lets some pass."""
+    """Refuses an operation, but for copies, on tensors of several devices; the meta device lets some pass."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim]
