@@ -7,7 +7,8 @@ off, bilinear to the upright size, `> threshold` strictly, logits interpolated a
 `trace_masks` never makes a frame. Both bilinear steps together are one separable operator, A L B^T, with at
 most 3 taps an axis and no negative weight. So where all taps of a tile of pixels lie on one side of a
 threshold, the tile does, and only the tiles that a contour crosses are worked out: the cost grows with a
-mask's outline, not with its area. Their places of change are the runs of the mask (see `rle.Runs`).
+mask's outline, not with its area. Their places of change are the runs of the mask (see `rle.Runs`). Where
+most tiles are crossed, a CPU works out the whole frame instead (`frames`).
 
 Its arithmetic is additions and products of single elements in a fixed order, never a matrix kernel: a
 mask's bytes depend on its own logits alone, whatever stands beside it in the call.
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from model import rle
+from model.frames import trace_frame
 from model.tiles import TileGrid, tile_grid
 
 # Masks traced at a time: bounds memory where a call has thousands, or where logits are noise.
@@ -34,6 +36,8 @@ MASKS_PER_STEP = 32
 # Pixels of tiles worked out at a time: on a CPU so many as stay in a core's cache, on a GPU many.
 SLAB_PIXELS_CPU = 1 << 17
 SLAB_PIXELS_GPU = 1 << 24
+# Crossed tiles of all from which a CPU works out the whole frame: a pixel of a tile costs 2.7 times as much.
+WHOLE_FRAME_SHARE = 0.37
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -169,17 +173,21 @@ def _trace_step(
 ) -> tuple[Int64Array, npt.NDArray[np.float32]]:
     """Edges and stability scores of the masks of some logits, threshold 0."""
     (height, width), tile = grid.size_hw, grid.tile
+    frame_size = height * width + 1
     lowest_NXY, highest_NXY = _tile_levels(low_NLL, grid, offset)
     crossed_NXY = lowest_NXY != highest_NXY
     # A run along the frame's top or bottom starts or ends there, even where the mask is solid.
     for border in (0, -1):
         crossed_NXY[:, :, border] |= highest_NXY[:, :, border] >= 2
+    whole = _traced_whole(crossed_NXY)
+    if whole:
+        crossed_NXY[whole] = False
     solid_NXY = torch.where(crossed_NXY, 0, grid.inside_XY)
     above_N = (solid_NXY * (lowest_NXY == 3)).sum((1, 2))
     below_N = (solid_NXY * (lowest_NXY >= 1)).sum((1, 2))
 
     n, x, y = torch.nonzero(crossed_NXY, as_tuple=True)
-    origin = n * (height * width + 1) + x * (tile * height) + y * tile
+    origin = n * frame_size + x * (tile * height) + y * tile
     # Pixels outside the frame have the value 0, which lies over -offset: take them off beforehand.
     below_N.index_add_(0, n, grid.inside_XY[x, y] - tile * tile)
     step = max(1, (SLAB_PIXELS_GPU if low_NLL.is_cuda else SLAB_PIXELS_CPU) // (tile * tile))
@@ -190,7 +198,21 @@ def _trace_step(
         above_N.index_add_(0, n[part], _count_over(values_PTQ[1:], offset))
         below_N.index_add_(0, n[part], _count_over(values_PTQ[1:], -offset))
         edges.append(_tile_edges(values_PTQ, origin[part], height))
-    return torch.cat(edges).cpu().numpy(), stability(above_N, below_N).cpu().numpy()
+    all_edges = [torch.cat(edges).cpu().numpy()]
+    for i in whole:
+        found = trace_frame(low_NLL[i], resized_hw=grid.resized_hw, size_hw=grid.size_hw, offset=offset)
+        all_edges.append(found.edges + i * frame_size)
+        above_N[i], below_N[i] = found.above, found.below
+    return np.concatenate(all_edges), stability(above_N, below_N).cpu().numpy()
+
+
+def _traced_whole(crossed_NXY: torch.Tensor) -> list[int]:
+    """The masks of whose frame so much is crossed that every pixel is cheaper worked out than tiles."""
+    if crossed_NXY.device.type != "cpu":
+        return []
+    crossed_share_N = crossed_NXY.float().mean((1, 2))
+    whole: list[int] = torch.nonzero(crossed_share_N > WHOLE_FRAME_SHARE).flatten().tolist()
+    return whole
 
 
 def _tile_levels(low_NLL: torch.Tensor, grid: TileGrid, offset: float) -> tuple[torch.Tensor, torch.Tensor]:

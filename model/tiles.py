@@ -50,6 +50,7 @@ class TileGrid:
     """
 
     tile: int
+    resized_hw: tuple[int, int]
     size_hw: tuple[int, int]
     rows: TileAxis
     columns: TileAxis
@@ -78,6 +79,7 @@ def tile_grid(
     height, width = size_hw
     return TileGrid(
         tile=tile,
+        resized_hw=resized_hw,
         size_hw=size_hw,
         rows=_tile_axis(
             low_side, resized_hw[0], height, np.arange(height // tile + 1) * tile, tile, 1, device
@@ -90,7 +92,7 @@ def _tile_axis(
     low_side: int, resized: int, full: int, starts: Int64Array, tile: int, before: int, device: torch.device
 ) -> TileAxis:
     """The tiles at `starts` along one axis, each with `before` pixels more ahead of its own."""
-    first, weights = _composite_taps(low_side, resized, full)
+    first, weights = composite_taps(low_side, resized, full)
     last = first + 2 - np.argmax(weights[:, ::-1] > 0, axis=1)
     pixel_AP = starts[:, None] + np.arange(-before, tile)
     inside_AP = (pixel_AP >= 0) & (pixel_AP < full)
@@ -112,8 +114,11 @@ def _tile_axis(
     )
 
 
-def _composite_taps(low_side: int, resized: int, full: int) -> tuple[Int64Array, Float32Array]:
-    """Both bilinear steps of one axis as one: first tap (full,) and the weights of it and the next two."""
+def composite_taps(low_side: int, resized: int, full: int) -> tuple[Int64Array, Float32Array]:
+    """Both bilinear steps of one axis as one: first tap (full,) and the weights of it and the next two.
+
+    int64 and float32 (full, 3). A tap that would lie past the last sample has the weight 0.
+    """
     model_first, model_weights = _bilinear_taps(low_side, 4 * low_side)
     full_first, full_weights = _bilinear_taps(resized, full)
     first = model_first[full_first]

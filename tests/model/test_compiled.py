@@ -149,6 +149,7 @@ def test_what_was_played_back_is_the_callers_own():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gpus_graphs_give_nearly_the_masks_of_its_plain_calls(dtype):
     plain, compiled = (

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import resource
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import masks, rle, tiles
+from model import frames, masks, rle, tiles
 from model.geometry import target_size_hw
 
 LOW_SIDE = 256
@@ -224,6 +225,35 @@ def test_a_mask_has_the_same_bytes_whatever_stands_beside_it(monkeypatch: pytest
     monkeypatch.setattr(masks, "MASKS_PER_STEP", 2)
     monkeypatch.setattr(masks, "SLAB_PIXELS_CPU", 7 * 16 * 16)
     assert traced_bytes(trace(low, size_hw)) == together
+
+
+@pytest.mark.parametrize("size_hw", [(97, 140), (333, 2000), (768, 1024), *SMALL_SIZES_HW])
+def test_whole_frames_have_the_bytes_of_tiles(
+    size_hw: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low = torch.cat([blobs(size_hw, 4), torch.stack(list(difficult_logits(size_hw).values()))])
+    monkeypatch.setattr(masks, "WHOLE_FRAME_SHARE", 1.0)
+    of_tiles = traced_bytes(trace(low, size_hw, mask_threshold=0.25))
+    monkeypatch.setattr(masks, "WHOLE_FRAME_SHARE", -1.0)
+    for strip_pixels in (frames.STRIP_PIXELS, 3 * size_hw[0]):
+        monkeypatch.setattr(frames, "STRIP_PIXELS", strip_pixels)
+        assert traced_bytes(trace(low, size_hw, mask_threshold=0.25)) == of_tiles
+
+
+def test_noise_is_traced_as_a_whole_frame_and_objects_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    size_hw = (768, 1024)
+    traced_whole = []
+    trace_frame = masks.trace_frame
+
+    def watched(low_LL: torch.Tensor, **settings: Any) -> frames.FrameTrace:
+        traced_whole.append(low_LL)
+        return trace_frame(low_LL, **settings)
+
+    monkeypatch.setattr(masks, "trace_frame", watched)
+    noise = difficult_logits(size_hw)["noise"]
+    trace(torch.cat([blobs(size_hw, 4), noise[None]]), size_hw)
+    (one,) = traced_whole
+    assert torch.equal(one, noise)
 
 
 def test_the_size_of_tiles_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
