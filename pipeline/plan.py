@@ -25,7 +25,7 @@ from pipeline.failpoints import visit
 from pipeline.inputs import InputSettings, allowed_access, check_columns, read_boxes, read_images
 from pipeline.joins import images_of, join
 from pipeline.listings import BoxList, ImageList
-from pipeline.plan_rows import Categories, SortedImages, number_categories, plan_table
+from pipeline.plan_rows import Categories, number_categories, plan_table
 from pipeline.plan_summary import PlanSummary, Understood, summarise
 from pipeline.records import AccessRules, BoxRules
 from pipeline.schema import PLAN, SCHEMA_VERSION
@@ -66,15 +66,10 @@ def make_plan(settings: InputSettings) -> Plan:
     boxes, categories = _numbered(inputs)
     joined, access = inputs.joined, allowed_access(settings)
     order = pc.sort_indices(joined.image_id)[: settings.limit]
-    chosen = SortedImages(
-        image_id=joined.image_id.take(order),
-        image_uri=joined.image_uri.take(order),
-        mention=joined.mention[order.to_numpy()],
-    )
-    table = plan_table(chosen, boxes, access, images_per_unit=settings.images_per_unit)
+    table = plan_table(joined, order, boxes, access, images_per_unit=settings.images_per_unit)
     return Plan(
         table=table,
-        summary=summarise(inputs, table, chosen.mention),
+        summary=summarise(inputs, table, joined.mention[order.to_numpy()]),
         categories=categories,
         sha256=table_sha256(table),
         images_per_unit=settings.images_per_unit,

@@ -7,15 +7,16 @@ images at a time. Uris are checked here so that a refused one is a row of the pl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrays import Int64Array, list_lengths, null_mask, to_lists
+from pipeline.arrays import Int64Array, list_lengths, null_mask, single, to_lists
 from pipeline.errors import ImageError, JobRefused
+from pipeline.joins import Joined
 from pipeline.listings import BOX_COLUMNS, TEXT, BoxList, examples
 from pipeline.members import PLACE
 from pipeline.records import AccessRules
@@ -28,33 +29,30 @@ Categories = tuple[Mapping[str, Any], ...]
 """{"id": int, "name": str or None}, by id."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SortedImages:
-    """The images of the plan in its order; `mention`: the place in the box list, -1 for none."""
-
-    image_id: pa.Array
-    image_uri: pa.Array
-    mention: Int64Array
-
-
 def plan_table(
-    images: SortedImages, boxes: BoxList | None, access: AccessRules, *, images_per_unit: int
+    joined: Joined,
+    order: pa.Array,
+    boxes: BoxList | None,
+    access: AccessRules,
+    *,
+    images_per_unit: int,
 ) -> pa.Table:
-    """The rows of the plan: `schema.PLAN`, one image each, cut into units of `images_per_unit`."""
-    refused = refused_uris(images.image_uri, access)
-    slices = []
-    for start in range(0, len(images.image_id), SLICE_ROWS):
-        part = slice(start, start + SLICE_ROWS)
-        mention = images.mention[part]
-        units = (np.arange(len(mention)) + start) // images_per_unit
+    """The rows of the plan: `schema.PLAN`, one image each, cut into units of `images_per_unit`.
+
+    `order`: the places in `joined` of the plan's images, in its order.
+    """
+    slices, trusted = [], dict[str, bool]()
+    for start in range(0, len(order), SLICE_ROWS):
+        places = order[start : start + SLICE_ROWS]
+        mention = joined.mention[places.to_numpy()]
+        uris = joined.image_uri.take(places)
+        units = (np.arange(len(places)) + start) // images_per_unit
         columns = [
             pa.array(units.astype(np.int32)),
-            pc.cast(images.image_id[part], pa.string()),
-            pc.cast(images.image_uri[part], pa.string()),
+            pc.cast(joined.image_id.take(places), pa.string()),
+            pc.cast(uris, pa.string()),
             _boxes(mention, boxes),
-            *_errors(
-                mention, boxes, {row - start: m for row, m in refused.items() if start <= row < part.stop}
-            ),
+            *_errors(mention, boxes, refused_uris(uris, access, trusted)),
         ]
         slices.append(pa.table(columns, schema=PLAN))
     return pa.concat_tables([PLAN.empty_table(), *slices])
@@ -79,7 +77,7 @@ def _structs(boxes: pa.Table, rows: pa.Array) -> pa.Array:
     children = []
     for field in PLAN_BOX:
         if field.name in boxes.column_names:
-            children.append(_as(boxes.column(field.name).combine_chunks().take(rows), field.type))
+            children.append(_as(single(boxes.column(field.name)).take(rows), field.type))
         else:
             children.append(_as(pa.nulls(len(rows), BOX_COLUMNS[field.name]), field.type))
     return pa.StructArray.from_arrays(children, fields=list(PLAN_BOX))
@@ -121,27 +119,33 @@ def _errors(mention: Int64Array, boxes: BoxList | None, refused: Mapping[int, st
 _PLAIN_NAME = r"\A[^\x00-\x20.?#%:\\][^\x00-\x1f\x7f?#%:\\]*\z"
 
 
-def refused_uris(uris: pa.Array, access: AccessRules) -> dict[int, str]:
+def refused_uris(
+    uris: pa.Array, access: AccessRules, trusted: dict[str, bool] | None = None
+) -> dict[int, str]:
     """Place -> reason, for the uris that may not be opened.
 
     The rules look at scheme, bucket and folder, so one plain name stands for all plain names of its
     folder; odd names, and all of a folder whose first was refused, are checked one by one. Workers check
     every uri again before they open it, and there follow the links of each file too.
+
+    `trusted`: what is known of folders already; what is found out is added to it.
     """
+    trusted = {} if trusted is None else trusted
     # Of a picture inside another file, that file is looked at.
     inside = pc.match_substring_regex(uris, PLACE)
     if pc.any(inside).as_py():
         uris = pc.replace_substring_regex(uris, PLACE, r"\1\2")
     folders = pc.replace_substring_regex(uris, r"[^/]*\z", "").dictionary_encode()
-    codes = folders.indices.to_numpy()
+    codes, texts = folders.indices.to_numpy(), folders.dictionary.to_pylist()
     names = pc.replace_substring_regex(uris, r"\A.*/", "")
     plain = pc.match_substring_regex(names, _PLAIN_NAME).to_numpy(zero_copy_only=False)
-    trusted = np.zeros(len(folders.dictionary), dtype=np.bool_)
     rows = np.flatnonzero(plain)
     known, first = np.unique(codes[rows], return_index=True)
     for code, row in zip(known.tolist(), rows[first].tolist(), strict=True):
-        trusted[code] = _refusal(uris[row].as_py(), access) is None
-    doubtful = np.flatnonzero(~(plain & trusted[codes])).tolist()
+        if texts[code] not in trusted:
+            trusted[texts[code]] = _refusal(uris[row].as_py(), access) is None
+    is_trusted = np.array([trusted.get(text, False) for text in texts], dtype=np.bool_)
+    doubtful = np.flatnonzero(~(plain & is_trusted[codes])).tolist()
     reasons = {row: _refusal(uris[row].as_py(), access) for row in doubtful}
     return {row: reason for row, reason in reasons.items() if reason is not None}
 
@@ -173,7 +177,7 @@ def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList,
         names = pc.unique(_used(table, "category_name", used).drop_null())
         names = names.take(pc.sort_indices(names))
         ids = pa.array(np.arange(1, len(names) + 1), pa.int32())
-        found = ids.take(pc.index_in(table.column("category_name").combine_chunks(), names, skip_nulls=True))
+        found = ids.take(pc.index_in(single(table.column("category_name")), names, skip_nulls=True))
         table = table.append_column("category_id", found)
         return replace(boxes, boxes=table), _category_list(ids, names)
     if "category_id" not in table.column_names:
@@ -192,7 +196,7 @@ def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList,
 
 
 def _used(table: pa.Table, name: str, rows: Int64Array | None) -> pa.Array:
-    column = table.column(name).combine_chunks()
+    column = single(table.column(name))
     return column if rows is None else column.take(pa.array(rows))
 
 
@@ -203,7 +207,7 @@ def _category_list(ids: pa.Array, names: pa.Array) -> Categories:
 
 
 def _with_known_names(table: pa.Table, known: Mapping[int, str]) -> pa.Table:
-    ids = pc.cast(table.column("category_id").combine_chunks(), pa.int64())
+    ids = pc.cast(single(table.column("category_id")), pa.int64())
     keys, names = pa.array(list(known), pa.int64()), pa.array(list(known.values()), TEXT)
     found = names.take(pc.index_in(ids, keys, skip_nulls=True))
     return table.append_column("category_name", found)

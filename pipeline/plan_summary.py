@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrays import Int64Array, list_lengths, null_mask
+from pipeline.arrays import Int64Array, list_lengths, null_mask, single
 from pipeline.boxes import suspicions
 from pipeline.errors import clean_text
 from pipeline.inputs import InputSettings
@@ -138,7 +138,7 @@ def _box_warnings(inputs: Understood) -> tuple[str, ...]:
     flat = np.arange(0, total, max(1, total // _LOOK_AT_BOXES), dtype=np.int64)
     mention = np.searchsorted(np.cumsum(boxes.lengths), flat, side="right")
     rows = flat if boxes.rows is None else boxes.rows[flat]
-    given = boxes.boxes.column("given").combine_chunks().take(pa.array(rows))
+    given = single(boxes.boxes.column("given")).take(pa.array(rows))
     whole = list_lengths(given) == 4
     values = given.filter(pa.array(whole)).flatten().to_numpy(zero_copy_only=False)
     sizes = _sizes(inputs)
