@@ -1,10 +1,12 @@
 """Peak memory of the driver against the number of planned images, with a model that takes no time.
 
     python -m benchmarks.driver_memory 1000 10000 100000
+    python -m benchmarks.driver_memory 62500 --images-per-unit 4    (the units of 1,000,000 images)
 
 Every image is the same small PNG under another name, with two boxes; each size runs in a process of its
 own with a private Ray of two cores. Prints one line a size: units, seconds, units a second, the
-driver's memory before the first unit and at its peak, and the CPU time it spent a unit.
+driver's memory before the first unit, after each fifth of them and at its peak, and the CPU time it spent a
+unit.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-IMAGES_PER_UNIT = 64
 IMAGES_PER_FOLDER = 1000
 SIDE = 64
 
@@ -33,35 +34,36 @@ def main() -> None:
     """Run one process for every size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", type=int, nargs="+")
+    parser.add_argument("--images-per-unit", type=int, default=64)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
-        print(measure(arguments.images[0]), flush=True)
+        print(measure(arguments.images[0], arguments.images_per_unit), flush=True)
         return
     for images in arguments.images:
-        command = [sys.executable, "-m", "benchmarks.driver_memory", "--inside", str(images)]
-        subprocess.run(command, check=True)
+        size = [str(images), "--images-per-unit", str(arguments.images_per_unit)]
+        subprocess.run([sys.executable, "-m", "benchmarks.driver_memory", "--inside", *size], check=True)
 
 
-def measure(images: int) -> str:
+def measure(images: int, images_per_unit: int) -> str:
     """One line of figures for a job of so many images."""
     import ray
 
     from pipeline.graph import run_units
     from pipeline.inputs import InputSettings
     from pipeline.plan import make_plan, write_plan
-    from pipeline.records import BoxRules, JobContext, Limits, MaskSettings, Place, Weights
+    from pipeline.records import BoxRules, JobContext, Limits, MaskSettings, Place, UnitOutcome, Weights
     from pipeline.resources import ClusterSettings
     from pipeline.storage import open_store
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_inputs(folder, images)
-        plan = make_plan(InputSettings(boxes=str(folder / "boxes.parquet"), images_per_unit=IMAGES_PER_UNIT))
+        plan = make_plan(InputSettings(boxes=str(folder / "boxes.parquet"), images_per_unit=images_per_unit))
         context = JobContext(
             output=Place(uri=str(folder / "out")),
             plan_sha256=plan.sha256,
-            images_per_unit=IMAGES_PER_UNIT,
+            images_per_unit=images_per_unit,
             run_id="bench",
             weights=Weights(source="none", sha256="0" * 64, architecture="stub", input_side=SIDE),
             masks=MaskSettings(),
@@ -79,12 +81,19 @@ def measure(images: int) -> str:
         process = psutil.Process()
         before, began, cpu = process.memory_info().rss, time.monotonic(), time.process_time()
         seen: list[int] = []
+        held: list[int] = []
+
+        def note(outcome: UnitOutcome) -> None:
+            seen.append(outcome.images)
+            if len(seen) % max(1, units // 5) == 0:
+                held.append(process.memory_info().rss >> 20)
+
         run_units(
             range(units),
             context,
             ClusterSettings(),
             epoch=1,
-            on_outcome=lambda outcome: seen.append(outcome.images),
+            on_outcome=note,
             should_stop=lambda: False,
         )
         seconds = time.monotonic() - began
@@ -93,7 +102,8 @@ def measure(images: int) -> str:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return (
         f"{images:>9} images {units:>6} units {seconds:8.1f} s {units / seconds:6.1f} units/s  driver "
-        f"{before / 2**20:5.0f} MiB before, {peak / 2**20:5.0f} MiB at its peak, "
+        f"{before / 2**20:5.0f} MiB before, {', '.join(map(str, held))} on the way, "
+        f"{peak / 2**20:5.0f} MiB at its peak, "
         f"{1000 * (time.process_time() - cpu) / units:5.1f} ms CPU a unit"
     )
 
