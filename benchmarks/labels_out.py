@@ -42,6 +42,7 @@ from pipeline.unit_rows import ImageResult, build_unit_table
 SIZE_HW = (480, 640)
 MASKS_PER_IMAGE = 7
 DIFFERENT = 100
+IMAGES_PER_UNIT = 64
 IMAGES_PER_PART = 36_000
 CLASSES = ("person", "car", "dog", "tree", "cup")
 LINKS_OF_ONE_FILE = 50_000  # ext4 takes 65,000
@@ -61,13 +62,13 @@ def drawn_mask(rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
-def one_image(number: int) -> ImageResult:
-    """A labelled image with its masks."""
+def one_image(number: int, num_masks: int = MASKS_PER_IMAGE) -> ImageResult:
+    """A labelled image with so many masks."""
     rng = np.random.default_rng(number)
-    rles = [coco_mask.encode(np.asfortranarray(drawn_mask(rng))) for _ in range(MASKS_PER_IMAGE)]
+    rles = [coco_mask.encode(np.asfortranarray(drawn_mask(rng))) for _ in range(num_masks)]
     boxes = [coco_mask.toBbox(rle) for rle in rles]
     blank = dict.fromkeys(field.name for field in schema.PLAN_BOX)
-    kinds = rng.integers(0, len(CLASSES), MASKS_PER_IMAGE)
+    kinds = rng.integers(0, len(CLASSES), num_masks)
     given = [
         blank
         | {"given": [x, y, x + w, y + h], "score": float(rng.uniform(0.2, 1))}
@@ -81,8 +82,8 @@ def one_image(number: int) -> ImageResult:
         counts=tuple(rle["counts"].decode() for rle in rles),
         area=np.array([int(coco_mask.area(rle)) for rle in rles], np.int64),
         bbox_xywh=np.array(boxes, np.float32),
-        predicted_iou=rng.uniform(0.4, 1.01, MASKS_PER_IMAGE).astype(np.float32),
-        stability_score=rng.uniform(0.7, 1, MASKS_PER_IMAGE).astype(np.float32),
+        predicted_iou=rng.uniform(0.4, 1.01, num_masks).astype(np.float32),
+        stability_score=rng.uniform(0.7, 1, num_masks).astype(np.float32),
     )
     return ImageResult(
         planned=row,
@@ -98,13 +99,19 @@ def one_image(number: int) -> ImageResult:
     )
 
 
-def make_tables(folder: Path, output: Path, images: int) -> None:
-    """Write the output of a finished job of so many images, without units; its pictures are in `folder`."""
+def open_output(
+    output: Path,
+    images: int,
+    *,
+    masks_per_image: int,
+    units_per_part: int = IMAGES_PER_PART // IMAGES_PER_UNIT,
+) -> tuple[Store, JobContext]:
+    """The store and the context of a job of so many images, opened there."""
     store = open_store(Place(uri=str(output)))
     context = JobContext(
         output=store.place,
         plan_sha256="0" * 64,
-        images_per_unit=64,
+        images_per_unit=IMAGES_PER_UNIT,
         run_id="bench",
         weights=Weights(source="none", sha256="0" * 64, architecture="none"),
         masks=MaskSettings(),
@@ -112,16 +119,23 @@ def make_tables(folder: Path, output: Path, images: int) -> None:
         access=AccessRules(),
         limits=Limits(),
     )
-    plan = {"images": images, "boxes": images * MASKS_PER_IMAGE, "units": -(-images // 64)}
+    units = -(-images // IMAGES_PER_UNIT)
     open_job(
         store,
         Job(
             identity=identity_of(context, inputs={}, limit=None, protocol=1),
             context=context,
-            plan=plan,
-            units_per_part=IMAGES_PER_PART // 64,
+            plan={"images": images, "boxes": images * masks_per_image, "units": units},
+            units_per_part=units_per_part,
         ),
     )
+    return store, context
+
+
+def make_tables(folder: Path, output: Path, images: int) -> None:
+    """Write the output of a finished job of so many images, without units; its pictures are in `folder`."""
+    store, context = open_output(output, images, masks_per_image=MASKS_PER_IMAGE)
+    units = -(-images // IMAGES_PER_UNIT)
     (output / "config.yaml").write_text(f"input:\n  images: {folder}\n")
     results = [one_image(number) for number in range(min(DIFFERENT, images))]
     flat = flatten_unit(build_unit_table(results, context), FilterSettings())
@@ -135,7 +149,7 @@ def make_tables(folder: Path, output: Path, images: int) -> None:
             state="complete",
             run_id="bench",
             plan_sha256="0" * 64,
-            units=plan["units"],
+            units=units,
             filters=FilterSettings(),
             parts=tuple(parts),
             published_at="2026-01-01T00:00:00+00:00",
@@ -168,7 +182,8 @@ def _part(folder: Path, store: Store, first: int, stop: int, images: pa.Table, i
     masks = number * MASKS_PER_IMAGE
     counts = Counts(images=number, boxes=masks, masks=masks, accepted=masks, status={"labelled": number})
     return Part(
-        index=index, first_unit=first // 64, stop_unit=-(-stop // 64), generations={},
+        index=index, generations={},
+        first_unit=first // IMAGES_PER_UNIT, stop_unit=-(-stop // IMAGES_PER_UNIT),
         images=files["images"], instances=files["instances"], counts=counts,
     )  # fmt: skip
 
