@@ -58,7 +58,7 @@ faults: $(STAMP)  ## kills and injected faults, an hour or more; writes the tabl
 	$(FAULTS) --ignore=tests/e2e --ignore=tests/faults
 	$(BIN)/python tools/fault_table.py build/faults.jsonl docs/reliability.md
 
-bench: $(STAMP)  ## figures of this machine, written to docs/benchmarks.md: whole jobs on two stores, model, masks to runs, memory, report and exports, requests, scale
+bench: $(STAMP)  ## figures of this machine, written to docs/benchmarks.md: whole jobs on two stores, model, masks to runs, memory, publishing, report and exports, requests, scale
 	$(RECORD) python -m benchmarks.whole_way
 	$(RECORD) python -m benchmarks.masks_rle
 	$(RECORD) python -m benchmarks.decoder_speed
@@ -68,6 +68,7 @@ bench: $(STAMP)  ## figures of this machine, written to docs/benchmarks.md: whol
 	$(RECORD) hqlabel bench
 	$(RECORD) python -m benchmarks.image_reader
 	$(RECORD) python -m benchmarks.driver_memory 1000 10000
+	$(RECORD) python -m benchmarks.publishing
 	$(RECORD) python -m benchmarks.labels_out --images 2858
 	$(RECORD) python -m benchmarks.store_requests 5000
 	rm -rf build/simulation && $(RECORD) python -m benchmarks.simulation build/simulation --images 20000 --seconds 3600
