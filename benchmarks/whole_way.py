@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from moto.server import ThreadedMotoServer
 
 from model import checkpoints
-from model.segmenter import Segmenter
+from model.segmenter import Segmenter, set_cpu_threads
 from model.structures import CallShape, Instances, PreparedImage, Prompts
 from pipeline.decode import decode_image
 from tests.e2e import commands
@@ -161,6 +161,7 @@ def compare_with_loop(data: DataSet, folder: Path) -> None:
 
 def loop(data: DataSet, weights: Path) -> Iterator[tuple[tuple[str, int], dict[str, object]]]:
     """(image id, box number) and what the segmenter says of the box, image by image."""
+    set_cpu_threads(1)  # as in the job's processes
     segmenter = Segmenter(checkpoints.load(weights).model, call_shape=SHAPE, dtype="float32")
     for name, boxes in data.boxes_by_id.items():
         if not len(boxes):

@@ -168,11 +168,9 @@ _MODELS: list[object] = []
 
 
 def _load_model(weights: Weights, masks: MaskSettings, device: str) -> None:
-    import torch
+    from model.segmenter import Segmenter, set_cpu_threads
 
-    from model.segmenter import Segmenter
-
-    torch.set_num_threads(1)
+    set_cpu_threads(masks.cpu_threads)
     model = load_model(weights, device).model
     _MODELS.append(
         Segmenter(

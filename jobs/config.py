@@ -76,6 +76,8 @@ class ModelSection(_Section):
     """Logit offset of stability_score."""
     compile: bool = False
     """On GPUs: compile the model's calls and record them as CUDA graphs; a process begins minutes later."""
+    cpu_threads: int = Field(default=1, ge=1)
+    """Without GPUs: threads of a model process. As many processes of one thread do more, where they fit."""
 
 
 class DetectorSection(_Section):
@@ -177,7 +179,7 @@ class ClusterSection(_Section):
     gpus_per_actor: Number | None = Field(default=None, ge=0, le=1)
     """Share of a GPU for a model process; null: 1 where the cluster has GPUs, else 0."""
     cpus_per_actor: Number | None = Field(default=None, gt=0)
-    """CPU cores for a model process; null: chosen from the machine."""
+    """CPU cores for a model process; null: chosen from the machine. Its threads are `model.cpu_threads`."""
     decode_cpus: Number | None = Field(default=None, gt=0)
     """CPU cores for a task that fetches and decodes one unit; null: chosen from the machine."""
     wait_for_nodes_s: Number = Field(default=0.0, ge=0)

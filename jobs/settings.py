@@ -123,7 +123,7 @@ def input_settings(config: Config) -> InputSettings:
 
 def cluster_settings(config: Config) -> ClusterSettings:
     """What the job asks of the cluster."""
-    fields = config.cluster.model_dump()
+    fields = {**config.cluster.model_dump(), "cpu_threads": config.model.cpu_threads}
     return ClusterSettings(**{name: fields[name] for name in ClusterSettings.__dataclass_fields__})
 
 
@@ -194,6 +194,7 @@ def mask_settings(config: Config, dtype: str) -> MaskSettings:
         stability_offset=model.stability_offset,
         compiled=model.compile,
         draft_jpeg=config.input.draft_jpeg,
+        cpu_threads=model.cpu_threads,
     )
 
 

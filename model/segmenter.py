@@ -355,6 +355,15 @@ def probe_dtype(device: str | torch.device) -> Dtype:
     return "float32"
 
 
+def set_cpu_threads(threads: int) -> None:
+    """None; PyTorch computes with so many threads in this process from here on.
+
+    On a CPU they belong to what makes equal bytes: kernels share their work out by them, and the last bits of
+    some sums follow (float32 products of few rows, softmax along an inner axis, 1x1 convolutions).
+    """
+    torch.set_num_threads(threads)
+
+
 def _cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     """What every core of this machine can do, by the names Linux has for it; empty elsewhere."""
     if not cpuinfo.exists():

@@ -78,7 +78,12 @@ class BoxRules:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSettings:
-    """What the model is asked for, and of what pixels. All of it changes masks, so all of it is identity."""
+    """What the model is asked for, and of what pixels. All of it changes masks, so all of it is identity.
+
+    `cpu_threads`: that a model process on a CPU computes with. PyTorch's kernels share their work out by it,
+    and round some sums otherwise: of 54,753 masks two differed by one pixel in what their stability is
+    counted from.
+    """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     call_shape: CallShape = field(default_factory=CallShape)
@@ -87,6 +92,7 @@ class MaskSettings:
     stability_offset: float = 1.0
     compiled: bool = False
     draft_jpeg: bool = False
+    cpu_threads: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,8 +42,8 @@ class ClusterSettings:
     """What a person asks of the cluster; None: chosen from its nodes.
 
     `actors`: model processes. `actors_min`: where the pool may begin; None: the same as `actors`.
-    `gpus_per_actor`: 1 where there are GPUs, else 0. `cpus_per_actor`: 1; CPU cores, and on a CPU the
-    model's threads. `decode_cpus`: request of a task that fetches and decodes one unit at a time.
+    `gpus_per_actor`: 1 where there are GPUs, else 0. `cpus_per_actor`: 1, on a CPU about as many as the
+    model's `cpu_threads`. `decode_cpus`: request of a task that fetches and decodes one unit at a time.
     `wait_for_nodes_s`: how long nodes that an autoscaler brings may take at the start.
     """
 
@@ -52,6 +52,7 @@ class ClusterSettings:
     gpus_per_actor: float | None = None
     cpus_per_actor: float | None = None
     decode_cpus: float | None = None
+    cpu_threads: int = 1
     wait_for_nodes_s: float = 0.0
 
 
@@ -94,11 +95,13 @@ def fit(settings: ClusterSettings, nodes: Sequence[Node]) -> Requests:
             f"cluster.gpus_per_actor is {gpus:g}, the node with most GPUs has {most:g}; set it to 0 for CPU"
         )
     actor_cpus = settings.cpus_per_actor or (_ACTOR_CPUS_OF_ONE if largest < 2 else 1.0)
+    threads = settings.cpu_threads
     if not gpus and settings.cpus_per_actor is None:
-        actor_cpus = min(actor_cpus, _share_of_actor(nodes, settings.actors))
+        wanted = actor_cpus if threads == 1 else float(threads)
+        actor_cpus = min(wanted, _share_of_actor(nodes, settings.actors, threads))
     least = settings.decode_cpus or _DECODE_CPUS_AT_LEAST
     placing = _Placing(nodes=tuple(nodes), actor_cpus=actor_cpus, gpus=gpus, decode_cpus=least)
-    actors = settings.actors or _default_actors(placing)
+    actors = settings.actors or _default_actors(placing, threads)
     if settings.decode_cpus is None:
         placing = _with_more_for_decoding(placing, min(actors, placing.places()))  # others may still come
     if not gpus and placing.decode_cpus == actor_cpus:
@@ -184,27 +187,34 @@ def _with_more_for_decoding(placing: _Placing, actors: int) -> _Placing:
     return more if more.decode_cpus > placing.decode_cpus and fits else placing
 
 
-def _share_of_actor(nodes: Sequence[Node], actors: int | None) -> float:
+def _share_of_actor(nodes: Sequence[Node], actors: int | None, threads: int) -> float:
     """What two decode tasks and some commits leave for each of so many actors, in steps of 0.05: people who
     ask for two model processes on two cores mean two slower ones. Never below a tenth of a core.
 
-    None: one a core, on every node. Decoding takes a tenth of what a model on the CPU takes, so a core kept
-    free for it would mostly wait: on two cores that cost three eighths of the rate.
+    None: one for each so many cores, on every node, as a model has threads. Decoding takes a tenth of what a
+    model on the CPU takes, so a core kept free for it would mostly wait: on two cores that cost three eighths
+    of the rate.
     """
     others = 2 * _DECODE_CPUS_AT_LEAST + _COMMIT_TASKS_AT_LEAST * COMMIT_CPUS
     if actors is None:
-        shares = [(node.cpus - others) / math.floor(node.cpus) for node in nodes if node.cpus >= 1]
+        shares = [
+            (node.cpus - others) / _actors_by_threads(node, threads) for node in nodes if node.cpus >= 1
+        ]
     else:
         shares = [(sum(node.cpus for node in nodes) - others) / actors]
     return max(math.floor(20 * min(shares) + _EPSILON) / 20, 0.1)
 
 
-def _default_actors(placing: _Placing) -> int:
+def _actors_by_threads(node: Node, threads: int) -> int:
+    return max(math.floor(node.cpus / threads), 1 if node.cpus >= 1 else 0)
+
+
+def _default_actors(placing: _Placing, threads: int) -> int:
     """One actor for every place there is, as long as decoding keeps room and memory lasts (on the CPU)."""
     room = placing.most_actors_with_room()
     places = placing.places() if room is None else min(placing.places(), room)
     if not placing.gpus:
-        places = min(places, sum(math.floor(node.cpus) for node in placing.nodes))
+        places = min(places, sum(_actors_by_threads(node, threads) for node in placing.nodes))
         by_memory = sum(int(node.memory_bytes // CPU_ACTOR_BYTES) for node in placing.nodes)
         known = all(node.memory_bytes for node in placing.nodes)
         places = min(places, max(1, by_memory)) if known else places

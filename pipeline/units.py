@@ -116,6 +116,7 @@ def footer(context: JobContext) -> dict[str, str]:
         "hq_token_only": masks.hq_token_only,
         "compiled": masks.compiled,
         "draft_jpeg": masks.draft_jpeg,
+        "cpu_threads": masks.cpu_threads,
         "stability_offset": masks.stability_offset,
         "box_format": context.box_rules.box_format,
         "box_frame": context.box_rules.box_frame,

@@ -17,7 +17,7 @@ from model import rle
 from model.checkpoints import DEMO_FOLDER, CheckpointError, LoadedModel, load
 from model.config import ConfigError
 from model.prompts import mask_to_prompt
-from model.segmenter import Segmenter, probe_dtype
+from model.segmenter import Segmenter, probe_dtype, set_cpu_threads
 from model.structures import CallShape, Instances, PreparedImage, SegmentFailure
 from model.weight_files import Source
 from pipeline.access import split_scheme
@@ -91,11 +91,16 @@ def load_model(weights: Weights, device: str = "cpu") -> LoadedModel:
 def load_segmenter(context: JobContext, use_gpu: bool) -> TorchSegmenter:
     """The job's model with the job's settings, on the GPU that Ray gave this process or on the CPU.
 
+    On a CPU this process computes with the job's number of threads from here on, whatever OMP_NUM_THREADS
+    says.
+
     Raises:
         SystemicFault: `weights` as `load_model`, or `device`: no usable GPU, or one (or a CPU) that does
             not multiply the job's number format natively.
     """
     device, masks = "cuda" if use_gpu else "cpu", context.masks
+    if not use_gpu:
+        set_cpu_threads(masks.cpu_threads)
     try:
         native = probe_dtype(device)
         if masks.dtype == "bfloat16" and native != "bfloat16":

@@ -244,7 +244,6 @@ def test_row_57_masks_are_the_same_bytes_whatever_happens(
         _with_threads, shuffled.context, order, 1, failpoint="commit.created=kill@2", timeout_s=250
     )
     assert code == -signal.SIGKILL
-    # Two threads beside another busy process spin for each other's turn: many times as slow.
     assert in_child(_with_threads, shuffled.context, order, 2, timeout_s=500) == 0
     assert digest(shuffled) == wanted
     landed += 1
@@ -253,8 +252,8 @@ def test_row_57_masks_are_the_same_bytes_whatever_happens(
     work(other_units.context, other_units.unit_ids)
     assert digest(other_units) == wanted
     landed += 1
-    record(57, fault=f"{images} images: units shuffled, threads 1 and 2, killed, units of 7", landed=landed,
-           code="same bytes")  # fmt: skip
+    fault = f"{images} images: units shuffled, begun with threads 1 and 2, killed, units of 7"
+    record(57, fault=fault, landed=landed, code="same bytes")
 
 
 def at_another_place(made: MadeJob, folder: Path) -> MadeJob:
@@ -269,6 +268,7 @@ def at_another_place(made: MadeJob, folder: Path) -> MadeJob:
 def _with_threads(context: JobContext, order: list[int], threads: int) -> None:
     torch.set_num_threads(threads)
     work(context, [int(unit_id) for unit_id in order])
+    assert torch.get_num_threads() == context.masks.cpu_threads  # whatever the process began with
 
 
 @pytest.mark.faults

@@ -100,7 +100,7 @@ def test_the_identity_holds_everything_that_changes_masks():
         "schema_version", "model_protocol", "plan_sha256", "images_per_unit", "limit",
         "weights.sha256", "weights.input_side", "masks.dtype", "masks.call_shape.images_per_call",
         "masks.call_shape.boxes_per_call", "masks.multimask", "masks.hq_token_only",
-        "masks.stability_offset", "masks.compiled", "masks.draft_jpeg",
+        "masks.stability_offset", "masks.compiled", "masks.draft_jpeg", "masks.cpu_threads",
         "box_rules.box_format", "box_rules.box_frame",
         "detector.kind", "detector.fingerprint", "detector.prompts.a", "detector.longest_side",
         "detector.score_threshold",

@@ -10,8 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from pycocotools import mask as coco_mask
 
+from model.checkpoints import DEMO_FOLDER, load
 from model.structures import CallShape
 from pipeline.decode_child import DecodeChild
 from pipeline.errors import SystemicFault
@@ -224,6 +226,26 @@ def test_a_job_of_compiled_calls_stops_where_there_is_no_gpu(tmp_path, child):
 
     assert found.fault.code == "device"
     assert "model.compile=true" in found.fault.message
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_model_on_a_cpu_computes_with_the_threads_of_the_job(tmp_path, threads):
+    """Sums are rounded otherwise by other numbers of threads, so the process must not choose."""
+    job = make_job(tmp_path, {"a.png": png(noise(1))})
+    weights = load(DEMO_FOLDER).weights
+    context = replace(
+        job.context,
+        weights=replace(job.context.weights, source="demo", sha256=weights.sha256, input_side=512),
+        masks=replace(job.context.masks, cpu_threads=threads),
+        segmenter="pipeline.weights:load_segmenter",
+    )
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        SegmentWorker(context, epoch=1, use_gpu=False)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_fault_from_before_is_passed_on(tmp_path, child):
