@@ -4,9 +4,10 @@
     python -m benchmarks.attention_roads --device cuda --variants vit_b vit_h --images 8
 
 For each variant one block of each kind, over the whole grid and over windows, in bfloat16. `blocked` is what
-a CPU takes and `folded` what a GPU takes; `plain` is the definition. `biased` gives the fused kernel its
-terms as a mask of all logits; `flex` is FlexAttention, compiled, with the terms looked up in the kernel, and
-`no terms` the fused kernel alone, which is another function: what the terms cost at least.
+a CPU takes and `folded` what a GPU takes; `plain` is the definition. `folded, v narrow` leaves v its width;
+`biased` gives the fused kernel its terms as a mask of all logits; `flex` is FlexAttention, compiled, with the
+terms looked up in the kernel; and `no terms` the fused kernel alone, which is another function: what the
+terms cost at least.
 
 Milliseconds are medians; the rate counts the two products of the definition and nothing that a road does
 beside them. The error is the largest against the definition in float32, over its largest value.
@@ -23,7 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils import benchmark
 
-from model.attention import blocked_attention, folded_attention, offset_tables, offset_terms, plain_attention
+from model.attention import (
+    blocked_attention,
+    fold,
+    folded_attention,
+    offset_tables,
+    offset_terms,
+    plain_attention,
+)
 from model.config import PUBLISHED, VisionConfig
 
 Road = Callable[..., torch.Tensor]
@@ -107,6 +115,14 @@ def biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tables: torch.Ten
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def folded_narrow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+    """`folded_attention` without widening v, by whichever kernel takes values of another width than keys."""
+    squares, heads, length, _ = q.shape
+    wide = fold(q.flatten(0, 1), k.flatten(0, 1), offset_tables(*tables))
+    q_nhLD, k_nhLD = (x.view(squares, heads, length, -1) for x in wide)
+    return F.scaled_dot_product_attention(q_nhLD, k_nhLD, v, scale=1.0)
+
+
 @cache
 def compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
@@ -134,6 +150,7 @@ def no_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_tables: torch.
 ROADS: dict[str, Road] = {
     "blocked": blocked,
     "folded": folded_attention,
+    "folded, v narrow": folded_narrow,
     "biased": biased,
     "flex": flex,
     "no terms": no_terms,

@@ -4,10 +4,11 @@
     python -m benchmarks.model_speed --times FILE       (again and again: every call adds its rounds)
     python -m benchmarks.model_speed --operations 24
 
-Random weights, the same ones for all, one picture of 1536 x 2048. The contenders take turns; a figure is the
-median over the rounds, in wall seconds, with the CPU seconds of all threads beside it, which other work
-on the machine disturbs less. Half a minute a peer and turn on one core, so `--times` keeps every turn in a
-file of JSON lines, and a run that was cut short, or has few rounds, is taken up by the next one.
+Random weights, the same ones for all, one picture of 1536 x 2048. Each contender has a process of its own,
+with the environment that its users get (ours asks for huge pages, as a job does), and they take turns; a
+figure is the median over the rounds, in wall seconds, with the CPU seconds of all threads beside it, which
+other work on the machine disturbs less. Half a minute a peer and turn on one core, so `--times` keeps every
+turn in a file of JSON lines, and a run that was cut short, or has few rounds, is taken up by the next one.
 
 `segment-anything-hq` is run as its own README does, `transformers` as its documentation does but for the
 processor, whose resize it gets for nothing; the masks of both are encoded by pycocotools. Agreement is with
@@ -20,14 +21,17 @@ and its rate, against the rate of a large matrix product measured in the same ru
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
 import json
 import logging
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +60,7 @@ PRODUCTS = {"aten::addmm": 1, "aten::baddbmm_": 1, "aten::mm": 0, "aten::bmm": 0
 
 def hqlabel(model: SamHQ, dtype: Dtype, boxes_per_call: int, image: np.ndarray, boxes: np.ndarray) -> Road:
     shape = CallShape(images_per_call=1, boxes_per_call=boxes_per_call)
-    segmenter = Segmenter(copy.deepcopy(model), call_shape=shape, dtype=dtype)
+    segmenter = Segmenter(model, call_shape=shape, dtype=dtype)
 
     def road() -> list[str]:
         (result,) = segmenter.segment([image], [boxes])
@@ -130,15 +134,88 @@ def kept_turns(file: Path | None, setting: str) -> list[Turn]:
     return [Turn(**record["turn"]) for record in records if record["setting"] == setting]
 
 
-def take_turns(roads: dict[str, Road], rounds: int, warm_up: int, keep: Callable[[Turn], None]) -> None:
-    """Run all in turn, the first `warm_up` rounds uncounted."""
-    for number in range(warm_up + rounds):
-        for name, road in roads.items():
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What every contender is given."""
+
+    variant: str
+    threads: int
+    boxes: int
+    boxes_per_call: int
+
+    def __str__(self) -> str:
+        return (
+            f"torch {torch.__version__}, {self.threads} threads, {self.variant}, "
+            f"{SIZE_HW[0]}x{SIZE_HW[1]}, {self.boxes} boxes, {self.boxes_per_call} a call here"
+        )
+
+
+def make_road(name: str, setting: Setting) -> Road:
+    """One contender, in this process."""
+    torch.set_num_threads(setting.threads)
+    model = lively(PUBLISHED[setting.variant])
+    image, boxes = photo(*SIZE_HW), boxes_in(*SIZE_HW, setting.boxes)
+    makers: dict[str, Callable[[], Road]] = {
+        "hqlabel bf16": lambda: hqlabel(model, "bfloat16", setting.boxes_per_call, image, boxes),
+        "hqlabel fp32": lambda: hqlabel(model, "float32", setting.boxes_per_call, image, boxes),
+        "segment-anything-hq fp32": lambda: original(model, image, boxes),
+        "transformers fp32": lambda: transformers(model, torch.float32, image, boxes),
+        "transformers bf16": lambda: transformers(model, torch.bfloat16, image, boxes),
+    }
+    return makers[name]()
+
+
+def serve(pipe: Connection, name: str, setting: Setting) -> None:
+    """A contender's process: a turn for every word, until the other end is closed."""
+    road = make_road(name, setting)
+    with contextlib.suppress(EOFError):
+        while pipe.recv():
             wall, cpu = time.perf_counter(), time.process_time()
             counts = road()
-            turn = Turn(
-                road=name, wall=time.perf_counter() - wall, cpu=time.process_time() - cpu, counts=counts
-            )
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            pipe.send(Turn(road=name, wall=wall, cpu=cpu, counts=counts))
+
+
+def start(name: str, target: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
+    """A process of its own for a contender, in its environment: what torch reads when it is imported."""
+    before = dict(os.environ)
+    if name.startswith("hqlabel"):
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # see pipeline/native.py
+    try:
+        process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return process
+
+
+@contextlib.contextmanager
+def contender(name: str, setting: Setting) -> Iterator[Callable[[], Turn]]:
+    """What takes one turn of a contender, in the contender's own process."""
+    mine, its = multiprocessing.get_context("spawn").Pipe()
+    process = start(name, serve, its, name, setting)
+    its.close()
+
+    def turn() -> Turn:
+        mine.send(True)
+        done: Turn = mine.recv()
+        return done
+
+    try:
+        yield turn
+    finally:
+        mine.close()
+        process.join()
+
+
+def take_turns(
+    contenders: dict[str, Callable[[], Turn]], rounds: int, warm_up: int, keep: Callable[[Turn], None]
+) -> None:
+    """Run all in turn, the first `warm_up` rounds uncounted."""
+    for number in range(warm_up + rounds):
+        for name, take in contenders.items():
+            turn = take()
             told = "warm-up" if number < warm_up else f"round {number - warm_up + 1}"
             print(f"{told:>8} {name:<26} wall {turn.wall:6.2f} s, CPU {turn.cpu:6.2f} s", flush=True)
             if number >= warm_up:
@@ -190,9 +267,10 @@ def gflop(name: str, shapes: list[list[int]]) -> float:
     return 0.0
 
 
-def break_down(road: Road, dtype: torch.dtype, rows: int) -> None:
+def break_down(name: str, setting: Setting, rows: int) -> None:
     """Print the table of operations."""
-    peak = product_rate(dtype)
+    road = make_road(name, setting)
+    peak = product_rate(torch.bfloat16 if "bf16" in name else torch.float32)
     road()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
         start = time.perf_counter()
@@ -225,36 +303,34 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=ROADS, default=ROADS, metavar="ROAD")
     parser.add_argument("--times", type=Path, help="a file of turns to go on with")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    model = lively(PUBLISHED[options.variant])
-    image, boxes = photo(*SIZE_HW), boxes_in(*SIZE_HW, options.boxes)
-    setting = (
-        f"torch {torch.__version__}, {options.threads} threads, {options.variant}, "
-        f"{SIZE_HW[0]}x{SIZE_HW[1]}, {options.boxes} boxes, {options.boxes_per_call} a call here"
+    setting = Setting(
+        variant=options.variant,
+        threads=options.threads,
+        boxes=options.boxes,
+        boxes_per_call=options.boxes_per_call,
     )
     print(setting, flush=True)
-    makers: dict[str, Callable[[], Road]] = {
-        "hqlabel bf16": lambda: hqlabel(model, "bfloat16", options.boxes_per_call, image, boxes),
-        "hqlabel fp32": lambda: hqlabel(model, "float32", options.boxes_per_call, image, boxes),
-        "segment-anything-hq fp32": lambda: original(model, image, boxes),
-        "transformers fp32": lambda: transformers(model, torch.float32, image, boxes),
-        "transformers bf16": lambda: transformers(model, torch.bfloat16, image, boxes),
-    }
-    roads = {name: makers[name]() for name in options.only}
     if options.operations:
-        for name in (name for name in roads if name.startswith("hqlabel")):
-            print(f"\n{name}")
-            break_down(roads[name], torch.bfloat16 if "bf16" in name else torch.float32, options.operations)
+        for name in (name for name in options.only if name.startswith("hqlabel")):
+            print(f"\n{name}", flush=True)
+            start(name, break_down, name, setting, options.operations).join()
         return
-    turns = kept_turns(options.times, setting)
+    compare(options.only, setting, options)
+
+
+def compare(names: Sequence[str], setting: Setting, options: argparse.Namespace) -> None:
+    """Let the contenders take turns, and print the first table."""
+    turns = kept_turns(options.times, str(setting))
 
     def keep(turn: Turn) -> None:
         turns.append(turn)
         if options.times:
             with options.times.open("a") as file:
-                file.write(json.dumps({"setting": setting, "turn": asdict(turn)}) + "\n")
+                file.write(json.dumps({"setting": str(setting), "turn": asdict(turn)}) + "\n")
 
-    take_turns(roads, options.rounds, options.warm_up, keep)
+    with contextlib.ExitStack() as stack:
+        contenders = {name: stack.enter_context(contender(name, setting)) for name in names}
+        take_turns(contenders, options.rounds, options.warm_up, keep)
     print_comparison(turns)
 
 
