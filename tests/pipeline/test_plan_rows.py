@@ -100,6 +100,26 @@ def test_a_million_plain_names_cost_one_check_a_folder(monkeypatch):
     assert len(calls) < 200
 
 
+def test_what_is_known_of_folders_holds_for_the_next_slice(tmp_path, monkeypatch):
+    inside = tmp_path / "in"
+    inside.mkdir()
+    access, trusted = AccessRules(roots=(str(inside),)), {}
+    first = [f"{inside}/{i}.jpg" for i in range(5)] + ["/dev/0.jpg"]
+    assert one_by_one(first, access) == refused_uris(pa.array(first, pa.large_string()), access, trusted)
+    assert trusted == {f"{inside}/": True, "/dev/": False}
+    looked_at = []
+    check = check_uri
+    monkeypatch.setattr(
+        "pipeline.plan_rows.check_uri", lambda uri, access: (looked_at.append(uri), check(uri, access))
+    )
+    second = ["/dev/1.jpg", f"{inside}/6.jpg", "/dev/2.jpg"]
+
+    found = refused_uris(pa.array(second, pa.large_string()), access, trusted)
+
+    assert one_by_one(second, access) == found
+    assert looked_at == ["/dev/1.jpg", "/dev/2.jpg"], "a trusted folder is not looked at again"
+
+
 @pytest.mark.parametrize("uris", [[], [""]])
 def test_no_uris_and_blank_ones_are_answered(uris):
     assert len(uris) == len(refused_uris(pa.array(uris, pa.large_string()), AccessRules()))
