@@ -169,6 +169,15 @@ def test_the_footer_of_a_part_tells_lineage_and_filters(made: MadeJob):
     assert json.loads(entries["filters"])["min_area_px"] == 3
 
 
+def test_the_footer_says_all_that_the_model_was_asked_for(made: MadeJob):
+    masks = dataclasses.asdict(made.job.context.masks)
+    wanted = masks.pop("call_shape") | masks
+
+    told = units.footer(made.job.context)
+
+    assert {name: told.get(name) for name in wanted} == {name: str(value) for name, value in wanted.items()}
+
+
 def test_row_groups_are_filled_over_units(made: MadeJob, monkeypatch):
     made.commit()
     monkeypatch.setattr(publish.parquet.ParquetSink.__init__, "__kwdefaults__", {"row_group_rows": 5})
