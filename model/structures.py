@@ -141,6 +141,7 @@ class WeightsInfo:
 
     `layout`: `original` or `transformers`. `architecture`: such as `vit_b` or `vit_192x6`.
     `ignored_keys`: tensors that were read and are known not to matter (`pixel_mean`, TinyViT's classifier).
+    `warnings`: sentences on what was found beside the weights and not followed.
     """
 
     sha256: str
@@ -149,3 +150,4 @@ class WeightsInfo:
     license: str | None = None
     source: str = ""
     ignored_keys: Sequence[str] = field(default=())
+    warnings: Sequence[str] = field(default=())
