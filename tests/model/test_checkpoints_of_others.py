@@ -152,6 +152,17 @@ def test_what_a_config_leaves_out_the_tensors_tell(folder, saved_model):
     assert same(load(folder).model, saved_model)
 
 
+def test_a_small_model_with_the_default_window_is_read(tmp_path):
+    """14 tokens on a grid of 8, as transformers' defaults give for pictures of 128 pixels."""
+    config = vit_config(
+        embed_dim=64, depth=2, num_heads=2, global_attn_indexes=(1,), window_size=14, image_size=128
+    )
+    save_transformers(SamHQ.from_config(config, 0), tmp_path)
+    text = (CONFIGS / "transformers-4.57.1.json").read_text()
+
+    assert load(with_config(tmp_path, text, vision_config__window_size=14)).model.config == config
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_folder_of_pickled_weights_is_read(shards, folder, saved_model):
     tensors = safetensors.torch.load_file(folder / "model.safetensors")

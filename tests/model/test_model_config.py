@@ -65,7 +65,7 @@ def test_sides_follow_from_the_grid():
         ({"global_attn_indexes": (12,)}, "one or more of the 12 blocks"),
         ({"global_attn_indexes": (5, 2)}, "in rising order"),
         ({"num_attention_heads": 0}, "multiple of the 0 attention heads"),
-        ({"window_size": 64}, "less than the grid's side 64"),
+        ({"window_size": 64}, "another than the grid's side 64"),
         ({"image_size": 1000}, "multiple of 16"),
         ({"patch_size": 14}, "only 16 is known"),
     ],
