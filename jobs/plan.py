@@ -94,7 +94,7 @@ def _rows(
     if weights is not None:
         licence = weights.license or "unknown"
         rows.append(("model", f"{weights.architecture}, input side {weights.input_side}; licence {licence}"))
-        rows += [("", warning) for warning in weights.warnings]
+        rows += [("", weights.warning)] if weights.warning else []
     rows.append(
         ("work", f"{console.count(plan.summary.units, 'unit')} of up to {plan.images_per_unit} images")
     )

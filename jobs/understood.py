@@ -52,8 +52,8 @@ def describe_model(context: JobContext, *, asked_dtype: str) -> list[tuple[str, 
         f"{weights.architecture}, input side {weights.input_side}; sha256 {weights.sha256[:12]}; {licence}"
     )
     dtype = context.masks.dtype + (" (auto)" if asked_dtype == "auto" else "")
-    notes = [*weights.warnings, *([] if weights.note is None else [weights.note])]
-    return [("model", model), ("numbers", dtype), *(("", note) for note in notes)]
+    notes = [("", note) for note in (weights.warning, weights.note) if note is not None]
+    return [("model", model), ("numbers", dtype), *notes]
 
 
 def describe_detector(context: JobContext) -> list[tuple[str, str]]:

@@ -41,7 +41,7 @@ def read_checkpoint(config: Config) -> Weights:
         architecture=loaded.weights.architecture,
         input_side=loaded.model.config.image_size,
         note=DEMO_NOTE if source == DEMO else None,
-        warnings=tuple(map(clean_text, loaded.weights.warnings)),
+        warning=clean_text("; ".join(loaded.weights.warnings)) or None,
     )
 
 

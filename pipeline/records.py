@@ -107,8 +107,8 @@ class Weights:
     input_side: int = 1024
     note: str | None = None
     """A sentence that every summary and footer repeats, such as the demo checkpoint's warning."""
-    warnings: tuple[str, ...] = ()
-    """Sentences on what lies beside the tensors and was not followed; no part of a job's identity."""
+    warning: str | None = None
+    """What lies beside the tensors and was not followed, in one line; no part of a job's identity."""
 
 
 @dataclass(frozen=True, kw_only=True)
