@@ -6,6 +6,7 @@ price is about twice the file's size while it loads. A `.pth` goes through torch
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -238,7 +239,7 @@ def parse_pth(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{name}: {why_unread(data, str(error))}") from error
     found = list(tensor_dicts(values))
     if not found:
-        held = f" of {', '.join(map(repr, list(values)[:8]))}" if isinstance(values, dict) else ""
+        held = f" of {', '.join(map(repr, list(values)[:8]))}" if isinstance(values, dict) and values else ""
         raise CheckpointError(
             f"{name}: holds a {type(values).__name__}{held} without tensors by name; wanted a state dict"
         )
@@ -259,14 +260,15 @@ def tensor_dicts(values: object) -> Iterator[tuple[str, dict[str, torch.Tensor]]
     """Yield every dict, at any depth of wrapping, that holds tensors by name, and the subscripts to it."""
     seen, waiting = set(), [("", values, 0)]
     for path, value, depth in waiting:
-        if not isinstance(value, dict) or id(value) in seen:
+        if not isinstance(value, dict) or id(value) in seen:  # a pickle may hold a dict in itself
             continue
         seen.add(id(value))
         tensors = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
         if tensors:
             yield path, tensors
         if depth < DEEPEST_WRAPPER:
-            waiting += [(f"{path}[{key!r}]", inner, depth + 1) for key, inner in value.items()]
+            inner = [(key, one) for key, one in value.items() if isinstance(one, dict)]
+            waiting += [(f"{path}[{key!r}]", one, depth + 1) for key, one in inner]
 
 
 def same_tensors(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
@@ -295,7 +297,7 @@ def why_unread(data: bytes, said: str) -> str:
         )
     if "TorchScript" in said:
         return f"a TorchScript archive, which holds code; {alone}"
-    if zipfile.is_zipfile(io.BytesIO(data)):
+    with contextlib.suppress(Exception):  # of a torn or hostile archive zipfile raises errors of many kinds
         names = zipfile.ZipFile(io.BytesIO(data)).namelist()
         if not any(name.endswith("/data.pkl") for name in names):
             return f"a zip archive of {', '.join(names[:8])}: unpack it, and name the file in it"

@@ -277,6 +277,7 @@ def test_the_canary_sings_without_the_restriction(tmp_path):
         (b"PK\x03\x04 broken", "damaged"),
         (b"\x10\0\0\0\0\0\0\0{broken", "damaged safetensors"),
         (as_pth([1, 2]), "holds a list"),
+        (as_pth({}), "holds a dict without tensors by name"),
         (as_pth({"epoch": 3}), "holds a dict of 'epoch' without tensors by name"),
     ],
 )

@@ -459,6 +459,15 @@ def test_packed_weights_are_named(kind, message, sam):
         load(packed(sam, kind))
 
 
+def test_an_archive_that_cannot_be_listed_is_damaged(sam):
+    data = packed(sam, "zip")
+    end = data.rindex(b"PK\x01\x02")
+    for byte in (b"\xff", b"\x00"):  # the version that unpacking needs, then the name's length
+        place = end + (6 if byte == b"\xff" else 28)
+        with pytest.raises(CheckpointError, match="damaged"):
+            load(data[:place] + byte + data[place + 1 :])
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
