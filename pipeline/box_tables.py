@@ -242,7 +242,7 @@ def box_columns(flat: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
     """Columns of BOX_COLUMNS from plain ones with one row a box, named as in BOX_ROWS.
 
     Raises:
-        pa.ArrowInvalid: a category or point label that does not fit 32 bits.
+        pa.ArrowInvalid: a category that does not fit 32 bits.
     """
     columns: dict[str, pa.Array] = {}
     for name, column in flat.items():
@@ -251,8 +251,18 @@ def box_columns(flat: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
             raise JobRefused("integer labels and category_id are both given; leave one of them")
         if name == "points":
             column = flatten_points(column)
+        if name == "point_labels":
+            column = _bounded_labels(column)
         columns[target] = _cast(name, column, BOX_COLUMNS[target])
     return columns
+
+
+def _bounded_labels(labels: pa.Array) -> pa.Array:
+    """The labels, those out of range as 2: no label (`prompt_invalid`), and a number of 32 bits."""
+    values = labels.flatten()
+    known = pc.is_in(values, pa.array([1, 0, -1], values.type))
+    values = pc.if_else(pc.or_(known, values.is_null()), values, pa.scalar(2, values.type))
+    return to_lists(list_lengths(labels), values, kind=pa.list_(values.type), null=null_mask(labels))
 
 
 def _cast(name: str, column: pa.Array, kind: pa.DataType) -> pa.Array:

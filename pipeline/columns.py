@@ -12,13 +12,14 @@ import difflib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.arrays import list_lengths, null_mask, to_lists
 from pipeline.errors import JobRefused, clean_text
+from pipeline.runs import text_of_lengths
 
 Leaf = Literal["text", "key", "number", "integer", "rle", "null"]
 
@@ -38,6 +39,8 @@ _ACCEPTS: dict[Leaf, tuple[Leaf, ...]] = {
     "rle": ("rle",),
 }
 _RLE_FIELDS = [pa.field("size", pa.list_(pa.int32())), pa.field("counts", pa.large_string())]
+_TEXT = pa.large_string()
+_INT32_MAX = 2**31 - 1
 _LEAF_TYPES: dict[Leaf, pa.DataType] = {
     "text": pa.large_string(),
     "number": pa.float64(),
@@ -217,9 +220,18 @@ def _leaf_of(kind: pa.DataType) -> Leaf | None:
 
 
 def _is_rle(kind: pa.DataType) -> bool:
+    """Whether a type is a mask's: counts as text, as pycocotools' bytes, or as uncompressed runs."""
     if not pa.types.is_struct(kind) or {"size", "counts"} - {field.name for field in kind}:
         return False
-    return _kind_of(kind.field("size").type) == Kind(1, "integer") and _is_text(kind.field("counts").type)
+    counts = kind.field("counts").type
+    is_counts = _is_text(counts) or _is_bytes(counts) or _kind_of(counts) == Kind(1, "integer")
+    return is_counts and _kind_of(kind.field("size").type) == Kind(1, "integer")
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    )
 
 
 def plain(array: pa.Array, kind: Kind) -> pa.Array:
@@ -244,8 +256,45 @@ def plain(array: pa.Array, kind: Kind) -> pa.Array:
 
 def _plain_rle(array: pa.Array) -> pa.Array:
     children = dict(zip([field.name for field in array.type], array.flatten(), strict=True))
-    size = plain(children["size"], Kind(1, "integer"))
-    counts = plain(children["counts"], Kind(0, "text"))
-    size = pc.cast(size, _RLE_FIELDS[0].type)
+    size, counts = children["size"], children["counts"]
+    sides = pc.cast(size.flatten(), pa.int64(), safe=False)  # over 2**63 becomes negative: refused as well
+    sides = pc.cast(pc.max_element_wise(pc.min_element_wise(sides, _INT32_MAX), -1), pa.int32())
+    sides = pc.if_else(size.flatten().is_valid(), sides, pa.scalar(-1, pa.int32()))
+    size = to_lists(list_lengths(size), sides, kind=_RLE_FIELDS[0].type, null=null_mask(size))
+    if _is_text(counts.type):
+        counts = plain(counts, Kind(0, "text"))
+    else:
+        counts = pa.array([None if one is None else _text(one) for one in counts.to_pylist()], _TEXT)
     mask = pa.array(null_mask(array))
     return pa.StructArray.from_arrays([size, counts], fields=_RLE_FIELDS, mask=mask)
+
+
+def plain_mask(value: Any) -> Any:
+    """Return a mask out of JSON as {"size": [h, w], "counts": text}.
+
+    Uncompressed runs become text, whole sides written as 480.0 become whole. What is no mask becomes one
+    that no picture has, so that its row alone has no mask (`prompt_invalid`); null stays.
+    """
+    if value is None:
+        return None
+    size, counts = (value.get("size"), value.get("counts")) if isinstance(value, dict) else (None, None)
+    sides = [_side(side) for side in size] if isinstance(size, list) else []
+    text = _text(counts)
+    return {"size": sides, "counts": text}
+
+
+def _side(side: Any) -> int:
+    whole = int(side) if isinstance(side, float) and side.is_integer() else side
+    return whole if type(whole) is int and 0 <= whole <= _INT32_MAX else -1
+
+
+def _text(counts: Any) -> str:
+    """The text of a mask's counts, as text, bytes or runs; empty where it is none of them."""
+    if isinstance(counts, bytes):
+        return counts.decode("ascii", errors="replace")
+    if isinstance(counts, list):
+        try:
+            return text_of_lengths(counts)
+        except ValueError:
+            return ""
+    return counts if isinstance(counts, str) and counts.isascii() else ""

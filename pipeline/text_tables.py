@@ -11,15 +11,16 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 
-from pipeline.columns import Kind, Leaf
+from pipeline.columns import Kind, Leaf, plain_mask
 from pipeline.json_arrays import JsonDamage
 
 BLOCK_BYTES = 32 * 2**20
@@ -119,11 +120,27 @@ _OTHER_FIELD = re.compile(
 
 def _parse_fields(texts: pa.Array, name: str, kind: Kind) -> pa.Array:
     """A column of JSON text -> lists, by writing it as one JSONL and reading that; null stays null."""
+    if kind.leaf == "rle":
+        texts = pa.array([text and _masks_field(text, kind.depth) for text in texts.to_pylist()], pa.string())
     one_line = pc.replace_substring_regex(pc.fill_null(texts, "null"), "[\r\n]", " ")
     lines = pc.binary_join_element_wise(f"{{{json.dumps(name)}:", one_line, "}", "")
     body = "\n".join(lines.to_pylist()).encode()
     parsed = read_lines(body, len(texts), pa.schema([(name, kind.arrow_type())]))
     return parsed.column(name).combine_chunks()
+
+
+def _masks_field(text: str, depth: int) -> str:
+    """A CSV field of masks with each as it is to be; what is no JSON, as one mask that cannot be used."""
+    try:
+        return json.dumps(_plain_masks(json.loads(text), depth))
+    except (ValueError, RecursionError):
+        return text if depth else json.dumps(plain_mask(text))  # of a list, the reader says where and why
+
+
+def _plain_masks(value: Any, depth: int) -> Any:
+    if not depth:
+        return plain_mask(value)
+    return [_plain_masks(one, depth - 1) for one in value] if isinstance(value, list) else value
 
 
 def jsonl_sample(stream: BinaryIO) -> dict[str, list[Any]]:
@@ -185,6 +202,48 @@ class _Records(io.BufferedIOBase):
         return data
 
 
+class _Lines(io.BufferedIOBase):
+    """A stream of lines, each changed on its way."""
+
+    def __init__(self, stream: BinaryIO, change: Callable[[bytes], bytes]) -> None:
+        self._stream, self._change = stream, change
+        self._ready = b""  # changed, and not yet read
+        self._rest = b""  # the beginning of a line
+        self._ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        size = sys.maxsize if size is None or size < 0 else size
+        while len(self._ready) < size and not self._ended:
+            chunk = self._stream.read(SAMPLE_BYTES)
+            self._ended = not chunk
+            *lines, self._rest = (self._rest + chunk).split(b"\n")
+            if len(self._rest) > BLOCK_BYTES:
+                raise JsonDamage(f"a row is longer than {BLOCK_BYTES >> 20} MiB")
+            self._ready += b"".join(self._change(line) + b"\n" for line in lines)
+            if self._ended:
+                self._ready += self._change(self._rest)
+        data, self._ready = self._ready[:size], self._ready[size:]
+        return data
+
+
+def _with_plain_masks(line: bytes, depths: Mapping[str, int]) -> bytes:
+    """The line with each mask as it is to be; a line that is no JSON object is for the reader to refuse."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return line
+    if not isinstance(row, dict):
+        return line
+    found = {name: row[name] for name in depths if name in row}
+    masks = {name: _plain_masks(value, depths[name]) for name, value in found.items()}
+    # Compared as text: 480.0 equals 480, and is no whole number to the reader.
+    same = json.dumps(masks, sort_keys=True) == json.dumps(found, sort_keys=True)
+    return line if same else json.dumps(row | masks).encode()
+
+
 def jsonl_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
     """The rows of the named keys, typed by their kinds; other keys are not looked at.
 
@@ -192,6 +251,9 @@ def jsonl_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.
         pa.ArrowInvalid, JsonDamage: as `read_lines`.
     """
     schema = pa.schema([(name, kind.arrow_type()) for name, kind in columns.items()])
+    depths = {name: kind.depth for name, kind in columns.items() if kind.leaf == "rle"}
+    if depths:
+        stream = cast("BinaryIO", _Lines(stream, lambda line: _with_plain_masks(line, depths)))
     with _naming_keys(schema):
         yield from pa_json.open_json(
             _Records(stream),
