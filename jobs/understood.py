@@ -116,6 +116,9 @@ def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
     ):
         if plan[name]:
             lines.append(f"{console.count(plan[name], 'image')} with {reason}")
+    if plan["invalid_prompts"]:
+        boxes = console.count(plan["invalid_prompts"], "box", "boxes")
+        lines.append(f"{boxes} with points or a mask that cannot be used: no mask (prompt_invalid)")
     lost = plan["unmatched_boxes"]
     if lost["boxes"]:
         boxes = console.count(lost["boxes"], "box", "boxes")

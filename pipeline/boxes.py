@@ -27,6 +27,8 @@ BoolArray = npt.NDArray[np.bool_]
 Codes = npt.NDArray[np.int8]
 
 NORMALISED = "-normalised"
+PROMPT_COLUMNS = ("points_xy", "point_labels", "prompt_mask")
+"""Of a planned box, what may stand beside or instead of its four numbers."""
 MOST_POINTS = 256
 """Of one prompt. Each is a token that all of the picture looks at: 10,000 would take the memory of a node."""
 
@@ -238,7 +240,7 @@ def prompt_faults(boxes: Sequence[Mapping[str, Any]]) -> list[str | None]:
     faults = runs.faults_of([mask["counts"] for _, mask in masks], [mask["size"] for _, mask in masks])
     for (place, _), fault in zip(masks, faults, strict=True):
         if fault is not None and found[place] is None:
-            found[place] = f"the mask has {fault}"
+            found[place] = f"its mask: {fault}"
     return found
 
 

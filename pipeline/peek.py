@@ -48,7 +48,8 @@ def look(table: pa.Table, rules: BoxRules, access: AccessRules, limits: Limits) 
         seen = _seen(rows, access, limits)
     except SystemicFault as fault:
         return (f"no picture could be looked at from this machine: {clean_text(str(fault))}",)
-    return tuple(sentence for sentence in (_unopened(seen), *_misplaced(seen, rules)) if sentence)
+    found = (_unopened(seen), *_misplaced(seen, rules), _odd_masks(seen))
+    return tuple(sentence for sentence in found if sentence)
 
 
 def _sample(table: pa.Table) -> list[dict[str, Any]]:
@@ -92,6 +93,26 @@ def _unopened(seen: list[_Seen]) -> str | None:
     return (
         f"{len(failed)} of {len(seen)} pictures looked at cannot be opened, most with {code}, such as "
         f"{clean_text(first.row['image_uri'])}: {first.error.message if first.error else ''}{mend}"
+    )
+
+
+def _odd_masks(seen: list[_Seen]) -> str | None:
+    """A sentence when masks given as prompts are not of their picture's size."""
+    masks = [
+        (one.row["image_id"], box["prompt_mask"]["size"], one.header.size_hw)
+        for one in seen
+        if one.header is not None
+        for box in one.row["boxes"][:_BOXES_OF_ONE]
+        if box["prompt_mask"] is not None
+    ]
+    odd = [(image_id, size, size_hw) for image_id, size, size_hw in masks if tuple(size) != size_hw]
+    if not odd:
+        return None
+    image_id, size, (height, width) = odd[0]
+    return (
+        f"{len(odd)} of {len(masks)} masks looked at are of another size than their picture, and will not be "
+        f"used (prompt_invalid), such as {size[:4]} for {clean_text(image_id)}, which is {height} high and "
+        f"{width} wide; a mask's size is [height, width] of the upright picture"
     )
 
 

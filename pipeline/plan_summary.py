@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.arrays import Int64Array, list_lengths, null_mask, single
-from pipeline.boxes import suspicions
+from pipeline.boxes import PROMPT_COLUMNS, prompt_faults, suspicions
 from pipeline.errors import clean_text
 from pipeline.inputs import InputSettings
 from pipeline.joins import Joined, Unmatched
@@ -20,6 +20,7 @@ from pipeline.listings import BoxList, ImageList
 from pipeline.records import BoxFormat, BoxFrame, BoxRules
 from pipeline.storage import fingerprint, options_for
 
+_PROMPTS_AT_ONCE = 4096
 _LOOK_AT_BOXES = 200_000  # boxes looked at for likely mistakes, spread evenly over all
 
 
@@ -29,8 +30,9 @@ class PlanSummary:
 
     `images`, `boxes`, `units`: of the plan. `listed_images`: before `limit`. `without_boxes`: images with
     an empty list; of these, `listed_without_boxes` are named by no box file. `null_boxes`,
-    `mismatched_labels`, `refused_uris`: images that will fail without being fetched. `unmatched_boxes`:
-    left out by `allow_unmatched`. `skipped_files`: files of an image folder that are no pictures.
+    `mismatched_labels`, `refused_uris`: images that will fail without being fetched. `invalid_prompts`: boxes
+    of the plan whose points or mask cannot be used, whatever the picture. `unmatched_boxes`: left out by
+    `allow_unmatched`. `skipped_files`: files of an image folder that are no pictures.
     `box_format`, `box_frame`: how the boxes are read. `id_rule`: where ids come from and how boxes were
     joined, in words. `warnings`: likely mistakes, with the flag that mends each. `input_files`:
     fingerprints of all tables and box files.
@@ -45,6 +47,7 @@ class PlanSummary:
     null_boxes: int
     mismatched_labels: int
     refused_uris: int
+    invalid_prompts: int
     unmatched_boxes: Unmatched
     skipped_files: int
     box_format: BoxFormat
@@ -72,6 +75,7 @@ def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanS
     mismatched = _count(table, "labels_mismatch")
     files = dict.fromkeys((*inputs.images.files, *(inputs.boxes.files if inputs.boxes else ())))
     access = inputs.settings.access
+    invalid, why = _invalid_prompts(inputs, table)
     return PlanSummary(
         images=table.num_rows,
         boxes=int(lengths.sum()),
@@ -82,12 +86,13 @@ def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanS
         null_boxes=int(null.sum()),
         mismatched_labels=mismatched,
         refused_uris=refused,
+        invalid_prompts=invalid,
         unmatched_boxes=inputs.joined.unmatched,
         skipped_files=inputs.images.skipped_files,
         box_format=inputs.rules.box_format,
         box_frame=inputs.rules.box_frame,
         id_rule=inputs.joined.id_rule,
-        warnings=(*_box_warnings(inputs), *_row_warnings(table), *_notes(inputs)),
+        warnings=(*_box_warnings(inputs), *_row_warnings(table), *why, *_notes(inputs)),
         input_files=tuple(fingerprint(uri, options_for(uri, access)) for uri in files),
     )
 
@@ -119,6 +124,38 @@ def _row_warnings(table: pa.Table) -> list[str]:
                 f"{clean_text(first['image_uri'])}: {first['error_message']}"
             )
     return sentences
+
+
+def _invalid_prompts(inputs: Understood, table: pa.Table) -> tuple[int, list[str]]:
+    """How many prompts of the plan cannot be used, and a sentence on them with the first reason."""
+    columns = () if inputs.boxes is None else inputs.boxes.boxes.column_names
+    names = [name for name in PROMPT_COLUMNS if name in columns]
+    prompts = invalid = 0
+    first = ""
+    for chunk in table.column("boxes").chunks if names else ():
+        values = chunk.flatten()
+        given = pa.table({name: pc.struct_field(values, name) for name in names})
+        for start in range(0, len(values), _PROMPTS_AT_ONCE):
+            faults = prompt_faults(given.slice(start, _PROMPTS_AT_ONCE).to_pylist())
+            wrong = [(place, fault) for place, fault in enumerate(faults) if fault is not None]
+            if wrong and not first:
+                first = f"{_named(table, prompts + start + wrong[0][0])}: {wrong[0][1]}"
+            invalid += len(wrong)
+        prompts += len(values)
+    if not invalid:
+        return 0, []
+    return invalid, [
+        f"{invalid} of {prompts} boxes have points or a mask that cannot be used, and will have no mask "
+        f"(prompt_invalid); the first is {first}"
+    ]
+
+
+def _named(table: pa.Table, box: int) -> str:
+    """The box at a place among all boxes of the plan, by its image and its place there."""
+    ends = np.cumsum(_box_counts(table)[0])
+    row = int(np.searchsorted(ends, box, side="right"))
+    start = int(ends[row - 1]) if row else 0
+    return f"box {box - start} of {clean_text(table.column('image_id')[row].as_py())}"
 
 
 def _notes(inputs: Understood) -> list[str]:

@@ -18,6 +18,7 @@ from pipeline.inputs import InputSettings
 from pipeline.peek import PICTURES, look
 from pipeline.plan import make_plan
 from pipeline.records import AccessRules, BoxRules, Limits
+from pipeline.runs import text_of_lengths
 
 LIMITS = Limits()
 STORED_WH = (320, 200)
@@ -171,3 +172,25 @@ def test_a_header_tells_the_sizes_that_decoding_finds(tmp_path: Path, kind: str,
     assert measured.size_hw == decoded.size_hw
     assert measured.stored_size_hw == decoded.stored_size_hw
     assert measured.exif_orientation == decoded.exif_orientation
+
+
+def test_masks_of_another_size_than_their_picture_are_warned_of(photos: Path, tmp_path: Path) -> None:
+    width, height = STORED_WH
+    whole = text_of_lengths([0, width * height])
+    rows = [
+        {"image_id": f"{i:03d}.jpg", "bbox": [1, 2, 3, 4], "prompt_mask": {"size": size, "counts": whole}}
+        for i, size in (
+            (1, [height, width]),
+            (2, [width, height]),
+            (3, [height, width]),
+            (6, [width, height]),
+        )
+    ]  # 3 and 6 are turned by EXIF, so that they stand upright
+    (tmp_path / "boxes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    plan = make_plan(InputSettings(images=str(photos), boxes=str(tmp_path / "boxes.jsonl")))
+    [sentence] = look(plan.table, BoxRules(), plan.access, LIMITS)
+
+    assert plan.summary.invalid_prompts == 0
+    assert sentence.startswith("2 of 4 masks looked at are of another size than their picture")
+    assert f"such as [{width}, {height}] for 002.jpg, which is {height} high and {width} wide" in sentence

@@ -537,6 +537,37 @@ def test_lists_of_unlike_length_are_rows_with_a_code(tmp_path):
     assert 1 == plan.summary.mismatched_labels
 
 
+def test_prompts_that_cannot_be_used_are_counted_and_the_first_is_named(tmp_path):
+    sound = {"size": [4, 5], "counts": "d0"}
+    masks = [sound, sound | {"counts": "abc"}, None, sound | {"size": [5, 5]}, sound, None, None]
+    rows = {
+        "image_uri": ["b", "b", "b", "a\x1b", "c", "c", "c"],
+        "bbox": [A, A, None, None, None, None, A],
+        "points": [None, None, [[1.0, 2.0]], None, [[1.0, math.nan]], [[1.0, 2.0]] * 300, None],
+        "point_labels": [None, None, [1], None, [1], [1] * 300, [2]],
+        "prompt_mask": masks,
+    }
+
+    plan = planned(boxes=table(tmp_path / "b.parquet", rows))
+    [warning] = plan.summary.warnings
+
+    assert plan.summary.invalid_prompts == 5
+    assert warning.startswith("5 of 7 boxes have points or a mask that cannot be used")
+    assert "prompt_invalid" in warning
+    assert r"box 0 of a\x1b: its mask: runs of 20 pixels in all, wanted 25" in warning
+
+    rows["image_uri"] = ["a"] * 7
+    assert (
+        "box 1 of a: its mask: the run-length text ends"
+        in planned(boxes=table(tmp_path / "c.parquet", rows)).summary.warnings[0]
+    )
+    few = {name: values[:1] for name, values in rows.items()}
+    few["points"] = pa.array([None], pa.list_(pa.list_(pa.float64())))
+    few["point_labels"] = pa.array([None], pa.list_(pa.int64()))
+    sound_plan = planned(boxes=table(tmp_path / "d.parquet", few))
+    assert (0, ()) == (sound_plan.summary.invalid_prompts, sound_plan.summary.warnings)
+
+
 def test_points_and_masks_travel_in_the_plan(tmp_path):
     mask = {"size": [4, 5], "counts": "abc"}
     path = table(
