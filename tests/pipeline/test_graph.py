@@ -246,9 +246,9 @@ def test_a_lost_plan_stops_the_job(tmp_path):
 
 
 def test_a_bug_in_a_stage_ends_the_run_as_itself(tmp_path):
-    job = make_job(tmp_path, {"a.png": png(harmful_picture("bug"))})
+    job = make_job(tmp_path, {"a.png": trouble("bug")})
 
-    with pytest.raises(KeyError, match="a bug in the model"):
+    with pytest.raises(RuntimeError, match="a bug in the decoder"):
         run(job)
 
     assert list_committed(open_store(job.context.output)) == {}
