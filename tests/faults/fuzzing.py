@@ -6,11 +6,14 @@ exception that is no error of ours, a decoder that died, a message that does not
 
 from __future__ import annotations
 
+import base64
+import csv
 import io
 import itertools
 import json
 import math
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -23,13 +26,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as coco_mask
 
-from pipeline.boxes import resolve_boxes, suspicions
+from model.checkpoints import load
+from model.structures import CallShape
+from pipeline.boxes import prompt_faults, resolve_boxes, suspicions
+from pipeline.commit import commit_unit, read_outcome
 from pipeline.decode_child import DecodeChild
 from pipeline.errors import BOX_CODES, ImageError, JobRefused
 from pipeline.inputs import InputSettings
-from pipeline.plan import make_plan
-from pipeline.records import BoxRules
+from pipeline.plan import Plan, make_plan, write_plan
+from pipeline.prepare import prepare_unit
+from pipeline.records import BoxRules, JobContext, Limits, MaskSettings, Place, Weights
+from pipeline.rows import UnitRow, pack, unpack
+from pipeline.segment import SegmentWorker
+from pipeline.storage import open_store
+from pipeline.units import list_committed, read
+from pipeline.weights import TorchSegmenter, load_segmenter
 
 FORMATS = [f"{a}{b}" for a, b in itertools.product(("xyxy", "xywh", "cxcywh"), ("", "-normalised"))]
 FRAMES = ["upright", "stored"]
@@ -233,6 +246,319 @@ class Inputs:
             assert row["error_code"] in (None, "uri_refused", "labels_mismatch", "boxes_missing")
             resolve_boxes(row["boxes"] or [], BoxRules(), upright_size_hw=(5, 9))
         return "planned"
+
+
+# ---------------------------------------------------------------------------------------------
+# Prompts, from a table through every stage to committed rows
+# ---------------------------------------------------------------------------------------------
+
+# Pictures as they stand upright, (height, width); the turned one is stored the other way.
+PROMPTED_HW = {"a.png": (97, 140), "dot.png": (1, 1), "line.png": (2, 150), "turned.jpg": (60, 48)}
+SIDE = 128
+PROMPTS_A_TABLE = 10
+KINDS = [kind for kind in itertools.product((True, False), repeat=3) if any(kind)]  # box, points, mask
+TABLE_KINDS = ("rows.jsonl", "lists.jsonl", "rows.csv", "rows.parquet")
+
+
+def _text(lengths: list[int]) -> str:
+    """Compressed runs, by pycocotools, which takes them from whoever asks."""
+    return str(
+        coco_mask.frPyObjects({"size": [1, sum(lengths)], "counts": lengths}, 1, sum(lengths))["counts"],
+        "ascii",
+    )
+
+
+# What other programs, and people, make of a sound mask's size and runs.
+MASK_MAKES: dict[str, Callable[[list[int], list[int]], Any]] = {
+    "sound": lambda size, runs: {"size": size, "counts": _text(runs)},
+    "uncompressed": lambda size, runs: {"size": size, "counts": runs},
+    "swapped": lambda size, runs: {"size": size[::-1], "counts": _text(runs)},
+    "floats": lambda size, runs: {"size": [float(side) for side in size], "counts": _text(runs)},
+    "half": lambda size, runs: {"size": [side + 0.5 for side in size], "counts": _text(runs)},
+    "strings": lambda size, runs: {"size": [str(side) for side in size], "counts": _text(runs)},
+    "negative": lambda size, runs: {"size": [-side for side in size], "counts": _text(runs)},
+    "huge": lambda size, runs: {"size": [2**31 - 1, 2**31 - 1], "counts": _text(runs)},
+    "too huge": lambda size, runs: {"size": [2**70, 2**63], "counts": _text(runs)},
+    "a side": lambda size, runs: {"size": size[:1], "counts": _text(runs)},
+    "no size": lambda size, runs: {"size": None, "counts": _text(runs)},
+    "other size": lambda size, runs: {"size": [size[0] + 1, size[1]], "counts": _text(runs)},
+    "bytes": lambda size, runs: {"size": size, "counts": str(_text(runs).encode())},
+    "base64": lambda size, runs: {"size": size, "counts": base64.b64encode(_text(runs).encode()).decode()},
+    "cut": lambda size, runs: {"size": size, "counts": _text(runs)[:-1]},
+    "longer": lambda size, runs: {"size": size, "counts": _text([*runs, 1])},
+    "padded": lambda size, runs: {"size": size, "counts": "PPPPPPP0" + _text(runs)},
+    "a negative run": lambda size, runs: {"size": size, "counts": [-1, *runs, 1]},
+    "a long run": lambda size, runs: {"size": size, "counts": [2**40]},
+    "float runs": lambda size, runs: {"size": size, "counts": [float(run) for run in runs]},
+    "null": lambda size, runs: {"size": size, "counts": None},
+    "empty": lambda size, runs: {"size": size, "counts": ""},
+    "open": lambda size, runs: {"size": size, "counts": "o" * 5000},
+    "zeros": lambda size, runs: {"size": size, "counts": "0" * 50_000 + _text(runs)},
+    "letters": lambda size, runs: {"size": size, "counts": "Ä\ud800\x00\u202e"},
+    "nothing": lambda size, runs: {},
+    "polygon": lambda size, runs: [[0, 0, 5, 0, 5, 5]],
+    "a word": lambda size, runs: _text(runs),
+    "a number": lambda size, runs: 7,
+}
+far = st.sampled_from([math.nan, math.inf, -math.inf, 1e300, -1e308, 1e9, -0.5, "7", None, [1], True])
+MANY = 5000
+
+
+@st.composite
+def _masks(draw: st.DrawFn, size_hw: tuple[int, int]) -> Any:
+    pixels = size_hw[0] * size_hw[1]
+    cuts_at = sorted(draw(st.lists(st.integers(0, pixels), max_size=6)))
+    runs = [b - a for a, b in itertools.pairwise([0, *cuts_at, pixels])]
+    make = draw(st.just("sound") | st.sampled_from(sorted(MASK_MAKES)))
+    mask = MASK_MAKES[make](list(size_hw), runs)
+    if isinstance(mask, dict) and draw(st.integers(0, 9)) == 0:
+        mask["counts"] = draw(st.text(max_size=8) | st.text("0123456789PONMLo", max_size=20) | anything)
+    return mask
+
+
+@st.composite
+def _points(draw: st.DrawFn, size_hw: tuple[int, int]) -> tuple[Any, Any]:
+    height, width = size_hw
+    near = st.tuples(st.floats(0, width), st.floats(0, height)).map(list)
+    points: Any = draw(st.lists(near, min_size=1, max_size=4))
+    labels: Any = draw(st.lists(st.sampled_from([1, 1, 0, -1]), min_size=len(points), max_size=len(points)))
+    harm = draw(st.integers(0, 24))
+    if harm == 0:
+        points[0][0] = draw(far)
+    elif harm == 1:
+        labels[0] = draw(st.sampled_from([2, None, 1.0, "1", 2**40, -2, True]))
+    elif harm == 2:
+        points, labels = "MANY", None  # in short, for the sake of what is printed of a find
+    elif harm == 3:
+        points, labels = draw(
+            st.sampled_from([([], []), (points, None), (None, labels), (points, labels[1:])])
+        )
+    elif harm == 4:
+        points = draw(st.sampled_from([[1.0, 2.0], [[1.0]], [[1.0, 2.0, 3.0]], "1,2", [[[1.0, 2.0]]]]))
+    elif harm == 5:
+        labels = [0] * len(points)
+    return points, labels
+
+
+@st.composite
+def _prompts(draw: st.DrawFn) -> dict[str, Any]:
+    name = draw(st.sampled_from(sorted(PROMPTED_HW)))
+    has_box, has_points, has_mask = draw(st.sampled_from(KINDS))
+    height, width = size_hw = PROMPTED_HW[name]
+    box = [draw(st.floats(0, width / 2)), draw(st.floats(0, height / 2)), float(width), float(height)]
+    if draw(st.integers(0, 7)) == 0:
+        box = draw(lists)
+    points, labels = draw(_points(size_hw)) if has_points else (None, None)
+    return {
+        "image_id": name,
+        "bbox": box if has_box else None,
+        "points": points,
+        "point_labels": labels,
+        "prompt_mask": draw(_masks(size_hw)) if has_mask else None,
+        "score": draw(st.none() | numbers),
+        "box_id": draw(st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=4)),
+    }
+
+
+prompt_cases = st.tuples(
+    st.sampled_from(TABLE_KINDS), st.lists(_prompts(), min_size=PROMPTS_A_TABLE, max_size=2 * PROMPTS_A_TABLE)
+)
+
+
+def _written(kind: str, rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Writes the table as other programs do: text with whatever is in a row, Parquet with typed columns.
+
+    Returns the rows that then stand in it.
+    """
+    many = {"points": [[1.0, 0.5]] * MANY, "point_labels": [1] * MANY}
+    rows = given = [row | many if row["points"] == "MANY" else row for row in rows]
+    if kind == "lists.jsonl":
+        by_image: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_image.setdefault(row["image_id"], []).append(row)
+        plural = {"bbox": "boxes", "score": "scores", "box_id": "box_ids"}
+        rows = [
+            {"image_id": name}
+            | {plural.get(key, key): [one[key] for one in some] for key in list(rows[0])[1:]}
+            for name, some in by_image.items()
+        ]
+    if kind.endswith(".jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind.endswith(".csv"):
+        with path.open("w", newline="", errors="replace") as file:
+            writer = csv.writer(file)
+            writer.writerow(rows[0])
+            for row in rows:
+                cells = (
+                    v if isinstance(v, str) else "" if v is None else json.dumps(v) for v in row.values()
+                )
+                writer.writerow(cells)
+    else:
+        counts = next(
+            (
+                type(m["counts"])
+                for row in rows
+                if isinstance(m := row["prompt_mask"], dict) and m.get("counts")
+            ),
+            str,
+        )
+        kinds = _PARQUET | {
+            "prompt_mask": _mask_type(pa.list_(pa.int64()) if counts is list else pa.string())
+        }
+        rows = given = [{n: _typed(row[n], kind) for n, kind in kinds.items()} for row in rows]
+        pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(kinds.items()))), path)
+    return given
+
+
+def _mask_type(counts: pa.DataType) -> pa.DataType:
+    return pa.struct([("size", pa.list_(pa.int64())), ("counts", counts)])
+
+
+_PARQUET = {
+    "image_id": pa.string(),
+    "bbox": pa.list_(pa.float64()),
+    "points": pa.list_(pa.list_(pa.float64())),
+    "point_labels": pa.list_(pa.int64()),
+    "score": pa.float64(),
+    "box_id": pa.string(),
+}
+
+
+def _typed(value: Any, kind: pa.DataType) -> Any:
+    """The value, null where a column of that type cannot hold it."""
+    try:
+        pa.array([value], kind)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return None
+    return value
+
+
+_MODELS: dict[str, TorchSegmenter] = {}
+
+
+def shared_segmenter(context: JobContext, use_gpu: bool) -> TorchSegmenter:
+    """The job's real model; for `JobContext.segmenter`. Loaded once in a process."""
+    source = context.weights.source
+    if source not in _MODELS:
+        _MODELS[source] = load_segmenter(context, use_gpu)
+    return _MODELS[source]
+
+
+@dataclass(kw_only=True)
+class PromptStages:
+    """Tables of prompts through planning, decoding, the real model and the commit.
+
+    `rows`: what came of the prompts, by the reason why a box has no mask.
+    """
+
+    folder: Path
+    checkpoint: Path
+    child: DecodeChild
+    rows: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        (self.folder / "images").mkdir()
+        for name, (height, width) in PROMPTED_HW.items():
+            exif = Image.Exif()
+            turned = name.startswith("turned")
+            if turned:
+                exif[0x0112] = 6
+            shape = (width, height, 3) if turned else (height, width, 3)
+            pixels = np.random.default_rng(height).integers(0, 256, shape, dtype=np.uint8)
+            Image.fromarray(pixels).save(self.folder / "images" / name, exif=exif)
+        self._weights = Weights(
+            source=str(self.checkpoint), sha256=load(self.checkpoint).weights.sha256, input_side=SIDE
+        )
+
+    def run(self, case: tuple[str, list[dict[str, Any]]]) -> str:
+        """`planned` or `refused`; every row of a plan ends with a mask or with a listed reason."""
+        kind, rows = case
+        path, output = self.folder / f"boxes-{kind}", self.folder / "out"
+        rows = _written(kind, rows, path)
+        try:
+            plan = make_plan(InputSettings(images=str(self.folder / "images"), boxes=str(path)))
+        except JobRefused as error:
+            text = str(error)
+            assert str(path) in text, text
+            assert len(text) < 4000, "the text is not bounded"
+            assert text.isprintable(), repr(text)
+            self.rows["(refused with its file)"] += len(rows)
+            return "refused"
+        try:
+            self._check(rows, plan, self._committed(plan, output))
+        finally:
+            shutil.rmtree(output, ignore_errors=True)
+        return "planned"
+
+    def _committed(self, plan: Plan, output: Path) -> list[dict[str, Any]]:
+        context = JobContext(
+            output=Place(uri=str(output)),
+            plan_sha256=plan.sha256,
+            images_per_unit=64,
+            run_id="fuzz",
+            weights=self._weights,
+            masks=MaskSettings(call_shape=CallShape(images_per_call=2, boxes_per_call=4)),
+            box_rules=BoxRules(box_frame=plan.summary.box_frame),
+            access=plan.access,
+            limits=Limits(),
+            segmenter="tests.faults.fuzzing:shared_segmenter",
+        )
+        store = open_store(context.output)
+        write_plan(store, plan)
+        ready = unpack(pack(*prepare_unit(UnitRow(unit_id=0), context, store, self.child)))
+        done = unpack(pack(SegmentWorker(context, epoch=1, use_gpu=False, end_process=_died).run(ready)))
+        read_outcome(commit_unit(done, context, store))
+        found: list[dict[str, Any]] = read(store, list_committed(store)[0]).to_pylist()
+        return found
+
+    def _check(self, given: list[dict[str, Any]], plan: Plan, found: list[dict[str, Any]]) -> None:
+        assert {row["image_id"] for row in found} == set(PROMPTED_HW)
+        invalid = 0
+        for row in found:
+            assert row["error_code"] in (None, "no_usable_box"), row["error_message"]
+            mine = [one for one in given if one["image_id"] == row["image_id"]]
+            assert len(mine) == len(row["instances"])
+            for one, instance in zip(mine, row["instances"], strict=True):
+                reason = instance["box_error"]
+                self.rows[reason or "mask"] += 1
+                invalid += reason == "prompt_invalid"
+                assert reason is None or reason in BOX_CODES
+                assert (reason is None) == (instance["segmentation"] is not None)
+                if reason is None and one["prompt_mask"] is not None:
+                    assert _is_mask_of(one["prompt_mask"], PROMPTED_HW[row["image_id"]]), one
+        planned = [box for row in plan.table.to_pylist() for box in row["boxes"] or ()]
+        assert plan.summary.invalid_prompts == sum(fault is not None for fault in prompt_faults(planned))
+        said = [line for line in plan.summary.warnings if "prompt_invalid" in line]
+        assert len(said) == bool(plan.summary.invalid_prompts)
+        assert all(line.isprintable() and len(line) < 1000 for line in said)
+
+
+def _is_mask_of(mask: Any, size_hw: tuple[int, int]) -> bool:
+    """Whether a mask that was used is one, by a plain reading of its runs."""
+    if not isinstance(mask, dict) or [*mask["size"]] != [*size_hw]:
+        return False
+    runs = mask["counts"] if isinstance(mask["counts"], list) else plain_runs(mask["counts"])
+    return min(runs) >= 0 and sum(runs) == size_hw[0] * size_hw[1]
+
+
+def plain_runs(text: str) -> list[int]:
+    """The runs in a compressed text, letter by letter, as cocoapi's rleFrString says."""
+    runs: list[int] = []
+    number = shift = 0
+    for letter in text:
+        code = ord(letter) - 48
+        number |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        number -= (1 << shift) if code & 16 else 0
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+        number = shift = 0
+    return runs
+
+
+def _died(status: int) -> None:
+    raise AssertionError(f"the model process ended itself with {status}")
 
 
 # ---------------------------------------------------------------------------------------------
