@@ -405,8 +405,10 @@ def _written(kind: str, rows: list[dict[str, Any]], path: Path) -> list[dict[str
         kinds = _PARQUET | {
             "prompt_mask": _mask_type(pa.list_(pa.int64()) if counts is list else pa.string())
         }
-        rows = given = [{n: _typed(row[n], kind) for n, kind in kinds.items()} for row in rows]
-        pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(kinds.items()))), path)
+        typed = [{n: _typed(row[n], kind) for n, kind in kinds.items()} for row in rows]
+        table = pa.Table.from_pylist(typed, schema=pa.schema(list(kinds.items())))
+        pq.write_table(table, path)
+        given = table.to_pylist()  # Arrow makes 1 of 1.5
     return given
 
 

@@ -88,7 +88,10 @@ def run(kind: str, target: Callable[[Any], str], *, examples: int, bound_s: floa
         derandomize=steady,
         database=None,
         deadline=None,
-        phases=[Phase.generate, Phase.shrink],
+        phases=[
+            Phase.generate,
+            *([] if kind == "prompts" else [Phase.shrink]),
+        ],  # each takes the model's time
         suppress_health_check=list(HealthCheck),
     )
     @given(CASES[kind])
