@@ -655,12 +655,20 @@ class Tally:
     longest_s: float = 0.0
     most_mib: float = 0.0
 
-    def measure(self, target: Callable[[Any], str], case: Any, *, bound_s: float, budget_mib: float) -> None:
+    def measure(
+        self,
+        target: Callable[[Any], str],
+        case: Any,
+        *,
+        bound_s: float,
+        budget_mib: float,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """None; the example is counted, and was within its bounds."""
         before = _reset_peak()
-        began = time.perf_counter()
+        began = clock()
         outcome = target(case)
-        seconds, grown = time.perf_counter() - began, _peak_mib() - before
+        seconds, grown = clock() - began, _peak_mib() - before
         self.outcomes[outcome] += 1
         self.longest_s = max(self.longest_s, seconds)
         self.most_mib = max(self.most_mib, grown)
