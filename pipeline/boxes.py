@@ -30,7 +30,8 @@ NORMALISED = "-normalised"
 PROMPT_COLUMNS = ("points_xy", "point_labels", "prompt_mask")
 """Of a planned box, what may stand beside or instead of its four numbers."""
 MOST_POINTS = 256
-"""Of one prompt. Each is a token that all of the picture looks at: 10,000 would take the memory of a node."""
+"""Of one prompt. Each is a token that all of the picture looks at: on the demo model (input side 512, calls
+of 16) 256 took 0.5 GiB more than one, 1,000 took 2, and 3,000 took 6."""
 
 
 @dataclass(frozen=True, kw_only=True)

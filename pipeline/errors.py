@@ -108,7 +108,7 @@ SYSTEMIC_CODES: dict[str, str] = {
     "store": "the store, bucket or folder is gone or answers nothing but errors",
     "disk": "the disk or the object store is full",
     "device": "the accelerator failed",
-    "model": "the model raises on a blank picture too, or on one image after another",
+    "model": "the model or the detector raises on a blank picture too, or on every image of a process",
     "weights": "a worker does not find the job's weights",
     "environment": "a worker's environment switches a protection off",
     "resources": "the cluster cannot place what the job needs",
