@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pipeline.errors import JobRefused
 from pipeline.evaluation import (
     EvaluatedImage,
     FoundMask,
@@ -22,9 +19,8 @@ from pipeline.evaluation import (
     choose_match,
     pair_up,
 )
-from pipeline.records import AccessRules
-from pipeline.truth import TruthObject, read_truth
-from tests.jobs.made_outputs import blob, rle_of, tight_box, write_truth
+from pipeline.truth import TruthObject
+from tests.jobs.made_outputs import blob, rle_of, tight_box
 
 SIZE = (120, 160)
 CATEGORIES = (1, 5, 90)
@@ -244,51 +240,3 @@ def test_a_crowd_is_no_object_of_mean_iou() -> None:
     )
 
     assert pair_up(image, "box_iou") == []
-
-
-def test_polygons_and_runs_of_both_kinds_are_read_as_pycocotools_reads_them(tmp_path: Path) -> None:
-    mask = blob(3, SIZE)
-    polygons = [[10.0, 10.0, 50.5, 12.0, 40.0, 60.0], [70.0, 70.0, 90.0, 70.0, 90.0, 95.5]]
-    flat = mask.ravel(order="F")
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    runs = np.diff([0, *edges, flat.size]).tolist()
-    runs = [0, *runs] if flat[0] else runs
-    images = [{"id": 7, "file_name": "a.jpg", "height": SIZE[0], "width": SIZE[1]}]
-    kinds = [rle_of(mask), {"size": list(SIZE), "counts": runs}, polygons]
-    annotations = [
-        {"image_id": 7, "category_id": 1, "mask": mask, "segmentation": segmentation}
-        for segmentation in kinds
-    ]
-    path = write_truth(tmp_path / "truth.json", images, annotations, {1: "cat"})
-
-    compressed, uncompressed, drawn = read_truth(path, AccessRules()).objects["7"]
-
-    assert compressed.counts == uncompressed.counts == rle_of(mask)["counts"]
-    coco = COCO.__new__(COCO)
-    coco.imgs = {7: images[0]}
-    expected = coco.annToRLE({"image_id": 7, "segmentation": polygons})
-    assert drawn.counts == expected["counts"].decode()
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"segmentation": []}, "annotation 4 has no segmentation"),
-        ({"image_id": 99}, "annotation 4 is of image 99, which is not listed"),
-        ({"segmentation": {"size": [9, 9], "counts": "01"}}, "annotation 4 has a mask of size"),
-    ],
-)
-def test_a_damaged_truth_is_refused_with_the_annotation(tmp_path: Path, change: dict, reason: str) -> None:
-    mask = blob(3, SIZE)
-    images = [{"id": 7, "file_name": "a.jpg", "height": SIZE[0], "width": SIZE[1]}]
-    path = Path(
-        write_truth(
-            tmp_path / "truth.json", images, [{"id": 4, "image_id": 7, "category_id": 1, "mask": mask}], {}
-        )
-    )
-    content = json.loads(path.read_text())
-    content["annotations"][0] |= change
-    path.write_text(json.dumps(content))
-
-    with pytest.raises(JobRefused, match=reason):
-        read_truth(str(path), AccessRules())
