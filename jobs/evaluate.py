@@ -9,10 +9,13 @@ score ranked the masks) is printed beside the figures.
 from __future__ import annotations
 
 import json as json_text
+import math
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import pyarrow as pa
 
 from jobs import console
 from jobs.config import Given
@@ -33,11 +36,18 @@ from pipeline.evaluation import (
     pair_up,
     require_library,
 )
+from pipeline.joins import _why as why
 from pipeline.records import AccessRules
 from pipeline.truth import Truth, TruthImage, TruthObject, read_truth
 
 EVALUATION_KEY = "report/evaluation.json"
-SCORES = ("product", "detector", "predicted-iou", "stability")
+SCORE_COLUMNS = {
+    "product": ("detector_score", "predicted_iou"),
+    "detector": ("detector_score",),
+    "predicted-iou": ("predicted_iou",),
+    "stability": ("stability_score",),
+}
+"""What each `--score` ranks masks by: the product of these columns."""
 _COLUMNS = [
     *("box_id", "category_id", "category_name", "prompt_bbox", "segmentation"),
     *("detector_score", "predicted_iou", "stability_score", "reject_reason"),
@@ -48,7 +58,7 @@ Naming = Callable[[Row], str]
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """What was asked: where the truth is, which rows, which of SCORES, and whether classes count."""
+    """What was asked: where the truth is, which rows, which of SCORE_COLUMNS, and whether classes count."""
 
     truth: str
     selection: Selection
@@ -89,8 +99,8 @@ class Classes:
 def run(given: Given, how: How) -> int:
     """Judge the tables, keep the figures in the output (report/evaluation.json), print them, return 0."""
     require_library()
-    if how.score not in SCORES:
-        raise UsageError(f"--score {how.score!r}: wanted one of {', '.join(SCORES)}")
+    if how.score not in SCORE_COLUMNS:
+        raise UsageError(f"--score {how.score!r}: wanted one of {', '.join(SCORE_COLUMNS)}")
     saved = open_saved(given)
     access = AccessRules(options=saved.config.storage)
     truth = read_truth(how.truth, access, classes=not how.class_agnostic)
@@ -226,21 +236,27 @@ def _match_images(
         ),
     }
     found: dict[str, list[tuple[ImageRows, TruthImage]]] = {name: [] for name in rules}
-    last = None
-    for last in published:
+    ours: list[str] = []
+    for one in published:
+        ours.append(str(one.image["image_id"]))
         for name, (known, of) in rules.items():
-            if (key := of(last.image)) in known:
-                found[name].append((last, known[key]))
+            if (key := of(one.image)) in known:
+                found[name].append((one, known[key]))
     name = max(found, key=lambda name: len(found[name]))
     if not found[name]:
-        ours = "none" if last is None else repr(last.image["image_id"])
-        theirs = [f"id {one.image_id}, file_name {one.file_name!r}" for one in truth.images.values()][:1]
-        raise UsageError(
-            clean_text(f"no image of the truth is in the tables: theirs {theirs}, ours image_id {ours}")
-        )
+        raise _no_image(ours, truth)
     if len({image.image_id for _, image in found[name]}) < len(found[name]):
         raise UsageError("several published images have the file name of one image of the truth")
     return name, found[name]
+
+
+def _no_image(ours: Sequence[str], truth: Truth) -> UsageError:
+    theirs = [f"id {one.image_id}, file_name {one.file_name!r}" for one in truth.images.values()][:1]
+    names = [one.file_name.encode("utf-8", "replace").decode() for one in truth.images.values()]
+    hint = why(pa.array(ours, pa.large_string()), pa.array(filter(None, names), pa.large_string()))
+    example = repr(ours[0]) if ours else "none"
+    said = f"no image of the truth is in the tables: theirs {theirs}, ours image_id {example}. {hint}"
+    return UsageError(clean_text(said.rstrip()))
 
 
 def _match_classes(rows: Sequence[Row], truth: Truth, how: How) -> Classes:
@@ -315,16 +331,15 @@ def _by_id_because_of(name: str, numbers: Sequence[int], rows: Sequence[Row], tr
     )
 
 
-def _nearly(named: Iterable[str], theirs: Iterable[str]) -> str:
+def _nearly(named: Iterable[str], theirs: Collection[str]) -> str:
     """What to say of names that the truth has in another spelling; "" when there are none."""
-    known = set(theirs)
-    spellings = {_spelled(name): name for name in known}
-    pairs = [(name, spellings[_spelled(name)]) for name in sorted(named) if _spelled(name) in spellings]
-    other = [(ours, there) for ours, there in pairs if ours not in known]
-    if not other:
-        return ""
-    ours, there = other[0]
-    return f"; {console.shown(ours)!r} is not in the truth, which has {console.shown(there)!r}"
+    spellings = {_spelled(name): name for name in theirs}
+    pairs = [(name, spellings.get(_spelled(name))) for name in sorted(named) if name not in theirs]
+    nearly = [(ours, there) for ours, there in pairs if there is not None]
+    return "".join(
+        f"; {console.shown(ours)!r} is not in the truth, which has {console.shown(there)!r}"
+        for ours, there in nearly[:3]
+    )
 
 
 def _spelled(name: str) -> str:
@@ -335,25 +350,32 @@ def _spelled(name: str) -> str:
 
 
 def _score_rule(rows: Sequence[Row], wanted: str) -> tuple[str, Callable[[Row], float]]:
-    """What ranks the masks, in words, and the score of a row; a row without mask scores 0."""
+    """What ranks the masks, in words, and the score of a row; a row without mask scores 0.
+
+    Raises:
+        UsageError: a mask has no such score.
+    """
     masked = [row for row in rows if row["segmentation"] is not None]
-    unscored = sum(row["detector_score"] is None for row in masked)
-    if unscored and wanted in ("product", "detector"):
-        if wanted == "detector" or unscored < len(masked):
+    columns = SCORE_COLUMNS[wanted]
+    unscored = {name: sum(_is_no_number(row[name]) for row in masked) for name in columns}
+    if wanted == "product" and masked and unscored["detector_score"] == len(masked):
+        words, by_iou = _score_rule(rows, "predicted-iou")
+        return f"{words} (the boxes have no detector_score)", by_iou
+    for name, number in unscored.items():
+        if number:
+            way_out = "; choose --score predicted-iou" if name == "detector_score" else ""
             raise UsageError(
-                f"{unscored} of {len(masked)} masks have no detector_score, which --score {wanted} needs; "
-                "choose --score predicted-iou"
+                f"{number} of {len(masked)} masks have no {name}, which --score {wanted} needs{way_out}"
             )
-        return "predicted_iou (the boxes have no detector_score)", _scored("predicted_iou")
-    if wanted == "product":
-        detector, predicted = _scored("detector_score"), _scored("predicted_iou")
-        return "detector_score x predicted_iou", lambda row: detector(row) * predicted(row)
-    column = {"detector": "detector_score", "predicted-iou": "predicted_iou", "stability": "stability_score"}
-    return column[wanted], _scored(column[wanted])
+
+    def score(row: Row) -> float:
+        return 0.0 if row["segmentation"] is None else math.prod(float(row[name]) for name in columns)
+
+    return " x ".join(columns), score
 
 
-def _scored(column: str) -> Callable[[Row], float]:
-    return lambda row: 0.0 if row["segmentation"] is None else float(row[column])
+def _is_no_number(value: float | None) -> bool:
+    return value is None or not math.isfinite(value)
 
 
 def _objects(truth: Truth, image: TruthImage, *, one_class: bool) -> tuple[TruthObject, ...]:

@@ -148,6 +148,14 @@ def rle_of(mask: np.ndarray) -> dict:
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
 
+def lengths_of(mask: np.ndarray) -> list[int]:
+    """The runs of a mask as COCO's crowds have them: outside and inside by turns, down the columns."""
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff([0, *edges, flat.size]).tolist()
+    return [0, *runs] if flat[0] else runs
+
+
 def write_truth(
     path: Path, images: Sequence[dict], annotations: Sequence[dict], names: dict[int, str]
 ) -> str:

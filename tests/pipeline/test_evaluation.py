@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import time
 
 import numpy as np
 import pytest
@@ -169,6 +171,77 @@ def test_the_truth_against_itself_is_1_and_nothing_is_found_without_masks() -> N
         assert average_precision([perfect], [1], boundary=boundary).ap == pytest.approx(1)
         assert average_precision([missed], [1], boundary=boundary).ap == 0
     assert average_precision([perfect], [1, 2], boundary=False).by_category[2] is None
+
+
+@pytest.mark.parametrize("boundary", [False, True])
+def test_categories_may_have_any_numbers_in_any_order(boundary: bool) -> None:
+    """0 is a category, None is none, and no number goes to the library as it is."""
+    rng = np.random.default_rng(1)
+    renamed = dict(zip(CATEGORIES, (10**30, 0, -4), strict=True))
+    images = random_images(1)
+    others = [
+        dataclasses.replace(
+            image,
+            objects=tuple(dataclasses.replace(o, category_id=renamed[o.category_id]) for o in image.objects),
+            masks=tuple(dataclasses.replace(m, category_id=renamed.get(m.category_id)) for m in image.masks),
+        )
+        for image in images
+    ]
+    order = [renamed[number] for number in rng.permutation(CATEGORIES)]
+
+    ours, expected = (
+        average_precision(others, order, boundary=boundary),
+        average_precision(images, CATEGORIES, boundary=boundary),
+    )
+
+    assert ours.ap == pytest.approx(expected.ap)
+    assert {k: ours.by_category[renamed[k]] for k in CATEGORIES} == pytest.approx(expected.by_category)
+    assert sum(len(pair_up(image, "box_iou")) for image in others) == sum(
+        len(pair_up(image, "box_iou")) for image in images
+    )
+
+
+def test_objects_of_an_image_without_masks_are_missed_and_not_taken_apart() -> None:
+    """One that was never opened may be of any size: its boundaries would take gigabytes."""
+    size_hw = (20_000, 25_000)
+    square = coco_mask.frPyObjects([[10, 10, 19_000, 10, 19_000, 19_000, 10, 19_000]], *size_hw)[0]
+    objects = tuple(
+        TruthObject(
+            annotation_id=str(number), image_id="i", category_id=1, bbox_xywh=(10, 10, 18_990, 18_990),
+            area=3.6e8, is_crowd=False, counts=square["counts"].decode(),
+        )
+        for number in range(20)
+    )  # fmt: skip
+    unopened = EvaluatedImage(image_id="i", size_hw=size_hw, objects=objects, masks=(as_found(None),))
+    mask = blob(1, SIZE)
+    found = EvaluatedImage(image_id="j", size_hw=SIZE, objects=(as_object(mask, 1),), masks=(as_found(mask),))
+    began = time.perf_counter()
+
+    ours = average_precision([unopened, found], [1], boundary=True)
+
+    assert time.perf_counter() - began < 2
+    assert ours.ar == pytest.approx(1 / 21)
+
+
+def test_boxes_of_no_size_belong_to_nothing() -> None:
+    mask = blob(1, SIZE)
+    for box in ((0.0, 0.0, 0.0, 0.0), (5.0, 5.0, 0.0, 9.0), (0.0, 0.0, 1e308, 1e308)):
+        image = EvaluatedImage(
+            image_id="i", size_hw=SIZE, objects=(as_object(mask, 1, bbox_xywh=box),),
+            masks=(as_found(mask, box_xywh=box),),
+        )  # fmt: skip
+
+        assert pair_up(image, "box_iou") == []
+
+
+@pytest.mark.parametrize("boundary", [False, True])
+def test_without_objects_or_categories_there_is_no_figure(boundary: bool) -> None:
+    mask = blob(1, SIZE)
+    image = EvaluatedImage(image_id="i", size_hw=SIZE, objects=(), masks=(as_found(mask),))
+
+    assert average_precision([image], [1], boundary=boundary).ap is None
+    assert average_precision([image], [], boundary=boundary).ap is None
+    assert average_precision([], [1], boundary=boundary).ap is None
 
 
 def test_of_each_image_and_class_only_so_many_of_the_best_scored_masks_count() -> None:

@@ -16,19 +16,11 @@ from pycocotools.coco import COCO
 from pipeline.errors import JobRefused
 from pipeline.records import AccessRules
 from pipeline.truth import MAX_OUTLINE, Truth, TruthObject, read_truth
-from tests.jobs.made_outputs import blob, rle_of
+from tests.jobs.made_outputs import blob, lengths_of, rle_of
 
 SIZE = (60, 80)
 MASK = blob(3, SIZE)
 SQUARE = "[[10, 10, 40, 10, 40, 40, 10, 40]]"
-
-
-def lengths_of(mask: np.ndarray) -> list[int]:
-    """Runs as COCO's crowds have them, by plain numpy."""
-    flat = mask.ravel(order="F")
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    runs = np.diff([0, *edges, flat.size]).tolist()
-    return [0, *runs] if flat[0] else runs
 
 
 def read(text: str | bytes, folder: Path, **options: Any) -> Truth:
