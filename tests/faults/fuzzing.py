@@ -6,14 +6,18 @@ exception that is no error of ours, a decoder that died, a message that does not
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import time
+import traceback
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +28,18 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 from PIL import Image
 
+from jobs.app import given_of
+from jobs.evaluate import How
+from jobs.evaluate import run as evaluate_truth
+from jobs.selection import Selection
 from pipeline.boxes import resolve_boxes, suspicions
 from pipeline.decode_child import DecodeChild
-from pipeline.errors import BOX_CODES, ImageError, JobRefused
+from pipeline.errors import BOX_CODES, ImageError, JobRefused, UsageError
 from pipeline.inputs import InputSettings
 from pipeline.plan import make_plan
 from pipeline.records import BoxRules
+from tests.jobs.made_outputs import MadeImage, blob, make_output
+from tests.pipeline.test_truth import RUNS, WRITTEN
 
 FORMATS = [f"{a}{b}" for a, b in itertools.product(("xyxy", "xywh", "cxcywh"), ("", "-normalised"))]
 FRAMES = ["upright", "stored"]
@@ -233,6 +243,213 @@ class Inputs:
             assert row["error_code"] in (None, "uri_refused", "labels_mismatch", "boxes_missing")
             resolve_boxes(row["boxes"] or [], BoxRules(), upright_size_hw=(5, 9))
         return "planned"
+
+
+# ---------------------------------------------------------------------------------------------
+# Ground truth
+# ---------------------------------------------------------------------------------------------
+
+TRUTHS = {program: text.replace("RUNS", RUNS) for program, text in sorted(WRITTEN.items())}
+_ODD_NUMBERS = (
+    0,
+    1,
+    2,
+    -1,
+    0.5,
+    4800,
+    4801,
+    60,
+    80,
+    1e8,
+    -1e8,
+    1e308,
+    2**31,
+    2**32 + 5,
+    2**63,
+    10**30,
+    math.nan,
+)
+_ODD_WORDS = ("", "0", "1", "60", "b'0'", "PPP", "0n0n0", "eJwz0DEAAAKgAQ==", "\ud800", "cat", "NaN")
+
+numbers_of_any_kind = st.sampled_from(_ODD_NUMBERS) | st.integers(-100, 5000) | st.floats()
+coordinates = st.floats(-700, 800) | st.integers(-10, 90) | numbers_of_any_kind
+polygons = st.lists(st.lists(coordinates, max_size=14), max_size=4)
+run_lists = st.lists(st.integers(-2, 900) | numbers_of_any_kind, max_size=30)
+run_texts = st.text(st.characters(min_codepoint=44, max_codepoint=115), max_size=40)
+rles = st.fixed_dictionaries(
+    {}, optional={"size": st.just([60, 80]) | anything, "counts": run_lists | run_texts | anything}
+)
+odd_values = (
+    numbers_of_any_kind | st.sampled_from(_ODD_WORDS) | st.booleans() | st.none() | polygons | rles | anything
+)
+node_edits = st.lists(
+    st.tuples(st.sampled_from(["set", "set", "set", "delete", "again"]), cuts, odd_values),
+    min_size=1,
+    max_size=4,
+)
+points = st.tuples(st.floats(-790, 870) | st.integers(-10, 90), st.floats(-590, 650) | st.integers(-10, 70))
+sound_polygons = st.lists(
+    st.lists(points, min_size=3, max_size=8).map(lambda found: [float(v) for point in found for v in point]),
+    min_size=1,
+    max_size=4,
+)
+sound_runs = st.lists(st.integers(0, 1600), max_size=30).map(
+    lambda runs: {"size": [60, 80], "counts": np.diff(np.minimum(np.cumsum([0, *runs, 4800]), 4800)).tolist()}
+)
+
+
+def _drawn(masks: st.SearchStrategy[Any], **keys: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Files of one image and one category, whose annotations have masks and keys like these."""
+    annotation = st.fixed_dictionaries({"segmentation": masks}, optional=keys)
+    return st.lists(annotation, max_size=5).map(
+        lambda found: {
+            "images": [{"id": 0, "file_name": "a.jpg", "height": 60, "width": 80}],
+            "annotations": [{"id": n, "image_id": 0, "category_id": 0, **one} for n, one in enumerate(found)],
+            "categories": [{"id": 0, "name": "cat"}],
+        }
+    )
+
+
+sound_truths = _drawn(
+    sound_polygons | sound_runs,
+    iscrowd=st.sampled_from([0, 1, True, False, None]),
+    area=st.sampled_from([0, 0.5, 900, 1e10, None]),
+    bbox=st.none() | st.tuples(*[st.floats(-1e6, 1e6)] * 2, *[st.floats(0, 1e6)] * 2),
+    ignore=st.integers(0, 1),
+)
+odd_truths = _drawn(
+    sound_polygons | sound_runs | polygons | rles,
+    iscrowd=odd_values,
+    area=numbers_of_any_kind,
+    bbox=st.lists(coordinates, min_size=3, max_size=4),
+)
+truth_cases = st.one_of(
+    st.tuples(st.sampled_from(list(TRUTHS)), changes),
+    st.tuples(st.sampled_from(list(TRUTHS)), node_edits),
+    odd_truths,
+    sound_truths.map(lambda tree: ("sound", tree)),
+    trees,
+)
+
+
+def truth_body(case: Any) -> bytes:
+    """The bytes of a file of ground truth: a program's text with bytes or values changed, or made up."""
+    if not isinstance(case, tuple):
+        return json.dumps(case).encode()
+    program, edits = case
+    if program == "sound":
+        return json.dumps(edits).encode()
+    if edits[0][0] in ("set", "delete", "again") and not isinstance(edits[0][2], bytes):
+        return json.dumps(_with_odd_values(json.loads(TRUTHS[program]), edits)).encode()
+    return changed(TRUTHS[program].encode(), edits)
+
+
+def _with_odd_values(tree: Any, edits: list[tuple[str, int, Any]]) -> Any:
+    """The tree after each edit, at a place that is taken modulo the number of values in it."""
+    for kind, place, value in edits:
+        slots = list(_slots(tree))
+        inside, key = slots[place % len(slots)]
+        if kind == "set":
+            inside[key] = value
+        elif kind == "delete":
+            del inside[key]
+        elif isinstance(inside, list):
+            inside.append(inside[key])
+        if not list(_slots(tree)):
+            break
+    return tree
+
+
+def _slots(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in a tree of lists and objects where a value stands."""
+    if isinstance(tree, list | dict):
+        for key in list(tree) if isinstance(tree, dict) else range(len(tree)):
+            yield tree, key
+            yield from _slots(tree[key])
+
+
+class TruthJudge:
+    """`hqlabel evaluate` of one file after another, in a process of its own: its C code may hang or die.
+
+    `most_mib`: what one file made that process grow by.
+    """
+
+    def __init__(self, folder: Path, *, bound_s: float, budget_mib: float) -> None:
+        self._folder = folder
+        self._bound_s = bound_s
+        self._budget_mib = budget_mib
+        masks, kinds = [blob(1), blob(2)], [(0, "cat"), (3, "dog")]
+        images = [MadeImage(image_id=name, masks=masks, categories=kinds) for name in ("0", "1", "2", "7")]
+        make_output(folder / "out", images)
+        self.most_mib = 0.0
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_judge_truths, args=(self._folder, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        assert self._pipe.recv() == "ready"
+
+    def judge(self, case: Any) -> str:
+        """`judged`, or `refused` by a message that is one line, of bounded length, and names the file."""
+        outcome = self.judge_bytes(truth_body(case))
+        assert outcome == "judged" or not isinstance(case, tuple) or case[0] != "sound", case
+        return outcome
+
+    def judge_bytes(self, body: bytes) -> str:
+        """The same for the bytes of a file."""
+        (self._folder / "truth.json").write_bytes(body)
+        self._pipe.send("judge")
+        try:
+            said = self._pipe.recv() if self._pipe.poll(self._bound_s) else None
+        except EOFError:
+            said = None
+        if said is None:
+            how = "hung" if self._process.is_alive() else f"died ({self._process.exitcode})"
+            self.close()
+            self._start()
+            raise AssertionError(f"evaluate {how} over {body!r}")
+        outcome, words, grown_mib = said
+        self.most_mib = max(self.most_mib, grown_mib)
+        assert outcome in ("judged", "refused"), f"{words}: {body!r}"
+        assert grown_mib < self._budget_mib, f"{grown_mib:.0f} MiB: {body!r}"
+        if outcome == "refused":
+            assert words.isprintable()
+            assert len(words) < 4000
+            assert "truth" in words, words
+        return str(outcome)
+
+    def close(self) -> None:
+        """None; the process is gone."""
+        self._pipe.close()
+        self._process.kill()
+        self._process.join()
+
+
+def _judge_truths(folder: Path, pipe: Any) -> None:
+    """The process of a TruthJudge: for each word, (outcome, message or traceback, MiB that it grew by)."""
+    given = given_of(None, None, output__uri=str(folder / "out"))
+    how = How(truth=str(folder / "truth.json"), selection=Selection(), json=True)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # of pycocotools 2.0.11
+    pipe.send("ready")
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        before = _reset_peak()
+        outcome, words = "judged", ""
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                evaluate_truth(given, how)
+        except (JobRefused, UsageError) as error:
+            outcome, words = "refused", str(error)
+        except BaseException:
+            outcome, words = "broke", traceback.format_exc()
+        pipe.send((outcome, words, _peak_mib() - before))
 
 
 # ---------------------------------------------------------------------------------------------

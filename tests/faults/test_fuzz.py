@@ -1,4 +1,4 @@
-"""Any boxes, tables, COCO files and pictures: an outcome or a listed error, in bounded time and memory.
+"""Any boxes, tables, COCO files, pictures, truth: an outcome or a listed error, in bounded time and memory.
 
 A few hundred examples of each kind run always. The long form takes FUZZ_EXAMPLES of each, 25,000 unless
 told otherwise: `FUZZ_EXAMPLES=25000 pytest -m faults tests/faults/test_fuzz.py -s` prints what came out.
@@ -31,6 +31,7 @@ CASES = {
     "tables": fuzzing.table_cases,
     "coco": fuzzing.coco_cases,
     "pictures": fuzzing.picture_cases,
+    "truths": fuzzing.truth_cases,
 }
 
 
@@ -42,14 +43,22 @@ def child() -> Iterator[DecodeChild]:
     child.close()
 
 
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fuzzing.TruthJudge]:
+    judge = fuzzing.TruthJudge(tmp_path_factory.mktemp("truths"), bound_s=25, budget_mib=MEMORY_MIB)
+    yield judge
+    judge.close()
+
+
 @pytest.fixture
-def targets(child: DecodeChild, tmp_path: Path) -> dict[str, Callable[[Any], str]]:
+def targets(child: DecodeChild, judge: fuzzing.TruthJudge, tmp_path: Path) -> dict[str, Callable[[Any], str]]:
     inputs = fuzzing.Inputs(tmp_path)
     return {
         "boxes": fuzzing.judge_boxes,
         "tables": inputs.plan_table,
         "coco": inputs.plan_coco,
         "pictures": lambda case: fuzzing.decode_picture(child, case),
+        "truths": judge.judge,
     }
 
 
@@ -91,8 +100,12 @@ def test_anything_gives_an_outcome_or_a_listed_error(
 @pytest.mark.faults
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", CASES)
-def test_very_many_of_anything(kind: str, targets: dict[str, Callable[[Any], str]]) -> None:
+def test_very_many_of_anything(
+    kind: str, targets: dict[str, Callable[[Any], str]], judge: fuzzing.TruthJudge
+) -> None:
     say(f"fuzz {kind}: {run(kind, targets[kind], examples=LONG, bound_s=5, steady=False)}")
+    if kind == "truths":
+        say(f"fuzz {kind}: the process grew by {judge.most_mib:.0f} MiB at most")
 
 
 @pytest.mark.parametrize("find", FINDS, ids=lambda find: find["what"])
