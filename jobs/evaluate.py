@@ -36,7 +36,7 @@ from pipeline.evaluation import (
     pair_up,
     require_library,
 )
-from pipeline.joins import _why as why
+from pipeline.joins import why
 from pipeline.records import AccessRules
 from pipeline.truth import Truth, TruthImage, TruthObject, read_truth
 
@@ -243,17 +243,26 @@ def _match_images(
             if (key := of(one.image)) in known:
                 found[name].append((one, known[key]))
     name = max(found, key=lambda name: len(found[name]))
+    matched = {image.image_id for _, image in found[name]}
+    lost = [image.file_name for image in truth.images.values() if image.image_id not in matched]
+    known_ids = {one.image["image_id"] for one, _ in found[name]}
+    hint = _hint([one for one in ours if one not in known_ids], lost)
     if not found[name]:
-        raise _no_image(ours, truth)
-    if len({image.image_id for _, image in found[name]}) < len(found[name]):
+        doubled = "Two images of the truth have one file_name, so names tell nothing"
+        raise _no_image(ours, truth, hint if by_file or not named else doubled)
+    if len(matched) < len(found[name]):
         raise UsageError("several published images have the file name of one image of the truth")
-    return name, found[name]
+    return f"{name}. {hint}".rstrip(". "), found[name]
 
 
-def _no_image(ours: Sequence[str], truth: Truth) -> UsageError:
+def _hint(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    """Why names of the truth are none of ours, as planning would say it; "" when nobody knows."""
+    names = [name.encode("utf-8", "replace").decode() for name in theirs if name]
+    return why(pa.array(ours, pa.large_string()), pa.array(names, pa.large_string()))
+
+
+def _no_image(ours: Sequence[str], truth: Truth, hint: str) -> UsageError:
     theirs = [f"id {one.image_id}, file_name {one.file_name!r}" for one in truth.images.values()][:1]
-    names = [one.file_name.encode("utf-8", "replace").decode() for one in truth.images.values()]
-    hint = why(pa.array(ours, pa.large_string()), pa.array(filter(None, names), pa.large_string()))
     example = repr(ours[0]) if ours else "none"
     said = f"no image of the truth is in the tables: theirs {theirs}, ours image_id {example}. {hint}"
     return UsageError(clean_text(said.rstrip()))

@@ -108,7 +108,7 @@ def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool) -> Joined:
     mention = positions(keys, wanted)
     unmatched = _unmatched(wanted, boxes, mention)
     hint = (
-        _why(keys, _as_compared(images, boxes, wanted, keys) if by_uri else wanted) if unmatched.boxes else ""
+        why(keys, _as_compared(images, boxes, wanted, keys) if by_uri else wanted) if unmatched.boxes else ""
     )
     if unmatched.boxes and not allow_unmatched:
         raise _refusal(unmatched, keys, boxes, hint)
@@ -339,7 +339,7 @@ _COARSE_GUESSES: tuple[Guess, ...] = (
 )
 
 
-def _why(keys: pa.Array, wanted: pa.Array) -> str:
+def why(keys: pa.Array, wanted: pa.Array) -> str:
     """A sentence when most of what does not match would, but for a difference of spelling, else ""."""
     missing = wanted.filter(pa.array(positions(wanted, keys) < 0)).drop_null()
     step = max(1, len(missing) // _LOOK_AT)

@@ -513,19 +513,48 @@ def test_images_whose_size_the_truth_does_not_say_are_empty_ones_of_ours(tmp_pat
     assert found["mask_ap"]["ap"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("file_name", ["A.JPG", "b/../A.JPG"])
-def test_image_names_in_another_spelling_are_refused_with_the_hint_of_planning(
-    tmp_path: Path, file_name: str
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        ("A.JPG", "a.jpg", "They differ in upper and lower case"),
+        (r"photos\\a.jpg", "photos/a.jpg", "They differ in backslashes (Windows)"),
+        (r"images\\1\\a.jpg", "val/a.jpg", "They differ in backslashes (Windows) and the folder"),
+        ("a%20b.jpg", "a b.jpg", "They differ in percent-encoding (%20)"),
+    ],
+)
+def test_image_names_in_another_spelling_get_the_hint_of_planning(
+    tmp_path: Path, theirs: str, ours: str, said: str
 ) -> None:
-    image = f'{{"id": 0, "file_name": "{file_name}", "height": 60, "width": 80}}'
+    image = f'{{"id": "x", "file_name": "{theirs}", "height": 60, "width": 80}}'
     path = tmp_path / "truth.json"
     path.write_text(truth_text([], '{"id": 0, "name": "cat"}', image))
-    out = make_output(tmp_path / "out", [MadeImage(image_id=file_name.lower(), masks=[blob(1, SIZE)])])
+    found = '{"id": "y", "file_name": "here.jpg", "height": 60, "width": 80}'
+    both = tmp_path / "both.json"
+    both.write_text(truth_text([], '{"id": 0, "name": "cat"}', f"{image}, {found}"))
+    masks = [blob(1, SIZE)]
+    images = [MadeImage(image_id=name, masks=masks) for name in (ours, "here.jpg")]
+    out = make_output(tmp_path / "out", images)
+
+    code, _, err = run("evaluate", "--truth", str(path), "--output", out)
+    some, text, _ = run("evaluate", "--truth", str(both), "--output", out)
+
+    assert (code, some) == (2, 0)
+    assert "no image of the truth is in the tables" in err
+    assert said in err
+    assert said in text, "where some images are found, too"
+
+
+def test_file_names_that_two_images_have_are_said_to_tell_nothing(tmp_path: Path) -> None:
+    image = '{"id": "ID", "file_name": "a.jpg", "height": 60, "width": 80}'
+    path = tmp_path / "truth.json"
+    both = ", ".join(image.replace("ID", number) for number in "12")
+    path.write_text(truth_text([], '{"id": 0, "name": "cat"}', both))
+    out = make_output(tmp_path / "out", [MadeImage(image_id="a.jpg", masks=[blob(1, SIZE)])])
 
     code, _, err = run("evaluate", "--truth", str(path), "--output", out)
 
     assert code == 2
-    assert "They differ in upper and lower case." in err
+    assert "Two images of the truth have one file_name" in err
 
 
 def test_a_name_that_is_no_unicode_is_no_reason_to_break(tmp_path: Path) -> None:
