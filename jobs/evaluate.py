@@ -310,7 +310,7 @@ def _id_among(known: Mapping[int, str]) -> Callable[[Row], int | None]:
 
 
 def _by_name(truth: Truth) -> dict[str, tuple[int, ...]]:
-    """Each name's categories; those without any object count only where all of a name are so.
+    """Each name's categories: those with objects, or one, because a class without objects decides nothing.
 
     Roboflow writes a category 0 without objects, called as the project, beside the real one of that name.
     """
@@ -319,7 +319,7 @@ def _by_name(truth: Truth) -> dict[str, tuple[int, ...]]:
     for number, name in truth.categories.items():
         if name:
             found[name] = (*found.get(name, ()), number)
-    return {name: tuple(n for n in numbers if n in used) or numbers for name, numbers in found.items()}
+    return {name: tuple(n for n in numbers if n in used) or numbers[:1] for name, numbers in found.items()}
 
 
 def _by_id_because_of(name: str, numbers: Sequence[int], rows: Sequence[Row], truth: Truth) -> Classes:

@@ -40,6 +40,9 @@ keeps every step: so long an outline takes it 0.6 s and 250 MB."""
 MAX_AREA = 1e10
 """COCO's own largest: pycocotools passes over objects with a larger `area`, whatever their size."""
 
+ODD_BOX_IOU = 0.5
+"""Boxes that agree less well than this with their masks are counted: they decide which prompt is whose."""
+
 _WANTED = "wanted a COCO instances file: an object with lists `images`, `annotations` and `categories`"
 _BEGINNINGS = (
     (b"\x1f\x8b", "it is compressed (gzip); unpack it and name the JSON file"),
@@ -247,12 +250,12 @@ def _images(uri: str, blocks: Sequence[Lines], rules: Counter[str]) -> dict[str,
     for place, record in _records(blocks, wrongs):
         which = place
         try:
-            which = clean_text(_key(record, "id"))
+            which = _key(record, "id")
             image = _image(record)
             if image.image_id in images:
                 raise _Wrong("with the id of an earlier one")
         except _Wrong as wrong:
-            wrongs.add(which[:_SHOWN], wrong)
+            wrongs.add(_name(which), wrong)
             continue
         images[image.image_id] = image
         if "neg_category_ids" in record:
@@ -296,7 +299,7 @@ def _categories(uri: str, blocks: Sequence[Lines]) -> dict[int, str]:
             if names.setdefault(number, name or "") != (name or ""):
                 raise _Wrong("with two names", f"{_shown(names[number])} and {_shown(name)}")
         except _Wrong as wrong:
-            wrongs.add(which[:_SHOWN], wrong)
+            wrongs.add(_name(which), wrong)
     wrongs.refuse()
     return names
 
@@ -315,7 +318,10 @@ def _category_id(record: Record, name: str) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Draft:
-    """An annotation whose runs have not been looked at; area and box are None where the file has none."""
+    """An annotation whose runs have not been looked at; area and box are None where the file has none.
+
+    `counts`: as the file has them, or text when the mask was drawn here (`drawn`).
+    """
 
     annotation_id: str
     image_id: str
@@ -325,6 +331,7 @@ class _Draft:
     area: float | None
     bbox_xywh: Box | None
     counts: object
+    drawn: bool
 
 
 def _objects(
@@ -339,8 +346,10 @@ def _objects(
     drafts = _drafts(_records(blocks, wrongs), images, categories, rules, wrongs)
     objects: dict[str, list[TruthObject]] = {}
     while some := list(islice(drafts, MASKS_PER_STEP)):
-        faults = faults_of([one.counts for one in some], [one.size_hw for one in some])
-        for draft, fault in zip(some, faults, strict=True):
+        given = [one for one in some if not one.drawn]
+        faults = iter(faults_of([one.counts for one in given], [one.size_hw for one in given]))
+        for draft in some:
+            fault = None if draft.drawn else next(faults)
             if fault is None:
                 objects.setdefault(draft.image_id, []).append(_finished(draft, rules))
             else:
@@ -361,17 +370,17 @@ def _drafts(
         which = place
         try:
             annotation_id = _key(record, "id")
-            which = _name(annotation_id)
+            which = annotation_id
             if annotation_id in seen:
                 raise _Wrong("with the id of an earlier one")
             seen.add(annotation_id)
             yield _draft(annotation_id, record, images, categories, rules)
         except _Wrong as wrong:
-            wrongs.add(which, wrong)
+            wrongs.add(_name(which), wrong)
 
 
-def _name(annotation_id: str) -> str:
-    return clean_text(annotation_id)[:_SHOWN]
+def _name(given_id: str) -> str:
+    return clean_text(given_id)[:_SHOWN]
 
 
 def _draft(
@@ -402,6 +411,7 @@ def _draft(
         area=_area(record),
         bbox_xywh=_bbox(record),
         counts=_counts(record, image.size_hw, rules),
+        drawn=isinstance(record["segmentation"], list),
     )
 
 
@@ -449,16 +459,18 @@ def _finished(draft: _Draft, rules: Counter[str]) -> TruthObject:
     rle = {"size": list(draft.size_hw), "counts": counts.encode("ascii")}
     area, bbox = draft.area, draft.bbox_xywh
     pixels = int(coco_mask.area(rle))
+    x, y, width, height = coco_mask.toBbox(rle).tolist()
     if pixels == 0:
         rules["annotations with a mask of no pixel, which nothing can find"] += 1
-    elif area == 0:
+    elif bbox is not None and _box_iou(bbox, (x, y, width, height)) < ODD_BOX_IOU:
+        rules["annotations whose `bbox` does not lie around the mask (other numbers? runs by rows?)"] += 1
+    if pixels and area == 0:
         rules["annotations with an `area` of 0 beside a mask: small ones, as in pycocotools"] += 1
     if area is None:
         rules["annotations without `area`: that of the mask"] += 1
         area = float(pixels)
     if bbox is None:
         rules["annotations without `bbox`: that of the mask"] += 1
-        x, y, width, height = coco_mask.toBbox(rle).tolist()
         bbox = (x, y, width, height)
     return TruthObject(
         annotation_id=draft.annotation_id,
@@ -469,6 +481,17 @@ def _finished(draft: _Draft, rules: Counter[str]) -> TruthObject:
         is_crowd=draft.is_crowd,
         counts=counts,
     )
+
+
+def _box_iou(one: Box, other: Box) -> float:
+    """Intersection over union of two boxes, (x, y, width, height); 0 where neither has an area."""
+    sides = [
+        max(0.0, min(one[axis] + one[axis + 2], other[axis] + other[axis + 2]) - max(one[axis], other[axis]))
+        for axis in (0, 1)
+    ]
+    both = sides[0] * sides[1]
+    either = one[2] * one[3] + other[2] * other[3] - both
+    return both / either if either > 0 else 0.0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -529,6 +552,8 @@ def _counts_of_polygons(found: list[Any], size_hw: tuple[int, int], rules: Count
     if len(whole) < len(sound):
         rules["annotations with parts of one or two points, which enclose nothing: left out"] += 1
     _check_reach(whole, size_hw)
+    if all(part.min() >= 0 and part.max() <= 1 for part in whole):
+        rules["annotations with polygons within 0 to 1 (shares of the picture? wanted: pixels)"] += 1
     height, width = size_hw
     rle = _union(coco_mask.frPyObjects([part.tolist() for part in whole], height, width))
     return bytes(rle["counts"]).decode("ascii")
@@ -545,16 +570,18 @@ def _check_reach(parts: Sequence[Float64Array], size_hw: tuple[int, int]) -> Non
     Raises:
         _Wrong: a point is not finite or too far away, or the way from point to point is too long.
     """
-    points = np.concatenate(parts).reshape(-1, 2)
-    if not np.isfinite(points).all():
-        raise _Wrong("with a polygon point that is not finite")
-    longer = max(size_hw)
-    if points.min() < -MAX_REACH * longer or points.max() > (MAX_REACH + 1) * longer:
-        far = float(points.flat[np.abs(points).argmax()])
+    numbers = np.concatenate(parts)
+    longer, low, high = max(size_hw), float(numbers.min()), float(numbers.max())
+    if not (low >= -MAX_REACH * longer and high <= (MAX_REACH + 1) * longer):
+        if not np.isfinite(numbers).all():
+            raise _Wrong("with a polygon point that is not finite")
         raise _Wrong(
             f"with a polygon point more than {MAX_REACH} times the picture's longer side outside",
-            f"{far:g}, the longer side is {longer}",
+            f"{low if -low > high else high:g}, the longer side is {longer}",
         )
+    if len(numbers) * (high - low) <= 2 * MAX_OUTLINE:
+        return  # no step is longer than the widest
+    points = numbers.reshape(-1, 2)
     ends = np.cumsum([len(part) // 2 for part in parts])
     after = np.arange(1, len(points) + 1)
     after[ends - 1] = np.concatenate([[0], ends[:-1]])  # the last point of a part is joined to its first

@@ -474,8 +474,52 @@ def test_a_bbox_that_is_not_there_is_the_masks_and_counted(value: str | None, tm
     assert truth.rules == {"annotations without `bbox`: that of the mask": 1}
 
 
-def test_a_bbox_at_0_0_of_no_size_stays_as_it_is(tmp_path: Path) -> None:
-    assert only(read(annotation_with("bbox", "[0, 0, 0, 0]"), tmp_path)).bbox_xywh == (0, 0, 0, 0)
+ODD_BOX = "annotations whose `bbox` does not lie around the mask (other numbers? runs by rows?)"
+
+
+def test_a_bbox_at_0_0_of_no_size_stays_as_it_is_and_is_counted(tmp_path: Path) -> None:
+    truth = read(annotation_with("bbox", "[0, 0, 0, 0]"), tmp_path)
+
+    assert only(truth).bbox_xywh == (0, 0, 0, 0)
+    assert truth.rules == {ODD_BOX: 1}
+
+
+@pytest.mark.parametrize(
+    ("bbox", "count"),
+    [
+        ("[10, 10, 30, 30]", 0),
+        ("[5, 5, 38, 38]", 0),
+        ("[10, 10, 40, 40]", 0),  # x1, y1, x2, y2 near 0, 0: not to be told
+        ("[0.125, 0.1666, 0.375, 0.5]", 1),  # shares
+        ("[25, 25, 30, 30]", 1),  # the centre
+        ("[0, 0, 1e308, 1e308]", 1),
+    ],
+)
+def test_a_bbox_of_other_numbers_is_counted(bbox: str, count: int, tmp_path: Path) -> None:
+    assert read(annotation_with("bbox", bbox), tmp_path).rules == ({ODD_BOX: 1} if count else {})
+
+
+def test_runs_by_rows_where_coco_has_columns_are_counted(tmp_path: Path) -> None:
+    """Many a script writes them so: of the right length, and another mask."""
+    mask = np.zeros(SIZE, np.uint8)
+    mask[5:10, 10:70] = 1
+    by_rows = json.dumps(
+        {"size": list(SIZE), "counts": lengths_of(mask.reshape(-1).reshape(SIZE, order="F"))}
+    )
+    box = '"id": 0, "image_id": 0, "category_id": 0, "bbox": [10, 5, 60, 5], "area": 300'
+
+    assert read(file_of(by_rows, annotation=box), tmp_path).rules == {ODD_BOX: 1}
+    assert not read(file_of(json.dumps(rle_of(mask)), annotation=box), tmp_path).rules
+
+
+def test_polygons_in_shares_of_the_picture_are_counted(tmp_path: Path) -> None:
+    keys = '"id": 0, "image_id": 0, "category_id": 0, "area": 0.2'
+
+    shares = read(file_of("[[0.1, 0.2, 0.8, 0.2, 0.8, 1.0]]", annotation=keys), tmp_path)
+    corner = read(file_of("[[0.1, 0.2, 0.8, 0.2, 9.8, 1.0]]", annotation=keys), tmp_path)
+
+    rule = "annotations with polygons within 0 to 1 (shares of the picture? wanted: pixels)"
+    assert (shares.rules.get(rule), corner.rules.get(rule)) == (1, None)
 
 
 @pytest.mark.parametrize(
