@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ _BEGINNINGS = (
     (b"\xfe\xff", "it is UTF-16; save it as UTF-8"),
     (b"[", "it is a list, as COCO results are: detections, not the truth"),
 )
+_WHOLE_TEXT = re.compile(r"(-?[0-9]{1,18})(?:\.0+)?")
 _EXAMPLES = 3
 _KINDS = 6
 _SHOWN = 40
@@ -227,9 +229,10 @@ def _key(record: Record, name: str) -> str:
 
 
 def _whole(value: object) -> int | None:
-    """A whole number as JSON writers write it (7, 7.0, "7"), else None. True is none."""
-    if isinstance(value, str) and len(value) < 20 and value.isascii() and value.lstrip("-").isdigit():
-        return int(value) if value.rfind("-") < 1 else None
+    """A whole number as JSON writers write it (7, 7.0, "7", "7.0"), else None. True is none."""
+    if isinstance(value, str):
+        match = _WHOLE_TEXT.fullmatch(value)
+        return int(match.group(1)) if match else None
     if type(value) is float and value.is_integer():
         return int(value)
     return value if type(value) is int else None

@@ -280,7 +280,8 @@ def test_figures_are_pycocotools_own_on_the_same_file_with_ids_of_0_and_crowds(
     categories = ", ".join(f'{{"id": {number}, "name": "{name}"}}' for number, name in names.items())
     path = tmp_path / "truth.json"
     path.write_text(truth_text(annotations, categories))
-    scores = np.random.default_rng(seed).permutation(100) / 100  # one of them 0
+    scores = np.random.default_rng(seed).permutation(100) / 100
+    scores[0] = 0
     images, results, place = [], [], 0
     for number, mine in enumerate(found):
         images.append(
@@ -557,18 +558,24 @@ def test_file_names_that_two_images_have_are_said_to_tell_nothing(tmp_path: Path
     assert "Two images of the truth have one file_name" in err
 
 
-def test_a_name_that_is_no_unicode_is_no_reason_to_break(tmp_path: Path) -> None:
-    image = r'{"id": "x", "file_name": "\ud800", "height": 60, "width": 80}'
+@pytest.mark.parametrize("file_name", ["a.jpg", r"\ud800"])
+def test_a_name_that_is_no_unicode_is_no_reason_to_break(tmp_path: Path, file_name: str) -> None:
+    image = f'{{"id": "x", "file_name": "{file_name}", "height": 60, "width": 80}}'
     path = tmp_path / "truth.json"
-    path.write_text(truth_text([], r'{"id": 0, "name": "\ud800\u001b[31m"}', image))
-    out = make_output(
-        tmp_path / "out", [MadeImage(image_id="a.jpg", masks=[blob(1, SIZE)], categories=[(0, "c")])]
-    )
+    annotations = [{"image_id": "x", "category_id": 0, "segmentation": polygon_of(1)}]
+    category = r'{"id": 0, "name": "\ud800\u001b[31m"}, {"id": 1, "name": "c"}'
+    path.write_text(truth_text(annotations, category, image))
+    made = MadeImage(image_id="a.jpg", masks=[blob(1, SIZE)], categories=[(1, "c")])
+    out = make_output(tmp_path / "out", [made])
 
-    code, _, err = run("evaluate", "--truth", str(path), "--output", out)
+    code, text, err = run("evaluate", "--truth", str(path), "--output", out, "--json")
 
-    assert code == 2
-    assert "no image of the truth is in the tables" in err
+    if file_name == "a.jpg":
+        assert code == 0, err
+        assert [one["name"] for one in json.loads(text)["categories"]] == ["\ud800\x1b[31m"]
+    else:
+        assert code == 2
+        assert "no image of the truth is in the tables" in err
 
 
 @pytest.mark.parametrize("file_boxes", [True, False])

@@ -545,7 +545,7 @@ def test_an_image_that_cannot_be_told_apart_or_measured_is_refused(
     assert said in refusal(file_of(image=image), tmp_path)
 
 
-@pytest.mark.parametrize("height", ["60", "60.0", '"60"'])
+@pytest.mark.parametrize("height", ["60", "60.0", '"60"', '"60.0"'])
 def test_a_size_is_the_same_as_a_number_a_float_or_a_text(height: str, tmp_path: Path) -> None:
     image = f'{{"id": 0, "file_name": null, "height": {height}, "width": 80}}'
 
