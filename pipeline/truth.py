@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from pipeline.json_arrays import JsonDamage, Lines, split_arrays
 from pipeline.records import AccessRules
 from pipeline.runs import MASKS_PER_STEP, faults_of, text_of_lengths
 from pipeline.storage import open_input, options_for
+from pipeline.text_tables import refuse_other_bytes
 
 Box = tuple[float, float, float, float]
 Record = Mapping[str, Any]
@@ -45,13 +46,6 @@ ODD_BOX_IOU = 0.5
 """Boxes that agree less well than this with their masks are counted: they decide which prompt is whose."""
 
 _WANTED = "wanted a COCO instances file: an object with lists `images`, `annotations` and `categories`"
-_BEGINNINGS = (
-    (b"\x1f\x8b", "it is compressed (gzip); unpack it and name the JSON file"),
-    (b"PK\x03\x04", "it is a ZIP archive; unpack it and name the JSON file"),
-    (b"\xff\xfe", "it is UTF-16 or UTF-32; save it as UTF-8"),
-    (b"\xfe\xff", "it is UTF-16; save it as UTF-8"),
-    (b"[", "it is a list, as COCO results are: detections, not the truth"),
-)
 _WHOLE_TEXT = re.compile(r"(-?[0-9]{1,18})(?:\.0+)?")
 _EXAMPLES = 3
 _KINDS = 6
@@ -116,11 +110,12 @@ def read_truth(uri: str, access: AccessRules, *, classes: bool = True) -> Truth:
     lines: dict[str, list[Lines]] = {name: [] for name in lists}
     try:
         with open_input(uri, options_for(uri, access)) as stream:
-            _refuse_by_beginning(uri, stream)
+            if refuse_other_bytes(stream).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                raise JsonDamage("it is a list, as COCO results are: detections, not the truth")
             for block in split_arrays(stream, lists):
                 lines[block.name].append(block)
     except JsonDamage as error:
-        raise JobRefused(f"{uri}: not a sound JSON file: {clean_text(str(error))}; {_WANTED}") from error
+        raise JobRefused(f"{uri}: {clean_text(str(error))}; {_WANTED}") from error
     absent = [name for name, blocks in lines.items() if not blocks]
     if absent:
         way_out = ". To let classes not count: --class-agnostic" if absent == ["categories"] else ""
@@ -130,17 +125,6 @@ def read_truth(uri: str, access: AccessRules, *, classes: bool = True) -> Truth:
     categories = _categories(uri, lines["categories"]) if classes else None
     objects = _objects(uri, lines["annotations"], images, categories, rules)
     return Truth(images=images, objects=objects, categories=categories or {}, rules=dict(rules))
-
-
-def _refuse_by_beginning(uri: str, stream: BinaryIO) -> None:
-    start = stream.read(64)
-    stream.seek(0)
-    bare = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    found = [what for beginning, what in _BEGINNINGS if bare.startswith(beginning)]
-    if b"\0" in start and not found:
-        found = ["it has NUL bytes, as UTF-16 has; save it as UTF-8"]
-    if found:
-        raise JobRefused(f"{uri}: {found[0]}; {_WANTED}")
 
 
 # ---------------------------------------------------------------------------------------------
