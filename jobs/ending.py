@@ -74,10 +74,14 @@ def describe_counts(manifest: Manifest) -> list[tuple[str, str]]:
     if counts.status.get("failed"):
         failed = counts.status["failed"]
         images.append(f"{failed:,} failed ({console.share(failed, counts.images)})")
-    boxes = f"{counts.boxes:,} in all · {counts.masks:,} with a mask · {counts.accepted:,} accepted"
+    masks = console.with_a_mask(counts.masks, counts.empty)
+    boxes = f"{counts.boxes:,} in all · {masks} · {counts.accepted:,} accepted"
     rows = [("images", " · ".join(images)), ("boxes", boxes)]
-    if counts.rejected:
-        worst = sorted(counts.rejected.items(), key=lambda item: -item[1])
+    rejected = dict(counts.rejected)
+    if crowds := rejected.pop("crowd", 0):
+        rows.append(("", understood.crowd_sentence(crowds)))
+    if rejected:
+        worst = sorted(rejected.items(), key=lambda item: -item[1])
         rows.append(("", "not accepted: " + ", ".join(f"{name} {number:,}" for name, number in worst)))
     return rows
 

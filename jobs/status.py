@@ -106,7 +106,7 @@ def _rows(job: Job, found: JobStatus) -> list[tuple[str, str]]:
             "" if found.units_counted >= found.units_done else f" (of {found.units_counted:,} units read)"
         )
         rows.append(("status", by_status + partly))
-        rows.append(("boxes", f"{counts.boxes:,} given, {counts.masks:,} with a mask"))
+        rows.append(("boxes", f"{counts.boxes:,} given, {console.with_a_mask(counts.masks, counts.empty)}"))
     for code, number in sorted(counts.failed.items(), key=lambda item: -item[1]):
         rows.append(("failed", f"{code} {number:,}"))
     if found.images_per_s is not None:
@@ -136,7 +136,7 @@ def _as_json(store: Store, job: Job, found: JobStatus) -> dict[str, Any]:
             "by_status": found.counts.status,
             "failed_by_code": found.counts.failed,
         },
-        "boxes": {"given": found.counts.boxes, "masks": found.counts.masks},
+        "boxes": {"given": found.counts.boxes, "masks": found.counts.masks, "empty": found.counts.empty},
         "units": {
             "planned": found.units,
             "done": found.units_done,

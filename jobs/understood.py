@@ -116,6 +116,8 @@ def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
     ):
         if plan[name]:
             lines.append(f"{console.count(plan[name], 'image')} with {reason}")
+    if crowds := plan.get("crowd_boxes"):  # a job of an earlier version does not say
+        lines.append(crowd_sentence(crowds))
     lost = plan["unmatched_boxes"]
     if lost["boxes"]:
         boxes = console.count(lost["boxes"], "box", "boxes")
@@ -127,6 +129,16 @@ def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
             f"{console.count(plan['skipped_files'], 'file')} in the folder are no pictures: left out"
         )
     return lines
+
+
+def crowd_sentence(number: int) -> str:
+    """What is said of boxes with iscrowd 1, before the work and after it."""
+    are = (
+        "is a region, no object: it keeps its row"
+        if number == 1
+        else "are regions, not objects: they keep their rows"
+    )
+    return f"{console.count(number, 'crowd box', 'crowd boxes')} (iscrowd 1) {are} without a mask"
 
 
 def _frame(frame: str) -> str:

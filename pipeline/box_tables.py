@@ -40,6 +40,7 @@ IMAGE_ROWS: dict[str, Kind] = KEYS | {
     "points": Kind(3, "number"),
     "point_labels": Kind(2, "integer"),
     "prompt_mask": Kind(1, "rle"),
+    "iscrowd": Kind(1, "flag"),
 }
 
 _CORNERS = ("x1", "y1", "x2", "y2")
@@ -53,6 +54,7 @@ BOX_ROWS: dict[str, Kind] = KEYS | {
     "points": Kind(2, "number"),
     "point_labels": Kind(1, "integer"),
     "prompt_mask": Kind(0, "rle"),
+    "iscrowd": Kind(0, "flag"),
 }
 
 
@@ -175,6 +177,7 @@ _ENTRY_NAMES = {
     "points": "points",
     "point_labels": "point_labels",
     "prompt_mask": "prompt_mask",
+    "iscrowd": "iscrowd",
 }
 
 
@@ -242,7 +245,7 @@ def box_columns(flat: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
     """Columns of BOX_COLUMNS from plain ones with one row a box, named as in BOX_ROWS.
 
     Raises:
-        pa.ArrowInvalid: a category or point label that does not fit 32 bits.
+        pa.ArrowInvalid: a category or point label that does not fit 32 bits, a flag that is neither 0 nor 1.
     """
     columns: dict[str, pa.Array] = {}
     for name, column in flat.items():
@@ -251,6 +254,8 @@ def box_columns(flat: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
             raise JobRefused("integer labels and category_id are both given; leave one of them")
         if name == "points":
             column = flatten_points(column)
+        if name == "iscrowd":
+            column = crowds(column)
         columns[target] = _cast(name, column, BOX_COLUMNS[target])
     return columns
 
@@ -262,9 +267,25 @@ def _cast(name: str, column: pa.Array, kind: pa.DataType) -> pa.Array:
         raise pa.ArrowInvalid(f"{name}: {error}") from error
 
 
-_TARGETS = {"label": "category_name", "points": "points_xy"} | {
-    name: name for name in ("given", "category_id", "score", "box_id", "point_labels", "prompt_mask")
-}
+_SAME_NAMES = ("given", "category_id", "score", "box_id", "point_labels", "prompt_mask", "iscrowd")
+_TARGETS = {"label": "category_name", "points": "points_xy"} | {name: name for name in _SAME_NAMES}
+
+
+def crowds(flags: pa.Array) -> pa.Array:
+    """True where a flag says crowd, else null, bool: booleans, 0 and 1 as numbers of any kind, or as text.
+
+    Raises:
+        pa.ArrowInvalid: another value, which could mean either.
+    """
+    words = pc.utf8_lower(pc.utf8_trim_whitespace(pc.cast(flags, TEXT)))
+    known = pc.is_in(words, pa.array([*_CROWD, *_NO_CROWD, None], TEXT))
+    if not pc.all(known).as_py() and len(flags):
+        odd = flags.filter(pc.invert(known))[0].as_py()
+        raise pa.ArrowInvalid(f"iscrowd holds {odd!r}; wanted 0, 1, true or false")
+    return pc.if_else(pc.is_in(words, pa.array(_CROWD, TEXT)), True, pa.scalar(None, pa.bool_()))
+
+
+_CROWD, _NO_CROWD = ("1", "1.0", "true"), ("0", "0.0", "-0", "-0.0", "false", "", "nan")
 
 
 def flatten_points(points: pa.Array) -> pa.Array:

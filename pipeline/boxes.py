@@ -33,8 +33,9 @@ class ResolvedBoxes:
     """The prompts of one image, one entry for each given box, in order.
 
     `prompt_xyxy`: float32 (N, 4) in upright pixels, inside the picture, x1 < x2 and y1 < y2; a row of NaN
-    where there is no usable box. `usable`: bool (N,), the prompt goes to the model; without a box it has
-    points or a mask. `error`: a code of BOX_CODES, or None when usable. `flags`: `box_clipped`.
+    where there is no usable box; a crowd keeps its box here, which bounds the region. `usable`: bool (N,),
+    the prompt goes to the model; without a box it has points or a mask. `error`: a code of BOX_CODES, or None
+    when usable. `flags`: `box_clipped`.
     `points_xy`: float32 (P, 2) in upright pixels with `point_labels` int32 (P,) of 1, 0 or -1, or None.
     `prompt_mask`: compressed COCO runs of the upright picture, or None.
     """
@@ -98,9 +99,11 @@ def resolve_boxes(
     error = [_CODES[code] for code in codes.tolist()]
     set_aside(boxes, prompt_N4, has_box, rules, error)
     usable = np.array([reason is None for reason in error], dtype=np.bool_)
-    shown = usable & has_box
+    region = (codes == 0) & np.array([reason == "crowd" for reason in error], dtype=np.bool_)
+    shown = (usable | region) & has_box
     if rules.expand:
-        prompt_N4 = _expanded(prompt_N4, rules.expand, upright_size_hw)
+        expanded_N4 = _expanded(prompt_N4, rules.expand, upright_size_hw)
+        prompt_N4 = np.where(region[:, None], prompt_N4, expanded_N4)
     return ResolvedBoxes(
         prompt_xyxy=np.where(shown[:, None], prompt_N4, np.float32("nan")).astype(np.float32),
         usable=usable,
@@ -264,10 +267,11 @@ def set_aside(
     rules: BoxRules,
     error: list[str | None],
 ) -> None:
-    """None; usable boxes that a rule leaves without a mask have its reason in `error`.
+    """None; boxes that a rule leaves without a mask have its reason in `error`.
 
-    In this order: too small, score too low, over `top_k`, `nms:<row of the better box>`. A rule looks only at
-    the boxes that the ones before it left. Better is the higher score (none last), then the earlier row.
+    In this order: a crowd (whatever else is wrong with its box), too small, score too low, over `top_k`,
+    `nms:<row of the better box>`. A rule looks only at the usable boxes that the ones before it left. Better
+    is the higher score (none last), then the earlier row.
     """
     scores = np.array([_score(box) for box in boxes], dtype=np.float64)
 
@@ -278,6 +282,8 @@ def set_aside(
         for row in rows.tolist():
             error[row] = reason
 
+    crowds = np.array([bool(box.get("iscrowd")) for box in boxes], dtype=np.bool_)
+    leave_out(np.flatnonzero(crowds), "crowd")
     if rules.min_side_px:
         sides = np.where(has_box, (prompt_N4[:, 2:] - prompt_N4[:, :2]).min(axis=1), np.inf)
         leave_out(left()[sides[left()] < rules.min_side_px], "box_small")

@@ -1,8 +1,9 @@
 """COCO files of any size: instances (images, annotations, categories) and results (a list of boxes).
 
 Streamed: records go from the file into Arrow columns in blocks. Keys that are not named here
-(segmentation, iscrowd, keypoints, licences) are skipped unread. A box is xywh in pixels. Image ids may be
-integers or strings; integers become decimal strings.
+(segmentation, keypoints, licences) are skipped unread. A box is xywh in pixels. Image ids may be
+integers or strings; integers become decimal strings. `iscrowd` may be 0, 1, true, false, any of these as
+text, or null.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.arrays import Int64Array, null_mask, single
-from pipeline.box_tables import box_columns
+from pipeline.box_tables import box_columns, crowds
 from pipeline.columns import Kind
 from pipeline.errors import JobRefused
-from pipeline.json_arrays import Lines, first_byte, split_arrays
+from pipeline.json_arrays import JsonDamage, Lines, first_byte, split_arrays
 from pipeline.listings import (
     TEXT,
     BoxList,
@@ -32,7 +33,7 @@ from pipeline.listings import (
 from pipeline.records import AccessRules
 from pipeline.storage import open_input, options_for
 from pipeline.tables import naming, naming_values
-from pipeline.text_tables import read_lines, sampled_leaf
+from pipeline.text_tables import read_lines, sampled_flag, sampled_leaf
 
 _BOX = {
     "image_id": Kind(0, "key"),
@@ -40,6 +41,7 @@ _BOX = {
     "bbox": Kind(1, "number"),
     "score": Kind(0, "number"),
     "id": Kind(0, "key"),
+    "iscrowd": Kind(0, "flag"),
 }
 _RECORDS: dict[str, dict[str, Kind]] = {
     "": _BOX,
@@ -123,9 +125,22 @@ def _read(uri: str, names: Collection[str], access: AccessRules) -> dict[str, li
         for lines in split_arrays(stream, names):
             if lines.name not in schemas:
                 schemas[lines.name] = _schema(lines)
-            table = read_lines(lines.text, lines.count, schemas[lines.name])
-            blocks.setdefault(lines.name, []).append(_compact(table))
+            blocks.setdefault(lines.name, []).append(_compact(_block(lines, schemas[lines.name])))
     return blocks
+
+
+def _block(lines: Lines, schema: pa.Schema) -> pa.Table:
+    """The records of a block; flags written in several ways, over which Arrow stumbles, are read singly."""
+    try:
+        return read_lines(lines.text, lines.count, schema)
+    except JsonDamage:
+        at = schema.get_field_index("iscrowd")
+        if at < 0:
+            raise
+        table = read_lines(lines.text, lines.count, schema.remove(at))  # another key's fault is said here
+        flags = [_record(line).get("iscrowd") for line in lines.text.split(b"\n")]
+        texts = [None if flag is None else str(flag) for flag in flags]
+        return table.append_column("iscrowd", pa.array(texts, TEXT))
 
 
 def _schema(lines: Lines) -> pa.Schema:
@@ -136,6 +151,9 @@ def _schema(lines: Lines) -> pa.Schema:
         leaf = sampled_leaf(record.get(name) for record in records)
         if kind.leaf == "key":
             kind = replace(kind, leaf="text" if leaf == "null" else leaf)
+        if kind.leaf == "flag":
+            flag = sampled_flag(record.get(name) for record in records)
+            kind = replace(kind, leaf="integer" if flag == "null" else flag)
         if leaf == "text" and name in ("width", "height"):
             continue  # only used to guess mistakes; not worth a refusal
         fields.append(pa.field(name, kind.arrow_type()))
@@ -151,9 +169,11 @@ def _record(line: bytes) -> Mapping[str, object]:
 
 
 def _compact(table: pa.Table) -> pa.Table:
-    """The same, with image ids as dictionary-encoded text: five million boxes name few images."""
+    """The same, crowds marked, image ids as dictionary-encoded text: five million boxes name few images."""
     if "image_id" not in table.column_names:
         return table
+    at = table.column_names.index("iscrowd")
+    table = table.set_column(at, "iscrowd", crowds(single(table.column("iscrowd"))))
     at = table.column_names.index("image_id")
     ids = pc.cast(single(table.column("image_id")), TEXT).dictionary_encode()
     return table.set_column(at, "image_id", ids)
@@ -171,6 +191,7 @@ def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
         "category_id": single(table.column("category_id")),
         "score": single(table.column("score")),
         "box_id": single(table.column("id")),
+        "iscrowd": single(table.column("iscrowd")),
     }
     with naming_values(uri):
         boxes = pa.table(box_columns({name: column for name, column in flat.items() if _holds(column)}))

@@ -20,13 +20,14 @@ import pyarrow.compute as pc
 from pipeline.arrays import list_lengths, null_mask, to_lists
 from pipeline.errors import JobRefused, clean_text
 
-Leaf = Literal["text", "key", "number", "integer", "rle", "null"]
+Leaf = Literal["text", "key", "number", "integer", "flag", "rle", "null"]
 
 _LEAF_WORDS: dict[Leaf, str] = {
     "text": "string",
     "key": "string or integer",
     "number": "number",
     "integer": "integer",
+    "flag": "true, false, 1 or 0",
     "rle": "struct<size: list<integer>, counts: string>",
     "null": "null",
 }
@@ -35,13 +36,17 @@ _ACCEPTS: dict[Leaf, tuple[Leaf, ...]] = {
     "key": ("text", "integer"),
     "number": ("number", "integer"),
     "integer": ("integer",),
+    "flag": ("flag", "integer", "number", "text"),
     "rle": ("rle",),
 }
+UNSETTLED = ("key", "flag")
+"""Leaves that several types may hold; a column's own type settles which (see `check_type` and `settle`)."""
 _RLE_FIELDS = [pa.field("size", pa.list_(pa.int32())), pa.field("counts", pa.large_string())]
 _LEAF_TYPES: dict[Leaf, pa.DataType] = {
     "text": pa.large_string(),
     "number": pa.float64(),
     "integer": pa.int64(),
+    "flag": pa.bool_(),
     "rle": pa.struct(_RLE_FIELDS),
 }
 
@@ -142,9 +147,8 @@ def check_type(field: pa.Field, wanted: Kind, *, uri: str, ours: str) -> Kind:
         )
     found = _kind_of(field.type)
     if found is not None and _fits(found, wanted):
-        return replace(
-            wanted, leaf=found.leaf if found.leaf == "null" or wanted.leaf == "key" else wanted.leaf
-        )
+        as_found = found.leaf == "null" or wanted.leaf in UNSETTLED
+        return replace(wanted, leaf=found.leaf if as_found else wanted.leaf)
     raise JobRefused(f"{name} has type {field.type}; wanted {wanted} for {ours}")
 
 
@@ -184,7 +188,7 @@ def _extension_name(field: pa.Field) -> str | None:
 
 
 def _kind_of(kind: pa.DataType) -> Kind | None:
-    """None for types that no column of ours may have: booleans, dates, decimals, halves, maps ..."""
+    """None for types that no column of ours may have: dates, decimals, halves, maps ..."""
     depth = 0
     while _is_list(kind):
         kind, depth = kind.value_type, depth + 1
@@ -211,6 +215,8 @@ def _leaf_of(kind: pa.DataType) -> Leaf | None:
         return "text"
     if pa.types.is_integer(kind):
         return "integer"
+    if pa.types.is_boolean(kind):
+        return "flag"
     if pa.types.is_float32(kind) or pa.types.is_float64(kind):
         return "number"
     return "rle" if _is_rle(kind) else None

@@ -120,6 +120,7 @@ BOX_CODES: dict[str, str] = {
     "box_empty": "no width or no height",
     "box_outside": "does not touch the image",
     "prompt_invalid": "points or mask prompt cannot be used",
+    "crowd": "a region of many objects (iscrowd 1), not one object",
     "box_small": "a side is shorter than boxes.min_side_px",
     "box_score": "the score is lower than boxes.min_score",
     "box_rank": "not among the boxes.top_k best of its image",
@@ -128,8 +129,9 @@ BOX_CODES: dict[str, str] = {
 }
 
 
-SET_ASIDE = ("box_small", "box_score", "box_rank", "nms")
-"""Of these, the reasons that say nothing against a box: the job's own rules leave it without a mask."""
+SET_ASIDE = ("crowd", "box_small", "box_score", "box_rank", "nms")
+"""Of these, the reasons that say nothing against a box: it is wanted without a mask, by its own flag or the
+job's rules."""
 
 
 def box_code(reason: str) -> str:

@@ -32,14 +32,15 @@ from pipeline.storage import open_input, options_for
 from pipeline.tables import naming, naming_values
 
 IMAGE, OBJECTS = "image", "objects"
-NAMES = (IMAGE, OBJECTS, "objects.bbox", "objects.category", "objects.score")
+NAMES = (IMAGE, OBJECTS, "objects.bbox", "objects.category", "objects.score", "objects.iscrowd")
 """Our names of their columns; `input.columns` may say others."""
 _FIELDS = {
     "bbox": Kind(2, "number"),
     "category": Kind(1, "key"),
     "score": Kind(1, "number"),
+    "iscrowd": Kind(1, "flag"),
 }
-_OURS = {"bbox": "boxes", "category": "labels", "score": "scores"}
+_OURS = {"bbox": "boxes", "category": "labels", "score": "scores", "iscrowd": "iscrowd"}
 _BATCH_ROWS = 4096
 _ID_RULE = "ids are the files' names and the rows' numbers"
 

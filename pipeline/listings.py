@@ -36,6 +36,7 @@ BOX_COLUMNS: dict[str, pa.DataType] = {
     "points_xy": NUMBERS,
     "point_labels": pa.list_(pa.int32()),
     "prompt_mask": pa.struct([pa.field("size", pa.list_(pa.int32())), pa.field("counts", pa.large_string())]),
+    "iscrowd": pa.bool_(),
 }
 
 

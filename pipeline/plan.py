@@ -64,6 +64,7 @@ def make_plan(settings: InputSettings) -> Plan:
         raise UsageError("neither images nor boxes: say with --images or --boxes what to label")
     inputs = _understand(settings)
     boxes, categories = _numbered(inputs)
+    inputs = replace(inputs, boxes=boxes)
     joined, access = inputs.joined, allowed_access(settings)
     order = pc.sort_indices(joined.image_id)[: settings.limit]
     table = plan_table(joined, order, boxes, access, images_per_unit=settings.images_per_unit)

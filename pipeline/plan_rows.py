@@ -166,13 +166,18 @@ def _refusal(uri: str, access: AccessRules) -> str | None:
 def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList, Categories]:
     """The boxes with ids and names of their categories both filled in, and the list of categories.
 
-    Names without ids are numbered from 1 in the order of their UTF-8 bytes. `used`: the rows of boxes
-    that belong to an image, None for all; only their names are numbered.
+    Names without ids are numbered from 1 in the order of their UTF-8 bytes. Where some boxes have ids, a box
+    that lacks its id or its name gets the one that the others, or the input's own list, give it; a name that
+    nobody numbers stays without an id, and is noted. `used`: the rows of boxes that belong to an image, None
+    for all; only their names count.
 
     Raises:
-        JobRefused: one id with two names.
+        JobRefused: one id with two names, or a name alone that has two ids; names a box of each.
     """
     table = boxes.boxes
+    for column in ("category_id", "category_name"):  # all null: never given
+        if column in table.column_names and table.column(column).null_count == table.num_rows:
+            table = table.drop_columns([column])
     if "category_name" in table.column_names and "category_id" not in table.column_names:
         names = pc.unique(_used(table, "category_name", used).drop_null())
         names = names.take(pc.sort_indices(names))
@@ -181,18 +186,104 @@ def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList,
         table = table.append_column("category_id", found)
         return replace(boxes, boxes=table), _category_list(ids, names)
     if "category_id" not in table.column_names:
-        return boxes, ()
+        return replace(boxes, boxes=table), ()
     if "category_name" not in table.column_names:
-        table = _with_known_names(table, boxes.categories)
+        table = table.append_column("category_name", pa.nulls(table.num_rows, TEXT))
+    table = _without_blank_names(table)
     pairs = pa.table({name: _used(table, name, used) for name in ("category_id", "category_name")})
     pairs = pairs.group_by(["category_id", "category_name"]).aggregate([])
-    pairs = pairs.filter(pc.is_valid(pairs.column("category_id")))
-    named = pairs.filter(pc.is_valid(pairs.column("category_name")))
-    names_by_id = {row["category_id"]: row["category_name"] for row in named.to_pylist()}
-    if len(names_by_id) < named.num_rows:
-        raise _two_names(named)
-    every = dict.fromkeys(pairs.column("category_id").to_pylist()) | dict(boxes.categories) | names_by_id
-    return replace(boxes, boxes=table), tuple({"id": key, "name": every[key]} for key in sorted(every))
+    names_by_id = dict(boxes.categories) | _names_by_id(pairs, boxes)
+    ids_by_name = _ids_by_name(pairs, names_by_id, boxes)
+    table = _filled(table, "category_name", "category_id", names_by_id)
+    table = _filled(table, "category_id", "category_name", ids_by_name)
+    every = {number: None for number in pairs.column("category_id").to_pylist() if number is not None}
+    known = every | names_by_id
+    lone = [name for name in pairs.column("category_name").to_pylist() if name is not None]
+    lone = sorted(set(lone) - set(names_by_id.values()), key=str.encode)
+    notes = (*boxes.notes, *([_no_ids(lone)] if lone else []))
+    return replace(boxes, boxes=table, notes=notes), tuple(
+        {"id": key, "name": known[key]} for key in sorted(known)
+    )
+
+
+def _without_blank_names(table: pa.Table) -> pa.Table:
+    """Beside ids, a name of no letters is no name."""
+    names = single(table.column("category_name"))
+    names = pc.if_else(pc.equal(names, ""), pa.scalar(None, names.type), names)
+    return table.set_column(table.column_names.index("category_name"), "category_name", names)
+
+
+def _names_by_id(pairs: pa.Table, boxes: BoxList) -> dict[int, str]:
+    """The name that boxes give each id; JobRefused for two."""
+    names: dict[int, str] = {}
+    for row in pairs.to_pylist():
+        number, name = row["category_id"], row["category_name"]
+        if number is None or name is None or names.setdefault(number, name) == name:
+            continue
+        one, other = (
+            _first_box(boxes, {"category_id": number, "category_name": n}) for n in (names[number], name)
+        )
+        raise JobRefused(
+            f"category_id {number} has several names: {examples([names[number]])} ({one}) and "
+            f"{examples([name])} ({other}); one id names one category"
+        )
+    return names
+
+
+def _ids_by_name(pairs: pa.Table, names: Mapping[int, str], boxes: BoxList) -> dict[str, int]:
+    """The id of each name that some box has alone and others number; JobRefused where it could be two."""
+    found: dict[str, int] = {}
+    ids: dict[str, list[int]] = {}
+    for number, name in sorted(names.items()):
+        ids.setdefault(name, []).append(number)
+    for row in pairs.to_pylist():
+        name = row["category_name"]
+        if row["category_id"] is not None or name is None:
+            continue
+        numbers = ids.get(name, [])
+        if len(numbers) > 1:
+            where = _first_box(boxes, {"category_id": None, "category_name": name})
+            raise JobRefused(
+                f"{where} has the category {examples([name])} and no category_id, and the name stands for "
+                f"{numbers[0]} and {numbers[1]}; say which is meant"
+            )
+        if numbers:
+            found[name] = numbers[0]
+    return found
+
+
+def _first_box(boxes: BoxList, wanted: Mapping[str, Any]) -> str:
+    """Where the first box with these values stands: `box 3 of image 'a.jpg'`, counted from 0."""
+    table = boxes.boxes
+    hit = np.ones(table.num_rows, dtype=np.bool_)
+    for name, value in wanted.items():
+        column = single(table.column(name))
+        same = column.is_null() if value is None else pc.fill_null(pc.equal(column, value), False)
+        hit &= same.to_numpy(zero_copy_only=False)
+    ordered = hit if boxes.rows is None else hit[boxes.rows]
+    at = int(np.flatnonzero(ordered)[0])
+    ends = np.cumsum(boxes.lengths)
+    image = int(np.searchsorted(ends, at, side="right"))
+    ids = boxes.image_id if boxes.image_id is not None else boxes.image_uri
+    assert ids is not None, "boxes are grouped by one of the two"
+    return f"box {at - int(ends[image] - boxes.lengths[image])} of image {examples([ids[image].as_py()])}"
+
+
+def _filled(table: pa.Table, column: str, by: str, values: Mapping[Any, Any]) -> pa.Table:
+    """The table with the nulls of a column filled from another column's value, where `values` has it."""
+    mine, keys = single(table.column(column)), single(table.column(by))
+    if not mine.null_count or not values:
+        return table
+    known = pa.array(list(values.values()), mine.type)
+    found = known.take(pc.index_in(keys, pa.array(list(values), keys.type), skip_nulls=True))
+    return table.set_column(table.column_names.index(column), column, pc.coalesce(mine, found))
+
+
+def _no_ids(names: list[str]) -> str:
+    return (
+        f"{len(names)} category names have no id, such as {examples(names)}, while others have one: "
+        "the tables keep them so, and exports number them after the others"
+    )
 
 
 def _used(table: pa.Table, name: str, rows: Int64Array | None) -> pa.Array:
@@ -204,17 +295,3 @@ def _category_list(ids: pa.Array, names: pa.Array) -> Categories:
     return tuple(
         {"id": key, "name": name} for key, name in zip(ids.to_pylist(), names.to_pylist(), strict=True)
     )
-
-
-def _with_known_names(table: pa.Table, known: Mapping[int, str]) -> pa.Table:
-    ids = pc.cast(single(table.column("category_id")), pa.int64())
-    keys, names = pa.array(list(known), pa.int64()), pa.array(list(known.values()), TEXT)
-    found = names.take(pc.index_in(ids, keys, skip_nulls=True))
-    return table.append_column("category_name", found)
-
-
-def _two_names(pairs: pa.Table) -> JobRefused:
-    counts = pc.value_counts(pairs.column("category_id"))
-    twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0]
-    names = pairs.filter(pc.equal(pairs.column("category_id"), twice)).column("category_name").to_pylist()
-    return JobRefused(f"category_id {twice} has several names: {examples([str(name) for name in names])}")

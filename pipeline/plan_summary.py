@@ -31,6 +31,7 @@ class PlanSummary:
     an empty list; of these, `listed_without_boxes` are named by no box file. `null_boxes`,
     `mismatched_labels`, `refused_uris`: images that will fail without being fetched. `unmatched_boxes`:
     left out by `allow_unmatched`. `skipped_files`: files of an image folder that are no pictures.
+    `crowd_boxes`: regions, which get no mask.
     `box_format`, `box_frame`: how the boxes are read. `id_rule`: where ids come from and how boxes were
     joined, in words. `warnings`: likely mistakes, with the flag that mends each. `input_files`:
     fingerprints of all tables and box files.
@@ -52,6 +53,7 @@ class PlanSummary:
     id_rule: str
     warnings: tuple[str, ...]
     input_files: tuple[Mapping[str, Any], ...]
+    crowd_boxes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,12 @@ def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanS
         id_rule=inputs.joined.id_rule,
         warnings=(*_box_warnings(inputs), *_row_warnings(table), *_notes(inputs)),
         input_files=tuple(fingerprint(uri, options_for(uri, access)) for uri in files),
+        crowd_boxes=sum(_crowds(chunk) for chunk in table.column("boxes").chunks),
     )
+
+
+def _crowds(boxes: pa.ListArray) -> int:
+    return int(pc.sum(boxes.flatten().field("iscrowd")).as_py() or 0)
 
 
 def _box_counts(table: pa.Table) -> tuple[Int64Array, npt.NDArray[np.bool_]]:

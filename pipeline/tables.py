@@ -27,7 +27,7 @@ from pipeline.text_tables import (
     csv_header,
     jsonl_batches,
     jsonl_sample,
-    sampled_leaf,
+    settled_leaf,
 )
 
 TableFormat = Literal["parquet", "csv", "jsonl"]
@@ -187,9 +187,9 @@ def _csv_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
 
     def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
         del ours
-        if wanted.leaf != "key":
-            return wanted
-        return replace(wanted, leaf=sampled_leaf(samples.get(theirs, [])) if wanted.depth else "text")
+        if not wanted.depth:
+            return replace(wanted, leaf="text") if wanted.leaf == "key" else wanted
+        return replace(wanted, leaf=settled_leaf(samples.get(theirs, []), wanted.leaf))
 
     return names, kind_of
 
@@ -200,7 +200,7 @@ def _jsonl_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
 
     def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
         del ours
-        return wanted if wanted.leaf != "key" else replace(wanted, leaf=sampled_leaf(samples[theirs]))
+        return replace(wanted, leaf=settled_leaf(samples[theirs], wanted.leaf))
 
     return list(samples), kind_of
 

@@ -32,7 +32,7 @@ from pipeline.members import TarMember
 from pipeline.records import AccessRules
 from pipeline.storage import open_input, options_for
 from pipeline.tables import naming
-from pipeline.text_tables import SAMPLE_ROWS, jsonl_batches, sampled_leaf
+from pipeline.text_tables import SAMPLE_ROWS, jsonl_batches, settled_leaf
 
 TarIds = Literal["member", "key", "shard"]
 READERS = 16
@@ -169,7 +169,7 @@ def _columns(
     columns = {}
     for ours, theirs in found.items():
         wanted = IMAGE_ROWS[ours]
-        leaf = sampled_leaf(values[theirs]) if wanted.leaf == "key" else wanted.leaf
+        leaf = settled_leaf(values[theirs], wanted.leaf)
         columns[ours] = (theirs, settle(ours, {uri: Kind(wanted.depth, leaf)}, wanted))
     return columns, tuple(values)
 

@@ -42,6 +42,33 @@ def sampled_leaf(values: Iterable[Any]) -> Leaf:
     return "null"
 
 
+def sampled_flag(values: Iterable[Any]) -> Leaf:
+    """How flags are written, by the first of the values that is one: true, 1, 1.0 or "1"; else `null`."""
+    for value in values:
+        if isinstance(value, list):
+            leaf = sampled_flag(value)
+            if leaf != "null":
+                return leaf
+        for kind, leaf in _FLAG_LEAVES:
+            if isinstance(value, kind):
+                return leaf
+    return "null"
+
+
+# bool first: it is an int too.
+_FLAG_LEAVES: tuple[tuple[type, Leaf], ...] = (
+    *((bool, "flag"), (int, "integer")),
+    *((float, "number"), (str, "text")),
+)
+
+
+def settled_leaf(values: Iterable[Any], wanted: Leaf) -> Leaf:
+    """The leaf of a column of UNSETTLED ones by its values; any other is as wanted."""
+    if wanted == "flag":
+        return sampled_flag(values)
+    return sampled_leaf(values) if wanted == "key" else wanted
+
+
 def csv_header(stream: BinaryIO) -> tuple[list[str], dict[str, list[Any]]]:
     """The column names, and for columns whose fields look like JSON lists the first rows' values."""
     reader = pa_csv.open_csv(stream, read_options=_csv_block(SAMPLE_BYTES), parse_options=_CSV_PARSE)
@@ -83,6 +110,8 @@ def csv_batches(
         null_values=[""],
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,
+        true_values=["1", "1.0", "true", "TRUE", "True"],  # pandas writes 1.0 beside empty fields
+        false_values=["0", "0.0", "false", "FALSE", "False"],
     )
     for batch in _typed_csv(stream, convert, header):
         arrays = [
