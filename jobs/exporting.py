@@ -202,8 +202,8 @@ def find_classes(store: Store, manifest: Manifest) -> Classes:
     for number, name in sorted(pairs, key=str):
         if number is not None and name is not None and names.setdefault(number, name) != name:
             raise UsageError(
-                f"category_id {number} has two names: {names[number]!a} and {name!a}; export them apart "
-                f"(--where \"category_name = '…'\"), or label anew from boxes in which an id has one name"
+                f"category_id {number} has two names: {names[number]!a} and {name!a}; "
+                "label anew from boxes in which an id has one name"
             )
     names |= {number: str(number) for number, _ in pairs if number is not None and number not in names}
     by_name = {name: number for number, name in names.items()}

@@ -29,6 +29,7 @@ class MadeImage:
     """One image of an output. `masks`: uint8 (H, W) each, one a box; `boxes`: xyxy, default tight ones.
 
     `error`: a code, for an image that failed. `exif`: its orientation. `rules`: which boxes get no mask.
+    `crowds`: whether each box has iscrowd 1.
     """
 
     image_id: str
@@ -42,6 +43,7 @@ class MadeImage:
     uri: str | None = None
     error: str | None = None
     exif: int = 1
+    crowds: Sequence[bool] | None = None
     rules: BoxRules = dataclasses.field(default_factory=BoxRules)
 
 
@@ -102,9 +104,12 @@ def _planned(one: MadeImage, unit_id: int) -> dict:
     box_ids = one.box_ids or [None] * count
     kinds = one.categories or [(None, None)] * count
     scores = one.scores or [None] * count
+    crowds = one.crowds or [False] * count
     planned = [
-        planned_box(box, box_id=box_id, category_id=kind[0], category_name=kind[1], score=score)
-        for box, box_id, kind, score in zip(boxes, box_ids, kinds, scores, strict=True)
+        planned_box(
+            box, box_id=box_id, category_id=kind[0], category_name=kind[1], score=score, iscrowd=crowd or None
+        )
+        for box, box_id, kind, score, crowd in zip(boxes, box_ids, kinds, scores, crowds, strict=True)
     ]
     return planned_image(one.image_id, planned, unit_id, image_uri=one.uri or f"/photos/{one.image_id}")
 
