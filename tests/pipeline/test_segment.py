@@ -78,6 +78,20 @@ def test_every_usable_box_has_its_mask_and_the_pixels_are_gone(tmp_path, child):
     assert all(image.attempts == 1 and image.segment_ms >= 0 for image in found.images)
 
 
+def test_a_crowd_is_shown_to_no_model_and_its_image_is_labelled_all_the_same(tmp_path, child):
+    job = make_job(tmp_path, {"a.png": png(noise(1)), "b.png": png(noise(2))})
+    unit, arena = prepare_unit(UnitRow(unit_id=0), job.context, open_store(job.context.output), child)
+    for image, crowds in zip(unit.images, ([True, None], [True, True]), strict=True):
+        for box, crowd in zip(image.planned["boxes"], crowds, strict=True):
+            box["iscrowd"] = crowd
+
+    mixed, alone = worker(job).run(unpack(pack(unit, arena))).images
+
+    [runs] = mixed.instances.counts
+    assert np.array_equal(coco_mask.decode({"size": [48, 64], "counts": runs}), drawn(BOXES[1]))
+    assert (alone.instances, alone.error_code) == (None, None)
+
+
 def test_a_unit_is_the_same_through_arrow_and_without(tmp_path, child):
     job = make_job(tmp_path, {f"{i}.png": png(noise(i)) for i in range(4)})
     unit, arena = prepare_unit(UnitRow(unit_id=0), job.context, open_store(job.context.output), child)
