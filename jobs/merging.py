@@ -233,7 +233,8 @@ def _rows(
     # Sorted by keys alone: lists and structs cannot pass through a sort.
     merged = pa.concat_tables([rows.replace_schema_metadata() for rows in found])
     order = pc.sort_indices(merged.select(keys), [(key, "ascending") for key in keys])
-    return merged.take(order).cast(kind)
+    # Not cast: Arrow would look below null boxes, where `take` leaves nulls.
+    return pa.Table.from_arrays(merged.take(order).columns, schema=kind)
 
 
 def _named(rows: pa.Table, names: Mapping[int, str]) -> pa.Table:
