@@ -120,7 +120,10 @@ class _Frame:
     def __init__(self, source: Source, keep_ids: bool, numbers: Mapping[int, int]) -> None:
         names = source.classes.names
         categories = [{"id": new, "name": names[number]} for number, new in numbers.items()]
-        self._info = json.dumps(_info(source, keep_ids), ensure_ascii=False)
+        as_given = all(number == new for number, new in numbers.items())
+        of_categories = "as given" if as_given else f"numbered from 1, see {_CATEGORIES_KEY}"
+        info = {**_info(source, keep_ids), "category_ids": of_categories}
+        self._info = json.dumps(info, ensure_ascii=False)
         self._categories = json.dumps(categories, ensure_ascii=False)
 
     def around(self, body: _Body) -> bytes:

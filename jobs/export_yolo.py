@@ -100,7 +100,8 @@ def write_yolo(source: Source, place: Store, loss: Loss, *, tolerance_px: float)
     listing = "".join(f"  {place_}: {yaml_text(name)}\n" for place_, name in enumerate(names))
     place.put("images.txt", "".join(f"{line}\n" for line in lines).encode())
     # Without `path` the list is looked for beside data.yaml; `path: .` would be the folder one stands in.
-    place.put("data.yaml", f"train: images.txt\nval: images.txt\nnames:\n{listing}".encode())
+    named = f"names:\n{listing}" if listing else "names: {}\n"
+    place.put("data.yaml", f"train: images.txt\nval: images.txt\n{named}".encode())
     place.put("classes.json", json.dumps(_class_map(source), ensure_ascii=False, indent=1).encode())
     yield from ("images.txt", "data.yaml", "classes.json")
 

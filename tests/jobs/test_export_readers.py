@@ -608,3 +608,41 @@ def test_hf_labels_are_distinct_as_datasets_wants_them_and_its_card_is_a_table(t
     assert len(rows) == 7
     assert rows[2] == "| 2 | 5 | a\\|b |"
     assert "2 names stand for several ids: `cat`, `object`" in notes(said)
+
+
+def test_datasets_reads_names_that_are_doubled_or_odd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    names = [name for name in CLASS_NAMES if name] + ["yes", "yes"]
+    images = [made(f"{n:03d}.jpg", categories=[(n, name)]) for n, name in enumerate(names)]
+    export("hf", make_output(tmp_path / "job", images), tmp_path / "hf")
+
+    data = datasets.load_dataset(str(tmp_path / "hf"), split="train", cache_dir=str(tmp_path / "cache"))
+
+    labels = data.features["objects"].feature["category"]
+    found = [labels.int2str(row["objects"][0]["category"]) for row in data.remove_columns("image")]
+    last = len(names) - 1
+    assert found == [f"yes ({n})" if name == "yes" else name for n, name in enumerate(names)]
+    assert found[last] == f"yes ({last})"
+
+
+@pytest.mark.parametrize("kind", ["coco", "yolo-seg", "label-studio", "hf"])
+def test_an_output_without_any_box_can_be_handed_on(kind: str, tmp_path: Path) -> None:
+    said = export(kind, make_output(tmp_path / "job", [MadeImage(image_id="a.jpg")]), tmp_path / "to")
+
+    assert (said["images"], said["masks"]) == (0, 0)
+    if kind == "yolo-seg":
+        assert data_set_of(tmp_path / "to/data.yaml")["names"] == {}
+
+
+def test_pictures_inside_other_files_are_said(tmp_path: Path) -> None:
+    inside = made("0001.jpg", uri="/shards/0.tar#512:99/0001.jpg")
+    row = made("train.parquet/000000003", uri="/data/train.parquet#image:0:3/x.jpg")
+
+    said = export("coco", make_output(tmp_path / "job", [inside, row, made("a.jpg")]), tmp_path / "coco")
+
+    assert "2 images lie inside tars or Parquet files" in notes(said)
