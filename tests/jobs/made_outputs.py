@@ -94,8 +94,12 @@ def make_output(
 
 
 def _categories(images: Sequence[MadeImage]) -> tuple[dict, ...]:
-    found = {kind for one in images for kind in one.categories or () if None not in kind}
-    return tuple({"id": number, "name": name} for number, name in sorted(found))
+    """As planning lists them: every id, with its name where a box has one."""
+    found: dict[int, str | None] = {}
+    for number, name in (kind for one in images for kind in one.categories or ()):
+        if number is not None:
+            found[number] = found.get(number) or name
+    return tuple({"id": number, "name": found[number]} for number in sorted(found))
 
 
 def _planned(one: MadeImage, unit_id: int) -> dict:
