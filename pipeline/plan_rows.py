@@ -192,7 +192,9 @@ def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList,
     table = _without_blank_names(table)
     pairs = pa.table({name: _used(table, name, used) for name in ("category_id", "category_name")})
     pairs = pairs.group_by(["category_id", "category_name"]).aggregate([])
-    names_by_id = dict(boxes.categories) | _names_by_id(pairs, boxes)
+    own = _names_by_id(pairs, boxes)
+    listed, said = _agreeing(boxes, own)
+    names_by_id = listed | own
     ids_by_name = _ids_by_name(pairs, names_by_id, boxes)
     table = _filled(table, "category_name", "category_id", names_by_id)
     table = _filled(table, "category_id", "category_name", ids_by_name)
@@ -200,7 +202,7 @@ def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList,
     known = every | names_by_id
     lone = [name for name in pairs.column("category_name").to_pylist() if name is not None]
     lone = sorted(set(lone) - set(names_by_id.values()), key=str.encode)
-    notes = (*boxes.notes, *([_no_ids(lone)] if lone else []))
+    notes = (*boxes.notes, *said, *([_no_ids(lone)] if lone else []))
     return replace(boxes, boxes=table, notes=notes), tuple(
         {"id": key, "name": known[key]} for key in sorted(known)
     )
@@ -228,6 +230,19 @@ def _names_by_id(pairs: pa.Table, boxes: BoxList) -> dict[int, str]:
             f"{examples([name])} ({other}); one id names one category"
         )
     return names
+
+
+def _agreeing(boxes: BoxList, own: Mapping[int, str]) -> tuple[dict[int, str], list[str]]:
+    """The names of the input's list; none, and a note, where it calls an id otherwise than the boxes do."""
+    listed = dict(boxes.categories)
+    unlike = next((number for number, name in own.items() if listed.get(number, name) != name), None)
+    if unlike is None:
+        return listed, []
+    names = examples([listed[unlike]]), examples([own[unlike]])
+    return {}, [
+        f"category {unlike} is {names[0]} in the list of categories and {names[1]} in the boxes: the boxes' "
+        "names hold, and the list is not used"
+    ]
 
 
 def _ids_by_name(pairs: pa.Table, names: Mapping[int, str], boxes: BoxList) -> dict[str, int]:

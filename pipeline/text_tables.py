@@ -260,6 +260,7 @@ _OTHER_NUMBER = re.compile(
 
 _WORDS = {
     "array": "a list",
+    "bool": "true, false, 1 or 0",
     "boolean": "true or false",
     "double": "a number",
     "int64": "a whole number",

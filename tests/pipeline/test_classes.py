@@ -182,6 +182,24 @@ def test_the_list_of_a_coco_file_of_images_names_the_ids_of_a_table(tmp_path):
     assert classes_of(plan) == [(0, "zero"), (3, "car"), (0, "zero"), (3, "car")]
 
 
+def test_a_list_that_calls_an_id_otherwise_than_the_boxes_is_not_used_and_that_is_said(tmp_path):
+    listed = [{"id": 0, "name": "zero"}, {"id": 3, "name": "car"}]
+    images = coco(tmp_path, categories=listed, annotations=[]).boxes
+    columns = {
+        "image_id": ["0"] * 2,
+        "bbox": [[0.0, 0.0, 4.0, 5.0]] * 2,
+        "category_id": [0, 3],
+        "label": [None, "bus"],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "boxes.parquet")
+
+    plan = make_plan(InputSettings(images=images, boxes=str(tmp_path / "boxes.parquet")))
+
+    assert classes_of(plan) == [(0, None), (3, "bus")]
+    [warning] = [sentence for sentence in plan.summary.warnings if "list" in sentence]
+    assert warning.startswith("category 3 is 'car' in the list of categories and 'bus' in the boxes")
+
+
 def test_one_row_an_image_with_labels_of_numbers_and_gaps(tmp_path):
     (tmp_path / "boxes.jsonl").write_text(
         '{"image_uri": "a.jpg", "boxes": [[0,0,4,5],[0,0,4,5]], "labels": [0, null]}\n'

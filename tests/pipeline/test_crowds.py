@@ -196,6 +196,13 @@ def test_tables_of_flags_that_are_none_are_refused_by_name(tmp_path):
         make_plan(InputSettings(boxes=str(tmp_path / "b.parquet")))
 
 
+def test_a_word_in_a_csv_that_is_no_flag_is_refused_by_its_row(tmp_path):
+    (tmp_path / "b.csv").write_text("image_uri,x1,y1,x2,y2,iscrowd\na.jpg,0,0,4,5,0\nb.jpg,0,0,4,5,yes\n")
+
+    with pytest.raises(JobRefused, match="'iscrowd' holds 'yes' in row 3; wanted true, false, 1 or 0"):
+        make_plan(InputSettings(boxes=str(tmp_path / "b.csv")))
+
+
 @pytest.mark.parametrize("kind", [pa.int64(), pa.bool_(), pa.int8()])
 @pytest.mark.parametrize("shape", ["struct-of-lists", "list-of-structs"])
 def test_hugging_face_data_sets_have_it_among_their_objects(kind, shape, tmp_path):
