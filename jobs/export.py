@@ -63,7 +63,7 @@ def run(given: Given, how: How) -> int:
     source = open_source(saved.store, saved.job, require_published(saved.store), selection)
     loss = Loss()
     keys = list(_write(source, place, loss, how))
-    _say(replace(how, to=uri), source, loss, keys)
+    _say(how, source, loss, keys)
     return 0
 
 
@@ -196,10 +196,11 @@ def _yolo_steps(how: How, source: Source) -> Iterator[tuple[str, str]]:
         )
     if not source.tally["images"]:
         return
-    yield "next", f"the pictures alone go into {how.to}/images/, under their names in images.txt"
+    to = settings.absolute(how.to).rstrip("/")
+    yield "next", f"the pictures alone go into {to}/images/, under their names in images.txt"
     root = next(iter(source.roots)) if len(source.roots) == 1 else None
-    if root is not None and _is_local(root) and _is_local(how.to):
-        to, here = shlex.quote(how.to), shlex.quote(root)
+    if root is not None and _is_local(root) and _is_local(to):
+        to, here = shlex.quote(to), shlex.quote(root)
         yield (
             "",
             f"mkdir -p {to}/images && cd {here} && sed 's|^./images/||' {to}/images.txt | "
