@@ -104,7 +104,7 @@ def count(number: int, noun: str = "", plural: str | None = None) -> str:
 
 
 def with_a_mask(masks: int, empty: int) -> str:
-    """Boxes with a mask of at least one pixel, then those with an empty one: `435 with a mask, 787 empty`."""
+    """Return the boxes with a mask of a pixel or more, and the empty ones: `435 with a mask, 787 empty`."""
     return f"{masks:,} with a mask" + (f", {empty:,} empty" if empty else "")
 
 

@@ -79,7 +79,7 @@ def _write(source: Source, place: Store, loss: Loss, how: How) -> Iterator[str]:
 
 
 def _numbers(how: How, source: Source) -> dict[int, int] | None:
-    """The number that each class has in the files, by its id; None where classes are names alone."""
+    """Return the number of each class in the files, by its id; None where classes are names alone."""
     if how.format == "coco":
         return category_numbers(source.classes, from_1=how.categories_from_1)
     return None if how.format == "label-studio" else source.classes.places()
@@ -187,7 +187,7 @@ _DOUBLED = {
 
 
 def _yolo_steps(how: How, source: Source) -> Iterator[tuple[str, str]]:
-    """Where the pictures must stand, and how they get there."""
+    """Yield where the pictures must stand, and how they get there."""
     if over := source.tally[PASSED_OVER]:
         images = console.count(over, "image", "images")
         yield (

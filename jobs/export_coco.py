@@ -29,7 +29,7 @@ _IDS = pa.schema([("id", pa.int64()), ("image_id", pa.string()), ("file_name", p
 
 
 def category_numbers(classes: Classes, *, from_1: bool) -> dict[int, int]:
-    """The number that a category has in the file, by its id: the id itself, or its place from 1 on."""
+    """Return the number of each category in the file, by its id: the id itself, or its place from 1 on."""
     return {number: place + 1 if from_1 else number for number, place in classes.places().items()}
 
 
@@ -190,7 +190,7 @@ def _image(rows: ImageRows, number: int, file_name: str) -> str:
 
 
 def _region(row: Row, image: Row) -> Row:
-    """The row of a crowd with its box as a filled mask, cut outwards to whole pixels of the picture."""
+    """Return the row of a crowd with its box as a filled mask, widened to whole pixels of the picture."""
     height, width = image["height"], image["width"]
     x, y, box_width, box_height = row["prompt_bbox"]
     x1, y1 = max(0, math.floor(x)), max(0, math.floor(y))

@@ -134,7 +134,7 @@ def _features(source: Source) -> dict[str, Any]:
 
 
 def _cell(text: str) -> str:
-    """The text in a cell of a Markdown table."""
+    """Return the text for a cell of a Markdown table."""
     return clean_text(text).replace("\\", "\\\\").replace("|", "\\|")
 
 

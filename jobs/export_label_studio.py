@@ -69,7 +69,7 @@ def _encoded(image_prefix: str, source: Source, image: Row) -> str:
 
 
 def _label(name: str) -> str:
-    """The name with what XML cannot hold escaped."""
+    """Return the name with what XML cannot hold escaped."""
     return _NOT_XML.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), name)
 
 

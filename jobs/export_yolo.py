@@ -107,7 +107,7 @@ def write_yolo(source: Source, place: Store, loss: Loss, *, tolerance_px: float)
 
 
 def label_key(name: str) -> str:
-    """Where the label file of the picture `images/<name>` is looked for, below the export's own folder."""
+    """Return where the label file of the picture `images/<name>` is looked for, below the export's folder."""
     before, _, after = f"/images/{name}".rpartition("/images/")
     folder, slash, last = f"{before}/labels/{after}".rpartition("/")
     stem = last.rpartition(".")[0] if "." in last else last
@@ -115,7 +115,7 @@ def label_key(name: str) -> str:
 
 
 def _can_be_listed(line: str) -> bool:
-    """Whether a reader that cuts the list by `splitlines` and replaces every "./" reads the line as meant."""
+    """Return whether a reader that cuts by `splitlines` and replaces every "./" reads the line as meant."""
     return line.splitlines() == [line] and "./" not in line[1:]
 
 
@@ -125,7 +125,7 @@ def _is_passed_over(name: str, image: Row) -> bool:
 
 
 def yaml_text(text: str) -> str:
-    """A YAML string that every reader gives back equal: quoted, and escaped but for letters and signs."""
+    """Return a YAML string that every reader gives back equal: quoted, and escaped but for what prints."""
     plain = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
     return f'"{"".join(plain)}"'
 

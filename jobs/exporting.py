@@ -48,7 +48,7 @@ class Classes:
     numbered_here: frozenset[int] = frozenset()
 
     def id_of(self, instance: Row) -> int:
-        """The class of a row of `instances`."""
+        """Return the class of a row of `instances`."""
         number, name = instance["category_id"], instance["category_name"]
         if number is not None:
             return int(number)
@@ -58,7 +58,7 @@ class Classes:
         return self.of_unnamed
 
     def given_id(self, number: int) -> int | None:
-        """The id as the tables have it; None for a class that is numbered here alone."""
+        """Return the id as the tables have it; None for a class that is numbered here alone."""
         return None if number in self.numbered_here else number
 
     def places(self) -> dict[int, int]:
@@ -66,11 +66,11 @@ class Classes:
         return {number: place for place, number in enumerate(sorted(self.names))}
 
     def doubled(self) -> list[str]:
-        """The names that several ids have."""
+        """Return the names that several ids have."""
         return sorted(name for name, times in Counter(self.names.values()).items() if times > 1)
 
     def distinct_names(self) -> dict[int, str]:
-        """Names by id, those that several ids have with the id behind, for formats that know names alone."""
+        """Return names by id, those that several ids have with the id behind, for formats of names alone."""
         found, taken, doubled = dict(self.names), set(self.names.values()), set(self.doubled())
         for number, name in self.names.items():
             if name not in doubled:
@@ -98,7 +98,7 @@ class Source:
     """What stands before the file names in the uris of the images so far; None for one that has no such."""
 
     def images(self) -> Iterator[ImageRows]:
-        """Every image that can be handed on, with its selected masks; empty masks and failures are not.
+        """Yield every image that can be handed on, with its selected masks; empty masks and failures are not.
 
         With `selection.with_crowds` crowd regions stand among the masks, told by their reject_reason.
 
@@ -118,7 +118,7 @@ class Source:
             yield one
 
     def leave_out(self, rows: ImageRows, why: str) -> None:
-        """None; an image that `images` gave cannot be handed on by this format."""
+        """Count an image that `images` gave as left out: this format cannot hold it."""
         self._count(rows, -1)
         self.tally[why] += 1
 
@@ -185,7 +185,7 @@ def open_source(store: Store, job: Job, manifest: Manifest, selection: Selection
 
 
 def find_classes(store: Store, manifest: Manifest) -> Classes:
-    """Every class that a published row has.
+    """Return every class that a published row has.
 
     An id that some rows name and others do not has that name; a name without an id has the id that other
     rows give it, if they give it one alone, else a new one behind all others.
@@ -245,7 +245,7 @@ def _shared(one: str, other: str) -> str:
 
 
 def is_crowd(instance: Row) -> bool:
-    """Whether a row is a region of many objects, which has no mask."""
+    """Return whether a row is a region of many objects, which has no mask."""
     return bool(instance["reject_reason"] == "crowd")
 
 

@@ -108,7 +108,7 @@ def choose(sources: Sequence[Source]) -> tuple[pa.Table, int]:
 
 
 def _names_by_id(sources: Sequence[Source]) -> dict[int, dict[int, str]]:
-    """Of each source, the names of its classes by id; ids without a name are left out."""
+    """Return the names of each source's classes by id; ids without a name are left out."""
     return {
         source.number: {
             int(one["id"]): str(one["name"]) for one in source.saved.job.categories if one["name"]
@@ -218,7 +218,7 @@ def _rows(
     kind: pa.Schema,
     names: Mapping[int, Mapping[int, str]] | None = None,
 ) -> pa.Table:
-    """The rows of the chosen images, in the order of their ids; `names`: of the classes, source by source."""
+    """Return the rows of the chosen images by id; `names`: of the classes, source by source."""
     found = [kind.empty_table()]
     for source in sources:
         mine = chosen.filter(pc.equal(chosen["source"], source.number))["image_id"].combine_chunks()
@@ -238,7 +238,7 @@ def _rows(
 
 
 def _named(rows: pa.Table, names: Mapping[int, str]) -> pa.Table:
-    """The rows with the name of every class whose id has one."""
+    """Return the rows with the name of every class whose id has one."""
     at = rows.schema.get_field_index("category_name")
     known = pa.array(list(names.values()), pa.string())
     ids = pa.array(list(names), pa.int32())

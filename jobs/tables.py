@@ -31,7 +31,7 @@ class ImageRows:
     instances: tuple[Row, ...]
 
     def masks(self) -> tuple[int, int]:
-        """How many of its boxes have a mask of at least one pixel, and how many an empty one."""
+        """Return how many of its boxes have a mask of at least one pixel, and how many an empty one."""
         areas = [row["area"] for row in self.instances if row["area"] is not None]
         return sum(area > 0 for area in areas), areas.count(0)
 

@@ -132,7 +132,7 @@ def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
 
 
 def crowd_sentence(number: int) -> str:
-    """What is said of boxes with iscrowd 1, before the work and after it."""
+    """Return what is said of boxes with iscrowd 1, before the work and after it."""
     are = (
         "is a region, no object: it keeps its row"
         if number == 1

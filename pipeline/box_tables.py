@@ -242,7 +242,7 @@ def _single_boxes(batch: pa.Table) -> dict[str, pa.Array]:
 
 
 def box_columns(flat: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
-    """Columns of BOX_COLUMNS from plain ones with one row a box, named as in BOX_ROWS.
+    """Return columns of BOX_COLUMNS from plain ones with one row a box, named as in BOX_ROWS.
 
     Raises:
         pa.ArrowInvalid: a category or point label that does not fit 32 bits, a flag that is neither 0 nor 1.
@@ -272,7 +272,7 @@ _TARGETS = {"label": "category_name", "points": "points_xy"} | {name: name for n
 
 
 def crowds(flags: pa.Array) -> pa.Array:
-    """True where a flag says crowd, else null, bool: booleans, 0 and 1 as numbers of any kind, or as text.
+    """Return true where a flag says crowd, else null; flags: booleans, or 0 and 1 as numbers or text.
 
     Raises:
         pa.ArrowInvalid: another value, which could mean either.

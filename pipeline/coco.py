@@ -130,7 +130,7 @@ def _read(uri: str, names: Collection[str], access: AccessRules) -> dict[str, li
 
 
 def _block(lines: Lines, schema: pa.Schema) -> pa.Table:
-    """The records of a block; flags written in several ways, over which Arrow stumbles, are read singly."""
+    """Return the records of a block; flags in several spellings, which stop Arrow, are read one by one."""
     try:
         return read_lines(lines.text, lines.count, schema)
     except JsonDamage:
@@ -169,7 +169,7 @@ def _record(line: bytes) -> Mapping[str, object]:
 
 
 def _compact(table: pa.Table) -> pa.Table:
-    """The same, crowds marked, image ids as dictionary-encoded text: five million boxes name few images."""
+    """Return it with crowds marked and image ids dictionary-encoded: five million boxes name few images."""
     if "image_id" not in table.column_names:
         return table
     at = table.column_names.index("iscrowd")

@@ -182,7 +182,7 @@ def _part_of(content: Mapping[str, Any]) -> Part:
 
 
 def _counts_of(content: Mapping[str, Any]) -> Counts:
-    """The sums of a part; an earlier version counted empty masks, which all have that reason, as masks."""
+    """Return the sums of a part; before `empty` was counted, masks without a pixel were among the masks."""
     if "empty" in content:
         return Counts(**content)
     empty = int(content["rejected"].get("empty", 0))

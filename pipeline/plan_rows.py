@@ -164,7 +164,7 @@ def _refusal(uri: str, access: AccessRules) -> str | None:
 
 
 def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList, Categories]:
-    """The boxes with ids and names of their categories both filled in, and the list of categories.
+    """Return the boxes with ids and names of their categories both filled in, and the list of categories.
 
     Names without ids are numbered from 1 in the order of their UTF-8 bytes. Where some boxes have ids, a box
     that lacks its id or its name gets the one that the others, or the input's own list, give it; a name that
@@ -209,14 +209,14 @@ def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList,
 
 
 def _without_blank_names(table: pa.Table) -> pa.Table:
-    """Beside ids, a name of no letters is no name."""
+    """Return the table with null for names of no letters, which beside ids are no names."""
     names = single(table.column("category_name"))
     names = pc.if_else(pc.equal(names, ""), pa.scalar(None, names.type), names)
     return table.set_column(table.column_names.index("category_name"), "category_name", names)
 
 
 def _names_by_id(pairs: pa.Table, boxes: BoxList) -> dict[int, str]:
-    """The name that boxes give each id; JobRefused for two."""
+    """Return the name that boxes give each id; raise JobRefused for two."""
     names: dict[int, str] = {}
     for row in pairs.to_pylist():
         number, name = row["category_id"], row["category_name"]
@@ -233,7 +233,7 @@ def _names_by_id(pairs: pa.Table, boxes: BoxList) -> dict[int, str]:
 
 
 def _agreeing(boxes: BoxList, own: Mapping[int, str]) -> tuple[dict[int, str], list[str]]:
-    """The names of the input's list; none, and a note, where it calls an id otherwise than the boxes do."""
+    """Return the names of the input's list; none, and a note, where boxes call an id otherwise."""
     listed = dict(boxes.categories)
     unlike = next((number for number, name in own.items() if listed.get(number, name) != name), None)
     if unlike is None:
@@ -246,7 +246,7 @@ def _agreeing(boxes: BoxList, own: Mapping[int, str]) -> tuple[dict[int, str], l
 
 
 def _ids_by_name(pairs: pa.Table, names: Mapping[int, str], boxes: BoxList) -> dict[str, int]:
-    """The id of each name that some box has alone and others number; JobRefused where it could be two."""
+    """Return the ids of names that some boxes have alone; raise JobRefused where a name has two."""
     found: dict[str, int] = {}
     ids: dict[str, list[int]] = {}
     for number, name in sorted(names.items()):
@@ -268,7 +268,7 @@ def _ids_by_name(pairs: pa.Table, names: Mapping[int, str], boxes: BoxList) -> d
 
 
 def _first_box(boxes: BoxList, wanted: Mapping[str, Any]) -> str:
-    """Where the first box with these values stands: `box 3 of image 'a.jpg'`, counted from 0."""
+    """Return where the first box with these values stands: `box 3 of image 'a.jpg'`, counted from 0."""
     table = boxes.boxes
     hit = np.ones(table.num_rows, dtype=np.bool_)
     for name, value in wanted.items():
@@ -285,7 +285,7 @@ def _first_box(boxes: BoxList, wanted: Mapping[str, Any]) -> str:
 
 
 def _filled(table: pa.Table, column: str, by: str, values: Mapping[Any, Any]) -> pa.Table:
-    """The table with the nulls of a column filled from another column's value, where `values` has it."""
+    """Return the table, nulls of a column filled from another column where `values` has its value."""
     mine, keys = single(table.column(column)), single(table.column(by))
     if not mine.null_count or not values:
         return table

@@ -320,7 +320,7 @@ def _image_rows(
 
 
 def counts_of(images: pa.Table, instances: pa.Table) -> Counts:
-    """The sums over published rows: schema.IMAGES, and schema.INSTANCES of the same images."""
+    """Return the sums over published rows: schema.IMAGES, and schema.INSTANCES of the same images."""
     reasons = instances["reject_reason"].to_pylist()
     rejected = Counter(reason.split(":")[0] for reason in reasons if reason is not None)
     failed = Counter(code for code in images["error_code"].to_pylist() if code is not None)

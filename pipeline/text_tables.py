@@ -43,7 +43,7 @@ def sampled_leaf(values: Iterable[Any]) -> Leaf:
 
 
 def sampled_flag(values: Iterable[Any]) -> Leaf:
-    """How flags are written, by the first of the values that is one: true, 1, 1.0 or "1"; else `null`."""
+    """Return how flags are written, by the first value that is one: true, 1, 1.0 or "1"; else `null`."""
     for value in values:
         if isinstance(value, list):
             leaf = sampled_flag(value)
@@ -63,7 +63,7 @@ _FLAG_LEAVES: tuple[tuple[type, Leaf], ...] = (
 
 
 def settled_leaf(values: Iterable[Any], wanted: Leaf) -> Leaf:
-    """The leaf of a column of UNSETTLED ones by its values; any other is as wanted."""
+    """Return the leaf of a column of UNSETTLED ones by its values; any other is as wanted."""
     if wanted == "flag":
         return sampled_flag(values)
     return sampled_leaf(values) if wanted == "key" else wanted
