@@ -148,9 +148,8 @@ class Source:
     def _belongs(self, image: Row, chosen: Sequence[Row]) -> bool:
         why = None
         masks = [row for row in chosen if not is_crowd(row)]
-        all_known = (
-            bool(chosen) and not masks and len(chosen) == image["num_boxes"]
-        )  # regions and nothing else
+        # Regions and nothing else: what is in the picture is known.
+        all_known = bool(chosen) and not masks and len(chosen) == image["num_boxes"]
         if image["status"] == "failed":
             why = "images that failed"
         elif image["width"] is None:
