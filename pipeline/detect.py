@@ -230,6 +230,7 @@ def planned_boxes(
             "points_xy": None,
             "point_labels": None,
             "prompt_mask": None,
+            "iscrowd": None,
         }
         for row in order.tolist()
     ]
