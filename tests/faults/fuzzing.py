@@ -82,6 +82,7 @@ extras = st.fixed_dictionaries(
     {},
     optional={
         "points_xy": st.none() | st.lists(st.none() | numbers, max_size=5),
+        "iscrowd": st.none() | st.booleans(),
         "point_labels": st.none() | st.lists(st.none() | st.integers(-2, 2), max_size=3),
     },
 )
@@ -106,7 +107,9 @@ def judge_boxes(case: Mapping[str, Any]) -> str:
     ):
         assert usable == (error is None)
         assert error is None or error in BOX_CODES
-        if usable and box["given"] is not None:
+        assert (error == "crowd") == bool(box.get("iscrowd"))
+        is_region = error == "crowd" and not math.isnan(xyxy[0])  # its box is sound
+        if (usable or is_region) and box["given"] is not None:
             assert 0 <= xyxy[0] < xyxy[2] <= width
             assert 0 <= xyxy[1] < xyxy[3] <= height
         else:
