@@ -167,7 +167,7 @@ def _box_rules(config: Config, plan: Plan | None, stored: Job | None) -> BoxRule
 def _fingerprints(stored: Job, access: AccessRules) -> tuple[Mapping[str, Any], ...]:
     """The box and table files of the stored job as they are now."""
     uris = [file["uri"] for file in stored.identity["inputs"]["files"]]
-    return tuple(fingerprint(uri, options_for(uri, access)) for uri in uris)
+    return tuple(fingerprint(uri, options_for(uri, access), roots=access.roots) for uri in uris)
 
 
 def _stored(job: Job | None) -> Job:

@@ -126,6 +126,7 @@ def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
         lines.append(
             f"{console.count(plan['skipped_files'], 'file')} in the folder are no pictures: left out"
         )
+    lines += plan.get("left_out", ())  # jobs of before have none
     return lines
 
 

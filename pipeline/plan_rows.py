@@ -6,7 +6,8 @@ images at a time. Uris are checked here so that a refused one is a row of the pl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.access import is_inside, split_scheme, without_credentials
 from pipeline.arrays import Int64Array, list_lengths, null_mask, single, to_lists
-from pipeline.errors import ImageError, JobRefused
+from pipeline.errors import ImageError, JobRefused, clean_text
+from pipeline.folders import allow_root
 from pipeline.joins import Joined
 from pipeline.listings import BOX_COLUMNS, TEXT, BoxList, examples
-from pipeline.members import PLACE
+from pipeline.members import PLACE, container_of
 from pipeline.records import AccessRules
 from pipeline.schema import PLAN, PLAN_BOX
 from pipeline.storage import check_uri
@@ -36,12 +39,15 @@ def plan_table(
     access: AccessRules,
     *,
     images_per_unit: int,
+    doubted: Sequence[str] = (),
 ) -> pa.Table:
     """The rows of the plan: `schema.PLAN`, one image each, cut into units of `images_per_unit`.
 
-    `order`: the places in `joined` of the plan's images, in its order.
+    `order`: the places in `joined` of the plan's images, in its order. `doubted`: uris that do not share what
+    is known of their folder.
     """
     slices, trusted = [], dict[str, bool]()
+    links = pa.array(doubted, TEXT)
     for start in range(0, len(order), SLICE_ROWS):
         places = order[start : start + SLICE_ROWS]
         mention = joined.mention[places.to_numpy()]
@@ -52,7 +58,7 @@ def plan_table(
             pc.cast(joined.image_id.take(places), pa.string()),
             pc.cast(uris, pa.string()),
             _boxes(mention, boxes),
-            *_errors(mention, boxes, refused_uris(uris, access, trusted)),
+            *_errors(mention, boxes, refused_uris(uris, access, trusted, links)),
         ]
         slices.append(pa.table(columns, schema=PLAN))
     return pa.concat_tables([PLAN.empty_table(), *slices])
@@ -120,17 +126,21 @@ _PLAIN_NAME = r"\A[^\x00-\x20.?#%:\\][^\x00-\x1f\x7f?#%:\\]*\z"
 
 
 def refused_uris(
-    uris: pa.Array, access: AccessRules, trusted: dict[str, bool] | None = None
+    uris: pa.Array,
+    access: AccessRules,
+    trusted: dict[str, bool] | None = None,
+    doubted: pa.Array | None = None,
 ) -> dict[int, str]:
     """Place -> reason, for the uris that may not be opened.
 
     The rules look at scheme, bucket and folder, so one plain name stands for all plain names of its
-    folder; odd names, and all of a folder whose first was refused, are checked one by one. Workers check
-    every uri again before they open it, and there follow the links of each file too.
+    folder; odd names, `doubted` uris, and all of a folder whose first was refused, are checked one by one.
+    Workers check every uri again before they open it, and there follow the links of each file too.
 
     `trusted`: what is known of folders already; what is found out is added to it.
     """
     trusted = {} if trusted is None else trusted
+    alone = None if doubted is None or not len(doubted) else pc.is_in(uris, doubted)
     # Of a picture inside another file, that file is looked at.
     inside = pc.match_substring_regex(uris, PLACE)
     if pc.any(inside).as_py():
@@ -139,6 +149,8 @@ def refused_uris(
     codes, texts = folders.indices.to_numpy(), folders.dictionary.to_pylist()
     names = pc.replace_substring_regex(uris, r"\A.*/", "")
     plain = pc.match_substring_regex(names, _PLAIN_NAME).to_numpy(zero_copy_only=False)
+    if alone is not None:
+        plain = plain & ~alone.to_numpy(zero_copy_only=False)
     rows = np.flatnonzero(plain)
     known, first = np.unique(codes[rows], return_index=True)
     for code, row in zip(known.tolist(), rows[first].tolist(), strict=True):
@@ -148,6 +160,44 @@ def refused_uris(
     doubtful = np.flatnonzero(~(plain & is_trusted[codes])).tolist()
     reasons = {row: _refusal(uris[row].as_py(), access) for row in doubtful}
     return {row: reason for row, reason in reasons.items() if reason is not None}
+
+
+def refuse_if_a_flag_is_missing(plan: pa.Table, access: AccessRules) -> None:
+    """None, unless most images of a plan may not be read, and one flag would allow it.
+
+    A few are rows that fail; most of them are a mistake that would cost the whole job.
+
+    Raises:
+        JobRefused: `--allow-root` or `--allow-scheme` is missing; it says which folder or scheme.
+    """
+    refused = plan.filter(pc.equal(plan.column("error_code"), "uri_refused")).column("image_uri").to_pylist()
+    if 2 * len(refused) <= plan.num_rows:
+        return
+    leading = {uri: real for uri in refused if (real := _outside(uri, access)) is not None}
+    if 2 * len(leading) > plan.num_rows:
+        uri, real = next(iter(leading.items()))
+        link = "" if uri.endswith(real) else f", which is {clean_text(real)}"
+        raise JobRefused(
+            f"{len(leading)} of {plan.num_rows} images lie outside what may be read, such as "
+            f"{clean_text(uri)}{link}: allow them with {allow_root(map(os.path.dirname, leading.values()))}"
+        )
+    schemes = {uri: split_scheme(uri)[0] for uri in refused}
+    unknown = {uri: name for uri, name in schemes.items() if name not in ("file", *access.schemes)}
+    if 2 * len(unknown) > plan.num_rows:
+        flags = " ".join(f"--allow-scheme {clean_text(name)}" for name in sorted(set(unknown.values())))
+        raise JobRefused(
+            f"{len(unknown)} of {plan.num_rows} images have a scheme that is not allowed, such as "
+            f"{clean_text(without_credentials(next(iter(unknown))))}: allow them with {flags}"
+        )
+
+
+def _outside(uri: str, access: AccessRules) -> str | None:
+    """Where a local file really lies, when that is outside the roots."""
+    scheme, path = split_scheme(container_of(uri))
+    if scheme != "file" or not path.startswith("/") or "\x00" in path:
+        return None
+    real = os.path.realpath(path)
+    return None if any(is_inside(real, root) for root in access.roots) else real
 
 
 def _refusal(uri: str, access: AccessRules) -> str | None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.access import without_credentials
 from pipeline.arrays import Int64Array, list_lengths, null_mask, single
 from pipeline.boxes import suspicions
 from pipeline.errors import clean_text
@@ -31,6 +32,7 @@ class PlanSummary:
     an empty list; of these, `listed_without_boxes` are named by no box file. `null_boxes`,
     `mismatched_labels`, `refused_uris`: images that will fail without being fetched. `unmatched_boxes`:
     left out by `allow_unmatched`. `skipped_files`: files of an image folder that are no pictures.
+    `left_out`: sentences on what else of it is not taken.
     `box_format`, `box_frame`: how the boxes are read. `id_rule`: where ids come from and how boxes were
     joined, in words. `warnings`: likely mistakes, with the flag that mends each. `input_files`:
     fingerprints of all tables and box files.
@@ -47,6 +49,7 @@ class PlanSummary:
     refused_uris: int
     unmatched_boxes: Unmatched
     skipped_files: int
+    left_out: tuple[str, ...]
     box_format: BoxFormat
     box_frame: BoxFrame
     id_rule: str
@@ -84,11 +87,12 @@ def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanS
         refused_uris=refused,
         unmatched_boxes=inputs.joined.unmatched,
         skipped_files=inputs.images.skipped_files,
+        left_out=inputs.images.left_out,
         box_format=inputs.rules.box_format,
         box_frame=inputs.rules.box_frame,
         id_rule=inputs.joined.id_rule,
         warnings=(*_box_warnings(inputs), *_row_warnings(table), *_notes(inputs)),
-        input_files=tuple(fingerprint(uri, options_for(uri, access)) for uri in files),
+        input_files=tuple(fingerprint(uri, options_for(uri, access), roots=access.roots) for uri in files),
     )
 
 
@@ -116,7 +120,7 @@ def _row_warnings(table: pa.Table) -> list[str]:
             first = rows.slice(0, 1).to_pylist()[0]
             sentences.append(
                 f"{rows.num_rows} of {table.num_rows} {start} and will fail: "
-                f"{clean_text(first['image_uri'])}: {first['error_message']}"
+                f"{clean_text(without_credentials(first['image_uri']))}: {first['error_message']}"
             )
     return sentences
 

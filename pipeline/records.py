@@ -53,7 +53,7 @@ class Limits:
     segment_timeout_s: float = 300.0
     decode_memory_bytes: int = 4 * 2**30
     max_failure_rate: float = 0.05
-    failure_rate_from_images: int = 1000
+    failure_rate_from_images: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,8 @@ def test_a_folder_gives_its_pictures_under_their_paths_below_it(pictures):
 
     assert ["a.PNG", "b.jpg", "sub/c.webp", "sub/deep/ü d.tiff"] == ids_of(plan)
     assert f"{pictures}/sub/c.webp" == plan.table.column("image_uri")[2].as_py()
-    assert 3 == plan.summary.skipped_files
+    assert 2 == plan.summary.skipped_files
+    assert (f"1 hidden file in {pictures}: left out",) == plan.summary.left_out
     assert PLAN == plan.table.schema
     assert (4, 0, 4, 4) == (
         plan.summary.images,
