@@ -107,7 +107,7 @@ def _open_or_create(
         detector=detector,
         box_rules=_box_rules(config, plan, stored),
         plan_sha256=plan.sha256 if plan else _stored(stored).context.plan_sha256,
-        files=plan.summary.input_files if plan else _fingerprints(_stored(stored), inputs.access),
+        files=plan.summary.input_files if plan else _fingerprints(_stored(stored), allowed_access(inputs)),
         access=plan.access if plan else allowed_access(inputs),
     )
     asked = _job(wanted, store, plan, stored)

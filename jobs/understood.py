@@ -123,9 +123,9 @@ def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
             f"{boxes} of {console.count(lost['images'], 'unlisted image')}: left out (--allow-unmatched)"
         )
     if plan["skipped_files"]:
-        lines.append(
-            f"{console.count(plan['skipped_files'], 'file')} in the folder are no pictures: left out"
-        )
+        files = console.count(plan["skipped_files"], "file")
+        what = "is no picture" if plan["skipped_files"] == 1 else "are no pictures"
+        lines.append(f"{files} in the folder {what}: left out")
     lines += plan.get("left_out", ())  # jobs of before have none
     return lines
 

@@ -75,8 +75,8 @@ class Listed:
         if self.hidden_files:
             sentences.append(f"{_count(self.hidden_files, 'hidden file')} in {place}: left out")
         if self.again:
-            links = _count(len(self.again), "linked folder")
-            sentences.append(f"{links} of what is listed already, such as {self.again[0]}: left out")
+            links = _count(len(self.again), "link")
+            sentences.append(f"{links} to folders that are listed already, such as {self.again[0]}: left out")
         return sentences
 
 
@@ -87,6 +87,11 @@ def _count(number: int, noun: str) -> str:
 def is_hidden(name: str) -> bool:
     """Return whether the name of a file or folder is one that is left out."""
     return name.startswith(".") or name.lower() in LEFT_OUT
+
+
+def is_hidden_path(path: str) -> bool:
+    """Return whether a path, such as a member's name in a tar, holds a hidden name; "." and ".." are none."""
+    return any(is_hidden(name) for name in path.split("/") if name not in (".", ".."))
 
 
 def _hides(name: str, _depth: int) -> bool:

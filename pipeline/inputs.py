@@ -75,8 +75,7 @@ def allowed_access(settings: InputSettings) -> AccessRules:
     """
     named = settings.images if settings.images is not None else settings.boxes
     roots = [os.path.realpath(split_scheme(root)[1]) for root in settings.access.roots]
-    if settings.image_root is not None and split_scheme(settings.image_root)[0] == "file":
-        roots.append(os.path.realpath(split_scheme(settings.image_root)[1]))
+    roots += pointed_at(absolute(settings.image_root)) if settings.image_root is not None else []
     roots += pointed_at(absolute(named)) if named is not None else []
     return replace(settings.access, roots=tuple(dict.fromkeys(roots)))
 
@@ -117,7 +116,7 @@ def read_boxes(settings: InputSettings) -> BoxList:
         JobRefused: nothing there, no table of boxes, or one that is not sound.
     """
     assert settings.boxes is not None, "the caller asks only for what is given"
-    uri, access = absolute(settings.boxes), settings.access
+    uri, access = absolute(settings.boxes), allowed_access(settings)
     if is_json(uri) and not is_pattern(uri):
         return _json_reader(uri, access)(uri, access, folder=_root(settings, parent_of(uri)))
     named = Named.of(uri, access)
@@ -132,7 +131,7 @@ def read_boxes(settings: InputSettings) -> BoxList:
 
 def _boxes_of(named: Named, settings: InputSettings) -> BoxList:
     """The boxes of label files or tables."""
-    access = settings.access
+    access = allowed_access(settings)
     if labels := named.label_files():
         return _yolo_boxes(labels, named, settings)
     tables = named.tables()

@@ -15,7 +15,7 @@ from pipeline.access import without_credentials
 from pipeline.arrays import Int64Array, list_lengths, null_mask, single
 from pipeline.boxes import suspicions
 from pipeline.errors import clean_text
-from pipeline.inputs import InputSettings
+from pipeline.inputs import InputSettings, allowed_access
 from pipeline.joins import Joined, Unmatched
 from pipeline.listings import BoxList, ImageList
 from pipeline.records import BoxFormat, BoxFrame, BoxRules
@@ -74,7 +74,7 @@ def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanS
     refused = _count(table, "uri_refused")
     mismatched = _count(table, "labels_mismatch")
     files = dict.fromkeys((*inputs.images.files, *(inputs.boxes.files if inputs.boxes else ())))
-    access = inputs.settings.access
+    access = allowed_access(inputs.settings)
     return PlanSummary(
         images=table.num_rows,
         boxes=int(lengths.sum()),

@@ -104,7 +104,7 @@ def run_job(module: str, root: Path, rows: list[dict[str, Any]], checkpoint: Pat
         timeout=540,
         check=False,
     )
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == 3, result.stdout + result.stderr  # more failed than the budget
     return result.stdout + result.stderr
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import io
 import itertools
 import os
 import re
 import shlex
 import shutil
 import socket
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -221,6 +223,26 @@ def test_tables_labels_and_tars_in_hidden_folders_are_left_out_likewise(tmp_path
         assert any("2 hidden folders (" in line for line in plan.summary.warnings), plan.summary.warnings
 
 
+def test_hidden_pictures_of_a_tar_are_left_out_likewise(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in (
+            "./a.png",
+            "./sub/b.png",
+            "./._a.png",
+            ".ipynb_checkpoints/c.png",
+            "__MACOSX/d.png",
+            "../e.png",
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(PICTURE)
+            tar.addfile(member, io.BytesIO(PICTURE))
+
+    plan = planned(tmp_path / "a.tar")
+
+    assert ["../e.png", "./a.png", "./sub/b.png"] == ids(plan)
+    assert ("hidden pictures in the tars: 3, left out",) == plan.summary.left_out
+
+
 # ---------------------------------------------------------------------------------------------
 # Links that stay inside, or that were pointed at
 # ---------------------------------------------------------------------------------------------
@@ -239,7 +261,7 @@ def test_links_that_stay_inside_are_followed_each_folder_once(tmp_path):
     assert wanted == ids(plan)
     assert {"read"} == set(codes(plan).values())
     assert (
-        f"2 linked folders of what is listed already, such as {root}/hidden-but-named: left out"
+        f"2 links to folders that are listed already, such as {root}/hidden-but-named: left out"
         in plan.summary.left_out
     )
     assert ["a.jpg", "deep/b.jpg"] == ids(planned(root / "latest")), "whoever points at a link means it"
@@ -260,7 +282,7 @@ def test_circles_of_links_end(tmp_path):
 
     assert {"a/1.jpg": "read", "b/2.jpg": "read", "loop.jpg": "uri_refused"} == codes(plan)
     assert any(
-        line.startswith("4 linked folders of what is listed already") for line in plan.summary.left_out
+        line.startswith("4 links to folders that are listed already") for line in plan.summary.left_out
     )
     assert 2 == plan.summary.skipped_files, "the ring is no picture"
 
