@@ -14,7 +14,7 @@ from typing import Literal
 
 from pipeline.access import check_regular, is_inside, split_scheme
 from pipeline.decode import SIGNATURE_BYTES, signature
-from pipeline.errors import ImageError, JobRefused
+from pipeline.errors import ImageError, JobRefused, clean_text
 from pipeline.folders import allow_root
 from pipeline.listings import examples, has_picture_name, is_picture
 from pipeline.members import TAR
@@ -74,15 +74,16 @@ class Named:
         roots = (*map(os.path.realpath, access.roots), *pointed_at(uri))
         pattern = uri.removeprefix(f"{root}/") if kind == "pattern" else None
         found = list_inputs(root, options_for(uri, access), roots=roots, pattern=pattern)
+        entries, outputs = _without_outputs(root, found.entries)
         return cls(
             uri=uri,
-            entries=found.entries,
+            entries=entries,
             root=root,
             kind=kind,
             links=found.links,
             odd=found.odd,
             roots=roots,
-            notes=(*found.notes, *_on_names(found.unnameable)),
+            notes=(*found.notes, *_on_names(found.unnameable), *outputs),
         )
 
     def tars(self) -> list[str]:
@@ -180,6 +181,23 @@ def what_is(path: str) -> str:
     return "a file"
 
 
+def _without_outputs(root: str, entries: tuple[Entry, ...]) -> tuple[tuple[Entry, ...], list[str]]:
+    """The files without those of outputs of ours below `root`, which hold pictures; a sentence on them."""
+    marks = [entry.key.removesuffix("job.json") for entry in entries if entry.key.endswith("/job.json")]
+    planned = (
+        {entry.key.partition("/plan/")[0] + "/" for entry in entries if "/plan/" in entry.key}
+        if marks
+        else ()
+    )
+    outputs = tuple(mark for mark in marks if mark in planned and mark != f"{root}/")
+    if not outputs:
+        return entries, []
+    kept = tuple(entry for entry in entries if not entry.key.startswith(outputs))
+    return kept, [
+        f"outputs of hqlabel among the files: {len(outputs)}, such as {clean_text(outputs[0])}: left out"
+    ]
+
+
 def _on_names(names: Sequence[str]) -> list[str]:
     """A sentence on files whose names no table can hold.
 
@@ -226,14 +244,14 @@ def nothing_in(named: Named, wanted: str) -> JobRefused:
     """The error for a place that holds other things than wanted."""
     uri, entries = named.uri, named.entries
     local = split_scheme(uri)[0] == "file" and not is_pattern(uri)
+    braces = "; {a,b} is no pattern here: give the folder, or one pattern" if "{" in uri else ""
     if local and not os.path.lexists(uri):
-        return JobRefused(f"{uri}: there is no such file or folder")
+        return JobRefused(f"{uri}: there is no such file or folder{braces}")
     if local and not os.path.isdir(uri):
         return JobRefused(f"{uri}: {what_is(uri)}; wanted {wanted}")
     found = (
         f"{len(entries)} other files, such as {examples([e.key for e in entries])}" if entries else "nothing"
     )
-    braces = "; {a,b} is no pattern here: give the folder, or one pattern" if "{" in uri else ""
     return JobRefused("; ".join([f"{uri}: no {wanted}; found {found}{braces}", *named.notes]))
 
 

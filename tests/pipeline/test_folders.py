@@ -26,11 +26,12 @@ from pipeline.errors import ImageError, JobRefused
 from pipeline.fetch import fetch_object
 from pipeline.folders import Pattern, allow_root
 from pipeline.inputs import InputSettings
-from pipeline.plan import Plan, make_plan
-from pipeline.records import AccessRules, Limits
+from pipeline.plan import Plan, make_plan, write_plan
+from pipeline.records import AccessRules, Limits, Place
 from pipeline.storage import list_inputs, open_store
 from tests.hub_server import REPOSITORY, hub_server
 from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
+from tests.pipeline.made_units import make_job
 
 PICTURE = PICTURES["a/1"]
 LIMITS = Limits(fetch_timeout_s=10)
@@ -111,6 +112,21 @@ def test_what_systems_and_programs_keep_beside_pictures_is_left_out_and_counted(
     folders, files = plan.summary.left_out
     assert folders.startswith(f"{len(FOLDERS)} hidden folders (")
     assert files == f"{len(FILES)} hidden files in {tmp_path}: left out"
+
+
+def test_the_output_of_a_job_among_the_pictures_is_left_out_and_is_one_when_pointed_at(tmp_path):
+    root = put(tmp_path / "photos", "a.jpg", "job.json", "other/job.json", "other/b.jpg")
+    made = make_job(open_store(Place(uri=str(root / "out"))))
+    made.commit()
+    put(root, "out/report/contact_sheet.png")
+    write_plan(made.store, planned(root / "a.jpg"))
+    assert list((root / "out" / "plan").rglob("*.parquet"))
+
+    plan = planned(root)
+
+    assert ["a.jpg", "other/b.jpg"] == ids(plan)
+    assert f"outputs of hqlabel among the files: 1, such as {root}/out/: left out" in plan.summary.left_out
+    assert "an output without published tables" in refusal(root / "out")
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -638,6 +654,8 @@ def test_one_file_without_a_pictures_ending_goes_by_its_first_bytes(tmp_path, mo
     assert "no known kind by its name, and no picture by its first bytes" in text
     assert "a list of pictures is a .csv" in text
     assert "no such file or folder" in refusal(tmp_path / "gone.jpg")
+    assert "{a,b} is no pattern here" in refusal(f"{tmp_path}/{{a,b}}.jpg")
+    assert "{a,b} is no pattern here" in refusal(f"{tmp_path}/*.{{jpg,png}}")
     with pytest.raises(JobRefused, match="a picture; wanted boxes"):
         make_plan(InputSettings(boxes=str(put(tmp_path, "a.jpg") / "a.jpg")))
 
