@@ -37,7 +37,6 @@ LEFT_OUT = frozenset(
         "@recently-snapshot",
         "lost+found",  # ext4
         "$recycle.bin",  # Windows
-        "recycler",
         "system volume information",
         "__pycache__",
     }
@@ -69,14 +68,17 @@ class Listed:
         """Return sentences on what is left out of `place`."""
         sentences = []
         if self.hidden_folders:
-            number, names = self.hidden_folders.total(), ", ".join(list(self.hidden_folders)[:5])
+            number, names = (
+                self.hidden_folders.total(),
+                ", ".join(map(clean_text, list(self.hidden_folders)[:5])),
+            )
             more = ", …" if len(self.hidden_folders) > 5 else ""
             sentences.append(f"{_count(number, 'hidden folder')} ({names}{more}) in {place}: left out")
         if self.hidden_files:
             sentences.append(f"{_count(self.hidden_files, 'hidden file')} in {place}: left out")
         if self.again:
-            links = _count(len(self.again), "link")
-            sentences.append(f"{links} to folders that are listed already, such as {self.again[0]}: left out")
+            links, first = _count(len(self.again), "link"), clean_text(self.again[0])
+            sentences.append(f"{links} to folders that are listed already, such as {first}: left out")
         return sentences
 
 

@@ -130,7 +130,7 @@ def read_boxes(settings: InputSettings) -> BoxList:
 
 
 def _boxes_of(named: Named, settings: InputSettings) -> BoxList:
-    """The boxes of label files or tables."""
+    """Return the boxes of label files or tables."""
     access = allowed_access(settings)
     if labels := named.label_files():
         return _yolo_boxes(labels, named, settings)
@@ -188,7 +188,7 @@ def check_columns(settings: InputSettings, found: Sequence[str]) -> None:
 
 
 def _from_listing(named: Named, access: AccessRules) -> ImageList:
-    """The pictures among listed files; every file where one or a pattern's ending is named."""
+    """Return the pictures among listed files; every file where one or a pattern's ending is named."""
     every = named.kind == "picture" or states_ending(named.uri)
     keys = [entry.key for entry in named.entries if every or is_picture(entry.key)]
     if not keys:
@@ -210,7 +210,7 @@ def _from_listing(named: Named, access: AccessRules) -> ImageList:
 
 
 def _by_content(named: Named) -> tuple[str, ...]:
-    """A sentence on a single file that is taken whatever its name."""
+    """Return a sentence on a single file that is taken whatever its name."""
     if named.kind != "picture" or has_picture_name(named.uri):
         return ()
     return (f"{named.uri}: its name has no picture's ending; it is taken for one by its first bytes",)
@@ -221,7 +221,7 @@ _NO_PICTURES = (".txt", ".json", ".xml", ".csv", ".md", ".yaml", ".yml", ".db", 
 
 
 def _without_ending(others: Sequence[str], access: AccessRules) -> tuple[str, ...]:
-    """A sentence where files that are no pictures by their names are some by their first bytes.
+    """Return a sentence where files that are no pictures by their names are some by their first bytes.
 
     A few are looked at, those without an ending first. TIFF does not count: raw camera files begin like it.
     """

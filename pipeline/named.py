@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.access import check_regular, is_inside, split_scheme
+from pipeline.access import is_inside, split_scheme
 from pipeline.decode import SIGNATURE_BYTES, signature
-from pipeline.errors import ImageError, JobRefused, clean_text
+from pipeline.errors import JobRefused, clean_text
 from pipeline.folders import allow_root
 from pipeline.listings import examples, has_picture_name, is_picture
 from pipeline.members import TAR
-from pipeline.objects import LABEL_SUFFIXES
+from pipeline.objects import LABEL_SUFFIXES, is_no_utf8, what_is
 from pipeline.records import AccessRules
 from pipeline.storage import Entry, head_object, list_inputs, open_input, options_for
 from pipeline.tables import TABLE_SUFFIXES, TableFormat, table_format
@@ -26,7 +26,13 @@ from pipeline.yolo import label_files
 
 
 def absolute(uri: str) -> str:
-    """A local path made absolute, `file://` taken off; another uri as it is, without "/" at the end."""
+    """A local path made absolute, `file://` taken off; another uri as it is, without "/" at the end.
+
+    Raises:
+        JobRefused: It is not UTF-8, so neither `job.json` nor a table can name it.
+    """
+    if is_no_utf8(uri):
+        raise JobRefused(f"the name '{clean_text(uri)}' is not UTF-8, and no table can hold it: rename it")
     scheme, rest = split_scheme(uri)
     return os.path.abspath(rest) if scheme == "file" else uri.rstrip("/")
 
@@ -119,7 +125,7 @@ class Named:
         return self._readable(_tables_in(self))
 
     def _readable(self, keys: Sequence[str]) -> list[str]:
-        """`keys`; JobRefused where one is no file, or a link to what may not be read."""
+        """Return `keys`; raise JobRefused where one is no file, or a link to what may not be read."""
         out = {key: self.links[key] for key in keys if key in self.links and not self._may_read(key)}
         if out:
             link, real = next(iter(out.items()))
@@ -138,7 +144,7 @@ class Named:
 
 
 def pointed_at(uri: str) -> list[str]:
-    """Local folders and files that somebody allows to be read by pointing at `uri`, links resolved.
+    """Return the local paths that somebody allows to be read by pointing at `uri`, links resolved.
 
     A folder, the one above a pattern or a table; a picture alone; what a named table or tar is a link to;
     and the blobs of a snapshot in the cache of Hugging Face's hub.
@@ -160,7 +166,7 @@ _SNAPSHOT = re.compile(r"(.*/[a-z]+s--[^/]+)/snapshots/[^/]+(/.*)?", re.DOTALL)
 
 
 def _with_blobs(folder: str) -> list[str]:
-    """A folder, links resolved, and where its files lie when it is a snapshot of huggingface_hub's cache.
+    """Return a folder, links resolved, and where the files of a snapshot in huggingface_hub's cache lie.
 
     There every file is a link from `models--OWNER--NAME/snapshots/REVISION/` into `blobs/` beside
     `snapshots/`, which holds files of the same repository alone. A `blobs` that is itself a link is not
@@ -172,17 +178,8 @@ def _with_blobs(folder: str) -> list[str]:
     return [real, blobs] if blobs and os.path.isdir(blobs) and not os.path.islink(blobs) else [real]
 
 
-def what_is(path: str) -> str:
-    """What a local path is that is no file, in words."""
-    try:
-        check_regular(os.stat(path).st_mode)
-    except (OSError, ImageError) as error:
-        return error.message if isinstance(error, ImageError) else str(error.strerror)
-    return "a file"
-
-
 def _without_outputs(root: str, entries: tuple[Entry, ...]) -> tuple[tuple[Entry, ...], list[str]]:
-    """The files without those of outputs of ours below `root`, which hold pictures; a sentence on them."""
+    """Return the files without outputs of ours below `root`, which hold pictures; and what to say of them."""
     marks = [entry.key.removesuffix("job.json") for entry in entries if entry.key.endswith("/job.json")]
     planned = (
         {entry.key.partition("/plan/")[0] + "/" for entry in entries if "/plan/" in entry.key}
@@ -199,7 +196,7 @@ def _without_outputs(root: str, entries: tuple[Entry, ...]) -> tuple[tuple[Entry
 
 
 def _on_names(names: Sequence[str]) -> list[str]:
-    """A sentence on files whose names no table can hold.
+    """Return a sentence on files whose names no table can hold.
 
     Raises:
         JobRefused: One of them is called like what could be wanted.
@@ -256,13 +253,13 @@ def nothing_in(named: Named, wanted: str) -> JobRefused:
 
 
 def picture_format(uri: str, access: AccessRules) -> str | None:
-    """The picture format that a file's first bytes say, whatever its name; None for other files."""
+    """Return the picture format that a file's first bytes say, whatever its name; None for other files."""
     with open_input(uri, options_for(uri, access), block=SIGNATURE_BYTES) as file:
         return signature(file.read(SIGNATURE_BYTES))
 
 
 def _refuse_unless_picture(uri: str, access: AccessRules) -> None:
-    """None for a file without a picture's ending that is a picture by its first bytes; else JobRefused."""
+    """Raise JobRefused for a file of no known ending, unless its first bytes are a picture's."""
     if picture_format(uri, access) is None:
         listed = "; a list of pictures is a .csv whose first line is image_uri" if _is_label(uri) else ""
         raise JobRefused(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from pipeline import folders
-from pipeline.access import split_scheme
+from pipeline.access import check_regular, split_scheme
 from pipeline.buckets import driver_for
 from pipeline.drivers import Driver, FetchedObject, Found
 from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError, clean_text
@@ -97,6 +97,11 @@ class _Target:
     @property
     def driver(self) -> Driver:
         return driver_for(split_scheme(self.uri)[0], self.options)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether a local path exists, whatever it is."""
+        return split_scheme(self.uri)[0] == "file" and os.path.lexists(self.path)
 
     @property
     def path(self) -> str:
@@ -242,7 +247,7 @@ def _refuse_lost(listed: folders.Listed) -> None:
 
 def _listing(listed: folders.Listed, target: _Target) -> Listing:
     there = listed.found
-    bad = {one.path for one in there if not one.path.isprintable() and _is_no_utf8(one.path)}
+    bad = {one.path for one in there if not one.path.isprintable() and is_no_utf8(one.path)}
 
     def uri(path: str) -> str:
         return target.uri + path.removeprefix(target.path)
@@ -256,8 +261,20 @@ def _listing(listed: folders.Listed, target: _Target) -> Listing:
     )
 
 
-def _is_no_utf8(path: str) -> bool:
+def is_no_utf8(path: str) -> bool:
+    """Return whether a local name is bytes that are not UTF-8, as Python spells them."""
     return any("\ud800" <= c <= "\udfff" for c in path)
+
+
+def what_is(path: str) -> str:
+    """Return in words what a local path is that is no file."""
+    try:
+        check_regular(os.stat(path).st_mode)
+    except ImageError as error:
+        return error.message
+    except OSError as error:
+        return f"there is no such file ({error.strerror})"
+    return "a file"
 
 
 def open_input(uri: str, options: Mapping[str, Any], *, block: int = BLOCK) -> BinaryIO:
@@ -268,7 +285,7 @@ def open_input(uri: str, options: Mapping[str, Any], *, block: int = BLOCK) -> B
     target = _Target(uri=uri, options=options)
     found = _for_input(uri, "look up", lambda left: target.driver.stat(target.path, timeout_s=left))
     if found is None:
-        raise JobRefused(f"{uri}: there is no such file")
+        raise JobRefused(f"{uri}: {what_is(target.path) if target.is_there else 'there is no such file'}")
 
     def read_range(start: int, stop: int) -> bytes:
         return _for_input(

@@ -163,7 +163,7 @@ def refused_uris(
 
 
 def refuse_if_a_flag_is_missing(plan: pa.Table, access: AccessRules) -> None:
-    """None, unless most images of a plan may not be read, and one flag would allow it.
+    """Refuse a plan of which most images may not be read, though one flag would allow it.
 
     A few are rows that fail; most of them are a mistake that would cost the whole job.
 
@@ -192,7 +192,7 @@ def refuse_if_a_flag_is_missing(plan: pa.Table, access: AccessRules) -> None:
 
 
 def _outside(uri: str, access: AccessRules) -> str | None:
-    """Where a local file really lies, when that is outside the roots."""
+    """Return where a local file really lies when that is outside the roots; else None."""
     scheme, path = split_scheme(container_of(uri))
     if scheme != "file" or not path.startswith("/") or "\x00" in path:
         return None

@@ -84,7 +84,7 @@ def read_tar_images(uris: Sequence[str], access: AccessRules, *, root: str, ids:
 
 
 def _on_hidden(tars: Sequence[Pictures]) -> tuple[str, ...]:
-    """A sentence on the pictures that are left out."""
+    """Return a sentence on the pictures that are left out."""
     hidden = sum(tar.hidden for tar in tars)
     return (f"hidden pictures in the tars: {hidden:,}, left out",) if hidden else ()
 
@@ -204,7 +204,7 @@ def _read_all(uris: Sequence[str], access: AccessRules) -> Iterator[Pictures]:
 
 
 def read_pictures(uri: str, access: AccessRules) -> Pictures:
-    """The pictures of one tar.
+    """Return the pictures of one tar.
 
     Raises:
         JobRefused: not a plain tar, or a member whose name is not UTF-8 or comes twice.

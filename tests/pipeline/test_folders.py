@@ -560,7 +560,10 @@ def test_pipes_sockets_and_devices_are_rows_and_nobody_waits_for_them(tmp_path):
         odd = dict.fromkeys(("pipe.jpg", "device.jpg", "socket.jpg"), "uri_refused")
         assert odd | {f"{i}.jpg": "read" for i in range(4)} == codes(plan)
     assert 3 == plan.summary.refused_uris, "said before work"
-    assert "this is a named pipe, not a file" in refusal(tmp_path / "pipe.jpg")
+    for name in ("pipe.jpg", "pipe.json", "pipe.csv", "pipe.tar", "pipe"):
+        if name != "pipe.jpg":
+            os.mkfifo(tmp_path / name)
+        assert "this is a named pipe, not a file" in refusal(tmp_path / name), name
 
 
 @pytest.mark.timeout(60)
@@ -586,6 +589,19 @@ def test_names_that_are_not_utf8_are_said(tmp_path):
     assert "not UTF-8" in text
     assert r"caf\udce9/b.jpg" in text
     assert text.isprintable()
+    for name in (b"caf\xe9", b"caf\xe9/b.jpg", b"caf\xe9/*.jpg"):
+        assert r"caf\udce9" in refusal(tmp_path / os.fsdecode(name))
+
+
+def test_hidden_names_that_are_not_utf8_can_be_written_down(tmp_path):
+    put(tmp_path, "a.jpg", os.fsdecode(b".caf\xe9/b.jpg"), os.fsdecode(b".\xe9.jpg"))
+    (tmp_path / os.fsdecode(b"l\xe9")).symlink_to(".")
+
+    plan = planned(tmp_path)
+
+    assert ["a.jpg"] == ids(plan)
+    assert 3 == len(plan.summary.left_out)
+    assert all(line.isprintable() for line in plan.summary.left_out)
 
 
 NAMES_OF_PICTURES = [
