@@ -26,6 +26,7 @@ from pipeline.errors import ImageError, JobRefused
 from pipeline.fetch import fetch_object
 from pipeline.folders import Pattern, allow_root
 from pipeline.inputs import InputSettings
+from pipeline.named import pointed_at
 from pipeline.plan import Plan, make_plan, write_plan
 from pipeline.records import AccessRules, Limits, Place
 from pipeline.storage import list_inputs, open_store
@@ -496,10 +497,12 @@ def test_blobs_that_lead_away_are_not_believed(tmp_path):
     snapshot.mkdir(parents=True)
     (snapshot / "a.jpg").symlink_to("../../blobs/s.jpg")
     (repository / "blobs").symlink_to(secret)
+    assert [os.path.realpath(snapshot)] == pointed_at(str(snapshot))
     assert (str(secret),) == named_roots(refusal(snapshot))
 
     (repository / "blobs").unlink()
     (repository / "blobs").mkdir()
+    assert [os.path.realpath(snapshot), os.path.realpath(repository / "blobs")] == pointed_at(str(snapshot))
     (repository / "blobs" / "s.jpg").symlink_to(secret / "s.jpg")
     assert (str(secret),) == named_roots(refusal(snapshot))
 
