@@ -98,7 +98,7 @@ def _open_or_create(
     _refuse_compiling_for_a_cpu(config, device)
     plan = None if stored and not check_inputs and _plan_holds(store, stored, inputs) else make_plan(inputs)
     if plan is not None and stored is None:
-        plan = with_a_look(plan, settings.limits(config))
+        plan = with_a_look(plan, settings.limits(config), detected=detector is not None)
     wanted = _Wanted(
         config=config,
         inputs=inputs,

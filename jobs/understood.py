@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,16 @@ from pipeline.plan import Plan
 from pipeline.records import BoxRules, JobContext, Limits
 
 
-def with_a_look(plan: Plan, limits: Limits) -> Plan:
-    """The plan, with warnings of what a look at a few of its pictures shows and was not said before."""
+def with_a_look(plan: Plan, limits: Limits, *, detected: bool = False) -> Plan:
+    """The plan, with warnings of what a look at a few of its pictures shows and was not said before.
+
+    `detected`: a detector finds the boxes.
+    """
     summary = plan.summary
     rules = BoxRules(box_format=summary.box_format, box_frame=summary.box_frame)
     flags = {_flag(sentence) for sentence in summary.warnings}
-    seen = [line for line in look(plan.table, rules, plan.access, limits) if _flag(line) not in flags]
+    found = look(plan.table, rules, plan.access, limits, detected=detected)
+    seen = [line for line in found if _flag(line) not in flags]
     return replace(plan, summary=replace(summary, warnings=(*summary.warnings, *seen)))
 
 
@@ -40,6 +44,8 @@ def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, 
         rows.append(("boxes", f"{boxes}; {_place(config.input.boxes)}"))
         rows.append(("box format", f"{plan['box_format']}, in the {_frame(plan['box_frame'])}"))
     rows.append(("ids", plan["id_rule"]))
+    if unused := plan.get("unused_columns"):
+        rows.append(("", f"columns not used: {_listed(unused)}"))
     rows += [("", line) for line in _odd_images(plan, detected=config.detector.name is not None)]
     return rows
 
@@ -127,6 +133,12 @@ def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
             f"{console.count(plan['skipped_files'], 'file')} in the folder are no pictures: left out"
         )
     return lines
+
+
+def _listed(names: Sequence[str], count: int = 12) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - count:,} more" if len(names) > count else ""
+    return ", ".join(console.shown(name, 40) for name in names[:count]) + more
 
 
 def _frame(frame: str) -> str:

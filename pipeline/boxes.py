@@ -326,7 +326,7 @@ def _overlapping(
 
 SUSPICIOUS_SHARE = 0.1
 """Of the boxes looked at; real detectors stay far below, a wrong format far above."""
-_LARGEST_SHARE = 1.5  # shares of a picture reach over 1 where a detector lets its boxes reach over the edge
+LARGEST_SHARE = 1.5  # shares of a picture reach over 1 where a detector lets its boxes reach over the edge
 
 
 def suspicions(
@@ -374,7 +374,7 @@ def suspicions_of_place(
 def _wrong_format(boxes_N4: Float64Array, box_format: BoxFormat, base: str) -> list[str]:
     """What the numbers alone show; both sentences name the one format that mends both."""
     largest_N = np.abs(boxes_N4).max(axis=1)
-    shares = float((largest_N <= _LARGEST_SHARE).mean())
+    shares = float((largest_N <= LARGEST_SHARE).mean())
     ends_early = float((boxes_N4[:, 2:] <= boxes_N4[:, :2]).any(axis=1).mean()) if base == "xyxy" else 0.0
     is_wrong_corners = ends_early > SUSPICIOUS_SHARE
     right_base = "xywh" if is_wrong_corners else base

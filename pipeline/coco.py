@@ -8,6 +8,7 @@ integers or strings; integers become decimal strings.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -17,9 +18,9 @@ import pyarrow.compute as pc
 
 from pipeline.arrays import Int64Array, null_mask, single
 from pipeline.box_tables import box_columns
-from pipeline.columns import Kind
-from pipeline.errors import JobRefused
-from pipeline.json_arrays import Lines, first_byte, split_arrays
+from pipeline.columns import Kind, plain
+from pipeline.errors import JobRefused, clean_text
+from pipeline.json_arrays import JsonDamage, Lines, first_byte, split_arrays
 from pipeline.listings import (
     TEXT,
     BoxList,
@@ -53,6 +54,7 @@ _RECORDS: dict[str, dict[str, Kind]] = {
     "categories": {"id": Kind(0, "integer"), "name": Kind(0, "text")},
 }
 _SAMPLE_RECORDS = 100
+_LOOK_BYTES = 2**20
 _SHAPE = "wanted COCO: an object with lists `images` and `annotations`, or a list of results"
 
 
@@ -106,7 +108,7 @@ def read_instances(uri: str, access: AccessRules, *, folder: str) -> BoxList:
     """
     blocks = _read(uri, {"images", "annotations", "categories"}, access)
     if "annotations" not in blocks:
-        raise JobRefused(f"{uri}: there is no list `annotations`; {_SHAPE}")
+        raise JobRefused(f"{uri}: {_without(uri, 'annotations', access)}; {_SHAPE}")
     images = _images(uri, blocks)
     boxes = _grouped(uri, blocks["annotations"], folder)
     listed = with_all_images(boxes, images.image_id, images.file_name)
@@ -117,29 +119,67 @@ def read_instances(uri: str, access: AccessRules, *, folder: str) -> BoxList:
 
 def _read(uri: str, names: Collection[str], access: AccessRules) -> dict[str, list[pa.Table]]:
     """The wanted arrays of the file as blocks of plain columns; an array that is absent is no key."""
-    schemas: dict[str, pa.Schema] = {}
+    found: dict[str, dict[str, Kind]] = {}
     blocks: dict[str, list[pa.Table]] = {}
     with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
         for lines in split_arrays(stream, names):
-            if lines.name not in schemas:
-                schemas[lines.name] = _schema(lines)
-            table = read_lines(lines.text, lines.count, schemas[lines.name])
+            if lines.name not in found:
+                found[lines.name] = _kinds(lines)
+            kinds = found[lines.name]
+            schema = pa.schema([(name, kind.arrow_type()) for name, kind in kinds.items()])
+            table = _whole(read_lines(lines.text, lines.count, schema), kinds)
             blocks.setdefault(lines.name, []).append(_compact(table))
     return blocks
 
 
-def _schema(lines: Lines) -> pa.Schema:
-    """The columns of an array; whether its ids are integers or strings is seen from its first records."""
+def _kinds(lines: Lines) -> dict[str, Kind]:
+    """The columns of an array; what its ids are written as is seen from its first records."""
     records = [_record(line) for line in lines.text.split(b"\n", _SAMPLE_RECORDS)[:_SAMPLE_RECORDS]]
-    fields = []
+    kinds = {}
     for name, kind in _RECORDS[lines.name].items():
         leaf = sampled_leaf(record.get(name) for record in records)
         if kind.leaf == "key":
             kind = replace(kind, leaf="text" if leaf == "null" else leaf)
+        if kind.leaf == "integer" and leaf == "whole":
+            kind = replace(kind, leaf=leaf)
         if leaf == "text" and name in ("width", "height"):
             continue  # only used to guess mistakes; not worth a refusal
-        fields.append(pa.field(name, kind.arrow_type()))
-    return pa.schema(fields)
+        kinds[name] = kind
+    return kinds
+
+
+def _without(uri: str, name: str, access: AccessRules) -> str:
+    """What a file without this list has there or at its beginning instead, in words."""
+    null = re.compile(rf'"{name}"\s*:\s*null\b'.encode())
+    with open_input(uri, options_for(uri, access)) as stream:
+        head = before = stream.read(_LOOK_BYTES)
+        while before and null.search(before) is None:
+            block = stream.read(_LOOK_BYTES)
+            before = before[-64:] + block if block else b""
+    if before:
+        return f"`{name}` is null; wanted a list, which is [] where there are none"
+    key = re.match(rb'\s*\{\s*"((?:[^"\\]|\\.){0,200})"', head.removeprefix(b"\xef\xbb\xbf"))
+    first = f"; its first key is {clean_text(key[1].decode(errors='replace'))!r}" if key else ""
+    return (
+        f"there is no list `{name}`{first} (boxes by file name are read one object a line, from a file named "
+        '.jsonl: {"image_uri": "a.jpg", "boxes": [[1, 2, 3, 4]]})'
+    )
+
+
+def _whole(table: pa.Table, kinds: Mapping[str, Kind]) -> pa.Table:
+    """The same, with whole numbers that are written as floats (`1.0`) as integers.
+
+    Raises:
+        JsonDamage: one that is so large that a float has lost digits of it.
+    """
+    for at, (name, kind) in enumerate(kinds.items()):
+        if kind.leaf == "whole":
+            try:
+                values = plain(single(table.column(at)), kind)
+            except pa.ArrowInvalid as error:
+                raise JsonDamage(f"{name!r} {error}") from error
+            table = table.set_column(at, name, values)
+    return table
 
 
 def _record(line: bytes) -> Mapping[str, object]:
@@ -163,7 +203,10 @@ def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
     table = pa.concat_tables(blocks)
     ids = table.column("image_id")
     if ids.null_count:
-        raise JobRefused(f"{uri}: record {_first_null(ids)} (from 0) has no image_id; {_SHAPE}")
+        raise JobRefused(
+            f"{uri}: record {_first_null(ids)} (from 0) has no image_id; {_SHAPE}; the rows of a table are "
+            "read one object a line, from a file named .jsonl: jq -c '.[]' IN > OUT.jsonl"
+        )
     if table.num_rows and table.column("bbox").null_count == table.num_rows:
         raise JobRefused(f"{uri}: none of its {table.num_rows} records has a bbox; {_SHAPE}")
     flat = {

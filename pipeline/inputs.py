@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline.access import split_scheme
 from pipeline.arrays import single
-from pipeline.box_tables import BOX_ROWS, IMAGE_ROWS, image_keys, read_box_tables
+from pipeline.box_tables import BOX_ROWS, IMAGE_ROWS, image_keys, read_box_tables, unused_columns
 from pipeline.coco import is_results, read_coco_images, read_instances, read_results
 from pipeline.columns import missing_column
 from pipeline.earlier import EarlierParts, find_parts, read_earlier_boxes, read_earlier_images
@@ -221,7 +221,7 @@ def _read_image_tables(uris: Sequence[str], settings: InputSettings, folder: str
     batches: list[pa.Table] = []
     for file in files:
         if "image_uri" not in file.names:
-            raise missing_column(file.uri, "image_uri", file.all_names)
+            raise missing_column(file.uri, "image_uri", file.all_names, settings.columns)
         row = 0
         for batch in read_batches(file, settings.access):
             batches.append(pa.table(image_keys(batch, file.uri, row)))
@@ -234,6 +234,7 @@ def _read_image_tables(uris: Sequence[str], settings: InputSettings, folder: str
         root=folder,
         files=tuple(uris),
         columns=files[0].all_names,
+        unused=unused_columns(files[0]),
     )
 
 

@@ -48,7 +48,8 @@ class ImageList:
     start from, without a "/" at its end.
     `listed`: found by listing a folder, not named by a file. `size_hw`: int64 (n, 2) as the input says
     (0 where it does not), unchecked. `categories`: id to name. `files`: uris of the tables that were read,
-    `columns`: all of their columns' names. `notes`: sentences for the summary.
+    `columns`: all of their columns' names, `unused`: those that are not read. `notes`: sentences for the
+    summary.
     """
 
     image_uri: pa.Array
@@ -60,6 +61,7 @@ class ImageList:
     categories: Mapping[int, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     skipped_files: int = 0
     notes: tuple[str, ...] = ()
 
@@ -95,6 +97,7 @@ class BoxList:
     size_hw: Int64Array | None = None
     files: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def rows_of(self, images: Int64Array) -> Int64Array:

@@ -16,7 +16,7 @@ from pipeline.listings import examples, is_picture
 from pipeline.members import TAR
 from pipeline.records import AccessRules
 from pipeline.storage import Entry, glob_objects, head_object, list_objects, options_for
-from pipeline.tables import TABLE_SUFFIXES, TableFormat, table_format
+from pipeline.tables import TABLE_SUFFIXES, TableFormat, instead_of, table_format
 from pipeline.yolo import label_files
 
 
@@ -93,7 +93,8 @@ def _tables_in(uri: str, entries: Sequence[Entry], access: AccessRules) -> list[
         return next(iter(kinds.values()))
     if not entries and _is_file(uri, access):
         raise JobRefused(
-            f"{uri}: a file of no known kind; wanted {', '.join((*TABLE_SUFFIXES, '.json', TAR))}"
+            f"{uri}: a file of no known kind{instead_of(uri)}; "
+            f"wanted {', '.join((*TABLE_SUFFIXES, '.json', TAR))}"
         )
     raise nothing_in(uri, entries, f"pictures or tables ({', '.join(TABLE_SUFFIXES)})")
 

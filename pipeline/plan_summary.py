@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.arrays import Int64Array, list_lengths, null_mask, single
-from pipeline.boxes import suspicions
+from pipeline.boxes import SUSPICIOUS_SHARE, suspicions
 from pipeline.errors import clean_text
 from pipeline.inputs import InputSettings
 from pipeline.joins import Joined, Unmatched
@@ -32,8 +32,8 @@ class PlanSummary:
     `mismatched_labels`, `refused_uris`: images that will fail without being fetched. `unmatched_boxes`:
     left out by `allow_unmatched`. `skipped_files`: files of an image folder that are no pictures.
     `box_format`, `box_frame`: how the boxes are read. `id_rule`: where ids come from and how boxes were
-    joined, in words. `warnings`: likely mistakes, with the flag that mends each. `input_files`:
-    fingerprints of all tables and box files.
+    joined, in words. `unused_columns`: of the tables, those that are not read. `warnings`: likely mistakes,
+    with the flag that mends each. `input_files`: fingerprints of all tables and box files.
     """
 
     images: int
@@ -50,6 +50,7 @@ class PlanSummary:
     box_format: BoxFormat
     box_frame: BoxFrame
     id_rule: str
+    unused_columns: tuple[str, ...]
     warnings: tuple[str, ...]
     input_files: tuple[Mapping[str, Any], ...]
 
@@ -87,9 +88,20 @@ def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanS
         box_format=inputs.rules.box_format,
         box_frame=inputs.rules.box_frame,
         id_rule=inputs.joined.id_rule,
+        unused_columns=_unused_columns(inputs),
         warnings=(*_box_warnings(inputs), *_row_warnings(table), *_notes(inputs)),
         input_files=tuple(fingerprint(uri, options_for(uri, access)) for uri in files),
     )
+
+
+def _unused_columns(inputs: Understood) -> tuple[str, ...]:
+    """What no reader took: of a table that gives images and boxes, what neither took."""
+    images, boxes = inputs.images, inputs.boxes
+    if boxes is None:
+        return images.unused
+    if images.files and images.files == boxes.files:
+        return tuple(name for name in boxes.unused if name in images.unused)
+    return tuple(dict.fromkeys((*images.unused, *boxes.unused)))
 
 
 def _box_counts(table: pa.Table) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
@@ -125,7 +137,8 @@ def _notes(inputs: Understood) -> list[str]:
     notes = [*inputs.images.notes, *(inputs.boxes.notes if inputs.boxes else ())]
     lost = inputs.joined.unmatched
     if lost.boxes:
-        notes.append(f"{lost.boxes} boxes of {lost.images} images that are not listed are left out")
+        hint = f" ({inputs.joined.hint.rstrip('. ')})" if inputs.joined.hint else ""
+        notes.append(f"{lost.boxes} boxes of {lost.images} images that are not listed are left out{hint}")
     return notes
 
 
@@ -139,14 +152,47 @@ def _box_warnings(inputs: Understood) -> tuple[str, ...]:
     mention = np.searchsorted(np.cumsum(boxes.lengths), flat, side="right")
     rows = flat if boxes.rows is None else boxes.rows[flat]
     given = single(boxes.boxes.column("given")).take(pa.array(rows))
-    whole = list_lengths(given) == 4
+    counts = list_lengths(given)
+    whole = counts == 4
     values = given.filter(pa.array(whole)).flatten().to_numpy(zero_copy_only=False)
     sizes = _sizes(inputs)
-    return suspicions(
+    found = suspicions(
         values.reshape(-1, 4),
         inputs.rules,
         upright_size_hw=None if sizes is None else sizes[mention[whole]],
     )
+    return (*_other_lengths(counts[~null_mask(given)], total), *found)
+
+
+def _other_lengths(counts: Int64Array, total: int) -> tuple[str, ...]:
+    """A sentence when many boxes have another number of values than four.
+
+    `counts`: of the boxes that were looked at and are not null; `total`: of all boxes.
+    """
+    others = counts[counts != 4]
+    if not len(others) or len(others) <= SUSPICIOUS_SHARE * len(counts):
+        return ()
+    most = int(np.bincount(others).argmax())
+    same = int((others == most).sum())
+    if same == total:
+        many = f"all {total:,} boxes have {most} numbers each"
+    elif same == len(counts):
+        many = f"all of {same:,} boxes looked at have {most} numbers each"
+    else:
+        looked = "boxes" if len(counts) == total else "boxes looked at"
+        many = f"{len(others):,} of {len(counts):,} {looked} have other than 4 numbers, most of them {most}"
+    return (f"{many}{_LENGTHS.get(most, '')}; wanted 4, so they get no mask (box_malformed): {_MEND}",)
+
+
+_LENGTHS = {
+    0: " (empty lists)",
+    5: " (turned boxes with an angle? or a score or class behind the corners?)",
+    6: " (a score and a class behind the corners?)",
+    8: " (the four corners of turned boxes, or polygons?)",
+}
+_MEND = (
+    "write each box as the 4 numbers of an upright box around it, scores and classes in columns of their own"
+)
 
 
 def _sizes(inputs: Understood) -> Int64Array | None:

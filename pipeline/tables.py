@@ -8,10 +8,12 @@ be read, or is no table of its kind, refuses the job by name: half of a table is
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
 
 import pyarrow as pa
 
@@ -34,9 +36,15 @@ TableFormat = Literal["parquet", "csv", "jsonl"]
 TABLE_SUFFIXES: dict[str, TableFormat] = {
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".parq": "parquet",
     ".csv": "csv",
+    ".tsv": "csv",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".csv.gz": "csv",
+    ".tsv.gz": "csv",
+    ".jsonl.gz": "jsonl",
+    ".ndjson.gz": "jsonl",
 }
 BATCH_ROWS = 8192
 BATCH_BYTES = 64 * 2**20
@@ -60,6 +68,27 @@ def table_format(uri: str) -> TableFormat | None:
     """The format that a file's name says, in any case; None for other names."""
     lowered = uri.lower()
     return next((kind for suffix, kind in TABLE_SUFFIXES.items() if lowered.endswith(suffix)), None)
+
+
+def instead_of(uri: str) -> str:
+    """What to do about a file that is no table by its name, as the end of a sentence, or ""."""
+    lowered = uri.lower()
+    return next((f": {words}" for endings, words in _OTHER_FILES if lowered.endswith(endings)), "")
+
+
+_OTHER_FILES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4", ".7z"),
+        "unpack it; only .csv.gz and .jsonl.gz are read as such",
+    ),
+    ((".xlsx", ".xls", ".ods", ".numbers"), "a workbook; save the sheet as CSV (UTF-8)"),
+    ((".feather", ".arrow", ".ipc", ".orc", ".avro"), "write it as Parquet"),
+    ((".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth", ".h5", ".hdf5", ".mat"), "write it as Parquet"),
+    (
+        (".txt", ".xml"),
+        "one file of labels for each picture is read as a folder of YOLO's, or converted to COCO",
+    ),
+)
 
 
 def inspect_tables(
@@ -90,9 +119,19 @@ def _check_same_columns(file: TableFile, first: TableFile) -> None:
         raise JobRefused(f"{lacking.uri}: no column {name}, which {other.uri} has; the files must agree")
 
 
+@contextlib.contextmanager
+def _opened(uri: str, access: AccessRules) -> Iterator[BinaryIO]:
+    """A table's file, unpacked on the way where its name ends in `.gz`."""
+    with open_input(uri, options_for(uri, access)) as stream:
+        if uri.lower().endswith(".gz"):
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=stream))
+        else:
+            yield stream
+
+
 def read_batches(file: TableFile, access: AccessRules) -> Iterator[pa.Table]:
     """The file's rows with our column names and plain types, about BATCH_ROWS at a time, in order."""
-    with naming(file.uri, file.file_format), open_input(file.uri, options_for(file.uri, access)) as stream:
+    with naming(file.uri, file.file_format), _opened(file.uri, access) as stream:
         for batch in _batches(file, stream):
             yield _plain_table(file, batch)
 
@@ -136,7 +175,7 @@ def naming(uri: str, what: str) -> Iterator[None]:
         raise
     except JsonDamage as error:
         raise JobRefused(f"{uri}: not a sound {what} file: {clean_text(str(error))}") from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError, RecursionError) as error:
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError, RecursionError) as error:
         text = str(error)
         if "straddl" in text:
             text = f"a row is longer than {BLOCK_BYTES >> 20} MiB"
@@ -158,7 +197,7 @@ def _inspect(
     file_format = table_format(uri)
     if file_format is None:
         raise JobRefused(f"{uri}: no known table; wanted a name ending in {', '.join(TABLE_SUFFIXES)}")
-    with naming(uri, file_format), open_input(uri, options_for(uri, access)) as stream:
+    with naming(uri, file_format), _opened(uri, access) as stream:
         if not stream.read(1):
             raise JobRefused(f"{uri}: the file is empty (0 bytes)")
         stream.seek(0)

@@ -24,14 +24,14 @@ import pyarrow as pa
 
 from pipeline.access import split_scheme
 from pipeline.box_tables import IMAGE_ROWS, KEYS, boxes_of_rows
-from pipeline.columns import Kind, locate, missing_column, settle
+from pipeline.columns import Kind, locate, missing_column, plain, settle
 from pipeline.errors import JobRefused, clean_text
 from pipeline.json_arrays import JsonDamage
 from pipeline.listings import TEXT, BoxList, ImageList, examples, is_picture
 from pipeline.members import TarMember
 from pipeline.records import AccessRules
 from pipeline.storage import open_input, options_for
-from pipeline.tables import naming
+from pipeline.tables import naming, naming_values
 from pipeline.text_tables import SAMPLE_ROWS, jsonl_batches, sampled_leaf
 
 TarIds = Literal["member", "key", "shard"]
@@ -94,10 +94,13 @@ def read_tar_boxes(
         for uri, found in samples.items():
             lines = [json.dumps(row).encode() for row in _rows(uri, found, root, ids, access)]
             for batch in _batches(uri, found, lines, dict(columns.values())):
-                yield uri, pa.table({ours: batch.column(theirs) for ours, (theirs, _) in columns.items()})
+                with naming_values(uri):
+                    yield uri, pa.table({ours: plain(batch.column(t), k) for ours, (t, k) in columns.items()})
 
     boxes = boxes_of_rows(batches(), columns, folder=root, box_format="xyxy")
-    return replace(boxes, id_rule=_ID_RULES[ids], columns=names)
+    used = {theirs for theirs, _ in columns.values()}
+    unused = tuple(name for name in names if name not in used)
+    return replace(boxes, id_rule=_ID_RULES[ids], columns=names, unused=unused)
 
 
 def _batches(
