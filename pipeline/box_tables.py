@@ -98,7 +98,8 @@ def read_box_tables(
     read = _read_image_rows if wanted is IMAGE_ROWS else _read_box_rows
     boxes = read(files, access, folder)
     unused = unused_columns(files[0])
-    return replace(boxes, unused=unused, notes=(*boxes.notes, *_near_note(files[0], unused, mapping)))
+    notes = (*_partition_note(files[0], folder), *_near_note(files[0], unused, mapping))
+    return replace(boxes, unused=unused, notes=(*boxes.notes, *notes))
 
 
 def _shape(names: Sequence[str], mapping: Mapping[str, str], *, uri: str) -> dict[str, Kind] | None:
@@ -145,6 +146,15 @@ def _near_note(file: TableFile, unused: Sequence[str], mapping: Mapping[str, str
         return ()
     meant = ", ".join(f"{clean_text(theirs)!r} as {ours}" for ours, theirs in near.items())
     return (f"{file.uri}: to read {meant} too: {setting_of(near, mapping)}",)
+
+
+def _partition_note(file: TableFile, folder: str) -> tuple[str, ...]:
+    """A sentence where folders are called `label=cat`, as partitioned tables keep columns out of files."""
+    names = re.findall(r"(?<=/)(\w+)=[^/]*(?=/)", file.uri.removeprefix(folder))
+    lost = [name for name in names if name not in file.all_names]
+    if not lost:
+        return ()
+    return (f"{file.uri}: {', '.join(lost)} of its folders is not read; write it as a column of the files",)
 
 
 def _missing_columns(

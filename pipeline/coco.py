@@ -90,7 +90,7 @@ def read_results(uri: str, access: AccessRules, *, folder: str) -> BoxList:
 def read_coco_images(uri: str, access: AccessRules, *, folder: str) -> ImageList:
     """The images of an instances file; `image_uri` holds the file names as written."""
     blocks = _read(uri, {"images", "categories"}, access)
-    images = _images(uri, blocks)
+    images = _images(uri, blocks, access)
     return ImageList(
         image_uri=images.file_name,
         image_id=images.image_id,
@@ -109,7 +109,7 @@ def read_instances(uri: str, access: AccessRules, *, folder: str) -> BoxList:
     blocks = _read(uri, {"images", "annotations", "categories"}, access)
     if "annotations" not in blocks:
         raise JobRefused(f"{uri}: {_without(uri, 'annotations', access)}; {_SHAPE}")
-    images = _images(uri, blocks)
+    images = _images(uri, blocks, access)
     boxes = _grouped(uri, blocks["annotations"], folder)
     listed = with_all_images(boxes, images.image_id, images.file_name)
     size_hw = np.zeros((len(listed.lengths), 2), dtype=np.int64)
@@ -225,9 +225,9 @@ def _holds(column: pa.Array) -> bool:
     return not len(column) or column.null_count < len(column)
 
 
-def _images(uri: str, blocks: Mapping[str, list[pa.Table]]) -> CocoImages:
+def _images(uri: str, blocks: Mapping[str, list[pa.Table]], access: AccessRules) -> CocoImages:
     if "images" not in blocks:
-        raise JobRefused(f"{uri}: there is no list `images`; {_SHAPE}")
+        raise JobRefused(f"{uri}: {_without(uri, 'images', access)}; {_SHAPE}")
     table = pa.concat_tables(blocks["images"])
     for name in ("id", "file_name"):
         if table.column(name).null_count:

@@ -88,7 +88,9 @@ def join(images: ImageList, boxes: BoxList | None, *, allow_unmatched: bool) -> 
         )
     else:
         joined = _match(images, boxes, allow_unmatched)
-    _refuse_doubles(joined)
+    _refuse_doubles(
+        joined, is_box_file=boxes is not None and bool(images.files) and images.files == boxes.files
+    )
     return joined
 
 
@@ -237,17 +239,17 @@ def _refusal(unmatched: Unmatched, keys: pa.Array, boxes: BoxList, hint: str) ->
     )
 
 
-def _refuse_doubles(joined: Joined) -> None:
-    """None when every id and every uri is there once."""
+def _refuse_doubles(joined: Joined, *, is_box_file: bool) -> None:
+    """None when every id and every uri is there once. `is_box_file`: the box file lists the images."""
     for name, keys in (("image_id", joined.image_id), ("image_uri", _comparable(joined.image_uri))):
         filled = keys.filter(pc.not_equal(keys, "")) if name == "image_uri" else keys
         if pc.count_distinct(filled).as_py() < len(filled):
-            raise _doubled(joined, keys, name)
+            raise _doubled(joined, keys, name, is_box_file)
     if pc.any(pc.equal(joined.image_id, "")).as_py():
         raise JobRefused("an image has the empty string as its image_id; every image needs an id of its own")
 
 
-def _doubled(joined: Joined, keys: pa.Array, name: str) -> JobRefused:
+def _doubled(joined: Joined, keys: pa.Array, name: str, is_box_file: bool) -> JobRefused:
     counts = pc.value_counts(keys)
     twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     rows = pc.indices_nonzero(pc.equal(keys, twice[0])).slice(0, 2)
@@ -256,9 +258,10 @@ def _doubled(joined: Joined, keys: pa.Array, name: str) -> JobRefused:
         what = f"image_id {ids[0]!r} stands for {uris[0]!r} and for {uris[1]!r}"
     else:
         what = f"{uris[0]!r} is there twice, with ids {ids[0]!r} and {ids[1]!r}"
-    return JobRefused(
-        f"{len(twice)} images are not told apart by {name}: {clean_text(what)}; name each image once"
+    mend = (
+        "leave --images out, the box file names its images itself" if is_box_file else "name each image once"
     )
+    return JobRefused(f"{len(twice)} images are not told apart by {name}: {clean_text(what)}; {mend}")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,21 +1,25 @@
 """CSV and JSONL read by Arrow with types stated beforehand: nothing is guessed from what the rows look like.
 
 CSV: a header line, UTF-8; fields are parted by what parts the header most: comma, semicolon, tab or bar. An
-empty field is null; a quoted empty one is the empty string, and null where a number is wanted; no other word
-means null, so a class may be called NA. Numbers have a decimal point. A list in a field is the text of JSON,
-of Python or of a numpy array of numbers or words: [[1, 2, 3, 4]], [(1, 2, 3, 4)], [[1. 2. 3. 4.]]; a mask
-is JSON. JSONL: one object a line; a missing key is null; NaN and Infinity are read as Python writes them.
+empty field is null, a quoted empty one is the empty string, and words such as NA are text, so a class may be
+called NA. A file that has quoted empty fields, or such words without quotes, in columns of numbers says by it
+how it writes null, in all of its columns. Numbers have a decimal point. A list in a field is the text of
+JSON, of Python, or of a numpy array of numbers or words: [[1, 2, 3, 4]], [(1, 2, 3, 4)], [[1. 2. 3. 4.]]; a
+mask is JSON.
+
+JSONL: one object a line; a missing key is null; NaN and Infinity are read as Python writes them.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import csv
 import io
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -75,10 +79,15 @@ _OTHER_BYTES = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Dialect:
-    """How a CSV is written. `skip`: lines before the header."""
+    """How a CSV is written. `skip`: lines before the header.
+
+    `nulls`: what means null where it is not quoted; `quoted_nulls`: where it is quoted, too.
+    """
 
     separator: str
     skip: int
+    nulls: tuple[str, ...] = ("",)
+    quoted_nulls: bool = False
 
     @property
     def parse(self) -> pa_csv.ParseOptions:
@@ -132,6 +141,8 @@ def _most(line: str) -> int:
 def csv_header(stream: BinaryIO) -> tuple[list[str], dict[str, list[Any]]]:
     """The column names, and for columns whose fields look like lists the first rows' values."""
     dialect = _dialect(stream)
+    if (header := _header_alone(stream, dialect)) is not None:
+        return header, {}
     reader = pa_csv.open_csv(stream, read_options=dialect.block(SAMPLE_BYTES), parse_options=dialect.parse)
     try:
         first = reader.read_next_batch().slice(0, SAMPLE_ROWS)
@@ -141,6 +152,16 @@ def csv_header(stream: BinaryIO) -> tuple[list[str], dict[str, list[Any]]]:
     return first.schema.names, {
         name: _list_samples(column) for name, column in columns if pa.types.is_string(column.type)
     }
+
+
+def _header_alone(stream: BinaryIO, dialect: _Dialect) -> list[str] | None:
+    """The names in a file of one line that does not end, which Arrow takes for an empty file; else None."""
+    head = stream.read(_LOOK_BYTES)
+    stream.seek(0)
+    text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="replace")
+    if not text.strip() or "\n" in text or "\r" in text or len(head) == _LOOK_BYTES:
+        return None
+    return next(csv.reader([text], delimiter=dialect.separator))
 
 
 def _list_samples(column: pa.Array) -> list[Any]:
@@ -160,6 +181,9 @@ def csv_batches(
     an integer) they are read as text and converted here, which is slower and says more.
     """
     dialect = _dialect(stream)
+    if _header_alone(stream, dialect) is not None:
+        return
+    dialect = _with_nulls(stream, dialect, columns)
     lists = {name for name, kind in columns.items() if kind.depth or kind.leaf == "rle"}
     strict = {name: pa.string() if name in lists else kind.arrow_type() for name, kind in columns.items()}
     done = 0
@@ -168,8 +192,9 @@ def csv_batches(
             yield _converted(batch, columns, lists, first=done)
             done += batch.num_rows
         return
-    except _OtherField:
+    except _OtherField as error:
         stream.seek(0)
+        dialect = replace(dialect, quoted_nulls=dialect.quoted_nulls or error.found == "''")
     loose = {name: pa.string() if _is_number(columns[name]) else kind for name, kind in strict.items()}
     first = 0
     for batch in _csv_rows(stream, dialect, loose, header):
@@ -179,8 +204,43 @@ def csv_batches(
         first += batch.num_rows
 
 
+_NULL_WORDS = ("NA", "N/A", "#N/A", "NULL", "null", "None", "\\N")
+
+
+def _with_nulls(stream: BinaryIO, dialect: _Dialect, columns: Mapping[str, Kind]) -> _Dialect:
+    """The dialect with what means null, by the columns of numbers in the first rows."""
+    types = {name: pa.string() for name, kind in columns.items() if _is_number(kind)}
+    if not types:
+        return dialect
+    options = pa_csv.ConvertOptions(
+        column_types=types,
+        include_columns=list(types),
+        null_values=[""],
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=False,
+    )
+    try:
+        first = pa_csv.open_csv(
+            stream,
+            read_options=dialect.block(SAMPLE_BYTES),
+            parse_options=dialect.parse,
+            convert_options=options,
+        ).read_next_batch()
+    except (StopIteration, pa.ArrowInvalid):
+        return dialect  # the reader says where and why
+    finally:
+        stream.seek(0)
+    found = {word for column in first.columns for word in pc.unique(column).to_pylist()}
+    words = (word for word in _NULL_WORDS if word in found)
+    return replace(dialect, nulls=("", *words), quoted_nulls="" in found)
+
+
 class _OtherField(JsonDamage):
-    """A field is not of the type that was stated for its column."""
+    """A field is not of the type that was stated for its column. `found`: the field in quotes."""
+
+    def __init__(self, message: str, found: str) -> None:
+        super().__init__(message)
+        self.found = found
 
 
 def _csv_rows(
@@ -190,9 +250,9 @@ def _csv_rows(
     convert = pa_csv.ConvertOptions(
         column_types=types,
         include_columns=list(types),
-        null_values=[""],
+        null_values=list(dialect.nulls),
         strings_can_be_null=True,
-        quoted_strings_can_be_null=False,
+        quoted_strings_can_be_null=dialect.quoted_nulls,
     )
     try:
         yield from pa_csv.open_csv(
@@ -213,9 +273,8 @@ def _csv_rows(
             raise
         wanted = _WORDS.get(match["wanted"], match["wanted"])
         place = f" in row {match['row']}" if match["row"] else ""
-        raise _OtherField(
-            _other_field(header[int(match["column"])], match["found"], place, wanted)
-        ) from error
+        name, found = header[int(match["column"])], match["found"]
+        raise _OtherField(_other_field(name, found, place, wanted), found) from error
 
 
 _CSV_COLUMN = re.compile(r"In CSV column #(?P<column>\d+):")
@@ -303,13 +362,13 @@ def _as_lines(texts: pa.Array, name: str) -> bytes:
 
 _TOKEN = re.compile(
     r"""(?P<space>\s+)|(?P<open>[\[(])|(?P<close>[\])])|(?P<comma>,)
-    |(?P<number>[+-]?(?:(?:0|[1-9][0-9]*)\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)(?![\w.])
+    |(?P<number>[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)(?![\w.])
     |(?P<text>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
     |(?P<word>[+-]?[A-Za-z]+)(?![\w.(])""",
     re.VERBOSE | re.DOTALL,
 )
 _WORD_VALUES = {
-    **dict.fromkeys(("null", "None"), None),
+    **dict.fromkeys(("null", "None", "NULL"), None),
     **dict.fromkeys(("nan", "NaN", "-nan"), float("nan")),
     **dict.fromkeys(("inf", "Infinity", "+inf"), float("inf")),
     **dict.fromkeys(("-inf", "-Infinity"), float("-inf")),
@@ -361,8 +420,15 @@ def _value(kind: str | None, token: str, text: str, at: int, name: str) -> Any:
         if kind == "number":
             return float(token) if any(sign in token for sign in ".eE") else int(token)
         if kind == "text":
-            return json.loads(token) if token[0] == '"' else ast.literal_eval(token)
+            return _word(token)
     raise _no_list(text, at, name)
+
+
+def _word(token: str) -> str:
+    """A quoted word as JSON writes it, or else as Python does."""
+    with contextlib.suppress(ValueError):
+        return str(json.loads(token))
+    return str(ast.literal_eval(token))
 
 
 def _no_list(text: str, at: int, name: str) -> JsonDamage:
@@ -373,9 +439,8 @@ def _no_list(text: str, at: int, name: str) -> JsonDamage:
     elif re.match(r"(np\.\w+|array|tensor|\w+)\(", rest):
         hint = "; it is the text of objects: write plain lists (.tolist()) instead"
     place = f" at {rest[:20]!r}" if at and rest else ""
-    return JsonDamage(
-        f"{name!r} holds {text[:60]!r}, which is no list{place}; wanted JSON such as [[1, 2, 3, 4]]{hint}"
-    )
+    wanted = """wanted JSON such as [[1, 2, 3, 4]] or ["a", "b"]"""
+    return JsonDamage(f"{name!r} holds {text[:60]!r}, which is no list{place}; {wanted}{hint}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -522,7 +587,8 @@ def _naming_keys(schema: pa.Schema) -> Iterator[None]:
         if (match := _OTHER_TYPE.search(str(error))) is not None:
             key = match["path"].replace("/[]", "[]").replace("/", ".")
             found, wanted = (_WORDS.get(match[name], match[name]) for name in ("found", "wanted"))
-            raise JsonDamage(f"{key!r} holds {found}; wanted {wanted}") from error
+            hint = " (a missing value is null, not NaN)" if (found, wanted) == ("a number", "text") else ""
+            raise JsonDamage(f"{key!r} holds {found}; wanted {wanted}{hint}") from error
         if (match := _OTHER_NUMBER.search(str(error)) or _NOT_WHOLE.search(str(error))) is not None:
             keys = [repr(field.name) for field in schema if _leaf_type(field.type) == match["wanted"]]
             wanted = _WORDS.get(match["wanted"], match["wanted"])
