@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,56 @@ def test_pictures_that_are_not_there_are_said_before_work(tmp_path: Path) -> Non
 
     assert f"{PICTURES} of {PICTURES} pictures looked at cannot be opened, most with not_found" in sentence
     assert sentence.endswith("--set input.image_root=FOLDER")
+
+
+@pytest.mark.parametrize(
+    ("missing", "is_said"),
+    [
+        (lambda i: i % 2 == 0, True),
+        (lambda i: i % 2 == 1, True),
+        (lambda i: i < 20, True),
+        (lambda i: i % 4 == 0, True),
+        (lambda i: i == 17, False),
+        (lambda i: False, False),
+    ],
+)
+@pytest.mark.parametrize("listed", [63, 9])
+def test_pictures_of_which_half_are_missing_are_said_before_work(
+    photos: Path, tmp_path: Path, missing: Callable[[int], bool], is_said: bool, listed: int
+) -> None:
+    """However the missing ones alternate: 63 rows in steps of two would all be one kind."""
+    names = [f"{'gone-' if missing(i % 40) else ''}{i % 40:03d}-{i}.jpg" for i in range(listed)]
+    for i, name in enumerate(names):
+        if not missing(i % 40):
+            (tmp_path / name).symlink_to(photos / f"{i % 40:03d}.jpg")
+    path = tmp_path / "i.parquet"
+    pq.write_table(pa.table({"image_uri": names, "boxes": [[[9.0, 9.0, 99.0, 99.0]]] * listed}), path)
+    plan = make_plan(InputSettings(boxes=str(path), access=AccessRules(roots=(str(photos),))))
+
+    found = " ".join(look(plan.table, BoxRules(), plan.access, LIMITS))
+
+    count = min(PICTURES, listed)
+    assert (f"of {count} pictures looked at cannot be opened, most with not_found" in found) == is_said
+    assert ("gone-" in found) == is_said
+
+
+def test_names_of_windows_and_of_the_web_are_said_to_be_odd(tmp_path: Path) -> None:
+    for name, words in (("a\\b.jpg", "backslashes"), ("a%20b.jpg", "percent"), ("a.jpg ", "white space")):
+        path = tmp_path / "i.parquet"
+        pq.write_table(pa.table({"image_uri": [name], "boxes": [[[9.0, 9.0, 99.0, 99.0]]]}), path)
+        plan = make_plan(InputSettings(boxes=str(path)))
+        [sentence] = look(plan.table, BoxRules(), plan.access, LIMITS)
+        assert f"the name has {words}" in sentence
+
+
+def test_a_detector_makes_every_picture_count(tmp_path: Path) -> None:
+    path = tmp_path / "i.csv"
+    path.write_text("image_uri\ngone.jpg\n")
+    plan = make_plan(InputSettings(images=str(path)))
+
+    assert look(plan.table, BoxRules(), plan.access, LIMITS) == ()
+    assert "1 of 1 pictures" in " ".join(look(plan.table, BoxRules(), plan.access, LIMITS, detected=True))
+    assert "1 of 1 pictures" in " ".join(with_a_look(plan, LIMITS, detected=True).summary.warnings)
 
 
 def with_uris(path: Path) -> Path:
