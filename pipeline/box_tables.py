@@ -405,15 +405,13 @@ def with_boxes_alone(groups: Groups, boxes: pa.Table) -> Groups:
     and with nothing else either, is what a left join writes for an image without boxes; a row of which
     anything is given, be it a label or one corner, is a box, good or bad.
     """
-    empty = np.ones(boxes.num_rows, dtype=np.bool_)
-    for name in boxes.column_names:
+    empty = _no_number(single(boxes.column("given")))
+    for name in boxes.column_names if empty.any() else ():
         column = single(boxes.column(name))
         if name == "score":
             column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
         if name != "given":
             empty &= null_mask(column)
-    candidates = np.flatnonzero(empty)
-    empty[candidates] = _no_number(single(boxes.column("given")).take(pa.array(candidates)))
     if not empty.any():
         return groups
     rows = np.arange(len(empty)) if groups.rows is None else groups.rows

@@ -95,13 +95,12 @@ def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanS
 
 
 def _unused_columns(inputs: Understood) -> tuple[str, ...]:
-    """What no reader took: of a table that gives images and boxes, what neither took."""
+    """What no reader took. Of a table that gives images and boxes, the reader of boxes takes more."""
     images, boxes = inputs.images, inputs.boxes
     if boxes is None:
         return images.unused
-    if images.files and images.files == boxes.files:
-        return tuple(name for name in boxes.unused if name in images.unused)
-    return tuple(dict.fromkeys((*images.unused, *boxes.unused)))
+    of_images = () if images.files == boxes.files else images.unused
+    return tuple(dict.fromkeys((*of_images, *boxes.unused)))
 
 
 def _box_counts(table: pa.Table) -> tuple[Int64Array, npt.NDArray[np.bool_]]:

@@ -131,21 +131,28 @@ def _opened(uri: str, access: AccessRules) -> Iterator[BinaryIO]:
 
 def read_batches(file: TableFile, access: AccessRules) -> Iterator[pa.Table]:
     """The file's rows with our column names and plain types, about BATCH_ROWS at a time, in order."""
-    with naming(file.uri, file.file_format), _opened(file.uri, access) as stream:
-        for batch in _batches(file, stream):
+    with naming(file.uri, file.file_format):
+        for batch in _batches(file, access):
             yield _plain_table(file, batch)
 
 
-def _batches(file: TableFile, stream: BinaryIO) -> Iterator[pa.RecordBatch]:
+def _batches(file: TableFile, access: AccessRules) -> Iterator[pa.RecordBatch]:
     columns = {theirs: file.kinds[ours] for ours, theirs in file.names.items()}
     if file.file_format == "csv":
-        return csv_batches(stream, columns, file.all_names)
-    if file.file_format == "jsonl":
-        return jsonl_batches(stream, columns)
+        yield from csv_batches(lambda: _opened(file.uri, access), columns, file.all_names)
+        return
+    with _opened(file.uri, access) as stream:
+        if file.file_format == "jsonl":
+            yield from jsonl_batches(stream, columns)
+        else:
+            yield from _parquet_batches(stream, list(columns))
+
+
+def _parquet_batches(stream: BinaryIO, columns: list[str]) -> Iterator[pa.RecordBatch]:
     size = stream.seek(0, io.SEEK_END)
     parquet = open_closed(stream, page_checksum_verification=True)
     rows = _batch_rows(size / max(1, parquet.metadata.num_rows))
-    batches: Iterator[pa.RecordBatch] = parquet.iter_batches(rows, columns=list(columns))
+    batches: Iterator[pa.RecordBatch] = parquet.iter_batches(rows, columns=columns)
     return batches
 
 

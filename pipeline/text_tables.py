@@ -18,7 +18,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
@@ -172,36 +172,44 @@ def _list_samples(column: pa.Array) -> list[Any]:
         return []  # the reader below says where and why
 
 
+Opened = Callable[[], contextlib.AbstractContextManager[BinaryIO]]
+
+
 def csv_batches(
-    stream: BinaryIO, columns: Mapping[str, Kind], header: Sequence[str]
+    opened: Opened, columns: Mapping[str, Kind], header: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
     """The rows of the named columns, typed by their kinds; `header`: all columns there, for messages.
 
     Numbers are read by Arrow. From the first field on that Arrow does not take (a quoted empty one, `1.0` for
     an integer) they are read as text and converted here, which is slower and says more.
+
+    `opened`: opens the file from its start. Each pass takes a stream of its own, because Arrow's threads read
+    ahead, and go on doing so after a pass has ended.
     """
-    dialect = _dialect(stream)
-    if _header_alone(stream, dialect) is not None:
-        return
-    dialect = _with_nulls(stream, dialect, columns)
+    with opened() as stream:
+        dialect = _dialect(stream)
+        if _header_alone(stream, dialect) is not None:
+            return
+        dialect = _with_nulls(stream, dialect, columns)
     lists = {name for name, kind in columns.items() if kind.depth or kind.leaf == "rle"}
     strict = {name: pa.string() if name in lists else kind.arrow_type() for name, kind in columns.items()}
     done = 0
     try:
-        for batch in _csv_rows(stream, dialect, strict, header):
-            yield _converted(batch, columns, lists, first=done)
-            done += batch.num_rows
+        with opened() as stream:
+            for batch in _csv_rows(stream, dialect, strict, header):
+                yield _converted(batch, columns, lists, first=done)
+                done += batch.num_rows
         return
     except _OtherField as error:
-        stream.seek(0)
         dialect = replace(dialect, quoted_nulls=dialect.quoted_nulls or error.found == "''")
     loose = {name: pa.string() if _is_number(columns[name]) else kind for name, kind in strict.items()}
     first = 0
-    for batch in _csv_rows(stream, dialect, loose, header):
-        new = batch.slice(min(batch.num_rows, max(0, done - first)))
-        if new.num_rows:
-            yield _converted(new, columns, lists, first=max(done, first))
-        first += batch.num_rows
+    with opened() as stream:
+        for batch in _csv_rows(stream, dialect, loose, header):
+            new = batch.slice(min(batch.num_rows, max(0, done - first)))
+            if new.num_rows:
+                yield _converted(new, columns, lists, first=max(done, first))
+            first += batch.num_rows
 
 
 _NULL_WORDS = ("NA", "N/A", "#N/A", "NULL", "null", "None", "\\N")
@@ -228,8 +236,6 @@ def _with_nulls(stream: BinaryIO, dialect: _Dialect, columns: Mapping[str, Kind]
         ).read_next_batch()
     except (StopIteration, pa.ArrowInvalid):
         return dialect  # the reader says where and why
-    finally:
-        stream.seek(0)
     found = {word for column in first.columns for word in pc.unique(column).to_pylist()}
     words = (word for word in _NULL_WORDS if word in found)
     return replace(dialect, nulls=("", *words), quoted_nulls="" in found)

@@ -258,17 +258,43 @@ def test_a_late_odd_field_costs_no_row_before_it(tmp_path: Path, monkeypatch: py
     """Arrow has given out blocks before it meets the first field that it does not take."""
     monkeypatch.setattr("pipeline.text_tables.BLOCK_BYTES", 1000)
     monkeypatch.setattr("pipeline.text_tables.SAMPLE_BYTES", 500)
-    rows = [f'"{i}.jpg","{i}","0","{i + 9}","9","{"" if i > 900 else i}.0"' for i in range(1000)]
-    body = "\n".join(rows).replace('".0"', '""')
+    rows = [f'"{i}.jpg","{i}","0","{i + 9}","9","{i}{".0" if i > 900 else ""}"' for i in range(1000)]
+    body = "\n".join([*rows, '"none.jpg","","","","",""'])
     path = written(tmp_path / "t.csv", f'"image_id","x1","y1","x2","y2","category_id"\n{body}\n')
+    names = [*(f"{i}.jpg" for i in range(1000)), "none.jpg"]
     images = written(
-        tmp_path / "i.csv", "image_id,image_uri\n" + "".join(f"{i}.jpg,{i}.jpg\n" for i in range(1000))
+        tmp_path / "i.csv", "image_id,image_uri\n" + "".join(f"{name},{name}\n" for name in names)
     )
 
     boxes = found(path, images=str(images))
 
-    for i in (0, 1, 500, 900, 901, 999):
-        assert [([i, 0.0, i + 9, 9.0], None if i > 900 else i, None, None)] == boxes[f"{i}.jpg"]
+    expected = {f"{i}.jpg": [([i, 0.0, i + 9, 9.0], i, None, None)] for i in range(1000)}
+    assert expected | {"none.jpg": []} == boxes
+
+
+@pytest.mark.parametrize("sample", [500, 2**20])
+def test_quoted_empty_fields_are_null_in_every_column_however_late_numbers_show_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: int
+) -> None:
+    monkeypatch.setattr("pipeline.text_tables.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("pipeline.text_tables.SAMPLE_BYTES", sample)
+    early = "".join(f'"{i}.jpg","1","2","3","4","{"" if sample > 500 else "cat"}"\n' for i in range(100))
+    path = written(
+        tmp_path / "t.csv", f'"image_uri","x1","y1","x2","y2","label"\n{early}"none.jpg","","","","",""\n'
+    )
+
+    boxes = found(path)
+
+    assert [] == boxes.pop("none.jpg")
+    label = (None, None) if sample > 500 else (1, "cat")
+    assert [[([1.0, 2.0, 3.0, 4.0], *label, None)]] * 100 == list(boxes.values())
+
+
+def test_a_score_that_is_nan_is_none_where_there_is_no_box(tmp_path: Path) -> None:
+    columns = {"image_uri": ["a"], "bbox": pa.nulls(1, pa.list_(pa.float64())), "score": [float("nan")]}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+
+    assert {"a": []} == found(tmp_path / "t.parquet")
 
 
 # --- lists as text --------------------------------------------------------------------------
