@@ -33,7 +33,7 @@ from pipeline.listings import (
 from pipeline.records import AccessRules
 from pipeline.storage import open_input, options_for
 from pipeline.tables import naming, naming_values
-from pipeline.text_tables import read_lines, sampled_leaf
+from pipeline.text_tables import read_lines, refuse_other_bytes, sampled_leaf
 
 _BOX = {
     "image_id": Kind(0, "key"),
@@ -73,7 +73,8 @@ def is_results(uri: str, access: AccessRules) -> bool:
     Raises:
         JobRefused: neither.
     """
-    with open_input(uri, options_for(uri, access)) as stream:
+    with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
+        refuse_other_bytes(stream)
         first = first_byte(stream)
     if first not in ("[", "{"):
         found = f"it begins with {first!r}" if first else "it is empty"

@@ -71,7 +71,7 @@ _LOOK_BYTES = 2**16
 _OTHER_BYTES = (
     (b"\xff\xfe", "UTF-16 text; wanted UTF-8: iconv -f UTF-16 -t UTF-8 IN > OUT"),
     (b"\xfe\xff", "UTF-16 text; wanted UTF-8: iconv -f UTF-16 -t UTF-8 IN > OUT"),
-    (b"\x1f\x8b", "compressed by gzip; name it so (.csv.gz, .jsonl.gz), or unpack it"),
+    (b"\x1f\x8b", "compressed by gzip; unpack it, or name it so if it is a table (.csv.gz, .jsonl.gz)"),
     (b"PK\x03\x04", "a zip or an Excel workbook; wanted plain text: save it as CSV (UTF-8)"),
     (b"PAR1", "Parquet; name it .parquet"),
 )

@@ -406,6 +406,8 @@ def test_lists_in_a_csv_of_pandas(tmp_path: Path) -> None:
         ("t.json", '[{"image_uri": "a", "bbox": [1, 2, 3, 4]}]', ["no image_id", "jq -c '.[]'"]),
         ("t.json", '{"a.jpg": [[1, 2, 3, 4]], "b.jpg": []}', ["first key is 'a.jpg'", ".jsonl"]),
         ("t.json", '{"images": [], "annotations": null}', ["`annotations` is null", "[]"]),
+        ("t.json", "[]".encode("utf-16"), ["UTF-16", "iconv"]),
+        ("t.json", gzip.compress(b"[]"), ["compressed by gzip", "unpack it"]),
         ("t.json", '{"images": null, "annotations": []}', ["`images` is null"]),
     ],
 )  # fmt: skip
