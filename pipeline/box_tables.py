@@ -139,8 +139,10 @@ def unused_columns(file: TableFile) -> tuple[str, ...]:
 
 def _near_note(file: TableFile, unused: Sequence[str], mapping: Mapping[str, str]) -> tuple[str, ...]:
     """A sentence where columns that are not read are called like some that the table lacks."""
+    classes = {"label", "category_id"}  # one column of classes is enough
+    there = {*file.names, *(classes if classes & file.names.keys() else ())}
     choices = _CHOICES["boxes" if "boxes" in file.names else "bbox"]
-    lacking = [choice for choice in choices if choice[0] not in file.names]
+    lacking = [choice for choice in choices if choice[0] not in there]
     near = near_columns(lacking, unused, mapping, exact=True)
     if not near:
         return ()
@@ -165,8 +167,12 @@ def _missing_columns(
     message = f"{uri}: no column {', no column '.join(lacking)}; found {shown_names(names)}"
     if not near:
         return JobRefused(message + _no_names(names))
-    shares = _are_shares(uri, mapping, near, access) and box_format is not None
-    box_format = cast(BoxFormat, f"{box_format}-normalised") if shares else box_format
+    rows = _first_rows(uri, mapping, near, access)
+    if rows is None and "category_id" in near:  # `class` may hold words
+        near = {ours: theirs for ours, theirs in near.items() if ours != "category_id"}
+        rows = _first_rows(uri, mapping, near, access)
+    if box_format is not None and _are_shares(rows):
+        box_format = cast(BoxFormat, f"{box_format}-normalised")
     flag = f" --box-format {box_format}" if box_format not in (None, "xyxy") else ""
     without = [choice for choice in lacking if not set(choice.split(" or ")) & near.keys()]
     rest = f"; nothing is called like {', nor like '.join(without)}" if without else ""
@@ -219,17 +225,24 @@ def _own(there: Mapping[str, str]) -> dict[str, str]:
     return {ours: theirs for ours, theirs in there.items() if ours not in CORNERS}
 
 
-def _are_shares(uri: str, mapping: Mapping[str, str], near: Mapping[str, str], access: AccessRules) -> bool:
-    """Whether the first boxes, read as proposed, lie within 0 to 1; False where they cannot be read."""
-    wanted = {name: BOX_ROWS[name] for name in CORNERS}
+def _first_rows(
+    uri: str, mapping: Mapping[str, str], near: Mapping[str, str], access: AccessRules
+) -> pa.Table | None:
+    """The first rows of a table, read as proposed; None where they cannot be read so."""
+    kinds = IMAGE_ROWS if "boxes" in near else BOX_ROWS
+    wanted = {name: kinds[name] for name in (*CORNERS, *near) if name in kinds}
     try:
         (file,) = inspect_tables([uri], wanted, {**mapping, **near}, access)
-        first = next(read_batches(file, access), None)
+        return next(read_batches(file, access), pa.table({}))
     except JobRefused:
+        return None
+
+
+def _are_shares(rows: pa.Table | None) -> bool:
+    """Whether the boxes of some rows lie within 0 to 1; False where there are none."""
+    if rows is None or not set(CORNERS) <= set(rows.column_names):
         return False
-    if first is None or len(file.names) < len(CORNERS):
-        return False
-    values = np.stack([first.column(name).to_numpy() for name in CORNERS])
+    values = np.stack([rows.column(name).to_numpy() for name in CORNERS])
     return bool(np.isfinite(values).any()) and float(np.nanmax(np.abs(values))) <= LARGEST_SHARE
 
 

@@ -671,6 +671,16 @@ def test_a_column_that_is_called_like_one_of_ours_is_proposed(tmp_path: Path) ->
     assert {"a.jpg": [([1.0, 2.0, 3.0, 4.0], 1, "cat", 0.0)]} == found(path, columns=settings.columns)
 
 
+def test_one_column_of_classes_is_enough_and_words_are_no_ids(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", "image_uri,x1,y1,x2,y2,label,class\na.jpg,1,2,3,4,0,cat\n")
+    assert () == planned(path).summary.warnings
+    assert ("class",) == planned(path).summary.unused_columns
+
+    written(path, "image,xmin,ymin,xmax,ymax,name,class\na.jpg,1,2,3,4,x,cat\n")
+    columns = pasted(path, refusal(path)).columns
+    assert {"a.jpg": [([1.0, 2.0, 3.0, 4.0], 1, "x", None)]} == found(path, columns=columns)
+
+
 def test_of_one_file_for_images_and_boxes_what_neither_reads_is_said(tmp_path: Path) -> None:
     path = written(tmp_path / "t.csv", "image_uri,x1,y1,x2,y2,iou\na.jpg,1,2,3,4,1\n")
     images = written(tmp_path / "i.csv", "image_uri,width\na.jpg,64\n")
