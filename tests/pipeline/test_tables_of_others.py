@@ -5,6 +5,8 @@ DuckDB, Polars and PyArrow write here themselves. What pandas 3.1, R and spreads
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import gzip
 import json
 import re
@@ -19,6 +21,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jobs.config import load_config
 from jobs.settings import input_settings
@@ -28,6 +32,7 @@ from pipeline.inputs import InputSettings
 from pipeline.json_arrays import JsonDamage
 from pipeline.plan import Plan, make_plan
 from pipeline.text_tables import read_list
+from tests.pipeline.made_formats import tar_of
 
 Box = tuple[list[float | None] | None, int | None, str | None, float | None]
 
@@ -361,6 +366,26 @@ def test_what_is_no_list_is_named(text: str, hint: str) -> None:
         read_list(text, "boxes")
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="[](),'\"\\ \n01.eE+-nul Naif", max_size=40))
+def test_any_text_is_a_list_or_named(text: str) -> None:
+    try:
+        values = read_list(text)
+    except JsonDamage:
+        return
+    assert values is None or repr(values) == repr(read_list(repr(values)))
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError):
+        literal = ast.literal_eval(text.strip())
+        if not re.search(
+            r"""['"]\s*['"]|[0-9.]\s*[-+]""", text
+        ):  # Python joins the words, and adds the numbers
+            assert repr(values).replace("(", "[") == repr(_as_lists(literal)).replace("(", "[")
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def test_lists_in_a_csv_of_pandas(tmp_path: Path) -> None:
     """pandas writes the str() of a cell: of lists, tuples and arrays."""
     path = written(
@@ -689,6 +714,23 @@ def test_of_one_file_for_images_and_boxes_what_neither_reads_is_said(tmp_path: P
     assert ("width", "iou") == planned(path, images=str(images)).summary.unused_columns
     written(path, "image_uri,x1,y1,x2,y2\na.jpg,1,2,3,4\na.jpg,1,2,3,4\n")
     assert "leave --images out" in refusal(path, images=str(path))
+
+
+def test_keys_beside_pictures_in_tars_and_fields_of_objects_that_are_not_read_are_said(
+    tmp_path: Path,
+) -> None:
+    beside = json.dumps({"boxes": [[0, 0, 5, 5]], "labels": [0.0], "iou": [1]}).encode()
+    (tmp_path / "0.tar").write_bytes(tar_of({"a.png": b"x", "a.json": beside}))
+    objects = {"bbox": [[0.0, 0.0, 5.0, 5.0]], "category": [0.0], "area": [25.0]}
+    rows = {"image": [{"bytes": b"x", "path": "a.png"}], "objects": [objects], "width": [5]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+
+    of_tar, of_set = planned(tmp_path / "0.tar"), planned(tmp_path / "t.parquet")
+
+    assert ("iou",) == of_tar.summary.unused_columns
+    assert ("width", "objects.area") == of_set.summary.unused_columns
+    for plan in (of_tar, of_set):
+        assert [0] == [box["category_id"] for row in plan.table.to_pylist() for box in row["boxes"]]
 
 
 def test_a_column_that_is_a_folder_is_said(tmp_path: Path) -> None:
