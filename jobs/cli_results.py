@@ -203,6 +203,13 @@ def export(
             show_default=False,
         ),
     ] = None,
+    categories_from_1: Annotated[
+        bool,
+        typer.Option(
+            "--categories-from-1",
+            help="coco: number the categories anew from 1, for tools that take 0 for no label (CVAT).",
+        ),
+    ] = False,
     config: options.ConfigFile = None,
     set_: options.Sets = None,
     json: options.Json = False,
@@ -224,6 +231,7 @@ def export(
         per_file=per_file,
         tolerance_px=tolerance,
         image_prefix=image_prefix,
+        categories_from_1=categories_from_1,
         json=json,
     )
     return job.run(given_of(config, set_, output__uri=output), how)

@@ -163,7 +163,7 @@ class LimitsSection(_Section):
     """Memory of the process that decodes one picture (out_of_memory)."""
     max_failure_rate: Share = 0.05
     """More failed images than this share end the job with exit code 3."""
-    failure_rate_from_images: int = Field(default=1000, ge=1)
+    failure_rate_from_images: int = Field(default=1, ge=1)
     """The share is judged from this many images on."""
 
 

@@ -103,6 +103,11 @@ def count(number: int, noun: str = "", plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def with_a_mask(masks: int, empty: int) -> str:
+    """Return the boxes with a mask of a pixel or more, and the empty ones: `435 with a mask, 787 empty`."""
+    return f"{masks:,} with a mask" + (f", {empty:,} empty" if empty else "")
+
+
 def size(number: float) -> str:
     """Bytes for people, powers of 1000: `812 B`, `4.1 MB`."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

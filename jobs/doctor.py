@@ -181,9 +181,9 @@ def checkpoint(config: Config) -> Finding:
         return Finding(area="job", name="checkpoint", state="fail", text=str(error))
     parts = [weights.architecture, f"input side {weights.input_side}", f"sha256 {weights.sha256}"]
     parts.append(f"licence {weights.license}" if weights.license else "licence unknown: ask its publisher")
-    if weights.note:
-        parts.append(weights.note)
-    return Finding(area="job", name="checkpoint", state="ok", text="; ".join(parts))
+    parts += [note for note in (weights.note, weights.warning) if note]
+    state: State = "note" if weights.warning else "ok"
+    return Finding(area="job", name="checkpoint", state=state, text="; ".join(parts))
 
 
 def detector(config: Config) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,9 +31,24 @@ class Ending:
     picture: str | None = None
 
 
-def over_budget(limits: Limits, *, images: int, failed: int) -> bool:
-    """Whether more images failed than `limits` allows; judged from a number of images on."""
-    return images >= limits.failure_rate_from_images and failed > limits.max_failure_rate * images
+def over_budget(limits: Limits, *, images: int, failed: int) -> str | None:
+    """Return the sentence on a job of which more images failed than `limits` allows; None where not.
+
+    A share that is exactly the limit is not over it.
+    """
+    # Divided, not multiplied: 29 / 100 is the very number that 0.29 is, while 0.29 * 100 is below 29.
+    if not failed or images < limits.failure_rate_from_images or failed / images <= limits.max_failure_rate:
+        return None
+    return (
+        f"over the failure budget: {failed:,} of {console.count(images, 'image')} failed "
+        f"({console.share(failed, images)}), limits.max_failure_rate is {limits.max_failure_rate:g}; mend "
+        f"the cause and retry, or allow more: --set limits.max_failure_rate={_next_tenth(failed / images):g} "
+        f"(exit code {EXIT_OVER_BUDGET})"
+    )
+
+
+def _next_tenth(rate: float) -> float:
+    return math.ceil(10 * rate) / 10
 
 
 def say_done(end: Ending, *, json: bool) -> int:
@@ -45,7 +61,7 @@ def say_done(end: Ending, *, json: bool) -> int:
     counts, limits = manifest.counts, end.opened.job.context.limits
     failed = counts.status.get("failed", 0)
     over = over_budget(limits, images=counts.images, failed=failed)
-    code = EXIT_OVER_BUDGET if over else 0
+    code = 0 if over is None else EXIT_OVER_BUDGET
     examples = failed_examples(end.opened.store, manifest) if failed else {}
     console.say("\n".join(_lines(end, manifest, examples, over)))
     if json:
@@ -74,10 +90,14 @@ def describe_counts(manifest: Manifest) -> list[tuple[str, str]]:
     if counts.status.get("failed"):
         failed = counts.status["failed"]
         images.append(f"{failed:,} failed ({console.share(failed, counts.images)})")
-    boxes = f"{counts.boxes:,} in all · {counts.masks:,} with a mask · {counts.accepted:,} accepted"
+    masks = console.with_a_mask(counts.masks, counts.empty)
+    boxes = f"{counts.boxes:,} in all · {masks} · {counts.accepted:,} accepted"
     rows = [("images", " · ".join(images)), ("boxes", boxes)]
-    if counts.rejected:
-        worst = sorted(counts.rejected.items(), key=lambda item: -item[1])
+    rejected = dict(counts.rejected)
+    if crowds := rejected.pop("crowd", 0):
+        rows.append(("", understood.crowd_sentence(crowds)))
+    if rejected:
+        worst = sorted(rejected.items(), key=lambda item: -item[1])
         rows.append(("", "not accepted: " + ", ".join(f"{name} {number:,}" for name, number in worst)))
     return rows
 
@@ -117,7 +137,7 @@ def _whole_manifest(end: Ending) -> Manifest:
     return manifest
 
 
-def _lines(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], over: bool) -> list[str]:
+def _lines(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], over: str | None) -> list[str]:
     output, counts = end.opened.store.place.uri.rstrip("/"), manifest.counts
     failed = counts.status.get("failed", 0)
     head = _this_run(end) if end.counts.units else "nothing was left to do, and nothing was changed"
@@ -132,13 +152,7 @@ def _lines(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], o
     for place, text in enumerate(next_commands(output, failed=failed, limited=limited)):
         rows.append(("next" if place == 0 else "", text))
     lines = [f"done: {console.count(counts.images, 'image')} in {output}; {head}", console.pairs(rows)]
-    if over:
-        limits = end.opened.job.context.limits
-        lines.append(
-            f"over the failure budget: {console.share(failed, counts.images)} of the images failed, "
-            f"limits.max_failure_rate is {limits.max_failure_rate:g} (exit code {EXIT_OVER_BUDGET})"
-        )
-    return lines
+    return lines if over is None else [*lines, over]
 
 
 def _this_run(end: Ending) -> str:

@@ -1,39 +1,53 @@
 """Tables -> COCO instances JSON: compressed runs, unchanged, as text; written and cut in bounded memory.
 
 Ids of annotations count from 1 through all files, because COCO's own evaluation takes 0 for "no match".
-`iscrowd` is always 0: runs say nothing about crowds, and trainers skip what is marked so. `area` is the
-mask's, `bbox` the mask's tight box.
+`iscrowd` of a mask is 0: runs say nothing about crowds, and trainers skip what is marked so. Boxes that came
+with `iscrowd` 1 have no mask; they are written with it, their box filled, as the region that readers ignore.
+`area` is the mask's, `bbox` the mask's tight box.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pyarrow as pa
+from pycocotools import mask as coco_mask
 
-from jobs.exporting import Source, number_text
+from jobs.exporting import Classes, Source, is_crowd, number_text
 from jobs.tables import ImageRows, Row, row_groups
 from pipeline import parquet, schema
 from pipeline.storage import Store
 
 _EXACT = 2**53  # above it, JavaScript and float64 readers round
 _IDS_KEY = "image_ids.parquet"
+_CATEGORIES_KEY = "category_ids.json"
 _IDS = pa.schema([("id", pa.int64()), ("image_id", pa.string()), ("file_name", pa.string())])
 
 
-def write_coco(source: Source, place: Store, *, per_file: int) -> Iterator[str]:
+def category_numbers(classes: Classes, *, from_1: bool) -> dict[int, int]:
+    """Return the number of each category in the file, by its id: the id itself, or its place from 1 on."""
+    return {number: place + 1 if from_1 else number for number, place in classes.places().items()}
+
+
+def write_coco(
+    source: Source, place: Store, *, per_file: int, categories_from_1: bool = False
+) -> Iterator[str]:
     """Write the files, at most `per_file` annotations each (an image is never cut); yields their keys.
 
     One file is `instances.json`, several are `instances-00001.json` and so on. Where ids of images had to
-    be numbered, `image_ids.parquet` says which is which. Memory: one file.
+    be numbered, `image_ids.parquet` says which is which; where categories were to be, `category_ids.json`
+    does. Memory: one file.
     """
     keep_ids = _ids_are_numbers(source)
+    numbers = category_numbers(source.classes, from_1=categories_from_1)
     counts = source.manifest.counts
-    name = "instances-{:05d}.json" if max(counts.masks, counts.images) > per_file else "instances.json"
-    frame = _Frame(source, keep_ids)
+    annotations = counts.masks + counts.rejected.get("crowd", 0)
+    name = "instances-{:05d}.json" if max(annotations, counts.images) > per_file else "instances.json"
+    frame = _Frame(source, keep_ids, numbers)
     ids = _Ids()
     body, written, annotation_id = _Body(), 0, 0
     for place_, rows in enumerate(source.images(), start=1):
@@ -48,12 +62,25 @@ def write_coco(source: Source, place: Store, *, per_file: int) -> Iterator[str]:
         ids.add(image_id, str(rows.image["image_id"]), file_name)
         for row in rows.instances:
             annotation_id += 1
-            body.annotations.add(_annotation(row, annotation_id, image_id, source.classes.id_of(row)))
+            shown = _region(row, rows.image) if is_crowd(row) else row
+            number = numbers[source.classes.id_of(row)]
+            body.annotations.add(_annotation(shown, annotation_id, image_id, number))
     place.put(name.format(written + 1), frame.around(body))
     yield name.format(written + 1)
     if not keep_ids:
         place.put(_IDS_KEY, ids.finish())
         yield _IDS_KEY
+    if categories_from_1:
+        place.put(_CATEGORIES_KEY, json.dumps(_category_map(source, numbers), ensure_ascii=False).encode())
+        yield _CATEGORIES_KEY
+
+
+def _category_map(source: Source, numbers: Mapping[int, int]) -> list[dict[str, object]]:
+    classes = source.classes
+    return [
+        {"id": new, "category_id": classes.given_id(number), "name": classes.names[number]}
+        for number, new in numbers.items()
+    ]
 
 
 class _Records:
@@ -90,9 +117,13 @@ class _Body:
 class _Frame:
     """What every file of an export has in common."""
 
-    def __init__(self, source: Source, keep_ids: bool) -> None:
-        categories = [{"id": number, "name": name} for number, name in source.classes.names.items()]
-        self._info = json.dumps(_info(source, keep_ids), ensure_ascii=False)
+    def __init__(self, source: Source, keep_ids: bool, numbers: Mapping[int, int]) -> None:
+        names = source.classes.names
+        categories = [{"id": new, "name": names[number]} for number, new in numbers.items()]
+        as_given = all(number == new for number, new in numbers.items())
+        of_categories = "as given" if as_given else f"numbered from 1, see {_CATEGORIES_KEY}"
+        info = {**_info(source, keep_ids), "category_ids": of_categories}
+        self._info = json.dumps(info, ensure_ascii=False)
         self._categories = json.dumps(categories, ensure_ascii=False)
 
     def around(self, body: _Body) -> bytes:
@@ -158,13 +189,30 @@ def _image(rows: ImageRows, number: int, file_name: str) -> str:
     return json.dumps(values | {"image_uri": image["image_uri"]}, ensure_ascii=False)
 
 
+def _region(row: Row, image: Row) -> Row:
+    """Return the row of a crowd with its box as a filled mask, widened to whole pixels of the picture."""
+    height, width = image["height"], image["width"]
+    x, y, box_width, box_height = row["prompt_bbox"]
+    x1, y1 = max(0, math.floor(x)), max(0, math.floor(y))
+    x2, y2 = min(width, math.ceil(x + box_width)), min(height, math.ceil(y + box_height))
+    inside, outside = y2 - y1, height - (y2 - y1)
+    columns = [outside, inside] * (x2 - x1)  # column-major: a gap before each column of the region
+    columns[0] = x1 * height + y1
+    counts = [*columns, height * width - (x2 - 1) * height - y2]
+    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    segmentation = {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+    tight = [x1, y1, x2 - x1, y2 - y1]
+    return {**row, "segmentation": segmentation, "bbox": tight, "area": (x2 - x1) * inside}
+
+
 def _annotation(row: Row, number: int, image: int, category: int) -> str:
     """One annotation; written by hand, because `json.dumps` of a dict each takes three times as long."""
     rle, (x, y, width, height) = row["segmentation"], (int(value) for value in row["bbox"])
     counts = rle["counts"].replace("\\", "\\\\")  # the only character of runs that JSON escapes
     box_id = "null" if row["box_id"] is None else json.dumps(row["box_id"])
     return (
-        f'{{"id":{number},"image_id":{image},"category_id":{category},"iscrowd":0,"area":{row["area"]},'
+        f'{{"id":{number},"image_id":{image},"category_id":{category},'
+        f'"iscrowd":{int(is_crowd(row))},"area":{row["area"]},'
         f'"bbox":[{x},{y},{width},{height}],'
         f'"segmentation":{{"size":[{rle["size"][0]},{rle["size"][1]}],"counts":"{counts}"}},'
         f'"instance_index":{row["instance_index"]},"box_id":{box_id},'

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from jobs.exporting import Source
 from jobs.tables import ImageRows
+from pipeline.errors import clean_text
 from pipeline.storage import Store
 
 _RLE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
@@ -114,7 +115,8 @@ def _row(source: Source, rows: ImageRows) -> dict[str, Any]:
 
 
 def _features(source: Source) -> dict[str, Any]:
-    names = [source.classes.names[number] for number in source.classes.places()]
+    distinct = source.classes.distinct_names()  # `datasets` refuses two labels of one name
+    names = [distinct[number] for number in source.classes.places()]
 
     def feature(kind: pa.DataType) -> Any:
         if pa.types.is_struct(kind):
@@ -131,11 +133,17 @@ def _features(source: Source) -> dict[str, Any]:
     return features
 
 
+def _cell(text: str) -> str:
+    """Return the text for a cell of a Markdown table."""
+    return clean_text(text).replace("\\", "\\\\").replace("|", "\\|")
+
+
 def _card(source: Source) -> str:
-    weights = source.job.context.weights
+    weights, classes_ = source.job.context.weights, source.classes
+    names = classes_.distinct_names()
     classes = "\n".join(
-        f"| {place} | {number} | {source.classes.names[number]} |"
-        for number, place in source.classes.places().items()
+        f"| {place} | {'' if classes_.given_id(number) is None else number} | {_cell(names[number])} |"
+        for number, place in classes_.places().items()
     )
     return f"""---
 task_categories: [image-segmentation]

@@ -1,5 +1,9 @@
 """Tables -> YOLO segmentation labels: one text file an image, one polygon a mask, and the IoU that costs.
 
+Ultralytics finds a label file by the picture's path alone: the last `/images/` in it becomes `/labels/`, what
+follows the last dot becomes `txt`; where there is no such file, it trains on the picture as background and
+says nothing. Pictures stand in `images/` under their names here, each label file where that rule looks.
+
 The format has one polygon an object and no scores. Parts and holes are bridged into it, so most of a mask
 survives; how much is measured on every line as it is written, and said.
 """
@@ -21,6 +25,10 @@ from pipeline.polygons import kept_iou, polygon_of
 from pipeline.storage import Store
 
 _LOW = 0.95
+# What Ultralytics opens: by the end of the name, and by the shorter side in pixels.
+ENDINGS = ("bmp", "dng", "jpeg", "jpg", "mpo", "png", "tif", "tiff", "webp", "pfm", "heic")
+_LEAST_SIDE = 10
+PASSED_OVER = "images that Ultralytics passes over"
 
 
 @dataclass(kw_only=True)
@@ -56,10 +64,11 @@ class Loss:
 
 
 def write_yolo(source: Source, place: Store, loss: Loss, *, tolerance_px: float) -> Iterator[str]:
-    """Write labels/, data.yaml, images.txt and classes.json; yields their keys.
+    """Write the label files, data.yaml, images.txt and classes.json; yields their keys.
 
     Classes count from 0 without gaps, in the order of their ids; classes.json has the ids. An image
-    without objects has an empty file. `tolerance_px`: how far an outline may move to save points.
+    without objects has an empty file. Images whose name no line of images.txt can hold are left out.
+    `tolerance_px`: how far an outline may move to save points.
 
     Raises:
         UsageError: two images would share one label file, because they differ in their ending alone.
@@ -69,24 +78,56 @@ def write_yolo(source: Source, place: Store, loss: Loss, *, tolerance_px: float)
     lines: list[str] = []
     for rows in source.images():
         name = source.file_name(rows.image)
-        stem = name.rsplit(".", 1)[0] if "." in name.rsplit("/", 1)[-1] else name
-        if stem in seen:
+        line = f"./images/{name}"
+        if not _can_be_listed(line):
+            source.leave_out(
+                rows, "images whose names a list of Ultralytics cannot hold (line ends, ./ or ../)"
+            )
+            continue
+        key = label_key(name)
+        if key in seen:
             raise UsageError(
-                f"{seen[stem]!a} and {name!a} would both be labelled by {stem}.txt: YOLO knows no ending; "
+                f"{seen[key]!a} and {name!a} would both be labelled by {key}: YOLO knows no ending; "
                 "export them apart (--where) or rename one"
             )
-        seen[stem] = name
-        lines.append(f"./images/{name}")
+        seen[key] = name
+        lines.append(line)
+        source.tally[PASSED_OVER] += _is_passed_over(name, rows.image)
         text = [_line(row, places[source.classes.id_of(row)], loss, tolerance_px) for row in rows.instances]
-        key = f"labels/{stem}.txt"
         place.put(key, "".join(text).encode())
         yield key
     names = [source.classes.names[number] for number in places]
-    listing = "".join(f"  {place_}: {json.dumps(name)}\n" for place_, name in enumerate(names))
+    listing = "".join(f"  {place_}: {yaml_text(name)}\n" for place_, name in enumerate(names))
     place.put("images.txt", "".join(f"{line}\n" for line in lines).encode())
-    place.put("data.yaml", f"path: .\ntrain: images.txt\nval: images.txt\nnames:\n{listing}".encode())
+    # Without `path` the list is looked for beside data.yaml; `path: .` would be the folder one stands in.
+    named = f"names:\n{listing}" if listing else "names: {}\n"
+    place.put("data.yaml", f"train: images.txt\nval: images.txt\n{named}".encode())
     place.put("classes.json", json.dumps(_class_map(source), ensure_ascii=False, indent=1).encode())
     yield from ("images.txt", "data.yaml", "classes.json")
+
+
+def label_key(name: str) -> str:
+    """Return where the label file of the picture `images/<name>` is looked for, below the export's folder."""
+    before, _, after = f"/images/{name}".rpartition("/images/")
+    folder, slash, last = f"{before}/labels/{after}".rpartition("/")
+    stem = last.rpartition(".")[0] if "." in last else last
+    return f"{folder}{slash}{stem}.txt".removeprefix("/")
+
+
+def _can_be_listed(line: str) -> bool:
+    """Return whether a reader that cuts by `splitlines` and replaces every "./" reads the line as meant."""
+    return line.splitlines() == [line] and "./" not in line[1:]
+
+
+def _is_passed_over(name: str, image: Row) -> bool:
+    small = min(image["width"], image["height"]) < _LEAST_SIDE
+    return small or name.rpartition(".")[2].lower() not in ENDINGS
+
+
+def yaml_text(text: str) -> str:
+    """Return a YAML string that every reader gives back equal: quoted, and escaped but for what prints."""
+    plain = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+    return f'"{"".join(plain)}"'
 
 
 def _line(row: Row, place: int, loss: Loss, tolerance_px: float) -> str:
@@ -100,6 +141,6 @@ def _line(row: Row, place: int, loss: Loss, tolerance_px: float) -> str:
 
 def _class_map(source: Source) -> list[dict[str, object]]:
     return [
-        {"class": place, "category_id": number, "name": source.classes.names[number]}
+        {"class": place, "category_id": source.classes.given_id(number), "name": source.classes.names[number]}
         for number, place in source.classes.places().items()
     ]

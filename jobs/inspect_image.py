@@ -37,7 +37,7 @@ def run(given: Given, image_id: str, *, picture: str | None, json: bool) -> int:
     if json:
         console.data_json({"image": _for_json(rows.image), "instances": rows.instances, "picture": place})
         return 0
-    console.data(console.pairs(_image_lines(rows.image)))
+    console.data(console.pairs(_image_lines(rows)))
     if rows.instances:
         console.data(console.table(["#", "class", "box (xywh)", "area", *_SCORES, "accepted"], _table(rows)))
     return 0
@@ -85,11 +85,12 @@ def _picture_name(image_id: str) -> str:
     return re.sub(r"[^\w.-]+", "_", image_id)[-100:].lstrip(".-") + ".overlay.png"
 
 
-def _image_lines(image: Row) -> list[tuple[str, str]]:
+def _image_lines(rows: ImageRows) -> list[tuple[str, str]]:
+    image = rows.image
     size = (
         f"{image['width']} x {image['height']} pixels, upright" if image["width"] else "unknown: not decoded"
     )
-    boxes = f"{image['num_boxes']} given, {image['num_instances']} with a mask"
+    boxes = f"{image['num_boxes']} given, {console.with_a_mask(*rows.masks())}"
     boxes += f", {image['num_accepted']} accepted"
     turned = image["exif_orientation"] not in (None, 1)
     lines = [

@@ -26,7 +26,8 @@ from jobs.working import save_config
 from pipeline import parquet, schema
 from pipeline.errors import UsageError
 from pipeline.ledger import Job, open_job, units_per_part
-from pipeline.manifest import Counts, Manifest, Part, PartFile, part_key, write_manifest
+from pipeline.manifest import Manifest, Part, PartFile, part_key, write_manifest
+from pipeline.publish import counts_of
 from pipeline.storage import Store, open_store
 
 _KEYS = ["image_id", "processed_at", "status"]
@@ -58,7 +59,7 @@ def run(given: Given, outputs: Sequence[str], *, json: bool) -> int:
     names = _names_by_id(sources)
     job = _open_merged_job(store, sources, winners.num_rows, names)
     save_config(store, _merged_config(sources, store.place.uri))
-    parts = list(_write_parts(store, job, sources, winners, _renumbering(names)))
+    parts = list(_write_parts(store, job, sources, winners, names))
     newest = max(sources, key=lambda source: source.manifest.published_at)
     manifest = Manifest(
         state="complete",
@@ -107,9 +108,11 @@ def choose(sources: Sequence[Source]) -> tuple[pa.Table, int]:
 
 
 def _names_by_id(sources: Sequence[Source]) -> dict[int, dict[int, str]]:
-    """Of each source, the names of its classes by id."""
+    """Return the names of each source's classes by id; ids without a name are left out."""
     return {
-        source.number: {int(one["id"]): str(one["name"]) for one in source.saved.job.categories}
+        source.number: {
+            int(one["id"]): str(one["name"]) for one in source.saved.job.categories if one["name"]
+        }
         for source in sources
     }
 
@@ -137,7 +140,10 @@ def _open_merged_job(
     run_id = "merge-" + dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S")
     context = replace(newest.saved.job.context, output=store.place, plan_sha256=digest, run_id=run_id)
     new_ids = _renumbering(names)
-    by_id = {number: name for of_source in names.values() for number, name in of_source.items()}
+    by_id: dict[int, str | None] = {
+        int(one["id"]): None for source in sources for one in source.saved.job.categories
+    }
+    by_id |= {number: name for of_source in names.values() for number, name in of_source.items()}
     if new_ids is not None:
         by_id = {number: name for name, number in new_ids.items()}
     boxes = sum(source.manifest.counts.boxes for source in sources)
@@ -169,8 +175,12 @@ def _write_parts(
     job: Job,
     sources: Sequence[Source],
     winners: pa.Table,
-    new_ids: Mapping[str, int] | None,
+    names: Mapping[int, Mapping[int, str]],
 ) -> Iterator[Part]:
+    new_ids = _renumbering(names)
+    if new_ids is None:  # nobody contradicts: what one output names is named in all
+        every = {number: name for of_source in names.values() for number, name in of_source.items()}
+        names = dict.fromkeys(names, every)
     footer = {"schema_version": str(schema.SCHEMA_VERSION), "run_id": job.context.run_id, "merged": "true"}
     for index, start in enumerate(range(0, max(winners.num_rows, 1), job.units_per_part)):
         chosen = winners.slice(start, job.units_per_part)
@@ -179,7 +189,7 @@ def _write_parts(
             "instances": parquet.ParquetSink(schema.INSTANCES, footer),
         }
         images = _rows(sources, chosen, "images", schema.IMAGES)
-        instances = _renumbered(_rows(sources, chosen, "instances", schema.INSTANCES), new_ids)
+        instances = _renumbered(_rows(sources, chosen, "instances", schema.INSTANCES, names), new_ids)
         sinks["images"].write(images)
         sinks["instances"].write(instances)
         files = {}
@@ -197,12 +207,18 @@ def _write_parts(
             generations={},
             images=files["images"],
             instances=files["instances"],
-            counts=_counts(images, instances),
+            counts=counts_of(images, instances),
         )
 
 
-def _rows(sources: Sequence[Source], chosen: pa.Table, table: str, kind: pa.Schema) -> pa.Table:
-    """The rows of the chosen images, in the order of their ids."""
+def _rows(
+    sources: Sequence[Source],
+    chosen: pa.Table,
+    table: str,
+    kind: pa.Schema,
+    names: Mapping[int, Mapping[int, str]] | None = None,
+) -> pa.Table:
+    """Return the rows of the chosen images by id; `names`: of the classes, source by source."""
     found = [kind.empty_table()]
     for source in sources:
         mine = chosen.filter(pc.equal(chosen["source"], source.number))["image_id"].combine_chunks()
@@ -211,12 +227,25 @@ def _rows(sources: Sequence[Source], chosen: pa.Table, table: str, kind: pa.Sche
         low, high = mine[0].as_py(), mine[-1].as_py()
         for part in source.manifest.parts:
             for rows in rows_between(source.saved.store, getattr(part, table), kind, kind.names, low, high):
-                found.append(rows.filter(pc.is_in(rows["image_id"], mine)))
+                rows = rows.filter(pc.is_in(rows["image_id"], mine))
+                found.append(rows if names is None else _named(rows, names[source.number]))
     keys = ["image_id", *(["instance_index"] if table == "instances" else [])]
     # Sorted by keys alone: lists and structs cannot pass through a sort.
     merged = pa.concat_tables([rows.replace_schema_metadata() for rows in found])
     order = pc.sort_indices(merged.select(keys), [(key, "ascending") for key in keys])
-    return merged.take(order).cast(kind)
+    # Not cast: Arrow would look below null boxes, where `take` leaves nulls.
+    return pa.Table.from_arrays(merged.take(order).columns, schema=kind)
+
+
+def _named(rows: pa.Table, names: Mapping[int, str]) -> pa.Table:
+    """Return the rows with the name of every class whose id has one."""
+    at = rows.schema.get_field_index("category_name")
+    known = pa.array(list(names.values()), pa.string())
+    ids = pa.array(list(names), pa.int32())
+    found = known.take(pc.index_in(rows["category_id"].combine_chunks(), ids, skip_nulls=True))
+    return rows.set_column(
+        at, rows.schema.field(at), pc.coalesce(rows["category_name"].combine_chunks(), found)
+    )
 
 
 def _renumbered(rows: pa.Table, new_ids: Mapping[str, int] | None) -> pa.Table:
@@ -231,20 +260,6 @@ def _renumbered(rows: pa.Table, new_ids: Mapping[str, int] | None) -> pa.Table:
     ids = numbers.take(pc.index_in(rows["category_name"].combine_chunks(), names))
     at = rows.schema.get_field_index("category_id")
     return rows.set_column(at, rows.schema.field(at), ids)
-
-
-def _counts(images: pa.Table, instances: pa.Table) -> Counts:
-    reasons = Counter(reason.split(":")[0] for reason in instances["reject_reason"].to_pylist() if reason)
-    failed = Counter(code for code in images["error_code"].to_pylist() if code)
-    return Counts(
-        images=images.num_rows,
-        boxes=instances.num_rows,
-        masks=instances.num_rows - instances["segmentation"].null_count,
-        accepted=pc.sum(instances["accepted"]).as_py() or 0,
-        status=dict(sorted(Counter(images["status"].to_pylist()).items())),
-        failed=dict(sorted(failed.items())),
-        rejected=dict(sorted(reasons.items())),
-    )
 
 
 def _say(

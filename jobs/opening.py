@@ -98,7 +98,7 @@ def _open_or_create(
     _refuse_compiling_for_a_cpu(config, device)
     plan = None if stored and not check_inputs and _plan_holds(store, stored, inputs) else make_plan(inputs)
     if plan is not None and stored is None:
-        plan = with_a_look(plan, settings.limits(config))
+        plan = with_a_look(plan, settings.limits(config), detected=detector is not None)
     wanted = _Wanted(
         config=config,
         inputs=inputs,
@@ -107,7 +107,7 @@ def _open_or_create(
         detector=detector,
         box_rules=_box_rules(config, plan, stored),
         plan_sha256=plan.sha256 if plan else _stored(stored).context.plan_sha256,
-        files=plan.summary.input_files if plan else _fingerprints(_stored(stored), inputs.access),
+        files=plan.summary.input_files if plan else _fingerprints(_stored(stored), allowed_access(inputs)),
         access=plan.access if plan else allowed_access(inputs),
     )
     asked = _job(wanted, store, plan, stored)
@@ -167,7 +167,7 @@ def _box_rules(config: Config, plan: Plan | None, stored: Job | None) -> BoxRule
 def _fingerprints(stored: Job, access: AccessRules) -> tuple[Mapping[str, Any], ...]:
     """The box and table files of the stored job as they are now."""
     uris = [file["uri"] for file in stored.identity["inputs"]["files"]]
-    return tuple(fingerprint(uri, options_for(uri, access)) for uri in uris)
+    return tuple(fingerprint(uri, options_for(uri, access), roots=access.roots) for uri in uris)
 
 
 def _stored(job: Job | None) -> Job:

@@ -106,7 +106,7 @@ def _tile(rows: ImageRows, picture: Image.Image, context: JobContext) -> Tile:
 
 
 def _remark(rows: ImageRows) -> str:
-    boxes, masks = len(rows.instances), int(rows.image["num_instances"])
+    boxes, masks = len(rows.instances), rows.masks()[0]
     text = f"{masks} of {console.count(boxes, 'box has', 'boxes have')} a mask"
     scores = [row["predicted_iou"] for row in rows.instances if row["predicted_iou"] is not None]
     if scores:

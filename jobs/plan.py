@@ -34,7 +34,8 @@ def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> i
         UsageError: a sample is wanted and no checkpoint is named.
     """
     with before_work():
-        plan = understood.with_a_look(make_plan(settings.input_settings(config)), settings.limits(config))
+        made, detected = make_plan(settings.input_settings(config)), config.detector.name is not None
+        plan = understood.with_a_look(made, settings.limits(config), detected=detected)
         weights = read_checkpoint(config) if config.model.checkpoint else None
         detector = read_detector(config)
         done = _done(config, plan) if config.output.uri else None
@@ -94,6 +95,7 @@ def _rows(
     if weights is not None:
         licence = weights.license or "unknown"
         rows.append(("model", f"{weights.architecture}, input side {weights.input_side}; licence {licence}"))
+        rows += [("", weights.warning)] if weights.warning else []
     rows.append(
         ("work", f"{console.count(plan.summary.units, 'unit')} of up to {plan.images_per_unit} images")
     )

@@ -9,13 +9,14 @@ from jobs.config import Given
 from jobs.interrupts import Interrupts
 from jobs.machine import Machine
 from jobs.ownership import Ownership
-from jobs.saved import open_saved
+from jobs.saved import SavedJob, open_saved
 from jobs.working import save_config
+from pipeline.manifest import Manifest
 from pipeline.publish import publish
 
 
 def run(given: Given, interrupts: Interrupts, *, json: bool) -> int:
-    """Publish every range of units that is whole, with the filters given now, and return 0."""
+    """Publish every range of units that is whole, with the filters given now, and return the exit code."""
     saved = open_saved(given)
     filters = settings.filter_settings(saved.config)
     with (
@@ -32,14 +33,28 @@ def run(given: Given, interrupts: Interrupts, *, json: bool) -> int:
     asked = ", ".join(f"{name} {value}" for name, value in asdict(filters).items() if value is not None)
     console.say(f"published {manifest.published_units:,} of {console.count(manifest.units, 'unit')} in {uri}")
     console.say(console.pairs([*ending.describe_counts(manifest), ("filters", asked)]))
+    over = _over_budget(saved, manifest)
+    if over is not None:
+        console.say(over)
+    code = 0 if over is None else ending.EXIT_OVER_BUDGET
     if json:
         console.data_json(
             {
                 "output": uri,
+                "exit_code": code,
                 "state": manifest.state,
                 "units": {"planned": manifest.units, "published": manifest.published_units},
                 "filters": asdict(filters),
                 "counts": asdict(manifest.counts),
             }
         )
-    return 0
+    return code
+
+
+def _over_budget(saved: SavedJob, manifest: Manifest) -> str | None:
+    """Return what is to be said of a whole job with too many failed images; None for one that goes on."""
+    if manifest.state != "complete":
+        return None
+    counts = manifest.counts
+    limits, failed = settings.limits(saved.config), counts.status.get("failed", 0)
+    return ending.over_budget(limits, images=counts.images, failed=failed)

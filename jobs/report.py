@@ -217,9 +217,11 @@ def _totals(saved: SavedJob, manifest: Manifest, data: ReportData) -> list[tuple
     counts = manifest.counts
     failed, no_boxes = counts.status.get("failed", 0), counts.status.get("no_boxes", 0)
     size = sum(part.images.bytes + part.instances.bytes for part in manifest.parts)
+    empty = f", {counts.empty:,} empty beside them" if counts.empty else ""
+    of_boxes = f"of {counts.boxes:,} boxes{empty}"
     found = [
         (f"{counts.images:,}", "images", f"{failed:,} failed, {no_boxes:,} without boxes"),
-        (f"{counts.masks:,}", "masks", f"of {counts.boxes:,} boxes"),
+        (f"{counts.masks:,}", "masks", of_boxes),
         (
             console.share(counts.accepted, counts.boxes),
             "accepted",

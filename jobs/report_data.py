@@ -171,9 +171,10 @@ class _Instances:
 
     def _count(self, table: pa.Table, columns: Mapping[str, Float64Array]) -> None:
         accepted = np.asarray(table["accepted"])
+        has_mask = columns["area"] > 0
         for name, bins in self._bins.items():
             place = _bin(columns[name], log=name == "area")
-            known = place >= 0
+            known = (place >= 0) & has_mask
             bins[0] += np.bincount(place[known], minlength=BINS)
             bins[1] += np.bincount(place[known & accepted], minlength=BINS)
         parts = np.nan_to_num(columns["num_components"], nan=0).astype(np.int64).clip(0, 10)
@@ -183,13 +184,14 @@ class _Instances:
 
     def _count_classes(self, table: pa.Table) -> None:
         names = ["category_id", "category_name"]
-        lean = table.select([*names, "image_id", "accepted", "area"])
-        sums = lean.group_by(names).aggregate([("accepted", "count"), ("accepted", "sum"), ("area", "count")])
+        lean = table.select([*names, "image_id", "accepted"])
+        lean = lean.append_column("mask", pc.greater(table["area"], 0))
+        sums = lean.group_by(names).aggregate([("accepted", "count"), ("accepted", "sum"), ("mask", "sum")])
         for row in sums.to_pylist():
             found = self._per_class[row["category_id"], row["category_name"]]
             found["boxes"] += row["accepted_count"]
             found["accepted"] += row["accepted_sum"] or 0
-            found["masks"] += row["area_count"]
+            found["masks"] += row["mask_sum"] or 0
         last_image, last_classes = self._last
         ends_with = table["image_id"][-1].as_py() if table.num_rows else last_image
         in_last = set(last_classes) if ends_with == last_image else set()

@@ -18,9 +18,8 @@ def queries(output: str) -> dict[str, str]:
     instances, images = (f"'{quoted(output)}/{name}/*.parquet'" for name in ("instances", "images"))
     medians = ", ".join(f"median({name}) AS {name}" for name in (*SCORES, "area"))
     names = ", ".join(SCORES)
-    scores = (
-        f"(UNPIVOT (SELECT accepted, {names} FROM {instances})\n  ON {names} INTO NAME score VALUE value)"
-    )
+    masks = f"SELECT accepted, {names} FROM {instances} WHERE area > 0"
+    scores = f"(UNPIVOT ({masks})\n  ON {names} INTO NAME score VALUE value)"
     times = ", ".join(f"quantile_cont({name}, [0.5, 0.95]) AS {name}" for name in TIMES)
     steps = ",\n  ".join(f"avg(CAST(value >= CAST({step} AS FLOAT) AS INT)) AS '>= {step}'" for step in STEPS)
     return {
@@ -42,7 +41,8 @@ def queries(output: str) -> dict[str, str]:
         f"FROM {images} GROUP BY 1 ORDER BY 1;",
         "lines": f"SELECT score, {steps}\nFROM {scores} GROUP BY 1;",
         "classes": "SELECT category_id, category_name, count(DISTINCT image_id) AS images, "
-        f"count(*) AS boxes,\n  count(area) AS masks, count(*) FILTER (accepted) AS accepted, {medians}\n"
+        "count(*) AS boxes,\n  count(*) FILTER (area > 0) AS masks, count(*) FILTER (accepted) AS accepted, "
+        f"{medians}\n"
         f"FROM {instances} GROUP BY 1, 2 ORDER BY boxes DESC;",
         "pace": f"SELECT CAST(date_trunc('minute', processed_at) AS VARCHAR) AS minute, count(*) AS images\n"
         f"FROM {images} GROUP BY 1 ORDER BY 1;",

@@ -23,6 +23,7 @@ from jobs.working import working_context
 from pipeline.arrays import table_sha256
 from pipeline.errors import JobRefused
 from pipeline.ledger import units_per_part
+from pipeline.manifest import Counts
 from pipeline.parquet import compressed_bytes
 from pipeline.plan import Plan, write_plan
 from pipeline.publish import PartTask, publish_part
@@ -46,6 +47,8 @@ class Measured:
     images_per_unit: int
     failed: int
     boxes: int
+    masks: int
+    empty: int
     start_s: float
     images_per_s: float
     row_bytes: int
@@ -130,7 +133,7 @@ def measure(
             if interrupts.should_stop():
                 raise Interrupted
             return clock.measured(
-                *_published_bytes(context, settings.filter_settings(config)),
+                *_published(context, settings.filter_settings(config)),
                 actors=requests.actors_max,
                 gpus=requests.gpus_per_actor * requests.actors_max,
                 device=machine.device(),
@@ -152,14 +155,14 @@ def sampled_plan(plan: Plan, sample: int, *, actors: int) -> Plan:
     return replace(plan, table=table, sha256=table_sha256(table), images_per_unit=per_unit)
 
 
-def _published_bytes(context: JobContext, filters: FilterSettings) -> tuple[int, int]:
-    """(bytes of rows, bytes beside them) of the sample as one part; its small unit files say neither."""
+def _published(context: JobContext, filters: FilterSettings) -> tuple[int, int, Counts]:
+    """The sample as one part: bytes of its rows, bytes beside them; its small unit files say neither."""
     store = open_store(context.output)
     units = tuple(list_committed(store).values())
     part = publish_part(PartTask(context=context, index=0, part_units=units, filters=filters))
     files = (part.images, part.instances)
     rows = sum(compressed_bytes(store.read(file.key)) for file in files)
-    return rows, sum(file.bytes for file in files) - rows
+    return rows, sum(file.bytes for file in files) - rows, part.counts
 
 
 class _Clock:
@@ -174,7 +177,15 @@ class _Clock:
         self._came.append((time.monotonic() - self._began, outcome))
 
     def measured(
-        self, row_bytes: int, part_bytes: int, *, actors: int, gpus: float, device: str, ray_s: float
+        self,
+        row_bytes: int,
+        part_bytes: int,
+        counts: Counts,
+        *,
+        actors: int,
+        gpus: float,
+        device: str,
+        ray_s: float,
     ) -> Measured:
         """What it came to: the rate after the first unit of every actor, and the start before it."""
         outcomes = [outcome for _, outcome in self._came]
@@ -190,7 +201,9 @@ class _Clock:
             images=images,
             images_per_unit=max(outcome.images for outcome in outcomes),
             failed=sum(outcome.failed for outcome in outcomes),
-            boxes=sum(outcome.instances for outcome in outcomes),
+            boxes=counts.boxes,
+            masks=counts.masks,
+            empty=counts.empty,
             start_s=ray_s + max(0.0, warm_s - before / images_per_s),
             images_per_s=images_per_s,
             row_bytes=row_bytes,
@@ -225,7 +238,8 @@ def describe(estimate: Estimate) -> list[tuple[str, str]]:
     """The estimate in lines for people."""
     measured = estimate.measured
     processes = console.count(measured.actors, "model process", "model processes")
-    sample = f"{console.count(measured.images, 'image')}, {console.count(measured.boxes, 'mask')}"
+    sample = f"{console.count(measured.images, 'image')}, {console.count(measured.boxes, 'box', 'boxes')}"
+    sample += f", {console.with_a_mask(measured.masks, measured.empty)}"
     failed = f", {measured.failed:,} failed" if measured.failed else ""
     rate = f"{console.rate(measured.images_per_s)} images/s with {processes} on {measured.device}"
     rows = [

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.tables import ImageRows, Row, row_groups
 from pipeline import schema
@@ -24,10 +26,14 @@ _BATCH_ROWS = 8192  # rows that are Python objects at one time
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which instances: `accepted_only` and `where`, an SQL condition over a row of `instances`; both hold."""
+    """Which instances: `accepted_only` and `where`, an SQL condition over a row of `instances`; both hold.
+
+    `with_crowds`: crowd regions, which no filter judges, pass `accepted_only`.
+    """
 
     accepted_only: bool = False
     where: str | None = None
+    with_crowds: bool = False
 
     @property
     def is_all(self) -> bool:
@@ -44,7 +50,9 @@ def selected_images(
         UsageError: the condition is no SQL over the columns of `instances`, or DuckDB is not installed.
     """
     keep = condition(selection)
-    wanted = schema.INSTANCES.names if selection.where else ["image_id", "accepted", *columns]
+    wanted = (
+        schema.INSTANCES.names if selection.where else ["image_id", "accepted", "reject_reason", *columns]
+    )
     for part in manifest.parts:
         rows = _chosen_rows(store, part.instances, keep, list(dict.fromkeys(wanted)))
         waiting = next(rows, None)
@@ -63,8 +71,11 @@ def condition(selection: Selection) -> Condition | None:
     A wrong condition is refused here, before any row is read. DuckDB may open no file and no network for it.
     """
     if selection.where is None:
-        return (lambda rows: rows["accepted"]) if selection.accepted_only else None
-    sql = f"({selection.where}\n)" + (" AND accepted" if selection.accepted_only else "")
+        return partial(_accepted, selection.with_crowds) if selection.accepted_only else None
+    accepted = (
+        "(accepted OR reject_reason IS NOT DISTINCT FROM 'crowd')" if selection.with_crowds else "accepted"
+    )
+    sql = f"({selection.where}\n)" + (f" AND {accepted}" if selection.accepted_only else "")
     connection = _duckdb().connect(":memory:", config={"enable_external_access": False, "threads": 1})
 
     def judge(rows: pa.Table) -> pa.Array:
@@ -80,6 +91,12 @@ def condition(selection: Selection) -> Condition | None:
 
     judge(schema.INSTANCES.empty_table())
     return judge
+
+
+def _accepted(with_crowds: bool, rows: pa.Table) -> pa.Array:
+    if not with_crowds:
+        return rows["accepted"]
+    return pc.or_(rows["accepted"], pc.fill_null(pc.equal(rows["reject_reason"], "crowd"), False))
 
 
 def _no_condition(where: str | None, why: str) -> UsageError:

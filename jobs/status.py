@@ -18,6 +18,7 @@ from rich.text import Text
 
 from jobs import console, settings
 from jobs.config import Config
+from jobs.ending import over_budget
 from pipeline.ledger import Job, require_job
 from pipeline.status import JobStatus, Seen, status
 from pipeline.storage import Store, open_store
@@ -106,9 +107,11 @@ def _rows(job: Job, found: JobStatus) -> list[tuple[str, str]]:
             "" if found.units_counted >= found.units_done else f" (of {found.units_counted:,} units read)"
         )
         rows.append(("status", by_status + partly))
-        rows.append(("boxes", f"{counts.boxes:,} given, {counts.masks:,} with a mask"))
+        rows.append(("boxes", f"{counts.boxes:,} given, {console.with_a_mask(counts.masks, counts.empty)}"))
     for code, number in sorted(counts.failed.items(), key=lambda item: -item[1]):
         rows.append(("failed", f"{code} {number:,}"))
+    if over := _over_budget(job, found):
+        rows.append(("budget", over))
     if found.images_per_s is not None:
         rows.append(("rate", f"{console.rate(found.images_per_s)} images/s over the last commits"))
     if found.eta_s is not None:
@@ -124,6 +127,14 @@ def _rows(job: Job, found: JobStatus) -> list[tuple[str, str]]:
     return rows
 
 
+def _over_budget(job: Job, found: JobStatus) -> str | None:
+    """Return what is to be said of a finished job with too many failed images; None before its end."""
+    if not found.complete or found.units_counted < found.units_done:
+        return None
+    failed = found.counts.status.get("failed", 0)
+    return over_budget(job.context.limits, images=found.images, failed=failed)
+
+
 def _as_json(store: Store, job: Job, found: JobStatus) -> dict[str, Any]:
     holder = found.holder
     return {
@@ -136,7 +147,8 @@ def _as_json(store: Store, job: Job, found: JobStatus) -> dict[str, Any]:
             "by_status": found.counts.status,
             "failed_by_code": found.counts.failed,
         },
-        "boxes": {"given": found.counts.boxes, "masks": found.counts.masks},
+        "over_budget": _over_budget(job, found) is not None,
+        "boxes": {"given": found.counts.boxes, "masks": found.counts.masks, "empty": found.counts.empty},
         "units": {
             "planned": found.units,
             "done": found.units_done,

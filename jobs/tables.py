@@ -30,6 +30,11 @@ class ImageRows:
     image: Row
     instances: tuple[Row, ...]
 
+    def masks(self) -> tuple[int, int]:
+        """Return how many of its boxes have a mask of at least one pixel, and how many an empty one."""
+        areas = [row["area"] for row in self.instances if row["area"] is not None]
+        return sum(area > 0 for area in areas), areas.count(0)
+
 
 def require_published(store: Store) -> Manifest:
     """The manifest of the tables in a store; JobRefused when nothing is published there."""

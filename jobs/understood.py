@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,16 @@ from pipeline.plan import Plan
 from pipeline.records import BoxRules, JobContext, Limits
 
 
-def with_a_look(plan: Plan, limits: Limits) -> Plan:
-    """The plan, with warnings of what a look at a few of its pictures shows and was not said before."""
+def with_a_look(plan: Plan, limits: Limits, *, detected: bool = False) -> Plan:
+    """The plan, with warnings of what a look at a few of its pictures shows and was not said before.
+
+    `detected`: a detector finds the boxes.
+    """
     summary = plan.summary
     rules = BoxRules(box_format=summary.box_format, box_frame=summary.box_frame)
     flags = {_flag(sentence) for sentence in summary.warnings}
-    seen = [line for line in look(plan.table, rules, plan.access, limits) if _flag(line) not in flags]
+    found = look(plan.table, rules, plan.access, limits, detected=detected)
+    seen = [line for line in found if _flag(line) not in flags]
     return replace(plan, summary=replace(summary, warnings=(*summary.warnings, *seen)))
 
 
@@ -40,6 +44,8 @@ def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, 
         rows.append(("boxes", f"{boxes}; {_place(config.input.boxes)}"))
         rows.append(("box format", f"{plan['box_format']}, in the {_frame(plan['box_frame'])}"))
     rows.append(("ids", plan["id_rule"]))
+    if unused := plan.get("unused_columns"):
+        rows.append(("", f"columns not used: {_listed(unused)}"))
     rows += [("", line) for line in _odd_images(plan, detected=config.detector.name is not None)]
     return rows
 
@@ -52,8 +58,8 @@ def describe_model(context: JobContext, *, asked_dtype: str) -> list[tuple[str, 
         f"{weights.architecture}, input side {weights.input_side}; sha256 {weights.sha256[:12]}; {licence}"
     )
     dtype = context.masks.dtype + (" (auto)" if asked_dtype == "auto" else "")
-    rows = [("model", model), ("numbers", dtype)]
-    return rows if weights.note is None else [*rows, ("", weights.note)]
+    notes = [("", note) for note in (weights.warning, weights.note) if note is not None]
+    return [("model", model), ("numbers", dtype), *notes]
 
 
 def describe_detector(context: JobContext) -> list[tuple[str, str]]:
@@ -116,6 +122,11 @@ def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
     ):
         if plan[name]:
             lines.append(f"{console.count(plan[name], 'image')} with {reason}")
+    if plan["invalid_prompts"]:
+        boxes = console.count(plan["invalid_prompts"], "box", "boxes")
+        lines.append(f"{boxes} with points or a mask that cannot be used: no mask (prompt_invalid)")
+    if crowds := plan.get("crowd_boxes"):  # a job of an earlier version does not say
+        lines.append(crowd_sentence(crowds))
     lost = plan["unmatched_boxes"]
     if lost["boxes"]:
         boxes = console.count(lost["boxes"], "box", "boxes")
@@ -123,10 +134,27 @@ def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
             f"{boxes} of {console.count(lost['images'], 'unlisted image')}: left out (--allow-unmatched)"
         )
     if plan["skipped_files"]:
-        lines.append(
-            f"{console.count(plan['skipped_files'], 'file')} in the folder are no pictures: left out"
-        )
+        files = console.count(plan["skipped_files"], "file")
+        what = "is no picture" if plan["skipped_files"] == 1 else "are no pictures"
+        lines.append(f"{files} in the folder {what}: left out")
+    lines += plan.get("left_out", ())  # jobs of before have none
     return lines
+
+
+def _listed(names: Sequence[str], count: int = 12) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - count:,} more" if len(names) > count else ""
+    return ", ".join(console.shown(name, 40) for name in names[:count]) + more
+
+
+def crowd_sentence(number: int) -> str:
+    """Return what is said of boxes with iscrowd 1, before the work and after it."""
+    are = (
+        "is a region, no object: it keeps its row"
+        if number == 1
+        else "are regions, not objects: they keep their rows"
+    )
+    return f"{console.count(number, 'crowd box', 'crowd boxes')} (iscrowd 1) {are} without a mask"
 
 
 def _frame(frame: str) -> str:

@@ -12,6 +12,7 @@ from jobs.config import Config
 from jobs.settings import absolute, is_local, require, storage_options
 from model.checkpoints import CheckpointError, LoadedModel, load
 from model.config import ConfigError
+from model.weight_files import ENDINGS
 from pipeline.errors import HqlabelError, JobRefused, clean_text
 from pipeline.records import DEMO, Weights
 from pipeline.weights import open_weights
@@ -40,6 +41,7 @@ def read_checkpoint(config: Config) -> Weights:
         architecture=loaded.weights.architecture,
         input_side=loaded.model.config.image_size,
         note=DEMO_NOTE if source == DEMO else None,
+        warning=clean_text("; ".join(loaded.weights.warnings)) or None,
     )
 
 
@@ -52,7 +54,7 @@ def _source(named: str) -> str:
         return path
     # Asking the hub for what was meant as a path takes half a minute and ends in a misleading answer.
     meant_as_path = os.path.isabs(named) or (os.path.isdir(os.path.dirname(path)) and os.sep in named)
-    if meant_as_path or (named.count("/") < 2 and named.endswith((".pth", ".safetensors"))):
+    if meant_as_path or (named.count("/") < 2 and named.endswith(ENDINGS)):
         raise JobRefused(f"--checkpoint {named}: there is no such file or folder")
     return named
 

@@ -2,8 +2,10 @@
 
     bytes of a file, folder or hub id  ->  SHA-256  ->  tensors  ->  our names  ->  architecture  ->  SamHQ
 
-Strict throughout. The original loader only prints what is missing or left over, so that a file of plain SAM
+Strict on tensors. The original loader only prints what is missing or left over, so that a file of plain SAM
 gives HQ-SAM with random HQ weights; here each such tensor is an error by name.
+The tensors decide the architecture. A `config.json` beside them is held against them; what it holds beyond
+what is known here is a warning, so that the files of the next release of transformers can be read.
 No file is unpickled beyond tensors, whatever the environment says.
 """
 
@@ -22,9 +24,19 @@ import safetensors.torch
 import torch
 
 from model.architecture import config_from_shapes, deciding_shapes
-from model.config import ConfigError, SamHQConfig, TinyVisionConfig
-from model.config_json import config_from_json, config_to_json
-from model.layouts import IGNORED, TIED_PE, Layout, detect_layout, foreign_model, rename
+from model.config import ConfigError, SamHQConfig
+from model.config_json import config_to_json, disagreements, stated_side, unknown_keys
+from model.layouts import (
+    IGNORED,
+    TIED_PE,
+    Layout,
+    decoder_alone,
+    detect_layout,
+    foreign_model,
+    prefixes,
+    rename,
+    without_wrappers,
+)
 from model.sam_hq import SamHQ
 from model.structures import WeightsInfo
 from model.weight_files import CONFIG, SINGLE, CheckpointError, Source, read_weights, write_atomically
@@ -34,7 +46,7 @@ __all__ = ["DEMO_FOLDER", "CheckpointError", "LoadedModel", "load", "save_origin
 DEMO_FOLDER = Path(__file__).parent / "weights" / "hqlabel-demo"
 """The small model that comes with the package, in the transformers layout."""
 
-STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FP16_MAX = 65504.0
 NAMES_SHOWN = 8
 
@@ -56,20 +68,21 @@ def load(
 ) -> LoadedModel:
     """Return the model in `source`, in evaluation mode.
 
-    `source`: a path of a `.pth` or `.safetensors` file, of a `model.safetensors.index.json`, or of a folder
-    in the transformers layout; bytes or an open binary file of one of the two kinds of file; a mapping of
-    file names to bytes or open files, for a folder that lies elsewhere; or a hub id, `org/name` (transformers
-    layout) or `org/name/file.pth`, when no such path exists. `revision`: of a hub id.
-    `dtype`: float32 or bfloat16, see `SamHQ.cast`. Weights stored as fp16 or bf16 become fp32 first.
+    `source`: a path of a PyTorch or safetensors file of either layout, of an index of shards, or of a folder
+    as transformers writes it; bytes or an open binary file of one of the two kinds of file; a mapping of
+    file names to bytes or open files, for a folder that lies elsewhere; or a hub id, `org/name` (a folder) or
+    `org/name/file.pth`, when no such path exists. `revision`: of a hub id.
+    `dtype`: float32 or bfloat16, see `SamHQ.cast`. Weights stored as fp16, bf16 or fp64 become fp32 first.
 
     Raises:
         CheckpointError: nothing there, not a weights file, another model's, or a tensor that is missing,
             left over, of a wrong shape or dtype, or not finite: the message names it.
-        ConfigError: a `config.json` that contradicts itself or asks for the unknown.
+        ConfigError: a `config.json` of another model, or that asks for what is not done here.
     """
     files = read_weights(source, revision=revision)
     layout, native, ignored = to_native(files.tensors)
-    config = read_config(native, files.config, layout)
+    unknown = unknown_keys(files.config or {})
+    config = read_config(native, files.config or {}, layout)
     model = build(config, native, layout)
     info = WeightsInfo(
         sha256=files.sha256,
@@ -78,18 +91,23 @@ def load(
         license=files.license,
         source=files.source,
         ignored_keys=tuple(sorted(ignored)),
+        warnings=(f"config.json: {shown(unknown)}: not known here, not followed",) if unknown else (),
     )
     return LoadedModel(model=model.cast(dtype).to(device), weights=info)
 
 
 def to_native(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str, torch.Tensor], list[str]]:
     """Return the layout, the tensors under our names, and the names that are known not to matter."""
+    tensors = without_prefix(tensors)
     foreign = foreign_model(tensors)
     if foreign is not None:
         raise CheckpointError(
             f"the file holds {foreign}, not SAM-HQ: there is no HQ token in it. Use a SAM-HQ checkpoint, "
             "such as sam_hq_vit_b.pth or syscv-community/sam-hq-vit-base"
         )
+    whose = decoder_alone(tensors)
+    if whose is not None:
+        raise CheckpointError(f"the file holds the mask decoder of {whose} alone{MERGE[whose]}")
     layout = detect_layout(tensors)
     if layout is None:
         raise CheckpointError(
@@ -113,6 +131,39 @@ def to_native(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str, to
     return layout, native, ignored
 
 
+MERGE = {
+    "SAM-HQ": (
+        ", as training saves it after each epoch. Name the sam_hq_epoch_*.pth that it saves at its end, or "
+        "merge it with its SAM: sam = torch.load('sam_vit_l.pth', weights_only=True); "
+        "hq = torch.load('epoch_11.pth', weights_only=True); "
+        "sam.update({'mask_decoder.' + k: hq[k] for k in hq}); torch.save(sam, 'sam_hq.pth')"
+    ),
+    "SAM": ", from which the training of SAM-HQ begins; it is not SAM-HQ",
+}
+"""What to do with a decoder alone. The names in it have no `mask_decoder.` before them."""
+
+
+def without_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors under the model's own names, without what training code had it wrapped in."""
+    bare = {name: without_wrappers(name) for name in tensors}
+    found = sorted(prefixes(bare.values()))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"the parts of the model stand under {len(found)} prefixes, {shown([repr(x) for x in found])}; "
+            "wanted one model, all of it under one prefix or under none"
+        )
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        short = bare[name].removeprefix(found[0] if found else "")
+        if short in result:
+            wrapped = next(x for x in tensors if x != short and bare[x] == bare[name])
+            raise CheckpointError(
+                f"the file holds tensors twice, with and without `{wrapped.removesuffix(short)}`: {short}"
+            )
+        result[short] = tensor
+    return result
+
+
 def add_tied_matrix(
     native: dict[str, torch.Tensor], tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor]
 ) -> None:
@@ -126,20 +177,16 @@ def add_tied_matrix(
 def read_config(
     native: Mapping[str, torch.Tensor], values: Mapping[str, Any] | None, layout: Layout
 ) -> SamHQConfig:
-    """Return the architecture of the tensors, after checking it against a `config.json` if there is one."""
-    given = None if values is None else config_from_json(values)
-    tiny_side = given.image_size if given and isinstance(given.vision, TinyVisionConfig) else None
+    """Return the architecture of the tensors, after holding a `config.json` against it if there is one."""
     try:
-        config = config_from_shapes({n: tuple(t.shape) for n, t in native.items()}, image_size=tiny_side)
+        config = config_from_shapes(
+            {name: tuple(tensor.shape) for name, tensor in native.items()},
+            image_size=stated_side(values or {}),
+        )
     except ConfigError as error:
         raise CheckpointError(in_file_names(str(error), layout)) from error
-    if given is not None and given != config:
-        differing = [
-            f"{part}: config.json says {getattr(given, part)}, the tensors {getattr(config, part)}"
-            for part in ("vision", "prompt_encoder", "mask_decoder")
-            if getattr(given, part) != getattr(config, part)
-        ]
-        raise CheckpointError("config.json and tensors disagree; " + "; ".join(differing))
+    if differing := disagreements(values or {}, config):
+        raise CheckpointError(f"config.json and tensors disagree: {', '.join(differing)} by the tensors")
     return config
 
 
@@ -207,7 +254,9 @@ def checked(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> torch.Te
     if not expected.is_floating_point():
         return tensor.to(expected.dtype)
     if tensor.dtype not in STORED_DTYPES:
-        raise CheckpointError(f"tensor {name} is {tensor.dtype}; wanted float32, float16 or bfloat16")
+        raise CheckpointError(
+            f"tensor {name} is {tensor.dtype}; wanted float32, float16, bfloat16 or float64"
+        )
     tensor = tensor.detach().to(torch.float32).contiguous()
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone()  # a part of something larger would keep all of it alive

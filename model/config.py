@@ -57,9 +57,9 @@ class VisionConfig:
                 f"global_attn_indexes {blocks} must name, in rising order, one or more of the "
                 f"{self.num_hidden_layers} blocks: the first of them gives the early feature"
             )
-        if not 1 <= self.window_size < self.grid:
+        if self.window_size < 1 or self.window_size == self.grid:
             raise ConfigError(
-                f"window_size {self.window_size} must be at least 1 and less than the grid's side "
+                f"window_size {self.window_size} must be at least 1 and another than the grid's side "
                 f"{self.grid}: a window as large as the grid could not be told from a global block"
             )
 

@@ -1,7 +1,8 @@
-"""Transformers' `config.json` of a SAM-HQ model, read strictly and written in full.
+"""Transformers' `config.json` of a SAM-HQ model, held against what is followed here, and written in full.
 
-Every key is known by name: read, checked against the one value this code follows, or listed as without
-effect. A key that is none of these is an error, since it may ask for something that would not be done.
+A key is known by name and then checked, or listed as without effect, or unknown. An unknown one is a warning:
+each release of transformers brings some, and the tensors decide the architecture. A known one that asks for
+what is not done here is an error.
 
 Light HQ-SAM has no class in transformers. Its file has the same form with a `vision_config` of our own,
 `model_type` "sam_hq_tiny_vit".
@@ -31,7 +32,7 @@ BLOCK_NUMBERS = "global_attn_indexes"
 MLP_RATIO_LIMIT = 1000
 """Beyond it nothing is an MLP: keeps infinity and NaN out."""
 
-PARTS = {"vision_config", "prompt_encoder_config", "mask_decoder_config"}
+PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
 
 # fmt: off
 WITHOUT_EFFECT = frozenset({
@@ -74,13 +75,42 @@ DECODER_FIXED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+FIXED = dict(zip(PARTS, (VIT_FIXED, PROMPT_FIXED, DECODER_FIXED), strict=True))
+
+
 def config_from_json(values: Mapping[str, Any]) -> SamHQConfig:
     """Return the configuration in a parsed `config.json` of transformers.
 
-    A key left out has transformers' default, that of ViT-B.
+    A key left out has transformers' default, that of ViT-B. Weights do not need it: `checkpoints.load` reads
+    the architecture from the tensors, and holds the file against it.
 
     Raises:
-        ConfigError: another model's file, an unknown key, or a value that this code does not follow.
+        ConfigError: as `unknown_keys`, or a file that contradicts itself.
+    """
+    unknown_keys(values)
+    vision, prompt, decoder = (part_of(values, name) for name in PARTS)
+    kind: type[VisionConfig | TinyVisionConfig] = TinyVisionConfig if is_tiny(vision) else VisionConfig
+    given = own_values("vision_config", vision, kind)
+    if kind is VisionConfig:
+        width, ratio = given.get("hidden_size", VisionConfig.hidden_size), vision.get("mlp_ratio") or 4.0
+        given = {"mlp_dim": int(width * ratio), **given}
+    config = SamHQConfig(
+        vision=kind(**given),
+        prompt_encoder=PromptEncoderConfig(
+            **own_values("prompt_encoder_config", prompt, PromptEncoderConfig)
+        ),
+        mask_decoder=MaskDecoderConfig(**own_values("mask_decoder_config", decoder, MaskDecoderConfig)),
+    )
+    if wrong := disagreements(values, config):
+        raise ConfigError(f"config.json contradicts itself: {', '.join(wrong)} by its other values")
+    return config
+
+
+def unknown_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys of a parsed `config.json` that are not known here, those of a part with its name.
+
+    Raises:
+        ConfigError: another model's file, or a value that is not followed here whatever the tensors.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"config.json holds a {type(values).__name__}; wanted an object")
@@ -88,19 +118,54 @@ def config_from_json(values: Mapping[str, Any]) -> SamHQConfig:
         raise ConfigError(
             "config.json is of a SAM-HQ port with its own remote code (key vision_encoder_dim); not read"
         )
-    if values.get("model_type") != TOP_TYPE:
-        raise ConfigError(f"config.json is of model_type {values.get('model_type')!r}; wanted {TOP_TYPE!r}")
-    refuse_unknown("config.json", values, PARTS | {"model_type"})
-    vision, prompt, decoder = (
-        part_of(values, name) for name in ("vision_config", "prompt_encoder_config", "mask_decoder_config")
-    )
-    return SamHQConfig(
-        vision=tiny_from_json(vision) if vision.get("model_type") == TINY_TYPE else vit_from_json(vision),
-        prompt_encoder=prompt_from_json(prompt),
-        mask_decoder=MaskDecoderConfig(
-            **read_part("mask_decoder_config", decoder, MaskDecoderConfig, DECODER_TYPE, DECODER_FIXED)
-        ),
-    )
+    tiny = is_tiny(part_of(values, "vision_config"))
+    known = config_to_json(SamHQConfig.around(TinyVisionConfig() if tiny else VisionConfig()))
+    check_type("config.json", values, TOP_TYPE)
+    unknown = sorted(set(values) - set(known) - WITHOUT_EFFECT)
+    ratio = part_of(values, "vision_config").get("mlp_ratio") or 4.0
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < MLP_RATIO_LIMIT:
+        raise ConfigError(f"vision_config: mlp_ratio is {ratio!r}; wanted a number over 0")
+    for name in PARTS:
+        part = part_of(values, name)
+        check_type(name, part, known[name]["model_type"])
+        for key, allowed in FIXED[name].items():
+            if key in part and part[key] is not None and part[key] not in allowed:
+                wanted = " or ".join(map(repr, allowed))
+                raise ConfigError(f"{name}: {key} is {part[key]!r}; only {wanted} is known")
+        unknown += sorted(f"{name}.{key}" for key in set(part) - set(known[name]) - WITHOUT_EFFECT)
+    return tuple(unknown)
+
+
+def check_type(name: str, values: Mapping[str, Any], wanted: str) -> None:
+    """Raise `ConfigError` for another model's type; an empty one, as transformers 4 writes, is like none."""
+    found = values.get("model_type") or wanted
+    if str(found).replace("-", "_") != wanted:  # the first copies on the hub say sam-hq
+        raise ConfigError(f"{name}: model_type {found!r}; wanted {wanted!r}")
+
+
+def disagreements(values: Mapping[str, Any], config: SamHQConfig) -> list[str]:
+    """Return in words where a file says something else than a configuration; what it leaves out does not."""
+    found = []
+    for name in PARTS:
+        part, wanted = part_of(values, name), config_to_json(config)[name]
+        for key in sorted(set(part) & set(wanted) - set(FIXED[name])):
+            # Sizes may be written as pairs.
+            same = part[key] in (None, wanted[key], [wanted[key], wanted[key]])
+            if not same and not has_no_say(key, part, config):
+                found.append(f"{name}.{key} is {part[key]!r}, but {wanted[key]!r}")
+    return found
+
+
+def has_no_say(key: str, part: Mapping[str, Any], config: SamHQConfig) -> bool:
+    """Return whether nothing follows from this key of a part, beside its other keys."""
+    vision = config.vision
+    if key == "model_type":  # `check_type` has seen it; of image encoders there are two kinds
+        return part[key] not in (VIT_TYPE, TINY_TYPE) or is_tiny(part) == isinstance(vision, TinyVisionConfig)
+    if not isinstance(vision, VisionConfig):
+        return False
+    if key == "mlp_ratio":  # where mlp_dim stands, transformers does not read it, else it rounds down
+        return part.get("mlp_dim") is not None or abs(part[key] * vision.hidden_size - vision.mlp_dim) < 1
+    return key == "window_size" and len(vision.global_attn_indexes) == vision.num_hidden_layers
 
 
 def part_of(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -113,67 +178,25 @@ def part_of(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return part
 
 
-def vit_from_json(part: Mapping[str, Any]) -> VisionConfig:
-    """Return the ViT in a `vision_config`."""
-    derived = frozenset({"mlp_ratio", "num_pos_feats"})
-    fields_given = read_part("vision_config", part, VisionConfig, VIT_TYPE, VIT_FIXED, derived)
-    width = fields_given.get("hidden_size", VisionConfig.hidden_size)
-    ratio = part.get("mlp_ratio", 4.0)
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < MLP_RATIO_LIMIT:
-        raise ConfigError(f"vision_config: mlp_ratio is {ratio!r}; wanted a number over 0")
-    mlp_dim = fields_given.get("mlp_dim", int(width * ratio))
-    if "mlp_ratio" in part and abs(mlp_dim - width * ratio) >= 1:
-        raise ConfigError(f"vision_config: mlp_dim {mlp_dim} contradicts mlp_ratio {ratio} of {width}")
-    config = VisionConfig(**{**fields_given, "mlp_dim": mlp_dim})
-    features = part.get("num_pos_feats", config.output_channels // 2)
-    if features != config.output_channels // 2:
-        raise ConfigError(
-            f"vision_config: num_pos_feats {features}; wanted half of output_channels "
-            f"{config.output_channels}"
-        )
-    return config
+def is_tiny(vision: Mapping[str, Any]) -> bool:
+    """Return whether a `vision_config` is that of a Light HQ-SAM as written here."""
+    return vision.get("model_type") == TINY_TYPE
 
 
-def tiny_from_json(part: Mapping[str, Any]) -> TinyVisionConfig:
-    """Return the TinyViT in a `vision_config` of our own."""
-    return TinyVisionConfig(**read_part("vision_config", part, TinyVisionConfig, TINY_TYPE, {}))
-
-
-def prompt_from_json(part: Mapping[str, Any]) -> PromptEncoderConfig:
-    """Return the prompt encoder in a `prompt_encoder_config`."""
-    derived = frozenset({"image_embedding_size"})
-    config = PromptEncoderConfig(
-        **read_part("prompt_encoder_config", part, PromptEncoderConfig, PROMPT_TYPE, PROMPT_FIXED, derived)
+def stated_side(values: Mapping[str, Any]) -> int | None:
+    """Return the input side that a file states; the tensors of a TinyViT do not tell it."""
+    side: int | None = own_values("vision_config", part_of(values, "vision_config"), VisionConfig).get(
+        "image_size"
     )
-    if part.get("image_embedding_size", config.grid) != config.grid:
-        raise ConfigError(
-            f"prompt_encoder_config: image_embedding_size {part['image_embedding_size']}; "
-            f"wanted {config.grid}, which is image_size {config.image_size} / {config.patch_size}"
-        )
-    return config
+    return side
 
 
-def read_part(
-    name: str,
-    part: Mapping[str, Any],
-    kind: type,
-    model_type: str,
-    fixed: Mapping[str, tuple[Any, ...]],
-    derived: frozenset[str] = frozenset(),
-) -> dict[str, Any]:
-    """Return the given fields of dataclass `kind`, after checking every other key of the part."""
-    if part.get("model_type", model_type) != model_type:
-        raise ConfigError(f"{name}: model_type {part['model_type']!r}; wanted {model_type!r}")
-    own = {f.name: f.default for f in fields(kind)}
-    refuse_unknown(name, part, set(own) | set(fixed) | derived | {"model_type"})
-    for key, allowed in fixed.items():
-        if part.get(key, allowed[0]) not in allowed:
-            wanted = " or ".join(map(repr, allowed))
-            raise ConfigError(f"{name}: {key} is {part[key]!r}; only {wanted} is known")
+def own_values(name: str, part: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Return those values of a part that are fields of dataclass `kind`, with lists as tuples."""
     return {
-        key: plain_size(name, key, value, like=own[key])
-        for key, value in part.items()
-        if key in own and value is not None
+        f.name: plain_size(name, f.name, part[f.name], like=f.default)
+        for f in fields(kind)
+        if part.get(f.name) is not None
     }
 
 
@@ -197,13 +220,6 @@ def plain_size(name: str, key: str, value: Any, *, like: Any) -> int | tuple[int
     if is_list and key != BLOCK_NUMBERS and len(numbers) != len(like):
         raise ConfigError(f"{name}: {key} is {value!r}; wanted {len(like)} whole numbers")
     return tuple(numbers) if is_list else int(value)
-
-
-def refuse_unknown(name: str, values: Mapping[str, Any], known: set[str]) -> None:
-    """Raise `ConfigError` when a key is neither known nor known to be without effect."""
-    unknown = sorted(set(values) - known - WITHOUT_EFFECT)
-    if unknown:
-        raise ConfigError(f"{name}: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}")
 
 
 def config_to_json(config: SamHQConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ swap layers without an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Literal
 
@@ -180,6 +180,13 @@ IGNORED = re.compile(
 TIED_PE = "prompt_encoder.shared_embedding.positional_embedding"
 """The second name under which transformers keeps the positional matrix."""
 
+WRAPPED = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What wrappers of PyTorch put into names, at the front or, where one part was wrapped, in the middle."""
+
+BEFORE_PARTS = re.compile(
+    r"((?:\w+\.)*?)(?:image_encoder|vision_encoder|prompt_encoder|mask_decoder|shared_image_embedding)\."
+)
+
 COLUMN = {"native": 0, "original": 1, "transformers": 2}
 
 
@@ -205,6 +212,16 @@ def rename(name: str, source: str, target: str) -> str | None:
     return None
 
 
+def without_wrappers(name: str) -> str:
+    """Return a tensor's name without what DDP, FSDP, checkpointing and `torch.compile` put into it."""
+    return WRAPPED.sub("", name)
+
+
+def prefixes(names: Iterable[str]) -> set[str]:
+    """Return what stands before the model's own names: `{"model."}` where it was kept as `self.model`."""
+    return {match[1] for match in map(BEFORE_PARTS.match, names) if match}
+
+
 def detect_layout(names: Mapping[str, object]) -> Layout | None:
     """Return the layout that the names are of, None when of neither."""
     if any(name.startswith("vision_encoder.") for name in names):
@@ -212,6 +229,13 @@ def detect_layout(names: Mapping[str, object]) -> Layout | None:
     if any(name.startswith("image_encoder.") for name in names):
         return "original"
     return None
+
+
+def decoder_alone(names: Mapping[str, object]) -> Literal["SAM-HQ", "SAM"] | None:
+    """Return whose mask decoder the names are of, when there is no image encoder beside it; else None."""
+    if detect_layout(names) or not any("iou_prediction_head." in name for name in names):
+        return None
+    return "SAM-HQ" if any(name.endswith(("hf_token.weight", "hq_token.weight")) for name in names) else "SAM"
 
 
 def foreign_model(names: Mapping[str, object]) -> str | None:

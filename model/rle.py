@@ -1,16 +1,14 @@
 """Masks <-> COCO run-length encoding: the runs of many masks at once, and their compressed strings.
 
 COCO's runs go down the columns: position p = x * H + y. Their lengths alternate outside, inside,
-outside, ... and begin with outside, of length 0 when pixel (0, 0) is inside. The compressed string is
-ASCII, 5 bits a character; the format is that of `maskApi.c` in cocodataset/cocoapi, and every string
-made here equals that of `pycocotools.mask.encode` byte for byte.
+outside, ... and begin with outside, of length 0 when pixel (0, 0) is inside. Every string made here equals
+that of `pycocotools.mask.encode` byte for byte; `counts` writes and reads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -18,10 +16,9 @@ import numpy.typing as npt
 import torch
 from pycocotools import mask as coco_mask
 
-Int64Array = npt.NDArray[np.int64]
+from model.counts import counts_text, read_lengths
 
-BLOCK_RUNS = 8192
-"""Runs compressed at a time: their arrays stay in a core's cache. The strings do not depend on it."""
+Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,21 +121,8 @@ def run_bboxes_xywh(runs: Runs) -> npt.NDArray[np.float32]:
 
 
 def compress(runs: Runs) -> tuple[str, ...]:
-    """The COCO compressed string of each mask: ASCII, equal to pycocotools' byte for byte.
-
-    From the fourth run of a mask on, the difference to the run two before is written.
-    """
-    values = runs.lengths.copy()
-    values[2:] -= runs.lengths[:-2]
-    for k in range(3):
-        place = runs.offsets[:-1] + k
-        place = place[place < runs.offsets[1:]]
-        values[place] = runs.lengths[place]
-    blocks = [_characters(values[i : i + BLOCK_RUNS]) for i in range(0, len(values), BLOCK_RUNS)]
-    text = b"".join(characters for characters, _ in blocks).decode("ascii")
-    num_characters = [np.zeros(1, dtype=np.int64), *[number for _, number in blocks]]
-    ends = np.cumsum(np.concatenate(num_characters))[runs.offsets].tolist()
-    return tuple(text[start:end] for start, end in pairwise(ends))
+    """The COCO compressed string of each mask: ASCII, equal to pycocotools' byte for byte."""
+    return counts_text(runs.lengths, runs.offsets)
 
 
 def encode_masks(masks_NHW: torch.Tensor) -> tuple[str, ...]:
@@ -150,15 +134,16 @@ def decompress(counts: Sequence[str], size_hw: tuple[int, int]) -> Runs:
     """The runs of N compressed strings of one size, each checked: the inverse of `compress`.
 
     Raises:
-        ValueError: a string that is not the runs of a mask of `size_hw`. pycocotools looks no further than
-            for runs too long; from runs too short it makes a mask with whatever stood in memory before.
+        ValueError: a string that is not the runs of a mask of `size_hw`; see `counts.read_lengths`.
     """
-    parts = [_parse(text, size_hw, index) for index, text in enumerate(counts)]
-    return Runs(
-        lengths=np.concatenate([np.zeros(0, dtype=np.int64), *parts]),
-        offsets=np.cumsum([0] + [len(part) for part in parts]),
-        size_hw=size_hw,
-    )
+    found = read_lengths(counts, size_hw[0] * size_hw[1])
+    for index, fault in found.faults.items():
+        raise ValueError(
+            f"RLE string {index} is no mask of height {size_hw[0]} and width {size_hw[1]}: {fault}; it is "
+            f"{counts[index][:40]!a} of length {len(counts[index])}"
+        )
+    offsets = np.cumsum([0, *np.bincount(found.mask, minlength=len(counts))])
+    return Runs(lengths=found.lengths, offsets=offsets, size_hw=size_hw)
 
 
 def decode_rle(counts: str, size_hw: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -193,53 +178,9 @@ def rle_iou(
     return np.asarray(coco_mask.iou(masks_a, masks_b, [0] * len(masks_b)), dtype=np.float64)
 
 
-def _parse(text: str, size_hw: tuple[int, int], index: int) -> Int64Array:
-    """The run lengths of one compressed string."""
-    what = f"RLE string {index}"
-    codes = np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64) - 48
-    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        raise ValueError(f"{what} is not a COCO compressed RLE: {text[:40]!r} of length {len(text)}")
-    last = np.flatnonzero(codes & 32 == 0)
-    first = np.concatenate([[0], last[:-1] + 1])
-    place = np.arange(len(codes)) - np.repeat(first, last - first + 1)
-    if place.max() > 6:
-        raise ValueError(f"{what} holds a number of more than 7 characters: {text[:40]!r}")
-    values = np.add.reduceat((codes & 31) << (5 * place), first)
-    values -= np.where(codes[last] & 16, 1 << (5 * (place[last] + 1)), 0)
-    values[1::2] = np.cumsum(values[1::2])
-    values[2::2] = np.cumsum(values[2::2])
-    if values.min() < 0 or values.sum() != size_hw[0] * size_hw[1]:
-        raise ValueError(
-            f"{what} has runs that sum to {values.sum()}, the shortest {values.min()}; wanted none below 0 "
-            f"and {size_hw[0] * size_hw[1]} in all, for a mask of height {size_hw[0]} and width {size_hw[1]}"
-        )
-    return values
-
-
 def _checked(counts: Sequence[str], size_hw: tuple[int, int]) -> list[dict[str, Any]]:
     decompress(counts, size_hw)
     return [{"size": list(size_hw), "counts": text.encode("ascii")} for text in counts]
-
-
-def _characters(values: Int64Array) -> tuple[bytes, Int64Array]:
-    """Signed numbers as COCO writes them, and how many characters each took.
-
-    Groups of 5 bits, lowest first, 32 added where more follow, 48 added to be printable. Most numbers are
-    one or two characters, so each pass goes on with those alone that have more.
-    """
-    num_characters = np.ones(len(values), dtype=np.int64)
-    bound = 16
-    while (longer := (values >= bound) | (values < -bound)).any():
-        num_characters += longer
-        bound <<= 5
-    ends = np.cumsum(num_characters)
-    characters = np.empty(ends[-1] if len(ends) else 0, dtype=np.uint8)
-    place, left = ends - num_characters, num_characters - 1
-    while len(values):
-        more = left > 0
-        characters[place] = (values & 31) + (48 + 32 * more)
-        place, left, values = place[more] + 1, left[more] - 1, values[more] >> 5
-    return characters.tobytes(), num_characters
 
 
 def _is_inside(runs: Runs) -> npt.NDArray[np.bool_]:

@@ -221,7 +221,7 @@ class Segmenter:
         )
         no_prompts = Prompts(boxes_xyxy=np.zeros((0, 4)))
         prompts = [*[image.prompts for image in images], *[no_prompts] * fill]
-        pieces: list[list[Callable[[], Instances | None]]] = [[] for _ in images]
+        pieces: list[list[Callable[[], Instances]]] = [[] for _ in images]
         for index, logits_NLL, iou_N in self._decode(embedding, prompts, shape.boxes_per_call):
             pieces[index].append(
                 self._finish(logits_NLL, iou_N, embedding.resized_hw[index], images[index].size_hw)
@@ -257,11 +257,19 @@ class Segmenter:
         iou_N: torch.Tensor,
         resized_hw: tuple[int, int],
         size_hw: tuple[int, int],
-    ) -> Callable[[], Instances | None]:
-        """What gives some masks of one image, or None if a number among them is not finite."""
+    ) -> Callable[[], Instances]:
+        """What gives some masks of one image; one whose numbers are not finite is empty, and its score NaN.
+
+        `logits_NLL`: (n, 4G, 4G), `iou_N`: (n,), on the device.
+        """
         # A sum is not finite if one term is not, and costs a tenth of asking each term.
-        if not bool(torch.isfinite(logits_NLL.sum((1, 2)) + iou_N).all()):
-            return lambda: None
+        sound_N = torch.isfinite(logits_NLL.sum((1, 2)) + iou_N)
+        if not bool(sound_N.all()):
+            sound_N = torch.isfinite(logits_NLL).all(2).all(1) & torch.isfinite(iou_N)
+            # What stands beside a mask changes none of its bytes, so the sound ones are as they would be.
+            outside = self.mask_threshold - 2 * self.stability_offset
+            logits_NLL = torch.where(sound_N[:, None, None], logits_NLL, outside)
+            iou_N = torch.where(sound_N, iou_N, torch.nan)
         traced = trace_masks(
             logits_NLL,
             resized_hw=resized_hw,
@@ -381,22 +389,24 @@ def _forbid_reduced_precision() -> None:
 
 
 def _join(
-    pieces: Sequence[Instances | None], size_hw: tuple[int, int], flags: tuple[str, ...]
+    pieces: Sequence[Instances], size_hw: tuple[int, int], flags: tuple[str, ...]
 ) -> Instances | SegmentFailure:
     """The pieces of one image as one result; without pieces, no instances."""
-    done = [piece for piece in pieces if piece is not None]
-    if len(done) < len(pieces):
+    predicted_iou = np.concatenate([np.zeros(0, np.float32), *[piece.predicted_iou for piece in pieces]])
+    if len(predicted_iou) and np.isnan(predicted_iou).all():
         return SegmentFailure(
             code="non_finite",
-            message=f"the model's logits or scores are not finite for an image of {size_hw[0]}x{size_hw[1]} "
-            "pixels; check the weights, and whether float32 gives the same",
+            message=f"the model's logits or scores are not finite for any box of an image of {size_hw[0]}x"
+            f"{size_hw[1]} pixels; check the weights, and whether float32 gives the same",
         )
     return Instances(
         size_hw=size_hw,
-        counts=tuple(text for piece in done for text in piece.counts),
-        area=np.concatenate([np.zeros(0, np.int64), *[piece.area for piece in done]]),
-        bbox_xywh=np.concatenate([np.zeros((0, 4), np.float32), *[piece.bbox_xywh for piece in done]]),
-        predicted_iou=np.concatenate([np.zeros(0, np.float32), *[piece.predicted_iou for piece in done]]),
-        stability_score=np.concatenate([np.zeros(0, np.float32), *[piece.stability_score for piece in done]]),
+        counts=tuple(text for piece in pieces for text in piece.counts),
+        area=np.concatenate([np.zeros(0, np.int64), *[piece.area for piece in pieces]]),
+        bbox_xywh=np.concatenate([np.zeros((0, 4), np.float32), *[piece.bbox_xywh for piece in pieces]]),
+        predicted_iou=predicted_iou,
+        stability_score=np.concatenate(
+            [np.zeros(0, np.float32), *[piece.stability_score for piece in pieces]]
+        ),
         flags=flags,
     )

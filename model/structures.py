@@ -90,7 +90,8 @@ class Instances:
     `size_hw`: upright (height, width), the frame of every mask. `counts`: N COCO compressed RLE
     strings (ASCII, column-major). `area`: int64 (N,), mask pixels. `bbox_xywh`: float32 (N, 4), tight
     box of the mask, end-exclusive integers, zeros for an empty mask. `predicted_iou`,
-    `stability_score`: float32 (N,). `flags`: names of what was out of the ordinary for the whole image
+    `stability_score`: float32 (N,); a NaN says that the model's numbers for this prompt are not finite, and
+    that its mask, an empty one, is none. `flags`: names of what was out of the ordinary for the whole image
     (`reduced_call_shape` after an out-of-memory), empty when nothing was.
     """
 
@@ -118,7 +119,10 @@ class PreparedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentFailure:
-    """Why an image has no `Instances`: `code` is `non_finite` or `out_of_memory`, `message` one sentence."""
+    """Why an image has no `Instances`: `code` and `message`, one sentence.
+
+    `non_finite`: no prompt of it has finite numbers; or `out_of_memory`.
+    """
 
     code: str
     message: str
@@ -141,6 +145,7 @@ class WeightsInfo:
 
     `layout`: `original` or `transformers`. `architecture`: such as `vit_b` or `vit_192x6`.
     `ignored_keys`: tensors that were read and are known not to matter (`pixel_mean`, TinyViT's classifier).
+    `warnings`: sentences on what was found beside the weights and not followed.
     """
 
     sha256: str
@@ -149,3 +154,4 @@ class WeightsInfo:
     license: str | None = None
     source: str = ""
     ignored_keys: Sequence[str] = field(default=())
+    warnings: Sequence[str] = field(default=())

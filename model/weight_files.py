@@ -6,13 +6,15 @@ price is about twice the file's size while it loads. A `.pth` goes through torch
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +27,13 @@ Source = str | Path | bytes | BinaryIO | Mapping[str, bytes | BinaryIO]
 Read = Callable[[str], bytes | None]
 """Returns the bytes of a file of a folder by name, None when the folder has no such file."""
 
-SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SINGLE, CONFIG = "model.safetensors", "config.json"
+IN_FOLDER = (SINGLE, f"{SINGLE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Under these names transformers looks for the weights of a folder, in this order."""
+ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+OF_SAM = "iou_prediction_head."
+"""Part of the names of every model of this family and in every layout, also of a decoder alone."""
+DEEPEST_WRAPPER = 4
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+))?")
 PUBLISHED_LICENSES = {
     "lkeab/hq-sam": "Apache-2.0",
@@ -61,14 +69,18 @@ def read_weights(source: Source, *, revision: str | None = None) -> WeightFiles:
         CheckpointError: nothing there, or not a weights file.
     """
     if isinstance(source, Mapping):
-        return read_folder(lambda name: as_bytes(source[name]) if name in source else None, "given files")
+        there = [name for name in sorted(source) if name.endswith(ENDINGS)]
+        return read_folder(
+            lambda name: as_bytes(source[name]) if name in source else None, "given files", there=there
+        )
     if not isinstance(source, (str, Path)):
         return read_single(as_bytes(source), name=str(getattr(source, "name", "given bytes")))
     path = Path(source)
     if path.is_dir():
-        return read_folder(lambda name: read_if_there(path / name), str(path))
-    if path.name in (SINGLE, INDEX) and path.exists():
-        return read_folder(lambda name: read_if_there(path.parent / name), str(path), weights=path.name)
+        there = [name for name in sorted(os.listdir(path)) if name.endswith(ENDINGS)]
+        return read_folder(lambda name: read_if_there(path / name), str(path), there=there)
+    if path.name in IN_FOLDER and path.exists():
+        return read_folder(lambda name: read_if_there(path.parent / name), str(path), names=(path.name,))
     if path.exists():
         return read_single(path.read_bytes(), name=str(path))
     hub_id = HUB_ID.fullmatch(str(source))
@@ -87,47 +99,53 @@ def read_single(data: bytes, *, name: str, license: str | None = None) -> Weight
 
 
 def read_folder(
-    read: Read, source: str, *, weights: str | None = None, license: str | None = None
+    read: Read,
+    source: str,
+    *,
+    names: Sequence[str] = IN_FOLDER,
+    there: Sequence[str] = (),
+    license: str | None = None,
 ) -> WeightFiles:
-    """Return the tensors of a folder in the transformers layout: one safetensors file, or an index of shards.
+    """Return the tensors of a folder as transformers writes it: one file, or an index of shards.
 
-    `weights`: which of the two, when both may be there.
+    `names`: where to look for the weights; the first that is there counts. `there`: the folder's files that
+    may be weights under a name of their own, for the message.
     """
-    single = read(SINGLE) if weights in (None, SINGLE) else None
-    index = read(INDEX) if weights in (None, INDEX) and single is None else None
-    if single is None and index is None:
-        raise CheckpointError(f"{source}: neither {SINGLE} nor {INDEX} is there")
-    data = read(CONFIG)
-    config = None if data is None else parse_json(data, name=f"{source}: {CONFIG}")
-    if single is not None:
-        files = read_single(single, name=f"{source}: {SINGLE}", license=license)
+    found = next(((name, data) for name in names if (data := read(name)) is not None), None)
+    if found is None:
+        hint = f"; it holds {', '.join(there[:8])}: name one of them" if there else ""
+        raise CheckpointError(f"{source}: neither {' nor '.join(names)} is there{hint}")
+    name, data = found
+    config = read(CONFIG)
+    if name.endswith(".json"):
+        files = read_shards(read, data, source, name, license)
     else:
-        files = read_shards(read, parse_json(index or b"", name=f"{source}: {INDEX}"), source, license)
-    return WeightFiles(
-        tensors=files.tensors, sha256=files.sha256, source=source, config=config, license=files.license
-    )
+        files = read_single(data, name=f"{source}: {name}", license=license)
+    parsed = None if config is None else parse_json(config, name=f"{source}: {CONFIG}")
+    return replace(files, source=source, config=parsed)
 
 
-def read_shards(read: Read, index: Mapping[str, Any], source: str, license: str | None) -> WeightFiles:
-    """Return the tensors of all shards, after checking that each holds just what the index says."""
-    weight_map = index.get("weight_map")
+def read_shards(read: Read, index: bytes, source: str, name: str, license: str | None) -> WeightFiles:
+    """Return the tensors of all shards, after checking that each holds just what the index `name` says."""
+    weight_map = parse_json(index, name=f"{source}: {name}").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{source}: {INDEX} has no weight_map")
+        raise CheckpointError(f"{source}: {name} has no weight_map")
+    odd = [x for x in weight_map.values() if not isinstance(x, str) or not re.fullmatch(r"[\w-][\w.-]*", x)]
+    if odd:
+        raise CheckpointError(f"{source}: {name} names a shard {odd[0]!r}; wanted a plain file name")
     tensors: dict[str, torch.Tensor] = {}
     digest = hashlib.sha256()
     for shard in sorted(set(weight_map.values())):
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*", shard):
-            raise CheckpointError(f"{source}: {INDEX} names a shard {shard!r}; wanted a plain file name")
         data = read(shard)
         if data is None:
-            raise CheckpointError(f"{source}: {INDEX} names {shard}, which is not there")
+            raise CheckpointError(f"{source}: {name} names {shard}, which is not there")
         digest.update(data)
         found = parse_tensors(data, name=f"{source}: {shard}")
         license = license or stated_license(data)
-        wanted = {name for name, place in weight_map.items() if place == shard}
+        wanted = {tensor for tensor, place in weight_map.items() if place == shard}
         if set(found) != wanted:
             raise CheckpointError(
-                f"{source}: {shard} and {INDEX} disagree on {', '.join(sorted(set(found) ^ wanted)[:8])}"
+                f"{source}: {shard} and {name} disagree on {', '.join(sorted(set(found) ^ wanted)[:8])}"
             )
         tensors.update(found)
     return WeightFiles(tensors=tensors, sha256=digest.hexdigest(), source=source, license=license)
@@ -164,13 +182,7 @@ def read_hub(repo: str, file: str | None, revision: str | None) -> WeightFiles:
     except CheckpointError as error:
         hint = "; name a file of it, as in lkeab/hq-sam/sam_hq_vit_b.pth" if file is None else ""
         raise CheckpointError("; ".join([str(error) + hint, *reasons[:1]])) from error
-    return WeightFiles(
-        tensors=files.tensors,
-        sha256=files.sha256,
-        source=f"{files.source}@{commits[0]}",
-        config=files.config,
-        license=files.license,
-    )
+    return replace(files, source=f"{files.source}@{commits[0]}")
 
 
 def commit_of(path: Path) -> str:
@@ -181,17 +193,30 @@ def commit_of(path: Path) -> str:
 
 
 def parse_tensors(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a `.pth` or safetensors file, told apart by its first bytes."""
+    """Return the tensors of a PyTorch or safetensors file, told apart by its first bytes."""
     if data[8:9] == b"{" and len(data) > 9:
         return parse_safetensors(data, name=name)
     if data[:2] == b"PK" or data[:1] == b"\x80":
         return parse_pth(data, name=name)
-    hint = ""
-    if data.startswith(b"version https://git-lfs"):
-        hint = "; it is a Git LFS pointer, fetch the file itself with `git lfs pull`"
     raise CheckpointError(
-        f"{name}: neither a .pth nor a safetensors file ({len(data)} bytes, starting {data[:16]!r}){hint}"
+        f"{name}: neither a .pth nor a safetensors file ({len(data)} bytes, starting "
+        f"{data[:16]!r}){what_else(data)}"
     )
+
+
+def what_else(data: bytes) -> str:
+    """Return what a file is that is no weights, and what to do, where its first bytes tell; else nothing."""
+    if not data:
+        return "; it is empty: fetch it again"
+    if data.startswith(b"version https://git-lfs"):
+        return "; it is a Git LFS pointer, fetch the file itself with `git lfs pull`"
+    if data.startswith(b"\x1f\x8b"):
+        return "; it is a gzip file: unpack it with `gunzip`"
+    if data[257:262] == b"ustar":
+        return "; it is a tar archive: unpack it, and name the file in it"
+    if data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
+        return "; it is a web page saved under this name: the address led to no file, fetch it again"
+    return ""
 
 
 def parse_safetensors(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
@@ -203,7 +228,7 @@ def parse_safetensors(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
 
 
 def parse_pth(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a PyTorch file, which may wrap them as `model` or `state_dict`.
+    """Return the tensors of a PyTorch file, from whatever dicts they are wrapped in.
 
     `weights_only` is written out: only then does torch not let TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, if someone
     has set it, turn the load into an execution of whatever the file holds.
@@ -211,33 +236,72 @@ def parse_pth(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
     try:
         values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
+        raise CheckpointError(f"{name}: {why_unread(data, str(error))}") from error
+    found = list(tensor_dicts(values))
+    if not found:
+        held = f" of {', '.join(map(repr, list(values)[:8]))}" if isinstance(values, dict) and values else ""
         raise CheckpointError(
-            f"{name}: not a file of plain tensors, or damaged: {reason_of(error)}"
-        ) from error
-    for wrapper in ("model", "state_dict"):
-        if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
-            values = values[wrapper]
-    if not isinstance(values, dict) or not values:
-        raise CheckpointError(f"{name}: holds a {type(values).__name__}; wanted a dict of tensors by name")
-    for key, value in values.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{name}: entry {key!r} is a {type(value).__name__}; wanted a tensor")
-    tensors = {key.removeprefix("module."): value for key, value in values.items()}
-    if len(tensors) < len(values):
-        twice = [key for key in values if f"module.{key}" in values]
+            f"{name}: holds a {type(values).__name__}{held} without tensors by name; wanted a state dict"
+        )
+    models = [(path, tensors) for path, tensors in found if any(OF_SAM in key for key in tensors)]
+    if not models:
+        return max((tensors for _, tensors in found), key=len)
+    (path, tensors), *others = models
+    other = next((path for path, other in others if not same_tensors(tensors, other)), None)
+    if other is not None:
         raise CheckpointError(
-            f"{name}: holds tensors twice, with and without `module.`: {', '.join(twice[:8])}"
+            f"{name}: holds two models, {path or 'at the top'} and {other}, which give other masks; save the "
+            f"one you want alone: torch.save(torch.load(FILE, weights_only=True){other}, 'weights.pth')"
         )
     return tensors
 
 
-def reason_of(error: Exception) -> str:
-    """Return one line of why a `.pth` was not read, without torch's advice to read it unrestrictedly."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    telling = [line for line in lines if "unsupported GLOBAL" in line]
-    if "weights_only" in lines[0] and not telling:
-        return "it holds more than tensors"
-    return (telling or lines)[0]
+def tensor_dicts(values: object) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yield every dict, at any depth of wrapping, that holds tensors by name, and the subscripts to it."""
+    seen, waiting = set(), [("", values, 0)]
+    for path, value, depth in waiting:
+        if not isinstance(value, dict) or id(value) in seen:  # a pickle may hold a dict in itself
+            continue
+        seen.add(id(value))
+        tensors = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+        if tensors:
+            yield path, tensors
+        if depth < DEEPEST_WRAPPER:
+            inner = [(key, one) for key, one in value.items() if isinstance(one, dict)]
+            waiting += [(f"{path}[{key!r}]", one, depth + 1) for key, one in inner]
+
+
+def same_tensors(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether two dicts hold equal tensors under equal names."""
+    return one.keys() == other.keys() and all(
+        tensor.dtype == other[name].dtype
+        and tensor.layout == other[name].layout == torch.strided
+        and not (tensor.is_meta or other[name].is_meta)
+        and torch.equal(tensor, other[name])
+        for name, tensor in one.items()
+    )
+
+
+def why_unread(data: bytes, said: str) -> str:
+    """Return why torch did not read a file. Of its own words, which advise to lift the restriction, only
+    the name of a class or function is taken.
+    """
+    alone = (
+        "in the program that made it, save the weights alone: torch.save(model.state_dict(), 'sam_hq.pth')"
+    )
+    foreign = re.search(r"GLOBAL ([\w.]+)", said)
+    if foreign:
+        return (
+            f"not a file of plain tensors: {foreign[1]} is in it, and what could run code is not read; "
+            f"{alone}"
+        )
+    if "TorchScript" in said:
+        return f"a TorchScript archive, which holds code; {alone}"
+    with contextlib.suppress(Exception):  # of a torn or hostile archive zipfile raises errors of many kinds
+        names = zipfile.ZipFile(io.BytesIO(data)).namelist()
+        if not any(name.endswith("/data.pkl") for name in names):
+            return f"a zip archive of {', '.join(names[:8])}: unpack it, and name the file in it"
+    return f"damaged, or more than plain tensors; fetch it again, or {alone}"
 
 
 def parse_json(data: bytes, *, name: str) -> dict[str, Any]:

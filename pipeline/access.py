@@ -118,8 +118,11 @@ def _check_local(path: str, roots: tuple[str, ...]) -> None:
     if not path.startswith("/"):
         raise _refused("neither an absolute path nor a uri with an allowed scheme")
     real = os.path.realpath(path)
-    if not any(_inside(real, root) for root in roots):
-        raise _refused("the file lies outside the allowed folders (see --allow-root); links are followed")
+    if not any(is_inside(real, root) for root in roots):
+        raise _refused(
+            f"the file lies outside the allowed folders, in {os.path.dirname(real)} (see --allow-root); "
+            "links are followed"
+        )
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -144,7 +147,8 @@ def check_regular(mode: int) -> None:
     raise _refused(f"this is {name}, not a file")
 
 
-def _inside(path: str, root: str) -> bool:
+def is_inside(path: str, root: str) -> bool:
+    """Return whether a path is a root or lies below it; both absolute, links resolved."""
     return path == root or path.startswith(root.rstrip("/") + "/")
 
 

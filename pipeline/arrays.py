@@ -111,7 +111,7 @@ def _hash_array(digest: Any, array: pa.Array) -> None:
         digest.update(_numpy(pc.fill_null(pc.binary_length(array), 0)).astype("<i4").tobytes())
         digest.update(_text_bytes(array))
     else:
-        values = _numpy(pc.fill_null(array, 0))
+        values = _numpy(pc.fill_null(array, pa.scalar(0).cast(kind)))
         digest.update(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes())
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from model.geometry import BoxFormat as PlainFormat
 from model.geometry import box_iou, boxes_to_xyxy, clip_boxes, denormalise_boxes
+from pipeline import runs
 from pipeline.records import BoxFormat, BoxFrame, BoxRules
 
 Float64Array = npt.NDArray[np.float64]
@@ -26,6 +27,11 @@ BoolArray = npt.NDArray[np.bool_]
 Codes = npt.NDArray[np.int8]
 
 NORMALISED = "-normalised"
+PROMPT_COLUMNS = ("points_xy", "point_labels", "prompt_mask")
+"""Of a planned box, what may stand beside or instead of its four numbers."""
+MOST_POINTS = 256
+"""Of one prompt. Each is a token that all of the picture looks at: on the demo model (input side 512, calls
+of 16) 256 took 0.5 GiB more than one, 1,000 took 2, and 3,000 took 6."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +39,9 @@ class ResolvedBoxes:
     """The prompts of one image, one entry for each given box, in order.
 
     `prompt_xyxy`: float32 (N, 4) in upright pixels, inside the picture, x1 < x2 and y1 < y2; a row of NaN
-    where there is no usable box. `usable`: bool (N,), the prompt goes to the model; without a box it has
-    points or a mask. `error`: a code of BOX_CODES, or None when usable. `flags`: `box_clipped`.
+    where there is no usable box; a crowd keeps its box here, which bounds the region. `usable`: bool (N,),
+    the prompt goes to the model; without a box it has points or a mask. `error`: a code of BOX_CODES, or None
+    when usable. `flags`: `box_clipped`.
     `points_xy`: float32 (P, 2) in upright pixels with `point_labels` int32 (P,) of 1, 0 or -1, or None.
     `prompt_mask`: compressed COCO runs of the upright picture, or None.
     """
@@ -91,16 +98,19 @@ def resolve_boxes(
     given = [box.get("given") for box in boxes]
     has_box = np.array([box is not None for box in given], dtype=np.bool_)
     prompt_N4, clipped, codes = _judge(given, rules.box_format, frame)
-    extras = [_extra(box, frame) for box in boxes]
+    faults = prompt_faults(boxes)
+    extras = [_extra(box, fault, frame) for box, fault in zip(boxes, faults, strict=True)]
     without = ~has_box & np.array([extra.is_prompt or not extra.sound for extra in extras], dtype=np.bool_)
     codes[without] = 0
     _mark(codes, np.array([not extra.sound for extra in extras], dtype=np.bool_), "prompt_invalid")
     error = [_CODES[code] for code in codes.tolist()]
     set_aside(boxes, prompt_N4, has_box, rules, error)
     usable = np.array([reason is None for reason in error], dtype=np.bool_)
-    shown = usable & has_box
+    region = (codes == 0) & np.array([reason == "crowd" for reason in error], dtype=np.bool_)
+    shown = (usable | region) & has_box
     if rules.expand:
-        prompt_N4 = _expanded(prompt_N4, rules.expand, upright_size_hw)
+        expanded_N4 = _expanded(prompt_N4, rules.expand, upright_size_hw)
+        prompt_N4 = np.where(region[:, None], prompt_N4, expanded_N4)
     return ResolvedBoxes(
         prompt_xyxy=np.where(shown[:, None], prompt_N4, np.float32("nan")).astype(np.float32),
         usable=usable,
@@ -223,33 +233,56 @@ def _turn_points(points_xy: Float64Array, frame: _Frame) -> Float64Array:
     return np.stack(turned, axis=1)
 
 
-def _extra(box: Mapping[str, Any], frame: _Frame) -> _Extra:
-    """The points and the mask beside, or instead of, a box."""
-    flat, labels, mask = box.get("points_xy"), box.get("point_labels"), box.get("prompt_mask")
-    if not flat and not labels and mask is None:
-        return _Extra()
-    points = _points(flat or [], labels or [], frame)
-    # A mask in another frame would have to be turned by its pixels; only upright ones are taken.
-    fits = mask is None or (tuple(mask["size"]) == frame.upright_size_hw and frame.orientation == 1)
-    if points is None or not fits:
+def prompt_faults(boxes: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """Return what is wrong with the points or the mask of each box, in words; None where nothing is.
+
+    What can be told without the picture: planning counts these, and each gets no mask (`prompt_invalid`).
+    Nothing is raised, whatever stands there.
+    """
+    found = [_points_fault(box.get("points_xy") or [], box.get("point_labels") or []) for box in boxes]
+    masks = [(place, box["prompt_mask"]) for place, box in enumerate(boxes) if box.get("prompt_mask")]
+    faults = runs.faults_of([mask["counts"] for _, mask in masks], [mask["size"] for _, mask in masks])
+    for (place, _), fault in zip(masks, faults, strict=True):
+        if fault is not None and found[place] is None:
+            found[place] = f"its mask: {fault}"
+    return found
+
+
+def _points_fault(flat: Sequence[float | None], labels: Sequence[int | None]) -> str | None:
+    if len(flat) != 2 * len(labels):
+        return f"{len(flat)} coordinates for {len(labels)} point labels; wanted two for each"
+    if len(labels) > MOST_POINTS:
+        return f"{len(labels)} points; wanted at most {MOST_POINTS}"
+    if not all(label in (1, 0, -1) for label in labels):
+        return "a point label that is not 1, 0 or -1"
+    if None in flat or not np.isfinite(np.array(flat, np.float64).reshape(-1, 2)[_shown(labels)]).all():
+        return "a point that is not two finite numbers"
+    return None
+
+
+def _shown(labels: Sequence[int | None]) -> BoolArray:
+    """Which points are points: those labelled -1 fill up, and lie nowhere."""
+    return np.array([label != -1 for label in labels], dtype=np.bool_)
+
+
+def _extra(box: Mapping[str, Any], fault: str | None, frame: _Frame) -> _Extra:
+    """The points and the mask beside, or instead of, a box, in the upright picture."""
+    if fault is not None:
         return _Extra(sound=False)
-    points_xy, point_labels = points if len(points[1]) else (None, None)
-    return _Extra(points_xy=points_xy, point_labels=point_labels, mask=mask and mask["counts"])
-
-
-def _points(
-    flat: Sequence[float | None], labels: Sequence[int | None], frame: _Frame
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]] | None:
-    """Points and labels in the upright picture; None where they do not fit each other or the picture."""
-    if len(flat) != 2 * len(labels) or None in flat or not all(label in (1, 0, -1) for label in labels):
-        return None
-    turned = _turn_points(np.array(flat, dtype=np.float64).reshape(-1, 2), frame)
+    flat, labels, mask = box.get("points_xy"), box.get("point_labels"), box.get("prompt_mask")
+    # A mask in another frame would have to be turned by its pixels; only upright ones are taken.
+    fits = not mask or (tuple(mask["size"]) == frame.upright_size_hw and frame.orientation == 1)
+    points = _turn_points(np.array(flat or [], dtype=np.float64).reshape(-1, 2), frame)
+    shown = _shown(labels or [])
     height, width = frame.upright_size_hw
-    inside = (turned >= 0).all(axis=1) & (turned <= [width, height]).all(axis=1)
-    padding = np.array(labels, dtype=np.int32) == -1
-    if not (inside | padding).all():
-        return None
-    return np.where(padding[:, None], 0, turned).astype(np.float32), np.array(labels, dtype=np.int32)
+    inside = ((points >= 0) & (points <= [width, height])).all(axis=1)
+    if not fits or not np.asarray(inside)[shown].all():
+        return _Extra(sound=False)
+    return _Extra(
+        points_xy=np.where(shown[:, None], points, 0).astype(np.float32) if labels else None,
+        point_labels=np.array(labels, dtype=np.int32) if labels else None,
+        mask=mask["counts"] if mask else None,
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,10 +297,11 @@ def set_aside(
     rules: BoxRules,
     error: list[str | None],
 ) -> None:
-    """None; usable boxes that a rule leaves without a mask have its reason in `error`.
+    """None; boxes that a rule leaves without a mask have its reason in `error`.
 
-    In this order: too small, score too low, over `top_k`, `nms:<row of the better box>`. A rule looks only at
-    the boxes that the ones before it left. Better is the higher score (none last), then the earlier row.
+    In this order: a crowd (whatever else is wrong with its box), too small, score too low, over `top_k`,
+    `nms:<row of the better box>`. A rule looks only at the usable boxes that the ones before it left. Better
+    is the higher score (none last), then the earlier row.
     """
     scores = np.array([_score(box) for box in boxes], dtype=np.float64)
 
@@ -278,6 +312,8 @@ def set_aside(
         for row in rows.tolist():
             error[row] = reason
 
+    crowds = np.array([bool(box.get("iscrowd")) for box in boxes], dtype=np.bool_)
+    leave_out(np.flatnonzero(crowds), "crowd")
     if rules.min_side_px:
         sides = np.where(has_box, (prompt_N4[:, 2:] - prompt_N4[:, :2]).min(axis=1), np.inf)
         leave_out(left()[sides[left()] < rules.min_side_px], "box_small")
@@ -326,7 +362,7 @@ def _overlapping(
 
 SUSPICIOUS_SHARE = 0.1
 """Of the boxes looked at; real detectors stay far below, a wrong format far above."""
-_LARGEST_SHARE = 1.5  # shares of a picture reach over 1 where a detector lets its boxes reach over the edge
+LARGEST_SHARE = 1.5  # shares of a picture reach over 1 where a detector lets its boxes reach over the edge
 
 
 def suspicions(
@@ -374,7 +410,7 @@ def suspicions_of_place(
 def _wrong_format(boxes_N4: Float64Array, box_format: BoxFormat, base: str) -> list[str]:
     """What the numbers alone show; both sentences name the one format that mends both."""
     largest_N = np.abs(boxes_N4).max(axis=1)
-    shares = float((largest_N <= _LARGEST_SHARE).mean())
+    shares = float((largest_N <= LARGEST_SHARE).mean())
     ends_early = float((boxes_N4[:, 2:] <= boxes_N4[:, :2]).any(axis=1).mean()) if base == "xyxy" else 0.0
     is_wrong_corners = ends_early > SUSPICIOUS_SHARE
     right_base = "xywh" if is_wrong_corners else base

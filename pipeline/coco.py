@@ -1,13 +1,15 @@
 """COCO files of any size: instances (images, annotations, categories) and results (a list of boxes).
 
 Streamed: records go from the file into Arrow columns in blocks. Keys that are not named here
-(segmentation, iscrowd, keypoints, licences) are skipped unread. A box is xywh in pixels. Image ids may be
-integers or strings; integers become decimal strings.
+(segmentation, keypoints, licences) are skipped unread. A box is xywh in pixels. Image ids may be
+integers or strings; integers become decimal strings. `iscrowd` may be 0, 1, true, false, any of these as
+text, or null.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -16,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.arrays import Int64Array, null_mask, single
-from pipeline.box_tables import box_columns
-from pipeline.columns import Kind
-from pipeline.errors import JobRefused
-from pipeline.json_arrays import Lines, first_byte, split_arrays
+from pipeline.box_tables import box_columns, crowds
+from pipeline.columns import Kind, plain
+from pipeline.errors import JobRefused, clean_text
+from pipeline.json_arrays import JsonDamage, Lines, first_byte, split_arrays
 from pipeline.listings import (
     TEXT,
     BoxList,
@@ -32,7 +34,7 @@ from pipeline.listings import (
 from pipeline.records import AccessRules
 from pipeline.storage import open_input, options_for
 from pipeline.tables import naming, naming_values
-from pipeline.text_tables import read_lines, sampled_leaf
+from pipeline.text_tables import read_lines, refuse_other_bytes, sampled_flag, sampled_leaf
 
 _BOX = {
     "image_id": Kind(0, "key"),
@@ -40,6 +42,7 @@ _BOX = {
     "bbox": Kind(1, "number"),
     "score": Kind(0, "number"),
     "id": Kind(0, "key"),
+    "iscrowd": Kind(0, "flag"),
 }
 _RECORDS: dict[str, dict[str, Kind]] = {
     "": _BOX,
@@ -53,6 +56,7 @@ _RECORDS: dict[str, dict[str, Kind]] = {
     "categories": {"id": Kind(0, "integer"), "name": Kind(0, "text")},
 }
 _SAMPLE_RECORDS = 100
+_LOOK_BYTES = 2**20
 _SHAPE = "wanted COCO: an object with lists `images` and `annotations`, or a list of results"
 
 
@@ -71,7 +75,8 @@ def is_results(uri: str, access: AccessRules) -> bool:
     Raises:
         JobRefused: neither.
     """
-    with open_input(uri, options_for(uri, access)) as stream:
+    with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
+        refuse_other_bytes(stream)
         first = first_byte(stream)
     if first not in ("[", "{"):
         found = f"it begins with {first!r}" if first else "it is empty"
@@ -88,7 +93,7 @@ def read_results(uri: str, access: AccessRules, *, folder: str) -> BoxList:
 def read_coco_images(uri: str, access: AccessRules, *, folder: str) -> ImageList:
     """The images of an instances file; `image_uri` holds the file names as written."""
     blocks = _read(uri, {"images", "categories"}, access)
-    images = _images(uri, blocks)
+    images = _images(uri, blocks, access)
     return ImageList(
         image_uri=images.file_name,
         image_id=images.image_id,
@@ -106,8 +111,8 @@ def read_instances(uri: str, access: AccessRules, *, folder: str) -> BoxList:
     """
     blocks = _read(uri, {"images", "annotations", "categories"}, access)
     if "annotations" not in blocks:
-        raise JobRefused(f"{uri}: there is no list `annotations`; {_SHAPE}")
-    images = _images(uri, blocks)
+        raise JobRefused(f"{uri}: {_without(uri, 'annotations', access)}; {_SHAPE}")
+    images = _images(uri, blocks, access)
     boxes = _grouped(uri, blocks["annotations"], folder)
     listed = with_all_images(boxes, images.image_id, images.file_name)
     size_hw = np.zeros((len(listed.lengths), 2), dtype=np.int64)
@@ -117,29 +122,84 @@ def read_instances(uri: str, access: AccessRules, *, folder: str) -> BoxList:
 
 def _read(uri: str, names: Collection[str], access: AccessRules) -> dict[str, list[pa.Table]]:
     """The wanted arrays of the file as blocks of plain columns; an array that is absent is no key."""
-    schemas: dict[str, pa.Schema] = {}
+    found: dict[str, dict[str, Kind]] = {}
     blocks: dict[str, list[pa.Table]] = {}
     with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
         for lines in split_arrays(stream, names):
-            if lines.name not in schemas:
-                schemas[lines.name] = _schema(lines)
-            table = read_lines(lines.text, lines.count, schemas[lines.name])
+            if lines.name not in found:
+                found[lines.name] = _kinds(lines)
+            kinds = found[lines.name]
+            schema = pa.schema([(name, kind.arrow_type()) for name, kind in kinds.items()])
+            table = _whole(_block(lines, schema), kinds)
             blocks.setdefault(lines.name, []).append(_compact(table))
     return blocks
 
 
-def _schema(lines: Lines) -> pa.Schema:
-    """The columns of an array; whether its ids are integers or strings is seen from its first records."""
+def _block(lines: Lines, schema: pa.Schema) -> pa.Table:
+    """Return the records of a block; flags in several spellings, which stop Arrow, are read one by one."""
+    try:
+        return read_lines(lines.text, lines.count, schema)
+    except JsonDamage:
+        at = schema.get_field_index("iscrowd")
+        if at < 0:
+            raise
+        table = read_lines(lines.text, lines.count, schema.remove(at))  # another key's fault is said here
+        flags = [_record(line).get("iscrowd") for line in lines.text.split(b"\n")]
+        texts = [None if flag is None else str(flag) for flag in flags]
+        return table.add_column(at, "iscrowd", pa.array(texts, TEXT))
+
+
+def _kinds(lines: Lines) -> dict[str, Kind]:
+    """The columns of an array; what its ids are written as is seen from its first records."""
     records = [_record(line) for line in lines.text.split(b"\n", _SAMPLE_RECORDS)[:_SAMPLE_RECORDS]]
-    fields = []
+    kinds = {}
     for name, kind in _RECORDS[lines.name].items():
         leaf = sampled_leaf(record.get(name) for record in records)
         if kind.leaf == "key":
             kind = replace(kind, leaf="text" if leaf == "null" else leaf)
+        if kind.leaf == "integer" and leaf == "whole":
+            kind = replace(kind, leaf=leaf)
+        if kind.leaf == "flag":
+            flag = sampled_flag(record.get(name) for record in records)
+            kind = replace(kind, leaf="integer" if flag == "null" else flag)
         if leaf == "text" and name in ("width", "height"):
             continue  # only used to guess mistakes; not worth a refusal
-        fields.append(pa.field(name, kind.arrow_type()))
-    return pa.schema(fields)
+        kinds[name] = kind
+    return kinds
+
+
+def _without(uri: str, name: str, access: AccessRules) -> str:
+    """What a file without this list has there or at its beginning instead, in words."""
+    null = re.compile(rf'"{name}"\s*:\s*null\b'.encode())
+    with open_input(uri, options_for(uri, access)) as stream:
+        head = before = stream.read(_LOOK_BYTES)
+        while before and null.search(before) is None:
+            block = stream.read(_LOOK_BYTES)
+            before = before[-64:] + block if block else b""
+    if before:
+        return f"`{name}` is null; wanted a list, which is [] where there are none"
+    key = re.match(rb'\s*\{\s*"((?:[^"\\]|\\.){0,200})"', head.removeprefix(b"\xef\xbb\xbf"))
+    first = f"; its first key is {clean_text(key[1].decode(errors='replace'))!r}" if key else ""
+    return (
+        f"there is no list `{name}`{first} (boxes by file name are read one object a line, from a file named "
+        '.jsonl: {"image_uri": "a.jpg", "boxes": [[1, 2, 3, 4]]})'
+    )
+
+
+def _whole(table: pa.Table, kinds: Mapping[str, Kind]) -> pa.Table:
+    """The same, with whole numbers that are written as floats (`1.0`) as integers.
+
+    Raises:
+        JsonDamage: one that is so large that a float has lost digits of it.
+    """
+    for at, (name, kind) in enumerate(kinds.items()):
+        if kind.leaf == "whole":
+            try:
+                values = plain(single(table.column(at)), kind)
+            except pa.ArrowInvalid as error:
+                raise JsonDamage(f"{name!r} {error}") from error
+            table = table.set_column(at, name, values)
+    return table
 
 
 def _record(line: bytes) -> Mapping[str, object]:
@@ -151,9 +211,11 @@ def _record(line: bytes) -> Mapping[str, object]:
 
 
 def _compact(table: pa.Table) -> pa.Table:
-    """The same, with image ids as dictionary-encoded text: five million boxes name few images."""
+    """Return it with crowds marked and image ids dictionary-encoded: five million boxes name few images."""
     if "image_id" not in table.column_names:
         return table
+    at = table.column_names.index("iscrowd")
+    table = table.set_column(at, "iscrowd", crowds(single(table.column("iscrowd"))))
     at = table.column_names.index("image_id")
     ids = pc.cast(single(table.column("image_id")), TEXT).dictionary_encode()
     return table.set_column(at, "image_id", ids)
@@ -163,7 +225,10 @@ def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
     table = pa.concat_tables(blocks)
     ids = table.column("image_id")
     if ids.null_count:
-        raise JobRefused(f"{uri}: record {_first_null(ids)} (from 0) has no image_id; {_SHAPE}")
+        raise JobRefused(
+            f"{uri}: record {_first_null(ids)} (from 0) has no image_id; {_SHAPE}; the rows of a table are "
+            "read one object a line, from a file named .jsonl: jq -c '.[]' IN > OUT.jsonl"
+        )
     if table.num_rows and table.column("bbox").null_count == table.num_rows:
         raise JobRefused(f"{uri}: none of its {table.num_rows} records has a bbox; {_SHAPE}")
     flat = {
@@ -171,6 +236,7 @@ def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
         "category_id": single(table.column("category_id")),
         "score": single(table.column("score")),
         "box_id": single(table.column("id")),
+        "iscrowd": single(table.column("iscrowd")),
     }
     with naming_values(uri):
         boxes = pa.table(box_columns({name: column for name, column in flat.items() if _holds(column)}))
@@ -182,9 +248,9 @@ def _holds(column: pa.Array) -> bool:
     return not len(column) or column.null_count < len(column)
 
 
-def _images(uri: str, blocks: Mapping[str, list[pa.Table]]) -> CocoImages:
+def _images(uri: str, blocks: Mapping[str, list[pa.Table]], access: AccessRules) -> CocoImages:
     if "images" not in blocks:
-        raise JobRefused(f"{uri}: there is no list `images`; {_SHAPE}")
+        raise JobRefused(f"{uri}: {_without(uri, 'images', access)}; {_SHAPE}")
     table = pa.concat_tables(blocks["images"])
     for name in ("id", "file_name"):
         if table.column(name).null_count:

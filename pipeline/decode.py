@@ -256,7 +256,7 @@ def _sizes_in(error: BaseException) -> str:
 
 def _damaged(data: bytes, error: Exception) -> ImageError:
     """`too_large`, `truncated` or `corrupt` for a known format that does not decode."""
-    found = f"{_signature(data)} data"
+    found = f"{signature(data)} data"
     if "MAX_TEXT" in str(error):
         return ImageError("too_large", f"{found} with more text metadata than Pillow's bound of 64 MiB")
     if "runcated" in str(error) or _ends_early(data):
@@ -266,12 +266,12 @@ def _damaged(data: bytes, error: Exception) -> ImageError:
 
 def _unidentified(data: bytes) -> ImageError:
     """Why Pillow recognises nothing: damaged, a format that is not allowed, or no picture at all."""
-    if _signature(data) == "TIFF" and "unknown pixel mode" in _complaint(data):
+    if signature(data) == "TIFF" and "unknown pixel mode" in _complaint(data):
         return ImageError(
             "pixel_type",
             "TIFF data of a pixel type with no stated meaning as 8-bit RGB; save the picture with 8 bits",
         )
-    if _signature(data) in ALLOWED_FORMATS:
+    if signature(data) in ALLOWED_FORMATS:
         return _damaged(data, ValueError("the header cannot be read"))
     refused = _refused_format(data)
     if refused is not None:
@@ -292,7 +292,11 @@ def _complaint(data: bytes) -> str:
     return ""
 
 
-def _signature(data: bytes) -> str | None:
+SIGNATURE_BYTES = 16
+
+
+def signature(data: bytes) -> str | None:
+    """Return the picture format that the first SIGNATURE_BYTES bytes of a file say; None for another."""
     for name, matches in _SIGNATURES.items():
         if matches(data):
             return name
@@ -311,7 +315,7 @@ _SIGNATURES: dict[str, Callable[[bytes], bool]] = {
 
 def _ends_early(data: bytes) -> bool:
     """Whether bytes that did not decode lack their format's end; asked only after a failure."""
-    name = _signature(data)
+    name = signature(data)
     if name in ("WEBP", "BMP", "TIFF"):
         return len(data) < _announced_length(name, data)
     end = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}.get(name or "")

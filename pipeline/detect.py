@@ -28,6 +28,8 @@ from pipeline.unit_rows import ImageResult
 HF, ZERO_SHOT = "hf:", "hf-zero-shot:"
 WANTED = "wanted hf:ID_OR_FOLDER, hf-zero-shot:ID_OR_FOLDER or your own module:Class"
 _BLANK_HW = (48, 64)
+MOST_RAISED = 32
+"""Images on which a model may raise in a process in which it never worked, before the job stops for it."""
 
 
 def is_own_code(name: str) -> bool:
@@ -85,6 +87,35 @@ def _imported(module: str) -> ModuleType:
         raise ModuleNotFoundError(
             f"{error}; wanted a module that Python finds here and on every worker, as with PYTHONPATH=FOLDER"
         ) from error
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What a model has done in this process: one that never worked is at fault itself, and no image is."""
+
+    _has_worked: bool = False
+    _raised: int = 0
+
+    def worked(self) -> None:
+        """Note an image that was done."""
+        self._has_worked = True
+
+    def raised(self, whose: str) -> None:
+        """Note an image that was raised on, alone; `whose` goes into the message.
+
+        Raises:
+            SystemicFault: `model`, for the MOST_RAISED-th one of a model that never worked.
+        """
+        self._raised += 1
+        if not self._has_worked and self._raised >= MOST_RAISED:
+            raise SystemicFault(
+                "model", f"none of the first {self._raised} images of a process could be worked on by {whose}"
+            )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whichever device."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
 
 
 def try_out(detector: Detector, settings: DetectorSettings) -> None:
@@ -145,6 +176,7 @@ class DetectStep:
                 f"detector {settings.name} has fingerprint {found}, this job began with "
                 f"{settings.fingerprint}; put the old one back, or start a new output folder",
             )
+        self._record = Record()
         self._names = {category.id: category.name for category in self._detector.categories}
 
     def run(
@@ -174,12 +206,21 @@ class DetectStep:
             answers = self._detect(some, watch)
             took_ms = 1000 * (time.monotonic() - began) / len(some)
             for one, answer in zip(some, answers, strict=True):
-                images[one.place] = self._answered(replace(images[one.place], detect_ms=took_ms), one, answer)
+                image = replace(images[one.place], detect_ms=took_ms)
+                if isinstance(answer, Exception):
+                    images[one.place] = self._charged(image, answer, watch)
+                else:
+                    self._record.worked()
+                    images[one.place] = replace(image, planned={**image.planned, "boxes": answer})
 
-    def _detect(self, some: Sequence[_Shown], watch: CallWatch) -> list[Detections | Exception]:
-        """An answer for each, or what went wrong with it; of a call that fails each is tried alone."""
+    def _detect(self, some: Sequence[_Shown], watch: CallWatch) -> list[list[dict[str, Any]] | Exception]:
+        """The boxes of each, or what went wrong with it; of a call that fails each is tried alone."""
         try:
-            return list(self._call(some, watch))
+            found = self._call(some, watch)
+            return [
+                planned_boxes(answer, one.picture.shape[:2], one.size_hw, self._settings, self._names)
+                for one, answer in zip(some, found, strict=True)
+            ]
         except Exception as error:
             watch.end_if_lost(error)
             if len(some) == 1:
@@ -194,12 +235,22 @@ class DetectStep:
             found = self._detector.detect(filled)
         return _checked(found, filled, self._detector.categories)[: len(some)]
 
-    def _answered(self, image: ImageResult, one: _Shown, answer: Detections | Exception) -> ImageResult:
-        if isinstance(answer, Exception):
-            code = "out_of_memory" if "out of memory" in str(answer).lower() else "detector_failed"
-            return replace(image, error_code=code, error_message=_said(answer))
-        boxes = planned_boxes(answer, one.picture.shape[:2], one.size_hw, self._settings, self._names)
-        return replace(image, planned={**image.planned, "boxes": boxes})
+    def _charged(self, image: ImageResult, error: Exception, watch: CallWatch) -> ImageResult:
+        """The image, failed for what the detector raised on it alone.
+
+        Raises:
+            SystemicFault: `model`, when it raises on a blank picture too, or on every image.
+        """
+        said = _said(error)
+        if is_out_of_memory(error):
+            return replace(image, error_code="out_of_memory", error_message=said)
+        try:
+            with watch.deadline([image.planned["image_id"]]):
+                try_out(self._detector, self._settings)
+        except JobRefused as refusal:
+            raise SystemicFault("model", clean_text(str(refusal))) from error
+        self._record.raised(f"detector {self._settings.name}, the last time with {said}")
+        return replace(image, error_code="detector_failed", error_message=said)
 
 
 def planned_boxes(
@@ -218,21 +269,28 @@ def planned_boxes(
     kept = np.flatnonzero(~(scores <= settings.score_threshold))
     order = kept[np.lexsort((kept, -np.nan_to_num(scores[kept], nan=-np.inf)))][: settings.max_detections]
     scale = np.array([size_hw[1] / picture_hw[1], size_hw[0] / picture_hw[0]] * 2)
-    boxes = np.asarray(found.boxes_xyxy, np.float64).reshape(-1, 4) * scale
+    with np.errstate(over="ignore"):  # infinite boxes are rows without a mask (box_not_finite)
+        boxes = np.asarray(found.boxes_xyxy, np.float64).reshape(-1, 4) * scale
     ids = None if found.box_ids is None else list(found.box_ids)
     return [
         {
             "given": boxes[row].tolist(),
-            "box_id": None if ids is None else str(ids[row]),
+            "box_id": _utf8(None if ids is None else ids[row]),
             "category_id": int(found.category_ids[row]),
-            "category_name": names.get(int(found.category_ids[row])),
+            "category_name": _utf8(names.get(int(found.category_ids[row]))),
             "score": float(scores[row]) if np.isfinite(scores[row]) else None,
             "points_xy": None,
             "point_labels": None,
             "prompt_mask": None,
+            "iscrowd": None,
         }
         for row in order.tolist()
     ]
+
+
+def _utf8(value: object) -> str | None:
+    """The value as text; UnicodeEncodeError for one that no table can hold."""
+    return None if value is None else str(value).encode("utf-8").decode("utf-8")
 
 
 def _checked(
@@ -252,6 +310,8 @@ def _checked(
                 raise DetectorError(f"{name} has {len(values)} values for {len(boxes)} boxes")
         if len(ids) and not np.issubdtype(ids.dtype, np.integer):
             raise DetectorError(f"category_ids has type {ids.dtype}; wanted integers")
+        if len(ids) and not (ids.min() >= -(2**31) and ids.max() < 2**31):
+            raise DetectorError(f"category_ids reaches {ids.max()}; wanted integers of 32 bits")
         unknown = set(ids.tolist()) - known
         if unknown:
             raise DetectorError(f"category_ids holds {min(unknown)}, which is not among its categories")

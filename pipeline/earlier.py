@@ -48,6 +48,7 @@ _INSTANCES = {
     "prompt_bbox_given": Kind(1, "number"),
     "prompt_bbox": Kind(1, "number"),
     "detector_score": Kind(0, "number"),
+    "reject_reason": Kind(0, "text"),
 }
 
 
@@ -107,6 +108,7 @@ def read_earlier_boxes(parts: EarlierParts, access: AccessRules) -> BoxList:
                 "label": single(rows.column("category_name")),
                 "category_id": single(rows.column("category_id")),
                 "score": single(rows.column("detector_score")),
+                "iscrowd": pc.fill_null(pc.equal(single(rows.column("reject_reason")), "crowd"), False),
             }
         )
     boxes = grouped_boxes(

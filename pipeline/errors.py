@@ -96,7 +96,8 @@ IMAGE_CODES: dict[str, tuple[str, str]] = {
     "timeout": ("worker", "this image did not finish within its deadline"),
     "out_of_memory": ("worker", "this image does not fit in memory, even alone"),
     "detector_failed": ("detect", "the detector raised on this image"),
-    "non_finite": ("segment", "the model gave NaN or infinity"),
+    "non_finite": ("segment", "the model gave NaN or infinity for every box"),
+    "model_failed": ("segment", "the model, or what prepares its prompts, raised on this image"),
 }
 
 # codes that stop the job when they are not one image's fault (see `limits` in docs/errors.md)
@@ -107,6 +108,7 @@ SYSTEMIC_CODES: dict[str, str] = {
     "store": "the store, bucket or folder is gone or answers nothing but errors",
     "disk": "the disk or the object store is full",
     "device": "the accelerator failed",
+    "model": "the model or the detector raises on a blank picture too, or on every image of a process",
     "weights": "a worker does not find the job's weights",
     "environment": "a worker's environment switches a protection off",
     "resources": "the cluster cannot place what the job needs",
@@ -120,6 +122,8 @@ BOX_CODES: dict[str, str] = {
     "box_empty": "no width or no height",
     "box_outside": "does not touch the image",
     "prompt_invalid": "points or mask prompt cannot be used",
+    "non_finite": "the model gave NaN or infinity for this box",
+    "crowd": "a region of many objects (iscrowd 1), not one object",
     "box_small": "a side is shorter than boxes.min_side_px",
     "box_score": "the score is lower than boxes.min_score",
     "box_rank": "not among the boxes.top_k best of its image",
@@ -128,8 +132,9 @@ BOX_CODES: dict[str, str] = {
 }
 
 
-SET_ASIDE = ("box_small", "box_score", "box_rank", "nms")
-"""Of these, the reasons that say nothing against a box: the job's own rules leave it without a mask."""
+SET_ASIDE = ("crowd", "box_small", "box_score", "box_rank", "nms")
+"""Of these, the reasons that say nothing against a box: it is wanted without a mask, by its own flag or the
+job's rules."""
 
 
 def box_code(reason: str) -> str:

@@ -31,7 +31,8 @@ SIZES: dict[str, tuple[float, float]] = {
 """COCO's sizes: the object's area in pixels."""
 MATCH_IOU = 0.5
 """A prompt belongs to an object when their boxes agree at least so well."""
-NO_CLASS = 1
+ANY_CLASS = 1
+"""The one category where classes do not count."""
 
 Match = Literal["box_id", "box_iou"]
 
@@ -40,12 +41,13 @@ Match = Literal["box_id", "box_iou"]
 class FoundMask:
     """A published instance that may answer for an object. `counts`: None when it has no mask.
 
-    `box_xywh`: the prompt as used, None when it could not be used. `category_id`: the truth's number.
+    `box_xywh`: the prompt as used, None when it could not be used. `category_id`: the truth's number, which
+    may be 0; None for a class that the truth does not have.
     """
 
     image_id: str
     box_id: str | None
-    category_id: int
+    category_id: int | None
     box_xywh: Box | None
     score: float
     counts: str | None
@@ -81,7 +83,7 @@ class Precision:
 class Pair:
     """An object and the prompt that belongs to it. A prompt without mask has IoU 0 and `has_mask` False."""
 
-    category_id: int
+    category_id: int | None
     area: float
     iou: float
     boundary_iou: float
@@ -119,7 +121,7 @@ def average_precision(
     judge.params.areaRngLbl = list(SIZES)
     judge.evaluate()
     judge.accumulate()
-    return _precision(judge.eval, judge.params.iouThrs, judge.params.catIds)
+    return _precision(judge.eval, judge.params.iouThrs, categories)
 
 
 def _precision(result: Mapping[str, Any], thresholds: Float64Array, categories: Sequence[int]) -> Precision:
@@ -147,52 +149,72 @@ def _mean(values: Float64Array) -> float | None:
     return float(known.mean()) if known.size else None
 
 
+_NOTHING = {"size": [1, 1], "counts": "1"}
+"""The smallest mask, empty."""
+
+
 def _truth_dict(images: Sequence[EvaluatedImage], categories: Sequence[int]) -> dict[str, Any]:
+    place_of = {number: place for place, number in enumerate(categories, start=1)}
     annotations = [
         {
             "image_id": place,
-            "category_id": one.category_id,
-            "segmentation": {"size": list(image.size_hw), "counts": one.counts},
+            "category_id": place_of[one.category_id],
+            # Where no mask was made all objects are missed, whatever theirs are: none is taken apart then,
+            # not even one of an image that was too large to be opened.
+            "segmentation": _json_rle(one.counts, image.size_hw) if _has_masks(image) else _NOTHING,
             "bbox": list(one.bbox_xywh),
             "area": one.area,
             "iscrowd": int(one.is_crowd),
         }
         for place, image in enumerate(images, start=1)
         for one in image.objects
+        if one.category_id in place_of
     ]
     return _coco(images, categories, annotations)
 
 
 def _found_dict(images: Sequence[EvaluatedImage], categories: Sequence[int]) -> dict[str, Any]:
-    wanted = set(categories)
+    place_of = {number: place for place, number in enumerate(categories, start=1)}
     annotations = [
         {
             "image_id": place,
-            "category_id": one.category_id,
-            "segmentation": {"size": list(image.size_hw), "counts": one.counts},
+            "category_id": place_of[one.category_id],
+            "segmentation": _json_rle(one.counts, image.size_hw),
             "area": float(coco_mask.area(_rle(one.counts, image.size_hw))),
             "score": one.score,
             "iscrowd": 0,
         }
         for place, image in enumerate(images, start=1)
         for one in image.masks
-        if one.counts is not None and one.category_id in wanted
+        if one.counts is not None and one.category_id in place_of
     ]
     return _coco(images, categories, annotations)
+
+
+def _has_masks(image: EvaluatedImage) -> bool:
+    return any(mask.counts is not None for mask in image.masks)
+
+
+def _json_rle(counts: str, size_hw: tuple[int, int]) -> dict[str, Any]:
+    return {"size": list(size_hw), "counts": counts}
 
 
 def _coco(
     images: Sequence[EvaluatedImage], categories: Sequence[int], annotations: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    """What the library reads. Ids of images, categories and annotations are places from 1.
+
+    An id of a file may be 0, and 0 means "not matched" in there; or no int64.
+    """
     for number, annotation in enumerate(annotations, start=1):
-        annotation["id"] = number  # 0 would mean "not matched"
+        annotation["id"] = number
     return {
         "images": [
             {"id": place, "height": image.size_hw[0], "width": image.size_hw[1]}
             for place, image in enumerate(images, start=1)
         ],
         "annotations": annotations,
-        "categories": [{"id": number, "name": str(number)} for number in categories],
+        "categories": [{"id": place, "name": str(place)} for place in range(1, len(categories) + 1)],
     }
 
 
@@ -237,12 +259,14 @@ def _by_boxes(
     truth = np.array([one.bbox_xywh for one in objects], dtype=np.float64)
     prompts = np.array([mask.box_xywh for mask in masks], dtype=np.float64)
     agreement = np.asarray(coco_mask.iou(prompts, truth, [0] * len(truth)), dtype=np.float64)
-    kinds = np.array([mask.category_id for mask in masks])[:, None]
-    agreement[kinds != np.array([one.category_id for one in objects])[None, :]] = 0
+    kinds: dict[int | None, int] = {}  # ids are of any size, their places are not
+    of_prompts = np.array([kinds.setdefault(mask.category_id, len(kinds)) for mask in masks])
+    of_truth = np.array([kinds.setdefault(one.category_id, len(kinds)) for one in objects])
+    agreement[of_prompts[:, None] != of_truth[None, :]] = 0
     pairs = []
     for place in np.argsort(-agreement, axis=None, kind="stable"):
         prompt, thing = np.unravel_index(place, agreement.shape)
-        if agreement[prompt, thing] < MATCH_IOU:
+        if not agreement[prompt, thing] >= MATCH_IOU:  # NaN for two boxes without area
             continue
         pairs.append((objects[int(thing)], masks[int(prompt)]))
         agreement[prompt, :] = agreement[:, thing] = 0

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import logging
 import time
@@ -515,12 +516,56 @@ def _settings(context: JobContext, watch: type[_Watch]) -> Iterator[None]:
             setattr(ctx, name, value)
         ctx.execution_options.preserve_order = False
         logger.setLevel(logging.CRITICAL)  # what goes wrong is raised; its own words would be said twice
-        yield
+        with _actors_by_value():
+            yield
     finally:
         for name, value in before.items():
             setattr(ctx, name, value)
         ctx.execution_options.preserve_order = order
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _actors_by_value() -> Iterator[None]:
+    """Let Ray Data hand its actors their arguments as values for the block; restore its own way afterwards.
+
+    It hands them references to objects and another actor (Ray 2.60). Ray cannot make those anew when it
+    restarts an actor (https://github.com/ray-project/ray/issues/53727), and its C++ says so on stderr for
+    every actor of every run. The driver holds these references as long as the actors live, so nothing was
+    ever lost; but values, some 15 kB, need no such care, and no message has to be hidden.
+    """
+    operators: Any = importlib.import_module("ray.data._internal.execution.operators.actor_pool_map_operator")
+    pool, tracker = operators.ActorPoolMapOperator, operators.get_or_create_actor_location_tracker
+    start = pool._start_actor
+
+    def start_by_value(self: Any, *args: Any) -> Any:
+        tracker()  # there is one, so that it has a name to be found by
+        values = {"_map_transformer_ref": self._map_transformer, "_data_context_ref": self.data_context}
+        kept = {name: vars(self).pop(name) for name in values if name in vars(self)}
+        vars(self).update(values)
+        try:
+            return start(self, *args)
+        finally:
+            for name in values:
+                del vars(self)[name]
+            vars(self).update(kept)
+
+    operators.get_or_create_actor_location_tracker = _ActorLocations
+    pool._start_actor = start_by_value
+    try:
+        yield
+    finally:
+        operators.get_or_create_actor_location_tracker = tracker
+        pool._start_actor = start
+
+
+class _ActorLocations:
+    """Ray Data's actor that knows where the others are, found by its name where it is asked."""
+
+    @property
+    def update_actor_location(self) -> Any:
+        """The method of that actor."""
+        return _ray.get_actor("ActorLocationTracker", namespace="ActorLocationTracker").update_actor_location
 
 
 def _no_progress_s(context: JobContext) -> float:

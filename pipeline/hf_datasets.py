@@ -32,14 +32,15 @@ from pipeline.storage import open_input, options_for
 from pipeline.tables import naming, naming_values
 
 IMAGE, OBJECTS = "image", "objects"
-NAMES = (IMAGE, OBJECTS, "objects.bbox", "objects.category", "objects.score")
+NAMES = (IMAGE, OBJECTS, "objects.bbox", "objects.category", "objects.score", "objects.iscrowd")
 """Our names of their columns; `input.columns` may say others."""
 _FIELDS = {
     "bbox": Kind(2, "number"),
     "category": Kind(1, "key"),
     "score": Kind(1, "number"),
+    "iscrowd": Kind(1, "flag"),
 }
-_OURS = {"bbox": "boxes", "category": "labels", "score": "scores"}
+_OURS = {"bbox": "boxes", "category": "labels", "score": "scores", "iscrowd": "iscrowd"}
 _BATCH_ROWS = 4096
 _ID_RULE = "ids are the files' names and the rows' numbers"
 
@@ -105,7 +106,21 @@ def read_hf_boxes(
         folder=root,
         box_format="xywh",
     )
-    return replace(found, id_rule=_ID_RULE, categories=_category_names(files[0]), columns=_names(files[0]))
+    return replace(
+        found,
+        id_rule=_ID_RULE,
+        categories=_category_names(files[0]),
+        columns=_names(files[0]),
+        unused=_unused(files[0]),
+    )
+
+
+def _unused(file: _File) -> tuple[str, ...]:
+    """The columns of a file and the fields of its objects that are not read."""
+    assert file.objects is not None, "the caller has looked"
+    inner = _as_struct(file.schema.field(file.objects).type) or ()
+    fields = (f"{file.objects}.{field.name}" for field in inner if field.name not in file.fields.values())
+    return (*(name for name in file.schema.names if name not in (file.image, file.objects)), *fields)
 
 
 def _names(file: _File) -> tuple[str, ...]:

@@ -15,29 +15,29 @@ import pyarrow.compute as pc
 
 from pipeline.access import split_scheme
 from pipeline.arrays import single
-from pipeline.box_tables import BOX_ROWS, IMAGE_ROWS, image_keys, read_box_tables
+from pipeline.box_tables import BOX_ROWS, IMAGE_ROWS, image_keys, read_box_tables, unused_columns
 from pipeline.coco import is_results, read_coco_images, read_instances, read_results
 from pipeline.columns import missing_column
 from pipeline.earlier import EarlierParts, find_parts, read_earlier_boxes, read_earlier_images
-from pipeline.errors import JobRefused, UsageError
+from pipeline.errors import ImageError, JobRefused, UsageError, clean_text
 from pipeline.hf_datasets import NAMES as HF_NAMES
 from pipeline.hf_datasets import holds_pictures, read_hf_boxes, read_hf_images
-from pipeline.listings import TEXT, BoxList, ImageList, is_picture
+from pipeline.listings import TEXT, BoxList, ImageList, has_picture_name, is_picture
 from pipeline.megadetector import is_megadetector, read_megadetector
 from pipeline.named import (
     Named,
     absolute,
     is_json,
     is_pattern,
-    is_tar,
     nothing_in,
     parent_of,
-    pattern_root,
+    picture_format,
+    pointed_at,
     states_ending,
 )
 from pipeline.records import AccessRules, BoxFormat, BoxFrame
-from pipeline.storage import Entry
-from pipeline.tables import inspect_tables, read_batches, table_format
+from pipeline.storage import check_uri
+from pipeline.tables import inspect_tables, read_batches
 from pipeline.tars import TarIds, read_tar_boxes, read_tar_images
 from pipeline.yolo import read_yolo
 
@@ -73,23 +73,11 @@ def allowed_access(settings: InputSettings) -> AccessRules:
     Planning and workers must use the same rules, so a job keeps these in its context. Absolute, links
     resolved.
     """
-    implied = [settings.image_root, _folder_of(settings.images)]
-    if settings.images is None:
-        implied.append(_folder_of(settings.boxes))
-    local = [folder for folder in implied if folder is not None and split_scheme(folder)[0] == "file"]
-    roots = [os.path.realpath(split_scheme(folder)[1]) for folder in (*settings.access.roots, *local)]
+    named = settings.images if settings.images is not None else settings.boxes
+    roots = [os.path.realpath(split_scheme(root)[1]) for root in settings.access.roots]
+    roots += pointed_at(absolute(settings.image_root)) if settings.image_root is not None else []
+    roots += pointed_at(absolute(named)) if named is not None else []
     return replace(settings.access, roots=tuple(dict.fromkeys(roots)))
-
-
-def _folder_of(argument: str | None) -> str | None:
-    """The folder that relative names in an input start from: its own, or the one that a table lies in."""
-    if argument is None:
-        return None
-    uri = absolute(argument)
-    if is_pattern(uri):
-        return pattern_root(uri)
-    is_file = is_json(uri) or is_tar(uri) or table_format(uri) is not None
-    return uri.rpartition("/")[0] if is_file and not os.path.isdir(uri) else uri
 
 
 def read_images(settings: InputSettings) -> ImageList:
@@ -99,7 +87,7 @@ def read_images(settings: InputSettings) -> ImageList:
         JobRefused: nothing there, no pictures, an unreadable table, an image without a uri.
     """
     assert settings.images is not None, "the caller asks only for what is given"
-    uri, access = absolute(settings.images), settings.access
+    uri, access = absolute(settings.images), allowed_access(settings)
     if is_json(uri) and not is_pattern(uri):
         _refuse_results(uri, access)
         if is_megadetector(uri, access):
@@ -114,8 +102,8 @@ def read_images(settings: InputSettings) -> ImageList:
     if tars := named.tars():
         return read_tar_images(tars, access, root=named.root, ids=settings.tar_ids)
     if named.is_listing():
-        return _from_listing(uri, named.entries, root=named.root)
-    tables = named.tables(access)
+        return _from_listing(named, access)
+    tables = named.tables()
     if holds_pictures(tables[0], settings.columns, access):
         return read_hf_images(tables, settings.columns, access, root=named.root)
     return _resolved(_read_image_tables(tables, settings, named.root), settings)
@@ -128,7 +116,7 @@ def read_boxes(settings: InputSettings) -> BoxList:
         JobRefused: nothing there, no table of boxes, or one that is not sound.
     """
     assert settings.boxes is not None, "the caller asks only for what is given"
-    uri, access = absolute(settings.boxes), settings.access
+    uri, access = absolute(settings.boxes), allowed_access(settings)
     if is_json(uri) and not is_pattern(uri):
         return _json_reader(uri, access)(uri, access, folder=_root(settings, parent_of(uri)))
     named = Named.of(uri, access)
@@ -137,9 +125,16 @@ def read_boxes(settings: InputSettings) -> BoxList:
         return _earlier_boxes(parts, settings)
     if tars := named.tars():
         return read_tar_boxes(tars, settings.columns, access, root=named.root, ids=settings.tar_ids)
+    boxes = _boxes_of(named, settings)
+    return replace(boxes, notes=(*boxes.notes, *named.notes))
+
+
+def _boxes_of(named: Named, settings: InputSettings) -> BoxList:
+    """Return the boxes of label files or tables."""
+    access = allowed_access(settings)
     if labels := named.label_files():
         return _yolo_boxes(labels, named, settings)
-    tables = named.tables(access)
+    tables = named.tables()
     if holds_pictures(tables[0], settings.columns, access):
         return read_hf_boxes(tables, settings.columns, access, root=named.root)
     return read_box_tables(tables, settings.columns, access, folder=_root(settings, named.root))
@@ -192,18 +187,63 @@ def check_columns(settings: InputSettings, found: Sequence[str]) -> None:
             raise JobRefused(f"input.columns: no table has a column {theirs!r}; found {shown}")
 
 
-def _from_listing(uri: str, entries: Sequence[Entry], *, root: str) -> ImageList:
-    """The pictures among listed files; every file where a pattern states the ending."""
-    keys = [entry.key for entry in entries if states_ending(uri) or is_picture(entry.key)]
+def _from_listing(named: Named, access: AccessRules) -> ImageList:
+    """Return the pictures among listed files; every file where one or a pattern's ending is named."""
+    every = named.kind == "picture" or states_ending(named.uri)
+    keys = [entry.key for entry in named.entries if every or is_picture(entry.key)]
     if not keys:
-        raise nothing_in(uri, entries, "pictures")
+        raise nothing_in(named, "pictures")
+    there = set(keys)
+    others = [entry.key for entry in named.entries if entry.key not in there]
+    targets = set(named.links.values())  # named by their links already
+    unnamed = [key for key in others if os.path.realpath(key) not in targets] if targets else others
     return ImageList(
         image_uri=pa.array(keys, TEXT),
         image_id=None,
-        root=root,
+        root=named.root,
         listed=True,
-        skipped_files=len(entries) - len(keys),
+        doubted=tuple(key for key in (*named.links, *named.odd) if key in there),
+        skipped_files=len(others),
+        left_out=named.notes,
+        notes=(*_by_content(named), *_without_ending(unnamed, access)),
     )
+
+
+def _by_content(named: Named) -> tuple[str, ...]:
+    """Return a sentence on a single file that is taken whatever its name."""
+    if named.kind != "picture" or has_picture_name(named.uri):
+        return ()
+    return (f"{named.uri}: its name has no picture's ending; it is taken for one by its first bytes",)
+
+
+_LOOK_AT = 8
+_NO_PICTURES = (".txt", ".json", ".xml", ".csv", ".md", ".yaml", ".yml", ".db", ".ini", ".html", ".parquet")
+
+
+def _without_ending(others: Sequence[str], access: AccessRules) -> tuple[str, ...]:
+    """Return a sentence where files that are no pictures by their names are some by their first bytes.
+
+    A few are looked at, those without an ending first. TIFF does not count: raw camera files begin like it.
+    """
+    unknown = [key for key in others if not key.lower().endswith(_NO_PICTURES)]
+    some = sorted(unknown, key=lambda key: "." in key.rpartition("/")[2])[:_LOOK_AT]
+    found = [(key, kind) for key in some if (kind := _format_of(key, access)) not in (None, "TIFF")]
+    if not found:
+        return ()
+    key, kind = found[0]
+    return (
+        f"{len(found)} of {len(some)} other files looked at are pictures by their first bytes, though not by "
+        f"their names, such as {clean_text(key)} ({kind}); they are left out: rename them, or list them in a "
+        "table",
+    )
+
+
+def _format_of(uri: str, access: AccessRules) -> str | None:
+    try:
+        check_uri(uri, access)
+        return picture_format(uri, access)
+    except (ImageError, JobRefused):
+        return None
 
 
 def _refuse_results(uri: str, access: AccessRules) -> None:
@@ -221,7 +261,7 @@ def _read_image_tables(uris: Sequence[str], settings: InputSettings, folder: str
     batches: list[pa.Table] = []
     for file in files:
         if "image_uri" not in file.names:
-            raise missing_column(file.uri, "image_uri", file.all_names)
+            raise missing_column(file.uri, "image_uri", file.all_names, settings.columns)
         row = 0
         for batch in read_batches(file, settings.access):
             batches.append(pa.table(image_keys(batch, file.uri, row)))
@@ -234,6 +274,7 @@ def _read_image_tables(uris: Sequence[str], settings: InputSettings, folder: str
         root=folder,
         files=tuple(uris),
         columns=files[0].all_names,
+        unused=unused_columns(files[0]),
     )
 
 

@@ -7,8 +7,9 @@ no case, Unicode or percent folding. What does not fit is refused with examples 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +37,8 @@ class Joined:
     """Every image, in the order of the input, with its id and its place in the box list.
 
     `image_id`, `image_uri`: large_string (n,). `mention`: int64 (n,), the image's place in `BoxList`, -1
-    where no box file names it. `id_rule`: how ids and joins came about, in words.
+    where no box file names it. `id_rule`: how ids and joins came about, in words. `hint`: a sentence on why
+    boxes of `unmatched` found no image, or "".
     """
 
     image_id: pa.Array
@@ -44,6 +46,7 @@ class Joined:
     mention: Int64Array
     unmatched: Unmatched
     id_rule: str
+    hint: str = ""
 
 
 def images_of(boxes: BoxList) -> ImageList:
@@ -85,7 +88,9 @@ def join(images: ImageList, boxes: BoxList | None, *, allow_unmatched: bool) -> 
         )
     else:
         joined = _match(images, boxes, allow_unmatched)
-    _refuse_doubles(joined)
+    _refuse_doubles(
+        joined, is_box_file=boxes is not None and bool(images.files) and images.files == boxes.files
+    )
     return joined
 
 
@@ -104,8 +109,11 @@ def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool) -> Joined:
     _refuse_repeated(wanted, boxes)
     mention = positions(keys, wanted)
     unmatched = _unmatched(wanted, boxes, mention)
+    hint = (
+        why(keys, _as_compared(images, boxes, wanted, keys) if by_uri else wanted) if unmatched.boxes else ""
+    )
     if unmatched.boxes and not allow_unmatched:
-        raise _refusal(unmatched, keys, wanted, boxes)
+        raise _refusal(unmatched, keys, boxes, hint)
     if by_uri and boxes.image_id is not None:
         ids = _adopted(ids, boxes.image_id, mention)
         rule = f"ids of {boxes.files[0]}, for images it does not name: {rule}"
@@ -115,6 +123,7 @@ def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool) -> Joined:
         mention=mention,
         unmatched=unmatched,
         id_rule=f"{rule}; {how}",
+        hint=hint,
     )
 
 
@@ -152,6 +161,16 @@ def _uri_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, st
     if (positions(below_root, keys) >= 0).any():
         return keys, below_root, f"joined by image_uri, relative ones below {images.root}"
     return keys, wanted, "joined by image_uri"
+
+
+def _as_compared(images: ImageList, boxes: BoxList, wanted: pa.Array, keys: pa.Array) -> pa.Array:
+    """The uris of a box file to be told from those of the images: relative ones below the images' folder.
+
+    So they are read where none is found by the other rule, and the folder alone tells nothing then.
+    """
+    if (positions(wanted, keys) >= 0).any():
+        return wanted
+    return _comparable(resolve_uris(boxes.image_uri, images.root))
 
 
 def _stem_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, str]:
@@ -211,9 +230,7 @@ def _refuse_repeated(wanted: pa.Array, boxes: BoxList) -> None:
     raise JobRefused(f"{boxes.files[0]}: {len(twice)} images, such as {examples(twice)}, have {reason}")
 
 
-def _refusal(unmatched: Unmatched, keys: pa.Array, wanted: pa.Array, boxes: BoxList) -> JobRefused:
-    named = wanted.drop_null()
-    hint = _why(keys, named.filter(pa.array(positions(named, keys) < 0)))
+def _refusal(unmatched: Unmatched, keys: pa.Array, boxes: BoxList, hint: str) -> JobRefused:
     return JobRefused(
         f"{boxes.files[0]}: {unmatched.boxes} boxes of {unmatched.images} images "
         f"(of {len(boxes.lengths)}) have no image: "
@@ -222,17 +239,17 @@ def _refusal(unmatched: Unmatched, keys: pa.Array, wanted: pa.Array, boxes: BoxL
     )
 
 
-def _refuse_doubles(joined: Joined) -> None:
-    """None when every id and every uri is there once."""
+def _refuse_doubles(joined: Joined, *, is_box_file: bool) -> None:
+    """None when every id and every uri is there once. `is_box_file`: the box file lists the images."""
     for name, keys in (("image_id", joined.image_id), ("image_uri", _comparable(joined.image_uri))):
         filled = keys.filter(pc.not_equal(keys, "")) if name == "image_uri" else keys
         if pc.count_distinct(filled).as_py() < len(filled):
-            raise _doubled(joined, keys, name)
+            raise _doubled(joined, keys, name, is_box_file)
     if pc.any(pc.equal(joined.image_id, "")).as_py():
         raise JobRefused("an image has the empty string as its image_id; every image needs an id of its own")
 
 
-def _doubled(joined: Joined, keys: pa.Array, name: str) -> JobRefused:
+def _doubled(joined: Joined, keys: pa.Array, name: str, is_box_file: bool) -> JobRefused:
     counts = pc.value_counts(keys)
     twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     rows = pc.indices_nonzero(pc.equal(keys, twice[0])).slice(0, 2)
@@ -241,9 +258,10 @@ def _doubled(joined: Joined, keys: pa.Array, name: str) -> JobRefused:
         what = f"image_id {ids[0]!r} stands for {uris[0]!r} and for {uris[1]!r}"
     else:
         what = f"{uris[0]!r} is there twice, with ids {ids[0]!r} and {ids[1]!r}"
-    return JobRefused(
-        f"{len(twice)} images are not told apart by {name}: {clean_text(what)}; name each image once"
+    mend = (
+        "leave --images out, the box file names its images itself" if is_box_file else "name each image once"
     )
+    return JobRefused(f"{len(twice)} images are not told apart by {name}: {clean_text(what)}; {mend}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -251,39 +269,132 @@ def _doubled(joined: Joined, keys: pa.Array, name: str) -> JobRefused:
 # ---------------------------------------------------------------------------------------------
 
 
-def _base(keys: pa.Array) -> pa.Array:
-    return pc.replace_substring_regex(keys, r"\A.*/", "")
+Spelling = Callable[[pa.Array], pa.Array]
+Guess = tuple[str, Spelling]
 
 
-def _stem(keys: pa.Array) -> pa.Array:
-    return pc.replace_substring_regex(keys, r"\.[^./]*\z", "")
+def _replaced(*pairs: tuple[str, str]) -> Spelling:
+    def spelling(keys: pa.Array) -> pa.Array:
+        for pattern, text in pairs:
+            keys = pc.replace_substring_regex(keys, pattern, text)
+        return keys
+
+    return spelling
+
+
+def _unquoted(keys: pa.Array) -> pa.Array:
+    """`a%20b` as `a b`."""
+    encoded = pc.match_substring_regex(keys, "%[0-9A-Fa-f]{2}")
+    texts = [unquote(text) for text in keys.filter(encoded).to_pylist()]
+    return pc.replace_with_mask(keys, encoded, pa.array(texts, keys.type)) if texts else keys
+
+
+def _composed(keys: pa.Array) -> pa.Array:
+    return pc.utf8_normalize(keys, form="NFC")
+
+
+_base = _replaced((r"\A.*/", ""))
+_stem = _replaced((r"\.[^./]*\z", ""))
+_unpadded = _replaced((r"(\A|/)0+([0-9])", r"\1\2"))
 
 
 def _bare(keys: pa.Array) -> pa.Array:
     return _stem(_base(keys))
 
 
-_GUESSES: tuple[tuple[str, Callable[[pa.Array], pa.Array]], ...] = (
-    ("they differ in upper and lower case", pc.utf8_lower),
-    ("they differ in Unicode form (NFC, NFD)", lambda keys: pc.utf8_normalize(keys, form="NFC")),
-    ("the ids of the boxes look like names without their ending", _stem),
+# What two names may differ in, and what takes the difference away; in the order in which it can be taken.
+_DIFFERENCES: tuple[Guess, ...] = (
+    ("backslashes (Windows)", _replaced((r"\\+", "/"))),
+    ("white space or quotes around them", _replaced((r"(\A|/)[\s\"']+", r"\1"), (r"[\s\"']+\z", ""))),
+    ("percent-encoding (%20)", _unquoted),
+    ("a query behind the name (?, #)", _replaced((r"[?#].*\z", ""))),
+    (
+        "what stands before them (a scheme, a drive, / or ./)",
+        _replaced((r"\A([A-Za-z][A-Za-z0-9+.\-]*:)?[./]*/", "")),
+    ),
+    ("upper and lower case", pc.utf8_lower),
+    ("Unicode form (NFC, NFD)", _composed),
+    ("the folder", _base),
+    ("a .0 behind whole numbers", _replaced((r"\A([0-9]+)\.0\z", r"\1"))),
+    ("the ending", _stem),
+    ("leading zeros", _unpadded),
+)
+# One difference that has a sentence of its own.
+_GUESSES: tuple[Guess, ...] = (
+    *((f"they differ in {words}", spelling) for words, spelling in _DIFFERENCES[:7]),
+    (
+        "the ids of one side end in .0, as pandas writes whole numbers of a column with gaps "
+        "(.astype('Int64') before it is written)",
+        dict(_DIFFERENCES)["a .0 behind whole numbers"],
+    ),
+    ("they differ in leading zeros", _unpadded),
+    ("the ids of the boxes look like names without their ending, or with another one", _stem),
     ("they agree but for the folder", _base),
+)
+# Several that have a name together, and leave less of the names than the others.
+_COARSE_GUESSES: tuple[Guess, ...] = (
     ("the ids of the boxes look like file stems", _bare),
     (
         "the ids of the boxes look like the numbers in the file names; "
         "for COCO results give the instances JSON as --images",
-        lambda keys: pc.replace_substring_regex(_bare(keys), r"\A0+", ""),
+        lambda keys: _unpadded(_replaced((r"\A.*?([0-9]+)[^0-9]*\z", r"\1"))(_bare(keys))),
     ),
 )
 
 
-def _why(keys: pa.Array, wanted: pa.Array) -> str:
+def why(keys: pa.Array, wanted: pa.Array) -> str:
     """A sentence when most of what does not match would, but for a difference of spelling, else ""."""
-    missing = wanted.filter(pa.array(positions(wanted, keys) < 0))
+    missing = wanted.filter(pa.array(positions(wanted, keys) < 0)).drop_null()
     step = max(1, len(missing) // _LOOK_AT)
     sample = missing.take(pa.array(np.arange(0, len(missing), step)))
-    for sentence, spelling in _GUESSES:
-        found = positions(spelling(sample), spelling(keys)) >= 0
-        if len(found) and found.mean() > 0.5:
-            return f"{sentence[0].upper()}{sentence[1:]}. "
+    but_ending = tuple(one for one in _DIFFERENCES if one[0] != "the ending")
+    return (
+        _one(_GUESSES, keys, sample)
+        or _several(but_ending, keys, sample)
+        or _one(_COARSE_GUESSES, keys, sample)
+        or _several(_DIFFERENCES, keys, sample)
+    )
+
+
+def _one(guesses: Sequence[Guess], keys: pa.Array, sample: pa.Array) -> str:
+    for sentence, spelling in guesses:
+        found = positions(spelling(sample), spelling(keys))
+        if _is_most(found >= 0):
+            return _sentence(sentence, sample, keys, found)
     return ""
+
+
+def _several(differences: tuple[Guess, ...], keys: pa.Array, sample: pa.Array) -> str:
+    """As `_one`, for names that differ in several things at once: a smallest set of them is named.
+
+    All differences are taken away to find who could belong to whom, and then put back one by one.
+    """
+    found = positions(_spelled(sample, differences), _spelled(keys, differences))
+    if not _is_most(found >= 0):
+        return ""
+    theirs = keys.take(pa.array(found, mask=found < 0))
+    needed = differences
+    for one in reversed(differences):
+        fewer = tuple(other for other in needed if other is not one)
+        same = pc.fill_null(pc.equal(_spelled(sample, fewer), _spelled(theirs, fewer)), False)
+        if _is_most(same.to_numpy(zero_copy_only=False)):
+            needed = fewer
+    words = [words for words, _ in needed]
+    return _sentence(f"they differ in {' and '.join(words)}", sample, keys, found)
+
+
+def _spelled(keys: pa.Array, differences: Sequence[Guess]) -> pa.Array:
+    for _, spelling in differences:
+        keys = spelling(keys)
+    return keys
+
+
+def _is_most(found: BoolArray) -> bool:
+    return bool(len(found)) and float(found.mean()) >= 0.5
+
+
+def _sentence(text: str, sample: pa.Array, keys: pa.Array, found: Int64Array) -> str:
+    """The sentence with the first pair that it is true of."""
+    at = int(np.flatnonzero(found >= 0)[0])
+    pair = [repr(clean_text(name.as_py())) for name in (sample[at], keys[int(found[at])])]
+    return f"{text[0].upper()}{text[1:]}: {pair[0]} and {pair[1]}. "

@@ -32,6 +32,8 @@ _KEY = re.compile(rb'"((?:[^"\\]|\\.)*)"\s*:\s*\Z')
 _KEY_BYTES = 4096
 _CLOSER = {b"[": ord("]"), b"{": ord("}")}
 
+_AFTER = "there is text after its end (a file with one object a line must be named .jsonl)"
+
 Positions = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
@@ -157,12 +159,12 @@ class _Cutter:
         if self._opener not in (b"", wanted):
             raise JsonDamage(f"it begins with {self._opener!r}; wanted {wanted!r}")
         if self._over and block.strip():
-            raise JsonDamage("there is text after its end")
+            raise JsonDamage(_AFTER)
         ends = np.flatnonzero(depth == 0)
         if not len(ends):
             return
         if block[int(position[ends[0]]) + 1 :].strip():
-            raise JsonDamage("there is text after its end")
+            raise JsonDamage(_AFTER)
         if int(char[ends[0]]) != _CLOSER[wanted] or self._in_string:
             raise JsonDamage("its brackets do not match")
         self._over = True

@@ -21,7 +21,24 @@ TEXT = pa.large_string()
 NUMBERS = pa.list_(pa.float64())
 
 PICTURE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
+    *(
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".jif",
+        ".jfi",
+        ".pjpeg",
+        ".pjp",
+        ".png",
+        ".apng",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".tif",
+        ".tiff",
+        ".gif",
+    ),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".heic", ".heif"),
 )
 """Which files of a folder are taken for pictures, in any case. Decoding goes by content, not by name."""
@@ -36,6 +53,7 @@ BOX_COLUMNS: dict[str, pa.DataType] = {
     "points_xy": NUMBERS,
     "point_labels": pa.list_(pa.int32()),
     "prompt_mask": pa.struct([pa.field("size", pa.list_(pa.int32())), pa.field("counts", pa.large_string())]),
+    "iscrowd": pa.bool_(),
 }
 
 
@@ -46,9 +64,11 @@ class ImageList:
     `image_uri`: where each is opened, large_string. `image_id`: large_string, or None when no input
     gives ids; `id_rule`: where they come from, in words. `root`: the folder or prefix that relative names
     start from, without a "/" at its end.
-    `listed`: found by listing a folder, not named by a file. `size_hw`: int64 (n, 2) as the input says
-    (0 where it does not), unchecked. `categories`: id to name. `files`: uris of the tables that were read,
-    `columns`: all of their columns' names. `notes`: sentences for the summary.
+    `listed`: found by listing a folder, not named by a file. `doubted`: uris of links and of what is no file,
+    each to be looked at by itself. `left_out`: sentences on files of the folder that are not taken.
+    `size_hw`: int64 (n, 2) as the input says (0 where it does not), unchecked. `categories`: id to name.
+    `files`: uris of the tables that were read, `columns`: all of their columns' names, `unused`: those that
+    are not read. `notes`: sentences for the summary.
     """
 
     image_uri: pa.Array
@@ -56,10 +76,13 @@ class ImageList:
     root: str
     id_rule: str = "ids as given"
     listed: bool = False
+    doubted: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     size_hw: Int64Array | None = None
     categories: Mapping[int, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     skipped_files: int = 0
     notes: tuple[str, ...] = ()
 
@@ -95,6 +118,7 @@ class BoxList:
     size_hw: Int64Array | None = None
     files: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def rows_of(self, images: Int64Array) -> Int64Array:
@@ -222,5 +246,9 @@ def examples(values: pa.Array | Sequence[str], count: int = 3) -> str:
 
 def is_picture(key: str) -> bool:
     """Whether a file is called like a picture, and is not hidden."""
-    name = key.rpartition("/")[2]
-    return not name.startswith(".") and name.lower().endswith(PICTURE_SUFFIXES)
+    return has_picture_name(key) and not key.rpartition("/")[2].startswith(".")
+
+
+def has_picture_name(key: str) -> bool:
+    """Whether a file's name ends as a picture's does."""
+    return key.lower().endswith(PICTURE_SUFFIXES)

@@ -35,8 +35,9 @@ class PartFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Sums over images. `boxes`: given. `masks`: boxes that have one. `status`, `failed`: images by
-    status and error code. `rejected`: boxes by reason; all that lost to a better mask are `nms`.
+    """Sums over images. `boxes`: given. `masks`: boxes with a mask of at least one pixel. `empty`: boxes
+    whose mask has none. `status`, `failed`: images by status and error code. `rejected`: boxes by reason; all
+    that lost to a better mask are `nms`.
     """
 
     images: int = 0
@@ -46,6 +47,7 @@ class Counts:
     status: Mapping[str, int] = field(default_factory=dict)
     failed: Mapping[str, int] = field(default_factory=dict)
     rejected: Mapping[str, int] = field(default_factory=dict)
+    empty: int = 0
 
 
 def add_counts(many: Sequence[Counts]) -> Counts:
@@ -65,6 +67,7 @@ def add_counts(many: Sequence[Counts]) -> Counts:
         status=by_name("status"),
         failed=by_name("failed"),
         rejected=by_name("rejected"),
+        empty=sum(one.empty for one in many),
     )
 
 
@@ -174,8 +177,16 @@ def _part_of(content: Mapping[str, Any]) -> Part:
         generations={int(unit): int(g) for unit, g in content["generations"].items()},
         images=PartFile(**content["images"]),
         instances=PartFile(**content["instances"]),
-        counts=Counts(**content["counts"]),
+        counts=_counts_of(content["counts"]),
     )
+
+
+def _counts_of(content: Mapping[str, Any]) -> Counts:
+    """Return the sums of a part; before `empty` was counted, masks without a pixel were among the masks."""
+    if "empty" in content:
+        return Counts(**content)
+    empty = int(content["rejected"].get("empty", 0))
+    return Counts(**{**content, "masks": content["masks"] - empty, "empty": empty})
 
 
 def finished_units(committed: Sequence[int], manifest: Manifest | None) -> set[int]:

@@ -59,7 +59,9 @@ METRICS: dict[str, Metric] = {
             meaning="Failed images in committed units, by error code.",
             tags=("code",),
         ),
-        Metric(name="hqlabel_masks", kind="counter", meaning="Masks in committed units."),
+        Metric(
+            name="hqlabel_masks", kind="counter", meaning="Masks of at least one pixel in committed units."
+        ),
         Metric(name="hqlabel_units", kind="counter", meaning="Units committed."),
         Metric(
             name="hqlabel_repeated_units",
@@ -178,4 +180,4 @@ def _step(step: str, milliseconds: float | None) -> Iterator[Sample]:
 
 
 def _masks(image: ImageResult) -> int:
-    return 0 if image.instances is None else len(image.instances.counts)
+    return 0 if image.instances is None else int((image.instances.area > 0).sum())

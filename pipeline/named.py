@@ -1,27 +1,38 @@
 """What a person points at, as files: one file, those of a folder, or those that match a pattern.
 
-Which of them are meant is told by their names alone; nothing is opened.
+Which of them are meant is told by their names alone; of a single file without a known ending the first bytes
+are looked at.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.access import split_scheme
-from pipeline.errors import JobRefused
-from pipeline.listings import examples, is_picture
+from pipeline.access import is_inside, split_scheme
+from pipeline.decode import SIGNATURE_BYTES, signature
+from pipeline.errors import JobRefused, clean_text
+from pipeline.folders import allow_root
+from pipeline.listings import examples, has_picture_name, is_picture
 from pipeline.members import TAR
+from pipeline.objects import LABEL_SUFFIXES, is_no_utf8, what_is
 from pipeline.records import AccessRules
-from pipeline.storage import Entry, glob_objects, head_object, list_objects, options_for
-from pipeline.tables import TABLE_SUFFIXES, TableFormat, table_format
+from pipeline.storage import Entry, head_object, list_inputs, open_input, options_for
+from pipeline.tables import TABLE_SUFFIXES, TableFormat, instead_of, table_format
 from pipeline.yolo import label_files
 
 
 def absolute(uri: str) -> str:
-    """A local path made absolute, `file://` taken off; another uri as it is, without "/" at the end."""
+    """A local path made absolute, `file://` taken off; another uri as it is, without "/" at the end.
+
+    Raises:
+        JobRefused: It is not UTF-8, so neither `job.json` nor a table can name it.
+    """
+    if is_no_utf8(uri):
+        raise JobRefused(f"the name '{clean_text(uri)}' is not UTF-8, and no table can hold it: rename it")
     scheme, rest = split_scheme(uri)
     return os.path.abspath(rest) if scheme == "file" else uri.rstrip("/")
 
@@ -30,56 +41,184 @@ def absolute(uri: str) -> str:
 class Named:
     """What a person points at, as files: one, those of a folder, or those that match a pattern.
 
-    `root`: the folder that relative names start from. `kind`: how it was named.
+    `root`: the folder that relative names start from. `kind`: how it was named. `links`, `odd`: as of a
+    `Listing`. `roots`: local folders and files that may be read, links resolved. `notes`: what was left out.
     """
 
     uri: str
     entries: tuple[Entry, ...]
     root: str
-    kind: Literal["file", "folder", "pattern"]
+    kind: Literal["file", "picture", "folder", "pattern"]
+    links: Mapping[str, str] = field(default_factory=dict)
+    odd: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, uri: str, access: AccessRules) -> Named:
-        """The files at `uri`; a name with a known ending may yet be a folder, as Spark writes them."""
-        options = options_for(uri, access)
+        """Return the files at `uri`; a name with a known ending may yet be a folder, as Spark writes them.
+
+        Raises:
+            JobRefused: The place cannot be listed, or holds what could not be named in a table.
+        """
         if is_pattern(uri):
-            found = glob_objects(uri, options)
-            return cls(uri=uri, entries=tuple(found), root=pattern_root(uri), kind="pattern")
-        if table_format(uri) is not None or is_tar(uri):
-            entry = head_object(uri, options)
+            return cls._listed(uri, pattern_root(uri), access, "pattern")
+        known = table_format(uri) is not None or is_tar(uri)
+        if known or has_picture_name(uri):
+            entry = head_object(uri, options_for(uri, access))
             if entry is not None:
-                return cls(uri=uri, entries=(entry,), root=parent_of(uri), kind="file")
-        return cls(uri=uri, entries=tuple(list_objects(uri, options)), root=uri, kind="folder")
+                kind: Literal["file", "picture"] = "file" if known else "picture"
+                return cls(uri=uri, entries=(entry,), root=parent_of(uri), kind=kind)
+        named = cls._listed(uri, uri, access, "folder")
+        if not named.entries and (entry := head_object(uri, options_for(uri, access))) is not None:
+            _refuse_unless_picture(uri, access)
+            return cls(uri=uri, entries=(entry,), root=parent_of(uri), kind="picture")
+        return named
+
+    @classmethod
+    def _listed(cls, uri: str, root: str, access: AccessRules, kind: Literal["folder", "pattern"]) -> Named:
+        roots = (*map(os.path.realpath, access.roots), *pointed_at(uri))
+        pattern = uri.removeprefix(f"{root}/") if kind == "pattern" else None
+        found = list_inputs(root, options_for(uri, access), roots=roots, pattern=pattern)
+        entries, outputs = _without_outputs(root, found.entries)
+        return cls(
+            uri=uri,
+            entries=entries,
+            root=root,
+            kind=kind,
+            links=found.links,
+            odd=found.odd,
+            roots=roots,
+            notes=(*found.notes, *_on_names(found.unnameable), *outputs),
+        )
 
     def tars(self) -> list[str]:
         """The tars, when that is what is meant: named as such, or a folder of nothing else that could be."""
         tars = [entry.key for entry in self.entries if is_tar(entry.key) and not self._is_hidden(entry.key)]
-        return [] if self.is_listing() or any(table_format(entry.key) for entry in self.entries) else tars
+        if self.is_listing() or any(table_format(entry.key) for entry in self.entries):
+            return []
+        return self._readable(tars)
 
     def is_listing(self) -> bool:
         """Whether the files are themselves the pictures."""
         if self.kind == "pattern" and states_ending(self.uri):
             return table_format(self.uri) is None and not is_tar(self.uri)
-        return self.kind != "file" and any(is_picture(entry.key) for entry in self.entries)
+        return self.kind == "picture" or (
+            self.kind != "file" and any(is_picture(entry.key) for entry in self.entries)
+        )
 
     def label_files(self) -> list[str]:
         """YOLO's label files, where there are no tables."""
         if self.kind != "folder" or any(table_format(entry.key) for entry in self.entries):
             return []
-        return label_files(self.root, self.entries)
+        labels = label_files(self.root, self.entries)
+        if labels:
+            self._readable([e.key for e in self.entries if e.key.lower().endswith(LABEL_SUFFIXES)])
+        return labels
 
-    def tables(self, access: AccessRules) -> list[str]:
+    def tables(self) -> list[str]:
         """The tables, all of one kind; JobRefused where there are none."""
         if self.kind == "file":
             return [self.uri]
-        return _tables_in(self.root, self.entries, access)
+        if self.kind == "picture":
+            raise JobRefused(f"{self.uri}: a picture; wanted boxes. Pictures are named with --images")
+        return self._readable(_tables_in(self))
+
+    def _readable(self, keys: Sequence[str]) -> list[str]:
+        """Return `keys`; raise JobRefused where one is no file, or a link to what may not be read."""
+        out = {key: self.links[key] for key in keys if key in self.links and not self._may_read(key)}
+        if out:
+            link, real = next(iter(out.items()))
+            flags = allow_root(os.path.dirname(path) for path in out.values())
+            raise JobRefused(f"{link} is a link to {real}, outside what may be read: allow it with {flags}")
+        for key in self.odd:
+            if key in keys:
+                raise JobRefused(f"{key}: {what_is(key)}")
+        return list(keys)
+
+    def _may_read(self, key: str) -> bool:
+        return any(is_inside(self.links[key], root) for root in self.roots)
 
     def _is_hidden(self, key: str) -> bool:
         return self.kind == "folder" and _is_hidden(key.removeprefix(self.root))
 
 
-def _tables_in(uri: str, entries: Sequence[Entry], access: AccessRules) -> list[str]:
+def pointed_at(uri: str) -> list[str]:
+    """Return the local paths that somebody allows to be read by pointing at `uri`, links resolved.
+
+    A folder, the one above a pattern or a table; a picture alone; what a named table or tar is a link to;
+    and the blobs of a snapshot in the cache of Hugging Face's hub.
+    """
+    scheme, path = split_scheme(uri)
+    if scheme != "file":
+        return []
+    if is_pattern(path):
+        return _with_blobs(pattern_root(path))
+    if os.path.isdir(path):
+        return _with_blobs(path)
+    if is_json(path) or is_tar(path) or table_format(path) is not None:
+        folder, real = _with_blobs(parent_of(path)), os.path.realpath(path)
+        return folder if any(is_inside(real, root) for root in folder) else [*folder, real]
+    return [os.path.realpath(path)]
+
+
+_SNAPSHOT = re.compile(r"(.*/[a-z]+s--[^/]+)/snapshots/[^/]+(/.*)?", re.DOTALL)
+
+
+def _with_blobs(folder: str) -> list[str]:
+    """Return a folder, links resolved, and where the files of a snapshot in huggingface_hub's cache lie.
+
+    There every file is a link from `models--OWNER--NAME/snapshots/REVISION/` into `blobs/` beside
+    `snapshots/`, which holds files of the same repository alone. A `blobs` that is itself a link is not
+    believed.
+    """
+    real = os.path.realpath(folder)
+    match = _SNAPSHOT.fullmatch(real)
+    blobs = f"{match.group(1)}/blobs" if match else ""
+    return [real, blobs] if blobs and os.path.isdir(blobs) and not os.path.islink(blobs) else [real]
+
+
+def _without_outputs(root: str, entries: tuple[Entry, ...]) -> tuple[tuple[Entry, ...], list[str]]:
+    """Return the files without outputs of ours below `root`, which hold pictures; and what to say of them."""
+    marks = [entry.key.removesuffix("job.json") for entry in entries if entry.key.endswith("/job.json")]
+    planned = (
+        {entry.key.partition("/plan/")[0] + "/" for entry in entries if "/plan/" in entry.key}
+        if marks
+        else ()
+    )
+    outputs = tuple(mark for mark in marks if mark in planned and mark != f"{root}/")
+    if not outputs:
+        return entries, []
+    kept = tuple(entry for entry in entries if not entry.key.startswith(outputs))
+    return kept, [
+        f"outputs of hqlabel among the files: {len(outputs)}, such as {clean_text(outputs[0])}: left out"
+    ]
+
+
+def _on_names(names: Sequence[str]) -> list[str]:
+    """Return a sentence on files whose names no table can hold.
+
+    Raises:
+        JobRefused: One of them is called like what could be wanted.
+    """
+    wanted = [
+        name for name in names if is_picture(name) or table_format(name) or is_tar(name) or _is_label(name)
+    ]
+    if wanted:
+        raise JobRefused(
+            f"{len(wanted)} names are not UTF-8, such as '{wanted[0]}', and no table can hold them: rename "
+            "these files (convmv does it for whole folders)"
+        )
+    return [f"{len(names)} other files with names that are not UTF-8: left out"] if names else []
+
+
+def _is_label(name: str) -> bool:
+    return name.lower().endswith(LABEL_SUFFIXES)
+
+
+def _tables_in(named: Named) -> list[str]:
     """The tables of a folder, all of one kind; hidden files and folders are left out."""
+    uri, entries = named.root, named.entries
     shown = [entry.key for entry in entries if not _is_hidden(entry.key.removeprefix(uri))]
     kinds: dict[TableFormat, list[str]] = {}
     for key in shown:
@@ -91,25 +230,43 @@ def _tables_in(uri: str, entries: Sequence[Entry], access: AccessRules) -> list[
         raise JobRefused(f"{uri}: tables of several kinds: {found}; give a folder of one kind, or one file")
     if kinds:
         return next(iter(kinds.values()))
-    if not entries and _is_file(uri, access):
-        raise JobRefused(
-            f"{uri}: a file of no known kind; wanted {', '.join((*TABLE_SUFFIXES, '.json', TAR))}"
-        )
-    raise nothing_in(uri, entries, f"pictures or tables ({', '.join(TABLE_SUFFIXES)})")
+    raise nothing_in(named, f"pictures or tables ({', '.join(TABLE_SUFFIXES)})")
 
 
 def _is_hidden(path: str) -> bool:
     return any(part.startswith((".", "_")) for part in path.split("/"))
 
 
-def nothing_in(uri: str, entries: Sequence[Entry], wanted: str) -> JobRefused:
+def nothing_in(named: Named, wanted: str) -> JobRefused:
     """The error for a place that holds other things than wanted."""
-    if split_scheme(uri)[0] == "file" and not is_pattern(uri) and not os.path.lexists(uri):
-        return JobRefused(f"{uri}: there is no such file or folder")
+    uri, entries = named.uri, named.entries
+    local = split_scheme(uri)[0] == "file" and not is_pattern(uri)
+    braces = "; {a,b} is no pattern here: give the folder, or one pattern" if "{" in uri else ""
+    if local and not os.path.lexists(uri):
+        return JobRefused(f"{uri}: there is no such file or folder{braces}")
+    if local and not os.path.isdir(uri):
+        return JobRefused(f"{uri}: {what_is(uri)}; wanted {wanted}")
     found = (
         f"{len(entries)} other files, such as {examples([e.key for e in entries])}" if entries else "nothing"
     )
-    return JobRefused(f"{uri}: no {wanted}; found {found}")
+    return JobRefused("; ".join([f"{uri}: no {wanted}; found {found}{braces}", *named.notes]))
+
+
+def picture_format(uri: str, access: AccessRules) -> str | None:
+    """Return the picture format that a file's first bytes say, whatever its name; None for other files."""
+    with open_input(uri, options_for(uri, access), block=SIGNATURE_BYTES) as file:
+        return signature(file.read(SIGNATURE_BYTES))
+
+
+def _refuse_unless_picture(uri: str, access: AccessRules) -> None:
+    """Raise JobRefused for a file of no known ending, unless its first bytes are a picture's."""
+    if picture_format(uri, access) is None:
+        listed = "; a list of pictures is a .csv whose first line is image_uri" if _is_label(uri) else ""
+        raise JobRefused(
+            f"{uri}: a file of no known kind by its name, and no picture by its first "
+            f"bytes{instead_of(uri)}; wanted a picture, or {', '.join((*TABLE_SUFFIXES, '.json', TAR))}"
+            f"{listed}"
+        )
 
 
 def is_pattern(uri: str) -> bool:
@@ -133,11 +290,6 @@ def states_ending(uri: str) -> bool:
 def is_json(uri: str) -> bool:
     """Whether a name ends as JSON's do."""
     return uri.lower().endswith(".json")
-
-
-def _is_file(uri: str, access: AccessRules) -> bool:
-    """False for a folder that is called like a table, as Spark writes them."""
-    return head_object(uri, options_for(uri, access)) is not None
 
 
 def parent_of(uri: str) -> str:

@@ -7,20 +7,20 @@ job before any work. Product code imports these from `pipeline.storage`, the one
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import io
-import re
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
-from pipeline.access import split_scheme
+from pipeline import folders
+from pipeline.access import check_regular, split_scheme
 from pipeline.buckets import driver_for
 from pipeline.drivers import Driver, FetchedObject, Found
-from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError
+from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError, clean_text
 from pipeline.retries import StorageFault, attempt
 
 T = TypeVar("T")
@@ -99,6 +99,11 @@ class _Target:
         return driver_for(split_scheme(self.uri)[0], self.options)
 
     @property
+    def is_there(self) -> bool:
+        """Whether a local path exists, whatever it is."""
+        return split_scheme(self.uri)[0] == "file" and os.path.lexists(self.path)
+
+    @property
     def path(self) -> str:
         scheme, rest = split_scheme(self.uri)
         return self.uri if scheme in ("http", "https") else rest
@@ -154,9 +159,9 @@ def head_object(uri: str, options: Mapping[str, Any]) -> Entry | None:
 
 
 def list_objects(uri: str, options: Mapping[str, Any]) -> list[Entry]:
-    """Every object below a folder or prefix, at any depth, sorted by uri (`key` is the uri).
+    """Every object below a folder or prefix, at any depth, hidden ones too, sorted by uri (`key` is the uri).
 
-    Local: links to files are listed as files, also dangling ones; links to folders are not entered.
+    For the folder of a program, such as a checkpoint; what a person points at is listed by `list_inputs`.
     """
     if not uri.strip("/") and uri != "/":
         raise UsageError(f"{uri!r} names no folder")
@@ -171,30 +176,105 @@ def _entries(found: Sequence[Found], prefix: str, base: str) -> list[Entry]:
         for one in found
         if not one.path.endswith("/")  # the empty objects that S3 consoles make for folders
     ]
-    for entry in entries:
-        if not entry.key.isprintable() and any("\ud800" <= c <= "\udfff" for c in entry.key):
-            raise JobRefused(f"the name {entry.key!a} is not UTF-8; rename the file: tables cannot hold it")
     return sorted(entries, key=lambda entry: entry.key)
 
 
-def glob_objects(pattern: str, options: Mapping[str, Any]) -> list[Entry]:
-    """Every object whose uri matches, sorted by uri. `*`, `?` and `[a-z]` stop at "/", `**` does not."""
-    match = re.search(r"[*?\[]", pattern)
-    if match is None:
-        raise UsageError(f"{pattern!r} is no pattern: it has none of * ? [")
-    root = pattern[: match.start()].rpartition("/")[0]
-    accepts = re.compile(_glob_regex(pattern))
-    return [entry for entry in list_objects(root, options) if accepts.fullmatch(entry.key)]
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What lies below a place that a person points at, sorted by uri.
+
+    `links`: uris of linked files -> the paths they lead to. `odd`: uris of pipes, devices and the like.
+    `unnameable`: names that are not UTF-8, escaped; no entries. `notes`: what was left out, in sentences.
+    """
+
+    entries: tuple[Entry, ...]
+    links: Mapping[str, str] = field(default_factory=dict)
+    odd: tuple[str, ...] = ()
+    unnameable: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def _glob_regex(pattern: str) -> str:
-    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]]+\])", pattern)
-    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return "(?s:" + "".join(meaning.get(p) or _glob_piece(p) for p in pieces) + ")"
+def list_inputs(
+    uri: str, options: Mapping[str, Any], *, roots: Sequence[str] = (), pattern: str | None = None
+) -> Listing:
+    """List what is meant of a folder or prefix, at any depth; `folders` has the rules.
+
+    Args:
+        uri: The folder or prefix.
+        options: Of the store.
+        roots: Local folders, links resolved, that links may lead to besides `uri` itself.
+        pattern: A pattern of names below `uri`, or None for all of them.
+
+    Raises:
+        JobRefused: The place cannot be listed, or a part of it whose content would be lost: a folder that is
+            closed, or one that a link leads to outside `roots`.
+    """
+    if not uri.strip("/") and uri != "/":
+        raise UsageError(f"{uri!r} names no folder")
+    target = _Target(uri=uri.rstrip("/") + "/", options=options)
+    wanted = None if pattern is None else folders.Pattern(pattern)
+
+    def look(left: float) -> folders.Listed:
+        if split_scheme(uri)[0] == "file":
+            return folders.walk(target.path, (*roots, os.path.realpath(target.path)), wanted)
+        found = target.driver.walk(target.path, timeout_s=left, limit=None)
+        return folders.shown_of(found, target.path, wanted)
+
+    listed = _for_input(uri, "list", look)
+    _refuse_lost(listed)
+    return _listing(listed, target)
 
 
-def _glob_piece(piece: str) -> str:
-    return fnmatch.translate(piece)[4:-3] if piece.startswith("[") else re.escape(piece)
+def _refuse_lost(listed: folders.Listed) -> None:
+    """Raise JobRefused where nobody knows what a folder holds."""
+    if listed.leading_out:
+        link, real = next(iter(listed.leading_out.items()))
+        others = len(listed.leading_out) - 1
+        more = f", and {others} more folders are links" if others else ""
+        flags = folders.allow_root(listed.leading_out.values())
+        raise JobRefused(
+            f"{clean_text(link)} is a link to {clean_text(real)}{more}: outside what may be read, and the "
+            f"files there would be lost. Allow it with {flags}, or take the link away"
+        )
+    if listed.unreadable:
+        folder, reason = next(iter(listed.unreadable.items()))
+        more = f" (and {len(listed.unreadable) - 1} more)" if len(listed.unreadable) > 1 else ""
+        raise JobRefused(
+            f"{clean_text(folder)}{more}: this folder cannot be read ({reason}), and the files there would "
+            "be lost. Make it readable, take it away, or name what is wanted by a pattern in quotes"
+        )
+
+
+def _listing(listed: folders.Listed, target: _Target) -> Listing:
+    there = listed.found
+    bad = {one.path for one in there if not one.path.isprintable() and is_no_utf8(one.path)}
+
+    def uri(path: str) -> str:
+        return target.uri + path.removeprefix(target.path)
+
+    return Listing(
+        entries=tuple(_entries([one for one in there if one.path not in bad], target.path, target.uri)),
+        links={uri(path): real for path, real in listed.links.items() if path not in bad},
+        odd=tuple(uri(path) for path in listed.odd if path not in bad),
+        unnameable=tuple(sorted(clean_text(path) for path in bad)),
+        notes=tuple(listed.notes(clean_text(target.uri.rstrip("/")))),
+    )
+
+
+def is_no_utf8(path: str) -> bool:
+    """Return whether a local name is bytes that are not UTF-8, as Python spells them."""
+    return any("\ud800" <= c <= "\udfff" for c in path)
+
+
+def what_is(path: str) -> str:
+    """Return in words what a local path is that is no file."""
+    try:
+        check_regular(os.stat(path).st_mode)
+    except ImageError as error:
+        return error.message
+    except OSError as error:
+        return f"there is no such file ({error.strerror})"
+    return "a file"
 
 
 def open_input(uri: str, options: Mapping[str, Any], *, block: int = BLOCK) -> BinaryIO:
@@ -205,7 +285,7 @@ def open_input(uri: str, options: Mapping[str, Any], *, block: int = BLOCK) -> B
     target = _Target(uri=uri, options=options)
     found = _for_input(uri, "look up", lambda left: target.driver.stat(target.path, timeout_s=left))
     if found is None:
-        raise JobRefused(f"{uri}: there is no such file")
+        raise JobRefused(f"{uri}: {what_is(target.path) if target.is_there else 'there is no such file'}")
 
     def read_range(start: int, stop: int) -> bytes:
         return _for_input(
@@ -218,9 +298,10 @@ def open_input(uri: str, options: Mapping[str, Any], *, block: int = BLOCK) -> B
 LABEL_SUFFIXES = (".txt", ".yaml", ".yml")
 
 
-def _folder_fingerprint(uri: str, options: Mapping[str, Any]) -> dict[str, str | int]:
+def _folder_fingerprint(uri: str, options: Mapping[str, Any], roots: Sequence[str]) -> dict[str, str | int]:
     """One figure for a folder of many small files: names, and what `fingerprint` says of each."""
-    entries = [one for one in list_objects(uri, options) if one.key.lower().endswith(LABEL_SUFFIXES)]
+    listing = list_inputs(uri, options, roots=roots)
+    entries = [one for one in listing.entries if one.key.lower().endswith(LABEL_SUFFIXES)]
     with ThreadPoolExecutor(FINGERPRINT_THREADS) as pool:
         found = list(pool.map(lambda one: _version(one, options), entries))
     digest = hashlib.sha256()
@@ -235,14 +316,14 @@ def _version(entry: Entry, options: Mapping[str, Any]) -> str | int:
     return fingerprint(entry.key, options)["sha256"]
 
 
-def fingerprint(uri: str, options: Mapping[str, Any]) -> dict[str, str | int]:
+def fingerprint(uri: str, options: Mapping[str, Any], *, roots: Sequence[str] = ()) -> dict[str, str | int]:
     """What tells one version of an input file from another: uri, size and sha256, or the store's etag.
 
     Local files are hashed, because a copy or a checkout changes their times; remote ones have etags. A folder
-    (its uri ends in "/") stands for all label files in it.
+    (its uri ends in "/") stands for all label files in it; `roots`: where links of it may lead.
     """
     if uri.endswith("/"):
-        return _folder_fingerprint(uri, options)
+        return _folder_fingerprint(uri, options, roots)
     entry = head_object(uri, options)
     if entry is None:
         raise JobRefused(f"{uri}: there is no such file")

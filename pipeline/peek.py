@@ -6,6 +6,7 @@ was applied. The headers of some pictures, spread over the plan, tell. Nothing h
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,9 +21,12 @@ from pipeline.decode import DecodedImage
 from pipeline.decode_child import DecodeChild
 from pipeline.errors import ImageError, SystemicFault, clean_text
 from pipeline.fetch import fetch_ahead
+from pipeline.listings import examples
 from pipeline.records import AccessRules, BoxRules, Limits
 
 PICTURES = 32
+SUSPICIOUS_SHARE = 0.1
+"""Of the pictures looked at that cannot be opened: more of them is no accident."""
 _BOXES_OF_ONE = 1000
 _FETCH_TIMEOUT_S = 15.0  # a picture that takes longer is left to the job
 
@@ -36,28 +40,40 @@ class _Seen:
     error: ImageError | None
 
 
-def look(table: pa.Table, rules: BoxRules, access: AccessRules, limits: Limits) -> tuple[str, ...]:
+def look(
+    table: pa.Table, rules: BoxRules, access: AccessRules, limits: Limits, *, detected: bool = False
+) -> tuple[str, ...]:
     """Sentences on what is likely wrong, with the flag that mends it where there is one.
 
     `table`: a plan (schema.PLAN). Fetches up to PICTURES pictures that have boxes, and opens their headers.
+    `detected`: a detector finds the boxes, so that every picture counts.
     """
-    rows = _sample(table)
+    rows = _sample(table, detected=detected)
     if not rows:
         return ()
     try:
         seen = _seen(rows, access, limits)
     except SystemicFault as fault:
         return (f"no picture could be looked at from this machine: {clean_text(str(fault))}",)
-    return tuple(sentence for sentence in (_unopened(seen), *_misplaced(seen, rules)) if sentence)
+    found = (_unopened(seen), *_misplaced(seen, rules), _odd_masks(seen))
+    return tuple(sentence for sentence in found if sentence)
 
 
-def _sample(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows with boxes that are to be opened, spread evenly."""
-    has_boxes = pc.greater(pc.fill_null(pc.list_value_length(table.column("boxes")), 0), 0)
-    places = pc.indices_nonzero(pc.and_(has_boxes, pc.is_null(table.column("error_code")))).to_numpy()
+def _sample(table: pa.Table, *, detected: bool) -> list[dict[str, Any]]:
+    """Rows that are to be opened, spread evenly: those with boxes, or all where a detector sees them.
+
+    One of each of PICTURES stretches, but not always its first: every second file may be missing.
+    """
+    wanted = pc.is_null(table.column("error_code"))
+    if not detected:
+        has_boxes = pc.greater(pc.fill_null(pc.list_value_length(table.column("boxes")), 0), 0)
+        wanted = pc.and_(has_boxes, wanted)
+    places = pc.indices_nonzero(wanted).to_numpy()
     if not len(places):
         return []
-    chosen = places[np.unique(np.linspace(0, len(places) - 1, PICTURES).astype(np.int64))]
+    edges = np.linspace(0, len(places), PICTURES + 1).astype(np.int64)
+    within = np.random.default_rng(0).random(PICTURES)
+    chosen = places[np.unique(edges[:-1] + (within * np.diff(edges)).astype(np.int64))]
     # One by one: to take rows from a chunked column joins its chunks first, however large they are.
     rows: list[dict[str, Any]] = pa.concat_tables(table.slice(int(at), 1) for at in chosen).to_pylist()
     return rows
@@ -81,18 +97,55 @@ def _seen(rows: list[dict[str, Any]], access: AccessRules, limits: Limits) -> li
 
 
 def _unopened(seen: list[_Seen]) -> str | None:
-    """A sentence when most of the pictures cannot be used."""
+    """A sentence when so many of the pictures cannot be used that it is no accident."""
     failed = [one for one in seen if one.error is not None]
-    if 2 * len(failed) <= len(seen):
+    if len(failed) <= SUSPICIOUS_SHARE * len(seen):
         return None
     codes = Counter(one.error.code for one in failed if one.error)
     code = codes.most_common(1)[0][0]
-    first = next(one for one in failed if one.error and one.error.code == code)
-    mend = "; if they lie elsewhere: --set input.image_root=FOLDER" if code == "not_found" else ""
+    uris = [one.row["image_uri"] for one in failed if one.error and one.error.code == code]
+    first = next(one.error for one in failed if one.error and one.error.code == code)
     return (
         f"{len(failed)} of {len(seen)} pictures looked at cannot be opened, most with {code}, such as "
-        f"{clean_text(first.row['image_uri'])}: {first.error.message if first.error else ''}{mend}"
+        f"{examples(uris)}: {first.message}{_odd_name(uris[0])}{_NOT_FOUND if code == 'not_found' else ''}"
     )
+
+
+def _odd_masks(seen: list[_Seen]) -> str | None:
+    """A sentence when masks given as prompts are not of their picture's size."""
+    masks = [
+        (one.row["image_id"], box["prompt_mask"]["size"], one.header.size_hw)
+        for one in seen
+        if one.header is not None
+        for box in one.row["boxes"][:_BOXES_OF_ONE]
+        if box["prompt_mask"] is not None
+    ]
+    odd = [(image_id, size, size_hw) for image_id, size, size_hw in masks if tuple(size) != size_hw]
+    if not odd:
+        return None
+    image_id, size, (height, width) = odd[0]
+    return (
+        f"{len(odd)} of {len(masks)} masks looked at are of another size than their picture, and will not be "
+        f"used (prompt_invalid), such as {size[:4]} for {clean_text(image_id)}, which is {height} high and "
+        f"{width} wide; a mask's size is [height, width] of the upright picture"
+    )
+
+
+_NOT_FOUND = "; if they lie elsewhere: --set input.image_root=FOLDER"
+
+
+def _odd_name(uri: str) -> str:
+    """What in a name may be why there is no such file, in words; "" where nothing is odd."""
+    odd = [
+        words
+        for words, pattern in (
+            ("backslashes (Windows)", r"\\"),
+            ("percent-encoding", r"%[0-9A-Fa-f]{2}"),
+            ("white space or quotes at its end or beginning", r"""[\s"']\Z|/[\s"'][^/]*\Z"""),
+        )
+        if re.search(pattern, uri)
+    ]
+    return f"; the name has {' and '.join(odd)}" if odd else ""
 
 
 def _misplaced(seen: list[_Seen], rules: BoxRules) -> tuple[str, ...]:

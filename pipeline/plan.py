@@ -25,7 +25,7 @@ from pipeline.failpoints import visit
 from pipeline.inputs import InputSettings, allowed_access, check_columns, read_boxes, read_images
 from pipeline.joins import images_of, join
 from pipeline.listings import BoxList, ImageList
-from pipeline.plan_rows import Categories, number_categories, plan_table
+from pipeline.plan_rows import Categories, number_categories, plan_table, refuse_if_a_flag_is_missing
 from pipeline.plan_summary import PlanSummary, Understood, summarise
 from pipeline.records import AccessRules, BoxRules
 from pipeline.schema import PLAN, SCHEMA_VERSION
@@ -58,15 +58,19 @@ def make_plan(settings: InputSettings) -> Plan:
 
     Raises:
         UsageError: settings that contradict each other. JobRefused: inputs that are unreadable, do not fit
-            each other, or name an image twice.
+            each other, or name an image twice; most images may not be read, and a flag would allow it.
     """
     if settings.images is None and settings.boxes is None:
         raise UsageError("neither images nor boxes: say with --images or --boxes what to label")
     inputs = _understand(settings)
     boxes, categories = _numbered(inputs)
+    inputs = replace(inputs, boxes=boxes)
     joined, access = inputs.joined, allowed_access(settings)
     order = pc.sort_indices(joined.image_id)[: settings.limit]
-    table = plan_table(joined, order, boxes, access, images_per_unit=settings.images_per_unit)
+    table = plan_table(
+        joined, order, boxes, access, doubted=inputs.images.doubted, images_per_unit=settings.images_per_unit
+    )
+    refuse_if_a_flag_is_missing(table, access)
     return Plan(
         table=table,
         summary=summarise(inputs, table, joined.mention[order.to_numpy()]),

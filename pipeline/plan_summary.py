@@ -11,15 +11,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.access import without_credentials
 from pipeline.arrays import Int64Array, list_lengths, null_mask, single
-from pipeline.boxes import suspicions
+from pipeline.boxes import PROMPT_COLUMNS, SUSPICIOUS_SHARE, prompt_faults, suspicions
 from pipeline.errors import clean_text
-from pipeline.inputs import InputSettings
+from pipeline.inputs import InputSettings, allowed_access
 from pipeline.joins import Joined, Unmatched
 from pipeline.listings import BoxList, ImageList
 from pipeline.records import BoxFormat, BoxFrame, BoxRules
 from pipeline.storage import fingerprint, options_for
 
+_PROMPTS_AT_ONCE = 4096
 _LOOK_AT_BOXES = 200_000  # boxes looked at for likely mistakes, spread evenly over all
 
 
@@ -29,11 +31,13 @@ class PlanSummary:
 
     `images`, `boxes`, `units`: of the plan. `listed_images`: before `limit`. `without_boxes`: images with
     an empty list; of these, `listed_without_boxes` are named by no box file. `null_boxes`,
-    `mismatched_labels`, `refused_uris`: images that will fail without being fetched. `unmatched_boxes`:
-    left out by `allow_unmatched`. `skipped_files`: files of an image folder that are no pictures.
+    `mismatched_labels`, `refused_uris`: images that will fail without being fetched. `invalid_prompts`: boxes
+    of the plan whose points or mask cannot be used, whatever the picture. `unmatched_boxes`: left out by
+    `allow_unmatched`. `skipped_files`: files of an image folder that are no pictures. `left_out`:
+    sentences on what else of it is not taken. `crowd_boxes`: regions, which get no mask.
     `box_format`, `box_frame`: how the boxes are read. `id_rule`: where ids come from and how boxes were
-    joined, in words. `warnings`: likely mistakes, with the flag that mends each. `input_files`:
-    fingerprints of all tables and box files.
+    joined, in words. `unused_columns`: of the tables, those that are not read. `warnings`: likely mistakes,
+    with the flag that mends each. `input_files`: fingerprints of all tables and box files.
     """
 
     images: int
@@ -45,13 +49,17 @@ class PlanSummary:
     null_boxes: int
     mismatched_labels: int
     refused_uris: int
+    invalid_prompts: int
     unmatched_boxes: Unmatched
     skipped_files: int
+    left_out: tuple[str, ...]
     box_format: BoxFormat
     box_frame: BoxFrame
     id_rule: str
+    unused_columns: tuple[str, ...]
     warnings: tuple[str, ...]
     input_files: tuple[Mapping[str, Any], ...]
+    crowd_boxes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +79,8 @@ def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanS
     refused = _count(table, "uri_refused")
     mismatched = _count(table, "labels_mismatch")
     files = dict.fromkeys((*inputs.images.files, *(inputs.boxes.files if inputs.boxes else ())))
-    access = inputs.settings.access
+    access = allowed_access(inputs.settings)
+    invalid, why = _invalid_prompts(inputs, table)
     return PlanSummary(
         images=table.num_rows,
         boxes=int(lengths.sum()),
@@ -82,14 +91,31 @@ def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanS
         null_boxes=int(null.sum()),
         mismatched_labels=mismatched,
         refused_uris=refused,
+        invalid_prompts=invalid,
         unmatched_boxes=inputs.joined.unmatched,
         skipped_files=inputs.images.skipped_files,
+        left_out=inputs.images.left_out,
         box_format=inputs.rules.box_format,
         box_frame=inputs.rules.box_frame,
         id_rule=inputs.joined.id_rule,
-        warnings=(*_box_warnings(inputs), *_row_warnings(table), *_notes(inputs)),
-        input_files=tuple(fingerprint(uri, options_for(uri, access)) for uri in files),
+        unused_columns=_unused_columns(inputs),
+        warnings=(*_box_warnings(inputs), *_row_warnings(table), *why, *_notes(inputs)),
+        input_files=tuple(fingerprint(uri, options_for(uri, access), roots=access.roots) for uri in files),
+        crowd_boxes=sum(_crowds(chunk) for chunk in table.column("boxes").chunks),
     )
+
+
+def _unused_columns(inputs: Understood) -> tuple[str, ...]:
+    """What no reader took. Of a table that gives images and boxes, the reader of boxes takes more."""
+    images, boxes = inputs.images, inputs.boxes
+    if boxes is None:
+        return images.unused
+    of_images = () if images.files == boxes.files else images.unused
+    return tuple(dict.fromkeys((*of_images, *boxes.unused)))
+
+
+def _crowds(boxes: pa.ListArray) -> int:
+    return int(pc.sum(boxes.flatten().field("iscrowd")).as_py() or 0)
 
 
 def _box_counts(table: pa.Table) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
@@ -116,16 +142,49 @@ def _row_warnings(table: pa.Table) -> list[str]:
             first = rows.slice(0, 1).to_pylist()[0]
             sentences.append(
                 f"{rows.num_rows} of {table.num_rows} {start} and will fail: "
-                f"{clean_text(first['image_uri'])}: {first['error_message']}"
+                f"{clean_text(without_credentials(first['image_uri']))}: {first['error_message']}"
             )
     return sentences
+
+
+def _invalid_prompts(inputs: Understood, table: pa.Table) -> tuple[int, list[str]]:
+    """How many prompts of the plan cannot be used, and a sentence on them with the first reason."""
+    columns = () if inputs.boxes is None else inputs.boxes.boxes.column_names
+    names = [name for name in PROMPT_COLUMNS if name in columns]
+    prompts = invalid = 0
+    first = ""
+    for chunk in table.column("boxes").chunks if names else ():
+        values = chunk.flatten()
+        given = pa.table({name: pc.struct_field(values, name) for name in names})
+        for start in range(0, len(values), _PROMPTS_AT_ONCE):
+            faults = prompt_faults(given.slice(start, _PROMPTS_AT_ONCE).to_pylist())
+            wrong = [(place, fault) for place, fault in enumerate(faults) if fault is not None]
+            if wrong and not first:
+                first = f"{_named(table, prompts + start + wrong[0][0])}: {wrong[0][1]}"
+            invalid += len(wrong)
+        prompts += len(values)
+    if not invalid:
+        return 0, []
+    return invalid, [
+        f"{invalid} of {prompts} boxes have points or a mask that cannot be used, and will have no mask "
+        f"(prompt_invalid); the first is {first}"
+    ]
+
+
+def _named(table: pa.Table, box: int) -> str:
+    """The box at a place among all boxes of the plan, by its image and its place there."""
+    ends = np.cumsum(_box_counts(table)[0])
+    row = int(np.searchsorted(ends, box, side="right"))
+    start = int(ends[row - 1]) if row else 0
+    return f"box {box - start} of {clean_text(table.column('image_id')[row].as_py())}"
 
 
 def _notes(inputs: Understood) -> list[str]:
     notes = [*inputs.images.notes, *(inputs.boxes.notes if inputs.boxes else ())]
     lost = inputs.joined.unmatched
     if lost.boxes:
-        notes.append(f"{lost.boxes} boxes of {lost.images} images that are not listed are left out")
+        hint = f" ({inputs.joined.hint.rstrip('. ')})" if inputs.joined.hint else ""
+        notes.append(f"{lost.boxes} boxes of {lost.images} images that are not listed are left out{hint}")
     return notes
 
 
@@ -139,14 +198,47 @@ def _box_warnings(inputs: Understood) -> tuple[str, ...]:
     mention = np.searchsorted(np.cumsum(boxes.lengths), flat, side="right")
     rows = flat if boxes.rows is None else boxes.rows[flat]
     given = single(boxes.boxes.column("given")).take(pa.array(rows))
-    whole = list_lengths(given) == 4
+    counts = list_lengths(given)
+    whole = counts == 4
     values = given.filter(pa.array(whole)).flatten().to_numpy(zero_copy_only=False)
     sizes = _sizes(inputs)
-    return suspicions(
+    found = suspicions(
         values.reshape(-1, 4),
         inputs.rules,
         upright_size_hw=None if sizes is None else sizes[mention[whole]],
     )
+    return (*_other_lengths(counts[~null_mask(given)], total), *found)
+
+
+def _other_lengths(counts: Int64Array, total: int) -> tuple[str, ...]:
+    """A sentence when many boxes have another number of values than four.
+
+    `counts`: of the boxes that were looked at and are not null; `total`: of all boxes.
+    """
+    others = counts[counts != 4]
+    if not len(others) or len(others) <= SUSPICIOUS_SHARE * len(counts):
+        return ()
+    most = int(np.bincount(others).argmax())
+    same = int((others == most).sum())
+    if same == total:
+        many = f"all {total:,} boxes have {most} numbers each"
+    elif same == len(counts):
+        many = f"all of {same:,} boxes looked at have {most} numbers each"
+    else:
+        looked = "boxes" if len(counts) == total else "boxes looked at"
+        many = f"{len(others):,} of {len(counts):,} {looked} have other than 4 numbers, most of them {most}"
+    return (f"{many}{_LENGTHS.get(most, '')}; wanted 4, so they get no mask (box_malformed): {_MEND}",)
+
+
+_LENGTHS = {
+    0: " (empty lists)",
+    5: " (turned boxes with an angle? or a score or class behind the corners?)",
+    6: " (a score and a class behind the corners?)",
+    8: " (the four corners of turned boxes, or polygons?)",
+}
+_MEND = (
+    "write each box as the 4 numbers of an upright box around it, scores and classes in columns of their own"
+)
 
 
 def _sizes(inputs: Understood) -> Int64Array | None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from model.structures import Instances, Prompts
 from pipeline.boxes import ResolvedBoxes, resolve_boxes
 from pipeline.records import BoxRules
+from pipeline.runs import text_of_lengths
 from pipeline.unit_rows import ImageResult
 
 MaskPrompt = Callable[[str, tuple[int, int]], npt.NDArray[np.float32]]
@@ -31,6 +32,10 @@ class PromptGroup:
     places: npt.NDArray[np.int64]
     row_of: npt.NDArray[np.int64]
     prompts: Prompts
+
+    def __len__(self) -> int:
+        """The number of prompts."""
+        return int(self.row_of.max()) + 1
 
 
 def resolved_boxes(image: ImageResult, rules: BoxRules) -> ResolvedBoxes:
@@ -79,6 +84,20 @@ def _kind(boxes: ResolvedBoxes, row: int) -> tuple[bool, int, bool]:
     points = boxes.points_xy[row]
     has_box = bool(np.isfinite(boxes.prompt_xyxy[row]).all())
     return has_box, 0 if points is None else len(points), boxes.prompt_mask[row] is not None
+
+
+def without_numbers(group: PromptGroup, size_hw: tuple[int, int]) -> Instances:
+    """What a group of prompts has for which the model gave no finite number: empty masks, no scores."""
+    count = len(group)
+    empty = text_of_lengths([size_hw[0] * size_hw[1]])
+    return Instances(
+        size_hw=size_hw,
+        counts=(empty,) * count,
+        area=np.zeros(count, np.int64),
+        bbox_xywh=np.zeros((count, 4), np.float32),
+        predicted_iou=np.full(count, np.nan, np.float32),
+        stability_score=np.zeros(count, np.float32),
+    )
 
 
 def join(groups: list[PromptGroup], answers: list[Instances]) -> Instances:

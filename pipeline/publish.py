@@ -298,9 +298,9 @@ def flatten_unit(table: pa.Table, filters: FilterSettings) -> FlatUnit:
     instances = pa.Table.from_arrays(
         [columns[name] for name in schema.INSTANCES.names], schema=schema.INSTANCES
     )
-    has_mask = np.asarray(fields["segmentation"].is_valid(), dtype=np.bool_)
+    has_mask = np.asarray(pc.fill_null(pc.greater(fields["area"], 0), False), dtype=np.bool_)
     images = _image_rows(table, image_row, has_mask, np.asarray(accepted, dtype=np.bool_))
-    return FlatUnit(images=images, instances=instances, counts=_counts(images, reasons))
+    return FlatUnit(images=images, instances=instances, counts=counts_of(images, instances))
 
 
 def _image_rows(
@@ -319,14 +319,17 @@ def _image_rows(
     return pa.Table.from_arrays([columns[name] for name in schema.IMAGES.names], schema=schema.IMAGES)
 
 
-def _counts(images: pa.Table, reasons: Sequence[str | None]) -> Counts:
+def counts_of(images: pa.Table, instances: pa.Table) -> Counts:
+    """Return the sums over published rows: schema.IMAGES, and schema.INSTANCES of the same images."""
+    reasons = instances["reject_reason"].to_pylist()
     rejected = Counter(reason.split(":")[0] for reason in reasons if reason is not None)
     failed = Counter(code for code in images["error_code"].to_pylist() if code is not None)
     return Counts(
         images=images.num_rows,
-        boxes=pc.sum(images["num_boxes"]).as_py() or 0,
-        masks=pc.sum(images["num_instances"]).as_py() or 0,
-        accepted=pc.sum(images["num_accepted"]).as_py() or 0,
+        boxes=instances.num_rows,
+        masks=pc.sum(pc.greater(instances["area"], 0)).as_py() or 0,
+        empty=pc.sum(pc.equal(instances["area"], 0)).as_py() or 0,
+        accepted=pc.sum(instances["accepted"]).as_py() or 0,
         status=dict(sorted(Counter(images["status"].to_pylist()).items())),
         failed=dict(sorted(failed.items())),
         rejected=dict(sorted(rejected.items())),

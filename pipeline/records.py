@@ -53,7 +53,7 @@ class Limits:
     segment_timeout_s: float = 300.0
     decode_memory_bytes: int = 4 * 2**30
     max_failure_rate: float = 0.05
-    failure_rate_from_images: int = 1000
+    failure_rate_from_images: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,8 @@ class Weights:
     input_side: int = 1024
     note: str | None = None
     """A sentence that every summary and footer repeats, such as the demo checkpoint's warning."""
+    warning: str | None = None
+    """What lies beside the tensors and was not followed, in one line; no part of a job's identity."""
 
 
 @dataclass(frozen=True, kw_only=True)

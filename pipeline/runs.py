@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from model.counts import SHORT_PIXELS, counts_text, read_lengths
+
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
@@ -55,6 +57,46 @@ def steps(counts: Sequence[str]) -> Iterator[slice]:
         yield slice(start, len(counts))
 
 
+def faults_of(counts: Sequence[object], sizes_hw: Sequence[object]) -> list[str | None]:
+    """What is wrong with each of N masks that people bring, in words; None where nothing is.
+
+    A mask is compressed runs, text, and its size, a list of two whole numbers, height and width. Nothing is
+    raised, whatever stands there. A mask without a fault is safe in pycocotools, which looks at nothing
+    itself. The words repeat no text of people's, so they need no cleaning.
+    """
+    found = [_fault(text, size) for text, size in zip(counts, sizes_hw, strict=True)]
+    sized = [place for place, fault in enumerate(found) if fault is None]
+    texts = [str(counts[place]) for place in sized]
+    for step in steps(texts):
+        sides = np.array([sizes_hw[place] for place in sized[step]], np.int64)
+        for at, fault in read_lengths(texts[step], sides.prod(axis=1)).faults.items():
+            found[sized[step][at]] = fault
+    return found
+
+
+def _fault(text: object, size: object) -> str | None:
+    """What is wrong with a mask before its text is read."""
+    if not isinstance(size, list | tuple) or len(size) != 2 or any(type(side) is not int for side in size):
+        return "a size that is not two whole numbers, height and width"
+    if min(size) < 1 or size[0] * size[1] >= SHORT_PIXELS:
+        return f"a size out of range; wanted sides from 1 and fewer than {SHORT_PIXELS} pixels"
+    if not isinstance(text, str):
+        return f"counts of type {type(text).__name__}; wanted the text of compressed runs"
+    return None
+
+
+def text_of_lengths(lengths: Sequence[object]) -> str:
+    """The compressed text of one mask's uncompressed runs, as COCO's crowds have them.
+
+    Raises:
+        ValueError: a run that is no whole number from 0 to `SHORT_PIXELS`; says which.
+    """
+    for place, run in enumerate(lengths):
+        if type(run) is not int or not 0 <= run < SHORT_PIXELS:
+            raise ValueError(f"run {place} is no whole number from 0 to {SHORT_PIXELS}")
+    return counts_text(np.array(lengths, np.int64), np.array([0, len(lengths)]))[0]
+
+
 def read_strips(counts: Sequence[str], sizes_hw: npt.ArrayLike) -> Strips:
     """The strips of N compressed strings; `sizes_hw`: (2,) of all masks, or (N, 2).
 
@@ -63,64 +105,17 @@ def read_strips(counts: Sequence[str], sizes_hw: npt.ArrayLike) -> Strips:
     """
     sizes_hw = np.broadcast_to(np.asarray(sizes_hw, np.int64), (len(counts), 2))
     pixels = sizes_hw[:, 0] * sizes_hw[:, 1]
-    lengths, mask = _read_lengths(counts)
+    found = read_lengths(counts, pixels)
+    for place, fault in found.faults.items():
+        height, width = sizes_hw[place]
+        raise ValueError(f"mask {place}: {fault}, of a mask of {height} x {width}")
+    lengths, mask = found.lengths, found.mask
     ends = np.cumsum(lengths)
     firsts = np.flatnonzero(np.diff(mask, prepend=-1))
-    totals = np.add.reduceat(lengths, firsts) if len(lengths) else lengths
-    wrong = np.flatnonzero(totals != pixels)
-    if len(wrong):
-        height, width = sizes_hw[wrong[0]]
-        raise ValueError(f"mask {wrong[0]}: runs of {totals[wrong[0]]} pixels, wanted {height} x {width}")
     ends -= (np.cumsum(pixels) - pixels)[mask]
     order = np.arange(len(lengths)) - np.repeat(firsts, np.diff(np.append(firsts, len(lengths))))
     inside = (order % 2 == 1) & (lengths > 0)
     return _cut_at_columns(mask[inside], (ends - lengths)[inside], ends[inside], sizes_hw)
-
-
-def _read_lengths(counts: Sequence[str]) -> tuple[Int64Array, Int64Array]:
-    """Run lengths of all masks one after the other, and the mask of each; int64 (R,) both."""
-    text_sizes = np.array([len(text) for text in counts], dtype=np.int64)
-    if (text_sizes == 0).any():
-        raise ValueError(f"mask {int(np.flatnonzero(text_sizes == 0)[0])}: an empty run-length string")
-    # DEL is outside the alphabet too, so what is no ASCII is found with the rest.
-    text = "".join(c if c.isascii() else "\x7f" * len(c) for c in counts)
-    codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
-    mask_of_code = np.repeat(np.arange(len(counts)), text_sizes)
-    if len(codes) == 0:
-        return codes, mask_of_code
-    bad = np.flatnonzero((codes < 0) | (codes > 63))
-    if len(bad):
-        raise ValueError(f"mask {mask_of_code[bad[0]]}: a character outside the run-length alphabet")
-    last = codes < 32  # the last character of a number has no continuation bit
-    stops = np.cumsum(text_sizes) - 1
-    if not last[stops].all():
-        raise ValueError(
-            f"mask {int(np.flatnonzero(~last[stops])[0])}: the run-length string ends in a number"
-        )
-    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
-    place = np.arange(len(codes)) - np.repeat(starts, np.diff(np.append(starts, len(codes))))
-    if place.max() > 7:  # 40 bits: more than any image has pixels
-        raise ValueError(f"mask {mask_of_code[place.argmax()]}: a run length of more than 40 bits")
-    values = np.add.reduceat((codes & 31) << (5 * place), starts)
-    negative = (codes[last] & 16) != 0
-    values -= np.where(negative, np.int64(1) << (5 * (place[last] + 1)), 0)
-    mask = mask_of_code[starts]
-    lengths = _undo_differences(values, mask)
-    if (lengths < 0).any():
-        raise ValueError(f"mask {mask[np.flatnonzero(lengths < 0)[0]]}: a negative run length")
-    return lengths, mask
-
-
-def _undo_differences(values: Int64Array, mask: Int64Array) -> Int64Array:
-    """Lengths from stored values: from the fourth run of a mask on, the difference to two before."""
-    firsts = np.flatnonzero(np.diff(mask, prepend=-1))
-    order = np.arange(len(values)) - np.repeat(firsts, np.diff(np.append(firsts, len(values))))
-    lengths = values.copy()
-    for chain in ((order % 2 == 1), (order % 2 == 0) & (order > 0)):
-        sums = np.cumsum(np.where(chain, values, 0))
-        before = np.repeat(np.concatenate([[0], sums])[firsts], np.diff(np.append(firsts, len(values))))
-        lengths[chain] = (sums - before)[chain]
-    return lengths
 
 
 def _cut_at_columns(mask: Int64Array, start: Int64Array, end: Int64Array, sizes_hw: Int64Array) -> Strips:

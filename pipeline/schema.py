@@ -41,6 +41,7 @@ PLAN_BOX = pa.struct(
         pa.field("points_xy", _DOUBLES),  # x, y, x, y, ...
         pa.field("point_labels", pa.list_(pa.field("element", pa.int32()))),
         pa.field("prompt_mask", _RLE),
+        pa.field("iscrowd", pa.bool_()),  # true for a region of many objects; else null, never false
     ]
 )
 

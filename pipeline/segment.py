@@ -7,6 +7,9 @@ takes the whole process with it. So it is allowed to die, and Ray starts it agai
 is noted in the store beforehand; from the second one on the images go through alone, each noted before
 it is tried, so that a later start knows which of them kills and writes it as failed (`attempts`).
 
+An exception, of whatever type, costs the image that it is raised on. One that a blank picture raises too is
+the model's, and stops the job: nobody wants it written into a million rows.
+
 No Ray here, and no torch: the model comes by the name of its factory (`JobContext.segmenter`).
 """
 
@@ -30,11 +33,12 @@ import numpy.typing as npt
 from model.structures import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
 from pipeline import logs
 from pipeline.attempts import Attempts, Start
-from pipeline.detect import CallWatch, DetectStep
+from pipeline.boxes import ResolvedBoxes
+from pipeline.detect import CallWatch, DetectStep, Record, is_out_of_memory
 from pipeline.errors import SystemicFault, clean_text
 from pipeline.failpoints import visit
 from pipeline.native import prepare_for_torch
-from pipeline.prompts import PromptGroup, group_by_kind, join, resolved_boxes
+from pipeline.prompts import PromptGroup, group_by_kind, join, resolved_boxes, without_numbers
 from pipeline.records import JobContext, Limits
 from pipeline.rows import UInt8Array, UnitRow
 from pipeline.storage import Store, open_store
@@ -69,22 +73,22 @@ class MaskModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """One image that goes to the model: its place in the unit, pixels and prompts by kind."""
+    """One image that goes to the model: its place in the unit, pixels and prompts."""
 
     place: int
     image_id: str
     pixels_hwc: UInt8Array
     size_hw: tuple[int, int]
-    groups: list[PromptGroup]
+    boxes: ResolvedBoxes
 
     @property
-    def boxes(self) -> int:
-        return sum(len(group.places) for group in self.groups)
+    def usable(self) -> int:
+        return int(np.count_nonzero(self.boxes.usable))
 
-    def prepared(self) -> list[PreparedImage]:
+    def prepared(self, groups: Sequence[PromptGroup]) -> list[PreparedImage]:
         return [
             PreparedImage(pixels_hwc=self.pixels_hwc, size_hw=self.size_hw, prompts=group.prompts)
-            for group in self.groups
+            for group in groups
         ]
 
 
@@ -110,6 +114,7 @@ class SegmentWorker:
         self._attempts = Attempts(store, epoch=epoch)
         self._end_process = end_process
         self._fault: SystemicFault | None = None
+        self._record = Record()
         prepare_for_torch(os.environ)  # before the factory loads torch
         try:
             refuse_here()
@@ -153,44 +158,83 @@ class SegmentWorker:
         for place, (image, pixels) in enumerate(zip(images, unit.pixels, strict=True)):
             if pixels is not None and image.error_code is None:
                 jobs.append(self._job(place, image, pixels))
-        jobs = [job for job in jobs if job.groups]  # a detector may have found nothing
+        jobs = [job for job in jobs if job.usable]  # a detector may have found nothing
         size = 1 if start.image_by_image else self._model.call_shape.images_per_call
         for at in range(0, len(jobs), size):
             if start.image_by_image:
                 self._attempts.note_image(start, jobs[at].image_id)
-            self._call(jobs[at : at + size], images, start)
+            self._work(jobs[at : at + size], images, start)
         if start.image_by_image:
             self._attempts.note_image(start, None)
         return images
 
     def _job(self, place: int, image: ImageResult, pixels: UInt8Array) -> _Job:
         assert image.size_hw is not None
-        boxes = resolved_boxes(image, self._context.box_rules)
         return _Job(
             place=place,
             image_id=image.planned["image_id"],
             pixels_hwc=pixels,
             size_hw=image.size_hw,
-            groups=group_by_kind(boxes, image.size_hw, self._model.mask_prompt),
+            boxes=resolved_boxes(image, self._context.box_rules),
         )
 
-    def _call(self, jobs: Sequence[_Job], images: list[ImageResult], start: Start) -> None:
-        """Puts the results of one call of the model into `images`."""
+    def _work(self, jobs: Sequence[_Job], images: list[ImageResult], start: Start) -> None:
+        """Puts what becomes of one call's images into `images`; of a call that raises each is tried alone.
+
+        Raises:
+            SystemicFault: `model`, when it raises on any image.
+        """
+        error = self._call(jobs, images, start)
+        # Past the handler nothing refers to the tensors of the frames that failed.
+        if error is None:
+            self._record.worked()
+        elif len(jobs) > 1:
+            for job in jobs:
+                self._work([job], images, start)
+        else:
+            images[jobs[0].place] = self._charged(images[jobs[0].place], error)
+
+    def _call(self, jobs: Sequence[_Job], images: list[ImageResult], start: Start) -> Exception | None:
+        """Puts the results of one call of the model into `images`; returns what was raised instead, if so."""
 
         began = time.monotonic()
-        timeout_s = sum(deadline_s(self._context.limits, job.boxes) for job in jobs)
-        with _deadline(timeout_s, lambda: self._end_late(start, [job.image_id for job in jobs])):
-            try:
-                answers = self._model.segment_prepared([one for job in jobs for one in job.prepared()])
-            except RuntimeError as error:
-                self._end_if_lost(error)
-                raise
-        segment_ms = 1000 * (time.monotonic() - began) / len(jobs)
-        for job in jobs:
-            mine, answers = answers[: len(job.groups)], answers[len(job.groups) :]
-            images[job.place] = _with_masks(
-                replace(images[job.place], segment_ms=segment_ms), job.groups, mine
-            )
+        timeout_s = sum(deadline_s(self._context.limits, job.usable) for job in jobs)
+        try:
+            with _deadline(timeout_s, lambda: self._end_late(start, [job.image_id for job in jobs])):
+                groups = [group_by_kind(job.boxes, job.size_hw, self._model.mask_prompt) for job in jobs]
+                answers = self._model.segment_prepared(
+                    [one for job, mine in zip(jobs, groups, strict=True) for one in job.prepared(mine)]
+                )
+            segment_ms = 1000 * (time.monotonic() - began) / len(jobs)
+            _check_answers([group for mine in groups for group in mine], answers)
+            for job, mine in zip(jobs, groups, strict=True):
+                image = replace(images[job.place], segment_ms=segment_ms)
+                images[job.place] = _with_masks(image, mine, answers[: len(mine)])
+                answers = answers[len(mine) :]
+        except SystemicFault:
+            raise
+        except Exception as error:  # whatever it is, it is one image's, or proves to be the model's
+            self._end_if_lost(error)
+            return error.with_traceback(None)
+        return None
+
+    def _charged(self, image: ImageResult, error: Exception) -> ImageResult:
+        """The image, failed for what was raised while it was worked on alone.
+
+        Raises:
+            SystemicFault: `model`, when it is the model's fault and not the image's.
+        """
+        said = clean_text(" ".join(f"{type(error).__name__}: {error}".split()))
+        if is_out_of_memory(error):
+            return replace(image, error_code="out_of_memory", error_message=said)
+        timeout_s = self._context.limits.segment_timeout_s
+        with _deadline(timeout_s, lambda: self._end_process(_EXIT_STATUS)):
+            blank = self._raised_on_blank()
+        if blank is not None and not is_out_of_memory(blank):
+            self._end_if_lost(blank)
+            raise SystemicFault("model", f"it raises on a blank picture too: {said}")
+        self._record.raised(f"the model, the last time with {said}")
+        return replace(image, error_code="model_failed", error_message=said)
 
     def _watch(self, start: Start) -> CallWatch:
         """How a detector's calls for one unit are looked after: as the model's."""
@@ -221,8 +265,16 @@ class SegmentWorker:
         """None when the device computes: on a broken one, every image would look like a killer.
 
         Raises:
-            SystemicFault: `device`.
+            SystemicFault: `device`, or `model` for whatever else is raised.
         """
+        error = self._raised_on_blank()
+        if error is not None:
+            code = "device" if is_device_lost(error) else "model"
+            said = str(error) if code == "device" else f"{type(error).__name__}: {error}"
+            raise SystemicFault(code, clean_text(f"on a blank image: {said}")) from error
+
+    def _raised_on_blank(self) -> Exception | None:
+        """What the model raises on a blank picture with one box; None when it works."""
         side = self._context.weights.input_side
         blank = PreparedImage(
             pixels_hwc=np.zeros((side, side, 3), np.uint8),
@@ -231,10 +283,9 @@ class SegmentWorker:
         )
         try:
             self._model.segment_prepared([blank])
-        except RuntimeError as error:
-            if not is_device_lost(error):
-                raise
-            raise SystemicFault("device", clean_text(f"on a blank image: {error}")) from error
+        except Exception as error:
+            return error.with_traceback(None)
+        return None
 
 
 def _without_images(unit: UnitRow) -> UnitRow:
@@ -286,13 +337,33 @@ def is_device_lost(error: BaseException) -> bool:
     return lost and "out of memory" not in text.lower()
 
 
+def _check_answers(groups: Sequence[PromptGroup], answers: Sequence[Instances | SegmentFailure]) -> None:
+    """Raise `ValueError` unless there is an answer for each group, and in it a mask for each prompt."""
+    found = [len(answer.counts) if isinstance(answer, Instances) else None for answer in answers]
+    wanted = [len(group) for group in groups]
+    if len(found) != len(wanted) or any(n not in (None, m) for n, m in zip(found, wanted, strict=True)):
+        raise ValueError(f"the model gave {found} masks for {wanted} prompts")
+
+
 def _with_masks(
     image: ImageResult, groups: list[PromptGroup], answers: list[Instances | SegmentFailure]
 ) -> ImageResult:
-    for answer in answers:
-        if isinstance(answer, SegmentFailure):
-            return replace(image, error_code=answer.code, error_message=answer.message)
-    return replace(image, instances=join(groups, [one for one in answers if isinstance(one, Instances)]))
+    """The image with the masks of all its prompts, or with what failed it.
+
+    Of prompts of several kinds, one kind alone may be without finite numbers.
+    """
+    failures = [answer for answer in answers if isinstance(answer, SegmentFailure)]
+    fatal = [failure for failure in failures if failure.code != "non_finite"]
+    if len(failures) == len(groups):
+        fatal = failures
+    if fatal:
+        return replace(image, error_code=fatal[0].code, error_message=fatal[0].message)
+    assert image.size_hw is not None
+    found = [
+        answer if isinstance(answer, Instances) else without_numbers(group, image.size_hw)
+        for group, answer in zip(groups, answers, strict=True)
+    ]
+    return replace(image, instances=join(groups, found))
 
 
 @contextlib.contextmanager

@@ -125,7 +125,8 @@ def _count_unit(store: Store, unit: CommittedUnit) -> tuple[Counts, _UnitTime]:
     counts = Counts(
         images=table.num_rows,
         boxes=len(boxes),
-        masks=pc.sum(boxes.field("segmentation").is_valid()).as_py() or 0,
+        masks=pc.sum(pc.greater(boxes.field("area"), 0)).as_py() or 0,
+        empty=pc.sum(pc.equal(boxes.field("area"), 0)).as_py() or 0,
         status=dict(Counter(table["status"].to_pylist())),
         failed=dict(Counter(code for code in table["error_code"].to_pylist() if code is not None)),
     )

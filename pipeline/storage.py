@@ -20,10 +20,11 @@ from pipeline.drivers import Driver, FetchedObject
 from pipeline.errors import SystemicFault, UsageError
 from pipeline.objects import (
     Entry,
+    Listing,
     blockwise,
     fingerprint,
-    glob_objects,
     head_object,
+    list_inputs,
     list_objects,
     open_input,
     read_object,
@@ -34,6 +35,7 @@ from pipeline.retries import StorageFault, Verdict, attempt, classify, describe
 __all__ = [
     "Entry",
     "FetchedObject",
+    "Listing",
     "NotFound",
     "Store",
     "Verdict",
@@ -41,8 +43,8 @@ __all__ = [
     "classify",
     "describe",
     "fingerprint",
-    "glob_objects",
     "head_object",
+    "list_inputs",
     "list_objects",
     "open_input",
     "open_store",

@@ -8,14 +8,16 @@ be read, or is no table of its kind, refuses the job by name: half of a table is
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
 
 import pyarrow as pa
 
-from pipeline.columns import Kind, check_type, locate, plain, settle
+from pipeline.columns import UNSETTLED, Kind, check_type, locate, plain, settle
 from pipeline.errors import HqlabelError, JobRefused, clean_text
 from pipeline.json_arrays import JsonDamage
 from pipeline.parquet import open_closed
@@ -27,16 +29,22 @@ from pipeline.text_tables import (
     csv_header,
     jsonl_batches,
     jsonl_sample,
-    sampled_leaf,
+    settled_leaf,
 )
 
 TableFormat = Literal["parquet", "csv", "jsonl"]
 TABLE_SUFFIXES: dict[str, TableFormat] = {
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".parq": "parquet",
     ".csv": "csv",
+    ".tsv": "csv",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".csv.gz": "csv",
+    ".tsv.gz": "csv",
+    ".jsonl.gz": "jsonl",
+    ".ndjson.gz": "jsonl",
 }
 BATCH_ROWS = 8192
 BATCH_BYTES = 64 * 2**20
@@ -60,6 +68,27 @@ def table_format(uri: str) -> TableFormat | None:
     """The format that a file's name says, in any case; None for other names."""
     lowered = uri.lower()
     return next((kind for suffix, kind in TABLE_SUFFIXES.items() if lowered.endswith(suffix)), None)
+
+
+def instead_of(uri: str) -> str:
+    """What to do about a file that is no table by its name, as the end of a sentence, or ""."""
+    lowered = uri.lower()
+    return next((f": {words}" for endings, words in _OTHER_FILES if lowered.endswith(endings)), "")
+
+
+_OTHER_FILES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4", ".7z"),
+        "unpack it; only .csv.gz and .jsonl.gz are read as such",
+    ),
+    ((".xlsx", ".xls", ".ods", ".numbers"), "a workbook; save the sheet as CSV (UTF-8)"),
+    ((".feather", ".arrow", ".ipc", ".orc", ".avro"), "write it as Parquet"),
+    ((".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth", ".h5", ".hdf5", ".mat"), "write it as Parquet"),
+    (
+        (".txt", ".xml"),
+        "one file of labels for each picture is read as a folder of YOLO's, or converted to COCO",
+    ),
+)
 
 
 def inspect_tables(
@@ -90,23 +119,40 @@ def _check_same_columns(file: TableFile, first: TableFile) -> None:
         raise JobRefused(f"{lacking.uri}: no column {name}, which {other.uri} has; the files must agree")
 
 
+@contextlib.contextmanager
+def _opened(uri: str, access: AccessRules) -> Iterator[BinaryIO]:
+    """A table's file, unpacked on the way where its name ends in `.gz`."""
+    with open_input(uri, options_for(uri, access)) as stream:
+        if uri.lower().endswith(".gz"):
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=stream))
+        else:
+            yield stream
+
+
 def read_batches(file: TableFile, access: AccessRules) -> Iterator[pa.Table]:
     """The file's rows with our column names and plain types, about BATCH_ROWS at a time, in order."""
-    with naming(file.uri, file.file_format), open_input(file.uri, options_for(file.uri, access)) as stream:
-        for batch in _batches(file, stream):
+    with naming(file.uri, file.file_format):
+        for batch in _batches(file, access):
             yield _plain_table(file, batch)
 
 
-def _batches(file: TableFile, stream: BinaryIO) -> Iterator[pa.RecordBatch]:
+def _batches(file: TableFile, access: AccessRules) -> Iterator[pa.RecordBatch]:
     columns = {theirs: file.kinds[ours] for ours, theirs in file.names.items()}
     if file.file_format == "csv":
-        return csv_batches(stream, columns, file.all_names)
-    if file.file_format == "jsonl":
-        return jsonl_batches(stream, columns)
+        yield from csv_batches(lambda: _opened(file.uri, access), columns, file.all_names)
+        return
+    with _opened(file.uri, access) as stream:
+        if file.file_format == "jsonl":
+            yield from jsonl_batches(stream, columns)
+        else:
+            yield from _parquet_batches(stream, list(columns))
+
+
+def _parquet_batches(stream: BinaryIO, columns: list[str]) -> Iterator[pa.RecordBatch]:
     size = stream.seek(0, io.SEEK_END)
     parquet = open_closed(stream, page_checksum_verification=True)
     rows = _batch_rows(size / max(1, parquet.metadata.num_rows))
-    batches: Iterator[pa.RecordBatch] = parquet.iter_batches(rows, columns=list(columns))
+    batches: Iterator[pa.RecordBatch] = parquet.iter_batches(rows, columns=columns)
     return batches
 
 
@@ -136,7 +182,7 @@ def naming(uri: str, what: str) -> Iterator[None]:
         raise
     except JsonDamage as error:
         raise JobRefused(f"{uri}: not a sound {what} file: {clean_text(str(error))}") from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError, RecursionError) as error:
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError, RecursionError) as error:
         text = str(error)
         if "straddl" in text:
             text = f"a row is longer than {BLOCK_BYTES >> 20} MiB"
@@ -158,7 +204,7 @@ def _inspect(
     file_format = table_format(uri)
     if file_format is None:
         raise JobRefused(f"{uri}: no known table; wanted a name ending in {', '.join(TABLE_SUFFIXES)}")
-    with naming(uri, file_format), open_input(uri, options_for(uri, access)) as stream:
+    with naming(uri, file_format), _opened(uri, access) as stream:
         if not stream.read(1):
             raise JobRefused(f"{uri}: the file is empty (0 bytes)")
         stream.seek(0)
@@ -187,9 +233,9 @@ def _csv_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
 
     def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
         del ours
-        if wanted.leaf != "key":
-            return wanted
-        return replace(wanted, leaf=sampled_leaf(samples.get(theirs, [])) if wanted.depth else "text")
+        if not wanted.depth:
+            return replace(wanted, leaf="text") if wanted.leaf in UNSETTLED else wanted
+        return replace(wanted, leaf=settled_leaf(samples.get(theirs, []), wanted.leaf))
 
     return names, kind_of
 
@@ -200,7 +246,7 @@ def _jsonl_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
 
     def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
         del ours
-        return wanted if wanted.leaf != "key" else replace(wanted, leaf=sampled_leaf(samples[theirs]))
+        return replace(wanted, leaf=settled_leaf(samples[theirs], wanted.leaf))
 
     return list(samples), kind_of
 

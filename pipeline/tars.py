@@ -24,15 +24,16 @@ import pyarrow as pa
 
 from pipeline.access import split_scheme
 from pipeline.box_tables import IMAGE_ROWS, KEYS, boxes_of_rows
-from pipeline.columns import Kind, locate, missing_column, settle
+from pipeline.columns import Kind, locate, missing_column, plain, settle
 from pipeline.errors import JobRefused, clean_text
+from pipeline.folders import is_hidden_path
 from pipeline.json_arrays import JsonDamage
-from pipeline.listings import TEXT, BoxList, ImageList, examples, is_picture
+from pipeline.listings import TEXT, BoxList, ImageList, examples, has_picture_name
 from pipeline.members import TarMember
 from pipeline.records import AccessRules
 from pipeline.storage import open_input, options_for
-from pipeline.tables import naming
-from pipeline.text_tables import SAMPLE_ROWS, jsonl_batches, sampled_leaf
+from pipeline.tables import naming, naming_values
+from pipeline.text_tables import SAMPLE_ROWS, jsonl_batches, settled_leaf
 
 TarIds = Literal["member", "key", "shard"]
 READERS = 16
@@ -51,6 +52,14 @@ class Sample:
     data: TarMember | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """The pictures of one tar in their order, and how many hidden ones are not taken (`folders`)."""
+
+    samples: list[Sample]
+    hidden: int
+
+
 def read_tar_images(uris: Sequence[str], access: AccessRules, *, root: str, ids: TarIds) -> ImageList:
     """The pictures of some tars, in the order of the tars and of their members.
 
@@ -60,7 +69,8 @@ def read_tar_images(uris: Sequence[str], access: AccessRules, *, root: str, ids:
     Raises:
         JobRefused: not a plain tar, or no pictures.
     """
-    samples = [sample for found in _read_all(uris, access) for sample in found]
+    tars = list(_read_all(uris, access))
+    samples = [sample for tar in tars for sample in tar.samples]
     if not samples:
         raise JobRefused(f"{uris[0]}: no pictures in {len(uris)} tars")
     return ImageList(
@@ -69,7 +79,14 @@ def read_tar_images(uris: Sequence[str], access: AccessRules, *, root: str, ids:
         root=root,
         id_rule=_ID_RULES[ids],
         listed=True,
+        left_out=_on_hidden(tars),
     )
+
+
+def _on_hidden(tars: Sequence[Pictures]) -> tuple[str, ...]:
+    """Return a sentence on the pictures that are left out."""
+    hidden = sum(tar.hidden for tar in tars)
+    return (f"hidden pictures in the tars: {hidden:,}, left out",) if hidden else ()
 
 
 _ID_RULES: dict[TarIds, str] = {
@@ -87,17 +104,22 @@ def read_tar_boxes(
     Raises:
         JobRefused: not a plain tar, a `.json` that is none, or none of them has boxes.
     """
-    samples = dict(zip(uris, _read_all(uris, access), strict=True))
+    tars = list(_read_all(uris, access))
+    samples = {uri: tar.samples for uri, tar in zip(uris, tars, strict=True)}
     columns, names = _columns(samples, mapping, access)
 
     def batches() -> Iterator[tuple[str, pa.Table]]:
         for uri, found in samples.items():
             lines = [json.dumps(row).encode() for row in _rows(uri, found, root, ids, access)]
             for batch in _batches(uri, found, lines, dict(columns.values())):
-                yield uri, pa.table({ours: batch.column(theirs) for ours, (theirs, _) in columns.items()})
+                with naming_values(uri):
+                    yield uri, pa.table({ours: plain(batch.column(t), k) for ours, (t, k) in columns.items()})
 
     boxes = boxes_of_rows(batches(), columns, folder=root, box_format="xyxy")
-    return replace(boxes, id_rule=_ID_RULES[ids], columns=names)
+    used = {theirs for theirs, _ in columns.values()}
+    unused = tuple(name for name in names if name not in used)
+    notes = (*boxes.notes, *_on_hidden(tars))
+    return replace(boxes, id_rule=_ID_RULES[ids], columns=names, unused=unused, notes=notes)
 
 
 def _batches(
@@ -169,7 +191,7 @@ def _columns(
     columns = {}
     for ours, theirs in found.items():
         wanted = IMAGE_ROWS[ours]
-        leaf = sampled_leaf(values[theirs]) if wanted.leaf == "key" else wanted.leaf
+        leaf = settled_leaf(values[theirs], wanted.leaf)
         columns[ours] = (theirs, settle(ours, {uri: Kind(wanted.depth, leaf)}, wanted))
     return columns, tuple(values)
 
@@ -179,14 +201,14 @@ def _columns(
 # ---------------------------------------------------------------------------------------------
 
 
-def _read_all(uris: Sequence[str], access: AccessRules) -> Iterator[list[Sample]]:
-    """The samples of each tar, several tars at a time."""
+def _read_all(uris: Sequence[str], access: AccessRules) -> Iterator[Pictures]:
+    """The pictures of each tar, several tars at a time."""
     with ThreadPoolExecutor(min(READERS, len(uris)) or 1) as pool:
-        yield from pool.map(lambda uri: read_samples(uri, access), uris)
+        yield from pool.map(lambda uri: read_pictures(uri, access), uris)
 
 
-def read_samples(uri: str, access: AccessRules) -> list[Sample]:
-    """The pictures of one tar in their order.
+def read_pictures(uri: str, access: AccessRules) -> Pictures:
+    """Return the pictures of one tar.
 
     Raises:
         JobRefused: not a plain tar, or a member whose name is not UTF-8 or comes twice.
@@ -198,7 +220,10 @@ def read_samples(uri: str, access: AccessRules) -> list[Sample]:
     if repeated:
         raise JobRefused(f"{uri}: {len(repeated)} names are there twice, such as {examples(repeated)}")
     data = {_key(one.name): one for one in members if one.name.lower().endswith(".json")}
-    return [Sample(picture=one, data=data.get(_key(one.name))) for one in members if is_picture(one.name)]
+    pictures = [one for one in members if has_picture_name(one.name)]
+    shown = [one for one in pictures if not is_hidden_path(one.name)]
+    samples = [Sample(picture=one, data=data.get(_key(one.name))) for one in shown]
+    return Pictures(samples=samples, hidden=len(pictures) - len(shown))
 
 
 def _members(stream: BinaryIO, uri: str) -> list[TarMember]:

@@ -11,7 +11,7 @@ import datetime as dt
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from pipeline.quality import MaskQuality
 from pipeline.records import JobContext
 
 Float64Array = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +59,18 @@ class ImageResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Outcome:
-    """How an image ended, and its masks when it ended well."""
+    """How an image ended, and its masks when it ended well.
+
+    `instances`: its masks, one for each of `rows`, places among the given boxes; `lost`: places of the usable
+    boxes for which the model gave no finite numbers.
+    """
 
     status: str
     code: str | None = None
     message: str | None = None
     instances: Instances | None = None
+    rows: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    lost: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def build_unit_table(
@@ -114,19 +122,35 @@ def _outcome_of_masks(result: ImageResult, usable: int) -> _Outcome:
     if instances is None or len(instances.counts) != usable:
         found = "none" if instances is None else len(instances.counts)
         raise ValueError(f"{result.planned['image_id']!a}: {usable} usable boxes, masks: {found}")
-    scores = np.stack([instances.predicted_iou, instances.stability_score])
-    if not np.isfinite(scores).all():
-        return _failed("non_finite", "a score of the model is NaN or infinite")
-    return _Outcome(status="labelled", instances=instances)
+    assert result.boxes is not None, "the caller has looked"
+    rows = np.flatnonzero(result.boxes.usable)
+    sound = np.isfinite(np.stack([instances.predicted_iou, instances.stability_score])).all(axis=0)
+    if not sound.any():
+        return _failed("non_finite", f"the model's numbers are NaN or infinite for all {usable} usable boxes")
+    return _Outcome(status="labelled", instances=_only(instances, sound), rows=rows[sound], lost=rows[~sound])
+
+
+def _only(instances: Instances, sound: BoolArray) -> Instances:
+    """Some of the masks of an image."""
+    if sound.all():
+        return instances
+    return replace(
+        instances,
+        counts=tuple(text for text, good in zip(instances.counts, sound, strict=True) if good),
+        area=np.asarray(instances.area)[sound],
+        bbox_xywh=np.asarray(instances.bbox_xywh)[sound],
+        predicted_iou=instances.predicted_iou[sound],
+        stability_score=instances.stability_score[sound],
+    )
 
 
 def _measured(results: Sequence[ImageResult], outcomes: Sequence[_Outcome]) -> list[MaskQuality]:
     """The quality of each image's masks, of none where it has none; all masks of the unit read together."""
     instances = [outcome.instances for outcome in outcomes]
     prompts = [
-        result.boxes.prompt_xyxy[result.boxes.usable]
-        for result, found in zip(results, instances, strict=True)
-        if found is not None and result.boxes is not None
+        result.boxes.prompt_xyxy[outcome.rows]
+        for result, outcome in zip(results, outcomes, strict=True)
+        if outcome.instances is not None and result.boxes is not None
     ]
     of_all = quality.measure([found for found in instances if found is not None], prompts)
     ends = np.cumsum([0, *(0 if found is None else len(found.counts) for found in instances)]).tolist()
@@ -185,7 +209,7 @@ def _instance_columns(result: ImageResult, outcome: _Outcome, measured: MaskQual
     flags = [["score_not_finite"] if bad else [] for bad in bad_score]
     if result.boxes is not None:
         flags = [[*mine, *theirs] for mine, theirs in zip(flags, result.boxes.flags, strict=True)]
-    columns |= _mask_columns(result, outcome.instances, measured, flags)
+    columns |= _mask_columns(outcome, measured, flags)
     return columns
 
 
@@ -207,27 +231,26 @@ def _prompt_xywh(boxes: ResolvedBoxes | None, count: int) -> Float64Array:
 
 def _box_errors(boxes: ResolvedBoxes | None, outcome: _Outcome, count: int) -> list[str | None]:
     """Each box's own reason first; `image_failed` where the image is to blame; None with a mask."""
+    lost = set(outcome.lost.tolist())
     own: Sequence[str | None] = [None] * count if boxes is None else boxes.error
     unknown = {box_code(code) for code in own if code} - set(BOX_CODES)
     if unknown:
         raise ValueError(f"unknown box error codes {sorted(unknown)}; add them to pipeline/errors.py")
     rest = "image_failed" if outcome.status == "failed" else None
-    return [code or rest for code in own]
+    return [code or ("non_finite" if row in lost else rest) for row, code in enumerate(own)]
 
 
 def _mask_columns(
-    result: ImageResult,
-    instances: Instances | None,
+    outcome: _Outcome,
     measured: MaskQuality,
     flags: Sequence[Sequence[str]],
 ) -> dict[str, Any]:
     """Columns of the masks, spread over the given boxes; null where a box has none."""
-    count = len(flags)
-    if instances is None or result.boxes is None:
+    count, instances, rows = len(flags), outcome.instances, outcome.rows
+    if instances is None:
         nulls = {name: np.full(count, np.nan) for name in _MASK_NUMBERS}
         nothing: dict[str, Any] = {"bbox": np.full((count, 4), np.nan), "segmentation": [None] * count}
         return nothing | nulls | {"qc_flags": [quality.order_flags(names) for names in flags]}
-    rows = np.flatnonzero(result.boxes.usable)
     area = np.asarray(instances.area, dtype=np.float64)
     tight = np.where(area[:, None] > 0, np.asarray(instances.bbox_xywh, dtype=np.float64), np.nan)
     numbers = {
@@ -258,7 +281,7 @@ _MASK_NUMBERS = (
 )
 
 
-def _spread(values: Any, rows: npt.NDArray[np.int64], count: int) -> Float64Array:
+def _spread(values: Any, rows: Int64Array, count: int) -> Float64Array:
     """`values` (M, ...) at their rows of (count, ...), NaN elsewhere."""
     values = np.asarray(values, dtype=np.float64)
     full = np.full((count, *values.shape[1:]), np.nan)
@@ -268,16 +291,16 @@ def _spread(values: Any, rows: npt.NDArray[np.int64], count: int) -> Float64Arra
 
 def _struct_array(per_image: Sequence[Mapping[str, Any]]) -> pa.StructArray:
     arrays = []
-    for field in schema.UNIT_INSTANCE:
-        parts = [one[field.name] for one in per_image]
-        if pa.types.is_fixed_size_list(field.type):
-            arrays.append(_box_array(np.concatenate([np.zeros((0, 4)), *parts]), field.type))
+    for column in schema.UNIT_INSTANCE:
+        parts = [one[column.name] for one in per_image]
+        if pa.types.is_fixed_size_list(column.type):
+            arrays.append(_box_array(np.concatenate([np.zeros((0, 4)), *parts]), column.type))
         elif parts and isinstance(parts[0], np.ndarray):
             # float64 holds every int of these columns exactly; NaN becomes null
             numbers = pa.array(np.concatenate(parts), pa.float64(), from_pandas=True)
-            arrays.append(numbers.cast(field.type))
+            arrays.append(numbers.cast(column.type))
         else:
-            arrays.append(pa.array([value for part in parts for value in part], field.type))
+            arrays.append(pa.array([value for part in parts for value in part], column.type))
     return pa.StructArray.from_arrays(arrays, fields=list(schema.UNIT_INSTANCE))
 
 

@@ -19,13 +19,11 @@ from model.config import ConfigError
 from model.prompts import mask_to_prompt
 from model.segmenter import Segmenter, probe_dtype, set_cpu_threads
 from model.structures import CallShape, Instances, PreparedImage, SegmentFailure
-from model.weight_files import Source
+from model.weight_files import ENDINGS, Source
 from pipeline.access import split_scheme
 from pipeline.errors import JobRefused, SystemicFault, clean_text
 from pipeline.records import DEMO, JobContext, Weights
 from pipeline.storage import list_objects, open_input
-
-_FILES = (".pth", ".pt", ".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,7 @@ def open_weights(source: str, options: Mapping[str, Any]) -> Source:
     scheme, rest = split_scheme(source)
     if scheme == "file":
         return rest
-    if source.endswith(_FILES):
+    if source.endswith(ENDINGS):
         return open_input(source, options)
     found = list_objects(source, options)
     if not found:

@@ -182,7 +182,9 @@ def test_broken_images_end_as_their_rows_say_and_retry_mends_only_them(
     output = tmp_path / "out"
     command = ["label", "--boxes", str(data.boxes), "--checkpoint", str(checkpoint), "--output", str(output),
                *UNITS]  # fmt: skip
-    text = commands.run(*command).stderr
+    text = commands.run(*command, code=3).stderr
+    assert "over the failure budget: " in text
+    assert "allow more: --set limits.max_failure_rate=0." in text
     images, instances = commands.tables(output)
     status = {r["image_id"]: (r["status"], r["error_code"]) for r in images.to_pylist()}
     assert status[names[0]] == ("failed", "not_found")
@@ -197,7 +199,7 @@ def test_broken_images_end_as_their_rows_say_and_retry_mends_only_them(
 
     (data.images / names[1]).write_bytes(good)
     before = {r["image_id"]: r for r in commands.lasting(images).to_pylist()}
-    commands.run("retry", "--output", str(output), "--code", "truncated")
+    commands.run("retry", "--output", str(output), "--code", "truncated", code=3)  # one is still missing
     again, _ = commands.tables(output)
     changed = [r["image_id"] for r in commands.lasting(again).to_pylist() if r != before[r["image_id"]]]
     assert changed == [names[1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from model.structures import CallShape, Instances, PreparedImage, Prompts
 from pipeline.decode import decode_image
 from tests.e2e import commands
 from tests.e2e.scenes import picture
+from tests.faults.fuzzing import MASK_MAKES
 from tests.pipeline.made_formats import tar_of
 
 SHAPE = CallShape(images_per_call=1, boxes_per_call=4)
@@ -108,3 +110,47 @@ def test_points_and_masks_of_a_table_give_the_models_own_masks(checkpoint: Path,
         assert len(masks) == 6, "each kind of prompt changes the mask"
         refused = instances[name, 6]
         assert (refused["segmentation"], refused["reject_reason"]) == (None, "prompt_invalid")
+
+
+def test_a_table_with_masks_that_are_none_is_labelled_to_the_end(checkpoint: Path, tmp_path: Path) -> None:
+    """Every make of a mask beside a box, on one picture; nothing but such masks on another; a sound third."""
+    (tmp_path / "images").mkdir()
+    for index in range(3):
+        (tmp_path / "images" / f"{index}.png").write_bytes(stored(index, orientation=1))
+    size = list(decode_image(stored(0, orientation=1), max_pixels=10**8, side=128).size_hw)
+    runs = [size[0] * 9, size[0] * 20, size[0] * (size[1] - 29)]
+    makes = {name: make(size, runs) for name, make in MASK_MAKES.items()}
+    broken = {"size": size, "counts": "PPYo1"}
+    rows = [{"image_id": "0.png", "bbox": BOX, "prompt_mask": mask} for mask in makes.values()]
+    rows += [{"image_id": "1.png", "bbox": None, "prompt_mask": broken}] * 2
+    rows += [
+        {"image_id": "2.png", "bbox": OTHER, "points": [[30.0, 35.0]], "point_labels": [label]}
+        for label in (1, 2)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inputs = ["--images", str(tmp_path / "images"), "--boxes", str(tmp_path / "prompts.jsonl")]
+    output = tmp_path / "out"
+
+    done = commands.run("label", *inputs, "--checkpoint", str(checkpoint), "--output", str(output), *SETTINGS)
+
+    images, instances = (table.to_pylist() for table in commands.tables(output))
+    outcomes = [(row["image_id"], row["status"], row["error_code"]) for row in images]
+    assert outcomes == [
+        ("0.png", "labelled", None),
+        ("1.png", "failed", "no_usable_box"),
+        ("2.png", "labelled", None),
+    ]
+    used = {
+        name for name, row in zip(makes, instances, strict=False) if row["reject_reason"] != "prompt_invalid"
+    }
+    assert used == {"sound", "uncompressed", "floats"}
+    same = {
+        row["segmentation"]["counts"] for row, name in zip(instances, makes, strict=False) if name in used
+    }
+    assert len(same) == 1
+    assert [row["reject_reason"] for row in instances[len(makes) :]][:2] == ["prompt_invalid"] * 2
+    assert instances[-1]["reject_reason"] == "prompt_invalid"
+    # A mask whose runs fill another picture's size is found out when its own is opened.
+    invalid = len(makes) - len(used | {"swapped"}) + 3
+    assert "masks looked at are of another size than their picture" in done.stderr
+    assert f"{invalid} of {len(rows)} boxes have points or a mask that cannot be used" in done.stderr

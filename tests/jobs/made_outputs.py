@@ -29,6 +29,7 @@ class MadeImage:
     """One image of an output. `masks`: uint8 (H, W) each, one a box; `boxes`: xyxy, default tight ones.
 
     `error`: a code, for an image that failed. `exif`: its orientation. `rules`: which boxes get no mask.
+    `crowds`: whether each box has iscrowd 1.
     """
 
     image_id: str
@@ -42,6 +43,7 @@ class MadeImage:
     uri: str | None = None
     error: str | None = None
     exif: int = 1
+    crowds: Sequence[bool] | None = None
     rules: BoxRules = dataclasses.field(default_factory=BoxRules)
 
 
@@ -92,8 +94,12 @@ def make_output(
 
 
 def _categories(images: Sequence[MadeImage]) -> tuple[dict, ...]:
-    found = {kind for one in images for kind in one.categories or () if None not in kind}
-    return tuple({"id": number, "name": name} for number, name in sorted(found))
+    """As planning lists them: every id, with its name where a box has one."""
+    found: dict[int, str | None] = {}
+    for number, name in (kind for one in images for kind in one.categories or ()):
+        if number is not None:
+            found[number] = found.get(number) or name
+    return tuple({"id": number, "name": found[number]} for number in sorted(found))
 
 
 def _planned(one: MadeImage, unit_id: int) -> dict:
@@ -102,9 +108,12 @@ def _planned(one: MadeImage, unit_id: int) -> dict:
     box_ids = one.box_ids or [None] * count
     kinds = one.categories or [(None, None)] * count
     scores = one.scores or [None] * count
+    crowds = one.crowds or [False] * count
     planned = [
-        planned_box(box, box_id=box_id, category_id=kind[0], category_name=kind[1], score=score)
-        for box, box_id, kind, score in zip(boxes, box_ids, kinds, scores, strict=True)
+        planned_box(
+            box, box_id=box_id, category_id=kind[0], category_name=kind[1], score=score, iscrowd=crowd or None
+        )
+        for box, box_id, kind, score, crowd in zip(boxes, box_ids, kinds, scores, crowds, strict=True)
     ]
     return planned_image(one.image_id, planned, unit_id, image_uri=one.uri or f"/photos/{one.image_id}")
 
@@ -146,6 +155,14 @@ def rle_of(mask: np.ndarray) -> dict:
     """A mask as COCO's JSON has it: size and compressed counts as text."""
     rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+
+
+def lengths_of(mask: np.ndarray) -> list[int]:
+    """The runs of a mask as COCO's crowds have them: outside and inside by turns, down the columns."""
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff([0, *edges, flat.size]).tolist()
+    return [0, *runs] if flat[0] else runs
 
 
 def write_truth(

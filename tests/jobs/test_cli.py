@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from jobs import cli
+from jobs.config import Config
+from jobs.understood import describe_model
+from jobs.weights import read_checkpoint
 from pipeline.errors import DamageFound, JobRefused, SystemicFault, UsageError
+from tests.e2e.scenes import DataSet
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
@@ -169,6 +177,41 @@ def test_doctor_looks_at_versions_weights_and_the_output(tmp_path: Path, checkpo
     assert "input side 128" in findings["checkpoint"]["text"]
     assert "write once, read, list work" in findings["output"]["text"]
     assert not output.exists()
+
+
+def test_keys_of_a_config_that_are_not_known_are_told_wherever_the_weights_are_described(
+    tmp_path: Path, checkpoint: Path, data_set: DataSet
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "newer")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "use_cache": True, "\x1b[1mbold": 1}))
+    known, newer = ("--checkpoint", str(checkpoint)), ("--checkpoint", str(folder))
+    inputs = ("--images", str(data_set.images), "--boxes", str(data_set.boxes))
+    said = "config.json: \\x1b[1mbold, use_cache: not known here, not followed"
+
+    code, out, _ = run("doctor", "--no-ray", *newer)
+    assert code == 0
+    assert re.search(rf"note +checkpoint .*{re.escape(said)}", out)
+    assert said in run("plan", *inputs, *newer)[1]
+    for quiet in (run("doctor", "--no-ray", *known), run("plan", *inputs, *known)):
+        assert "not known here" not in quiet[1]
+    weights = read_checkpoint(Config.model_validate({"model": {"checkpoint": str(folder)}}))
+    rows = describe_model(
+        SimpleNamespace(weights=weights, masks=SimpleNamespace(dtype="float32")), asked_dtype="auto"
+    )
+    assert rows[-1] == ("", said)
+
+
+def test_a_checkpoint_that_is_more_than_tensors_is_refused_in_one_line_of_plain_text(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.zeros(1)}, "args": Namespace(lr=1)}, tmp_path / "mid.pth")
+    code, out, _ = run("doctor", "--no-ray", "--checkpoint", str(tmp_path / "mid.pth"))
+    [line] = [line for line in out.splitlines() if "checkpoint" in line]
+
+    assert code == 4
+    assert f"FAIL  checkpoint          --checkpoint {tmp_path}/mid.pth: not a file of plain tensors" in line
+    assert "argparse.Namespace" in line
+    assert "torch.save(model.state_dict(), 'sam_hq.pth')" in line
+    assert "x1b" not in line
 
 
 def test_doctor_names_what_would_stop_a_job(tmp_path: Path) -> None:

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from tests.jobs.made_outputs import MadeImage, blob, make_output, write_truth
+from jobs import evaluate
+from pipeline.errors import SystemicFault
+from pipeline.storage import Store
+from tests.jobs.made_outputs import (
+    MadeImage,
+    blob,
+    lengths_of,
+    make_output,
+    rle_of,
+    tight_box,
+    write_truth,
+)
 from tests.jobs.test_cli import run
 
 SIZE = (60, 80)
@@ -188,6 +206,438 @@ def test_what_cannot_be_compared_is_refused_with_the_way_out(
 
     assert code == 2
     assert said in err
+
+
+# ---------------------------------------------------------------------------------------------
+# Numbers that may be 0
+# ---------------------------------------------------------------------------------------------
+
+
+def truth_text(annotations: list[dict], categories: str, images: str | None = None) -> str:
+    """A truth of images 0 and up, a.jpg and on, as text; annotation ids count from 0 unless given."""
+    names = "abcdefgh"
+    listed = images or ", ".join(
+        f'{{"id": {n}, "file_name": "{name}.jpg", "height": 60, "width": 80}}' for n, name in enumerate(names)
+    )
+    full = [{"id": number, "iscrowd": 0, **one} for number, one in enumerate(annotations)]
+    return f'{{"annotations": {json.dumps(full)}, "images": [{listed}], "categories": [{categories}]}}'
+
+
+def polygon_of(seed: int) -> list[list[float]]:
+    rng = np.random.default_rng(seed)
+    angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
+    centre, reach = rng.uniform([15, 15], [65, 45]), rng.uniform(8, 25)
+    return [(centre + reach * np.stack([np.cos(angles), np.sin(angles)], 1)).round(1).ravel().tolist()]
+
+
+def drawn(polygons: list[list[float]]) -> np.ndarray:
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *SIZE)))
+
+
+def annotations_of(seed: int, kinds: list[int]) -> tuple[list[dict], list[list[tuple[np.ndarray, int]]]]:
+    """Polygons, runs and crowds on four images, and masks near them with their category."""
+    rng = np.random.default_rng(seed)
+    annotations, found = [], []
+    for image in range(4):
+        mine = []
+        for _ in range(4):
+            polygons, kind = polygon_of(int(rng.integers(10**6))), int(rng.choice(kinds))
+            mask = drawn(polygons)
+            form = rng.integers(3)
+            segmentation = polygons if form == 0 else rle_of(mask)
+            if form == 2:
+                segmentation = {"size": list(SIZE), "counts": lengths_of(mask)}
+            annotations.append(
+                {"image_id": image, "category_id": kind, "segmentation": segmentation,
+                 "iscrowd": int(rng.random() < 0.2), "area": int(mask.sum() * rng.choice([0, 1, 40])),
+                 "bbox": coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask))).tolist()}
+            )  # fmt: skip
+            mine += [(np.roll(mask, int(rng.integers(0, 3)), 1), kind)] if rng.random() < 0.8 else []
+        found.append([*mine, (blob(int(rng.integers(10**6)), SIZE), int(rng.choice(kinds)))])
+    return annotations, found
+
+
+def pycocotools_on_the_file(path: Path, results: list[dict]) -> list[float]:
+    """The twelve figures of pycocotools, which reads the file and the masks by itself."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(path))
+        for annotation in truth.dataset["annotations"]:
+            annotation["id"] += 1  # it takes an object whose id is 0 for one that nothing was matched with
+        truth.createIndex()
+        judge = COCOeval(truth, truth.loadRes(results), "segm")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return judge.stats.tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_figures_are_pycocotools_own_on_the_same_file_with_ids_of_0_and_crowds(
+    tmp_path: Path, seed: int
+) -> None:
+    names = {0: "cat", 1: "dog", 7: "cow"}
+    annotations, found = annotations_of(seed, list(names))
+    categories = ", ".join(f'{{"id": {number}, "name": "{name}"}}' for number, name in names.items())
+    path = tmp_path / "truth.json"
+    path.write_text(truth_text(annotations, categories))
+    scores = np.random.default_rng(seed).permutation(100) / 100
+    scores[0] = 0
+    images, results, place = [], [], 0
+    for number, mine in enumerate(found):
+        images.append(
+            MadeImage(
+                image_id=f"{'abcd'[number]}.jpg", masks=[*(mask for mask, _ in mine), blob(number, SIZE)],
+                categories=[*((kind + 20, names[kind]) for _, kind in mine), (99, "another class")],
+                scores=[*scores[place : place + len(mine)].tolist(), 0.99],
+            )
+        )  # fmt: skip
+        for mask, kind in mine:
+            score = float(np.float32(scores[place]))
+            results.append(
+                {"image_id": number, "category_id": kind, "segmentation": rle_of(mask), "score": score}
+            )
+            place += 1
+    out = make_output(tmp_path / "out", images)
+
+    ours = figures("--truth", str(path), "--output", out, "--score", "detector")
+
+    assert ours["images"] == 4
+    assert ours["left_out"]["masks of classes that the truth does not have"] == 4
+    oracle = pycocotools_on_the_file(path, results)
+    by_size = ours["mask_ap"]["by_size"]
+    mine = [ours["mask_ap"][name] for name in ("ap", "ap50", "ap75")]
+    mine += [-1 if by_size[size] is None else by_size[size] for size in ("small", "medium", "large")]
+    assert mine == pytest.approx(oracle[:6], abs=1e-6)
+    assert ours["mask_ap"]["ar"] == pytest.approx(oracle[8], abs=1e-6)
+    assert 0.05 < mine[0] < 0.95, "a case that tells something"
+
+
+def test_a_class_that_the_truth_does_not_have_is_not_taken_for_category_0(tmp_path: Path) -> None:
+    good = [polygon_of(seed) for seed in (1, 2)]
+    annotations = [{"image_id": 0, "category_id": 0, "segmentation": one} for one in good]
+    path = tmp_path / "truth.json"
+    path.write_text(truth_text(annotations, '{"id": 0, "name": "cat"}'))
+    others = [blob(seed, SIZE) for seed in range(10)]
+    masks = [*map(drawn, good), *others]
+    out = make_output(
+        tmp_path / "out",
+        [
+            MadeImage(
+                image_id="a.jpg", masks=masks, scores=[0.5] * 2 + [0.9] * 10,
+                categories=[(0, "cat")] * 2 + [(1, "bird")] * 10,
+            )
+        ],
+    )  # fmt: skip
+
+    by_name = figures("--truth", str(path), "--output", out)
+
+    assert by_name["mask_ap"]["ap"] == pytest.approx(1)
+    assert by_name["left_out"]["masks of classes that the truth does not have"] == 10
+
+
+def test_category_0_of_boxes_without_names_is_category_0_of_the_truth(tmp_path: Path) -> None:
+    good = polygon_of(1)
+    path = tmp_path / "truth.json"
+    path.write_text(
+        truth_text([{"image_id": 0, "category_id": 0, "segmentation": good}], '{"id": 0}, {"id": 1}')
+    )
+    image = MadeImage(
+        image_id="a.jpg", masks=[drawn(good), blob(1, SIZE), blob(2, SIZE)], scores=[0.1, 0.9, 0.8],
+        categories=[(0, None), (1, None), (5, None)],
+    )  # fmt: skip
+    out = make_output(tmp_path / "out", [image])
+
+    found = figures("--truth", str(path), "--output", out)
+
+    assert found["matched"]["classes"] == "by category_id"
+    assert found["mask_ap"]["ap"] == pytest.approx(1)
+    assert found["left_out"]["masks of classes that the truth does not have"] == 1
+    assert [(one["id"], one["name"], one["objects"]) for one in found["categories"]] == [(0, "0", 1)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Truth of other programs
+# ---------------------------------------------------------------------------------------------
+
+
+def test_what_would_stop_the_figures_is_refused_before_any_is_worked_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_, **__):
+        raise AssertionError("nothing is to be worked out")
+
+    monkeypatch.setattr(evaluate, "average_precision", never)
+    monkeypatch.setattr(evaluate, "pair_up", never)
+    path = tmp_path / "truth.json"
+    path.write_text(
+        truth_text([{"image_id": 0, "category_id": 77, "segmentation": polygon_of(1)}], '{"id": 0}')
+    )  # fmt: skip
+    out = make_output(tmp_path / "out", [MadeImage(image_id="a.jpg", masks=[blob(1, SIZE)])])
+
+    code, _, err = run("evaluate", "--truth", str(path), "--output", out)
+
+    assert code == 4
+    assert "1 of a category that the file does not list (annotation 0: category 77)" in err
+
+
+def test_what_was_read_by_a_rule_is_said_with_how_often(tmp_path: Path) -> None:
+    flat = polygon_of(1)[0]
+    path = tmp_path / "truth.json"
+    path.write_text(
+        truth_text([{"image_id": 0, "category_id": 0, "segmentation": flat}], '{"id": 0, "name": "cat"}')
+    )
+    out = make_output(tmp_path / "out", [MadeImage(image_id="a.jpg", masks=[drawn([flat])])])
+
+    code, text, err = run("evaluate", "--truth", str(path), "--output", out)
+
+    assert code == 0, err
+    assert "1 annotations with one flat polygon, read as one part" in text
+    rules = json.loads((tmp_path / "out" / "report" / "evaluation.json").read_text())["truth_rules"]
+    assert rules["annotations with one flat polygon, read as one part"] == 1
+
+
+def test_a_category_of_the_same_name_without_objects_as_roboflow_writes_it_is_not_in_the_way(
+    tmp_path: Path,
+) -> None:
+    good = polygon_of(1)
+    path = tmp_path / "truth.json"
+    path.write_text(
+        truth_text(
+            [{"image_id": 0, "category_id": 1, "segmentation": good}],
+            '{"id": 0, "name": "cats", "supercategory": "none"}, '
+            '{"id": 1, "name": "cats", "supercategory": "cats"}',
+        )
+    )  # fmt: skip
+    out = make_output(
+        tmp_path / "out", [MadeImage(image_id="a.jpg", masks=[drawn(good)], categories=[(0, "cats")])]
+    )
+
+    found = figures("--truth", str(path), "--output", out)
+
+    assert found["matched"]["classes"] == "by category_name"
+    assert found["mask_ap"]["ap"] == pytest.approx(1)
+
+
+TWO_CATS = '{"id": 0, "name": "cat"}, {"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}'
+
+
+@pytest.mark.parametrize(
+    ("ours", "code"),
+    [
+        ([(0, "cat"), (1, "cat")], 0),
+        ([(0, "cat"), (99, "bird")], 0),
+        ([(1, "cat"), (5, "cat")], 2),
+        ([(1, "cat"), (0, "dog")], 2),
+        ([(None, "cat"), (None, "cat")], 2),
+    ],
+)
+def test_two_categories_of_one_name_are_told_apart_by_id_or_refused(
+    tmp_path: Path, ours: list[tuple[int | None, str]], code: int
+) -> None:
+    polygons = [polygon_of(1), polygon_of(2)]
+    annotations = [
+        {"image_id": 0, "category_id": number, "segmentation": one} for number, one in enumerate(polygons)
+    ]
+    path = tmp_path / "truth.json"
+    path.write_text(truth_text(annotations, TWO_CATS))
+    masks = [drawn(one) for one in polygons]
+    out = make_output(tmp_path / "out", [MadeImage(image_id="a.jpg", masks=masks, categories=ours)])
+
+    found, text, err = run("evaluate", "--truth", str(path), "--output", out)
+
+    assert found == code, err
+    assert "2 categories of the truth are called 'cat' (0, 1)" in (err if code else text)
+    assert code == 0 or "--class-agnostic" in err
+
+
+def test_a_class_in_another_spelling_is_left_out_and_named(tmp_path: Path) -> None:
+    good = polygon_of(1)
+    path = tmp_path / "truth.json"
+    annotations = [{"image_id": 0, "category_id": 0, "segmentation": good}]
+    path.write_text(truth_text(annotations, '{"id": 0, "name": "Traffic Light"}, {"id": 1, "name": "cat"}'))
+    masks = [drawn(good), blob(3, SIZE)]
+
+    def said(*names: str) -> tuple[int, str]:
+        image = MadeImage(image_id="a.jpg", masks=masks, categories=list(enumerate(names)))
+        out = make_output(tmp_path / "-".join(names), [image])
+        code, text, err = run("evaluate", "--truth", str(path), "--output", out)
+        return code, text + err
+
+    hint = "'traffic_light' is not in the truth, which has 'Traffic Light'"
+    assert said("traffic_light", "cat")[0] == 0
+    assert hint in said("traffic_light", "cat ")[1]
+    assert said("traffic_light", "dog")[0] == 2
+    assert "is not in the truth" not in said("Traffic Light", "dog")[1]
+
+
+def test_without_categories_classes_may_still_not_count(tmp_path: Path) -> None:
+    good = polygon_of(1)
+    image = '{"id": 0, "file_name": "a.jpg", "height": 60, "width": 80}'
+    path = tmp_path / "truth.json"
+    path.write_text(
+        f'{{"images": [{image}], "annotations": [{{"id": 0, "image_id": 0, "segmentation": {good}}}]}}'
+    )
+    out = make_output(
+        tmp_path / "out", [MadeImage(image_id="a.jpg", masks=[drawn(good)], categories=[(3, "cat")])]
+    )
+
+    assert run("evaluate", "--truth", str(path), "--output", out)[0] == 4
+    found = figures("--truth", str(path), "--output", out, "--class-agnostic")
+
+    assert found["mask_ap"]["ap"] == found["pairs"]["mean_iou"] == pytest.approx(1)
+
+
+def test_images_whose_size_the_truth_does_not_say_are_empty_ones_of_ours(tmp_path: Path) -> None:
+    """A false find on such an image counts: 0 by 0 is how Datumaro writes a picture that it did not open."""
+    good = polygon_of(1)
+    images = (
+        '{"id": 0, "file_name": "a.jpg", "height": 60, "width": 80}, '
+        '{"id": 1, "file_name": "b.jpg", "height": 0, "width": 0}, {"id": 2, "file_name": "c.jpg"}'
+    )
+    path = tmp_path / "truth.json"
+    annotations = [{"image_id": 0, "category_id": 0, "segmentation": good}]
+    path.write_text(truth_text(annotations, '{"id": 0, "name": "cat"}', images))
+    kinds = [(0, "cat")]
+    out = make_output(
+        tmp_path / "out",
+        [
+            MadeImage(image_id="a.jpg", masks=[drawn(good)], categories=kinds, scores=[0.5]),
+            MadeImage(image_id="b.jpg", masks=[blob(1, SIZE)], categories=kinds, scores=[0.9]),
+            MadeImage(image_id="c.jpg", masks=[blob(1)], categories=kinds, scores=[0.9], error="corrupt"),
+        ],
+    )  # fmt: skip
+
+    found = figures("--truth", str(path), "--output", out)
+
+    assert found["images"] == 3
+    assert "left_out" not in found or not found["left_out"]
+    assert found["mask_ap"]["ap"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        ("A.JPG", "a.jpg", "They differ in upper and lower case"),
+        (r"photos\\a.jpg", "photos/a.jpg", "They differ in backslashes (Windows)"),
+        (r"images\\1\\a.jpg", "val/a.jpg", "They differ in backslashes (Windows) and the folder"),
+        ("a%20b.jpg", "a b.jpg", "They differ in percent-encoding (%20)"),
+    ],
+)
+def test_image_names_in_another_spelling_get_the_hint_of_planning(
+    tmp_path: Path, theirs: str, ours: str, said: str
+) -> None:
+    image = f'{{"id": "x", "file_name": "{theirs}", "height": 60, "width": 80}}'
+    path = tmp_path / "truth.json"
+    path.write_text(truth_text([], '{"id": 0, "name": "cat"}', image))
+    found = '{"id": "y", "file_name": "here.jpg", "height": 60, "width": 80}'
+    both = tmp_path / "both.json"
+    both.write_text(truth_text([], '{"id": 0, "name": "cat"}', f"{image}, {found}"))
+    masks = [blob(1, SIZE)]
+    images = [MadeImage(image_id=name, masks=masks) for name in (ours, "here.jpg")]
+    out = make_output(tmp_path / "out", images)
+
+    code, _, err = run("evaluate", "--truth", str(path), "--output", out)
+    some, text, _ = run("evaluate", "--truth", str(both), "--output", out)
+
+    assert (code, some) == (2, 0)
+    assert "no image of the truth is in the tables" in err
+    assert said in err
+    assert said in text, "where some images are found, too"
+
+
+def test_file_names_that_two_images_have_are_said_to_tell_nothing(tmp_path: Path) -> None:
+    image = '{"id": "ID", "file_name": "a.jpg", "height": 60, "width": 80}'
+    path = tmp_path / "truth.json"
+    both = ", ".join(image.replace("ID", number) for number in "12")
+    path.write_text(truth_text([], '{"id": 0, "name": "cat"}', both))
+    out = make_output(tmp_path / "out", [MadeImage(image_id="a.jpg", masks=[blob(1, SIZE)])])
+
+    code, _, err = run("evaluate", "--truth", str(path), "--output", out)
+
+    assert code == 2
+    assert "Two images of the truth have one file_name" in err
+
+
+@pytest.mark.parametrize("file_name", ["a.jpg", r"\ud800"])
+def test_a_name_that_is_no_unicode_is_no_reason_to_break(tmp_path: Path, file_name: str) -> None:
+    image = f'{{"id": "x", "file_name": "{file_name}", "height": 60, "width": 80}}'
+    path = tmp_path / "truth.json"
+    annotations = [{"image_id": "x", "category_id": 0, "segmentation": polygon_of(1)}]
+    category = r'{"id": 0, "name": "\ud800\u001b[31m"}, {"id": 1, "name": "c"}'
+    path.write_text(truth_text(annotations, category, image))
+    made = MadeImage(image_id="a.jpg", masks=[blob(1, SIZE)], categories=[(1, "c")])
+    out = make_output(tmp_path / "out", [made])
+
+    code, text, err = run("evaluate", "--truth", str(path), "--output", out, "--json")
+
+    if file_name == "a.jpg":
+        assert code == 0, err
+        assert [one["name"] for one in json.loads(text)["categories"]] == ["\ud800\x1b[31m"]
+    else:
+        assert code == 2
+        assert "no image of the truth is in the tables" in err
+
+
+@pytest.mark.parametrize("file_boxes", [True, False])
+def test_boxes_of_crowds_are_passed_over(tmp_path: Path, file_boxes: bool) -> None:
+    """They are no prompts without mask, and the truth's crowd is no missed object."""
+    things = [polygon_of(1), polygon_of(2)]
+    annotations = [
+        {"image_id": 0, "category_id": 0, "segmentation": one, "iscrowd": number}
+        for number, one in enumerate(things)
+    ]
+    path = tmp_path / "truth.json"
+    path.write_text(truth_text(annotations, '{"id": 0, "name": "cat"}'))
+    masks = [drawn(one) for one in things]
+    image = MadeImage(
+        image_id="a.jpg", masks=masks, categories=[(0, "cat")] * 2,
+        boxes=[tight_box(masks[0]), [500, 500, 600, 600]],
+        box_ids=["0", "1"] if file_boxes else None,
+    )  # fmt: skip
+    out = make_output(tmp_path / "out", [image])
+    rewrite_reasons(tmp_path / "out", "box_outside", "crowd")
+
+    found = figures("--truth", str(path), "--output", out)
+
+    assert found["matched"]["objects"].startswith("by box_id" if file_boxes else "by their boxes")
+    assert (found["objects"], found["prompts"], found["masks"]) == (1, 1, 1)
+    assert found["pairs"]["without_mask"] == 0
+    assert found["left_out"] == {
+        "images of the truth that the job does not have": 7,
+        "boxes of crowds, which are regions to pass over and got no mask": 1,
+    }
+    assert found["mask_ap"]["ap"] == found["pairs"]["mean_iou"] == pytest.approx(1)
+
+
+def rewrite_reasons(out: Path, old: str, new: str) -> None:
+    """Published tables as a job leaves them whose box file marks crowds."""
+    changed = 0
+    for path in (out / "instances").glob("*.parquet"):
+        table = pq.read_table(path)
+        at = table.schema.get_field_index("reject_reason")
+        is_old = pc.fill_null(pc.equal(table["reject_reason"], old), False)
+        reasons = pc.if_else(is_old, new, table["reject_reason"])
+        pq.write_table(table.set_column(at, table.schema.field(at), reasons), path)
+        changed += pc.sum(is_old).as_py()
+    assert changed
+
+
+def test_figures_are_printed_even_when_they_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "truth.json"
+    annotations = [{"image_id": 0, "category_id": 0, "segmentation": polygon_of(1)}]
+    path.write_text(truth_text(annotations, '{"id": 0, "name": "cat"}'))
+    out = make_output(tmp_path / "out", [MadeImage(image_id="a.jpg", masks=[blob(1, SIZE)])])
+
+    def full(self, key, data):
+        raise SystemicFault("disk", "no space")
+
+    monkeypatch.setattr(Store, "put", full)
+    code, text, _ = run("evaluate", "--truth", str(path), "--output", out)
+
+    assert code == 5
+    assert "mask AP" in text
 
 
 def test_without_the_library_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

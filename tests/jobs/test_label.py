@@ -22,13 +22,14 @@ from tests.e2e.scenes import DataSet
 from tests.jobs.conftest import broken_image
 
 UNITS = ("--set", "output.images_per_unit=4", "--set", "cluster.actors=1", "--set", "model.dtype=float32")
+TOLERANT = ("--set", "limits.max_failure_rate=0.1")  # one of the 14 pictures is broken
 
 pytestmark = pytest.mark.slow
 
 
 def arguments(data: DataSet, checkpoint: Path, output: Path, *extra: str) -> list[str]:
     inputs = ["--images", str(data.images), "--boxes", str(data.boxes), "--checkpoint", str(checkpoint)]
-    return ["label", *inputs, "--output", str(output), *UNITS, *extra]
+    return ["label", *inputs, "--output", str(output), *UNITS, *TOLERANT, *extra]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def test_a_run_says_what_it_understood_and_what_came_out(
     assert f"{data_set.num_boxes} boxes; from" in before
     assert "xyxy, in the upright picture" in before
     assert "2 images without boxes" in before
+    assert "core_worker" not in said, "Ray's C++ has something to say"
     assert "vit_64x2, input side 128" in before
     assert "float32" in before
     assert "private Ray on this machine" in before
@@ -119,13 +121,12 @@ def test_over_the_failure_budget_is_3_also_when_it_is_judged_later(
     first: tuple[Path, dict[str, object], str],
 ) -> None:
     output, _, _ = first
-    again = ["label", "--config", str(output / "config.yaml"), "--set", "limits.failure_rate_from_images=14"]
-    done = commands.run(*again, "--json", code=3)
-    assert (
-        "over the failure budget: 7.1% of the images failed, limits.max_failure_rate is 0.05" in done.stderr
-    )
+    again = ["label", "--config", str(output / "config.yaml")]
+    done = commands.run(*again, "--set", "limits.max_failure_rate=0.05", "--json", code=3)
+    over = "over the failure budget: 1 of 14 images failed (7.1%), limits.max_failure_rate is 0.05;"
+    assert over in done.stderr
     assert json.loads(done.stdout)["exit_code"] == 3
-    commands.run(*again, "--set", "limits.max_failure_rate=0.1")
+    commands.run(*again)
 
 
 def test_a_second_driver_is_refused_by_the_name_of_the_first(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -122,3 +123,56 @@ def test_a_merged_output_cannot_be_marked_anew(tmp_path: Path) -> None:
 
     assert code == 4
     assert "cannot be marked anew" in err
+
+
+def classes_by_image(output: Path) -> dict[str, tuple[int | None, str | None]]:
+    return {row["image_id"]: (row["category_id"], row["category_name"]) for row in table(output, "instances")}
+
+
+@pytest.mark.parametrize(
+    ("monday", "tuesday", "merged"),
+    [
+        ([(0, None), (4, None)], [(0, None)], [(0, None), (4, None), (0, None)]),
+        ([(0, None), (4, None)], [(0, "zero")], [(0, "zero"), (4, None), (0, "zero")]),
+        ([(1, "cat"), (1, None)], [(1, "dog")], [(1, "cat"), (1, "cat"), (2, "dog")]),
+        ([(1, "cat"), (None, "cat")], [(1, "dog")], [(1, "cat"), (1, "cat"), (2, "dog")]),
+        ([(0, "cat"), (None, "bus")], [(None, None)], [(0, "cat"), (None, "bus"), (None, None)]),
+    ],
+)
+def test_classes_that_rows_or_outputs_name_in_part_are_one_class_and_can_be_exported(
+    monday, tuesday, merged, tmp_path: Path
+) -> None:
+    drops = [
+        drop(tmp_path / day, *(image(f"{day}-{n}", n, categories=[kind]) for n, kind in enumerate(kinds)))
+        for day, kinds in (("monday", monday), ("tuesday", tuesday))
+    ]
+
+    merge(tmp_path / "all", *drops)
+
+    assert list(classes_by_image(tmp_path / "all").values()) == merged
+    code, _, err = run("export", "coco", "--output", str(tmp_path / "all"), "--to", str(tmp_path / "coco"))
+    assert code == 0, err
+    coco = json.loads((tmp_path / "coco" / "instances.json").read_text())
+    names = {one["id"]: one["name"] for one in coco["categories"]}
+    assert [names[one["category_id"]] for one in coco["annotations"]] == [
+        name or ("object" if number is None else str(number)) for number, name in merged
+    ]
+
+
+def test_boxes_without_a_mask_and_empty_masks_are_merged_and_valid(tmp_path: Path) -> None:
+    nothing = np.zeros((60, 80), np.uint8)
+    crowd = image("a", 1, 2, crowds=[True, False])
+    empty = MadeImage(
+        image_id="b",
+        masks=[nothing, blob(3)],
+        boxes=[[1, 1, 9, 9], [9, 9, 3, 3]],
+        categories=[(1, "cat")] * 2,
+    )
+    drops = [drop(tmp_path / "one", crowd), drop(tmp_path / "two", empty)]
+
+    merge(tmp_path / "all", *drops)
+
+    rows = table(tmp_path / "all", "instances")
+    assert rows == [*table(drops[0], "instances"), *table(drops[1], "instances")]
+    assert [row["reject_reason"] for row in rows] == ["crowd", None, "empty", "box_inverted"]
+    assert run("validate", "--output", str(tmp_path / "all"), "--all-masks")[0] == 0

@@ -51,6 +51,8 @@ def test_hours_money_and_bytes_follow_from_what_was_measured(data_set: DataSet) 
         images_per_unit=5,
         failed=0,
         boxes=30,
+        masks=28,
+        empty=2,
         start_s=36.0,
         images_per_s=0.01,
         row_bytes=5000,

@@ -142,14 +142,15 @@ def test_iou_of_every_pair() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "not a COCO compressed RLE"),
-        ("d0\n", "not a COCO compressed RLE"),
-        ("dé", "not a COCO compressed RLE"),
-        ("dP", "not a COCO compressed RLE"),  # the last character says that another follows
-        ("PPPPPPPPP0", "more than 7 characters"),
-        ("d0", "sum to 20"),  # of a mask of 4 x 5, not of 5 x 5: pycocotools reads stray memory
-        ("0d0d0", "sum to 40"),
-        ("01O1", "the shortest -1"),
+        ("", "empty"),
+        ("d0\n", "outside the alphabet"),
+        ("dé", "outside the alphabet"),
+        ("d\ud800", "outside the alphabet"),
+        ("dP", "ends inside a number"),  # the last character says that another follows
+        ("PPPPPPPPP0", "too many characters"),
+        ("d0", "runs of 20 pixels"),  # of a mask of 4 x 5, not of 5 x 5: pycocotools reads stray memory
+        ("0d0d0", "runs of 40 pixels"),
+        ("01O1", "a run of -1 pixels"),
     ],
 )
 def test_a_string_that_is_not_of_the_mask_is_refused(text: str, reason: str) -> None:

@@ -20,7 +20,7 @@ from model.config import PUBLISHED, SamHQConfig, vit_config
 from model.geometry import resize_longest_side, target_size_hw
 from model.host_work import MOST_BEGUN, HostWork
 from model.masks import plain_masks
-from model.sam_hq import SamHQ
+from model.sam_hq import ChunkDecoder, SamHQ
 from model.segmenter import Segmenter
 from model.structures import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
 from tests.parity.lively import lively
@@ -443,15 +443,64 @@ def test_numbers_that_are_not_finite_fail_that_image_alone(
         assert as_bytes(results[i]) == expected[i]
 
 
-def test_a_score_that_is_not_finite_fails_the_image(model: SamHQ, segment_all: Segmenter) -> None:
-    def spoil(_: torch.nn.Module, __: Any, scores: torch.Tensor) -> None:
-        scores[2, 0] = float("nan")
+def boxes_as_bytes(result: Instances | SegmentFailure, rows: Sequence[int]) -> list[tuple[Any, ...]]:
+    assert isinstance(result, Instances)
+    return [
+        (
+            result.counts[row],
+            result.area[row],
+            result.bbox_xywh[row].tobytes(),
+            result.predicted_iou[row].tobytes(),
+            result.stability_score[row].tobytes(),
+        )
+        for row in rows
+    ]
 
-    with hooked(model.mask_decoder.iou_head, spoil):
-        few, many = segment_all.segment_prepared([prepared((97, 140), 2, 0), prepared((97, 140), 6, 1)])
-    assert isinstance(few, Instances)
-    assert isinstance(many, SegmentFailure)
-    assert many.code == "non_finite"
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["score", "one logit"])
+def test_numbers_that_are_not_finite_fail_their_box_alone(
+    model: SamHQ, segment_all: Segmenter, monkeypatch: pytest.MonkeyPatch, where: str, poison: float
+) -> None:
+    """Row 2 of every call of the decoder is spoilt: a box of the second image, not one of the first."""
+    images = [prepared((97, 140), 2, 0), prepared((97, 140), 6, 1)]
+    expected = segment_all.segment_prepared(images)
+    calls = -(-8 // segment_all.call_shape.boxes_per_call)
+    spoilt = [row for row in range(8) if row % segment_all.call_shape.boxes_per_call == 2]
+    decode, seen = ChunkDecoder.decode, list[int]()
+
+    def spoil(self: ChunkDecoder, chunk: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, scores = decode(self, chunk)
+        seen.append(1)
+        (scores if where == "score" else logits[:, :, 5, 7])[2, 0] = poison
+        return logits, scores
+
+    monkeypatch.setattr(ChunkDecoder, "decode", spoil)
+    found = segment_all.segment_prepared(images)
+
+    assert len(seen) == calls
+    assert spoilt
+    for one, wanted, first in zip(found, expected, (0, 2), strict=True):
+        assert isinstance(one, Instances)
+        assert isinstance(wanted, Instances)
+        bad = [row - first for row in spoilt if 0 <= row - first < len(one.counts)]
+        good = [row for row in range(len(one.counts)) if row not in bad]
+        assert np.flatnonzero(np.isnan(one.predicted_iou)).tolist() == bad
+        assert boxes_as_bytes(one, good) == boxes_as_bytes(wanted, good)
+        for row in bad:
+            assert (one.area[row], one.stability_score[row]) == (0, 0)
+            assert rle.decode_rle(one.counts[row], one.size_hw).sum() == 0
+
+
+def test_logits_whose_sum_alone_is_not_finite_are_sound(model: SamHQ, segment_all: Segmenter) -> None:
+    low = torch.full((2, 64, 64), 3e38)
+    low[0, :32] = -3e38
+    finish = segment_all._finish(low, torch.tensor([0.5, float("nan")]), (256, 256), (40, 40))
+
+    found = finish()
+
+    assert found.area.tolist() == [800, 0]
+    assert np.isnan(found.predicted_iou).tolist() == [False, True]
 
 
 def test_bfloat16_gives_nearly_the_masks_of_float32() -> None:

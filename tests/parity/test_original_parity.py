@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import PUBLISHED
+from model.config import PUBLISHED, vit_config
 from model.geometry import resize_longest_side
 from model.masks import upsample_logits
 from model.sam_hq import SamHQ
@@ -77,6 +77,17 @@ def test_the_comparison_would_see_a_box_in_another_place(small):
 
     assert (here - moved).abs().max() > 50 * LOGITS * here.abs().max()
     assert 0.02 < (here > 0).float().mean() < 0.98
+
+
+def test_a_window_larger_than_the_grid_gives_the_originals_masks():
+    """As in a model for small pictures whose window was left at its default."""
+    model = lively(
+        vit_config(
+            embed_dim=64, depth=3, num_heads=2, global_attn_indexes=(1,), window_size=14, image_size=128
+        )
+    )
+
+    compare(model, predictor_of(model), photo(97, 140), boxes_in(97, 140, 3))
 
 
 @pytest.mark.parametrize("name", list(SMALL_VITS))

@@ -1,5 +1,6 @@
 """Both shapes of a table of boxes say the same; every list entry stays with its box."""
 
+import csv
 import json
 import math
 
@@ -175,6 +176,116 @@ def test_points_and_masks_stay_with_their_boxes(tmp_path):
     assert (None, None, None, mask) == second
     assert (B, [1], None) == (third[0], *third[2:])
     assert [True] == [math.isnan(value) for value in third[1]]
+
+
+BROKEN = {"size": [], "counts": ""}
+# A mask as it may stand in a row of JSON, and what it is taken for; of BROKEN, the row alone has no mask.
+MASKS = [
+    (None, None),
+    ({"size": [4, 5], "counts": "d0"}, {"size": [4, 5], "counts": "d0"}),
+    ({"size": [4, 5], "counts": [3, 17]}, {"size": [4, 5], "counts": "3a0"}),
+    ({"size": [4.0, 5.0], "counts": "d0", "id": 7}, {"size": [4, 5], "counts": "d0"}),
+    ({"size": [4, 5], "counts": "b'd0'"}, {"size": [4, 5], "counts": "b'd0'"}),
+    ({"size": [4.5, True], "counts": "d0"}, {"size": [-1, -1], "counts": "d0"}),
+    ({"size": [-4, 2**40], "counts": "d0"}, {"size": [-1, -1], "counts": "d0"}),
+    ({"size": ["4", None], "counts": "d0"}, {"size": [-1, -1], "counts": "d0"}),
+    ({"size": "4x5", "counts": {"a": 1}}, BROKEN),
+    ({"size": [4, 5], "counts": [3, -1, 18]}, {"size": [4, 5], "counts": ""}),
+    ({"size": [4, 5], "counts": [[3, 4, 5, 6, 7, 8]]}, {"size": [4, 5], "counts": ""}),
+    ({"size": [4, 5], "counts": None}, {"size": [4, 5], "counts": ""}),
+    ({"size": [4, 5], "counts": "d\ud800"}, {"size": [4, 5], "counts": ""}),
+    ({"size": [4, 5]}, {"size": [4, 5], "counts": ""}),
+    ({}, BROKEN),
+    ([[3, 4, 5, 6, 7, 8]], BROKEN),
+    ("d0", BROKEN),
+    (7, BROKEN),
+]
+
+
+@pytest.mark.parametrize("shape", ["rows.jsonl", "lists.jsonl", "rows.csv", "lists.csv"])
+def test_a_mask_of_any_make_costs_no_other_row(tmp_path, shape):
+    given, wanted = [mask for mask, _ in MASKS], [mask for _, mask in MASKS]
+    kind, _, ending = shape.partition(".")
+    path, table = tmp_path / shape, []
+    if kind == "rows":
+        table = [{"image_id": "a", "bbox": A, "prompt_mask": mask} for mask in given]
+    else:
+        table = [{"image_id": "a", "boxes": [A] * len(given), "prompt_mask": given}]
+    if ending == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in table))
+    else:
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(table[0])
+            writer.writerows(
+                [v if isinstance(v, str) else "" if v is None else json.dumps(v) for v in row.values()]
+                for row in table
+            )
+
+    boxes = read_box_tables([str(path)], {}, AccessRules(), folder=str(tmp_path))
+
+    assert [(A, mask) for mask in wanted] == rows(boxes, "given", "prompt_mask")["a"]
+
+
+def test_a_field_of_csv_that_is_no_json_is_a_mask_that_cannot_be_used(tmp_path):
+    text = "image_id,bbox,prompt_mask\n" + "".join(
+        f'a,"[1,2,3,4]",{field}\n' for field in ("", "\"{'size': [4, 5], 'counts': b'd0'}\"", "[" * 5000)
+    )
+    (tmp_path / "boxes.csv").write_text(text)
+
+    boxes = read_box_tables([str(tmp_path / "boxes.csv")], {}, AccessRules(), folder=str(tmp_path))
+
+    assert [(None,), (BROKEN,), (BROKEN,)] == rows(boxes, "prompt_mask")["a"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts", "wanted"),
+    [
+        (pa.binary(), [b"d0", None, b"\xff"], ["d0", None, "\ufffd"]),
+        (pa.large_binary(), [b"d0"], ["d0"]),
+        (pa.large_string(), ["d0"], ["d0"]),
+        (pa.list_(pa.uint32()), [[3, 17], None, [3, None]], ["3a0", None, ""]),
+    ],
+)
+@pytest.mark.parametrize("sides", [pa.int64(), pa.uint64(), pa.int16()])
+def test_masks_of_parquet_may_hold_bytes_and_runs(tmp_path, kind, counts, wanted, sides):
+    struct = pa.struct([("counts", kind), ("size", pa.list_(sides)), ("more", pa.int8())])
+    masks = pa.array([{"counts": one, "size": [4, 5]} for one in counts] + [None], struct)
+    table = {"image_id": ["a"] * len(masks), "bbox": [A] * len(masks), "prompt_mask": masks}
+
+    found = rows(read(tmp_path, table), "prompt_mask")["a"]
+
+    assert found == [*(({"size": [4, 5], "counts": text},) for text in wanted), (None,)]
+
+
+def test_numbers_of_masks_and_labels_that_take_more_than_32_bits_cost_their_row_alone(tmp_path):
+    sizes = [[2**40, 5], [-(2**40), 5], [None, 5], [2**63 - 1, 5]]
+    masks = pa.array(
+        [{"size": size, "counts": "d0"} for size in sizes],
+        pa.struct([("size", pa.list_(pa.int64())), ("counts", pa.string())]),
+    )
+    labels = pa.array([[2**40, 1], [-1, 0], [None], [2**63 - 1]], pa.list_(pa.int64()))
+    table = {"image_id": ["a"] * 4, "bbox": [A] * 4, "prompt_mask": masks, "point_labels": labels}
+
+    found = rows(read(tmp_path, table), "prompt_mask", "point_labels")["a"]
+
+    assert [mask["size"] for mask, _ in found] == [[2**31 - 1, 5], [-1, 5], [-1, 5], [2**31 - 1, 5]]
+    assert [one for _, one in found] == [[2, 1], [-1, 0], [None], [2]]
+
+
+def test_long_lines_with_masks_are_read_in_pieces(tmp_path):
+    """Lines that reach over the blocks of the file and of the reader, one of them without its end."""
+    counts = ["0" * length for length in (1, 5 * 2**20, 2 * 2**20, 3 * 2**20 + 1, 7)]
+    lines = [
+        json.dumps({"image_id": str(i), "bbox": A, "prompt_mask": {"size": [4.0, 5], "counts": text}})
+        for i, text in enumerate(counts)
+    ]
+    (tmp_path / "boxes.jsonl").write_text("\n\n".join(lines))
+
+    boxes = read_box_tables([str(tmp_path / "boxes.jsonl")], {}, AccessRules(), folder=str(tmp_path))
+
+    found = rows(boxes, "prompt_mask")
+    assert [len(found[str(i)][0][0]["counts"]) for i in range(5)] == [len(text) for text in counts]
 
 
 def test_a_table_without_rows_has_no_images(tmp_path):

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipeline.boxes import ResolvedBoxes, resolve_boxes, suspicions
+from pipeline.boxes import MOST_POINTS, ResolvedBoxes, resolve_boxes, suspicions
 from pipeline.errors import BOX_CODES
 from pipeline.records import BoxRules
+from pipeline.runs import text_of_lengths
 
 SIZE_HW = (480, 640)
+WHOLE = text_of_lengths([0, 480 * 640])
 
 
 def box(given, **rest):
@@ -242,7 +244,7 @@ def test_sizes_that_contradict_the_orientation_are_an_error():
 
 
 def test_points_and_masks_stand_beside_or_instead_of_a_box():
-    mask = {"size": list(SIZE_HW), "counts": "PPYo1"}
+    mask = {"size": list(SIZE_HW), "counts": WHOLE}
 
     found = resolve(
         box((1, 2, 3, 4), points_xy=[5.0, 6.0, 7.0, 8.0], point_labels=[1, 0]),
@@ -253,7 +255,7 @@ def test_points_and_masks_stand_beside_or_instead_of_a_box():
     assert (None, None, None) == found.error
     assert [[5, 6], [7, 8]] == found.points_xy[0].tolist()
     assert [1, 0] == found.point_labels[0].tolist()
-    assert (None, None, "PPYo1") == found.prompt_mask
+    assert (None, None, WHOLE) == found.prompt_mask
     assert [False, True, True] == np.isnan(found.prompt_xyxy[:, 0]).tolist()
 
 
@@ -269,8 +271,13 @@ def test_points_and_masks_stand_beside_or_instead_of_a_box():
         {"points_xy": [1.0, None], "point_labels": [1]},
         {"points_xy": [math.nan, 2.0], "point_labels": [1]},
         {"points_xy": [641.0, 2.0], "point_labels": [1]},
-        {"prompt_mask": {"size": [640, 480], "counts": "PPYo1"}},
+        {"prompt_mask": {"size": [640, 480], "counts": WHOLE}},
         {"prompt_mask": {"size": [], "counts": ""}},
+        {"prompt_mask": {"size": [480, 640], "counts": text_of_lengths([0, 480 * 639])}},
+        {"prompt_mask": {"size": [480, 640], "counts": f"b'{WHOLE}'"}},
+        {"prompt_mask": {"size": [480, 640], "counts": "\ud800"}},
+        {"prompt_mask": {"size": [-480, -640], "counts": WHOLE}},
+        {"points_xy": [5.0, 6.0] * (MOST_POINTS + 1), "point_labels": [1] * (MOST_POINTS + 1)},
     ],
 )
 def test_points_or_masks_that_do_not_fit_make_the_prompt_invalid(extra):
@@ -278,6 +285,26 @@ def test_points_or_masks_that_do_not_fit_make_the_prompt_invalid(extra):
 
     assert ("prompt_invalid", None) == found.error
     assert np.isnan(found.prompt_xyxy[0]).all()
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, math.inf, -math.inf, math.nan, 1e300])
+def test_points_far_out_make_the_prompt_invalid_in_every_frame(value):
+    extra = {"points_xy": [5.0, value], "point_labels": [0]}
+    for orientation in range(1, 9):
+        found = resolve(box(None, **extra), orientation=orientation, rules=BoxRules(box_frame="stored"))
+        assert found.error == ("prompt_invalid",)
+
+
+def test_points_that_fill_up_may_lie_anywhere_and_masks_may_be_empty_or_full():
+    many = {"points_xy": [5.0, 6.0] * MOST_POINTS, "point_labels": [0] * MOST_POINTS}
+    masks = [{"size": list(SIZE_HW), "counts": text} for text in (WHOLE, text_of_lengths([480 * 640]))]
+    found = resolve(
+        box(None, points_xy=[5.0, 6.0, math.nan, 1e300], point_labels=[1, -1]),
+        box((1, 2, 3, 4), **many),
+        *(box(None, prompt_mask=mask) for mask in masks),
+    )
+    assert found.error == (None, None, None, None)
+    assert found.points_xy[0].tolist() == [[5, 6], [0, 0]]
 
 
 def test_a_bad_box_is_not_excused_by_its_points():

@@ -187,6 +187,61 @@ def test_nothing_found_is_no_boxes_and_a_detector_that_raises_fails_its_picture_
     assert rows["d.png"]["detect_ms"] is None
 
 
+ODD_ANSWERS = {
+    "boxes of text": {"boxes_xyxy": [["a", "b", "c", "d"]]},
+    "no boxes": {"boxes_xyxy": None},
+    "ids in pairs": {"category_ids": np.array([[1, 5]])},
+    "scores of text": {"scores": ["high"]},
+    "ids that are no text": {"box_ids": ["\ud800"]},
+    "an id of 64 bits": {"category_ids": np.array([2**40])},
+    "no detections": None,
+}
+
+
+@pytest.mark.parametrize("odd", ODD_ANSWERS.values(), ids=ODD_ANSWERS)
+def test_whatever_a_detector_answers_for_one_picture_costs_that_picture_alone(
+    tmp_path, child, monkeypatch, odd
+):
+    sound = {"boxes_xyxy": np.array([[1, 1, 9, 9]]), "category_ids": np.array([1]), "scores": np.array([0.9])}
+    answer = odd and Detections(**(sound | odd))
+    found = Corners._found
+    monkeypatch.setattr(Corners, "_found", lambda s, i: answer if i.max() == 0 else found(s, i))
+    monkeypatch.setattr(Corners, "categories", (*Corners.categories, Category(id=2**40, name="far")))
+    job = made(tmp_path, {"a.png": png(noise(1)), "b.png": plain(0)}, settings(images_per_call=2))
+
+    rows = worked(job, child)
+
+    assert {name: row["error_code"] for name, row in rows.items()} == {
+        "a.png": None,
+        "b.png": "detector_failed",
+    }
+
+
+@pytest.mark.parametrize("value", [1.7e308, -1e308, np.nan, np.inf])
+def test_boxes_of_a_detector_that_lie_nowhere_cost_themselves(tmp_path, child, monkeypatch, value):
+    found = Detections(
+        boxes_xyxy=np.array([[1, 1, 9, 9], [1, 1, value, 9]]), category_ids=np.array([1, 1]), scores=None
+    )
+    monkeypatch.setattr(Corners, "_found", lambda *_: found)
+    job = made(tmp_path, {"a.png": png(noise(1))}, settings())
+
+    row = worked(job, child)["a.png"]
+
+    assert row["status"] == "labelled"
+    assert [one["box_error"] is None for one in row["instances"]] == [True, False]
+
+
+def test_a_detector_that_raises_on_a_blank_picture_too_stops_the_job(tmp_path, child, monkeypatch):
+    job = made(tmp_path, {"a.png": png(noise(1)), "b.png": png(noise(2))})
+    unit = prepare_unit(UnitRow(unit_id=0), job.context, open_store(job.context.output), child)[0]
+    monkeypatch.setattr(Corners, "_found", lambda *_: {}["key"])
+
+    found = SegmentWorker(job.context, epoch=1, use_gpu=False).run(unit)
+
+    assert (found.fault.code, found.images) == ("model", ())
+    assert "KeyError: 'key'" in found.fault.message
+
+
 def test_validate_takes_a_detectors_boxes_for_sound(tmp_path, child):
     job = made(tmp_path, {"a.png": png(noise(1)), "b.png": plain(255)})
     worked(job, child)

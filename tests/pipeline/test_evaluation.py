@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
-import json
-from pathlib import Path
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pipeline.errors import JobRefused
 from pipeline.evaluation import (
     EvaluatedImage,
     FoundMask,
@@ -22,9 +21,8 @@ from pipeline.evaluation import (
     choose_match,
     pair_up,
 )
-from pipeline.records import AccessRules
-from pipeline.truth import TruthObject, read_truth
-from tests.jobs.made_outputs import blob, rle_of, tight_box, write_truth
+from pipeline.truth import TruthObject
+from tests.jobs.made_outputs import blob, rle_of, tight_box
 
 SIZE = (120, 160)
 CATEGORIES = (1, 5, 90)
@@ -175,6 +173,77 @@ def test_the_truth_against_itself_is_1_and_nothing_is_found_without_masks() -> N
     assert average_precision([perfect], [1, 2], boundary=False).by_category[2] is None
 
 
+@pytest.mark.parametrize("boundary", [False, True])
+def test_categories_may_have_any_numbers_in_any_order(boundary: bool) -> None:
+    """0 is a category, None is none, and no number goes to the library as it is."""
+    rng = np.random.default_rng(1)
+    renamed = dict(zip(CATEGORIES, (10**30, 0, -4), strict=True))
+    images = random_images(1)
+    others = [
+        dataclasses.replace(
+            image,
+            objects=tuple(dataclasses.replace(o, category_id=renamed[o.category_id]) for o in image.objects),
+            masks=tuple(dataclasses.replace(m, category_id=renamed.get(m.category_id)) for m in image.masks),
+        )
+        for image in images
+    ]
+    order = [renamed[number] for number in rng.permutation(CATEGORIES)]
+
+    ours, expected = (
+        average_precision(others, order, boundary=boundary),
+        average_precision(images, CATEGORIES, boundary=boundary),
+    )
+
+    assert ours.ap == pytest.approx(expected.ap)
+    assert {k: ours.by_category[renamed[k]] for k in CATEGORIES} == pytest.approx(expected.by_category)
+    assert sum(len(pair_up(image, "box_iou")) for image in others) == sum(
+        len(pair_up(image, "box_iou")) for image in images
+    )
+
+
+def test_objects_of_an_image_without_masks_are_missed_and_not_taken_apart() -> None:
+    """One that was never opened may be of any size: its boundaries would take gigabytes."""
+    size_hw = (20_000, 25_000)
+    square = coco_mask.frPyObjects([[10, 10, 19_000, 10, 19_000, 19_000, 10, 19_000]], *size_hw)[0]
+    objects = tuple(
+        TruthObject(
+            annotation_id=str(number), image_id="i", category_id=1, bbox_xywh=(10, 10, 18_990, 18_990),
+            area=3.6e8, is_crowd=False, counts=square["counts"].decode(),
+        )
+        for number in range(20)
+    )  # fmt: skip
+    unopened = EvaluatedImage(image_id="i", size_hw=size_hw, objects=objects, masks=(as_found(None),))
+    mask = blob(1, SIZE)
+    found = EvaluatedImage(image_id="j", size_hw=SIZE, objects=(as_object(mask, 1),), masks=(as_found(mask),))
+    began = time.perf_counter()
+
+    ours = average_precision([unopened, found], [1], boundary=True)
+
+    assert time.perf_counter() - began < 2
+    assert ours.ar == pytest.approx(1 / 21)
+
+
+def test_boxes_of_no_size_belong_to_nothing() -> None:
+    mask = blob(1, SIZE)
+    for box in ((0.0, 0.0, 0.0, 0.0), (5.0, 5.0, 0.0, 9.0), (0.0, 0.0, 1e308, 1e308)):
+        image = EvaluatedImage(
+            image_id="i", size_hw=SIZE, objects=(as_object(mask, 1, bbox_xywh=box),),
+            masks=(as_found(mask, box_xywh=box),),
+        )  # fmt: skip
+
+        assert pair_up(image, "box_iou") == []
+
+
+@pytest.mark.parametrize("boundary", [False, True])
+def test_without_objects_or_categories_there_is_no_figure(boundary: bool) -> None:
+    mask = blob(1, SIZE)
+    image = EvaluatedImage(image_id="i", size_hw=SIZE, objects=(), masks=(as_found(mask),))
+
+    assert average_precision([image], [1], boundary=boundary).ap is None
+    assert average_precision([image], [], boundary=boundary).ap is None
+    assert average_precision([], [1], boundary=boundary).ap is None
+
+
 def test_of_each_image_and_class_only_so_many_of_the_best_scored_masks_count() -> None:
     masks = [blob(k, SIZE) for k in range(4)]
     found = [as_found(mask, score=0.9 - 0.1 * k) for k, mask in enumerate(masks)]  # the right one is last
@@ -244,51 +313,3 @@ def test_a_crowd_is_no_object_of_mean_iou() -> None:
     )
 
     assert pair_up(image, "box_iou") == []
-
-
-def test_polygons_and_runs_of_both_kinds_are_read_as_pycocotools_reads_them(tmp_path: Path) -> None:
-    mask = blob(3, SIZE)
-    polygons = [[10.0, 10.0, 50.5, 12.0, 40.0, 60.0], [70.0, 70.0, 90.0, 70.0, 90.0, 95.5]]
-    flat = mask.ravel(order="F")
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    runs = np.diff([0, *edges, flat.size]).tolist()
-    runs = [0, *runs] if flat[0] else runs
-    images = [{"id": 7, "file_name": "a.jpg", "height": SIZE[0], "width": SIZE[1]}]
-    kinds = [rle_of(mask), {"size": list(SIZE), "counts": runs}, polygons]
-    annotations = [
-        {"image_id": 7, "category_id": 1, "mask": mask, "segmentation": segmentation}
-        for segmentation in kinds
-    ]
-    path = write_truth(tmp_path / "truth.json", images, annotations, {1: "cat"})
-
-    compressed, uncompressed, drawn = read_truth(path, AccessRules()).objects["7"]
-
-    assert compressed.counts == uncompressed.counts == rle_of(mask)["counts"]
-    coco = COCO.__new__(COCO)
-    coco.imgs = {7: images[0]}
-    expected = coco.annToRLE({"image_id": 7, "segmentation": polygons})
-    assert drawn.counts == expected["counts"].decode()
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"segmentation": []}, "annotation 4 has no segmentation"),
-        ({"image_id": 99}, "annotation 4 is of image 99, which is not listed"),
-        ({"segmentation": {"size": [9, 9], "counts": "01"}}, "annotation 4 has a mask of size"),
-    ],
-)
-def test_a_damaged_truth_is_refused_with_the_annotation(tmp_path: Path, change: dict, reason: str) -> None:
-    mask = blob(3, SIZE)
-    images = [{"id": 7, "file_name": "a.jpg", "height": SIZE[0], "width": SIZE[1]}]
-    path = Path(
-        write_truth(
-            tmp_path / "truth.json", images, [{"id": 4, "image_id": 7, "category_id": 1, "mask": mask}], {}
-        )
-    )
-    content = json.loads(path.read_text())
-    content["annotations"][0] |= change
-    path.write_text(json.dumps(content))
-
-    with pytest.raises(JobRefused, match=reason):
-        read_truth(str(path), AccessRules())

@@ -169,6 +169,27 @@ def test_a_model_process_killed_in_mid_unit_loses_and_doubles_nothing(tmp_path):
     assert 16 < worked <= 16 + 2 * 4 + 1  # two units at most were in the actor, and one blank image
 
 
+def test_ray_has_nothing_to_warn_of_and_its_warnings_of_others_still_arrive(tmp_path, capfd):
+    class Other:
+        def __init__(self, _):
+            pass
+
+    job, others = make_job(tmp_path, {"a.png": png(noise(1))}), []
+
+    def start_another(_):
+        others.append(ray.remote(num_cpus=0, max_restarts=1)(Other).remote(ray.put(1)))
+
+    run_units(job.unit_ids, job.context, ClusterSettings(actors=1), epoch=1, on_outcome=start_another,
+              should_stop=lambda: False)  # fmt: skip
+
+    assert rows(job)["a.png"]["status"] == "labelled"
+    lines = [line for line in capfd.readouterr().err.splitlines() if "core_worker" in line]
+    assert len(lines) == len(others) == 1, "Ray's C++ warns of ours, or is not heard any more"
+    assert "<locals>.Other'" in lines[0]
+    assert "constructor arguments in the object store" in lines[0]
+    ray.kill(others[0])
+
+
 def test_images_that_kill_or_hang_the_model_are_failed_and_their_neighbours_are_labelled(tmp_path):
     pictures = {f"{i:02}.png": png(noise(i)) for i in range(12)}
     pictures |= {"01.png": png(harmful_picture("exit")), "06.png": png(harmful_picture("sleep"))}
@@ -246,9 +267,9 @@ def test_a_lost_plan_stops_the_job(tmp_path):
 
 
 def test_a_bug_in_a_stage_ends_the_run_as_itself(tmp_path):
-    job = make_job(tmp_path, {"a.png": png(harmful_picture("bug"))})
+    job = make_job(tmp_path, {"a.png": trouble("bug")})
 
-    with pytest.raises(KeyError, match="a bug in the model"):
+    with pytest.raises(RuntimeError, match="a bug in the decoder"):
         run(job)
 
     assert list_committed(open_store(job.context.output)) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from pipeline.inputs import InputSettings
 from pipeline.peek import PICTURES, look
 from pipeline.plan import make_plan
 from pipeline.records import AccessRules, BoxRules, Limits
+from pipeline.runs import text_of_lengths
 
 LIMITS = Limits()
 STORED_WH = (320, 200)
@@ -132,6 +134,56 @@ def test_pictures_that_are_not_there_are_said_before_work(tmp_path: Path) -> Non
     assert sentence.endswith("--set input.image_root=FOLDER")
 
 
+@pytest.mark.parametrize(
+    ("missing", "is_said"),
+    [
+        (lambda i: i % 2 == 0, True),
+        (lambda i: i % 2 == 1, True),
+        (lambda i: i < 20, True),
+        (lambda i: i % 4 != 0, True),
+        (lambda i: i == 17, False),
+        (lambda i: False, False),
+    ],
+)
+@pytest.mark.parametrize("listed", [64, 9])
+def test_pictures_of_which_half_are_missing_are_said_before_work(
+    photos: Path, tmp_path: Path, missing: Callable[[int], bool], is_said: bool, listed: int
+) -> None:
+    """However the missing ones alternate: 64 rows in steps of two would all be one kind."""
+    names = [f"{i:03d}-{'gone' if missing(i % 40) else 'here'}.jpg" for i in range(listed)]
+    for i, name in enumerate(names):
+        if not missing(i % 40):
+            (tmp_path / name).symlink_to(photos / f"{i % 40:03d}.jpg")
+    path = tmp_path / "i.parquet"
+    pq.write_table(pa.table({"image_uri": names, "boxes": [[[9.0, 9.0, 99.0, 99.0]]] * listed}), path)
+    plan = make_plan(InputSettings(boxes=str(path), access=AccessRules(roots=(str(photos),))))
+
+    found = " ".join(look(plan.table, BoxRules(), plan.access, LIMITS))
+
+    count = min(PICTURES, listed)
+    assert (f"of {count} pictures looked at cannot be opened, most with not_found" in found) == is_said
+    assert ("-gone.jpg" in found) == is_said
+
+
+def test_names_of_windows_and_of_the_web_are_said_to_be_odd(tmp_path: Path) -> None:
+    for name, words in (("a\\b.jpg", "backslashes"), ("a%20b.jpg", "percent"), ("a.jpg ", "white space")):
+        path = tmp_path / "i.parquet"
+        pq.write_table(pa.table({"image_uri": [name], "boxes": [[[9.0, 9.0, 99.0, 99.0]]]}), path)
+        plan = make_plan(InputSettings(boxes=str(path)))
+        [sentence] = look(plan.table, BoxRules(), plan.access, LIMITS)
+        assert f"the name has {words}" in sentence
+
+
+def test_a_detector_makes_every_picture_count(tmp_path: Path) -> None:
+    path = tmp_path / "i.csv"
+    path.write_text("image_uri\ngone.jpg\n")
+    plan = make_plan(InputSettings(images=str(path)))
+
+    assert look(plan.table, BoxRules(), plan.access, LIMITS) == ()
+    assert "1 of 1 pictures" in " ".join(look(plan.table, BoxRules(), plan.access, LIMITS, detected=True))
+    assert "1 of 1 pictures" in " ".join(with_a_look(plan, LIMITS, detected=True).summary.warnings)
+
+
 def with_uris(path: Path) -> Path:
     found = pq.read_table(path)
     pq.write_table(found.rename_columns(["image_uri", "boxes"]), path)
@@ -171,3 +223,25 @@ def test_a_header_tells_the_sizes_that_decoding_finds(tmp_path: Path, kind: str,
     assert measured.size_hw == decoded.size_hw
     assert measured.stored_size_hw == decoded.stored_size_hw
     assert measured.exif_orientation == decoded.exif_orientation
+
+
+def test_masks_of_another_size_than_their_picture_are_warned_of(photos: Path, tmp_path: Path) -> None:
+    width, height = STORED_WH
+    whole = text_of_lengths([0, width * height])
+    rows = [
+        {"image_id": f"{i:03d}.jpg", "bbox": [1, 2, 3, 4], "prompt_mask": {"size": size, "counts": whole}}
+        for i, size in (
+            (1, [height, width]),
+            (2, [width, height]),
+            (3, [height, width]),
+            (6, [width, height]),
+        )
+    ]  # 3 and 6 are turned by EXIF, so that they stand upright
+    (tmp_path / "boxes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    plan = make_plan(InputSettings(images=str(photos), boxes=str(tmp_path / "boxes.jsonl")))
+    [sentence] = look(plan.table, BoxRules(), plan.access, LIMITS)
+
+    assert plan.summary.invalid_prompts == 0
+    assert sentence.startswith("2 of 4 masks looked at are of another size than their picture")
+    assert f"such as [{width}, {height}] for 002.jpg, which is {height} high and {width} wide" in sentence

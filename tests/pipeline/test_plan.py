@@ -73,7 +73,8 @@ def test_a_folder_gives_its_pictures_under_their_paths_below_it(pictures):
 
     assert ["a.PNG", "b.jpg", "sub/c.webp", "sub/deep/ü d.tiff"] == ids_of(plan)
     assert f"{pictures}/sub/c.webp" == plan.table.column("image_uri")[2].as_py()
-    assert 3 == plan.summary.skipped_files
+    assert 2 == plan.summary.skipped_files
+    assert (f"1 hidden file in {pictures}: left out",) == plan.summary.left_out
     assert PLAN == plan.table.schema
     assert (4, 0, 4, 4) == (
         plan.summary.images,
@@ -436,6 +437,76 @@ def test_ids_that_match_nothing_are_explained(pictures, ids, hint):
     assert (hint or "Mend --images") in message
 
 
+NFD = unicodedata.normalize("NFD", "é/ü.jpg")
+
+
+@pytest.mark.parametrize(
+    ("there", "named", "hint"),
+    [
+        ("images/a.jpg", "images\\a.jpg", "differ in backslashes (Windows): "),
+        ("a.jpg", "C:\\data\\images\\a.jpg", "differ in backslashes (Windows) and the folder: "),
+        ("a.jpg", "other/A.JPG", "differ in upper and lower case and the folder: "),
+        ("é/ü.jpg", f"other/{NFD}", "differ in Unicode form (NFC, NFD) and the folder: "),
+        ("É/ü.jpg", NFD, "differ in upper and lower case and Unicode form (NFC, NFD): "),
+        ("a b.jpg", "a%20b.jpg", "differ in percent-encoding (%20): "),
+        ("a b.jpg", "other/a%20b.jpg", "differ in percent-encoding (%20) and the folder: "),
+        ("a.jpg", "https://host/a.jpg?sig=x/y", "differ in a query behind the name (?, #) and the folder: "),
+        ("a.jpg", "a.jpg\r", "differ in white space or quotes around them: "),
+        ("a.jpg", " 'a.jpg'", "differ in white space or quotes around them: "),
+        ("a.jpg", "a.png", "without their ending, or with another one: "),
+        ("a.jpg", "a", "without their ending, or with another one: "),
+        ("a.jpg", "other/a.jpeg", "look like file stems: "),
+        ("a.jpg", "other/A", "differ in upper and lower case and the folder and the ending: "),
+        ("x/a.jpg", "s3://bucket/x/a.jpg", "agree but for the folder: "),
+        ("x/a.jpg", "file:///data/x/a.jpg", "agree but for the folder: "),
+        ("000123.jpg", "123.jpg", "differ in leading zeros: "),
+        ("x/000123.jpg", "y/123.jpg", "differ in the folder and leading zeros: "),
+        ("000123.jpg", "123", "look like the numbers in the file names"),
+        ("COCO_val2014_000000000139.jpg", "139", "look like the numbers in the file names"),
+        ("0.jpg", "00", "look like the numbers in the file names"),
+        ("a.jpg", "b.jpg", ""),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("column", ["image_id", "image_uri"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_names_that_differ_are_explained_with_a_pair(tmp_path, there, named, hint, column, beside):
+    """Wherever the box table lies: the folder that its relative names start from is no difference."""
+    root = tmp_path / "pictures"
+    for name in (there, "odd.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    path = table((root if beside else tmp_path) / "b.parquet", {column: [named], "bbox": [A]})
+
+    message = refusal(images=root, boxes=path)
+
+    assert any(f". {start} " in message for start in ("They", "The ids")) == bool(hint)
+    if hint:
+        pair = message.partition(hint)[2]
+        assert there.rpartition("/")[2] in pair
+        assert "odd" not in pair
+
+
+def test_names_that_stand_before_others_are_explained(tmp_path):
+    images = table(tmp_path / "i.parquet", {"image_uri": ["1", "2"], "image_id": ["x/a.jpg", "x/b.jpg"]})
+    for before in ("/", "./", "file://", "s3://"):
+        boxes = table(tmp_path / "b.parquet", {"image_id": [f"{before}x/b.jpg"], "bbox": [A]})
+        assert f"'{before}x/b.jpg' and 'x/b.jpg'" in refusal(images=images, boxes=boxes)
+
+
+def test_a_difference_is_said_where_boxes_are_left_out_knowingly(pictures):
+    path = table(pictures / "b.parquet", {"image_uri": ["B.JPG", "A.png"], "boxes": [[A], [B]]})
+
+    plan = planned(images=pictures, boxes=path, allow_unmatched=True)
+
+    assert "upper and lower case" in " ".join(plan.summary.warnings)
+
+
+def test_half_of_what_is_lost_is_enough_to_be_explained(pictures):
+    path = table(pictures / "b.parquet", {"image_uri": ["B.JPG", "gone"], "boxes": [[A], [B]]})
+
+    assert "upper and lower case" in refusal(images=pictures, boxes=path)
+
+
 def test_one_image_that_is_gone_among_many_is_not_explained_by_spelling(pictures):
     images = table(pictures / "i.parquet", {"image_uri": ["1.jpg", "2.jpg"], "image_id": ["a", "b"]})
     boxes = table(pictures / "b.parquet", {"image_id": ["a", "b", "gone"], "boxes": [[A], [B], [A]]})
@@ -535,6 +606,37 @@ def test_lists_of_unlike_length_are_rows_with_a_code(tmp_path):
     assert ["labels has 1 values for 2 boxes", None] == plan.table.column("error_message").to_pylist()
     assert {"a": [A, B], "b": [C]} == boxes_of(plan)
     assert 1 == plan.summary.mismatched_labels
+
+
+def test_prompts_that_cannot_be_used_are_counted_and_the_first_is_named(tmp_path):
+    sound = {"size": [4, 5], "counts": "d0"}
+    masks = [sound, sound | {"counts": "abc"}, None, sound | {"size": [5, 5]}, sound, None, None]
+    rows = {
+        "image_uri": ["b", "b", "b", "a\x1b", "c", "c", "c"],
+        "bbox": [A, A, None, None, None, None, A],
+        "points": [None, None, [[1.0, 2.0]], None, [[1.0, math.nan]], [[1.0, 2.0]] * 300, None],
+        "point_labels": [None, None, [1], None, [1], [1] * 300, [2]],
+        "prompt_mask": masks,
+    }
+
+    plan = planned(boxes=table(tmp_path / "b.parquet", rows))
+    [warning] = plan.summary.warnings
+
+    assert plan.summary.invalid_prompts == 5
+    assert warning.startswith("5 of 7 boxes have points or a mask that cannot be used")
+    assert "prompt_invalid" in warning
+    assert r"box 0 of a\x1b: its mask: runs of 20 pixels in all, wanted 25" in warning
+
+    rows["image_uri"] = ["a"] * 7
+    assert (
+        "box 1 of a: its mask: the run-length text ends"
+        in planned(boxes=table(tmp_path / "c.parquet", rows)).summary.warnings[0]
+    )
+    few = {name: values[:1] for name, values in rows.items()}
+    few["points"] = pa.array([None], pa.list_(pa.list_(pa.float64())))
+    few["point_labels"] = pa.array([None], pa.list_(pa.int64()))
+    sound_plan = planned(boxes=table(tmp_path / "d.parquet", few))
+    assert (0, ()) == (sound_plan.summary.invalid_prompts, sound_plan.summary.warnings)
 
 
 def test_points_and_masks_travel_in_the_plan(tmp_path):

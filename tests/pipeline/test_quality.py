@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import numpy as np
@@ -121,13 +122,77 @@ def test_runs_of_length_zero_do_not_split_a_component():
 
 @pytest.mark.parametrize(
     ("counts", "words"),
-    [("", "empty"), ("\x7f", "alphabet"), ("é", "alphabet"), ("5", "runs of 5"), ("o", "ends in a number"),
-     ("oooooooooo0", "40 bits"), ("O", "negative")],
+    [("", "empty"), ("\x7f", "alphabet"), ("é", "alphabet"), ("5", "runs of 5"), ("o", "inside a number"),
+     ("oooooooooo0", "too many characters"), ("O", "run of -1")],
 )  # fmt: skip
 def test_strings_that_are_no_mask_are_refused(counts: str, words: str):
     good = counts_of(np.ones((2, 3), bool))
     with pytest.raises(ValueError, match=f"mask 1: .*{words}"):
         runs.read_strips([good, counts, good], (2, 3))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=9),
+    st.lists(st.tuples(st.integers(0, 99), st.sampled_from([*"0NPo\x7f é\ud800", ""])), max_size=2),
+    st.booleans(),
+)
+def test_what_has_no_fault_is_read_alike_by_pycocotools(
+    lengths: list[int], edits: list[tuple[int, str]], pad: bool
+) -> None:
+    size = [1, max(1, sum(lengths))]
+    text = str(coco_mask.frPyObjects({"size": size, "counts": lengths}, *size)["counts"], "ascii")
+    for at, piece in edits:
+        text = text[: at % (len(text) + 1)] + piece + text[at % (len(text) + 1) + pad :]
+    good = counts_of(np.ones((2, 3), bool))
+    faults = runs.faults_of([good, text, good], [[2, 3], size, [2, 3]])
+    assert (faults[0], faults[2]) == (None, None)
+    if not edits and sum(lengths):
+        assert faults[1] is None
+    if faults[1] is None:
+        strips = runs.read_strips([text], size)
+        dense = coco_mask.decode({"size": size, "counts": text.encode()})
+        assert (strips.bottom - strips.top).sum() == dense.sum()
+        assert sorted(strips.x.tolist()) == np.flatnonzero(dense[0]).tolist()
+    else:
+        with pytest.raises(ValueError, match="mask 0"):
+            runs.read_strips([text], size)
+        assert faults[1].isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "words"),
+    [
+        (b"04", [2, 2], "type bytes"), (None, [2, 2], "type NoneType"), ([0, 4], [2, 2], "type list"),
+        ("04", None, "two whole numbers"), ("04", [2], "two whole numbers"), ("04", [2.0, 2.0], "two whole"),
+        ("04", ["2", "2"], "two whole"), ("04", [True, 4], "two whole"), ("04", [2, None], "two whole"),
+        ("04", [-2, -2], "out of range"), ("04", [0, 4], "out of range"), ("04", [2**70, 1], "out of range"),
+        ("04", [2, 3], "runs of 4 pixels in all, wanted 6"), ("PPPPPPP04", [2, 2], "too many characters"),
+        ("b'04'", [2, 2], "alphabet"), ("MDQ=", [2, 2], "runs of|a run of|inside"), ("", [2, 2], "empty"),
+        ("o" * 1_000_000, [2, 2], "inside a number"), ("0" * 1_000_000, [2, 2], "runs of 0 pixels"),
+    ],
+)  # fmt: skip
+def test_faults_of_masks_that_people_bring_are_named_and_never_raised(text, size, words) -> None:
+    [fault] = runs.faults_of([text], [size])
+    assert re.search(words, fault)
+    assert len(fault) < 100
+
+
+def test_pycocotools_misreads_a_long_negative_number_and_we_refuse_it() -> None:
+    short, long = "5b6d0iloooO", "5b6d0ilooooO"  # runs 5, 210, 20, 107: the same, one character longer
+    assert runs.faults_of([short], [[18, 19]]) == [None]
+    assert int(coco_mask.area({"size": [18, 19], "counts": long.encode()})) != 210 + 107
+    assert "too many characters" in runs.faults_of([long], [[18, 19]])[0]
+
+
+def test_uncompressed_runs_become_the_text_that_pycocotools_makes_of_them() -> None:
+    lengths = [3, 0, 4, 70_000, 1, 2, 900_000]
+    text = coco_mask.frPyObjects({"size": [1, sum(lengths)], "counts": lengths}, 1, sum(lengths))["counts"]
+    assert runs.text_of_lengths(lengths).encode() == text
+    assert runs.text_of_lengths([]) == ""
+    for wrong in (-1, 1.5, "3", None, True, 2**31, 10**5000, [3]):
+        with pytest.raises(ValueError, match="run 1 is no whole number"):
+            runs.text_of_lengths([1, wrong])
 
 
 def test_thirty_thousand_runs_take_well_under_a_tenth_of_a_second():

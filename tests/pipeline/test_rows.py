@@ -33,6 +33,7 @@ def box(*given, score=0.5):
         "points_xy": None,
         "point_labels": None,
         "prompt_mask": None,
+        "iscrowd": True if len(given) == 3 else None,
     }
 
 

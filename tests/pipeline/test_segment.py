@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -14,15 +15,20 @@ import torch
 from pycocotools import mask as coco_mask
 
 from model.checkpoints import DEMO_FOLDER, load
-from model.structures import CallShape
+from model.structures import CallShape, SegmentFailure
+from pipeline.commit import commit_unit
 from pipeline.decode_child import DecodeChild
+from pipeline.detect import MOST_RAISED
 from pipeline.errors import SystemicFault
 from pipeline.prepare import prepare_unit
 from pipeline.records import Limits, MaskSettings
 from pipeline.rows import UnitRow, pack, unpack
+from pipeline.runs import text_of_lengths
 from pipeline.segment import SegmentWorker, deadline_s, is_device_lost
 from pipeline.storage import open_store
-from tests.fakes import harmful_picture, trouble
+from pipeline.units import list_committed, read
+from tests import fakes
+from tests.fakes import box_masks, harmful_picture, trouble
 from tests.pipeline.made_jobs import BOXES, make_job, noise, png
 
 
@@ -76,6 +82,20 @@ def test_every_usable_box_has_its_mask_and_the_pixels_are_gone(tmp_path, child):
     )
     assert found.pixels == (None, None)
     assert all(image.attempts == 1 and image.segment_ms >= 0 for image in found.images)
+
+
+def test_a_crowd_is_shown_to_no_model_and_its_image_is_labelled_all_the_same(tmp_path, child):
+    job = make_job(tmp_path, {"a.png": png(noise(1)), "b.png": png(noise(2))})
+    unit, arena = prepare_unit(UnitRow(unit_id=0), job.context, open_store(job.context.output), child)
+    for image, crowds in zip(unit.images, ([True, None], [True, True]), strict=True):
+        for box, crowd in zip(image.planned["boxes"], crowds, strict=True):
+            box["iscrowd"] = crowd
+
+    mixed, alone = worker(job).run(unpack(pack(unit, arena))).images
+
+    [runs] = mixed.instances.counts
+    assert np.array_equal(coco_mask.decode({"size": [48, 64], "counts": runs}), drawn(BOXES[1]))
+    assert (alone.instances, alone.error_code) == (None, None)
 
 
 def test_a_unit_is_the_same_through_arrow_and_without(tmp_path, child):
@@ -255,11 +275,137 @@ def test_a_fault_from_before_is_passed_on(tmp_path, child):
     assert worker(job).run(UnitRow(unit_id=0, fault=fault)).fault is fault
 
 
-def test_a_bug_in_the_model_is_no_fault_of_an_image(tmp_path, child):
-    job = make_job(tmp_path, {"a.png": png(harmful_picture("bug"))})
+ERRORS = [
+    (ValueError("runs"), "model_failed"),
+    (IndexError("3 of 2"), "model_failed"),
+    (OverflowError("int too large"), "model_failed"),
+    (RecursionError("deep"), "model_failed"),
+    (AssertionError(), "model_failed"),
+    (RuntimeError("size mismatch \x1b[31m"), "model_failed"),
+    (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates"), "model_failed"),
+    (MemoryError(), "out_of_memory"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: out of memory"), "out_of_memory"),
+]
 
-    with pytest.raises(KeyError, match="a bug in the model"):
-        worker(job).run(prepared(job, child))
+
+@pytest.mark.parametrize(("error", "code"), ERRORS, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize("images_per_call", [1, 3])
+def test_whatever_is_raised_on_an_image_costs_that_image_alone(
+    tmp_path, child, monkeypatch, error, code, images_per_call
+):
+    pictures = {f"{i}.png": png(noise(i)) for i in range(5)} | {"2.png": png(harmful_picture("bug"))}
+    job = make_job(tmp_path, pictures, images_per_unit=5)
+    masks = MaskSettings(call_shape=CallShape(images_per_call=images_per_call))
+    monkeypatch.setitem(fakes._HARM, "bug", lambda: raise_(error))
+    unit = prepared(job, child)
+
+    found = SegmentWorker(replace(job.context, masks=masks), epoch=1, use_gpu=False).run(unit)
+
+    assert codes(found) == {"0.png": None, "1.png": None, "2.png": code, "3.png": None, "4.png": None}
+    assert found.images[2].error_message.startswith(type(error).__name__)
+    assert found.images[2].error_message.isprintable()
+    alone = worker(make_job(tmp_path / "alone", {"0.png": pictures["0.png"]})).run
+    assert found.images[0].instances.counts == alone(unit).images[0].instances.counts
+
+
+def raise_(error):
+    raise error
+
+
+def raise_key_error(self, images):
+    raise KeyError("a bug in the model")
+
+
+def test_a_model_that_raises_on_a_blank_picture_too_stops_the_job_and_marks_no_image(
+    tmp_path, child, monkeypatch
+):
+    job = make_job(tmp_path, {"a.png": png(noise(1)), "b.png": png(noise(2))})
+    unit, tried = prepared(job, child), worker(job)
+    monkeypatch.setattr("tests.fakes.BoxSegmenter.segment_prepared", raise_key_error)
+
+    for found in (tried.run(unit), worker(job, restarted="w1").run(unit)):
+        assert (found.fault.code, found.images) == ("model", ())
+        assert "KeyError: 'a bug in the model'" in found.fault.message
+
+
+def test_a_model_that_never_works_on_an_image_stops_the_job(tmp_path, child):
+    bad = {f"{i:02}.png": png(harmful_picture("bug")) for i in range(MOST_RAISED)}
+    job = make_job(tmp_path, bad | {"99.png": png(noise(1))}, images_per_unit=MOST_RAISED + 1)
+    good = make_job(
+        tmp_path / "good", {"00.png": png(noise(1))} | dict(list(bad.items())[1:]), images_per_unit=99
+    )
+    none_yet, has_worked = worker(job), worker(good)
+
+    fault = none_yet.run(prepared(job, child)).fault
+
+    assert fault.code == "model"
+    assert f"none of the first {MOST_RAISED} images" in fault.message
+    for _ in range(2):
+        assert Counter(codes(has_worked.run(prepared(good, child))).values()) == {
+            None: 1,
+            "model_failed": MOST_RAISED - 1,
+        }
+
+
+def test_a_mask_prompt_that_raises_costs_its_image_alone(tmp_path, child, monkeypatch):
+    job = make_job(tmp_path, {"a.png": png(noise(1)), "b.png": png(noise(2))})
+    unit = prepared(job, child)
+    mask = {"size": [48, 64], "counts": text_of_lengths([48 * 64])}
+    unit.images[0].planned["boxes"][1]["prompt_mask"] = mask
+    monkeypatch.setattr("tests.fakes.BoxSegmenter.mask_prompt", lambda *_: raise_(ValueError("odd")))
+
+    assert codes(worker(job).run(unit)) == {"a.png": "model_failed", "b.png": None}
+
+
+@pytest.mark.parametrize("lost", ["some", "all"])
+def test_numbers_that_are_not_finite_for_one_kind_of_prompt_cost_its_boxes_alone(
+    tmp_path, child, monkeypatch, lost
+):
+    job = make_job(tmp_path, {"a.png": png(noise(1))}, {"a.png": [BOXES[0], BOXES[1], BOXES[0]]})
+    unit = prepared(job, child)
+    unit.images[0].planned["boxes"][1] |= {"points_xy": [5.0, 6.0], "point_labels": [1]}
+
+    def segment_prepared(self, images):
+        bad = SegmentFailure(code="non_finite", message="not finite")
+        with_points = [image.prompts.points_xy is not None for image in images]
+        return [
+            bad if lost == "all" or has else box_masks(one)
+            for one, has in zip(images, with_points, strict=True)
+        ]
+
+    monkeypatch.setattr("tests.fakes.BoxSegmenter.segment_prepared", segment_prepared)
+    found = unpack(pack(worker(job).run(unit)))
+    commit_unit(found, job.context, open_store(job.context.output))
+    [row] = read_unit_rows(job)
+
+    if lost == "all":
+        assert (row["status"], row["error_code"]) == ("failed", "non_finite")
+        return
+    assert row["status"] == "labelled"
+    assert [one["box_error"] for one in row["instances"]] == [None, "non_finite", None]
+    assert [one["segmentation"] is None for one in row["instances"]] == [False, True, False]
+    assert row["instances"][1]["predicted_iou"] is None
+    assert row["instances"][0]["segmentation"] == row["instances"][2]["segmentation"]
+
+
+def read_unit_rows(job):
+    store = open_store(job.context.output)
+    return read(store, list_committed(store)[0]).to_pylist()
+
+
+@pytest.mark.parametrize("masks", [0, 1, 3])
+def test_a_model_that_answers_with_another_number_of_masks_is_found_out(tmp_path, child, monkeypatch, masks):
+    job = make_job(tmp_path, {"a.png": png(noise(1)), "b.png": png(noise(2))})
+
+    def segment_prepared(self, images):
+        return [box_masks(images[0])] * masks
+
+    monkeypatch.setattr("tests.fakes.BoxSegmenter.segment_prepared", segment_prepared)
+    expected = (
+        {"a.png": None, "b.png": None} if masks == 1 else dict.fromkeys(("a.png", "b.png"), "model_failed")
+    )
+
+    assert codes(worker(job).run(prepared(job, child))) == expected
 
 
 def test_a_unit_without_work_for_the_model_leaves_no_mark(tmp_path, child):

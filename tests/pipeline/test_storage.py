@@ -30,8 +30,8 @@ from pipeline.storage import (
     check_uri,
     classify,
     fingerprint,
-    glob_objects,
     head_object,
+    list_inputs,
     list_objects,
     open_input,
     open_store,
@@ -684,7 +684,7 @@ def test_inputs_are_listed_with_sizes_and_odd_names_byte_for_byte(tmp_path, s3_s
             assert _read(entry.key, options=options).data == b"123"
 
 
-def test_dangling_links_are_listed_and_linked_folders_not_entered(tmp_path):
+def test_a_programs_folder_is_listed_without_following_its_linked_folders(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x.jpg").write_bytes(b"1")
@@ -711,7 +711,7 @@ def test_globs(tmp_path, pattern, matches):
     for name in ("a.jpg", "b1.jpg", "c.png", "d/c.jpg", "d/e/f.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = glob_objects(f"{tmp_path}/{pattern}", {})
+    found = list_inputs(str(tmp_path), {}, pattern=pattern).entries
     assert [e.key for e in found] == [f"{tmp_path}/{m}" for m in matches]
 
 

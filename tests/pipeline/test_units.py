@@ -135,11 +135,30 @@ def test_a_failed_image_keeps_the_own_reason_of_a_bad_box():
 
 @pytest.mark.parametrize("name", ["predicted_iou", "stability_score"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_score_that_is_no_number_fails_the_image_and_is_not_a_silent_null(name, value):
-    planned = planned_image("a", [planned_box(), planned_box()])
-    instances = segment([draw((5, 5, 25, 20))] * 2, **{name: np.array([0.5, value], np.float32)})
-    row = row_of(labelled(planned, instances=instances))
+def test_a_score_that_is_no_number_fails_its_box_alone_and_is_not_a_silent_null(name, value):
+    given = [planned_box(), planned_box(BAD_BOX), planned_box(), planned_box()]
+    planned = planned_image("a", given)
+    drawn = [draw((5, 5, 25, 20)), draw((6, 5, 25, 20)), draw((7, 5, 25, 20))]
+    sound = row_of(labelled(planned, instances=segment(drawn)))
+    scores = getattr(segment(drawn), name).copy()
+    scores[1] = value
+    row = row_of(labelled(planned, instances=segment(drawn, **{name: scores})))
+
+    assert (row["status"], row["error_code"]) == ("labelled", None)
+    assert [one["box_error"] for one in row["instances"]] == [None, "box_inverted", "non_finite", None]
+    lost = row["instances"][2]
+    assert [lost[n] for n in ("segmentation", "bbox", "area", "predicted_iou", "stability_score")] == [
+        None
+    ] * 5
+    assert lost["prompt_bbox"] == sound["instances"][2]["prompt_bbox"]
+    for place in (0, 1, 3):
+        assert row["instances"][place] == sound["instances"][place]
+
+    scores[:] = value
+    row = row_of(labelled(planned, instances=segment(drawn, **{name: scores})))
     assert (row["status"], row["error_code"]) == ("failed", "non_finite")
+    reasons = [one["box_error"] for one in row["instances"]]
+    assert reasons == ["image_failed", "box_inverted", "image_failed", "image_failed"]
 
 
 @pytest.mark.parametrize(
