@@ -104,7 +104,8 @@ _BY_ERRNO: dict[int, Verdict] = {
 _RETRY_CLASSES = (
     "EndpointConnectionError ConnectionError ConnectTimeoutError ReadTimeoutError HTTPClientError "
     "IncompleteRead IncompleteReadError ResponseStreamingError ResponseParserError FlexibleChecksumError "
-    "ChecksumError FSTimeoutError TimeoutError ClientPayloadError ClientConnectionError ShortBody"
+    "ChecksumError FSTimeoutError TimeoutError ClientPayloadError ClientConnectionError ShortBody "
+    "TransportError"  # of httpx, through which the hub is asked: no connection, timeouts, broken answers
 )
 _BROKEN_BODIES = (
     "IncompleteRead IncompleteReadError ResponseStreamingError FlexibleChecksumError ChecksumError "
@@ -153,7 +154,8 @@ def _response_error(error: BaseException) -> tuple[str, int | None]:
     if not isinstance(response, dict):
         # Not `code` alone: aiohttp gives every broken body the code 400. gcsfs has no other name for it.
         names = ("status", "status_code", *(["code"] if type(error).__name__ == "HttpError" else []))
-        statuses = (getattr(error, name, None) for name in names)
+        # Errors of httpx, and of the hub above it, have the status in their answer alone.
+        statuses = (*(getattr(error, name, None) for name in names), getattr(response, "status_code", None))
         return "", next((s for s in statuses if isinstance(s, int) and 100 <= s < 600), None)
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     return str(response.get("Error", {}).get("Code", "")), status

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
+from pipeline import objects
 from pipeline.errors import ImageError, JobRefused
 from pipeline.fetch import fetch_object
 from pipeline.inputs import InputSettings
 from pipeline.plan import make_plan
 from pipeline.records import AccessRules, Limits
-from pipeline.storage import fingerprint, head_object
+from pipeline.retries import classify
+from pipeline.storage import fingerprint, head_object, open_input
 from tests.hub_server import Hub, hub_server
 from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
 
@@ -69,3 +73,29 @@ def test_the_hubs_own_version_of_a_file_is_its_fingerprint(hub):
     found = fingerprint(f"{hub.uri}/boxes.jsonl", hub.options)
 
     assert found["etag"] == head_object(f"{hub.uri}/boxes.jsonl", hub.options).etag
+
+
+def test_a_hub_that_does_not_answer_refuses_the_job(hub, monkeypatch):
+    monkeypatch.setattr(objects, "INPUT_BUDGET_S", 0.2)
+    options = {**hub.options, "endpoint": "http://127.0.0.1:9"}
+
+    with pytest.raises(JobRefused, match=r"look up hf://lkeab/hq-sam/sam_hq_vit_b\.pth"):
+        open_input("hf://lkeab/hq-sam/sam_hq_vit_b.pth", options)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "code"),
+    [
+        (401, "systemic", "credentials"),
+        (403, "systemic", "denied"),
+        (404, "image", "not_found"),
+        (429, "retry", "store"),
+        (503, "retry", "store"),
+    ],
+)
+def test_what_the_hub_answers_is_told_by_its_status(status, kind, code):
+    answer = SimpleNamespace(status_code=status, headers={}, request=None)
+
+    verdict = classify(HfHubHTTPError("refused", response=answer))
+
+    assert (verdict.kind, verdict.code) == (kind, code)
