@@ -37,7 +37,7 @@ def read_checkpoint(config: Config) -> Weights:
         source=source,
         sha256=loaded.weights.sha256,
         options=options,
-        license=loaded.weights.license,
+        license=clean_text(loaded.weights.license or "") or None,
         architecture=loaded.weights.architecture,
         input_side=loaded.model.config.image_size,
         note=DEMO_NOTE if source == DEMO else None,

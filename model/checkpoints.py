@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -107,7 +107,9 @@ def to_native(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str, to
         )
     whose = decoder_alone(tensors)
     if whose is not None:
-        raise CheckpointError(f"the file holds the mask decoder of {whose} alone{MERGE[whose]}")
+        raise CheckpointError(
+            f"the file holds the mask decoder of {whose} alone{what_to_merge(whose, tensors)}"
+        )
     layout = detect_layout(tensors)
     if layout is None:
         raise CheckpointError(
@@ -127,20 +129,26 @@ def to_native(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str, to
         else:
             left_over.append(name)
     if left_over:
-        raise CheckpointError(f"{len(left_over)} tensors are left over: {shown(sorted(left_over))}")
+        raise CheckpointError(
+            f"{tensors_are(len(left_over))} left over: {shown(sorted(left_over))}; save the model's own alone"
+        )
     return layout, native, ignored
 
 
-MERGE = {
-    "SAM-HQ": (
+def what_to_merge(whose: Literal["SAM", "SAM-HQ"], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return what to do with a decoder alone."""
+    if whose == "SAM":
+        return ", from which the training of SAM-HQ begins; it is not SAM-HQ"
+    if any("hq_token." in name for name in tensors):
+        return "; save the whole model: model.save_pretrained('sam_hq')"
+    named = next((name for name in tensors if name.endswith("hf_token.weight")), "")
+    ours = "hq" if named.startswith("mask_decoder.") else "{'mask_decoder.' + k: hq[k] for k in hq}"
+    return (
         ", as training saves it after each epoch. Name the sam_hq_epoch_*.pth that it saves at its end, or "
         "merge it with its SAM: sam = torch.load('sam_vit_l.pth', weights_only=True); "
         "hq = torch.load('epoch_11.pth', weights_only=True); "
-        "sam.update({'mask_decoder.' + k: hq[k] for k in hq}); torch.save(sam, 'sam_hq.pth')"
-    ),
-    "SAM": ", from which the training of SAM-HQ begins; it is not SAM-HQ",
-}
-"""What to do with a decoder alone. The names in it have no `mask_decoder.` before them."""
+        f"sam.update({ours}); torch.save(sam, 'sam_hq.pth')"
+    )
 
 
 def without_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -150,7 +158,7 @@ def without_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     if len(found) > 1:
         raise CheckpointError(
             f"the parts of the model stand under {len(found)} prefixes, {shown([repr(x) for x in found])}; "
-            "wanted one model, all of it under one prefix or under none"
+            "wanted one model: save the tensors of one prefix alone"
         )
     result: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
@@ -226,7 +234,7 @@ def check_names(what: str, names: set[str], layout: Layout) -> None:
     """Raise `CheckpointError` when there are such tensors, naming them as the file does."""
     if names:
         found = sorted(file_name(name, layout) for name in names)
-        raise CheckpointError(f"{len(names)} tensors are {what}: {shown(found)}")
+        raise CheckpointError(f"{tensors_are(len(names))} {what}: {shown(found)}")
 
 
 def check_shapes(
@@ -263,6 +271,11 @@ def checked(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> torch.Te
     if not bool(torch.isfinite(tensor).all()):
         raise CheckpointError(f"tensor {name} holds values that are not finite")
     return tensor
+
+
+def tensors_are(number: int) -> str:
+    """Return the number in words that go on."""
+    return "1 tensor is" if number == 1 else f"{number} tensors are"
 
 
 def shown(names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ Light HQ-SAM has no class in transformers. Its file has the same form with a `vi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -129,11 +130,18 @@ def unknown_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
         part = part_of(values, name)
         check_type(name, part, known[name]["model_type"])
         for key, allowed in FIXED[name].items():
-            if key in part and part[key] is not None and part[key] not in allowed:
+            if part.get(key) is not None and not any(is_same(part[key], one) for one in allowed):
                 wanted = " or ".join(map(repr, allowed))
                 raise ConfigError(f"{name}: {key} is {part[key]!r}; only {wanted} is known")
         unknown += sorted(f"{name}.{key}" for key in set(part) - set(known[name]) - WITHOUT_EFFECT)
     return tuple(unknown)
+
+
+def is_same(found: Any, wanted: Any) -> bool:
+    """Return whether a value is the wanted one. A number may have been through float32: 9.99999997e-07."""
+    if isinstance(found, float) and isinstance(wanted, float):
+        return math.isclose(found, wanted, rel_tol=1e-6)
+    return bool(found == wanted)
 
 
 def check_type(name: str, values: Mapping[str, Any], wanted: str) -> None:
@@ -206,7 +214,8 @@ def plain_size(name: str, key: str, value: Any, *, like: Any) -> int | tuple[int
     An (h, w) pair of equal sizes becomes one number.
     """
     is_list = isinstance(value, (list, tuple))
-    numbers = list(value) if is_list else [value]
+    given = list(value) if is_list else [value]
+    numbers = [int(x) if isinstance(x, float) and x.is_integer() else x for x in given]  # 64.0
     least = 0 if key == BLOCK_NUMBERS else 1
     if not all(isinstance(x, int) and not isinstance(x, bool) and x >= least for x in numbers):
         raise ConfigError(f"{name}: {key} is {value!r}; wanted whole numbers from {least}")
@@ -219,7 +228,7 @@ def plain_size(name: str, key: str, value: Any, *, like: Any) -> int | tuple[int
         raise ConfigError(f"{name}: {key} is {value!r}; wanted {wanted}")
     if is_list and key != BLOCK_NUMBERS and len(numbers) != len(like):
         raise ConfigError(f"{name}: {key} is {value!r}; wanted {len(like)} whole numbers")
-    return tuple(numbers) if is_list else int(value)
+    return tuple(numbers) if is_list else int(numbers[0])
 
 
 def config_to_json(config: SamHQConfig) -> dict[str, Any]:

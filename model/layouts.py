@@ -171,11 +171,12 @@ ROWS: tuple[Row, ...] = (
 )
 
 IGNORED = re.compile(
-    r"pixel_mean|pixel_std"
+    r"pixel_mean|pixel_std|n_averaged"
     r"|image_encoder\.(?:head|norm_head)\.(?:weight|bias)"
     r"|image_encoder\.layers\.\d\.blocks\.\d+\.attn\.(?:attention_bias_idxs|ab)"
 )
-"""Original names that some files carry and nothing reads: TinyViT's ImageNet classifier, constants."""
+"""Names that some files carry and nothing reads: TinyViT's ImageNet classifier, constants, the counter of
+PyTorch's `AveragedModel`."""
 
 TIED_PE = "prompt_encoder.shared_embedding.positional_embedding"
 """The second name under which transformers keeps the positional matrix."""
@@ -183,9 +184,10 @@ TIED_PE = "prompt_encoder.shared_embedding.positional_embedding"
 WRAPPED = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What wrappers of PyTorch put into names, at the front or, where one part was wrapped, in the middle."""
 
-BEFORE_PARTS = re.compile(
-    r"((?:\w+\.)*?)(?:image_encoder|vision_encoder|prompt_encoder|mask_decoder|shared_image_embedding)\."
-)
+PARTS = ("image_encoder", "vision_encoder", "prompt_encoder", "mask_decoder", "shared_image_embedding")
+"""The parts of a model, in either layout."""
+
+BEFORE_PARTS = re.compile(rf"((?:[^.]+\.)*?)(?:{'|'.join(PARTS)})\.")
 
 COLUMN = {"native": 0, "original": 1, "transformers": 2}
 
@@ -232,10 +234,15 @@ def detect_layout(names: Mapping[str, object]) -> Layout | None:
 
 
 def decoder_alone(names: Mapping[str, object]) -> Literal["SAM-HQ", "SAM"] | None:
-    """Return whose mask decoder the names are of, when there is no image encoder beside it; else None."""
-    if detect_layout(names) or not any("iou_prediction_head." in name for name in names):
+    """Return whose mask decoder the names are of, when there is no image encoder beside it; else None.
+
+    Of SAM-HQ's it may be the HQ layers alone, which are all that its training changes.
+    """
+    if detect_layout(names):
         return None
-    return "SAM-HQ" if any(name.endswith(("hf_token.weight", "hq_token.weight")) for name in names) else "SAM"
+    if any(name.endswith(("hf_token.weight", "hq_token.weight")) for name in names):
+        return "SAM-HQ"
+    return "SAM" if any("iou_prediction_head." in name for name in names) else None
 
 
 def foreign_model(names: Mapping[str, object]) -> str | None:

@@ -11,7 +11,9 @@ import hashlib
 import io
 import json
 import os
+import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +25,8 @@ import safetensors.torch
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 
+from model.layouts import PARTS
+
 Source = str | Path | bytes | BinaryIO | Mapping[str, bytes | BinaryIO]
 Read = Callable[[str], bytes | None]
 """Returns the bytes of a file of a folder by name, None when the folder has no such file."""
@@ -31,9 +35,24 @@ SINGLE, CONFIG = "model.safetensors", "config.json"
 IN_FOLDER = (SINGLE, f"{SINGLE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Under these names transformers looks for the weights of a folder, in this order."""
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-OF_SAM = "iou_prediction_head."
-"""Part of the names of every model of this family and in every layout, also of a decoder alone."""
+OF_SAM = ("iou_prediction_head.", "hf_token.", "hq_token.")
+"""Parts of the names of every model of this family in every layout, also of a decoder or its HQ layers."""
 DEEPEST_WRAPPER = 4
+OF_TENSORS = re.compile(
+    r"torch\.(?:\w+Storage|Size|device|_utils\.\w+|storage\.\w+|_tensor\.\w+)|collections\.OrderedDict"
+)
+"""What a pickle of tensors is made of."""
+PACKED = {
+    b"\x1f\x8b": "gunzip",
+    b"\xfd7zXZ\x00": "unxz",
+    b"BZh": "bunzip2",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"7z\xbc\xaf": "7z x",
+    b"Rar!": "unrar x",
+}
+"""How packed files begin, and what unpacks them."""
+SHORTEST = 10_000
+"""No weights are as short: fewer bytes of text are an answer, not a file."""
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+))?")
 PUBLISHED_LICENSES = {
     "lkeab/hq-sam": "Apache-2.0",
@@ -77,10 +96,14 @@ def read_weights(source: Source, *, revision: str | None = None) -> WeightFiles:
         return read_single(as_bytes(source), name=str(getattr(source, "name", "given bytes")))
     path = Path(source)
     if path.is_dir():
-        there = [name for name in sorted(os.listdir(path)) if name.endswith(ENDINGS)]
+        there = [] if any((path / name).is_file() for name in IN_FOLDER) else near(path)
         return read_folder(lambda name: read_if_there(path / name), str(path), there=there)
     if path.name in IN_FOLDER and path.exists():
         return read_folder(lambda name: read_if_there(path.parent / name), str(path), names=(path.name,))
+    if path.name == CONFIG and path.exists():
+        raise CheckpointError(f"{source}: describes a model and holds no weights; name the folder it is in")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{source}: a pipe or device; wanted a file, which every worker can open again")
     if path.exists():
         return read_single(path.read_bytes(), name=str(path))
     hub_id = HUB_ID.fullmatch(str(source))
@@ -89,6 +112,18 @@ def read_weights(source: Source, *, revision: str | None = None) -> WeightFiles:
             f"{source}: no such file or folder, nor a hub id (org/name or org/name/file.pth)"
         )
     return read_hub(hub_id["repo"], hub_id["file"], revision)
+
+
+def near(folder: Path) -> list[str]:
+    """Return what may be meant in a folder without weights of a known name: files, and folders with some.
+
+    Such as `checkpoint-500` of a trainer, or `snapshots/<commit>` in the hub's cache.
+    """
+    files = [x for x in sorted(folder.iterdir()) if x.name.endswith(ENDINGS) and x.is_file()]
+    deeper = (
+        x for depth in ("*", "*/*") for name in IN_FOLDER for x in sorted(folder.glob(f"{depth}/{name}"))
+    )
+    return [str(x.relative_to(folder)) for x in files] + [str(x.parent.relative_to(folder)) for x in deeper]
 
 
 def read_single(data: bytes, *, name: str, license: str | None = None) -> WeightFiles:
@@ -210,12 +245,17 @@ def what_else(data: bytes) -> str:
         return "; it is empty: fetch it again"
     if data.startswith(b"version https://git-lfs"):
         return "; it is a Git LFS pointer, fetch the file itself with `git lfs pull`"
-    if data.startswith(b"\x1f\x8b"):
-        return "; it is a gzip file: unpack it with `gunzip`"
+    packed = next((tool for start, tool in PACKED.items() if data.startswith(start)), None)
+    if packed:
+        return f"; it is a packed file: unpack it with `{packed}`"
     if data[257:262] == b"ustar":
         return "; it is a tar archive: unpack it, and name the file in it"
     if data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
         return "; it is a web page saved under this name: the address led to no file, fetch it again"
+    if len(data) < SHORTEST and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in data):
+        return (
+            "; it is a text, perhaps what a server answered instead of the file: look at it, fetch it again"
+        )
     return ""
 
 
@@ -224,7 +264,7 @@ def parse_safetensors(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load(data)
     except Exception as error:
-        raise CheckpointError(f"{name}: damaged safetensors file: {error}") from error
+        raise CheckpointError(f"{name}: damaged safetensors file ({error}): fetch it again") from error
 
 
 def parse_pth(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
@@ -234,7 +274,9 @@ def parse_pth(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
     has set it, turn the load into an execution of whatever the file holds.
     """
     try:
-        values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch asks for a report of what is told below in our words
+            values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{name}: {why_unread(data, str(error))}") from error
     found = list(tensor_dicts(values))
@@ -243,7 +285,9 @@ def parse_pth(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"{name}: holds a {type(values).__name__}{held} without tensors by name; wanted a state dict"
         )
-    models = [(path, tensors) for path, tensors in found if any(OF_SAM in key for key in tensors)]
+    models = [
+        (path, tensors) for path, tensors in found if any(part in key for key in tensors for part in OF_SAM)
+    ]
     if not models:
         return max((tensors for _, tensors in found), key=len)
     (path, tensors), *others = models
@@ -263,12 +307,20 @@ def tensor_dicts(values: object) -> Iterator[tuple[str, dict[str, torch.Tensor]]
         if not isinstance(value, dict) or id(value) in seen:  # a pickle may hold a dict in itself
             continue
         seen.add(id(value))
-        tensors = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+        parts = {key: value[key] for key in PARTS if isinstance(value.get(key), dict)}
+        tensors = tensors_of(value)
+        for part, held in parts.items():  # each part saved on its own
+            tensors |= {f"{part}.{key}": tensor for key, tensor in tensors_of(held).items()}
         if tensors:
             yield path, tensors
         if depth < DEEPEST_WRAPPER:
-            inner = [(key, one) for key, one in value.items() if isinstance(one, dict)]
+            inner = [(key, one) for key, one in value.items() if isinstance(one, dict) and key not in parts]
             waiting += [(f"{path}[{key!r}]", one, depth + 1) for key, one in inner]
+
+
+def tensors_of(values: Mapping[object, object]) -> dict[str, torch.Tensor]:
+    """Return the tensors by name that stand in a dict itself."""
+    return {k: v for k, v in values.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
 
 
 def same_tensors(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
@@ -297,19 +349,51 @@ def why_unread(data: bytes, said: str) -> str:
         )
     if "TorchScript" in said:
         return f"a TorchScript archive, which holds code; {alone}"
+    pickled = data
     with contextlib.suppress(Exception):  # of a torn or hostile archive zipfile raises errors of many kinds
-        names = zipfile.ZipFile(io.BytesIO(data)).namelist()
-        if not any(name.endswith("/data.pkl") for name in names):
-            return f"a zip archive of {', '.join(names[:8])}: unpack it, and name the file in it"
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        names = archive.namelist()
+        inner = [name for name in names if name.endswith(ENDINGS)]
+        pickles = [name for name in names if name.endswith("/data.pkl")]
+        if not pickles:
+            what = f"a zip archive of {', '.join(inner or names[:8]) or 'nothing'}"
+            return f"{what}: unpack it, and name the file in it" if inner else f"{what}; {alone}"
+        pickled = archive.read(pickles[0])
+    if pickled[:2] in (b"\x80\x04", b"\x80\x05"):
+        name = foreign_class(pickled)
+        held = f" with {name} in it" if name else ""
+        return f"a pickle of protocol {pickled[1]}{held}, which is not read (torch.save writes 2); {alone}"
     return f"damaged, or more than plain tensors; fetch it again, or {alone}"
+
+
+def foreign_class(pickled: bytes) -> str | None:
+    """Return the first class or function in a pickle of protocol 4 or 5 that belongs to no tensor."""
+    strings: list[str] = []
+    memo: list[str] = []
+    with contextlib.suppress(Exception):  # of a torn or hostile pickle; nothing of it is run
+        for op, value, _ in pickletools.genops(pickled):
+            name = None
+            if "UNICODE" in op.name:
+                strings.append(str(value))
+            elif op.name == "MEMOIZE":  # of whatever came last; only names are looked up again
+                memo.append(strings[-1] if strings else "")
+            elif op.name in ("BINGET", "LONG_BINGET"):
+                strings.append(memo[int(value or 0)])
+            elif op.name == "STACK_GLOBAL":
+                name = ".".join(strings[-2:])
+            elif op.name == "GLOBAL":
+                name = str(value).replace(" ", ".")
+            if name and not OF_TENSORS.fullmatch(name):
+                return name
+    return None
 
 
 def parse_json(data: bytes, *, name: str) -> dict[str, Any]:
     """Return a JSON object, or raise `CheckpointError` naming the file."""
     try:
         values = json.loads(data)
-    except ValueError as error:
-        raise CheckpointError(f"{name}: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: not JSON ({error}){what_else(data)}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{name}: holds a {type(values).__name__}; wanted a JSON object")
     return values
@@ -320,7 +404,7 @@ def stated_license(data: bytes) -> str | None:
     if data[8:9] != b"{":
         return None
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    license = header.get("__metadata__", {}).get("license")
+    license = (header.get("__metadata__") or {}).get("license")  # null is allowed, and is none
     return license if isinstance(license, str) else None
 
 

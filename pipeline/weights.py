@@ -60,8 +60,10 @@ def open_weights(source: str, options: Mapping[str, Any]) -> Source:
     if source.endswith(ENDINGS):
         return open_input(source, options)
     found = list_objects(source, options)
-    if not found:
+    if not found and source.endswith("/"):
         raise JobRefused(f"{source}: there is no such folder, or it is empty")
+    if not found:  # a file of any name, such as model_best.pth.tar
+        return open_input(source, options)
     folder = source.rstrip("/") + "/"
     return {entry.key.removeprefix(folder): open_input(entry.key, options) for entry in found}
 

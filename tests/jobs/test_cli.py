@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 import typer
 from typer.testing import CliRunner
@@ -200,6 +201,16 @@ def test_keys_of_a_config_that_are_not_known_are_told_wherever_the_weights_are_d
         SimpleNamespace(weights=weights, masks=SimpleNamespace(dtype="float32")), asked_dtype="auto"
     )
     assert rows[-1] == ("", said)
+
+
+def test_a_licence_out_of_a_file_is_printed_as_plain_text(checkpoint: Path, tmp_path: Path) -> None:
+    tensors = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", {"license": "\x1b[1mMIT\nor so"})
+
+    assert (
+        r"licence \x1b[1mMIT\nor so"
+        in run("doctor", "--no-ray", "--checkpoint", f"{tmp_path}/a.safetensors")[1]
+    )
 
 
 def test_a_checkpoint_that_is_more_than_tensors_is_refused_in_one_line_of_plain_text(tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ def test_a_torn_file_is_refused(folder, pth, tmp_path, name, keep):
 
 def test_a_missing_tensor_is_named(pth):
     with pytest.raises(
-        CheckpointError, match=r"1 tensors are missing: mask_decoder\.hf_mlp\.layers\.1\.weight"
+        CheckpointError, match=r"1 tensor is missing: mask_decoder\.hf_mlp\.layers\.1\.weight"
     ):
         load(
             edited_pth(

@@ -6,9 +6,13 @@ What is saved is the original package's own `Sam`; the wrappers are PyTorch's ow
 from __future__ import annotations
 
 import argparse
+import bz2
 import gzip
 import io
 import json
+import lzma
+import os
+import pickle
 import re
 import tarfile
 import zipfile
@@ -20,6 +24,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from model.checkpoints import CheckpointError, load, save_transformers
 from model.config import ConfigError, vit_config
@@ -143,6 +148,41 @@ def test_a_known_key_that_says_what_is_not_done_is_refused(key, value, message, 
         load(folder)
 
 
+def test_numbers_of_a_config_may_have_been_floats(folder, saved_model):
+    floats = {"vision_config__image_size": 128.0, "vision_config__global_attn_indexes": [1.0]}
+    single = float(np.float32(1e-6))
+    assert single != 1e-6
+    text = (CONFIGS / "transformers-4.57.1.json").read_text()
+
+    loaded = load(with_config(folder, text, vision_config__layer_norm_eps=single, **floats))
+
+    assert same(loaded.model, saved_model)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"a":' * 200_000, "", "<html>", '{"a": 1' + "0" * 6000 + "}"]
+)
+def test_a_config_or_an_index_that_is_no_json_is_refused(text, folder):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
+        load(folder)
+    (folder / "model.safetensors").rename(folder / "model.safetensors.index.json")
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json: not JSON"):
+        load(folder)
+
+
+def test_metadata_of_safetensors_may_be_null(folder, saved_model):
+    data = (folder / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({**json.loads(data[8:end]), "__metadata__": None}).encode()
+
+    loaded = load(len(header).to_bytes(8, "little") + header + data[end:])
+
+    assert same(loaded.model, saved_model)
+    assert loaded.weights.license is None
+
+
 def test_what_a_config_leaves_out_the_tensors_tell(folder, saved_model):
     for text in ("{}", '{"vision_config": null}', '﻿{"model_type": "sam_hq"}'):
         (folder / "config.json").write_text(text, encoding="utf-8")
@@ -195,6 +235,32 @@ def test_a_folder_without_the_known_names_says_what_could_be_named(tmp_path):
         CheckpointError, match=r"neither.*pytorch_model\.bin.*epoch_1\.pth, epoch_2\.pth: name one"
     ):
         load(tmp_path)
+
+
+def test_folders_with_weights_below_are_told(folder, tmp_path):
+    run, cache = tmp_path / "run", tmp_path / "models--org--name"
+    run.mkdir()
+    folder.rename(run / "checkpoint-500")
+    (cache / "snapshots").mkdir(parents=True)
+    (cache / "snapshots" / "0123").symlink_to(run / "checkpoint-500")
+    (run / "model.safetensors").symlink_to("gone")
+
+    for place, below in ((run, "checkpoint-500"), (cache, "snapshots/0123")):
+        with pytest.raises(CheckpointError, match=f"it holds {below}: name one"):
+            load(place)
+        load(place / below)
+
+
+def test_a_config_is_no_place_of_weights(folder):
+    with pytest.raises(CheckpointError, match="holds no weights; name the folder it is in"):
+        load(folder / "config.json")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "weights.pth")
+
+    with pytest.raises(CheckpointError, match="a pipe or device; wanted a file"):
+        load(tmp_path / "weights.pth")
 
 
 def test_safetensors_may_hold_the_original_layout(sam, model, tmp_path):
@@ -257,6 +323,13 @@ WRAPPED = {
         "scaler": {"scale": 65536.0, "growth": torch.ones(1)},
     },
     "equal average beside": lambda sam: {"model": sam.state_dict(), "ema": dict(sam.state_dict())},
+    "averaged": lambda sam: AveragedModel(sam).state_dict(),
+    "averaged, beside an epoch": lambda sam: {"model_ema": AveragedModel(sam).state_dict(), "epoch": 3},
+    "each part on its own": lambda sam: {
+        "epoch": 3,
+        "model": {name: part.state_dict() for name, part in sam.named_children()},
+    },
+    "a name with a dash": lambda sam: {f"my-sam.{n}": tensor for n, tensor in sam.state_dict().items()},
     "parameters": lambda sam: {**dict(sam.named_parameters()), **dict(sam.named_buffers())},
 }
 
@@ -301,7 +374,7 @@ def test_names_under_two_prefixes_are_refused(sam):
 
 def test_what_stands_outside_the_model_is_left_over_by_name(sam):
     state = {f"model.{n}": t for n, t in sam.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"1 tensors are left over: adapter\.weight"):
+    with pytest.raises(CheckpointError, match=r"1 tensor is left over: adapter\.weight; save"):
         load(saved(state | {"adapter.weight": torch.ones(2)}))
 
 
@@ -354,11 +427,17 @@ def test_tensors_that_share_or_stride_their_memory_are_read(sam, model):
 # The decoder alone
 
 
-def test_a_decoder_alone_is_named_and_the_advice_makes_it_whole(sam, model, tmp_path):
-    hq = ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
-    plain = {n: t for n, t in sam.state_dict().items() if not any(part in n for part in hq)}
+HQ_LAYERS = ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
+
+
+@pytest.mark.parametrize("prefix", ["", "mask_decoder."])
+@pytest.mark.parametrize("only_hq", [False, True])
+def test_a_decoder_alone_is_named_and_the_advice_makes_it_whole(prefix, only_hq, sam, model, tmp_path):
+    plain = {n: t for n, t in sam.state_dict().items() if not any(part in n for part in HQ_LAYERS)}
     torch.save(plain, tmp_path / "sam_vit_l.pth")
-    torch.save(sam.mask_decoder.state_dict(), tmp_path / "epoch_11.pth")
+    decoder = sam.mask_decoder.state_dict()
+    kept = {prefix + n: t for n, t in decoder.items() if n.startswith(HQ_LAYERS) or not only_hq}
+    torch.save(kept, tmp_path / "epoch_11.pth")
     with pytest.raises(CheckpointError, match="mask decoder of SAM-HQ alone") as refusal:
         load(tmp_path / "epoch_11.pth")
 
@@ -366,6 +445,14 @@ def test_a_decoder_alone_is_named_and_the_advice_makes_it_whole(sam, model, tmp_
     exec(re.sub(r"'(\w+\.pth)'", rf"'{tmp_path}/\1'", advice), {"torch": torch})
     assert same(load(tmp_path / "sam_hq.pth").model, model)
     assert len(str(refusal.value)) < 450  # a refusal is cut at 500 characters, path and all
+
+
+def test_a_decoder_alone_of_transformers_is_not_merged_with_the_authors_sam(folder):
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    decoder = {n: t.clone() for n, t in tensors.items() if n.startswith("mask_decoder.")}
+
+    with pytest.raises(CheckpointError, match=r"SAM-HQ alone; save the whole model: model\.save_pretrained"):
+        load(safetensors.torch.save(decoder))
 
 
 def test_a_decoder_alone_is_named_in_its_wrappers_too(sam):
@@ -413,6 +500,24 @@ def test_what_is_more_than_tensors_is_named_and_torch_is_not_quoted(name, legacy
     assert not re.search("weights_only|safe_globals|trust|PyTorch 2|https?:", said)
 
 
+@pytest.mark.parametrize("protocol", [4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_other_pickles_are_named_with_what_is_in_them(protocol, zipped, sam, recwarn):
+    def packed(value: object) -> bytes:
+        return saved(value, pickle_protocol=protocol) if zipped else pickle.dumps(value, protocol)
+
+    with pytest.raises(
+        CheckpointError, match=rf"a pickle of protocol {protocol}, which is not read"
+    ) as refusal:
+        load(packed(sam.state_dict()))
+    assert "weights alone: torch.save(" in str(refusal.value)
+    for value in (argparse.Namespace(lr=1e-4), sam):
+        name = f"{type(value).__module__}.{type(value).__name__}"
+        with pytest.raises(CheckpointError, match=rf"protocol {protocol} with {re.escape(name)} in it"):
+            load(packed({"args": value, "model": sam.state_dict()}))
+    assert not [w for w in recwarn if "weights_only" in str(w.message)]
+
+
 def test_the_same_weights_alone_are_read(sam, model):
     """Guards the test above: nothing but what is beside the weights is in the way."""
     assert same(load(saved({"model": BESIDE["argparse.Namespace"](sam)["model"]})).model, model)
@@ -433,9 +538,13 @@ def test_a_torchscript_archive_is_named():
 
 def packed(sam: nn.Module, kind: str) -> bytes:
     data, buffer = saved(sam.state_dict()), io.BytesIO()
-    if kind == "gzip":
-        return gzip.compress(data, 1)
-    if kind == "zip":
+    if kind in ("gzip", "xz", "bz2"):
+        return {"gzip": gzip, "xz": lzma, "bz2": bz2}[kind].compress(data[:9000])
+    if kind == "arrays":
+        np.savez(buffer, pos_embed=np.zeros(3))
+    elif kind == "nothing":
+        zipfile.ZipFile(buffer, "w").close()
+    elif kind == "zip":
         with zipfile.ZipFile(buffer, "w") as archive:
             archive.writestr("sam_hq_vit_b.pth", data)
     else:
@@ -452,6 +561,10 @@ def packed(sam: nn.Module, kind: str) -> bytes:
         ("gzip", "gunzip"),
         ("zip", r"a zip archive of sam_hq_vit_b\.pth: unpack"),
         ("tar", "a tar archive: unpack"),
+        ("xz", "unxz"),
+        ("bz2", "bunzip2"),
+        ("arrays", r"a zip archive of pos_embed\.npy; in the program that made it, save"),
+        ("nothing", "a zip archive of nothing;"),
     ],
 )
 def test_packed_weights_are_named(kind, message, sam):
@@ -476,8 +589,10 @@ def test_an_archive_that_cannot_be_listed_is_damaged(sam):
         (b"\xef\xbb\xbf\r\n<html>", "it is a web page"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "it is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 379\n", "git lfs pull"),
-        (b'{"error": "Repository not found"}', "neither a .pth nor a safetensors file"),
-        (b"\x80\x04\x95\x00", "damaged"),
+        (b'{"error": "Repository not found"}', "neither a .pth nor a safetensors file.*it is a text"),
+        (b"Entry not found", "it is a text, perhaps what a server answered"),
+        (b"\x80\x02\x95\x00", "damaged"),
+        (b"\x80\x04\x95\x00", "a pickle of protocol 4"),
     ],
 )
 def test_what_came_instead_of_the_weights_is_named(data, message, tmp_path):

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 from model.checkpoints import CheckpointError, load
+from pipeline.errors import JobRefused
 from pipeline.weights import open_weights
 from tests.conftest import MotoS3
 from tests.e2e.scenes import small_checkpoint
@@ -30,9 +31,14 @@ def test_files_and_folders_in_a_bucket_are_read_like_local_ones(moto_s3: MotoS3,
     s3.put(str(tmp_path / "last.ckpt"), f"{place}/runs/last.ckpt")
 
     assert load(open_weights(f"{place}/whole", moto_s3.options)).weights.sha256 == wanted.sha256
-    for name in ("bin", "bin/pytorch_model.bin", "runs/last.ckpt"):
+    s3.put(str(tmp_path / "last.ckpt"), f"{place}/tar/model_best.pth.tar")
+
+    for name in ("bin", "bin/pytorch_model.bin", "runs/last.ckpt", "tar/model_best.pth.tar"):
         assert (
             load(open_weights(f"{place}/{name}", moto_s3.options)).weights.architecture == wanted.architecture
         )
     with pytest.raises(CheckpointError, match=r"it holds last\.ckpt: name one"):
         load(open_weights(f"{place}/runs", moto_s3.options))
+    for name in ("gone", "gone/"):
+        with pytest.raises(JobRefused, match="there is no such"):
+            open_weights(f"{place}/{name}", moto_s3.options)
