@@ -136,7 +136,7 @@ def match_truth(saved: SavedJob, truth: Truth, how: How) -> Matched:
     """
     manifest = require_published(saved.store)
     published = selected_images(saved.store, manifest, how.selection, _COLUMNS)
-    image_words, images = _match_images(published, truth)
+    image_words, images, unknown = _match_images(published, truth)
     crowds = sum(_is_crowd(row) for one, _ in images for row in one.instances)
     rows = [row for one, _ in images for row in one.instances if not _is_crowd(row)]
     classes = _match_classes(rows, truth, how)
@@ -162,6 +162,7 @@ def match_truth(saved: SavedJob, truth: Truth, how: How) -> Matched:
     ]
     left_out = {
         "images of the truth that the job does not have": len(truth.images) - len(images),
+        "images of the job that the truth does not have": unknown,
         "images of another size in the truth": len(images) - len(same_size),
         "boxes of crowds, which are regions to pass over and got no mask": crowds,
         "masks of classes that the truth does not have": sum(
@@ -218,8 +219,11 @@ def _found(row: Row, image: TruthImage, category_id: int | None, score: float) -
 
 def _match_images(
     published: Iterable[ImageRows], truth: Truth
-) -> tuple[str, list[tuple[ImageRows, TruthImage]]]:
-    """How the truth's images were found, and each with our rows: by the rule that finds the most."""
+) -> tuple[str, list[tuple[ImageRows, TruthImage]], int]:
+    """How the truth's images were found, and each with our rows: by the rule that finds the most.
+
+    And how many of ours are none of the truth's.
+    """
     named = [image for image in truth.images.values() if image.file_name]
     by_file = {image.file_name: image for image in named}
     if len(by_file) < len(named):
@@ -252,7 +256,7 @@ def _match_images(
         raise _no_image(ours, truth, hint if by_file or not named else doubled)
     if len(matched) < len(found[name]):
         raise UsageError("several published images have the file name of one image of the truth")
-    return f"{name}. {hint}".rstrip(". "), found[name]
+    return f"{name}. {hint}".rstrip(". "), found[name], len(ours) - len(found[name])
 
 
 def _hint(ours: Sequence[str], theirs: Sequence[str]) -> str:
@@ -262,10 +266,13 @@ def _hint(ours: Sequence[str], theirs: Sequence[str]) -> str:
 
 
 def _no_image(ours: Sequence[str], truth: Truth, hint: str) -> UsageError:
-    theirs = [f"id {one.image_id}, file_name {one.file_name!r}" for one in truth.images.values()][:1]
-    example = repr(ours[0]) if ours else "none"
-    said = f"no image of the truth is in the tables: theirs {theirs}, ours image_id {example}. {hint}"
-    return UsageError(clean_text(said.rstrip()))
+    one = next(iter(truth.images.values()), None)
+    id_and_name = (console.shown(one.image_id), console.shown(one.file_name)) if one else ()
+    theirs = "id '{}', file_name '{}'".format(*id_and_name) if one else "none"
+    example = f"'{console.shown(ours[0])}'" if ours else "none"
+    said = f"no image of the truth is in the tables: theirs {theirs}; ours image_id {example}. {hint}"
+    wanted = "" if hint else "Wanted: the image_id as id or file_name there, or the same name of the file"
+    return UsageError(clean_text(f"{said.rstrip()} {wanted}".rstrip()))
 
 
 def _match_classes(rows: Sequence[Row], truth: Truth, how: How) -> Classes:
@@ -298,7 +305,18 @@ def _match_classes(rows: Sequence[Row], truth: Truth, how: How) -> Classes:
             f"theirs {clean_text(str(theirs))}{_nearly(named, by_name)}. "
             "To let classes not count: --class-agnostic"
         )
-    return Classes(names=truth.categories, words="by category_id", number_of=_id_among(truth.categories))
+    return Classes(
+        names=truth.categories,
+        words="by category_id" + _shifted(ids, truth.categories),
+        number_of=_id_among(truth.categories),
+    )
+
+
+def _shifted(ours: Collection[int | None], theirs: Collection[int]) -> str:
+    """What to say of ids that count from 0 here, as YOLO's do, and from 1 there; else ""."""
+    if 0 not in ours or 0 in theirs or 1 not in theirs:
+        return ""
+    return "; the boxes count classes from 0, the truth from 1: the same number may be another class"
 
 
 def _any(_: Row) -> int:

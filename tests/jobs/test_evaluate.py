@@ -121,7 +121,10 @@ def test_a_detectors_boxes_are_matched_by_place_file_name_and_class_name(
     assert found["matched"]["objects"].startswith("by their boxes")
     assert found["matched"]["score"] == "detector_score x predicted_iou"
     assert found["images"] == 2
-    assert found["left_out"] == {"images of the truth that the job does not have": 1}
+    assert found["left_out"] == {
+        "images of the truth that the job does not have": 1,
+        "images of the job that the truth does not have": 1,
+    }
     by_name = {one["name"]: one for one in found["categories"]}
     assert by_name["cat"]["mask_ap"] == pytest.approx(1)
     assert by_name["dog"]["mask_ap"] == pytest.approx(0.5, abs=0.01), "the failed image counts as missed"
@@ -333,6 +336,45 @@ def test_a_class_that_the_truth_does_not_have_is_not_taken_for_category_0(tmp_pa
 
     assert by_name["mask_ap"]["ap"] == pytest.approx(1)
     assert by_name["left_out"]["masks of classes that the truth does not have"] == 10
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "is_said"),
+    [((0, 1), (1, 2), True), ((0, 1), (0, 1), False), ((1, 2), (1, 2), False), ((0, 5), (5, 7), False)],
+)
+def test_ids_that_count_from_0_here_and_from_1_there_are_said(
+    ours: tuple[int, int], theirs: tuple[int, int], is_said: bool, tmp_path: Path
+) -> None:
+    """As YOLO's boxes without a classes.txt have them, and COCO's."""
+    path = tmp_path / "truth.json"
+    ids = ", ".join(f'{{"id": {number}, "name": "c{number}"}}' for number in theirs)
+    path.write_text(
+        truth_text([{"image_id": 0, "category_id": theirs[0], "segmentation": polygon_of(1)}], ids)
+    )
+    image = MadeImage(image_id="a.jpg", masks=[blob(1, SIZE)] * 2, categories=[(one, None) for one in ours])
+    out = make_output(tmp_path / "out", [image])
+
+    words = figures("--truth", str(path), "--output", out)["matched"]["classes"]
+
+    assert words.startswith("by category_id")
+    assert ("from 0, the truth from 1" in words) == is_said
+
+
+def test_names_of_another_program_are_shown_as_they_are_with_what_is_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "truth.json"
+    image = '{"id": 0, "file_name": "%s", "height": 60, "width": 80}'
+    out = make_output(tmp_path / "out", [MadeImage(image_id="a.jpg", masks=[blob(1, SIZE)])])
+
+    path.write_text(truth_text([], '{"id": 0, "name": "cat"}', image % "a_jpg.rf.0123.jpg"))
+    code, _, err = run("evaluate", "--truth", str(path), "--output", out)
+    assert code == 2
+    assert "theirs id '0', file_name 'a_jpg.rf.0123.jpg'; ours image_id 'a.jpg'" in err
+    assert "Wanted: the image_id as id or file_name there, or the same name of the file" in err
+
+    path.write_text(truth_text([], '{"id": 0, "name": "cat"}', image % r"C:\\data\\a.jpg"))
+    _, _, err = run("evaluate", "--truth", str(path), "--output", out)
+    assert r"file_name 'C:\data\a.jpg'; ours" in err
+    assert "backslashes" in err
 
 
 def test_category_0_of_boxes_without_names_is_category_0_of_the_truth(tmp_path: Path) -> None:
