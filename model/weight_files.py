@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import huggingface_hub
 import safetensors.torch
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from model.layouts import PARTS
 
@@ -190,14 +190,20 @@ def read_hub(repo: str, file: str | None, revision: str | None) -> WeightFiles:
     """Return the tensors of a Hugging Face hub repository, or of one file in it; from its cache if there."""
     commits: list[str] = []
     reasons: list[str] = []
+    unreached: list[str] = []
 
     def read(name: str) -> bytes | None:
         try:
             # One commit for all files, also while somebody pushes to the branch.
             wanted = commits[0] if commits else revision
-            path = Path(huggingface_hub.hf_hub_download(repo, name, revision=wanted))
+            # A hub that once did not answer is not waited for again, 20 s for each name: the cache is left.
+            path = Path(
+                huggingface_hub.hf_hub_download(repo, name, revision=wanted, local_files_only=bool(unreached))
+            )
+        except LocalEntryNotFoundError:
+            unreached.append(f"the hub was not asked for {name}: it does not answer")
+            return None
         except EntryNotFoundError as error:
-            # Also raised without network for what is not in the cache; then the reason says so.
             reasons.append(str(error).splitlines()[0])
             return None
         except (OSError, ValueError) as error:
@@ -215,8 +221,13 @@ def read_hub(repo: str, file: str | None, revision: str | None) -> WeightFiles:
                 raise CheckpointError(f"{repo}: {file} is not there")
             files = read_single(data, name=f"{repo}/{file}", license=license)
     except CheckpointError as error:
+        if unreached and not commits:
+            raise CheckpointError(
+                f"{repo}: the hub does not answer, and {file or 'a file of the model'} is not in "
+                "the cache of this machine. Fetch it where there is a network, and name the file or folder"
+            ) from error
         hint = "; name a file of it, as in lkeab/hq-sam/sam_hq_vit_b.pth" if file is None else ""
-        raise CheckpointError("; ".join([str(error) + hint, *reasons[:1]])) from error
+        raise CheckpointError("; ".join([str(error) + hint, *unreached[-1:], *reasons[:1]])) from error
     return replace(files, source=f"{files.source}@{commits[0]}")
 
 

@@ -207,11 +207,36 @@ def test_the_commit_is_found_in_a_cache_below_a_folder_of_snapshots(folder, monk
     assert load("some/model", revision=commit).weights.source == f"some/model@{commit}"
 
 
-def test_a_hub_id_that_cannot_be_reached_says_so(hub_cache):
-    with pytest.raises(CheckpointError, match=r"some/model: neither model\.safetensors nor"):
+def test_a_hub_that_cannot_be_reached_is_said_and_asked_once(hub_cache, monkeypatch):
+    asked = []
+
+    def download(repo, name, **options):
+        asked.append(options["local_files_only"])
+        return real(repo, name, **options)
+
+    real = huggingface_hub.hf_hub_download
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(
+        CheckpointError, match=r"some/model: the hub does not answer, and a file of the model"
+    ):
         load("some/model")
-    with pytest.raises(CheckpointError, match=r"some/model: file\.pth is not there"):
+    assert asked == [False, True, True, True]
+    with pytest.raises(
+        CheckpointError, match=r"some/model: the hub does not answer, and file\.pth is not in"
+    ):
         load("some/model/file.pth")
+
+
+def test_what_is_in_the_cache_is_found_behind_a_name_that_is_not(model, folder, hub_cache):
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    put_in_cache(hub_cache, "some/model", {p.name: p.read_bytes() for p in folder.iterdir()})
+
+    assert same_weights(load("some/model").model, model)
+    put_in_cache(hub_cache, "some/torn", {"pytorch_model.bin": b"PK"})
+    with pytest.raises(CheckpointError, match="damaged, or more than plain tensors"):
+        load("some/torn")
 
 
 def test_an_existing_path_is_never_a_hub_id(model, tmp_path, monkeypatch, hub_cache):
