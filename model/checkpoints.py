@@ -24,8 +24,8 @@ import safetensors.torch
 import torch
 
 from model.architecture import config_from_shapes, deciding_shapes
-from model.config import ConfigError, SamHQConfig
-from model.config_json import config_to_json, disagreements, stated_side, unknown_keys
+from model.config import ConfigError, SamHQConfig, VisionConfig
+from model.config_json import config_to_json, disagreements, part_of, stated_side, unknown_keys
 from model.layouts import (
     IGNORED,
     TIED_PE,
@@ -193,9 +193,30 @@ def read_config(
         )
     except ConfigError as error:
         raise CheckpointError(in_file_names(str(error), layout)) from error
+    if not early_block_is_told(values or {}, config):
+        grid = config.prompt_encoder.grid
+        raise CheckpointError(
+            f"the table of every block covers the whole grid of {grid}x{grid} tokens, so that blocks with "
+            f"windows of {grid} cannot be told from global ones, the first of which gives the early feature; "
+            "put a config.json with vision_config.global_attn_indexes beside the weights, in a folder"
+        )
     if differing := disagreements(values or {}, config):
         raise CheckpointError(f"config.json and tensors disagree: {', '.join(differing)} by the tensors")
     return config
+
+
+def early_block_is_told(values: Mapping[str, Any], config: SamHQConfig) -> bool:
+    """Return whether it is known which block is the first global one.
+
+    It is not where all may be: a ViT-B at 224 pixels has a grid of 14, as wide as its windows.
+    """
+    vision = config.vision
+    return (
+        not isinstance(vision, VisionConfig)
+        or len(vision.global_attn_indexes) < vision.num_hidden_layers
+        or vision.num_hidden_layers == 1
+        or part_of(values, "vision_config").get("global_attn_indexes") is not None
+    )
 
 
 def build(config: SamHQConfig, native: Mapping[str, torch.Tensor], layout: Layout) -> SamHQ:

@@ -203,6 +203,25 @@ def test_a_small_model_with_the_default_window_is_read(tmp_path):
     assert load(with_config(tmp_path, text, vision_config__window_size=14)).model.config == config
 
 
+def test_windows_as_wide_as_the_grid_are_not_taken_for_global_blocks(tmp_path):
+    """As of a ViT-B trained at 224 pixels; here the grid is 4 tokens wide."""
+    config = vit_config(
+        embed_dim=32, depth=2, num_heads=2, global_attn_indexes=(0, 1), window_size=3, image_size=64,
+        out_channels=32, mlp_dim=64,
+    )  # fmt: skip
+    model = SamHQ.from_config(config, 0)
+    save_transformers(model, tmp_path)
+    assert load(tmp_path).model.config.vision.global_attn_indexes == (0, 1)
+
+    with pytest.raises(CheckpointError, match=r"whole grid of 4x4 tokens.*cannot be told from global ones"):
+        load(saved(original_of(model).state_dict()))
+    text = (tmp_path / "config.json").read_text()
+    with pytest.raises(CheckpointError, match=r"global_attn_indexes is \[1\], but \[0, 1\] by the tensors"):
+        load(
+            with_config(tmp_path, text, vision_config__window_size=4, vision_config__global_attn_indexes=[1])
+        )
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_folder_of_pickled_weights_is_read(shards, folder, saved_model):
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
