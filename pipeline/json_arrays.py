@@ -157,7 +157,8 @@ class _Cutter:
         wanted = b"[" if self._level == 1 else b"{"
         self._opener = self._opener or block.lstrip()[:1]
         if self._opener not in (b"", wanted):
-            raise JsonDamage(f"it begins with {self._opener!r}; wanted {wanted!r}")
+            opener = self._opener.decode("ascii", "backslashreplace")
+            raise JsonDamage(f"it begins with '{opener}'; wanted '{wanted.decode()}'")
         if self._over and block.strip():
             raise JsonDamage(_AFTER)
         ends = np.flatnonzero(depth == 0)

@@ -72,8 +72,8 @@ def _is_records(value: Any) -> bool:
     [
         (b"", "empty"),
         (b"  \n ", "empty"),
-        (b"hello", "begins with b'h'"),
-        (b'{"a": 1}', "begins with b'{'"),
+        (b"hello", "begins with 'h'"),
+        (b'{"a": 1}', "begins with '{'"),
         (b'[{"a": 1}', "ends early"),
         (b'[{"a": "1]', "ends early"),
         (b'[{"a": 1}] x', "after its end"),
