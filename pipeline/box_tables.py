@@ -3,8 +3,8 @@
 The shape is told by the column names: `boxes` (lists), or `bbox` or `x1, y1, x2, y2` (one box). Prompts
 without a box are rows, or list entries, whose box is null. The order of the input is kept.
 
-With one row a box, a row that names its image and nothing else, as a left join writes it, is an image
-without boxes; a row of nulls alone is none at all.
+A row that names its image and nothing else, as a left join writes it, is an image without boxes, and so are
+lists that such rows were gathered into; a row of nulls alone is none at all.
 """
 
 from __future__ import annotations
@@ -311,8 +311,9 @@ def boxes_of_rows(
         with naming_values(uri):
             keys, named = _named_rows(batch, uri, rows.get(uri, 0))
             part, flat = _flatten(named)
+            part, own = _without_empty(part, pa.table(box_columns(flat)))
             parts.append(pa.table(keys | part))
-            boxes.append(pa.table(box_columns(flat)))
+            boxes.append(own)
         rows[uri] = rows.get(uri, 0) + batch.num_rows
         blank += batch.num_rows - named.num_rows
     images = pa.concat_tables([_no_images(names), *parts])
@@ -351,6 +352,23 @@ def _flatten(batch: pa.Table) -> tuple[dict[str, pa.Array], dict[str, pa.Array]]
             error = pc.coalesce(error, _mismatch(name, column, lengths, differs))
     image = {"length": pa.array(lengths), "is_null": pa.array(is_null), "error": error}
     return image, flat
+
+
+def _without_empty(image: dict[str, pa.Array], boxes: pa.Table) -> tuple[dict[str, pa.Array], pa.Table]:
+    """The same without the boxes of images that have none but empty ones: a left join put into lists.
+
+    Where anything stands beside, or lists differ in length, they are kept: as broken boxes, with a reason.
+    """
+    given = single(boxes.column("given"))
+    # [[]] is no join's: a detector wrote a box without numbers
+    empty = _is_empty(boxes) & ((list_lengths(given) > 0) | null_mask(given))
+    if not empty.any():
+        return image, boxes
+    lengths = image["length"].to_numpy()
+    of_image = np.repeat(np.arange(len(lengths)), lengths)
+    full = np.bincount(of_image[~empty], minlength=len(lengths)) > 0
+    kept = full | image["error"].is_valid().to_numpy(zero_copy_only=False)
+    return image | {"length": pa.array(np.where(kept, lengths, 0))}, boxes.filter(pa.array(kept[of_image]))
 
 
 # the list of an image -> the name of one entry, as in BOX_ROWS
@@ -421,13 +439,7 @@ def with_boxes_alone(groups: Groups, boxes: pa.Table) -> Groups:
     and with nothing else either, is what a left join writes for an image without boxes; a row of which
     anything is given, be it a label or one corner, is a box, good or bad.
     """
-    empty = _no_number(single(boxes.column("given")))
-    for name in boxes.column_names if empty.any() else ():
-        column = single(boxes.column(name))
-        if name == "score":
-            column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
-        if name != "given":
-            empty &= null_mask(column)
+    empty = _is_empty(boxes)
     if not empty.any():
         return groups
     rows = np.arange(len(empty)) if groups.rows is None else groups.rows
@@ -435,6 +447,18 @@ def with_boxes_alone(groups: Groups, boxes: pa.Table) -> Groups:
     image = np.repeat(np.arange(len(groups.lengths)), groups.lengths)
     lengths = np.bincount(image[kept], minlength=len(groups.lengths)).astype(np.int64)
     return replace(groups, lengths=lengths, rows=rows[kept])
+
+
+def _is_empty(boxes: pa.Table) -> BoolArray:
+    """True for rows without a number of a box and without anything beside."""
+    empty = _no_number(single(boxes.column("given")))
+    for name in boxes.column_names if empty.any() else ():
+        column = single(boxes.column(name))
+        if name == "score":
+            column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+        if name != "given":
+            empty &= null_mask(column)
+    return empty
 
 
 def _no_number(given: pa.Array) -> BoolArray:

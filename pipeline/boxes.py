@@ -244,12 +244,21 @@ def prompt_faults(boxes: Sequence[Mapping[str, Any]]) -> list[str | None]:
     faults = runs.faults_of([mask["counts"] for _, mask in masks], [mask["size"] for _, mask in masks])
     for (place, _), fault in zip(masks, faults, strict=True):
         if fault is not None and found[place] is None:
-            found[place] = f"its mask: {fault}"
+            mask = boxes[place]["prompt_mask"]
+            is_mask = mask["size"] and mask["counts"]  # else it was read from something else
+            found[place] = f"its mask: {fault}" if is_mask else _NO_MASK
     return found
+
+
+_NO_MASK = (
+    'its mask is not {"size": [height, width], "counts": ...} with the text or whole numbers of COCO\'s runs'
+)
 
 
 def _points_fault(flat: Sequence[float | None], labels: Sequence[int | None]) -> str | None:
     if len(flat) != 2 * len(labels):
+        if len(flat) % 2:  # so reading a table leaves a point that is not two numbers
+            return "a point that is not two numbers"
         return f"{len(flat)} coordinates for {len(labels)} point labels; wanted two for each"
     if len(labels) > MOST_POINTS:
         return f"{len(labels)} points; wanted at most {MOST_POINTS}"

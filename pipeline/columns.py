@@ -415,6 +415,8 @@ def plain(array: pa.Array, kind: Kind) -> pa.Array:
 def _whole(array: pa.Array) -> pa.Array:
     if pa.types.is_float16(array.type):
         array = pc.cast(array, pa.float64())
+    if pa.types.is_floating(array.type) and pc.any(pc.is_nan(array)).as_py():
+        raise pa.ArrowInvalid("holds NaN; wanted whole numbers, and null where there is none")
     try:
         values = pc.cast(array, pa.int64())
     except pa.ArrowInvalid as error:
@@ -464,7 +466,7 @@ def plain_mask(value: Any) -> Any:
     if value is None:
         return None
     size, counts = (value.get("size"), value.get("counts")) if isinstance(value, dict) else (None, None)
-    sides = [_side(side) for side in size] if isinstance(size, list) else []
+    sides = [_side(side) for side in size] if isinstance(size, list | tuple) else []
     text = _text(counts)
     return {"size": sides, "counts": text}
 

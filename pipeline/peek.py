@@ -118,7 +118,8 @@ def _odd_masks(seen: list[_Seen]) -> str | None:
         for one in seen
         if one.header is not None
         for box in one.row["boxes"][:_BOXES_OF_ONE]
-        if box["prompt_mask"] is not None
+        # others are no masks at all, which the plan says
+        if box["prompt_mask"] is not None and min(box["prompt_mask"]["size"] or [0]) > 0
     ]
     odd = [(image_id, size, size_hw) for image_id, size, size_hw in masks if tuple(size) != size_hw]
     if not odd:

@@ -5,7 +5,7 @@ empty field is null, a quoted empty one is the empty string, and words such as N
 called NA. A file that has quoted empty fields, or such words without quotes, in columns of numbers says by it
 how it writes null, in all of its columns. Numbers have a decimal point. A list in a field is the text of
 JSON, of Python, or of a numpy array of numbers or words: [[1, 2, 3, 4]], [(1, 2, 3, 4)], [[1. 2. 3. 4.]]; a
-mask is JSON.
+mask is JSON, or the text of a Python dictionary.
 
 JSONL: one object a line; a missing key is null; NaN and Infinity are read as Python writes them.
 """
@@ -16,6 +16,7 @@ import ast
 import contextlib
 import csv
 import io
+import itertools
 import json
 import re
 import sys
@@ -377,7 +378,8 @@ def _is_castable(value: pa.Scalar, kind: Kind) -> bool:
 def _parse_fields(texts: pa.Array, name: str, kind: Kind) -> pa.Array:
     """Texts of lists -> lists, by writing them as one JSONL and reading that; null stays null."""
     if kind.leaf == "rle":
-        texts = pa.array([text and _masks_field(text, kind.depth) for text in texts.to_pylist()], pa.string())
+        fields = [_masks_field(text, kind.depth, name) if text else None for text in texts.to_pylist()]
+        texts = pa.array(fields, pa.string())
     else:
         texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts)
     schema = pa.schema([(name, kind.arrow_type())])
@@ -486,12 +488,41 @@ def _no_list(text: str, at: int, name: str) -> JsonDamage:
 # ---------------------------------------------------------------------------------------------
 
 
-def _masks_field(text: str, depth: int) -> str:
-    """A CSV field of masks with each as it is to be; what is no JSON, as one mask that cannot be used."""
-    try:
-        return json.dumps(_plain_masks(json.loads(text), depth))
-    except (ValueError, RecursionError):
-        return text if depth else json.dumps(plain_mask(text))  # of a list, the reader says where and why
+def _masks_field(text: str, depth: int, name: str) -> str:
+    """A CSV field of masks with each as it is to be; what shows none, as one mask that cannot be used.
+
+    Raises:
+        JsonDamage: it shows no list, where one is wanted.
+    """
+    value = _shown_masks(text)
+    if depth and not (value is None or isinstance(value, list)):
+        raise JsonDamage(
+            f"{name!r} holds {text[:60]!r}, which is no list of masks; "
+            'wanted JSON such as [{"size": [480, 640], "counts": "..."}, null]'
+        )
+    return json.dumps(_plain_masks(value, depth))
+
+
+_QUOTED = re.compile(r"""b?("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')""", re.DOTALL)
+_AROUND_QUOTED = re.compile(r"(?:[\s0-9.,:\[\]{}()-]|None)*")
+_MOST_OPEN = 8  # of brackets in one another; Python's parser can be made to fail by thousands
+
+
+def _shown_masks(text: str) -> Any:
+    """What a field shows, as JSON or as Python prints its dictionaries and bytes; else the text itself."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    around = _QUOTED.sub("", text)
+    if _AROUND_QUOTED.fullmatch(around) and _deepest(around) <= _MOST_OPEN and "--" not in around:
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return ast.literal_eval(text.strip())
+    return text
+
+
+def _deepest(text: str) -> int:
+    """How many brackets are open at once, at most."""
+    opened = (1 if sign in "[{(" else -1 for sign in text if sign in "[{()}]")
+    return max(itertools.accumulate(opened), default=0)
 
 
 def _plain_masks(value: Any, depth: int) -> Any:

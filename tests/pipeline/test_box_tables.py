@@ -227,15 +227,55 @@ def test_a_mask_of_any_make_costs_no_other_row(tmp_path, shape):
     assert [(A, mask) for mask in wanted] == rows(boxes, "given", "prompt_mask")["a"]
 
 
-def test_a_field_of_csv_that_is_no_json_is_a_mask_that_cannot_be_used(tmp_path):
-    text = "image_id,bbox,prompt_mask\n" + "".join(
-        f'a,"[1,2,3,4]",{field}\n' for field in ("", "\"{'size': [4, 5], 'counts': b'd0'}\"", "[" * 5000)
-    )
-    (tmp_path / "boxes.csv").write_text(text)
+@pytest.mark.parametrize(
+    ("field", "wanted"),
+    [
+        ("", None),
+        ("{'size': [4, 5], 'counts': b'd0'}", {"size": [4, 5], "counts": "d0"}),
+        (" {'counts': 'd\\\\0', 'size': (4, 5)}", {"size": [4, 5], "counts": "d\\0"}),
+        ('{"size": [4, 5], "counts": "d\\u0027"}', {"size": [4, 5], "counts": "d'"}),
+        ("{'size': [4, 5], 'counts': [3, 17]}", {"size": [4, 5], "counts": "3a0"}),
+        ("{'size': array([4, 5]), 'counts': b'd0'}", BROKEN),
+        ("{[]: 1}", BROKEN),
+        ("10 5 30 5", BROKEN),
+        ("[" * 5000, BROKEN),
+        ("-" * 100_000 + "1", BROKEN),
+        ("1," * 5000, BROKEN),
+        ("{'size': [4, 5], 'counts': b'd0'} if 1 else 2", BROKEN),
+        ("{'size': [4, 5], 'counts': 'd0', 'size': 9" + "9" * 5000 + "}", BROKEN),
+    ],
+)
+def test_a_field_of_csv_shows_a_mask_or_one_that_cannot_be_used(tmp_path, field, wanted):
+    with open(tmp_path / "boxes.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["image_id", "bbox", "prompt_mask"], ["a", "[1,2,3,4]", field]])
 
     boxes = read_box_tables([str(tmp_path / "boxes.csv")], {}, AccessRules(), folder=str(tmp_path))
 
-    assert [(None,), (BROKEN,), (BROKEN,)] == rows(boxes, "prompt_mask")["a"]
+    assert [(wanted,)] == rows(boxes, "prompt_mask")["a"]
+
+
+def test_a_list_of_masks_in_a_csv_is_read_as_python_prints_it_or_named(tmp_path):
+    masks = [{"size": [4, 5], "counts": b"d0"}, None, {"size": [4, 5], "counts": "d\\0'"}]
+    for field, error in (
+        (str(masks), None),
+        (str([{"size": np.arange(2)}]), "'prompt_mask' holds \"[{'size'"),
+    ):
+        with open(tmp_path / "boxes.csv", "w", newline="") as file:
+            csv.writer(file).writerows(
+                [["image_id", "boxes", "prompt_mask"], ["a", str([A, A, A]), field], ["b", str([A]), ""]]
+            )
+
+        if error is None:
+            boxes = read_box_tables([str(tmp_path / "boxes.csv")], {}, AccessRules(), folder=str(tmp_path))
+            wanted = [
+                mask and mask | {"counts": text}
+                for mask, text in zip(masks, ("d0", "", "d\\0'"), strict=True)
+            ]
+            assert [(mask,) for mask in wanted] == rows(boxes, "prompt_mask")["a"]
+            continue
+        with pytest.raises(JobRefused, match="no list of masks; wanted JSON such as") as refused:
+            read_box_tables([str(tmp_path / "boxes.csv")], {}, AccessRules(), folder=str(tmp_path))
+        assert error in str(refused.value)
 
 
 @pytest.mark.parametrize(

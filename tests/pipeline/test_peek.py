@@ -237,11 +237,12 @@ def test_masks_of_another_size_than_their_picture_are_warned_of(photos: Path, tm
             (6, [width, height]),
         )
     ]  # 3 and 6 are turned by EXIF, so that they stand upright
+    rows.append({"image_id": "004.jpg", "bbox": [1, 2, 3, 4], "prompt_mask": "no mask, which planning says"})
     (tmp_path / "boxes.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     plan = make_plan(InputSettings(images=str(photos), boxes=str(tmp_path / "boxes.jsonl")))
     [sentence] = look(plan.table, BoxRules(), plan.access, LIMITS)
 
-    assert plan.summary.invalid_prompts == 0
+    assert plan.summary.invalid_prompts == 1
     assert sentence.startswith("2 of 4 masks looked at are of another size than their picture")
     assert f"such as [{width}, {height}] for 002.jpg, which is {height} high and {width} wide" in sentence

@@ -639,6 +639,24 @@ def test_prompts_that_cannot_be_used_are_counted_and_the_first_is_named(tmp_path
     assert (0, ()) == (sound_plan.summary.invalid_prompts, sound_plan.summary.warnings)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ({"prompt_mask": "{'size': [4, 5], 'counts': b'd0'}"}, 'its mask is not {"size": [height, width]'),
+        ({"prompt_mask": [[10, 10, 20, 20, 30, 5]]}, 'its mask is not {"size": [height, width]'),
+        ({"prompt_mask": {"size": [4, 5], "counts": [3.5, 17]}}, "the text or whole numbers of COCO's runs"),
+        ({"points": [[1, 2, 1]], "point_labels": [1]}, "a point that is not two numbers"),
+        ({"points": [[1, 2]], "point_labels": None}, "2 coordinates for 0 point labels"),
+    ],
+)
+def test_prompts_made_of_something_else_are_told_in_words(tmp_path, prompt, said):
+    (tmp_path / "b.jsonl").write_text(json.dumps({"image_uri": "a", "bbox": A} | prompt))
+
+    [warning] = planned(boxes=str(tmp_path / "b.jsonl")).summary.warnings
+
+    assert f"box 0 of a: {said}" in warning or said in warning
+
+
 def test_points_and_masks_travel_in_the_plan(tmp_path):
     mask = {"size": [4, 5], "counts": "abc"}
     path = table(

@@ -152,7 +152,7 @@ def test_whole_numbers_kept_as_floats_are_integers(tmp_path, name, kind):
 
 
 @pytest.mark.parametrize(
-    ("value", "reason"), [(1.5, "1.5"), (math.nan, "nan"), (2.0**53, "2**53"), (-(2.0**60), "2**53")]
+    ("value", "reason"), [(1.5, "1.5"), (math.nan, "NaN"), (2.0**53, "2**53"), (-(2.0**60), "2**53")]
 )
 def test_floats_that_are_no_whole_numbers_are_refused_as_ids(tmp_path, value, reason):
     message = refusal(parquet(tmp_path / "a.parquet", {"image_id": [value]}))

@@ -204,6 +204,31 @@ def test_an_empty_row_adds_nothing_to_real_boxes_and_half_a_box_stays_a_box(tmp_
     )
 
 
+@pytest.mark.parametrize("writer", ["polars", "duckdb", "jsonl"])
+def test_a_left_join_gathered_into_lists_lists_an_image_without_boxes(tmp_path: Path, writer: str) -> None:
+    path = tmp_path / ("t.jsonl" if writer == "jsonl" else "t.parquet")
+    lists = BOXED.group_by("image_uri", maintain_order=True).agg(boxes="bbox", labels="label", scores="score")
+    if writer == "duckdb":
+        boxes = "list([x1, y1, x2, y2]) AS boxes, list(label) AS labels, list(score) AS scores"
+        by_duckdb(f"SELECT image_uri, {boxes} FROM rows GROUP BY image_uri")(path)
+    else:
+        (lists.write_ndjson if writer == "jsonl" else lists.write_parquet)(path)
+
+    assert EXPECTED == found(path)
+    assert (3, 1) == (planned(path).summary.boxes, planned(path).summary.without_boxes)
+
+
+def test_of_lists_only_those_of_empty_boxes_alone_are_images_without_boxes(tmp_path: Path) -> None:
+    given = [[[1.0] * 4, [None] * 4], [[None] * 4], [[None, 2.0, None, None]], [[]], [None, None], None, []]
+    labels = [["x", None], ["x"], [None], [None], [None, None], None, []]
+    names = [f"{i}" for i in range(len(given))]
+    pq.write_table(pa.table({"image_uri": names, "boxes": given, "labels": labels}), tmp_path / "t.parquet")
+
+    counts = [None if boxes is None else len(boxes) for boxes in found(tmp_path / "t.parquet").values()]
+
+    assert [2, 1, 1, 1, 0, None, 0] == counts
+
+
 def test_empty_rows_between_those_of_other_images_shift_no_box(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 40, 400)
@@ -499,6 +524,20 @@ def test_ids_that_became_floats_join_as_the_integers_they_were(
     }
 
 
+def test_classes_that_became_floats_beside_gaps_are_ids_in_json_lines_too(tmp_path: Path) -> None:
+    """As `to_json(orient="records", lines=True)` of pandas writes a left join; gaps come late, or first."""
+    box = '"bbox":[1.0,2.0,3.0,4.0],"category_id":%s,"points":[[1,2]],"point_labels":[%s]}'
+    row = '{"image_uri":"%s.jpg",' + box
+    ids = ["0"] * 1500 + ["null", "3.0", "0.0"]
+    path = written(tmp_path / "t.jsonl", "\n".join(row % (i, one, "1.0") for i, one in enumerate(ids)))
+
+    classes = [boxes[0][1] for boxes in found(path).values() if boxes]
+
+    assert {0: 1501, 3: 1, None: 1} == {one: classes.count(one) for one in (0, 3, None)}
+    assert 0 == planned(path).summary.invalid_prompts
+    assert "holds 1.5; wanted a whole number" in refusal(written(path, row % ("a", "1.5", "1")))
+
+
 def test_ids_of_floats_in_a_csv_are_text_and_explained(tmp_path: Path) -> None:
     images = written(tmp_path / "i.csv", "image_id,image_uri\n0,a.jpg\n139,b.jpg\n")
     boxes = written(tmp_path / "t.csv", "image_id,x1,y1,x2,y2\n0.0,0,0,5,5\n139.0,0,0,5,5\n")
@@ -783,6 +822,22 @@ def test_boxes_of_other_lengths_are_warned_of_before_work(
         warnings = " ".join(planned(tmp_path / "t.parquet").summary.warnings)
         assert [] == [part for part in parts if part not in warnings]
         assert bool(parts) == ("box_malformed" in warnings)
+
+
+@pytest.mark.parametrize(("bad", "warned"), [(3, True), (2, False)])
+@pytest.mark.parametrize("number", [None, float("nan"), float("-inf")])
+def test_boxes_that_lack_numbers_are_warned_of_before_work(
+    tmp_path: Path, number: float | None, bad: int, warned: bool
+) -> None:
+    boxes = [[1.0, 2.0, 30.0, 40.0]] * (20 - bad) + [[1.0, number, 30.0, 40.0]] * bad
+    pl.DataFrame({"image_uri": list(map(str, range(20))), "bbox": boxes}).write_parquet(
+        tmp_path / "t.parquet"
+    )
+
+    warnings = " ".join(planned(tmp_path / "t.parquet").summary.warnings)
+
+    assert warned == ("3 of 20 boxes looked at have null, NaN or infinity" in warnings)
+    assert warned == ("box_not_finite" in warnings)
 
 
 def test_prompts_without_a_box_are_of_no_wrong_length(tmp_path: Path) -> None:
