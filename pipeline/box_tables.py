@@ -32,6 +32,7 @@ from pipeline.boxes import LARGEST_SHARE
 from pipeline.columns import (
     CORNERS,
     Kind,
+    called_otherwise,
     corner_columns,
     locate,
     missing_column,
@@ -167,17 +168,21 @@ def _missing_columns(
     """The error for a table that lacks columns: all of them, and one proposal for all that could be meant."""
     lacking, near, box_format = _proposal(names, mapping, uri=uri)
     message = f"{uri}: no column {', no column '.join(lacking)}; found {shown_names(names)}"
-    if not near:
-        return JobRefused(message + _no_names(names))
-    rows = _first_rows(uri, mapping, near, access)
+    rows = _first_rows(uri, mapping, near, access) if near else None
     if rows is None and "category_id" in near:  # `class` may hold words
         near = {ours: theirs for ours, theirs in near.items() if ours != "category_id"}
         rows = _first_rows(uri, mapping, near, access)
+    if not near:
+        return JobRefused(message + (_no_names(names) or called_otherwise(lacking[0])))
     if box_format is not None and _are_shares(rows):
         box_format = cast(BoxFormat, f"{box_format}-normalised")
     flag = f" --box-format {box_format}" if box_format not in (None, "xyxy") else ""
     without = [choice for choice in lacking if not set(choice.split(" or ")) & near.keys()]
-    rest = f"; nothing is called like {', nor like '.join(without)}" if without else ""
+    rest = (
+        f"; nothing is called like {', nor like '.join(without)}{called_otherwise(without[0])}"
+        if without
+        else ""
+    )
     meant = ", ".join(repr(name) for name in near.values())
     return JobRefused(
         f"{message}. If {meant} {'is' if len(near) == 1 else 'are'} meant: "

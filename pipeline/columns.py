@@ -71,7 +71,7 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
         *("imageuri", "uri", "url", "path", "filename", "file", "image", "imagepath", "filepath", "imgpath"),
         *("imagename", "imgname", "imagefile", "img", "imageurl", "fname"),
     ),
-    "image_id": ("imageid", "imgid", "id", "frameid", "frame", "photoid"),
+    "image_id": ("imageid", "imgid", "frameid", "photoid", "frame", "id"),
     "boxes": ("boxes", "bboxes", "detections", "objects", "predboxes", "boundingboxes"),
     "bbox": ("bbox", "box", "boundingbox", "rect"),
     "labels": ("labels", "classes", "categories", "categoryids", "names", "classids", "classnames", "label"),
@@ -159,7 +159,14 @@ def missing_column(
     near = near_columns([wanted.split(" or ")], names, mapping or {})
     if near:
         message += f". If {next(iter(near.values()))!r} is meant: {setting_of(near, mapping or {})}"
+    elif names:
+        message += called_otherwise(wanted)
     return JobRefused(message)
+
+
+def called_otherwise(wanted: str) -> str:
+    """The end of a sentence on a missing column for which no other could be meant by its name."""
+    return f"; if it is called otherwise: --set input.columns.{wanted.split(' or ')[0]}=NAME"
 
 
 def shown_names(names: Sequence[str], count: int = 20) -> str:
@@ -175,7 +182,7 @@ def near_columns(
 
     `exact`: known other names alone, none that is merely spelled alike. No column is proposed twice.
     """
-    free = [name for name in names if name not in mapping.values() and name.isprintable()]
+    free = [name for name in names if name not in mapping.values() and _can_be_pasted(name)]
     found: dict[str, str] = {}
     for choice in wanted:
         known = [(ours, name) for ours in choice if (name := _known(ours, free)) is not None]
@@ -192,7 +199,7 @@ def corner_columns(
     """Our corners -> four columns that hold boxes by their names, and in which format; None without."""
     free = {_bare(name): name for name in reversed(names) if name not in mapping.values()}
     for four, box_format in _CORNER_NAMES:
-        if all(name in free and free[name].isprintable() for name in four):
+        if all(name in free and _can_be_pasted(free[name]) for name in four):
             found = {ours: free[name] for ours, name in zip(CORNERS, four, strict=True)}
             return found, box_format
     return None
@@ -209,7 +216,17 @@ def setting_of(columns: Mapping[str, str], mapping: Mapping[str, str]) -> str:
 def _yaml_word(name: str) -> str:
     """A name as YAML reads it back: as it is, or in quotes (JSON's are YAML's) where that would change it."""
     plain_word = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.\-]*", name) and yaml.safe_load(name) == name
-    return name if plain_word else json.dumps(name, ensure_ascii=False)
+    # What does not show, such as a no-break space, would not survive being copied.
+    return name if plain_word else json.dumps(name, ensure_ascii=not name.isprintable())
+
+
+def _can_be_pasted(name: str) -> bool:
+    """Whether `_yaml_word` comes back as it was: JSON's escapes of signs over 16 bits are not YAML's."""
+    return (
+        bool(name)
+        and all(sign.isprintable() or sign <= "\uffff" for sign in name)
+        and (name.isprintable() or max(name) <= "\uffff")
+    )
 
 
 def _bare(name: str) -> str:

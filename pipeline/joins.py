@@ -283,9 +283,9 @@ def _replaced(*pairs: tuple[str, str]) -> Spelling:
 
 
 def _unquoted(keys: pa.Array) -> pa.Array:
-    """`a%20b` as `a b`."""
+    """`a%20b` as `a b`, and so `a%2520b`, which was encoded twice."""
     encoded = pc.match_substring_regex(keys, "%[0-9A-Fa-f]{2}")
-    texts = [unquote(text) for text in keys.filter(encoded).to_pylist()]
+    texts = [unquote(unquote(text)) for text in keys.filter(encoded).to_pylist()]
     return pc.replace_with_mask(keys, encoded, pa.array(texts, keys.type)) if texts else keys
 
 
@@ -307,6 +307,10 @@ _DIFFERENCES: tuple[Guess, ...] = (
     ("backslashes (Windows)", _replaced((r"\\+", "/"))),
     ("white space or quotes around them", _replaced((r"(\A|/)[\s\"']+", r"\1"), (r"[\s\"']+\z", ""))),
     ("percent-encoding (%20)", _unquoted),
+    (
+        "what Label Studio puts before them",
+        _replaced((r"\A.*/data/(local-files/\?d=|upload/[0-9]+/[0-9a-f]{8}-)", "")),
+    ),
     ("a query behind the name (?, #)", _replaced((r"[?#].*\z", ""))),
     (
         "what stands before them (a scheme, a drive, / or ./)",
@@ -314,6 +318,7 @@ _DIFFERENCES: tuple[Guess, ...] = (
     ),
     ("upper and lower case", pc.utf8_lower),
     ("Unicode form (NFC, NFD)", _composed),
+    ("spaces (_, + or a no-break space for them)", _replaced((r"[\s_+\x{a0}\x{202f}]+", " "))),
     ("the folder", _base),
     ("a .0 behind whole numbers", _replaced((r"\A([0-9]+)\.0\z", r"\1"))),
     ("the ending", _stem),
@@ -321,7 +326,7 @@ _DIFFERENCES: tuple[Guess, ...] = (
 )
 # One difference that has a sentence of its own.
 _GUESSES: tuple[Guess, ...] = (
-    *((f"they differ in {words}", spelling) for words, spelling in _DIFFERENCES[:7]),
+    *((f"they differ in {words}", spelling) for words, spelling in _DIFFERENCES[:9]),
     (
         "the ids of one side end in .0, as pandas writes whole numbers of a column with gaps "
         "(.astype('Int64') before it is written)",
@@ -332,13 +337,11 @@ _GUESSES: tuple[Guess, ...] = (
     ("they agree but for the folder", _base),
 )
 # Several that have a name together, and leave less of the names than the others.
-_COARSE_GUESSES: tuple[Guess, ...] = (
-    ("the ids of the boxes look like file stems", _bare),
-    (
-        "the ids of the boxes look like the numbers in the file names; "
-        "for COCO results give the instances JSON as --images",
-        lambda keys: _unpadded(_replaced((r"\A.*?([0-9]+)[^0-9]*\z", r"\1"))(_bare(keys))),
-    ),
+_STEMS: Guess = ("the ids of the boxes look like file stems", _bare)
+_NUMBERS: Guess = (
+    "the ids of the boxes look like the numbers in the file names; "
+    "for COCO results give the instances JSON as --images",
+    lambda keys: _unpadded(_replaced((r"\A.*?([0-9]+)[^0-9]*\z", r"\1"))(_bare(keys))),
 )
 
 
@@ -348,10 +351,12 @@ def why(keys: pa.Array, wanted: pa.Array) -> str:
     step = max(1, len(missing) // _LOOK_AT)
     sample = missing.take(pa.array(np.arange(0, len(missing), step)))
     but_ending = tuple(one for one in _DIFFERENCES if one[0] != "the ending")
+    numbers = pc.fill_null(pc.match_substring_regex(_bare(sample), r"\A[0-9]+\z"), False)
+    is_numbers = _is_most(numbers.to_numpy(zero_copy_only=False))
     return (
         _one(_GUESSES, keys, sample)
         or _several(but_ending, keys, sample)
-        or _one(_COARSE_GUESSES, keys, sample)
+        or _one([_STEMS, _NUMBERS] if is_numbers else [_STEMS], keys, sample)
         or _several(_DIFFERENCES, keys, sample)
     )
 
@@ -380,6 +385,8 @@ def _several(differences: tuple[Guess, ...], keys: pa.Array, sample: pa.Array) -
         if _is_most(same.to_numpy(zero_copy_only=False)):
             needed = fewer
     words = [words for words, _ in needed]
+    same = pc.fill_null(pc.equal(_spelled(sample, needed), _spelled(theirs, needed)), False)
+    found = np.where(same.to_numpy(zero_copy_only=False), found, -1)
     return _sentence(f"they differ in {' and '.join(words)}", sample, keys, found)
 
 

@@ -694,6 +694,10 @@ _OTHER_NUMBER = re.compile(
 
 _NOT_WHOLE = re.compile(r"Failed to convert JSON to (?P<wanted>decimal128\(38, 0\)): (?P<found>\S+) requires")
 
+_OTHER_HINTS = {
+    ("a number", "text"): " (a missing value is null, not NaN)",
+    ("text", "a list"): " (text that looks like a list is read from CSV alone)",
+}
 _WORDS = {
     "array": "a list",
     "decimal128(38, 0)": "a whole number",
@@ -716,7 +720,7 @@ def _naming_keys(schema: pa.Schema) -> Iterator[None]:
         if (match := _OTHER_TYPE.search(str(error))) is not None:
             key = match["path"].replace("/[]", "[]").replace("/", ".")
             found, wanted = (_WORDS.get(match[name], match[name]) for name in ("found", "wanted"))
-            hint = " (a missing value is null, not NaN)" if (found, wanted) == ("a number", "text") else ""
+            hint = _OTHER_HINTS.get((found, wanted), "")
             raise JsonDamage(f"{key!r} holds {found}; wanted {wanted}{hint}") from error
         if (match := _OTHER_NUMBER.search(str(error)) or _NOT_WHOLE.search(str(error))) is not None:
             keys = [repr(field.name) for field in schema if _leaf_type(field.type) == match["wanted"]]

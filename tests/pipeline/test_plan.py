@@ -461,6 +461,12 @@ NFD = unicodedata.normalize("NFD", "é/ü.jpg")
         ("x/a.jpg", "file:///data/x/a.jpg", "agree but for the folder: "),
         ("000123.jpg", "123.jpg", "differ in leading zeros: "),
         ("x/000123.jpg", "y/123.jpg", "differ in the folder and leading zeros: "),
+        ("d/Cafe 1.jpg", "CAFE 1", "upper and lower case and the folder and the ending: "),
+        ("d/a_1.jpg", "q/a+1.jpg", "in spaces (_, + or a no-break space for them) and the folder: "),
+        ("d/a b.jpg", "d/a\u202fb.jpg", "They differ in spaces (_, + or a no-break space for them): "),
+        ("d/a b.jpg", "d/a%2520b.jpg", "They differ in percent-encoding (%20): "),
+        ("d/a b.jpg", "/data/local-files/?d=d/a%20b.jpg", "They differ in percent-encoding (%20) and "),
+        ("a b.jpg", "/data/upload/1/0a1b2c3d-a_b.jpg", "what Label Studio puts before them and spaces"),
         ("000123.jpg", "123", "look like the numbers in the file names"),
         ("COCO_val2014_000000000139.jpg", "139", "look like the numbers in the file names"),
         ("0.jpg", "00", "look like the numbers in the file names"),
@@ -484,6 +490,17 @@ def test_names_that_differ_are_explained_with_a_pair(tmp_path, there, named, hin
         pair = message.partition(hint)[2]
         assert there.rpartition("/")[2] in pair
         assert "odd" not in pair
+
+
+def test_a_pair_is_shown_of_which_the_sentence_is_true(pictures):
+    images = table(
+        pictures / "i.parquet", {"image_uri": ["1", "2", "3"], "image_id": ["d/a", "d/b", "d/c d"]}
+    )
+    boxes = table(pictures / "b.parquet", {"image_id": ["D/A", "d\\b", "d/c%20d"], "bbox": [A, A, A]})
+
+    message = refusal(images=images, boxes=boxes)
+
+    assert "They differ in backslashes (Windows) and percent-encoding (%20): 'd\\\\b' and 'd/b'" in message
 
 
 def test_names_that_stand_before_others_are_explained(tmp_path):

@@ -679,16 +679,64 @@ def test_a_proposal_keeps_what_is_mapped_already(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["no", "null", "1", "a: b", "ß ü", "#x", "{x}", 'say "x"', "it's", "a\\b", "-", "~"]
+    "name",
+    [
+        *("no", "null", "1", "a: b", "ß ü", "#x", "{x}", 'say "x"', "it's", "a\\b", "-", "~", "🐈"),
+        *("a\u00a0", "\ufeffa", "a\u200bb", "a\tb", "a\x1b"),
+    ],
 )
-def test_any_printable_name_is_proposed_so_that_yaml_and_the_shell_keep_it(tmp_path: Path, name: str) -> None:
+def test_any_name_is_proposed_so_that_yaml_and_the_shell_keep_it(tmp_path: Path, name: str) -> None:
     pq.write_table(
         pa.table({"image_uri": ["a"], f"bbox {name}": [[1.0, 2.0, 3.0, 4.0]]}), tmp_path / "t.parquet"
     )
     from pipeline.columns import setting_of
 
     for columns in ({"bbox": name}, {"bbox": name, "image_uri": f"bbox {name}"}):
-        assert columns == pasted(tmp_path / "t.parquet", setting_of(columns, {})).columns
+        setting = setting_of(columns, {})
+        assert columns == pasted(tmp_path / "t.parquet", setting).columns
+        assert setting.isprintable()
+
+
+@pytest.mark.parametrize("sign", ["\u00a0", "\ufeff", "\u200b"])
+def test_a_header_with_signs_that_do_not_show_gets_a_proposal_that_can_be_copied(
+    tmp_path: Path, sign: str
+) -> None:
+    path = written(tmp_path / "t.csv", f"image_uri{sign},{sign}x1,y1,x2,y2\na.jpg,1,2,3,4\n")
+
+    plan = make_plan(pasted(path, refusal(path)))
+
+    assert [[1.0, 2.0, 3.0, 4.0]] == [box["given"] for box in plan.table.to_pylist()[0]["boxes"]]
+
+
+def test_a_name_beyond_what_yaml_can_escape_is_not_proposed(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", "image\U000e0001,x1,y1,x2,y2\na.jpg,1,2,3,4\n")
+
+    assert "if it is called otherwise: --set input.columns.image_uri=NAME" in refusal(path)
+
+
+def test_what_is_called_like_nothing_is_said_with_the_setting_that_names_it(tmp_path: Path) -> None:
+    otherwise = "if it is called otherwise: --set input.columns.image_uri=NAME"
+    head = "файл,name,class,xmin,ymin,xmax,ymax\na.jpg,cat,cat,1,2,30,40\n"
+    path = written(tmp_path / "t.csv", head)
+    corners = dict(zip(("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"), strict=True))
+
+    assert otherwise in refusal(path)
+    message = refusal(path, columns=corners | {"label": "name"})  # `class` holds words, which are no ids
+    assert message.endswith(otherwise)
+    assert "meant" not in message
+
+
+def test_text_that_looks_like_a_list_is_refused_in_json_lines_with_the_reason(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.jsonl", '{"image_uri": "a.jpg", "boxes": "[[1, 2, 3, 4]]"}\n')
+
+    assert "'boxes' holds text; wanted a list (text that looks like a list is read" in refusal(path)
+
+
+def test_the_frame_and_not_the_track_names_the_image(tmp_path: Path) -> None:
+    head = "frame,id,bb_left,bb_top,bb_width,bb_height,conf\n"
+    path = written(tmp_path / "t.csv", f"{head}12,1,8,0,32,30,0.5\n")
+
+    assert "image_id: frame" in refusal(path)
 
 
 def test_lists_under_the_name_of_the_other_shape_are_told_by_their_type(tmp_path: Path) -> None:
