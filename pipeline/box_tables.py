@@ -127,8 +127,8 @@ def _shape(names: Sequence[str], mapping: Mapping[str, str], *, uri: str) -> dic
 # ---------------------------------------------------------------------------------------------
 
 _CHOICES: dict[str, list[list[str]]] = {
-    "boxes": [["scores"], ["labels"], ["box_ids"]],
-    "bbox": [["score"], ["label"], ["category_id"], ["box_id"]],
+    "boxes": [["scores"], ["labels"], ["box_ids"], ["iscrowd"]],
+    "bbox": [["score"], ["label"], ["category_id"], ["box_id"], ["iscrowd"]],
 }
 _INDEX = ("", "Unnamed: 0", "__index_level_0__")
 """What pandas calls the numbers of the rows."""
@@ -509,14 +509,14 @@ def box_columns(flat: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
     """Return columns of BOX_COLUMNS from plain ones with one row a box, named as in BOX_ROWS.
 
     Raises:
-        pa.ArrowInvalid: a category that does not fit 32 bits, a flag that is neither 0 nor 1.
+        pa.ArrowInvalid: a category that does not fit 32 bits or is there twice, a flag of neither 0 nor 1.
     """
     columns: dict[str, pa.Array] = {}
     for name, column in flat.items():
         is_number = pa.types.is_integer(column.type) or pa.types.is_decimal(column.type)
         target = "category_id" if name == "label" and is_number else _TARGETS[name]
         if target in columns:
-            raise JobRefused("integer labels and category_id are both given; leave one of them")
+            raise pa.ArrowInvalid("integer labels and category_id are both given; leave one of them out")
         if name == "points":
             column = flatten_points(column)
         if name == "point_labels":
@@ -598,7 +598,9 @@ def _settled(boxes: Sequence[pa.Table], files: Sequence[TableFile]) -> pa.Table:
     if names.null_count == len(names) or not pc.all(whole).as_py():
         return table
     if "category_id" in table.column_names:
-        raise JobRefused(f"{files[0].uri}: integer labels and category_id are both given; leave one of them")
+        raise JobRefused(
+            f"{files[0].uri}: integer labels and category_id are both given; leave one of them out"
+        )
     with naming_values(files[0].uri):
         ids = pc.cast(pc.replace_substring_regex(names, r"\.0\z", ""), pa.int32())
     return table.drop_columns(["category_name"]).append_column("category_id", ids)

@@ -81,6 +81,7 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "score": ("score", "confidence", "conf", "probability", "prob", "scores"),
     "box_ids": ("boxids", "annotationids"),
     "box_id": ("boxid", "annotationid", "annid"),
+    "iscrowd": ("iscrowd", "crowd"),
     "x1": ("x1", "xmin", "left", "x"),
     "y1": ("y1", "ymin", "top", "y"),
     "x2": ("x2", "xmax", "right", "w", "width"),

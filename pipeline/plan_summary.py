@@ -207,16 +207,19 @@ def _box_warnings(inputs: Understood) -> tuple[str, ...]:
         inputs.rules,
         upright_size_hw=None if sizes is None else sizes[mention[whole]],
     )
-    return (*_other_lengths(counts[~null_mask(given)], total), *_not_finite(values.reshape(-1, 4)), *found)
+    null = null_mask(given)
+    for name in {"points_xy", "prompt_mask"} & set(boxes.boxes.column_names):
+        null &= null_mask(single(boxes.boxes.column(name)).take(pa.array(rows)))
+    lacking = int(null.sum()) + int((~np.isfinite(values.reshape(-1, 4)).all(axis=1)).sum())
+    return (*_other_lengths(counts[~null_mask(given)], total), *_lacking(lacking, len(given)), *found)
 
 
-def _not_finite(boxes_N4: npt.NDArray[np.float64]) -> tuple[str, ...]:
-    """A sentence when many of the boxes looked at lack a number; null is NaN here."""
-    lacking = int((~np.isfinite(boxes_N4).all(axis=1)).sum())
-    if lacking <= SUSPICIOUS_SHARE * len(boxes_N4):
+def _lacking(lacking: int, looked_at: int) -> tuple[str, ...]:
+    """A sentence when many of the boxes looked at are null, with no other prompt, or lack a number."""
+    if lacking <= SUSPICIOUS_SHARE * looked_at:
         return ()
     return (
-        f"{lacking:,} of {len(boxes_N4):,} boxes looked at have null, NaN or infinity among their 4 numbers: "
+        f"{lacking:,} of {looked_at:,} boxes looked at have null, NaN or infinity among their 4 numbers: "
         "they get no mask (box_malformed, box_not_finite); an image without boxes has null for all 4, or []",
     )
 

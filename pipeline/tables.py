@@ -246,8 +246,6 @@ def _jsonl_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
 
     def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
         del ours
-        if wanted.leaf == "integer":
-            return replace(wanted, leaf="whole")  # pandas writes 1.0 where a column has gaps
         return replace(wanted, leaf=settled_leaf(samples[theirs], wanted.leaf))
 
     return list(samples), kind_of

@@ -33,7 +33,7 @@ from pipeline.members import TarMember
 from pipeline.records import AccessRules
 from pipeline.storage import open_input, options_for
 from pipeline.tables import naming, naming_values
-from pipeline.text_tables import SAMPLE_ROWS, jsonl_batches, settled_leaf
+from pipeline.text_tables import SAMPLE_ROWS, jsonl_batches, settled_leaf, word_of
 
 TarIds = Literal["member", "key", "shard"]
 READERS = 16
@@ -171,7 +171,7 @@ def _object(stream: BinaryIO, member: TarMember) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise JobRefused(f"{what} is no JSON: {clean_text(str(error))}") from error
     if not isinstance(found, dict):
-        raise JobRefused(f"{what} holds a {type(found).__name__}; wanted an object with `boxes`")
+        raise JobRefused(f"{what} holds {word_of(found)}; wanted an object with `boxes`")
     return found
 
 

@@ -161,7 +161,12 @@ _FLAG_LEAVES: tuple[tuple[type, Leaf], ...] = (
 
 
 def settled_leaf(values: Iterable[Any], wanted: Leaf) -> Leaf:
-    """Return the leaf of a column of UNSETTLED ones by its values; any other is as wanted."""
+    """Return the leaf of a column of UNSETTLED ones by its values; any other is as wanted.
+
+    Integers are always read as `whole`: pandas writes 1.0 where a column has gaps, however late.
+    """
+    if wanted == "integer":
+        return "whole"
     if wanted == "flag":
         return sampled_flag(values)
     return sampled_leaf(values) if wanted == "key" else wanted
@@ -559,11 +564,19 @@ def _object(line: bytes, number: int) -> dict[str, Any]:
         raise JsonDamage(f"line {number} is no JSON: {error}{many}") from error
     if not isinstance(row, dict):
         raise JsonDamage(
-            f"line {number} holds a {type(row).__name__}; wanted an object "
+            f"line {number} holds {word_of(row)}; wanted an object "
             "(a file that is one JSON value, such as COCO, must be named .json; a list of rows becomes lines "
             "by jq -c '.[]' IN > OUT)"
         )
     return row
+
+
+def word_of(value: object) -> str:
+    """What a value of JSON is called there."""
+    if value is None or isinstance(value, bool):
+        return str(json.dumps(value))
+    words = ((list, "a list"), (str, "text"), (dict, "an object"))
+    return next((word for kind, word in words if isinstance(value, kind)), "a number")
 
 
 def _is_json(line: bytes) -> bool:

@@ -538,6 +538,57 @@ def test_classes_that_became_floats_beside_gaps_are_ids_in_json_lines_too(tmp_pa
     assert "holds 1.5; wanted a whole number" in refusal(written(path, row % ("a", "1.5", "1")))
 
 
+def test_labels_of_points_may_be_floats_in_lists_as_text_and_in_tars(tmp_path: Path) -> None:
+    written(
+        tmp_path / "t.csv",
+        'image_uri,boxes,points,point_labels\na.jpg,"[[1,2,3,4]]","[[[1,2]]]","[[1.0]]"\n',
+    )
+    beside = {"boxes": [[1, 2, 3, 4]], "points": [[[1, 2]]], "point_labels": [[1.0]]}
+    written(tmp_path / "t.tar", tar_of({"a.jpg": b"jpg", "a.json": json.dumps(beside).encode()}))
+
+    for name in ("t.csv", "t.tar"):
+        plan = planned(tmp_path / name)
+        assert [[1]] == [box["point_labels"] for box in plan.table.to_pylist()[0]["boxes"]]
+        assert 0 == plan.summary.invalid_prompts
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [("null", "null"), ("true", "true"), ("7", "a number"), ('"a"', "text"), ("[]", "a list")],
+)
+def test_values_of_json_are_called_as_json_calls_them(tmp_path: Path, value: str, word: str) -> None:
+    path = written(tmp_path / "t.jsonl", f'{{"image_uri": "a", "bbox": [1, 2, 3, 4]}}\n{value}\n')
+    written(tmp_path / "t.tar", tar_of({"a.jpg": b"jpg", "a.json": value.encode()}))
+
+    assert f"line 2 holds {word}; wanted an object" in refusal(path)
+    assert f"a.json holds {word}; wanted an object" in refusal(tmp_path / "t.tar")
+
+
+def test_classes_that_are_there_twice_are_refused_by_the_name_of_the_file(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "t.jsonl", '{"image_uri": "a", "bbox": [1, 2, 3, 4], "label": 1, "category_id": 1}'
+    )
+
+    assert f"{path}: integer labels and category_id are both given" in refusal(path)
+
+
+def test_a_column_of_crowds_under_another_name_is_proposed(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", "image_uri,x1,y1,x2,y2,is_crowd\na,1,2,3,4,1\n")
+
+    warnings = " ".join(planned(path).summary.warnings)
+    plan = make_plan(pasted(path, warnings))
+
+    assert "'is_crowd' as iscrowd" in warnings
+    assert 1 == plan.summary.crowd_boxes
+
+
+def test_boxes_that_are_null_beside_a_class_are_warned_of(tmp_path: Path) -> None:
+    columns = {"image_uri": list("abc"), "bbox": [[1.0, 2.0, 3.0, 4.0], None, None], "label": ["x"] * 3}
+    pl.DataFrame(columns).write_parquet(tmp_path / "t.parquet")
+
+    assert "2 of 3 boxes looked at have null" in " ".join(planned(tmp_path / "t.parquet").summary.warnings)
+
+
 def test_ids_of_floats_in_a_csv_are_text_and_explained(tmp_path: Path) -> None:
     images = written(tmp_path / "i.csv", "image_id,image_uri\n0,a.jpg\n139,b.jpg\n")
     boxes = written(tmp_path / "t.csv", "image_id,x1,y1,x2,y2\n0.0,0,0,5,5\n139.0,0,0,5,5\n")
