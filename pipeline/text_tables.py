@@ -58,7 +58,7 @@ def _leaves(values: Iterable[Any]) -> Iterator[Leaf]:
             yield from _leaves(value)
         elif isinstance(value, str):
             yield "text"
-        elif isinstance(value, float):
+        elif isinstance(value, float) and value == value:  # pandas' gap among words is NaN
             yield "whole"
         elif isinstance(value, int) and not isinstance(value, bool):
             yield "integer" if -(2**63) <= value < 2**63 else "big"
@@ -394,9 +394,19 @@ def _parse_fields(texts: pa.Array, name: str, kind: Kind) -> pa.Array:
         if kind.leaf == "rle":
             raise
         # Not all of it is JSON: it is read as Python or numpy write lists, which Arrow cannot.
-        values = [None if text is None else json.dumps(read_list(text, name)) for text in texts.to_pylist()]
+        lists = [None if text is None else read_list(text, name) for text in texts.to_pylist()]
+        if kind.leaf != "number":
+            lists = [_without_nan(one) for one in lists]
+        values = [None if one is None else json.dumps(one) for one in lists]
         parsed = read_lines(_as_lines(pa.array(values, pa.string()), name), len(texts), schema)
     return parsed.column(name).combine_chunks()
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with null for NaN, which among words or classes is pandas' gap and can be nothing else."""
+    if isinstance(value, list):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and value != value else value
 
 
 def _as_lines(texts: pa.Array, name: str) -> bytes:
@@ -430,7 +440,7 @@ def read_list(text: str, name: str = "") -> list[Any] | None:
         JsonDamage: anything else, such as the text of other objects, or rows that numpy left out (`...`).
     """
     whole: list[Any] = []
-    stack, signs = [whole], ["("]
+    stack, signs, parted = [whole], ["("], [False]
     at, may_be_value = 0, True  # False right after a value: a comma, white space or a bracket must come first
     while at < len(text):
         match = _TOKEN.match(text, at)
@@ -441,15 +451,19 @@ def read_list(text: str, name: str = "") -> list[Any] | None:
         if kind == "open":
             stack.append([])
             signs.append(token)
+            parted.append(False)
             may_be_value = True
         elif kind == "close":
             if len(stack) == 1 or _CLOSERS[signs.pop()] != token:
                 raise _no_list(text, match.start(), name)
             done = stack.pop()
+            if not parted.pop() and token == ")" and len(done) == 1:  # (7) is no list to Python
+                raise _no_list(text, match.start(), name)
             stack[-1].append(done)
             may_be_value = False
         elif kind in ("space", "comma"):
             may_be_value = True
+            parted[-1] |= kind == "comma"
         else:
             stack[-1].append(_value(kind, token, text, match.start(), name))
             may_be_value = False
@@ -483,6 +497,8 @@ def _no_list(text: str, at: int, name: str) -> JsonDamage:
         hint = "; numpy left numbers out there: write lists (.tolist()) instead of arrays"
     elif re.match(r"(np\.\w+|array|tensor|\w+)\(", rest):
         hint = "; it is the text of objects: write plain lists (.tolist()) instead"
+    elif re.match(r"[^\W\d]", rest):
+        hint = "; words stand in quotes (DuckDB writes them so by to_json(COLUMN))"
     place = f" at {rest[:20]!r}" if at and rest else ""
     wanted = """wanted JSON such as [[1, 2, 3, 4]] or ["a", "b"]"""
     return JsonDamage(f"{name!r} holds {text[:60]!r}, which is no list{place}; {wanted}{hint}")

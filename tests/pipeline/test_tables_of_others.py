@@ -381,6 +381,8 @@ def test_what_python_and_numpy_print_is_read_back(seed: int) -> None:
         ("[1-2]", "wanted"),
         ("[007]", "wanted"),
         ("[True]", "wanted"),
+        ("(0)", "wanted"),
+        ("[(1, 2), (3)]", "wanted"),
         ("__import__('os').system('true')", "wanted"),
         ("[" * 100_000, "wanted"),
         ("[" + "9" * 5000 + "]", "wanted"),
@@ -580,6 +582,31 @@ def test_a_column_of_crowds_under_another_name_is_proposed(tmp_path: Path) -> No
 
     assert "'is_crowd' as iscrowd" in warnings
     assert 1 == plan.summary.crowd_boxes
+
+
+def test_gaps_that_pandas_gathered_into_lists_are_null(tmp_path: Path) -> None:
+    """`groupby("image_uri").agg(list)` of a left join, by `to_csv`."""
+    path = written(
+        tmp_path / "t.csv",
+        "image_uri,boxes,labels,scores\n"
+        "none.jpg,[None],[nan],[nan]\n"
+        'a.jpg,"[[0.0, 0.0, 50.0, 40.0], [2.5, 1.0, 60.0, 50.0]]","[nan, \'cat\']","[nan, 0.5]"\n',
+    )
+    words = {"a.jpg": [None, "cat"], "none.jpg": []}
+    assert words == {key: [box[2] for box in boxes or []] for key, boxes in found(path).items()}
+
+    path = written(path, path.read_text().replace("'cat'", "3.0"))
+    assert [None, 3] == [box[1] for box in found(path)["a.jpg"] or []]
+
+
+def test_words_without_quotes_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    duckdb.sql(f"COPY (SELECT 'a.jpg' image_uri, [[1, 2, 3, 4]] boxes, ['cat'] labels) TO '{tmp_path}/t.csv'")
+
+    assert "words stand in quotes (DuckDB writes them so by to_json(COLUMN))" in refusal(tmp_path / "t.csv")
+
+    columns = "'a.jpg' image_uri, [[1, 2, 3, 4]] boxes, to_json(['cat']) labels"
+    duckdb.sql(f"COPY (SELECT {columns}) TO '{tmp_path}/t.csv'")
+    assert {"a.jpg": [([1.0, 2.0, 3.0, 4.0], 1, "cat", None)]} == found(tmp_path / "t.csv")
 
 
 def test_boxes_that_are_null_beside_a_class_are_warned_of(tmp_path: Path) -> None:
