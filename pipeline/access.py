@@ -59,7 +59,8 @@ def check_uri(uri: str, access: AccessRules) -> None:
     """None when `uri` may be opened under `access`; opens nothing, follows local links by `stat` only.
 
     Raises:
-        ImageError: `uri_refused`, saying which rule; `not_found` is left to the reader.
+        ImageError: `uri_refused`, saying which rule; `not_found` for a link that leaves the roots for a place
+            where there is nothing. Whether other files are there is left to the reader.
     """
     if not uri.strip():
         raise _refused("the uri is empty")
@@ -119,6 +120,8 @@ def _check_local(path: str, roots: tuple[str, ...]) -> None:
         raise _refused("neither an absolute path nor a uri with an allowed scheme")
     real = os.path.realpath(path)
     if not any(is_inside(real, root) for root in roots):
+        if _is_dead_link(path, real, roots):  # no flag would help
+            raise ImageError("not_found", f"a link to {real}, where there is nothing")
         raise _refused(
             f"the file lies outside the allowed folders, in {os.path.dirname(real)} (see --allow-root); "
             "links are followed"
@@ -130,6 +133,14 @@ def _check_local(path: str, roots: tuple[str, ...]) -> None:
             raise _refused("the file is a circle of symbolic links") from None
         return  # missing or unreadable: the reader says so, with its own code
     check_regular(mode)
+
+
+def _is_dead_link(path: str, real: str, roots: tuple[str, ...]) -> bool:
+    """Return whether `path` is a link inside a root to `real`, where there is nothing."""
+    if not os.path.islink(path) or os.path.lexists(real):
+        return False
+    folder = os.path.realpath(os.path.dirname(path))
+    return any(is_inside(folder, root) for root in roots)
 
 
 def check_regular(mode: int) -> None:

@@ -53,6 +53,7 @@ class Listed:
     `links`: linked files -> where they lead, links resolved. `odd`: what is neither a file nor a folder.
     `hidden_folders`: names of those left out -> how many. `again`: links to folders that are listed under
     another name. `leading_out`, `unreadable`: folders whose content is not known -> where they lead, or why.
+    `dead`: links to what is not there.
     """
 
     found: list[Found] = field(default_factory=list)
@@ -63,6 +64,7 @@ class Listed:
     again: list[str] = field(default_factory=list)
     leading_out: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
+    dead: list[str] = field(default_factory=list)
 
     def notes(self, place: str) -> list[str]:
         """Return sentences on what is left out of `place`."""
@@ -79,6 +81,12 @@ class Listed:
         if self.again:
             links, first = _count(len(self.again), "link"), clean_text(self.again[0])
             sentences.append(f"{links} to folders that are listed already, such as {first}: left out")
+        if self.dead:
+            first = min(self.dead)
+            sentences.append(
+                f"{_count(len(self.dead), 'link')} to what is not there, such as {clean_text(first)}, "
+                f"a link to {clean_text(self.links[first])}"
+            )
         return sentences
 
 
@@ -274,7 +282,10 @@ class _Walk:
             self.listed.links[entry.path] = os.path.realpath(entry.path)
         try:
             status = entry.stat()
-        except OSError:  # dangling, a circle, or closed: listed, so that its reader can say what is wrong
+        except OSError as error:
+            # Dangling, a circle, or closed: listed, so that its reader can say what is wrong.
+            if is_link and isinstance(error, FileNotFoundError):
+                self.listed.dead.append(entry.path)
             self.listed.found.append(Found(path=entry.path, size=0))
             return
         if not stat.S_ISREG(status.st_mode):

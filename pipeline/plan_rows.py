@@ -204,7 +204,7 @@ def _refusal(uri: str, access: AccessRules) -> str | None:
     try:
         check_uri(uri, access)
     except ImageError as error:
-        return error.message
+        return error.message if error.code == "uri_refused" else None  # the reader says the others
     return None
 
 

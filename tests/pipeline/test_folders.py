@@ -340,6 +340,34 @@ def test_a_dangling_link_is_a_row_where_it_is_called_like_a_picture(tmp_path):
     assert 1 == plan.summary.skipped_files
 
 
+def test_links_to_what_is_gone_elsewhere_are_said_and_no_flag_is_asked_for(tmp_path):
+    # A data set whose disk is not mounted, or whose files git-annex or DVC have not fetched.
+    old = tmp_path / "unmounted"
+    root = put(tmp_path / "photos", "a.jpg")
+    for name in ("1.jpg", "2.jpg", "more"):
+        (root / name).symlink_to(old / name)
+
+    plan = planned(root)
+
+    assert {"a.jpg": "read", "1.jpg": "not_found", "2.jpg": "not_found"} == codes(plan)
+    assert 0 == plan.summary.refused_uris
+    (line,) = [line for line in plan.summary.left_out if "not there" in line]
+    assert f"3 links to what is not there, such as {root}/1.jpg, a link to {old}/1.jpg" == line
+    with pytest.raises(ImageError, match="where there is nothing"):
+        fetch_object(f"{root}/1.jpg", plan.access, LIMITS)
+
+
+def test_whether_a_file_outside_is_there_is_not_told_but_of_links_inside(tmp_path):
+    root = put(tmp_path / "photos", "a.jpg")
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "gone.jpg")
+    access = AccessRules(roots=(str(root.resolve()),))
+
+    for name in ("gone.jpg", "link.jpg"):
+        with pytest.raises(ImageError) as caught:
+            fetch_object(f"{root}/../{name}", access, LIMITS)
+        assert "uri_refused" == caught.value.code
+
+
 # ---------------------------------------------------------------------------------------------
 # Links that leave
 # ---------------------------------------------------------------------------------------------
