@@ -17,6 +17,7 @@ from jobs.exporting import Source, open_source
 from jobs.saved import open_saved
 from jobs.selection import Selection
 from jobs.tables import require_published
+from pipeline.access import split_scheme
 from pipeline.errors import UsageError
 from pipeline.records import Place
 from pipeline.storage import Store, open_store
@@ -141,11 +142,28 @@ def _notes(how: How, source: Source, loss: Loss) -> Iterator[tuple[str, str]]:
         yield "note", sentence
     if not how.selection.is_all:
         yield "note", "images may show objects that were not selected: they are no full annotation"
-    if how.format == "label-studio" and how.image_prefix is None and _is_local(source.folder):
-        yield "note", _LOCAL_PATHS
+    if how.format == "label-studio":
+        yield from (("note", sentence) for sentence in _prefix_notes(how.image_prefix, source.folder))
     if how.format == "yolo-seg":
         yield "loss", loss.sentence()
         yield from _yolo_steps(how, source)
+
+
+def _prefix_notes(prefix: str | None, folder: str) -> Iterator[str]:
+    """Yield what keeps Label Studio from opening the images. `folder`: what all their uris begin with."""
+    if prefix and not prefix.endswith(("/", "=")):
+        yield (
+            f"names stand right behind --image-prefix, as in {console.shown(prefix)}NAME; "
+            "if a folder is meant, end it with /"
+        )
+    scheme = split_scheme(folder)[0]
+    if prefix is None and _is_local(folder):
+        yield _LOCAL_PATHS
+    elif prefix is None and folder and scheme not in ("s3", "gs", "azure-blob", "http", "https"):
+        yield (
+            f"the images are {scheme}:// uris, which Label Studio does not open: --image-prefix with the "
+            "place as it knows it, such as 'azure-blob://CONTAINER/FOLDER/'"
+        )
 
 
 _LOCAL_PATHS = (

@@ -177,7 +177,7 @@ def _info(source: Source, keep_ids: bool) -> dict[str, object]:
         "run_id": source.manifest.run_id,
         "weights_sha256": lineage.get("weights_sha256", source.job.context.weights.sha256),
         "weights_license": source.job.context.weights.license,
-        "image_root": source.folder,
+        "image_root": source.root,
         "frame": "upright: EXIF orientation is applied before boxes and masks are measured",
         "image_ids": "as given" if keep_ids else f"numbered from 1, see {_IDS_KEY}",
     }

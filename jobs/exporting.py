@@ -93,6 +93,10 @@ class Source:
     classes: Classes
     folder: str
     """What all image uris begin with, ending in "/", or ""."""
+    named_by_id: bool
+    """Whether every uri ends in its image's id. Some alone would not do: two images could get one name."""
+    root: str | None
+    """What stands before every file name in the uris; None where that differs."""
     tally: Counter[str] = field(default_factory=Counter)
     roots: set[str | None] = field(default_factory=set)
     """What stands before the file names in the uris of the images so far; None for one that has no such."""
@@ -155,7 +159,7 @@ class Source:
         elif image["width"] is None:
             why = "images without boxes, which were never opened, so that their size is unknown"
         elif image["status"] == "no_boxes" and image["num_boxes"] and not all_known:
-            why = "images whose boxes were all left without a mask by the job's rules"
+            why = "images whose boxes were all left without a mask: crowds, or by the job's rules"
         elif not masks and not all_known and not self.selection.is_all:
             empty_by_itself = image["status"] == "no_boxes" and self.selection.where is None
             why = None if empty_by_itself else "images of which nothing was selected"
@@ -164,22 +168,26 @@ class Source:
         return why is None
 
     def file_name(self, image: Row) -> str:
-        """A relative path for the image: its id where the uri ends in it, else the uri without `folder`."""
-        uri, image_id = str(image["image_uri"]), str(image["image_id"])
-        if uri.endswith("/" + image_id):
-            return image_id
+        """Return a relative path that no other image has: its id, or the uri without `folder`."""
+        if self.named_by_id:
+            return str(image["image_id"])
+        uri = str(image["image_uri"])
         return uri.removeprefix(self.folder).replace("://", "/").lstrip("/")
 
 
 def open_source(store: Store, job: Job, manifest: Manifest, selection: Selection) -> Source:
     """The tables, after one look at all classes and uris."""
+    folder = _common_folder(store, manifest)
+    named_by_id, root = _naming(store, manifest, folder)
     return Source(
         store=store,
         job=job,
         manifest=manifest,
         selection=selection,
         classes=find_classes(store, manifest),
-        folder=_common_folder(store, manifest),
+        folder=folder,
+        named_by_id=named_by_id,
+        root=root,
     )
 
 
@@ -233,6 +241,20 @@ def _common_folder(store: Store, manifest: Manifest) -> str:
                     folder = uri[: uri.rfind("/") + 1]
                     common = folder if common is None else _shared(common, folder)
     return common or ""
+
+
+def _naming(store: Store, manifest: Manifest, folder: str) -> tuple[bool, str | None]:
+    """Return whether images are named by their ids, and what stands before every name in the uris."""
+    roots: set[str] = set()
+    for part in manifest.parts:
+        for group in row_groups(store, part.images, schema.IMAGES, ["image_uri", "image_id"]):
+            pairs = zip(group["image_uri"].to_pylist(), group["image_id"].to_pylist(), strict=True)
+            for uri, image_id in pairs:
+                if not uri.endswith(f"/{image_id}"):
+                    return False, folder or None
+                if len(roots) < 2:
+                    roots.add(uri.removesuffix(image_id))
+    return True, roots.pop() if len(roots) == 1 else None
 
 
 def _shared(one: str, other: str) -> str:

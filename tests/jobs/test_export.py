@@ -256,7 +256,10 @@ def test_an_image_whose_boxes_the_rules_left_out_is_no_picture_without_objects(t
 
     coco = json.loads((tmp_path / "coco" / "instances.json").read_text())
     assert [one["file_name"] for one in coco["images"]] == ["kept.jpg"]
-    assert said["left_out"]["images whose boxes were all left without a mask by the job's rules"] == 1
+    assert (
+        said["left_out"]["images whose boxes were all left without a mask: crowds, or by the job's rules"]
+        == 1
+    )
     rows = {row["image_id"]: row for row in pq.read_table(Path(output) / "images").to_pylist()}
     assert (rows["left.jpg"]["status"], rows["left.jpg"]["num_boxes"]) == ("no_boxes", 1)
     [reason] = pq.read_table(Path(output) / "instances", filters=[("image_id", "=", "left.jpg")])[

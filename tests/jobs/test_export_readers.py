@@ -308,6 +308,27 @@ def test_names_behind_a_bucket_stay_as_they_are_and_behind_https_are_encoded(tmp
         assert len(url.path) > len("/set/")
 
 
+@pytest.mark.parametrize("prefix", ["s3://bucket/set", "https://host", "/data/local-files/?d=set"])
+def test_a_prefix_that_runs_into_the_names_is_said(prefix: str, tmp_path: Path) -> None:
+    output = make_output(tmp_path / "job", [made("a.jpg")])
+
+    without = export("label-studio", output, tmp_path / "without", "--image-prefix", prefix)
+    ended = export("label-studio", output, tmp_path / "ended", "--image-prefix", prefix + "/")
+    query = export("label-studio", output, tmp_path / "query", "--image-prefix", "/data/local-files/?d=")
+
+    assert f"as in {prefix}NAME; if a folder is meant, end it with /" in notes(without)
+    assert "right behind" not in notes(ended) + notes(query)
+
+
+@pytest.mark.parametrize("scheme", ["az", "abfs", "hf"])
+def test_uris_that_label_studio_does_not_open_are_said(scheme: str, tmp_path: Path) -> None:
+    output = make_output(tmp_path / "job", [made("a.jpg", uri=f"{scheme}://c/set/a.jpg")])
+
+    assert f"are {scheme}:// uris, which Label Studio does not open" in notes(
+        export("label-studio", output, tmp_path / "ls")
+    )
+
+
 def test_uris_stay_as_they_are_without_a_prefix_and_local_ones_are_said_not_to_open(tmp_path: Path) -> None:
     bucket = [made(name, uri=f"s3://b/set/{name}") for name in HARD_NAMES]
     from_s3 = export("label-studio", make_output(tmp_path / "one", bucket), tmp_path / "ls-s3")
@@ -374,6 +395,28 @@ def labels_as_cvat_reads_them(path: Path) -> list[str | None]:
     content = json.loads(path.read_text())
     names = {one["id"]: one["name"] for one in content["categories"]}
     return [names[one["category_id"]] if one["category_id"] else None for one in content["annotations"]]
+
+
+def test_no_two_images_get_one_file_name_when_some_uris_alone_end_in_their_ids(tmp_path: Path) -> None:
+    output = make_output(tmp_path / "job", [made("1.jpg", uri="/a/x/1.jpg"), made("77", uri="/a/1.jpg")])
+
+    said = [export(kind, output, tmp_path / kind) for kind in ("coco", "yolo-seg")]
+
+    images = json.loads((tmp_path / "coco/instances.json").read_text())["images"]
+    assert [one["file_name"] for one in images] == ["x/1.jpg", "1.jpg"]
+    assert [one["images"] for one in said] == [2, 2]
+    assert "cd /a/ && " in notes(said[1])
+
+
+@pytest.mark.parametrize("ids", [["x/1.jpg", "x/2.jpg"], ["11", "12"]])
+def test_the_image_root_and_a_file_name_make_the_uri(ids: list[str], tmp_path: Path) -> None:
+    uris = ["/a/x/1.jpg", "/a/x/2.jpg"]
+    output = make_output(tmp_path / "job", [made(one, uri=uri) for one, uri in zip(ids, uris, strict=True)])
+
+    export("coco", output, tmp_path / "coco")
+
+    content = json.loads((tmp_path / "coco/instances.json").read_text())
+    assert [content["info"]["image_root"] + one["file_name"] for one in content["images"]] == uris
 
 
 def test_category_0_is_said_and_a_switch_numbers_the_categories_from_1(tmp_path: Path) -> None:
@@ -475,7 +518,9 @@ def test_crowds_keep_their_flag_in_coco_and_cover_their_box(tmp_path: Path) -> N
     assert coco.annToMask(alone).all()
     assert crowd["predicted_iou"] is None
     assert (said["masks"], said["crowds"], said["images"]) == (1, 2, 2)
-    assert said["left_out"] == {"images whose boxes were all left without a mask by the job's rules": 1}
+    assert said["left_out"] == {
+        "images whose boxes were all left without a mask: crowds, or by the job's rules": 1
+    }
     assert "2 crowd regions have iscrowd 1" in notes(said)
 
 
@@ -504,7 +549,10 @@ def test_other_formats_leave_crowds_out_and_count_them(kind: str, tmp_path: Path
 
     assert (said["images"], said["masks"], said["crowds"]) == (1, 1, 0)
     assert said["left_out"]["crowd regions (iscrowd 1), which are no objects"] == 1
-    assert said["left_out"]["images whose boxes were all left without a mask by the job's rules"] == 2
+    assert (
+        said["left_out"]["images whose boxes were all left without a mask: crowds, or by the job's rules"]
+        == 2
+    )
 
 
 def test_crowds_pass_the_filters_and_obey_a_condition(tmp_path: Path) -> None:
