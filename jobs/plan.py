@@ -101,7 +101,7 @@ def _rows(
     )
     if done is not None:
         left = plan.summary.units - done
-        rows.append(("done", f"{done:,} units; {left:,} left"))
+        rows.append(("done", f"{console.count(done, 'unit')}; {left:,} left"))
     return rows
 
 

@@ -75,22 +75,23 @@ class Listed:
                 ", ".join(map(clean_text, list(self.hidden_folders)[:5])),
             )
             more = ", …" if len(self.hidden_folders) > 5 else ""
-            sentences.append(f"{_count(number, 'hidden folder')} ({names}{more}) in {place}: left out")
+            sentences.append(f"{counted(number, 'hidden folder')} ({names}{more}) in {place}: left out")
         if self.hidden_files:
-            sentences.append(f"{_count(self.hidden_files, 'hidden file')} in {place}: left out")
+            sentences.append(f"{counted(self.hidden_files, 'hidden file')} in {place}: left out")
         if self.again:
-            links, first = _count(len(self.again), "link"), clean_text(self.again[0])
+            links, first = counted(len(self.again), "link"), clean_text(self.again[0])
             sentences.append(f"{links} to folders that are listed already, such as {first}: left out")
         if self.dead:
             first = min(self.dead)
             sentences.append(
-                f"{_count(len(self.dead), 'link')} to what is not there, such as {clean_text(first)}, "
+                f"{counted(len(self.dead), 'link')} to what is not there, such as {clean_text(first)}, "
                 f"a link to {clean_text(self.links[first])}"
             )
         return sentences
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun in the right form: `1 link`, `1,200 links`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

@@ -230,7 +230,7 @@ def _refuse_lost(listed: folders.Listed) -> None:
     if listed.leading_out:
         link, real = next(iter(listed.leading_out.items()))
         others = len(listed.leading_out) - 1
-        more = f", and {others} more folders are links" if others else ""
+        more = f", one of {folders.counted(others + 1, 'linked folder')}" if others else ""
         flags = folders.allow_root(listed.leading_out.values())
         raise JobRefused(
             f"{clean_text(link)} is a link to {clean_text(real)}{more}: outside what may be read, and the "

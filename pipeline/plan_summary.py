@@ -15,6 +15,7 @@ from pipeline.access import without_credentials
 from pipeline.arrays import Int64Array, list_lengths, null_mask, single
 from pipeline.boxes import PROMPT_COLUMNS, SUSPICIOUS_SHARE, prompt_faults, suspicions
 from pipeline.errors import clean_text
+from pipeline.folders import counted
 from pipeline.inputs import InputSettings, allowed_access
 from pipeline.joins import Joined, Unmatched
 from pipeline.listings import BoxList, ImageList
@@ -183,8 +184,9 @@ def _notes(inputs: Understood) -> list[str]:
     notes = [*inputs.images.notes, *(inputs.boxes.notes if inputs.boxes else ())]
     lost = inputs.joined.unmatched
     if lost.boxes:
-        hint = f" ({inputs.joined.hint.rstrip('. ')})" if inputs.joined.hint else ""
-        notes.append(f"{lost.boxes} boxes of {lost.images} images that are not listed are left out{hint}")
+        boxes = "1 box" if lost.boxes == 1 else f"{lost.boxes:,} boxes"
+        hint = f". {inputs.joined.hint.rstrip('. ')}" if inputs.joined.hint else ""
+        notes.append(f"{boxes} of {counted(lost.images, 'unlisted image')}: left out{hint}")
     return notes
 
 

@@ -413,7 +413,7 @@ def test_boxes_whose_image_is_not_listed_are_refused_or_left_out_and_counted(tmp
     assert (3, 2, f"{pictures}/x.jpg") == (lost.boxes, lost.images, lost.examples[0])
     assert 1 == plan.summary.boxes
     assert ({"id": 1, "name": "m"},) == plan.categories
-    assert "3 boxes of 2 images that are not listed are left out" in plan.summary.warnings
+    assert "3 boxes of 2 unlisted images: left out" in plan.summary.warnings
 
 
 @pytest.mark.parametrize(
