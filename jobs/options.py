@@ -15,9 +15,9 @@ Images = Annotated[
     typer.Option(
         "--images",
         metavar="PLACE",
-        help="Folder, prefix (s3://bucket/photos/), glob in quotes, table of uris (Parquet, CSV, JSONL), "
-        "COCO instances JSON, WebDataset tars or Hugging Face Parquet. May be left out when the boxes name "
-        "the images.",
+        help="Folder, prefix (s3://bucket/photos/), glob in quotes, one picture, table of uris "
+        "(Parquet, CSV, JSONL), COCO instances JSON, WebDataset tars or Hugging Face Parquet. May be left "
+        "out when the boxes name the images.",
         rich_help_panel=_INPUT,
         show_default=False,
     ),
