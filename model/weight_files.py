@@ -224,7 +224,8 @@ def read_hub(repo: str, file: str | None, revision: str | None) -> WeightFiles:
         if unreached and not commits:
             raise CheckpointError(
                 f"{repo}: the hub does not answer, and {file or 'a file of the model'} is not in "
-                "the cache of this machine. Fetch it where there is a network, and name the file or folder"
+                f"the cache of this machine: connect it, or fetch the weights elsewhere (hf download {repo} "
+                f"--local-dir FOLDER) and name {f'FOLDER/{file}' if file else 'FOLDER'}"
             ) from error
         hint = "; name a file of it, as in lkeab/hq-sam/sam_hq_vit_b.pth" if file is None else ""
         raise CheckpointError("; ".join([str(error) + hint, *unreached[-1:], *reasons[:1]])) from error
