@@ -15,11 +15,13 @@ from jobs import options
 from jobs.app import app, command, given_of, interrupts
 from jobs.config import parse_prompts
 from jobs.slices import parse_slice
+from pipeline.errors import UsageError, clean_text
 
 
-@app.command(rich_help_panel="Labelling")
+@app.command(rich_help_panel="Labelling", context_settings={"allow_extra_args": True})
 @command
 def label(
+    ctx: typer.Context,
     images: options.Images = None,
     boxes: options.Boxes = None,
     detector: options.Detector = None,
@@ -48,6 +50,7 @@ def label(
     The output holds instances/ (one row a box) and images/ (one row an image), both Parquet, and a
     picture of some results. Run the same command again after any end: what is done is not done again.
     """
+    _refuse_more(ctx.args)
     given = given_of(
         config,
         set_,
@@ -72,9 +75,10 @@ def label(
     return job.run(settings, how, interrupts)
 
 
-@app.command(rich_help_panel="Labelling")
+@app.command(rich_help_panel="Labelling", context_settings={"allow_extra_args": True})
 @command
 def plan(
+    ctx: typer.Context,
     images: options.Images = None,
     boxes: options.Boxes = None,
     detector: options.Detector = None,
@@ -106,6 +110,7 @@ def plan(
 
     Example:  hqlabel plan --images photos/ --boxes boxes.json --checkpoint demo --sample 64
     """
+    _refuse_more(ctx.args)
     given = given_of(
         config,
         set_,
@@ -184,3 +189,13 @@ def retry(
 
     how = job.Run(codes=tuple(code or ()), progress=not no_progress, json=json)
     return job.run(given, how, interrupts)
+
+
+def _refuse_more(words: list[str]) -> None:
+    """Raise UsageError for words that belong to no flag, often a pattern that the shell filled in."""
+    if words:
+        shown = clean_text(words[0]) + (f" and {len(words) - 1:,} more" if len(words) > 1 else "")
+        raise UsageError(
+            f"{shown}: no flag takes this; one place stands behind each, and a pattern of files goes in "
+            "quotes, as in --images 'photos/*.jpg'"
+        )

@@ -78,6 +78,11 @@ def test_help_is_quick_and_loads_neither_ray_nor_torch() -> None:
         (["nonsense"], "No such command"),
         (["label", "--imges", "x"], "No such option"),
         (["label", "--limit", "0"], "--limit"),
+        (
+            ["label", "--images", "p/a.jpg", "p/b.jpg", "p/c.jpg", "--output", "/o"],
+            "p/b.jpg and 1 more: no flag",
+        ),
+        (["plan", "--images", "p/a.jpg", "p/b.jpg"], "a pattern of files goes in quotes"),
         (["label"], "--output is missing"),
         (["label", "--output", "/nowhere/out"], "--images and --boxes are missing"),
         (["label", "--images", "/x", "--output", "/nowhere/out"], "--checkpoint is missing"),
