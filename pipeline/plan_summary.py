@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipeline.access import without_credentials
 from pipeline.arrays import Int64Array, list_lengths, null_mask, single
-from pipeline.boxes import PROMPT_COLUMNS, SUSPICIOUS_SHARE, prompt_faults, suspicions
+from pipeline.boxes import MOST_POINTS, PROMPT_COLUMNS, SUSPICIOUS_SHARE, prompt_faults, suspicions
 from pipeline.errors import clean_text
 from pipeline.folders import counted
 from pipeline.inputs import InputSettings, allowed_access
@@ -158,8 +158,14 @@ def _invalid_prompts(inputs: Understood, table: pa.Table) -> tuple[int, list[str
         values = chunk.flatten()
         given = pa.table({name: pc.struct_field(values, name) for name in names})
         for start in range(0, len(values), _PROMPTS_AT_ONCE):
-            faults = prompt_faults(given.slice(start, _PROMPTS_AT_ONCE).to_pylist())
-            wrong = [(place, fault) for place, fault in enumerate(faults) if fault is not None]
+            some = given.slice(start, _PROMPTS_AT_ONCE)
+            doubtful = np.flatnonzero(_doubtful(some))
+            faults = prompt_faults(some.take(pa.array(doubtful)).to_pylist())
+            wrong = [
+                (place, fault)
+                for place, fault in zip(doubtful.tolist(), faults, strict=True)
+                if fault is not None
+            ]
             if wrong and not first:
                 first = f"{_named(table, prompts + start + wrong[0][0])}: {wrong[0][1]}"
             invalid += len(wrong)
@@ -170,6 +176,23 @@ def _invalid_prompts(inputs: Understood, table: pa.Table) -> tuple[int, list[str
         f"{invalid} of {prompts} boxes have points or a mask that cannot be used, and will have no mask "
         f"(prompt_invalid); the first is {first}"
     ]
+
+
+def _doubtful(prompts: pa.Table) -> npt.NDArray[np.bool_]:
+    """True for prompts that have to be looked at one by one: not those of points without a fault alone."""
+    doubtful = np.zeros(len(prompts), dtype=np.bool_)
+    if "prompt_mask" in prompts.column_names:
+        doubtful |= ~null_mask(single(prompts.column("prompt_mask")))
+    counts = dict.fromkeys(PROMPT_COLUMNS, np.zeros(len(prompts), dtype=np.int64))
+    for name in {"points_xy", "point_labels"} & set(prompts.column_names):
+        lists = single(prompts.column(name))
+        counts[name] = list_lengths(lists)
+        values = lists.flatten().to_numpy(zero_copy_only=False)
+        sound = np.isfinite(values) if name == "points_xy" else np.isin(values, (1, 0, -1))
+        doubtful[np.repeat(np.arange(len(prompts)), counts[name])[~sound]] = True
+    labels = counts["point_labels"]
+    doubtful |= (counts["points_xy"] != 2 * labels) | (labels > MOST_POINTS)
+    return doubtful
 
 
 def _named(table: pa.Table, box: int) -> str:

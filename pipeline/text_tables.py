@@ -467,7 +467,12 @@ def read_list(text: str, name: str = "") -> list[Any] | None:
         else:
             stack[-1].append(_value(kind, token, text, match.start(), name))
             may_be_value = False
-    if len(stack) != 1 or len(whole) != 1 or not (whole[0] is None or isinstance(whole[0], list)):
+    if (
+        len(stack) != 1
+        or len(whole) != 1
+        or parted[0]
+        or not (whole[0] is None or isinstance(whole[0], list))
+    ):
         raise _no_list(text, 0, name)
     return whole[0]
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import plan as plan_module
+from pipeline.boxes import prompt_faults
 from pipeline.errors import DamageFound, JobRefused, UsageError
 from pipeline.inputs import InputSettings
 from pipeline.plan import Plan, iter_plan, make_plan, plan_key, read_unit, write_plan
@@ -672,6 +673,32 @@ def test_prompts_made_of_something_else_are_told_in_words(tmp_path, prompt, said
     [warning] = planned(boxes=str(tmp_path / "b.jsonl")).summary.warnings
 
     assert f"box 0 of a: {said}" in warning or said in warning
+
+
+def test_of_many_points_each_that_cannot_be_used_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.plan_summary._PROMPTS_AT_ONCE", 50)
+    rng = random.Random(0)
+    odd = [None, math.nan, math.inf, 1e308, 1.0, 0.0, 5.0]
+    points, labels = [], []
+    for i in range(999):
+        count = rng.choice([0, 1, 2, 3, 300])
+        points.append(None if i % 5 == 0 else [[rng.choice(odd if i % 2 else odd[3:]), 2.0]] * count)
+        label = rng.choice([1, 0, -1, 1, 0, 2][: 6 - i % 3])
+        labels.append(None if i % 7 == 0 else [label] * (count + (i % 11 == 0)))
+    arrays = {
+        "image_uri": ["a"] * 999,
+        "bbox": [A] * 999,
+        "points": pa.array(points, pa.list_(pa.list_(pa.float64()))),
+        "point_labels": pa.array(labels, pa.list_(pa.int64())),
+    }
+
+    plan = planned(boxes=table(tmp_path / "b.parquet", arrays))
+
+    faults = prompt_faults(plan.table.to_pylist()[0]["boxes"])
+    wrong = [place for place, fault in enumerate(faults) if fault is not None]
+    assert 200 < len(wrong) < 800
+    assert len(wrong) == plan.summary.invalid_prompts
+    assert f"the first is box {wrong[0]} of a: {faults[wrong[0]]}" in " ".join(plan.summary.warnings)
 
 
 def test_points_and_masks_travel_in_the_plan(tmp_path):

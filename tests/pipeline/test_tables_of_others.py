@@ -382,6 +382,7 @@ def test_what_python_and_numpy_print_is_read_back(seed: int) -> None:
         ("[007]", "wanted"),
         ("[True]", "wanted"),
         ("(0)", "wanted"),
+        ("[0],", "wanted"),
         ("[(1, 2), (3)]", "wanted"),
         ("__import__('os').system('true')", "wanted"),
         ("[" * 100_000, "wanted"),
