@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pipeline.access import is_inside, split_scheme, without_credentials
 from pipeline.arrays import Int64Array, list_lengths, null_mask, single, to_lists
 from pipeline.errors import ImageError, JobRefused, clean_text
-from pipeline.folders import allow_root
+from pipeline.folders import allow_root, counted
 from pipeline.joins import Joined
 from pipeline.listings import BOX_COLUMNS, TEXT, BoxList, examples
 from pipeline.members import PLACE, container_of
@@ -252,7 +252,13 @@ def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList,
     known = every | names_by_id
     lone = [name for name in pairs.column("category_name").to_pylist() if name is not None]
     lone = sorted(set(lone) - set(names_by_id.values()), key=str.encode)
-    notes = (*boxes.notes, *said, *([_no_ids(lone)] if lone else []))
+    unnamed = sorted(set(every) - set(names_by_id)) if names_by_id and not said else []
+    notes = (
+        *boxes.notes,
+        *said,
+        *([_no_ids(lone)] if lone else []),
+        *([_no_names(unnamed)] if unnamed else []),
+    )
     return replace(boxes, boxes=table, notes=notes), tuple(
         {"id": key, "name": known[key]} for key in sorted(known)
     )
@@ -348,6 +354,14 @@ def _no_ids(names: list[str]) -> str:
     return (
         f"{len(names)} category names have no id, such as {examples(names)}, while others have one: "
         "the tables keep them so, and exports number them after the others"
+    )
+
+
+def _no_names(ids: list[int]) -> str:
+    return (
+        f"{counted(len(ids), 'category id')} of the boxes without a name, such as "
+        f"{', '.join(map(str, ids[:3]))}, while others have one: is the list of categories that of these "
+        "boxes? The tables keep the ids"
     )
 
 

@@ -234,3 +234,25 @@ def test_hugging_face_names_its_numbers_and_those_beyond_the_list_have_none(tmp_
     plan = make_plan(InputSettings(boxes=str(tmp_path / "set.parquet")))
 
     assert classes_of(plan) == [(0, "zero"), (1, None), (None, None)]
+
+
+def test_a_category_that_the_list_lacks_keeps_its_id_and_is_said(tmp_path):
+    (tmp_path / "instances.json").write_text(
+        '{"images": [{"id": 0, "file_name": "a.jpg", "width": 9, "height": 9}],'
+        ' "annotations": [{"id": 0, "image_id": 0, "category_id": 0, "bbox": [0, 0, 4, 5]},'
+        ' {"id": 1, "image_id": 0, "category_id": 77, "bbox": [0, 0, 4, 5]}],'
+        ' "categories": [{"id": 0, "name": "cat"}]}'
+    )
+    plan = make_plan(InputSettings(boxes=str(tmp_path / "instances.json")))
+
+    assert classes_of(plan) == [(0, "cat"), (77, None)]
+    assert [note for note in plan.summary.warnings if "category id" in note] == [
+        "1 category id of the boxes without a name, such as 77, while others have one: is the list of "
+        "categories that of these boxes? The tables keep the ids"
+    ]
+
+
+def test_categories_without_any_name_need_no_word(tmp_path):
+    plan = make_plan(write_parquet(tmp_path, [(0, None), (77, None)]))
+
+    assert not [note for note in plan.summary.warnings if "category id" in note]
