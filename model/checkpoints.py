@@ -96,6 +96,10 @@ def load(
     return LoadedModel(model=model.cast(dtype).to(device), weights=info)
 
 
+_ADAPTER = re.compile(r"\.(?:lora_|base_layer\.|modules_to_save\.|original_module\.)")
+"""In the names that PEFT gives to what it put beside and around a model's own layers."""
+
+
 def to_native(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str, torch.Tensor], list[str]]:
     """Return the layout, the tensors under our names, and the names that are known not to matter."""
     tensors = without_prefix(tensors)
@@ -129,8 +133,14 @@ def to_native(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str, to
         else:
             left_over.append(name)
     if left_over:
+        # Without its adapters such a model is another one: to save the rest alone would be wrong advice.
+        advice = (
+            "adapters such as LoRA's must be merged first: save what PEFT's model.merge_and_unload() returns"
+            if any(_ADAPTER.search(name) for name in left_over)
+            else "save the model's own alone"
+        )
         raise CheckpointError(
-            f"{tensors_are(len(left_over))} left over: {shown(sorted(left_over))}; save the model's own alone"
+            f"{tensors_are(len(left_over))} left over: {shown(sorted(left_over))}; {advice}"
         )
     return layout, native, ignored
 

@@ -397,6 +397,20 @@ def test_what_stands_outside_the_model_is_left_over_by_name(sam):
         load(saved(state | {"adapter.weight": torch.ones(2)}))
 
 
+def test_adapters_of_peft_are_to_be_merged_and_not_left_out(folder):
+    """As PEFT names them in a model with LoRA: the weights of a wrapped layer lie one name deeper."""
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    wrapped = re.compile(r"(.*\.attn\.qkv)\.(weight|bias)")
+    peft = {"base_model.model." + wrapped.sub(r"\1.base_layer.\2", n): t for n, t in state.items()}
+    for name in filter(wrapped.fullmatch, state):
+        peft["base_model.model." + wrapped.sub(r"\1.lora_A.default.weight", name)] = torch.ones(2, 2)
+
+    for tensors in (peft, {n: t for n, t in peft.items() if "lora_A" in n}):
+        with pytest.raises(CheckpointError, match=r"lora_A.*merge_and_unload") as caught:
+            load(saved(tensors))
+        assert "own alone" not in str(caught.value)
+
+
 def test_a_model_and_an_average_that_differs_are_not_chosen_between(sam, model, tmp_path):
     state = sam.state_dict()
     average = {name: tensor * 0.5 for name, tensor in state.items()}
