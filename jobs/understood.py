@@ -92,12 +92,19 @@ def warnings(config: Config, plan: Mapping[str, Any]) -> list[str]:
     sentences = list(plan["warnings"])
     if not plan["boxes"] and plan["without_boxes"] == plan["images"] and config.detector.name is None:
         sentences.insert(0, f"no image has a box, so there will be no mask; {_NO_BOXES}")
+    if plan["boxes"] and plan.get("crowd_boxes") == plan["boxes"]:
+        sentences.insert(0, _ALL_CROWDS)
     return [f"warning: {sentence}" for sentence in sentences]
 
 
 _NO_BOXES = (
     "say with --boxes where they are (tars, data sets and COCO files that hold pictures and boxes are named "
     "there too), or find them with --detector"
+)
+
+_ALL_CROWDS = (
+    "every box is a crowd (iscrowd 1), so there will be no mask; annotation tools mark masks drawn with a "
+    "brush so: if they are objects, write iscrowd 0"
 )
 
 

@@ -309,7 +309,8 @@ _DIFFERENCES: tuple[Guess, ...] = (
     ("percent-encoding (%20)", _unquoted),
     (
         "what Label Studio puts before them",
-        _replaced((r"\A.*/data/(local-files/\?d=|upload/[0-9]+/[0-9a-f]{8}-)", "")),
+        # Its exports to COCO and YOLO keep the eight digits of an upload, below any folder or none.
+        _replaced((r"\A.*/data/local-files/\?d=", ""), (r"\A(.*/)?[0-9a-f]{8}-", "")),
     ),
     ("a query behind the name (?, #)", _replaced((r"[?#].*\z", ""))),
     (

@@ -219,6 +219,8 @@ def _is_label(name: str) -> bool:
 def _tables_in(named: Named) -> list[str]:
     """The tables of a folder, all of one kind; hidden files and folders are left out."""
     uri, entries = named.root, named.entries
+    if named.kind == "folder":
+        _refuse_versioned(uri, entries)
     shown = [entry.key for entry in entries if not _is_hidden(entry.key.removeprefix(uri))]
     kinds: dict[TableFormat, list[str]] = {}
     for key in shown:
@@ -231,6 +233,25 @@ def _tables_in(named: Named) -> list[str]:
     if kinds:
         return next(iter(kinds.values()))
     raise nothing_in(named, f"pictures or tables ({', '.join(TABLE_SUFFIXES)})")
+
+
+_VERSIONED = {
+    "Delta Lake": re.compile(r"(?:.*/)?_delta_log/[0-9]+[^/]*\.(?:json|parquet)", re.DOTALL),
+    "Iceberg": re.compile(r"(?:.*/)?metadata/[^/]+\.metadata\.json", re.DOTALL),
+}
+"""Tables whose log says which of their files still count: by name, what such a log is called."""
+
+
+def _refuse_versioned(root: str, entries: Sequence[Entry]) -> None:
+    """Raise JobRefused for a table of which deleted and replaced rows still lie in the folder."""
+    for name, log in _VERSIONED.items():
+        found = next((e.key for e in entries if log.fullmatch(e.key.removeprefix(f"{root}/"))), None)
+        if found is not None:
+            raise JobRefused(
+                f"{root}: a {name} table ({found}): which of its files still count only its log says, which "
+                "is not read; write the rows as plain Parquet into another folder, or name the files that "
+                "count with a pattern"
+            )
 
 
 def _is_hidden(path: str) -> bool:

@@ -160,6 +160,20 @@ def test_a_plan_without_boxes_and_without_a_detector_says_that_no_mask_can_come(
     assert "warning" not in detected
 
 
+@pytest.mark.parametrize(("flags", "warned"), [((1, 1), True), ((1, 0), False), ((), False)])
+def test_a_plan_of_crowds_alone_says_that_no_mask_can_come(
+    photos: str, tmp_path: Path, flags: tuple[int, ...], warned: bool
+) -> None:
+    """As annotation tools write COCO for masks that were drawn with a brush."""
+    rows = "".join(f"{next(Path(photos).iterdir()).name},1,1,9,9,{flag}\n" for flag in flags)
+    (tmp_path / "boxes.csv").write_text(f"image_uri,x1,y1,x2,y2,iscrowd\n{rows}")
+
+    code, out, _ = run("plan", "--images", photos, "--boxes", str(tmp_path / "boxes.csv"))
+
+    assert code == 0
+    assert ("warning: every box is a crowd (iscrowd 1), so there will be no mask" in out) == warned
+
+
 def test_a_detector_needs_pictures(tmp_path: Path) -> None:
     code, _, err = run("plan", "--detector", "hf:a/b")
 

@@ -124,8 +124,8 @@ def test_a_table_may_be_a_folder_of_parts_and_csv_and_jsonl(tmp_path):
     table(folder / "part-1.parquet", {"image_uri": ["b.jpg"], "image_id": [10]})
     table(folder / "part-0.parquet", {"image_uri": ["a.jpg"], "image_id": [9]})
     (folder / "_SUCCESS").touch()
-    (folder / "_delta_log").mkdir()
-    (folder / "_delta_log" / "0.json").write_text("{}")
+    (folder / "_temporary").mkdir()
+    table(folder / "_temporary" / "part-2.parquet", {"image_uri": ["c.jpg"], "image_id": [11]})
     (tmp_path / "i.csv").write_text("image_id,image_uri\n9,list.parquet/a.jpg\n10,list.parquet/b.jpg\n")
     rows = [
         {"image_uri": "list.parquet/a.jpg", "image_id": 9},
@@ -140,6 +140,29 @@ def test_a_table_may_be_a_folder_of_parts_and_csv_and_jsonl(tmp_path):
     assert [{folder / "part-0.parquet", folder / "part-1.parquet"}] == [
         {type(folder)(file["uri"]) for file in plans[0].summary.input_files}
     ]
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        "_delta_log/00000000000000000000.json",
+        "_delta_log/00000000000000000010.checkpoint.parquet",
+        "metadata/v2.metadata.json",
+    ],
+)
+def test_a_table_whose_log_says_which_files_count_is_refused(tmp_path, pictures, log):
+    """Spark's UPDATE on Delta Lake and Iceberg writes a new file and leaves the old one where it is."""
+    folder = tmp_path / "boxes"
+    (folder / log).parent.mkdir(parents=True)
+    (folder / log).write_text("{}")
+    for name in ("part-00000-old.parquet", "part-00001-new.parquet"):
+        table(folder / name, {"image_uri": ["b.jpg"], "bbox": [A]})
+
+    message = refusal(images=pictures, boxes=folder)
+
+    assert str(folder / log) in message
+    assert "plain Parquet" in message
+    assert 1 == planned(images=pictures, boxes=f"{folder}/*-new.parquet").summary.boxes
 
 
 def test_image_root_moves_relative_names(tmp_path, pictures):
@@ -468,6 +491,8 @@ NFD = unicodedata.normalize("NFD", "é/ü.jpg")
         ("d/a b.jpg", "d/a%2520b.jpg", "They differ in percent-encoding (%20): "),
         ("d/a b.jpg", "/data/local-files/?d=d/a%20b.jpg", "They differ in percent-encoding (%20) and "),
         ("a b.jpg", "/data/upload/1/0a1b2c3d-a_b.jpg", "what Label Studio puts before them and spaces"),
+        ("a.jpg", "0a1b2c3d-a.jpg", "They differ in what Label Studio puts before them"),
+        ("d/a.jpg", "images/0a1b2c3d-a.jpg", "what Label Studio puts before them and the folder: "),
         ("000123.jpg", "123", "look like the numbers in the file names"),
         ("COCO_val2014_000000000139.jpg", "139", "look like the numbers in the file names"),
         ("0.jpg", "00", "look like the numbers in the file names"),
