@@ -165,6 +165,9 @@ def match_truth(saved: SavedJob, truth: Truth, how: How) -> Matched:
         "images of the job that the truth does not have": unknown,
         "images of another size in the truth": len(images) - len(same_size),
         "boxes of crowds, which are regions to pass over and got no mask": crowds,
+        "objects that the truth marks as crowds (iscrowd 1), which are regions to pass over": sum(
+            one.is_crowd for image in judged for one in image.objects
+        ),
         "masks of classes that the truth does not have": sum(
             mask.category_id is None and mask.counts is not None for image in judged for mask in image.masks
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -55,6 +56,8 @@ def run(given: Given, how: How) -> int:
         raise UsageError(f"export {how.format!r}: wanted one of {', '.join(FORMATS)}")
     saved = open_saved(given)
     uri = settings.absolute(how.to)
+    if os.path.lexists(uri) and not os.path.isdir(uri):
+        raise UsageError(f"--to {how.to}: this is a file; wanted a new folder or prefix")
     place = open_store(Place(uri=uri, options=settings.storage_options(saved.config, uri)))
     if place.list(limit=1):
         raise UsageError(

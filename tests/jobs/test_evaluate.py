@@ -647,6 +647,7 @@ def test_boxes_of_crowds_are_passed_over(tmp_path: Path, file_boxes: bool) -> No
     assert found["left_out"] == {
         "images of the truth that the job does not have": 7,
         "boxes of crowds, which are regions to pass over and got no mask": 1,
+        "objects that the truth marks as crowds (iscrowd 1), which are regions to pass over": 1,
     }
     assert found["mask_ap"]["ap"] == found["pairs"]["mean_iou"] == pytest.approx(1)
 

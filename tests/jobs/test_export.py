@@ -219,6 +219,16 @@ def test_an_export_never_mixes_with_files_that_are_there(output: str, tmp_path: 
     assert "choose a new folder" in err
 
 
+def test_an_export_to_the_name_of_a_file_is_refused_before_any_work(output: str, tmp_path: Path) -> None:
+    (tmp_path / "coco.json").write_text("{}")
+
+    code, _, err = run("export", "coco", "--output", output, "--to", str(tmp_path / "coco.json"))
+
+    assert code == 2
+    assert "coco.json: this is a file; wanted a new folder" in err
+    assert (tmp_path / "coco.json").read_text() == "{}"
+
+
 def test_two_images_that_differ_in_their_ending_alone_are_refused_for_yolo(tmp_path: Path) -> None:
     images = [MadeImage(image_id=name, masks=[blob(1)]) for name in ("a.jpg", "a.png")]
     output = make_output(tmp_path / "out", images)
