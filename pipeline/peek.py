@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.boxes import suspicions_of_place
+from pipeline.boxes import LARGEST_SHARE, suspicions_of_place
 from pipeline.decode import DecodedImage
 from pipeline.decode_child import DecodeChild
 from pipeline.errors import ImageError, SystemicFault, clean_text
@@ -55,7 +55,7 @@ def look(
         seen = _seen(rows, access, limits)
     except SystemicFault as fault:
         return (f"no picture could be looked at from this machine: {clean_text(str(fault))}",)
-    found = (_unopened(seen), *_misplaced(seen, rules), _odd_masks(seen))
+    found = (_unopened(seen), *_misplaced(seen, rules), _odd_masks(seen), _odd_points(seen, rules))
     return tuple(sentence for sentence in found if sentence)
 
 
@@ -129,6 +129,43 @@ def _odd_masks(seen: list[_Seen]) -> str | None:
         f"{len(odd)} of {len(masks)} masks looked at are of another size than their picture, and will not be "
         f"used (prompt_invalid), such as {size[:4]} for {clean_text(image_id)}, which is {height} high and "
         f"{width} wide; a mask's size is [height, width] of the upright picture"
+    )
+
+
+def _odd_points(seen: list[_Seen], rules: BoxRules) -> str | None:
+    """Return a sentence when points lie as shares of their pictures would, or outside them.
+
+    Shares are points too, at the picture's corner: they spoil the mask, and no code says so.
+    """
+    points_N2, sizes_hw = [], list[tuple[int, int]]()
+    for one in seen:
+        if one.header is None:
+            continue
+        size_hw = one.header.stored_size_hw if rules.box_frame == "stored" else one.header.size_hw
+        for box in one.row["boxes"][:_BOXES_OF_ONE]:
+            numbers, labels = np.array(box["points_xy"] or [], np.float64), box["point_labels"] or []
+            if len(numbers) != 2 * len(labels):
+                continue  # which the plan says
+            some = numbers.reshape(-1, 2)[[label != -1 for label in labels]]  # -1 fills up
+            some = some[np.isfinite(some).all(axis=1)]
+            points_N2.append(some)
+            sizes_hw += [size_hw] * len(some)
+    points = np.concatenate(points_N2) if points_N2 else np.zeros((0, 2))
+    if not len(points):
+        return None
+    if np.mean((np.abs(points) <= LARGEST_SHARE).all(axis=1)) > 0.9:
+        return (
+            f"nearly all of {len(points)} points looked at lie within 0 to 1, in the corner of their "
+            "pictures; points are pixels, whatever the box format: multiply shares by width and height"
+        )
+    outside = ((points < 0) | (points > np.array(sizes_hw)[:, ::-1])).any(axis=1)
+    if outside.mean() <= SUSPICIOUS_SHARE:
+        return None
+    (x, y), (height, width) = points[outside][0], np.array(sizes_hw)[outside][0]
+    return (
+        f"{outside.sum()} of {len(points)} points looked at lie outside their pictures: their boxes get no "
+        f"mask (prompt_invalid), such as ({x:g}, {y:g}) in one {height} high and {width} wide; points are "
+        f"[x, y] in pixels of the {rules.box_frame} picture"
     )
 
 

@@ -18,7 +18,7 @@ from pipeline.errors import JobRefused
 from pipeline.inputs import InputSettings
 from pipeline.peek import PICTURES, look
 from pipeline.plan import make_plan
-from pipeline.records import AccessRules, BoxRules, Limits
+from pipeline.records import AccessRules, BoxFrame, BoxRules, Limits
 from pipeline.runs import text_of_lengths
 
 LIMITS = Limits()
@@ -246,3 +246,37 @@ def test_masks_of_another_size_than_their_picture_are_warned_of(photos: Path, tm
     assert plan.summary.invalid_prompts == 1
     assert sentence.startswith("2 of 4 masks looked at are of another size than their picture")
     assert f"such as [{width}, {height}] for 002.jpg, which is {height} high and {width} wide" in sentence
+
+
+@pytest.mark.parametrize(
+    ("points", "frame", "said"),
+    [
+        (
+            [[0.2, 0.0], [0.5, 0.9], [1.0, 1.0]],
+            "upright",
+            "nearly all of 12 points looked at lie within",
+        ),
+        ([[0.2, 0.0], [30.0, 9.0], [1.0, 1.0]], "upright", None),
+        ([[0.0, 0.0], list(STORED_WH), [5.0, 5.0]], "stored", None),
+        (
+            [[1.0, 2.0], [STORED_WH[0] + 1.0, 9.0], [9.0, 9.0]],
+            "stored",
+            "4 of 12 points looked at lie out",
+        ),
+    ],
+)
+def test_points_as_shares_or_outside_their_picture_are_warned_of(
+    photos: Path, tmp_path: Path, points: list[list[float]], frame: BoxFrame, said: str | None
+) -> None:
+    """Points of the label -1 fill up and lie nowhere; labels and points of unlike number are the plan's."""
+    prompt = {"bbox": [1, 2, 30, 31], "points": [*points, [9e9, -1]], "point_labels": [1, 0, 1, -1]}
+    rows = [{"image_id": f"{i:03d}.jpg", **prompt} for i in range(4)]
+    rows.append({"image_id": "004.jpg", "bbox": [1, 2, 30, 31], "points": [[9e9, 0]], "point_labels": []})
+    (tmp_path / "boxes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = InputSettings(images=str(photos), boxes=str(tmp_path / "boxes.jsonl"), box_frame=frame)
+    plan = make_plan(settings)
+
+    found = look(plan.table, BoxRules(box_frame=frame), plan.access, LIMITS)
+
+    about = [sentence for sentence in found if "point" in sentence]
+    assert [sentence.startswith(said or "-") for sentence in about] == [True] * bool(said)
