@@ -231,12 +231,20 @@ def _refuse_repeated(wanted: pa.Array, boxes: BoxList) -> None:
 
 
 def _refusal(unmatched: Unmatched, keys: pa.Array, boxes: BoxList, hint: str) -> JobRefused:
+    file = boxes.files[0]
+    none_joined = unmatched.images == len(boxes.lengths)
+    if not hint and none_joined and file.lower().endswith(".json") and _are_numbers(unmatched.examples):
+        hint = "For COCO results give the instances JSON, which says whose these numbers are, as --images. "
     return JobRefused(
-        f"{boxes.files[0]}: {unmatched.boxes} boxes of {unmatched.images} images "
+        f"{file}: {unmatched.boxes} boxes of {unmatched.images} images "
         f"(of {len(boxes.lengths)}) have no image: "
         f"it names {examples(unmatched.examples)}; the images are {examples(keys) or 'none'}. "
         f"{hint}Mend --images or --boxes, or leave these boxes out with --allow-unmatched"
     )
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return all(name.isascii() and name.isdecimal() for name in names)
 
 
 def _refuse_doubles(joined: Joined, *, is_box_file: bool) -> None:

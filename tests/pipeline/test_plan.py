@@ -518,6 +518,16 @@ def test_names_that_differ_are_explained_with_a_pair(tmp_path, there, named, hin
         assert "odd" not in pair
 
 
+@pytest.mark.parametrize(("ids", "hinted"), [((0, 1), True), (("x", 1), False), (("b.jpg", 1), False)])
+def test_numbers_of_coco_results_are_those_of_their_instances(tmp_path, pictures, ids, hinted):
+    """Detectron2 and MMDetection write ids alone; names of pictures need not have a number in them."""
+    rows = [{"image_id": name, "category_id": 0, "bbox": A, "score": 0.5} for name in ids]
+
+    message = refusal(images=pictures, boxes=as_json(tmp_path / "results.json", rows))
+
+    assert ("give the instances JSON, which says whose these numbers are, as --images" in message) == hinted
+
+
 def test_a_pair_is_shown_of_which_the_sentence_is_true(pictures):
     images = table(
         pictures / "i.parquet", {"image_uri": ["1", "2", "3"], "image_id": ["d/a", "d/b", "d/c d"]}
