@@ -237,7 +237,9 @@ def _tables_in(named: Named) -> list[str]:
 
 _VERSIONED = {
     "Delta Lake": re.compile(r"(?:.*/)?_delta_log/[0-9]+[^/]*\.(?:json|parquet)", re.DOTALL),
-    "Iceberg": re.compile(r"(?:.*/)?metadata/[^/]+\.metadata\.json", re.DOTALL),
+    "Iceberg": re.compile(
+        r"(?:.*/)?metadata/(?:v[0-9]+|[0-9]+-[0-9a-f-]{36})(?:\.gz)?\.metadata\.json", re.DOTALL
+    ),
 }
 """Tables whose log says which of their files still count: by name, what such a log is called."""
 

@@ -148,6 +148,7 @@ def test_a_table_may_be_a_folder_of_parts_and_csv_and_jsonl(tmp_path):
         "_delta_log/00000000000000000000.json",
         "_delta_log/00000000000000000010.checkpoint.parquet",
         "metadata/v2.metadata.json",
+        "t/metadata/00001-2f0d6c5e-8a51-4c5e-9a3f-0d1e2f3a4b5c.gz.metadata.json",
     ],
 )
 def test_a_table_whose_log_says_which_files_count_is_refused(tmp_path, pictures, log):
@@ -163,6 +164,8 @@ def test_a_table_whose_log_says_which_files_count_is_refused(tmp_path, pictures,
     assert str(folder / log) in message
     assert "plain Parquet" in message
     assert 1 == planned(images=pictures, boxes=f"{folder}/*-new.parquet").summary.boxes
+    (folder / log).rename((folder / log).with_name("b.jpg.metadata.json"))
+    assert 2 == planned(images=pictures, boxes=folder).summary.boxes
 
 
 def test_image_root_moves_relative_names(tmp_path, pictures):
