@@ -12,7 +12,7 @@ STAMP := $(VENV)/.setup-done
 RECORD := $(BIN)/python -m benchmarks.record
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 HASHES := $(if $(filter %.lock,$(LOCK)),--require-hashes)
-TEST_SECONDS ?= 1500
+TEST_SECONDS ?= 2100
 FUZZ_EXAMPLES ?= 1000
 FAULTS = FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FAULT_RESULTS=build/faults.jsonl $(BIN)/pytest -m "faults and not gpu and not network"
 
