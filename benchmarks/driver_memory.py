@@ -49,12 +49,12 @@ def measure(images: int, images_per_unit: int) -> str:
     """One line of figures for a job of so many images."""
     import ray
 
-    from pipeline.graph import run_units
-    from pipeline.inputs import InputSettings
-    from pipeline.plan import make_plan, write_plan
-    from pipeline.records import BoxRules, JobContext, Limits, MaskSettings, Place, UnitOutcome, Weights
-    from pipeline.resources import ClusterSettings
-    from pipeline.storage import open_store
+    from pipeline.execution.chain import run_units
+    from pipeline.execution.placement import ClusterSettings
+    from pipeline.inputs.open_inputs import InputSettings
+    from pipeline.planning.make_plan import make_plan, write_plan
+    from pipeline.settings import BoxRules, JobContext, Limits, MaskSettings, Place, UnitOutcome, Weights
+    from pipeline.storage.store import open_store
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -16,11 +16,11 @@ import time
 from functools import partial
 from pathlib import Path
 
-from jobs import bench_chain, bench_stub
-from jobs.bench_inputs import write_pictures
-from jobs.cluster import running_ray, usable_cpus
+from benchmarks.command import bench_chain, bench_stub
+from benchmarks.command.bench_inputs import write_pictures
+from jobs.cluster.ray_cluster import running_ray, usable_cpus
 from jobs.config import Config
-from jobs.interrupts import Interrupts
+from jobs.terminal.signals import Interrupts
 from model.geometry import target_size_hw
 
 SIZE_HW = (864, 1152)

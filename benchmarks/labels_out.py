@@ -29,15 +29,16 @@ from pycocotools import mask as coco_mask
 
 from model.structures import Instances
 from pipeline import schema
-from pipeline.boxes import resolve_boxes
-from pipeline.ledger import Job, identity_of, open_job
-from pipeline.manifest import Counts, Manifest, Part, PartFile, write_manifest
-from pipeline.parquet import ParquetSink
-from pipeline.publish import flatten_unit
-from pipeline.quality import FilterSettings
-from pipeline.records import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Place, Weights
-from pipeline.storage import Store, open_store
-from pipeline.unit_rows import ImageResult, build_unit_table
+from pipeline.job.job_file import Job, identity_of, open_job
+from pipeline.settings import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Place, Weights
+from pipeline.stages.resolve_boxes import resolve_boxes
+from pipeline.storage.sealed_parquet import ParquetSink
+from pipeline.storage.store import Store, open_store
+from pipeline.tables.manifest import Counts, Manifest, Part, PartFile, write_manifest
+from pipeline.tables.mask_quality import FilterSettings
+from pipeline.tables.publish_tables import flatten_unit
+from pipeline.tables.unit_table import build_unit_table
+from pipeline.unit import ImageResult
 
 SIZE_HW = (480, 640)
 MASKS_PER_IMAGE = 7

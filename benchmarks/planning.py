@@ -47,10 +47,11 @@ def main() -> None:
 
 def measure(kind: str, images: int, folder: Path) -> None:
     """One line of figures."""
-    from pipeline.inputs import InputSettings
-    from pipeline.plan import iter_plan, make_plan, write_plan
-    from pipeline.records import Place
-    from pipeline.storage import open_store
+    from pipeline.inputs.open_inputs import InputSettings
+    from pipeline.job.plan_files import iter_plan
+    from pipeline.planning.make_plan import make_plan, write_plan
+    from pipeline.settings import Place
+    from pipeline.storage.store import open_store
 
     if kind == "coco":
         settings = InputSettings(images=str(folder / "instances.json"), boxes=str(folder / "results.json"))

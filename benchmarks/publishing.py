@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.labels_out import IMAGES_PER_UNIT, measured, one_image, open_output, size_of
-from pipeline import units
-from pipeline.ledger import units_per_part
-from pipeline.units import build_unit_table
+from pipeline.job.job_file import units_per_part
+from pipeline.tables import unit_files as units
+from pipeline.tables.unit_files import build_unit_table
 
 MASKS_PER_IMAGE = 3
 DIFFERENT_UNITS = 100

@@ -141,10 +141,10 @@ class State:
         pq.write_table(pa.table({"image_uri": names, "boxes": boxes}), self._folder / "boxes.parquet")
 
     def _plan(self, meter: Meter) -> None:
-        from pipeline.inputs import InputSettings
-        from pipeline.ledger import Job, identity_of, open_job, units_per_part
-        from pipeline.plan import make_plan, write_plan
-        from pipeline.records import BoxRules, JobContext, Limits, MaskSettings, Weights
+        from pipeline.inputs.open_inputs import InputSettings
+        from pipeline.job.job_file import Job, identity_of, open_job, units_per_part
+        from pipeline.planning.make_plan import make_plan, write_plan
+        from pipeline.settings import BoxRules, JobContext, Limits, MaskSettings, Weights
 
         plan = make_plan(
             InputSettings(boxes=str(self._folder / "boxes.parquet"), images_per_unit=IMAGES_PER_UNIT)
@@ -167,8 +167,8 @@ class State:
         write_plan(self._store(), plan)
 
     def _label(self, meter: Meter) -> None:
-        from pipeline.ledger import require_job
-        from pipeline.owner import Owner
+        from pipeline.job.driver_lock import Owner
+        from pipeline.job.job_file import require_job
 
         with self._ray(), Owner.take(self._store()) as owner:
             meter.restart()
@@ -186,11 +186,11 @@ class State:
             assert not self._pending()
 
     def _publish(self, meter: Meter) -> None:
-        from pipeline.graph import map_parts
-        from pipeline.ledger import require_job
-        from pipeline.owner import Owner
-        from pipeline.publish import publish
-        from pipeline.quality import FilterSettings
+        from pipeline.execution.chain import map_parts
+        from pipeline.job.driver_lock import Owner
+        from pipeline.job.job_file import require_job
+        from pipeline.tables.mask_quality import FilterSettings
+        from pipeline.tables.publish_tables import publish
 
         with self._ray(), Owner.take(self._store()) as owner:
             meter.restart()
@@ -207,22 +207,22 @@ class State:
         return private_ray() if self._with_ray else contextlib.nullcontext()
 
     def _validate(self, meter: Meter) -> None:
-        from pipeline.ledger import require_job
-        from pipeline.verify import verify
+        from pipeline.job.job_file import require_job
+        from pipeline.tables.verify_output import verify
 
         found = verify(self._store(), require_job(self._store()))
         assert found.findings == [], found.findings[:3]
         meter.figures |= {"images": found.images, "MB": found.bytes / 1e6}
 
     def _store(self) -> Any:
-        from pipeline.records import Place
-        from pipeline.storage import open_store
+        from pipeline.settings import Place
+        from pipeline.storage.store import open_store
 
         return open_store(Place(uri=str(self._folder / "out")))
 
     def _pending(self) -> list[int]:
-        from pipeline.manifest import finished_units, read_manifest
-        from pipeline.units import list_committed
+        from pipeline.tables.manifest import finished_units, read_manifest
+        from pipeline.tables.unit_files import list_committed
 
         store = self._store()
         done = finished_units(list(list_committed(store)), read_manifest(store))
@@ -231,8 +231,8 @@ class State:
 
 def run_with_ray(pending: Sequence[int], context: Any, driver: int, count: Callable[[object], None]) -> None:
     """The pending units through Ray Data's graph."""
-    from pipeline.graph import run_units
-    from pipeline.resources import ClusterSettings
+    from pipeline.execution.chain import run_units
+    from pipeline.execution.placement import ClusterSettings
 
     run_units(
         pending, context, ClusterSettings(actors=1, cpus_per_actor=0.5), epoch=driver, on_outcome=count,
@@ -244,9 +244,9 @@ def run_in_this_process(
     pending: Sequence[int], context: Any, driver: int, count: Callable[[object], None]
 ) -> None:
     """The pending units through the stages and what travels between them, one after the other."""
-    from pipeline.commit import commit_unit, read_outcome
-    from pipeline.rows import UnitRow, pack, unpack
-    from pipeline.storage import open_store
+    from pipeline.stages.commit import commit_unit, read_outcome
+    from pipeline.stages.hand_over import UnitRow, pack, unpack
+    from pipeline.storage.store import open_store
 
     store, stub = open_store(context.output), UnitStub(context, epoch=driver)
     for unit_id in pending:
@@ -309,7 +309,9 @@ def private_ray() -> Iterator[None]:
     root = str(Path(__file__).resolve().parent.parent)  # the workers look for the stub by its name
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": path}
-    os.environ |= {"RAY_idle_worker_killing_time_threshold_ms": "600000"}  # as `jobs.cluster` asks for
+    os.environ |= {
+        "RAY_idle_worker_killing_time_threshold_ms": "600000"
+    }  # as `jobs.cluster.ray_cluster` asks for
     import ray
 
     ray.init(
@@ -327,7 +329,7 @@ def private_ray() -> Iterator[None]:
 
 def put_stubs() -> None:
     """Run by Ray at the start of every worker: units are made instead of read and segmented."""
-    import pipeline.graph as graph
+    import pipeline.execution.chain as graph
 
     graph.prepare_unit = made_unit  # type: ignore[assignment]
     graph.SegmentWorker = UnitStub  # type: ignore[misc,assignment]
@@ -335,9 +337,9 @@ def put_stubs() -> None:
 
 def made_unit(unit: Any, context: Any, store: Any, _child: object) -> tuple[Any, Any]:
     """The unit with its planned images, each a picture of a few kB; in place of `prepare_unit`."""
-    from pipeline.prepare import planned_rows
-    from pipeline.rows import PixelArena
-    from pipeline.unit_rows import ImageResult
+    from pipeline.stages.hand_over import PixelArena
+    from pipeline.stages.prepare import planned_rows
+    from pipeline.unit import ImageResult
 
     rows = planned_rows(unit, context, store)
     arena = PixelArena(len(rows), SIDE)
@@ -356,8 +358,8 @@ class UnitStub:
     """The start of every unit is noted as ever, and every image has the same masks."""
 
     def __init__(self, context: Any, *, epoch: int, **_of_a_real_model: object) -> None:
-        from pipeline.attempts import Attempts
-        from pipeline.storage import open_store
+        from pipeline.stages.crash_log import Attempts
+        from pipeline.storage.store import open_store
 
         self._attempts = Attempts(open_store(context.output), epoch=epoch)
 

@@ -265,10 +265,10 @@ class Soak:
 
     def _close_round(self) -> None:
         """Count what is in the tables of a finished round, and forget the round."""
-        from pipeline.ledger import require_job
-        from pipeline.records import Place
-        from pipeline.storage import open_store
-        from pipeline.verify import verify
+        from pipeline.job.job_file import require_job
+        from pipeline.settings import Place
+        from pipeline.storage.store import open_store
+        from pipeline.tables.verify_output import verify
 
         ids, digests = _read_out(self.out)
         planned, totals = self._planned(), self.totals
@@ -389,7 +389,7 @@ def _end_of(process: subprocess.Popen[bytes], timeout_s: float) -> int:
 
 def _read_out(out: Path) -> tuple[list[str], list[str]]:
     """The image ids in their order, and the digests of both tables without what may differ."""
-    from pipeline.units import mask_columns_digest
+    from pipeline.tables.unit_files import mask_columns_digest
 
     tables = []
     for name in ("images", "instances"):

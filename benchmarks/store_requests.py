@@ -88,19 +88,19 @@ def main() -> None:
 
 def run(endpoint: str, counting: Counting, folder: Path, images: int) -> None:
     """All steps of one job, each with its requests printed."""
-    from pipeline.inputs import InputSettings
-    from pipeline.ledger import Job, identity_of, open_job, require_job, units_per_part
-    from pipeline.manifest import read_manifest
-    from pipeline.owner import Owner
-    from pipeline.plan import make_plan, write_plan
-    from pipeline.publish import publish
-    from pipeline.quality import FilterSettings
-    from pipeline.records import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Place, Weights
-    from pipeline.rows import UnitRow
-    from pipeline.status import status
-    from pipeline.storage import open_store
-    from pipeline.units import list_committed
-    from pipeline.verify import verify
+    from pipeline.inputs.open_inputs import InputSettings
+    from pipeline.job.driver_lock import Owner
+    from pipeline.job.job_file import Job, identity_of, open_job, require_job, units_per_part
+    from pipeline.planning.make_plan import make_plan, write_plan
+    from pipeline.settings import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Place, Weights
+    from pipeline.stages.hand_over import UnitRow
+    from pipeline.storage.store import open_store
+    from pipeline.tables.job_status import status
+    from pipeline.tables.manifest import read_manifest
+    from pipeline.tables.mask_quality import FilterSettings
+    from pipeline.tables.publish_tables import publish
+    from pipeline.tables.unit_files import list_committed
+    from pipeline.tables.verify_output import verify
     from tests.faults.chain import do_unit
 
     options = {"endpoint_url": endpoint}

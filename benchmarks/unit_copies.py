@@ -13,8 +13,8 @@ import time
 
 import numpy as np
 
-from pipeline.rows import PixelArena, UnitRow, pack, unpack
-from pipeline.unit_rows import ImageResult
+from pipeline.stages.hand_over import PixelArena, UnitRow, pack, unpack
+from pipeline.unit import ImageResult
 
 
 def main() -> None:

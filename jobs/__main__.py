@@ -1,6 +1,6 @@
 """`python -m jobs`: the same command line as `hqlabel`, for a checkout that is not installed."""
 
-from jobs.cli import main
+from jobs.cli.main import main
 
 if __name__ == "__main__":  # processes that `bench` starts import this file, too
     main()

@@ -17,8 +17,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import UsageError
-from pipeline.records import BoxFormat, BoxFrame
+from pipeline.settings import BoxFormat, BoxFrame
 
+CONFIG_KEY = "config.yaml"
 Number = Annotated[float, Field(strict=False)]
 """A float that YAML may also write as 1 or 1e-3 (PyYAML reads the latter as text)."""
 Share = Annotated[Number, Field(ge=0, le=1)]

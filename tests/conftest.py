@@ -12,8 +12,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from pipeline.records import Place
-from pipeline.storage import Store, open_store
+from pipeline.settings import Place
+from pipeline.storage.store import Store, open_store
 from tests.s3_proxy import FaultProxy, fault_proxy
 
 # A busy machine is no finding: only tests that say so bound the time of an example.

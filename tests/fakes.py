@@ -15,8 +15,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from model.structures import CallShape, Instances, PreparedImage, SegmentFailure
-from pipeline.decode import DecodedImage, decode_image
-from pipeline.records import JobContext
+from pipeline.images.decode import DecodedImage, decode_image
+from pipeline.settings import JobContext
 
 TROUBLE = b"TROUBLE:"
 

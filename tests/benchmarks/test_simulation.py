@@ -7,11 +7,11 @@ from pathlib import Path
 
 from benchmarks.scale_model import tables
 from benchmarks.simulation import State, UnitStub, made_unit
-from pipeline.commit import commit_unit, read_outcome
-from pipeline.ledger import require_job
-from pipeline.publish import publish
-from pipeline.quality import FilterSettings
-from pipeline.rows import UnitRow, pack, unpack
+from pipeline.job.job_file import require_job
+from pipeline.stages.commit import commit_unit, read_outcome
+from pipeline.stages.hand_over import UnitRow, pack, unpack
+from pipeline.tables.mask_quality import FilterSettings
+from pipeline.tables.publish_tables import publish
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scale.md"
 

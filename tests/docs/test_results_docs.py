@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 from tests.docs.markdown import blocks, section
 from tests.jobs.made_outputs import MadeImage, blob, make_output
-from tests.jobs.test_cli import run
+from tests.jobs.cli.test_cli import run
 
 RECIPES = section((Path(__file__).resolve().parents[2] / "docs" / "results.md").read_text(), "Recipes")
 SIZE = (30, 50)

@@ -15,11 +15,11 @@ import transformers
 from PIL import Image
 
 from model.geometry import resize_longest_side
-from pipeline.decode import decode_image
+from pipeline.images.decode import decode_image
 from tests.docs.markdown import blocks
 from tests.e2e import commands
 from tests.e2e.scenes import picture
-from tests.jobs.test_cli import run
+from tests.jobs.cli.test_cli import run
 from tests.model import made_detectors
 from tests.model.made_detectors import PROMPTS
 

@@ -19,21 +19,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import failpoints
-from pipeline.clean import clean
-from pipeline.commit import commit_unit, read_outcome
-from pipeline.decode import DecodedImage
-from pipeline.ledger import Job, identity_of, open_job
-from pipeline.manifest import finished_units, read_manifest
-from pipeline.owner import Owner
-from pipeline.plan import Plan, write_plan
-from pipeline.prepare import prepare_unit
-from pipeline.publish import publish
-from pipeline.quality import FilterSettings
-from pipeline.records import JobContext, Limits, Place
-from pipeline.rows import UnitRow
-from pipeline.segment import SegmentWorker
-from pipeline.storage import Store, open_store
-from pipeline.units import list_committed, mask_columns_digest, read
+from pipeline.images.decode import DecodedImage
+from pipeline.job.driver_lock import Owner
+from pipeline.job.job_file import Job, identity_of, open_job
+from pipeline.planning.make_plan import Plan, write_plan
+from pipeline.settings import JobContext, Limits, Place
+from pipeline.stages.commit import commit_unit, read_outcome
+from pipeline.stages.hand_over import UnitRow
+from pipeline.stages.prepare import prepare_unit
+from pipeline.stages.segment import SegmentWorker
+from pipeline.storage.store import Store, open_store
+from pipeline.tables.clean_output import clean
+from pipeline.tables.manifest import finished_units, read_manifest
+from pipeline.tables.mask_quality import FilterSettings
+from pipeline.tables.publish_tables import publish
+from pipeline.tables.unit_files import list_committed, mask_columns_digest, read
 from tests.fakes import troubled_decoder
 from tests.pipeline import made_jobs
 from tests.pipeline.made_jobs import noise, png

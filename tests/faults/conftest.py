@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.records import Place
+from pipeline.settings import Place
 from tests.conftest import make_place
 from tests.faults import chain
 

@@ -32,27 +32,28 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from jobs.app import given_of
-from jobs.evaluate import How
-from jobs.evaluate import run as evaluate_truth
-from jobs.selection import Selection
+from jobs.cli.app import given_of
+from jobs.evaluate.evaluate import How
+from jobs.evaluate.evaluate import run as evaluate_truth
+from jobs.results.select_rows import Selection
 from model.checkpoints import load
 from model.structures import CallShape
-from pipeline.boxes import prompt_faults, resolve_boxes, suspicions
-from pipeline.commit import commit_unit, read_outcome
-from pipeline.decode_child import DecodeChild
 from pipeline.errors import BOX_CODES, ImageError, JobRefused, UsageError
-from pipeline.inputs import InputSettings
-from pipeline.plan import Plan, make_plan, write_plan
-from pipeline.prepare import prepare_unit
-from pipeline.records import BoxRules, JobContext, Limits, MaskSettings, Place, Weights
-from pipeline.rows import UnitRow, pack, unpack
-from pipeline.segment import SegmentWorker
-from pipeline.storage import open_store
-from pipeline.units import list_committed, read
-from pipeline.weights import TorchSegmenter, load_segmenter
+from pipeline.images.decode_process import DecodeChild
+from pipeline.inputs.open_inputs import InputSettings
+from pipeline.planning.make_plan import Plan, make_plan, write_plan
+from pipeline.planning.suspicious_boxes import suspicions
+from pipeline.settings import BoxRules, JobContext, Limits, MaskSettings, Place, Weights
+from pipeline.stages.commit import commit_unit, read_outcome
+from pipeline.stages.hand_over import UnitRow, pack, unpack
+from pipeline.stages.load_model import TorchSegmenter, load_segmenter
+from pipeline.stages.prepare import prepare_unit
+from pipeline.stages.resolve_boxes import prompt_faults, resolve_boxes
+from pipeline.stages.segment import SegmentWorker
+from pipeline.storage.store import open_store
+from pipeline.tables.unit_files import list_committed, read
+from tests.jobs.evaluate.test_ground_truth import RUNS, WRITTEN
 from tests.jobs.made_outputs import MadeImage, blob, make_output
-from tests.pipeline.test_truth import RUNS, WRITTEN
 
 FORMATS = [f"{a}{b}" for a, b in itertools.product(("xyxy", "xywh", "cxcywh"), ("", "-normalised"))]
 FRAMES = ["upright", "stored"]

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-import jobs.opening
-from jobs import cli
+import jobs.job_setup.open_job
+from jobs.cli import main as cli
 from model.structures import Instances, PreparedImage, SegmentFailure
-from pipeline.records import JobContext
-from pipeline.weights import TorchSegmenter, load_segmenter
+from pipeline.settings import JobContext
+from pipeline.stages.load_model import TorchSegmenter, load_segmenter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +52,12 @@ def colour_of(number: float) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    made = jobs.opening.JobContext
+    made = jobs.job_setup.open_job.JobContext
 
     def context(**fields: Any) -> JobContext:
         return made(**fields, segmenter="tests.faults.probe:probe_segmenter")
 
-    jobs.opening.JobContext = context  # type: ignore[assignment,misc]
+    jobs.job_setup.open_job.JobContext = context  # type: ignore[assignment,misc]
     cli.main()
 
 

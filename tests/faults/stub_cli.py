@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import jobs.opening
-import jobs.retry
-import pipeline.ledger
-from jobs import cli, environment
+import jobs.commands.retry
+import jobs.job_setup.open_job
+import pipeline.job.job_file
+from jobs.cli import main as cli
 from jobs.config import Config
+from jobs.terminal import environment
 from pipeline.failpoints import VARIABLE
-from pipeline.records import JobContext, Weights
+from pipeline.settings import JobContext, Weights
 
 SIDE = 64
 
@@ -37,8 +38,8 @@ def stub_context(**fields: Any) -> JobContext:
 
 
 def main() -> None:
-    jobs.opening.read_checkpoint = jobs.retry.read_checkpoint = stub_weights  # type: ignore[assignment]
-    jobs.opening.JobContext = pipeline.ledger.JobContext = stub_context  # type: ignore[assignment,misc]
+    jobs.job_setup.open_job.read_checkpoint = jobs.commands.retry.read_checkpoint = stub_weights  # type: ignore[assignment]
+    jobs.job_setup.open_job.JobContext = pipeline.job.job_file.JobContext = stub_context  # type: ignore[assignment,misc]
     environment.REFUSED.pop(VARIABLE)  # what the real command refuses is what these tests are about
     cli.main()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 
-from pipeline.records import JobContext
+from pipeline.settings import JobContext
 from tests.fakes import BoxSegmenter, box_segmenter
 
 

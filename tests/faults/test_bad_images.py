@@ -15,18 +15,18 @@ import pytest
 import torch
 
 from jobs.config import load_config
-from jobs.weights import read_checkpoint
+from jobs.job_setup.checkpoint import read_checkpoint
 from model.segmenter import Segmenter
 from model.structures import SegmentFailure
-from pipeline.commit import commit_unit, read_outcome
-from pipeline.decode_child import DecodeChild
 from pipeline.errors import SystemicFault
-from pipeline.prepare import prepare_unit
-from pipeline.records import JobContext, Limits
-from pipeline.rows import UnitRow
-from pipeline.segment import SegmentWorker, deadline_s
-from pipeline.storage import open_store
-from pipeline.units import list_committed, mask_columns_digest, read
+from pipeline.images.decode_process import DecodeChild
+from pipeline.settings import JobContext, Limits
+from pipeline.stages.commit import commit_unit, read_outcome
+from pipeline.stages.hand_over import UnitRow
+from pipeline.stages.prepare import prepare_unit
+from pipeline.stages.segment import SegmentWorker, deadline_s
+from pipeline.storage.store import open_store
+from pipeline.tables.unit_files import list_committed, mask_columns_digest, read
 from tests.e2e.scenes import picture, small_checkpoint
 from tests.fakes import harmful_picture, trouble
 from tests.faults.chain import do_unit, in_child
@@ -216,7 +216,7 @@ def network_job(folder: Path, weights: Path, images: int, **options: object) -> 
     pictures = {f"{n:03}.png": png(picture(n)) for n in range(images)}
     record_of_weights = read_checkpoint(load_config(None, flags={"model.checkpoint": str(weights)}))
     return make_job(
-        folder, pictures, segmenter="pipeline.weights:load_segmenter", weights=record_of_weights,
+        folder, pictures, segmenter="pipeline.stages.load_model:load_segmenter", weights=record_of_weights,
         limits=Limits(segment_timeout_s=300), **options,
     )  # fmt: skip
 
@@ -257,8 +257,8 @@ def test_row_57_masks_are_the_same_bytes_whatever_happens(
 
 
 def at_another_place(made: MadeJob, folder: Path) -> MadeJob:
-    from pipeline.plan import write_plan
-    from pipeline.records import Place
+    from pipeline.planning.make_plan import write_plan
+    from pipeline.settings import Place
 
     context = replace(made.context, output=Place(uri=str(folder)))
     write_plan(open_store(context.output), made.plan)

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import SystemicFault
-from pipeline.ledger import read_job
-from pipeline.records import Place
-from pipeline.verify import verify
+from pipeline.job.job_file import read_job
+from pipeline.settings import Place
+from pipeline.tables.verify_output import verify
 from tests.faults import chain
 from tests.faults.chain import SmallJob, in_child, look, lost_and_doubled, run_job
 from tests.faults.conftest import Record

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.clean import clean
 from pipeline.errors import DamageFound, JobRefused
-from pipeline.ledger import JOB_KEY, Job, open_job, read_job
-from pipeline.manifest import read_manifest
-from pipeline.owner import Owner, current_holder
-from pipeline.records import Place
-from pipeline.storage import Store, open_store
-from pipeline.units import list_committed
-from pipeline.verify import verify
+from pipeline.job.driver_lock import Owner, current_holder
+from pipeline.job.job_file import JOB_KEY, Job, open_job, read_job
+from pipeline.settings import Place
+from pipeline.storage.store import Store, open_store
+from pipeline.tables.clean_output import clean
+from pipeline.tables.manifest import read_manifest
+from pipeline.tables.unit_files import list_committed
+from pipeline.tables.verify_output import verify
 from tests.conftest import make_place
 from tests.faults import chain
 from tests.faults.chain import SmallJob, look, lost_and_doubled, run_job, start_child

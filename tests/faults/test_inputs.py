@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import SystemicFault
-from pipeline.inputs import InputSettings
-from pipeline.plan import make_plan
-from pipeline.records import AccessRules, Limits, Place
-from pipeline.storage import open_store
-from pipeline.units import list_committed
+from pipeline.inputs.open_inputs import InputSettings
+from pipeline.planning.make_plan import make_plan
+from pipeline.settings import AccessRules, Limits, Place
+from pipeline.storage.store import open_store
+from pipeline.tables.unit_files import list_committed
 from tests.conftest import MotoS3
 from tests.faults import chain
 from tests.faults.chain import SmallJob, as_job, look, lost_and_doubled, read_table, run_job

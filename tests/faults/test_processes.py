@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.soak import Soak, Wanted, cluster_of_nodes, is_actor
-from pipeline.units import mask_columns_digest
+from pipeline.tables.unit_files import mask_columns_digest
 from tests.faults.conftest import Record
 from tests.pipeline.made_jobs import BOXES, noise, png
 
@@ -276,8 +276,8 @@ import ray
 from dataclasses import replace
 from pathlib import Path
 from pipeline.errors import SystemicFault
-from pipeline.graph import run_units
-from pipeline.resources import ClusterSettings
+from pipeline.execution.chain import run_units
+from pipeline.execution.placement import ClusterSettings
 job, spill = pickle.loads(Path(sys.argv[1]).read_bytes()), sys.argv[2]
 limit = {} if spill == "-" else {"object_store_memory": 80 * 2**20, "object_spilling_directory": spill}
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **limit)
@@ -304,9 +304,9 @@ def test_row_45_a_full_object_store_slows_or_stops_the_job(tmp_path: Path, recor
     import numpy as np
     from PIL import Image
 
-    from pipeline.records import Limits, Weights
-    from pipeline.storage import open_store
-    from pipeline.units import list_committed
+    from pipeline.settings import Limits, Weights
+    from pipeline.storage.store import open_store
+    from pipeline.tables.unit_files import list_committed
     from tests.pipeline.made_jobs import make_job
 
     spill = tmp_path / "spill"

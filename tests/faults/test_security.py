@@ -26,10 +26,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jobs.config import Config
-from jobs.weights import read_checkpoint
+from jobs.job_setup.checkpoint import read_checkpoint
 from pipeline.errors import JobRefused, SystemicFault
-from pipeline.records import Weights
-from pipeline.weights import load_model
+from pipeline.settings import Weights
+from pipeline.stages.load_model import load_model
 from tests.conftest import MotoS3
 from tests.e2e import commands
 from tests.e2e.scenes import small_checkpoint
@@ -161,11 +161,11 @@ PARQUET_SCRIPT = """
     import ray.cloudpickle as cloudpickle
     from pipeline import parquet, schema
     from pipeline.errors import HqlabelError
-    from pipeline.inputs import InputSettings
-    from pipeline.plan import make_plan
-    from pipeline.records import AccessRules, Place
-    from pipeline.storage import open_store
-    from pipeline.units import CommittedUnit, read
+    from pipeline.inputs.open_inputs import InputSettings
+    from pipeline.planning.make_plan import make_plan
+    from pipeline.settings import AccessRules, Place
+    from pipeline.storage.store import open_store
+    from pipeline.tables.unit_files import CommittedUnit, read
 
     folder = Path(sys.argv[1])
 
@@ -287,7 +287,7 @@ def test_every_extension_type_that_python_registers_is_taken_off_before_a_file_i
     import pandas.core.arrays.arrow.extension_types  # noqa: F401
     import ray.data.extensions  # noqa: F401
 
-    from pipeline.parquet import _TYPES_WITH_CODE
+    from pipeline.storage.sealed_parquet import _TYPES_WITH_CODE
 
     def below(kind: type) -> Iterator[type]:
         for one in kind.__subclasses__():
@@ -302,7 +302,9 @@ def test_every_extension_type_that_python_registers_is_taken_off_before_a_file_i
         "_BaseFixedShapeArrowTensorType",
     }
     found = {kind.__name__ for kind in below(pa.ExtensionType) if not kind.__module__.startswith("tests")}
-    assert found <= known, "a new type: see whether it runs code, and add it to pipeline/parquet.py"
+    assert found <= known, (
+        "a new type: see whether it runs code, and add it to pipeline/storage/sealed_parquet.py"
+    )
     assert len(_TYPES_WITH_CODE) >= 6
 
 
@@ -317,9 +319,9 @@ needs_strace = pytest.mark.skipif(
 OPENING_SCRIPT = """
     import json, sys
     from pathlib import Path
-    from pipeline.fetch import fetch_ahead
-    from pipeline.plan_rows import refused_uris
-    from pipeline.records import AccessRules, Limits
+    from pipeline.images.fetch import fetch_ahead
+    from pipeline.planning.plan_table import refused_uris
+    from pipeline.settings import AccessRules, Limits
     import pyarrow as pa
     root, uris = sys.argv[1], json.loads(sys.argv[2])
     access = AccessRules(roots=(root,))
@@ -379,8 +381,8 @@ def test_refused_uris_open_no_file_and_call_no_host(tmp_path: Path) -> None:
 PLANNING_SCRIPT = """
     import json, sys
     from pipeline.errors import JobRefused
-    from pipeline.inputs import InputSettings
-    from pipeline.plan import make_plan
+    from pipeline.inputs.open_inputs import InputSettings
+    from pipeline.planning.make_plan import make_plan
     found = []
     for inputs in json.loads(sys.argv[1]):
         open(inputs["images"] + "/BEGIN").close()
@@ -466,14 +468,14 @@ SECRETS = {
 }
 IN_URIS = "canaryuripassword0123456789"
 KNOWN_LISTENERS = re.compile(
-    r"gcs_server|raylet|ray::|default_worker|dashboard/agent|runtime_env/agent|jobs.cluster.shutil"
+    r"gcs_server|raylet|ray::|default_worker|dashboard/agent|runtime_env/agent|jobs.cluster.ray_cluster.shutil"
 )
 
 # The command, but the private Ray's files stay, so that they can be searched.
 KEEPING = """
     import shutil, sys
-    import jobs.cluster
-    jobs.cluster.shutil = type("keeping", (), {"rmtree": staticmethod(lambda *a, **k: None)})
+    import jobs.cluster.ray_cluster
+    jobs.cluster.ray_cluster.shutil = type("keeping", (), {"rmtree": staticmethod(lambda *a, **k: None)})
     from jobs import cli
     sys.argv[0] = "keeping"
     cli.main()

@@ -14,14 +14,15 @@ import boto3
 import pyarrow as pa
 import pytest
 
-from jobs.environment import REFUSED
-from pipeline import failpoints, parquet, schema
+from jobs.terminal.environment import REFUSED
+from pipeline import failpoints, schema
 from pipeline.errors import SystemicFault
-from pipeline.ledger import read_job
-from pipeline.parquet import ParquetSink
-from pipeline.records import Place
-from pipeline.storage import open_store
-from pipeline.verify import verify
+from pipeline.job.job_file import read_job
+from pipeline.settings import Place
+from pipeline.storage import sealed_parquet as parquet
+from pipeline.storage.sealed_parquet import ParquetSink
+from pipeline.storage.store import open_store
+from pipeline.tables.verify_output import verify
 from tests.conftest import MotoS3, make_place
 from tests.faults import chain
 from tests.faults.chain import SmallJob, in_child, look, lost_and_doubled, run_job

@@ -12,15 +12,15 @@ import pyarrow as pa
 from pycocotools import mask as coco_mask
 
 from pipeline import schema
-from pipeline.arrays import table_sha256
-from pipeline.boxes import resolve_boxes
-from pipeline.ledger import Job, identity_of, open_job
-from pipeline.plan import Plan, write_plan
-from pipeline.publish import publish
-from pipeline.quality import FilterSettings
-from pipeline.records import AccessRules, BoxRules, Place
-from pipeline.storage import open_store
-from pipeline.units import ImageResult, build_unit_table, commit, encode
+from pipeline.inputs.arrow_lists import table_sha256
+from pipeline.job.job_file import Job, identity_of, open_job
+from pipeline.planning.make_plan import Plan, write_plan
+from pipeline.settings import AccessRules, BoxRules, Place
+from pipeline.stages.resolve_boxes import resolve_boxes
+from pipeline.storage.store import open_store
+from pipeline.tables.mask_quality import FilterSettings
+from pipeline.tables.publish_tables import publish
+from pipeline.tables.unit_files import ImageResult, build_unit_table, commit, encode
 from tests.pipeline.made_units import make_context, planned_box, planned_image, segment
 
 

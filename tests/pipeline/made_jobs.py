@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.inputs import InputSettings
-from pipeline.plan import Plan, make_plan, write_plan
-from pipeline.records import BoxRules, JobContext, Limits, MaskSettings, Place, Weights
-from pipeline.storage import open_store
+from pipeline.inputs.open_inputs import InputSettings
+from pipeline.planning.make_plan import Plan, make_plan, write_plan
+from pipeline.settings import BoxRules, JobContext, Limits, MaskSettings, Place, Weights
+from pipeline.storage.store import open_store
 
 SIDE = 64
 BOXES = [[4.2, 5.0, 30.7, 40.0], [0.0, 0.0, 12.0, 9.0]]

@@ -11,13 +11,14 @@ from pycocotools import mask as coco_mask
 
 from model.structures import Instances
 from pipeline import schema
-from pipeline.arrays import table_sha256
-from pipeline.boxes import ResolvedBoxes, resolve_boxes
-from pipeline.ledger import Job, identity_of, open_job
-from pipeline.plan import Plan, write_plan
-from pipeline.records import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Place, Weights
-from pipeline.storage import Store
-from pipeline.units import ImageResult, build_unit_table, check_against_plan, commit, encode
+from pipeline.inputs.arrow_lists import table_sha256
+from pipeline.job.job_file import Job, identity_of, open_job
+from pipeline.planning.make_plan import Plan, write_plan
+from pipeline.settings import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Place, Weights
+from pipeline.stages.resolve_boxes import resolve_boxes
+from pipeline.storage.store import Store
+from pipeline.tables.unit_files import ImageResult, build_unit_table, check_against_plan, commit, encode
+from pipeline.unit import ResolvedBoxes
 
 SIZE_HW = (40, 60)
 WHEN = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)

@@ -1,0 +1,181 @@
+"""The chain of stages against bare loops that do the same to the same pictures, on the same cores."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.command import bench_stub
+from benchmarks.command.bench_inputs import boxes_of, write_boxes, write_pictures
+from benchmarks.command.bench_tables import Table
+from jobs.cluster.ray_cluster import usable_cpus
+from jobs.commands.estimate import Measured, measure
+from jobs.config import Config
+from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup.checkpoint import read_checkpoint
+from jobs.terminal import console
+from jobs.terminal.signals import Interrupts
+from model.geometry import target_size_hw
+from model.structures import Instances, PreparedImage, Prompts
+from pipeline.images.decode import decode_image
+from pipeline.planning.make_plan import make_plan
+from pipeline.settings import MaskSettings, Weights
+from pipeline.stages.load_model import load_model, native_dtype
+
+_ONE_MEGAPIXEL, _TWELVE_MEGAPIXELS = (864, 1152), (3000, 4000)
+_STUB_SIDE = 1024
+STUB = Weights(source="none", sha256="0" * 64, architecture="stub", input_side=_STUB_SIDE)
+_HEAD = ("pictures", "of", "a unit", "loop images/s", "chain images/s", "of the loop", "added ms an image")
+
+
+def measure_stub(config: Config, folder: Path, interrupts: Interrupts, *, quick: bool) -> Table:
+    """Fetch, decode, hand-over and units, with no model, against processes of Pillow: `loop_of_pillow`."""
+    counts = (96, 16) if quick else (2048, 128)
+    figures = []
+    for count, size_hw in zip(counts, (_ONE_MEGAPIXEL, _TWELVE_MEGAPIXELS), strict=True):
+        place = folder / f"{size_hw[1]}"
+        paths = write_pictures(place, count, size_hw)
+        cores = config.cluster.cpus or usable_cpus()
+        loop = partial(loop_rate, partial(loop_of_pillow, side=_STUB_SIDE), paths, processes=cores)
+        before = loop()
+        chain = run_chain(config, place, paths, size_hw, STUB, interrupts, segmenter=bench_stub.NAME)
+        figures.append(_figures(size_hw, chain, [before, loop()], cores))
+    title = f"a stub in place of the model; {cores} processes of Pillow (read, decode, resize) around it"
+    return _table(title, figures)
+
+
+def measure_model(config: Config, folder: Path, interrupts: Interrupts, *, quick: bool) -> Table:
+    """The whole chain, against processes that each read, decode and run the model: `loop_of_model`.
+
+    As many of them as the chain has model processes, with as many threads each.
+    """
+    size_hw, count = _ONE_MEGAPIXEL, 24 if quick else 256
+    paths = write_pictures(folder, count, size_hw)
+    weights = read_checkpoint(config)
+    chain = run_chain(config, folder, paths, size_hw, weights, interrupts)
+    dtype = native_dtype(chain.gpus > 0) if config.model.dtype == "auto" else config.model.dtype
+    config = settings.with_boxes_per_call(config, settings.BOXES_PER_CALL[chain.device])
+    masks = settings.mask_settings(config, dtype)
+    begin = partial(_load_model, weights, masks, chain.device)
+    rate = loop_rate(loop_of_model, paths, processes=chain.actors, begin=begin)
+    figures = [_figures(size_hw, chain, [rate], chain.actors)]
+    processes = console.count(chain.actors, "process", "processes")
+    return _table(f"{weights.architecture}, {dtype}, against {processes} of one bare loop each", figures)
+
+
+def run_chain(
+    config: Config,
+    folder: Path,
+    paths: Sequence[Path],
+    size_hw: tuple[int, int],
+    weights: Weights,
+    interrupts: Interrupts,
+    segmenter: str | None = None,
+) -> Measured:
+    """What the chain makes of these pictures: its rate once every model process has done its first unit."""
+    boxes = write_boxes(folder, list(paths), size_hw)
+    given = config.input.model_copy(update={"images": None, "boxes": str(boxes)})
+    output = config.output.model_copy(update={"uri": str(folder / "out")})
+    config = config.model_copy(update={"input": given, "output": output})
+    plan = make_plan(settings.input_settings(config))
+    found = measure(config, plan, weights, interrupts, sample=len(paths), segmenter=segmenter)
+    assert not found.failed, f"{found.failed} of {found.images} pictures failed"
+    return found
+
+
+def _figures(
+    size_hw: tuple[int, int], chain: Measured, loops: Sequence[float], cores: int
+) -> dict[str, object]:
+    loop = statistics.harmonic_mean(loops)
+    return {
+        "images": chain.images,
+        "megapixels": size_hw[0] * size_hw[1] / 1e6,
+        "images_per_unit": chain.images_per_unit,
+        "loop_images_per_s": loop,
+        "chain_images_per_s": chain.images_per_s,
+        "share": chain.images_per_s / loop,
+        "added_ms": 1e3 * cores * (1 / chain.images_per_s - 1 / loop),
+        "start_s": chain.start_s,
+    }
+
+
+def _table(title: str, figures: Sequence[dict[str, object]]) -> Table:
+    rows = [
+        (
+            str(row["images"]),
+            f"{row['megapixels']:.1f} Mpx",
+            str(row["images_per_unit"]),
+            f"{row['loop_images_per_s']:.2f}",
+            f"{row['chain_images_per_s']:.2f}",
+            f"{row['share']:.0%}",
+            f"{row['added_ms']:.1f}",
+        )
+        for row in figures
+    ]
+    note = "added: milliseconds of one core; the chain's rate is taken after the first unit of every model"
+    return Table(title=title, head=_HEAD, rows=rows, figures=figures, notes=[note])
+
+
+def loop_rate(
+    loop: Callable[[str], object],
+    paths: Sequence[Path],
+    *,
+    processes: int,
+    begin: Callable[[], None] | None = None,
+) -> float:
+    """Images a second of so many processes that call `loop` with one path after the other."""
+    names = [str(path) for path in paths]
+    with multiprocessing.get_context("spawn").Pool(processes, begin) as pool:
+        pool.map(loop, names[: 2 * processes], chunksize=1)  # imports, and the model's first call
+        began = time.perf_counter()
+        for _ in pool.imap_unordered(loop, names, chunksize=2):
+            pass
+        return len(names) / (time.perf_counter() - began)
+
+
+def loop_of_pillow(name: str, side: int) -> int:
+    """The bytes of the picture, decoded and resized for the model, as Pillow alone does it."""
+    with Image.open(io.BytesIO(Path(name).read_bytes())) as picture:
+        height, width = target_size_hw((picture.height, picture.width), side)
+        resized = picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized).nbytes
+
+
+def loop_of_model(name: str) -> int:
+    """The bytes of all runs of the picture's masks, after `_load_model` in this process."""
+    from model.segmenter import Segmenter
+
+    segmenter = _MODELS[-1]
+    assert isinstance(segmenter, Segmenter)
+    decoded = decode_image(Path(name).read_bytes(), max_pixels=10**9, side=segmenter.input_side)
+    boxes = boxes_of(int(Path(name).stem), decoded.size_hw)
+    image = PreparedImage(
+        pixels_hwc=decoded.pixels_hwc, size_hw=decoded.size_hw, prompts=Prompts(boxes_xyxy=boxes)
+    )
+    (answer,) = segmenter.segment_prepared([image])
+    assert isinstance(answer, Instances), answer
+    return sum(map(len, answer.counts))
+
+
+_MODELS: list[object] = []
+"""The model of this process, if it is one of a loop's."""
+
+
+def _load_model(weights: Weights, masks: MaskSettings, device: str) -> None:
+    from model.segmenter import Segmenter, set_cpu_threads
+
+    set_cpu_threads(masks.cpu_threads)
+    model = load_model(weights, device).model
+    _MODELS.append(
+        Segmenter(
+            model, call_shape=masks.call_shape, dtype=masks.dtype, device=device, compiled=masks.compiled
+        )
+    )

@@ -1,0 +1,153 @@
+"""The model alone: milliseconds a picture, by variant, number format, and pictures and boxes a call.
+
+Beside it stands the share of what the device multiplies at best: the arithmetic of a picture and its boxes
+(`flops`) against a large product in the same number format.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.command.bench_inputs import boxes_of
+from benchmarks.command.bench_tables import Table
+from jobs.config import Config
+from jobs.job_setup.checkpoint import read_checkpoint
+from model.config import PUBLISHED, SamHQConfig
+from model.sam_hq import SamHQ
+from model.segmenter import Dtype, Segmenter, probe_dtype
+from model.structures import CallShape, Instances, PreparedImage, Prompts
+from pipeline.errors import UsageError
+from pipeline.stages.load_model import load_model
+
+_HEAD = (
+    *("model", "dtype", "images a call", "boxes", "boxes a call"),
+    *("ms an image", "images/s", "of the peak", "GPU memory MB"),
+)
+_ROUNDS = 3
+_PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
+
+
+def measure(config: Config, *, quick: bool, variants: Sequence[str]) -> Table:
+    """Figures of the configured checkpoint, or of random weights of these published variants.
+
+    On a GPU where there is one. Quick: only the number format that `model.dtype=auto` takes, and few shapes.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.model.compile and device == "cpu":
+        raise UsageError("model.compile=true, and there is no GPU here; leave it out")
+    native = probe_dtype(device)
+    dtypes: list[Dtype] = [native] if quick or native == "float32" else [native, "float32"]
+    images_per_call = (1,) if device == "cpu" else (1, 4)
+    boxes, boxes_per_call = ((1, 10), (4, 16)) if quick else ((1, 10, 50), (2, 4, 8, 16))
+    figures = []
+    for name, dtype in itertools.product(variants or [""], dtypes):
+        called, model = _model(config, name)
+        peak = matrix_peak(dtype, device)
+        for images, call, count in itertools.product(images_per_call, boxes_per_call, boxes):
+            shape = CallShape(images_per_call=images, boxes_per_call=call)
+            segmenter = Segmenter(
+                copy.deepcopy(model),
+                call_shape=shape,
+                dtype=dtype,
+                device=device,
+                compiled=config.model.compile,
+            )
+            seconds, memory_bytes = _measured(segmenter, count)
+            figures.append(
+                {
+                    "model": called,
+                    "dtype": dtype,
+                    "images_per_call": images,
+                    "boxes": count,
+                    "boxes_per_call": call,
+                    "ms_per_image": 1e3 * seconds / images,
+                    "of_peak": images * flops(model.config, count) / seconds / peak,
+                    "gpu_memory_mb": memory_bytes / 1e6,
+                }
+            )
+    road = "compiled, as CUDA graphs" if config.model.compile else f"{torch.get_num_threads()} threads"
+    title = f"the model alone on {device}, {road}, from a resized picture to runs"
+    return Table(title=title, head=_HEAD, rows=list(_texts(figures)), figures=figures)
+
+
+def _model(config: Config, variant: str) -> tuple[str, SamHQ]:
+    """The name and the model: random weights of a variant, or the checkpoint for an empty name."""
+    if variant:
+        return f"{variant} (random)", SamHQ.from_config(PUBLISHED[variant], 0, position_std=0.02)
+    weights = read_checkpoint(config)
+    return weights.architecture, load_model(weights).model
+
+
+def flops(config: SamHQConfig, boxes: int) -> int:
+    """Floating-point operations of one picture and its boxes, counted on shapes alone; two a product's term.
+
+    The encoder's as it is defined, whatever road computes it; the decoder's as `MaskDecoder` shortens it.
+    """
+    with torch.device("meta"):
+        model = SamHQ(config)
+    side, decoder = config.image_size, model.mask_decoder
+    with torch.enable_grad(), FlopCounterMode(display=False) as image:  # with gradients: the definition
+        embedding, hq = model.embed(torch.empty(1, 3, side, side, device="meta"))
+        shared = decoder.share(
+            embedding_BCGG=embedding,
+            hq_features_BCHW=hq,
+            dense_BCGG=model.prompt_encoder.no_mask.view(1, -1, 1, 1),
+            image_pe_1CGG=model.prompt_encoder.image_pe(),
+        )
+    tokens = torch.empty(1, decoder.tokens_of_a_box, decoder.mask_tokens.shape[1], device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as box:
+        decoder.answer(tokens, shared.first, shared.terms, (0,))
+    return int(image.get_total_flops() + boxes * box.get_total_flops())
+
+
+def matrix_peak(dtype: Dtype, device: str) -> float:
+    """Floating-point operations a second of one large matrix product, the best of a few."""
+    side = _PRODUCT_SIDE[device]
+    a, b = (torch.randn(side, side, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    times = []
+    for _ in range(1 + 2 * _ROUNDS):
+        began = time.perf_counter()
+        product = a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    assert product.shape == (side, side)
+    return 2 * side**3 / min(times[1:])
+
+
+def _measured(segmenter: Segmenter, boxes: int) -> tuple[float, int]:
+    """Seconds of one call, the median of a few after one that does not count; bytes held on a GPU at most."""
+    side = segmenter.input_side
+    pixels = np.random.default_rng(0).integers(0, 256, (side * 3 // 4, side, 3), dtype=np.uint8)
+    size_hw = (3 * side // 2, 2 * side)
+    image = PreparedImage(
+        pixels_hwc=pixels, size_hw=size_hw, prompts=Prompts(boxes_xyxy=boxes_of(0, size_hw, boxes))
+    )
+    call = [image] * segmenter.call_shape.images_per_call
+    on_gpu = segmenter.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(segmenter.device)
+    times = []
+    for _ in range(1 + _ROUNDS):
+        began = time.perf_counter()
+        answers = segmenter.segment_prepared(call)  # its runs lie on the host: nothing is left to wait for
+        times.append(time.perf_counter() - began)
+        assert all(isinstance(answer, Instances) for answer in answers), answers
+    memory = torch.cuda.max_memory_allocated(segmenter.device) if on_gpu else 0
+    return statistics.median(times[1:]), memory
+
+
+def _texts(figures: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for row in figures:
+        *texts, milliseconds, share, megabytes = row.values()
+        memory = f"{megabytes:,.0f}" if megabytes else "-"
+        yield (*map(str, texts), f"{milliseconds:,.0f}", f"{1e3 / milliseconds:.2f}", f"{share:.0%}", memory)

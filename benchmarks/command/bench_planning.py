@@ -1,0 +1,146 @@
+"""A job of very many images that need not be there: planning it, opening it again, starting what is left."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.command import bench_stub
+from benchmarks.command.bench_inputs import many_name, write_many_boxes
+from benchmarks.command.bench_tables import Table
+from jobs.cluster.ray_session import Machine
+from jobs.cluster.run_units import working_context
+from jobs.commands.label import pending_units
+from jobs.config import Config
+from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup.open_job import open_or_create
+from jobs.job_setup.slices import WHOLE
+from jobs.terminal import console
+from jobs.terminal.signals import Interrupts
+from pipeline.job.plan_files import iter_plan
+from pipeline.planning.make_plan import write_plan
+from pipeline.settings import JobContext, UnitOutcome
+from pipeline.tables.unit_files import unit_key
+
+_DONE = 0.9
+_HEAD = ("step", "seconds", "CPU s", "driver's peak MB")
+
+
+def measure(config: Config, folder: Path, interrupts: Interrupts, *, rows: int) -> Table:
+    """Seconds of each step for `rows` images of three boxes each, and the driver's memory after it."""
+    boxes = _written_elsewhere(folder, rows)
+    config = config.model_copy(
+        update={
+            "input": config.input.model_copy(update={"images": None, "boxes": str(boxes)}),
+            "output": config.output.model_copy(update={"uri": str(folder / "out")}),
+        }
+    )
+    watch = _Watch()
+    with Machine(config, interrupts) as machine:
+        asked = partial(
+            open_or_create,
+            config,
+            check_inputs=False,
+            probe_dtype=machine.native_dtype,
+            device=machine.device,
+        )
+        opened = asked()
+        assert opened.plan is not None
+        watch.lap("plan: read, join, sort, number, hash")
+        write_plan(opened.store, opened.plan)
+        watch.lap("write the plan")
+        units = opened.job.units
+        del opened
+        _pretend_done(folder / "out", range(int(_DONE * units)))
+        _write_pictures(folder, int(_DONE * units) * config.output.images_per_unit, rows)
+        watch.lap("(stand-ins for the committed units)")
+        opened = asked()
+        pending = pending_units(opened, WHOLE)
+        assert opened.resumed
+        watch.lap("resume: open, compare, list, subtract")
+        machine.start()
+        watch.lap("(Ray starts)")
+        _first_outcome(config, opened.job.context, machine, pending)
+        watch.lap("resume: the first unit is committed")
+        read = sum(table.num_rows for table in iter_plan(opened.store, opened.job.context.plan_sha256))
+        assert read == rows
+        watch.lap("read the whole plan back")
+    title = f"{rows:,} images, {units:,} units, {len(pending):,} of them left"
+    return Table(title=title, head=_HEAD, rows=[_texts(row) for row in watch.laps], figures=watch.laps)
+
+
+def _written_elsewhere(folder: Path, rows: int) -> Path:
+    """The table of boxes, made in a process of its own: its memory is no part of the driver's."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(write_many_boxes, (folder, rows))
+
+
+def _first_outcome(config: Config, context: JobContext, machine: Machine, pending: list[int]) -> None:
+    from pipeline.execution.chain import run_units
+
+    seen: list[UnitOutcome] = []
+    run_units(
+        pending,
+        replace(working_context(context, machine.device()), segmenter=bench_stub.NAME),
+        settings.cluster_settings(config),
+        epoch=1,
+        on_outcome=seen.append,
+        should_stop=lambda: bool(seen),
+    )
+    assert seen[0].failed == 0, seen[0]
+
+
+def _pretend_done(output: Path, units: range) -> None:
+    """Files by the names of committed units; resuming reads their names and sizes, never what is in them."""
+    (output / "units").mkdir()
+    for unit in units:
+        (output / unit_key(unit, 0)).write_bytes(b"a stand-in of the benchmark")
+
+
+def _write_pictures(folder: Path, first: int, rows: int) -> None:
+    """Pictures for the units that will be worked on before the first outcome comes."""
+    body = folder / "made.png"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(body)
+    for number in range(first, min(rows, first + 16 * 64)):
+        place = folder / many_name(number)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.link(body, place)
+
+
+class _Watch:
+    """Seconds from lap to lap."""
+
+    def __init__(self) -> None:
+        self.laps: list[dict[str, Any]] = []
+        self._last = self._now()
+
+    def lap(self, step: str) -> None:
+        """None; a step has ended."""
+        now = self._now()
+        self.laps.append(
+            {
+                "step": step,
+                "seconds": now[0] - self._last[0],
+                "cpu_s": now[1] - self._last[1],
+                "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            }
+        )
+        console.say(f"{step}: {self.laps[-1]['seconds']:.1f} s")
+        self._last = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.monotonic(), time.process_time()
+
+
+def _texts(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["step"], f"{row['seconds']:.1f}", f"{row['cpu_s']:.1f}", console.count(round(row["peak_mb"]))

@@ -1,0 +1,28 @@
+"""The command line: `hqlabel COMMAND`, also `python -m jobs COMMAND`.
+
+The commands are in `labelling_commands`, `results_commands` and `machine_commands`, in the order of
+`--help`; importing those files registers them.
+"""
+
+from __future__ import annotations
+
+import os
+
+from jobs.cli import labelling_commands, machine_commands, results_commands
+from jobs.cli.app import app, command, end_interrupted, interrupts
+from jobs.terminal.environment import make_private
+from jobs.terminal.signals import Interrupted
+from pipeline.worker.torch_env import prepare_for_torch
+
+__all__ = ["app", "command", "labelling_commands", "machine_commands", "main", "results_commands"]
+
+
+def main() -> None:
+    """Run the command line of this process and end it with the command's exit code."""
+    interrupts.install()
+    make_private()
+    prepare_for_torch(os.environ)  # no command has loaded torch yet
+    try:
+        app()
+    except Interrupted:
+        end_interrupted()

@@ -1,0 +1,285 @@
+"""Starting a private Ray on this machine, or joining the cluster that was named; nothing else.
+
+A private Ray is closed: no dashboard, token authentication with a token of its own, files for the
+owner alone, never another cluster that happens to run here. Importing Ray and starting it costs
+seconds, so this file is imported only by the commands that compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.config import ClusterSection
+from jobs.terminal.console import stdout_for_data_alone
+from jobs.terminal.signals import Interrupted
+from pipeline.errors import JobRefused, SystemicFault, UsageError, clean_text
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+# A socket path has at most 107 bytes; our folder, Ray's session and its socket names take 76 of them.
+_LONGEST_ROOT = 31
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_IN_USE = "in-use"
+_CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
+_SOURCE_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterInfo:
+    """What a running Ray offers. `private`: started by this process, and ended with it."""
+
+    address: str
+    private: bool
+    nodes: int
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        where = "private Ray on this machine" if self.private else f"Ray at {self.address}"
+        gpus = f", {self.gpus:g} GPUs" if self.gpus else ", no GPU"
+        nodes = "" if self.nodes == 1 else f", {self.nodes} nodes"
+        return f"{where}: {self.cpus:g} CPU cores{gpus}{nodes}"
+
+
+def address_to_join(wanted: str | None, environ: Mapping[str, str]) -> str | None:
+    """The address of the cluster to join, or None for a private Ray.
+
+    `wanted` (from the command or the configuration) goes before RAY_ADDRESS, which `ray job submit`
+    sets for its entrypoint; `local` asks for a private Ray in any case. Raises `UsageError`.
+    """
+    address = wanted or environ.get("RAY_ADDRESS") or None
+    if address in (None, "local"):
+        return None
+    if address.startswith("ray://"):
+        raise UsageError(
+            f"--ray-address {address}: the Ray Client is not supported, because the job would end with this "
+            "terminal; submit it instead: ray job submit --working-dir . -- python -m jobs label ..."
+        )
+    if address.startswith(("http://", "https://")):
+        raise UsageError(
+            f"--ray-address {address} is a dashboard; give the cluster's host:port (often port 6379), or "
+            f"submit the job: ray job submit --address {address} --working-dir . -- python -m jobs label ..."
+        )
+    return address
+
+
+@contextlib.contextmanager
+def running_ray(section: ClusterSection, environ: MutableMapping[str, str]) -> Iterator[ClusterInfo]:
+    """A Ray to work on, until the block ends; `environ` is this process's, and gets Ray's switches.
+
+    Raises:
+        UsageError: an address of a kind that cannot be joined.
+        JobRefused: no cluster answers at the address.
+        SystemicFault: `resources`, when a private Ray does not start.
+    """
+    address = address_to_join(section.ray_address, environ)
+    with stdout_for_data_alone():
+        if address is None:
+            # Ray Data's other autoscaler (its default from 2.60 on) asks for shares of cores, of which the
+            # coordinator then drops what is left below a whole core: of 2.0 cores 1.95 stayed, and one of
+            # two decode tasks. There is nothing to scale here.
+            environ.setdefault("RAY_DATA_CLUSTER_AUTOSCALER", "V2")
+            with _private_folder() as folder, _token_in(folder / "auth_token", environ):
+                ray = _import_ray(environ)
+                yield from _session(ray, _start_private(ray, section, folder))
+        else:
+            if _JOB_VARIABLE not in environ:  # a submitted job goes by what its cluster was started with
+                environ.setdefault("RAY_AUTH_MODE", "token")
+            ray = _import_ray(environ)
+            yield from _session(ray, _join(ray, address, environ))
+
+
+def refuse_local_output(info: ClusterInfo, output_uri: str, *, is_local: bool, shared_paths: bool) -> None:
+    """Raise `JobRefused` when several nodes would each write to a disk of their own."""
+    if is_local and info.nodes > 1 and not shared_paths:
+        raise JobRefused(
+            f"the output {output_uri} is a local path, and the cluster has {info.nodes} nodes with a disk "
+            "each; give a store such as s3://bucket/folder or, when it is one shared folder on all of them, "
+            "--set cluster.shared_paths=true"
+        )
+
+
+def usable_cpus() -> int:
+    """CPU cores that this process may use, by its affinity and its container's quota; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _quota_cpus(_CGROUP_CPU) or cores))
+
+
+def _quota_cpus(path: Path) -> int | None:
+    """Whole cores of a cgroup v2 quota (`200000 100000` is 2), None without one."""
+    try:
+        quota, period = path.read_text().split()
+        return int(int(quota) / int(period))
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _session(ray: ModuleType, info: ClusterInfo) -> Iterator[ClusterInfo]:
+    try:
+        yield info
+    except Interrupted:  # the process ends within seconds, and a private Ray follows it; this takes longer
+        raise
+    except BaseException:
+        ray.shutdown()
+        raise
+    ray.shutdown()
+
+
+def _import_ray(environ: MutableMapping[str, str]) -> ModuleType:
+    """Ray, imported after the switches that it reads while it is imported."""
+    environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # By default a worker beyond one a core ends after a second without a task, and its successor's imports
+    # cost two seconds of a core: on two cores that was two thirds of what the chain did.
+    environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
+    environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # leave CUDA_VISIBLE_DEVICES of CPU tasks alone
+    import ray
+
+    return ray
+
+
+@contextlib.contextmanager
+def _token_in(path: Path, environ: MutableMapping[str, str]) -> Iterator[None]:
+    """None; meanwhile a private Ray lets in who knows the user's token or, without one, that in `path`."""
+    environ["RAY_AUTH_MODE"] = "token"
+    if environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH"):
+        yield
+        return
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(_own_token())
+    environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    try:
+        yield
+    finally:
+        del environ["RAY_AUTH_TOKEN_PATH"]  # the file goes with its folder
+
+
+@lru_cache(maxsize=1)
+def _own_token() -> str:
+    """The token of every private Ray of this process: Ray reads it once and keeps it."""
+    return secrets.token_hex(32)
+
+
+def _start_private(ray: ModuleType, section: ClusterSection, folder: Path) -> ClusterInfo:
+    # Ray gives its processes 30 s to come up, which a busy machine may need twice.
+    for name in ("s", "t"):
+        try:
+            with _without_side_processes():
+                ray.init(
+                    address="local",
+                    num_cpus=section.cpus or usable_cpus(),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    _temp_dir=str(folder / name),  # Ray opens this folder to all; the one above stays closed
+                )
+            return _info(ray, "local", private=True)
+        except Exception as error:
+            ray.shutdown()
+            fault = error
+    raise SystemicFault("resources", f"Ray does not start on this machine: {_reason(fault)}") from fault
+
+
+@contextlib.contextmanager
+def _without_side_processes() -> Iterator[None]:
+    """None; what Ray starts meanwhile lacks the processes of its dashboard and of its autoscaler.
+
+    A private Ray needs neither, and no option leaves them out (Ray 2.60). `include_dashboard=False` only
+    empties the first: its rest asks the cloud's metadata service (169.254.169.254) what cloud this is, though
+    usage reports are off. The second offers its figures to every network where ray[default] is installed.
+    """
+    services: Any = importlib.import_module("ray._private.services")
+    node: Any = importlib.import_module("ray._private.node").Node
+    kept = services.start_api_server, node.start_monitor
+    services.start_api_server = lambda *_, **__: ("", None)  # no address, no process
+    node.start_monitor = lambda _: None
+    try:
+        yield
+    finally:
+        services.start_api_server, node.start_monitor = kept
+
+
+def _join(ray: ModuleType, address: str, environ: Mapping[str, str]) -> ClusterInfo:
+    options: dict[str, Any] = {}
+    if _JOB_VARIABLE not in environ:  # a submitted job has brought its code as working_dir
+        options["runtime_env"] = {"py_modules": [str(_SOURCE_ROOT / name) for name in ("model", "pipeline")]}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+    except Exception as error:
+        raise JobRefused(
+            f"no Ray cluster can be joined at {address}: {_reason(error)}. Check `ray status` there, and "
+            "that RAY_AUTH_MODE and the token here are those of the cluster"
+        ) from error
+    return _info(ray, address, private=False)
+
+
+def _info(ray: ModuleType, address: str, *, private: bool) -> ClusterInfo:
+    total = ray.cluster_resources()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return ClusterInfo(
+        address=address,
+        private=private,
+        nodes=len(alive),
+        cpus=float(total.get("CPU", 0)),
+        gpus=float(total.get("GPU", 0)),
+    )
+
+
+def _reason(error: BaseException) -> str:
+    first = str(error).strip().splitlines()[:1]
+    return clean_text(first[0] if first else type(error).__name__)
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder of this process alone for Ray's session; removed at the end, as are those of the dead."""
+    root = _private_root()
+    _remove_abandoned(root)
+    folder = Path(tempfile.mkdtemp(prefix="r", dir=root))
+    with (folder / _IN_USE).open("w") as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies, however it dies
+        try:
+            yield folder
+        except Interrupted:  # Ray still writes there; the next start removes it
+            raise
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _private_root() -> Path:
+    """A folder under the temporary folder that belongs to this user and is closed to others."""
+    base = Path(tempfile.gettempdir())
+    root = base / f"hqlabel-{os.getuid()}"
+    if len(os.fsencode(root)) > _LONGEST_ROOT:
+        root = Path("/tmp") / root.name
+    root.mkdir(mode=0o700, exist_ok=True)
+    state = root.lstat()
+    if root.is_symlink() or state.st_uid != os.getuid() or state.st_mode & 0o077:
+        raise JobRefused(
+            f"the folder {root} for Ray's files is not this user's alone; remove it, or set TMPDIR to another"
+        )
+    return root
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove the sessions whose process was killed; their spilled objects may fill the disk."""
+    for mark in root.glob(f"*/{_IN_USE}"):
+        with contextlib.suppress(OSError), mark.open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(mark.parent, ignore_errors=True)

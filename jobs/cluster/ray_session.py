@@ -1,0 +1,133 @@
+"""Where the model runs: the private Ray, started when work needs it, or the cluster that was named.
+
+One object for the life of a command. It answers the three questions that come before work (does what
+is asked for fit, on which kind of device, in which number format) without starting a private Ray for
+them, so that a finished job costs no start of Ray at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+
+from jobs.cluster.ray_cluster import (
+    ClusterInfo,
+    address_to_join,
+    refuse_local_output,
+    running_ray,
+    usable_cpus,
+)
+from jobs.config import Config
+from jobs.job_setup import resolve_settings as settings
+from jobs.terminal import console
+from jobs.terminal.signals import Interrupts
+from pipeline.errors import JobRefused, SystemicFault
+from pipeline.execution.placement import Node, Requests, fit
+from pipeline.stages.load_model import native_dtype
+from pipeline.tables.manifest import Part
+from pipeline.tables.publish_tables import PartTask
+
+RAY_MEMORY_SHARE = 0.7
+"""What a private Ray leaves for processes; the rest is its object store."""
+
+SERIAL_BYTES = 64 * 2**20
+"""Committed units of less than this together are published in seconds: less than a start of Ray takes."""
+
+
+def memory_bytes() -> int:
+    """The memory of this machine, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class Machine:
+    """Ray and what runs on it; a context manager that ends what it started."""
+
+    def __init__(self, config: Config, interrupts: Interrupts) -> None:
+        self._config = config
+        self._interrupts = interrupts
+        self._cluster = settings.cluster_settings(config)
+        self._joins = address_to_join(config.cluster.ray_address, os.environ) is not None
+        self._stack = contextlib.ExitStack()
+        self._info: ClusterInfo | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def check(self) -> Requests:
+        """What each process will ask for; a named cluster is joined for it, a private Ray is not started.
+
+        Raises:
+            JobRefused: it does not fit, or the output cannot be reached from every node.
+        """
+        try:
+            return self._requests()
+        except SystemicFault as fault:
+            raise JobRefused(f"nothing was begun: {fault.message}") from fault
+
+    def _requests(self) -> Requests:
+        if self._joins:
+            self.start()
+            from pipeline.execution.chain import check_resources
+
+            return check_resources(self._cluster)
+        cpus = float(self._config.cluster.cpus or usable_cpus())
+        gpus, memory = float(torch.cuda.device_count()), RAY_MEMORY_SHARE * memory_bytes()
+        return fit(self._cluster, [Node(cpus=cpus, gpus=gpus, memory_bytes=memory)])
+
+    def device(self) -> Literal["cuda", "cpu"]:
+        """The kind of device that the model will run on."""
+        return "cuda" if self.check().gpus_per_actor > 0 else "cpu"
+
+    def native_dtype(self) -> str:
+        """`float32` or `bfloat16`, by a probe of a node that will run the model."""
+        if not self._joins:
+            return native_dtype(self.device() == "cuda")
+        self.start()
+        from pipeline.execution.chain import run_on_model_node
+
+        return run_on_model_node(native_dtype, self._cluster)
+
+    def start(self) -> ClusterInfo:
+        """The running Ray, started or joined at the first call.
+
+        Raises:
+            JobRefused: no cluster there, or the output is a local path and there are several nodes.
+        """
+        if self._info is None:
+            info = self._stack.enter_context(running_ray(self._config.cluster, os.environ))
+            self._interrupts.install()  # Ray has put a handler of its own in the place of ours
+            self._info = info
+            uri = self._config.output.uri or ""
+            refuse_local_output(
+                info, uri, is_local=settings.is_local(uri), shared_paths=self._config.cluster.shared_paths
+            )
+        return self._info
+
+    def describe(self, units: int) -> str:
+        """The machine in words, before a private Ray is started, too; `units`: how many are to be done."""
+        if self._info is not None:
+            return str(self._info)
+        requests = self.check()
+        cpus = self._config.cluster.cpus or usable_cpus()
+        processes = console.count(min(requests.actors_max, units), "model process", "model processes")
+        return f"private Ray on this machine: {cpus} CPU cores, {processes} on {self.device()}"
+
+    def map_parts(self, function: Callable[[PartTask], Part], tasks: Sequence[PartTask]) -> Iterable[Part]:
+        """`function` of every part, as Ray tasks in any order; little work is done here, without Ray."""
+        size = sum(unit.size for task in tasks for unit in task.part_units)
+        if self._info is None and size < SERIAL_BYTES:
+            return map(function, tasks)
+        self.start()
+        from pipeline.execution.chain import map_parts
+
+        return map_parts(function, tasks)

@@ -1,0 +1,49 @@
+"""`hqlabel clean`: the working files of a finished job go, its tables stay. The only command that deletes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from jobs.cluster.job_lock import Ownership
+from jobs.config import Config
+from jobs.job_setup import resolve_settings as settings
+from jobs.terminal import console
+from jobs.terminal.signals import Interrupts
+from pipeline.errors import JobRefused
+from pipeline.job.job_file import require_job
+from pipeline.storage.store import Store, open_store
+from pipeline.tables.clean_output import clean
+from pipeline.tables.manifest import read_manifest
+
+
+def run(config: Config, interrupts: Interrupts, *, sure: bool, json: bool) -> int:
+    """Delete, or without `sure` only say what would go; returns 0."""
+    store = open_store(settings.output_place(config))
+    require_job(store)
+    if not sure:
+        return _say_what_would_go(store, json=json)
+    with Ownership(store, interrupts) as ownership:
+        done = clean(store, require_owner=ownership.require)
+    console.say(
+        f"{store.place.uri}: {console.count(done.files, 'file')} removed ({console.size(done.bytes)}), "
+        f"{console.count(done.uploads, 'unfinished upload')} dropped; the tables are as they were"
+    )
+    if json:
+        console.data_json({"output": store.place.uri, "deleted": True, **asdict(done)})
+    return 0
+
+
+def _say_what_would_go(store: Store, *, json: bool) -> int:
+    manifest = read_manifest(store)
+    if manifest is None or manifest.state != "complete":
+        raise JobRefused(
+            f"{store.place.uri}: not every unit is published; finish the job with label, then clean"
+        )
+    files = [entry for prefix in ("units/", "attempts/") for entry in store.list(prefix)]
+    size = sum(entry.size for entry in files)
+    what = f"{console.count(len(files), 'working file')} ({console.size(size)})"
+    console.say(f"{store.place.uri}: {what} would go; nothing was deleted. Add --yes to delete them")
+    console.say("afterwards the job can no longer be retried or published with other filters")
+    if json:
+        console.data_json({"output": store.place.uri, "deleted": False, "files": len(files), "bytes": size})
+    return 0

@@ -1,0 +1,273 @@
+"""`hqlabel doctor`: what this machine brings, and what would stop a job here, before any job is run.
+
+Every check is a `Finding`; one that fails ends the command with exit code 4. Probes ask the real
+thing: an object is written and read back, Ray is started and runs a task, the weights are read whole.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from jobs.cluster.ray_cluster import running_ray, usable_cpus
+from jobs.cluster.ray_session import memory_bytes
+from jobs.config import Config
+from jobs.job_setup.checkpoint import read_checkpoint
+from jobs.job_setup.job_detector import read_detector
+from jobs.job_setup.resolve_settings import is_local, output_place
+from jobs.terminal import console
+from jobs.terminal.environment import REFUSED, dangerous_switches
+from model.segmenter import probe_dtype
+from pipeline.errors import HqlabelError, clean_text
+from pipeline.storage.store import open_store
+
+State = Literal["ok", "note", "fail"]
+
+# The version below which a known hole is open; each is checked here, because pins can be overridden.
+_FLOORS = {
+    "ray": (2, 60),
+    "pillow": (12, 3),
+    "torch": (2, 6),
+    "pyarrow": (14, 0, 1),
+    "pycocotools": (2, 0, 5),
+}
+_SHOWN_PACKAGES = ("ray", "torch", "pyarrow", "pillow", "numpy", "pycocotools", "fsspec", "safetensors")
+_EXTRAS = {
+    "s3fs": "s3",
+    "gcsfs": "gcs",
+    "adlfs": "azure",
+    "transformers": "detect",
+    "faster-coco-eval": "eval",
+}
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+_SMALL_SHM = 2 * 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing looked at: `area` groups, `name` says what, `text` what was found and what to do."""
+
+    area: str
+    name: str
+    state: State
+    text: str
+
+
+def run(config: Config, *, with_ray: bool, json: bool) -> int:
+    """Look at everything, print it, and return 0, or 4 when something would stop a job."""
+    findings: list[Finding] = []
+    for finding in _look(config, with_ray):
+        findings.append(finding)
+        if not json:
+            _print(finding, first_of_area=len(findings) < 2 or findings[-2].area != finding.area)
+    failed = sum(finding.state == "fail" for finding in findings)
+    if json:
+        console.data_json({"sound": not failed, "findings": [vars(finding) for finding in findings]})
+    console.say(
+        f"\n{console.count(failed, 'problem')} found" if failed else "\nnothing here would stop a job"
+    )
+    return 4 if failed else 0
+
+
+def _look(config: Config, with_ray: bool) -> Iterator[Finding]:
+    yield from versions()
+    yield from environment()
+    yield from machine()
+    if config.model.checkpoint:
+        yield checkpoint(config)
+    if config.detector.name:
+        yield detector(config)
+    if config.output.uri:
+        yield output(config)
+    if with_ray:
+        yield ray(config)
+
+
+def versions() -> Iterator[Finding]:
+    """Python, the packages below us against their security floors, and which extras are there."""
+    yield Finding(
+        area="versions", name="hqlabel", state="ok", text=_version("hqlabel") or "not installed: a checkout"
+    )
+    yield Finding(
+        area="versions",
+        name="python",
+        state="ok",
+        text=f"{platform.python_version()} ({platform.platform()})",
+    )
+    for package in _SHOWN_PACKAGES:
+        found = _version(package)
+        floor = _FLOORS.get(package)
+        if found is None:
+            yield Finding(area="versions", name=package, state="fail", text="not installed; run `make setup`")
+        elif floor is not None and _numbers(found) < floor:
+            wanted = ".".join(map(str, floor))
+            yield Finding(
+                area="versions", name=package, state="fail", text=f"{found}; wanted {wanted} or later"
+            )
+        else:
+            yield Finding(area="versions", name=package, state="ok", text=found)
+    for package, extra in _EXTRAS.items():
+        found = _version(package)
+        text = found or f"not installed; needed for it: pip install 'hqlabel[{extra}]'"
+        yield Finding(area="versions", name=package, state="ok" if found else "note", text=text)
+
+
+def environment() -> Iterator[Finding]:
+    """The environment variables that a job refuses to start with."""
+    found = dangerous_switches(os.environ)
+    for name, why in found.items():
+        yield Finding(area="environment", name=name, state="fail", text=f"is set: it {why}; unset it")
+    if not found:
+        text = f"none of the {len(REFUSED)} variables that a job refuses is set"
+        yield Finding(area="environment", name="switches", state="ok", text=text)
+
+
+def machine() -> Iterator[Finding]:
+    """CPU, memory, shared memory and GPUs, and the number format the model would use on each."""
+    flags = " ".join(_cpu_flags()) or "no flags known"
+    cores = f"{usable_cpus()} of {os.cpu_count()} cores usable; {flags}"
+    yield Finding(
+        area="machine", name="cpu", state="ok", text=f"{cores}; model.dtype auto: {probe_dtype('cpu')}"
+    )
+    yield Finding(area="machine", name="memory", state="ok", text=console.size(memory_bytes()))
+    yield from _shared_memory()
+    if not torch.cuda.is_available():
+        yield Finding(
+            area="machine", name="gpu", state="note", text="none: the model runs on the CPU, slowly"
+        )
+    for index in range(torch.cuda.device_count()):
+        yield _gpu(index)
+
+
+def _shared_memory() -> Iterator[Finding]:
+    shm = Path("/dev/shm")
+    if not shm.is_dir():
+        return
+    free = shutil.disk_usage(shm).free
+    if free < _SMALL_SHM:
+        text = f"{console.size(free)} free in /dev/shm, the rest goes to disk; containers: --shm-size=4g"
+        yield Finding(area="machine", name="shared memory", state="note", text=text)
+    else:
+        yield Finding(area="machine", name="shared memory", state="ok", text=f"{console.size(free)} free")
+
+
+def _gpu(index: int) -> Finding:
+    name = f"gpu {index}"
+    try:
+        facts = torch.cuda.get_device_properties(index)
+        torch.zeros(1, device=f"cuda:{index}").add_(1).item()
+    except RuntimeError as error:
+        return Finding(area="machine", name=name, state="fail", text=f"does not compute: {error}")
+    text = (
+        f"{facts.name}, {console.size(facts.total_memory)}; model.dtype auto: {probe_dtype(f'cuda:{index}')}"
+    )
+    return Finding(area="machine", name=name, state="ok", text=text)
+
+
+def checkpoint(config: Config) -> Finding:
+    """Whether the checkpoint is whole and of a known architecture, with its sha256 and licence."""
+    try:
+        weights = read_checkpoint(config)
+    except HqlabelError as error:
+        return Finding(area="job", name="checkpoint", state="fail", text=str(error))
+    parts = [weights.architecture, f"input side {weights.input_side}", f"sha256 {weights.sha256}"]
+    parts.append(f"licence {weights.license}" if weights.license else "licence unknown: ask its publisher")
+    parts += [note for note in (weights.note, weights.warning) if note]
+    state: State = "note" if weights.warning else "ok"
+    return Finding(area="job", name="checkpoint", state=state, text="; ".join(parts))
+
+
+def detector(config: Config) -> Finding:
+    """Whether the detector loads and answers a blank picture, with its fingerprint and licence."""
+    try:
+        found = read_detector(config)
+    except HqlabelError as error:
+        return Finding(area="job", name="detector", state="fail", text=str(error))
+    return Finding(area="job", name="detector", state="ok", text=str(found))
+
+
+def output(config: Config) -> Finding:
+    """Whether this user may write, create once, read and list at the output; a probe is written there."""
+    place = output_place(config)
+    try:
+        store = open_store(place)
+        key = f".doctor-{uuid.uuid4().hex}"
+        created, again = store.put_if_absent(key, b"probe"), store.put_if_absent(key, b"other")
+        sound = created and not again and store.read(key) == b"probe" and bool(store.list(key))
+        left = _remove_probe(config, key)
+    except HqlabelError as error:
+        return Finding(area="job", name="output", state="fail", text=str(error))
+    if not sound:
+        text = f"{place.uri} does not keep the first of two writers; a job there could lose work"
+        return Finding(area="job", name="output", state="fail", text=text)
+    return Finding(
+        area="job", name="output", state="ok", text=f"{place.uri}: write once, read, list work{left}"
+    )
+
+
+def _remove_probe(config: Config, key: str) -> str:
+    try:
+        open_store(output_place(config)).delete([key])
+    except HqlabelError:
+        return f"; no right to delete (only `clean` needs it), so {key} stays"
+    if is_local(config.output.uri or ""):  # leave no empty folders behind where there were none
+        folder = Path(output_place(config).uri)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    return ""
+
+
+def ray(config: Config) -> Finding:
+    """Whether Ray starts here, or the named cluster answers, and runs a task."""
+    try:
+        with running_ray(config.cluster, os.environ) as info:
+            import ray as library
+
+            def where() -> int:  # a function of Python's own, which travels by value: jobs/ does not travel
+                return os.getpid()
+
+            answer = library.get(library.remote(num_cpus=0.1)(where).remote(), timeout=120)
+    except HqlabelError as error:
+        return Finding(area="ray", name="ray", state="fail", text=str(error))
+    except Exception as error:
+        reason = clean_text(f"{type(error).__name__}: {error}".splitlines()[0])
+        return Finding(area="ray", name="ray", state="fail", text=f"no task ran within 120 s: {reason}")
+    return Finding(area="ray", name="ray", state="ok", text=f"{info}; a task ran in process {answer}")
+
+
+def _print(finding: Finding, *, first_of_area: bool) -> None:
+    if first_of_area:
+        console.data(finding.area)
+    mark = {"ok": "ok  ", "note": "note", "fail": "FAIL"}[finding.state]
+    console.data(f"  {mark}  {finding.name:<18}  {finding.text}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = version.split("+")[0].split(".")
+    return tuple(int(part) for part in parts if part.isdigit())
+
+
+def _cpu_flags() -> list[str]:
+    """Of the flags that decide how fast matrices are multiplied, those that the CPU has; Linux only."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    words = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
+    return [flag for flag in _CPU_FLAGS if flag in words]

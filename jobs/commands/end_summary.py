@@ -1,0 +1,192 @@
+"""What a job came to: the summary for people on stderr, the object for programs, and the exit code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jobs.job_setup.open_job import Opened
+from jobs.job_setup.slices import Slice
+from jobs.results.read_tables import Row, failed_examples
+from jobs.terminal import console
+from jobs.terminal import input_report as understood
+from jobs.terminal.progress import Counts
+from pipeline.errors import SystemicFault
+from pipeline.settings import Limits
+from pipeline.tables.manifest import Manifest
+
+EXIT_OVER_BUDGET = 3
+_MOST_CODES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """A job at the end of a command. `counts`: what this process did; `manifest`: None for a slice."""
+
+    opened: Opened
+    counts: Counts
+    seconds: float
+    manifest: Manifest | None = None
+    picture: str | None = None
+
+
+def over_budget(limits: Limits, *, images: int, failed: int) -> str | None:
+    """Return the sentence on a job of which more images failed than `limits` allows; None where not.
+
+    A share that is exactly the limit is not over it.
+    """
+    # Divided, not multiplied: 29 / 100 is the very number that 0.29 is, while 0.29 * 100 is below 29.
+    if not failed or images < limits.failure_rate_from_images or failed / images <= limits.max_failure_rate:
+        return None
+    return (
+        f"over the failure budget: {failed:,} of {console.count(images, 'image')} failed "
+        f"({console.share(failed, images)}), limits.max_failure_rate is {limits.max_failure_rate:g}; mend "
+        f"the cause and retry, or allow more: --set limits.max_failure_rate={_next_tenth(failed / images):g} "
+        f"(exit code {EXIT_OVER_BUDGET})"
+    )
+
+
+def _next_tenth(rate: float) -> float:
+    return math.ceil(10 * rate) / 10
+
+
+def say_done(end: Ending, *, json: bool) -> int:
+    """Print the summary of a whole job; its exit code.
+
+    Raises:
+        SystemicFault: the tables do not hold what the plan does, although every unit is committed.
+    """
+    manifest = _whole_manifest(end)
+    counts, limits = manifest.counts, end.opened.job.context.limits
+    failed = counts.status.get("failed", 0)
+    over = over_budget(limits, images=counts.images, failed=failed)
+    code = 0 if over is None else EXIT_OVER_BUDGET
+    examples = failed_examples(end.opened.store, manifest) if failed else {}
+    console.say("\n".join(_lines(end, manifest, examples, over)))
+    if json:
+        console.data_json(_as_json(end, manifest, examples, code))
+    return code
+
+
+def say_slice_done(end: Ending, part: Slice, *, json: bool) -> int:
+    """Print that this slice is done while others are not; exit code 0."""
+    output = end.opened.store.place.uri
+    console.say(
+        f"slice {part.text} is done: {_this_run(end)}; other slices are not, so nothing was published"
+    )
+    console.say(f"  next       {console.command(['hqlabel', 'status', '--output', output])}")
+    if json:
+        console.data_json({"output": output, "state": "slice_done", "slice": part.text, **_run_json(end)})
+    return 0
+
+
+def describe_counts(manifest: Manifest) -> list[tuple[str, str]]:
+    """Names and values of what is published: images by status, boxes, tables."""
+    counts = manifest.counts
+    images = [f"{counts.status.get('labelled', 0):,} labelled"]
+    if counts.status.get("no_boxes"):
+        images.append(f"{counts.status['no_boxes']:,} without boxes")
+    if counts.status.get("failed"):
+        failed = counts.status["failed"]
+        images.append(f"{failed:,} failed ({console.share(failed, counts.images)})")
+    masks = console.with_a_mask(counts.masks, counts.empty)
+    boxes = f"{counts.boxes:,} in all · {masks} · {counts.accepted:,} accepted"
+    rows = [("images", " · ".join(images)), ("boxes", boxes)]
+    rejected = dict(counts.rejected)
+    if crowds := rejected.pop("crowd", 0):
+        rows.append(("", understood.crowd_sentence(crowds)))
+    if rejected:
+        worst = sorted(rejected.items(), key=lambda item: -item[1])
+        rows.append(("", "not accepted: " + ", ".join(f"{name} {number:,}" for name, number in worst)))
+    return rows
+
+
+def describe_failures(failed: Mapping[str, int], examples: Mapping[str, list[Row]]) -> list[tuple[str, str]]:
+    """The commonest codes with an image each, and what was said of it."""
+    rows = []
+    for code, number in sorted(failed.items(), key=lambda item: -item[1])[:_MOST_CODES]:
+        rows.append(("failed", f"{code} {number:,}"))
+        for row in examples.get(code, [])[:1]:
+            rows.append(
+                ("", f"such as {console.shown(row['image_id'])}: {console.shown(row['error_message'], 140)}")
+            )
+    if len(failed) > _MOST_CODES:
+        rows.append(("", f"and {len(failed) - _MOST_CODES} more codes: see error_code in images/"))
+    return rows
+
+
+def next_commands(output: str, *, failed: int, limited: bool) -> list[str]:
+    """What to type next, the most useful first."""
+    place = ["--output", output]
+    commands = []
+    if failed:
+        commands.append(console.command(["hqlabel", "retry", *place]) + "   # once the cause is mended")
+    if limited:
+        commands.append("the same command without --limit and with another --output, for all images")
+    commands.append(console.command(["hqlabel", "report", *place]))
+    commands.append(console.command(["hqlabel", "validate", *place]))
+    return commands
+
+
+def _whole_manifest(end: Ending) -> Manifest:
+    manifest, planned = end.manifest, int(end.opened.job.plan["images"])
+    if manifest is None or manifest.state != "complete" or manifest.counts.images != planned:
+        found = "nothing" if manifest is None else f"{manifest.counts.images} images, {manifest.state}"
+        raise SystemicFault("store", f"the tables hold {found}; the plan has {planned} images")
+    return manifest
+
+
+def _lines(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], over: str | None) -> list[str]:
+    output, counts = end.opened.store.place.uri.rstrip("/"), manifest.counts
+    failed = counts.status.get("failed", 0)
+    head = _this_run(end) if end.counts.units else "nothing was left to do, and nothing was changed"
+    size = sum(part.images.bytes + part.instances.bytes for part in manifest.parts)
+    rows = [*describe_counts(manifest), *describe_failures(counts.failed, examples)]
+    rows.append(("tables", f"{output}/instances/*.parquet, {output}/images/*.parquet ({console.size(size)})"))
+    if end.picture:
+        rows.append(("picture", f"{output}/{end.picture}"))
+    if end.opened.job.context.weights.note:
+        rows.append(("note", end.opened.job.context.weights.note))
+    limited = end.opened.config.input.limit is not None
+    for place, text in enumerate(next_commands(output, failed=failed, limited=limited)):
+        rows.append(("next" if place == 0 else "", text))
+    lines = [f"done: {console.count(counts.images, 'image')} in {output}; {head}", console.pairs(rows)]
+    return lines if over is None else [*lines, over]
+
+
+def _this_run(end: Ending) -> str:
+    counts = end.counts
+    done = f"{console.count(counts.images, 'image')} in this run, {console.duration(end.seconds)}"
+    images_per_s, boxes_per_s = counts.images / end.seconds, counts.instances / end.seconds
+    rates = f"{console.rate(images_per_s)} images/s, {console.rate(boxes_per_s)} boxes/s"
+    repeated = f", {counts.repeated:,} of them done before by another" if counts.repeated else ""
+    again = f", {counts.begun_before:,} of them begun before and done again" if counts.begun_before else ""
+    return f"{done} ({rates}){repeated}{again}"
+
+
+def _as_json(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], code: int) -> dict[str, Any]:
+    output, job = end.opened.store.place.uri, end.opened.job
+    counts = manifest.counts
+    failed = counts.status.get("failed", 0)
+    limited = end.opened.config.input.limit is not None
+    return {
+        "output": output,
+        "state": manifest.state,
+        "exit_code": code,
+        "run_id": job.context.run_id,
+        "understood": understood.as_json(end.opened.config, job.plan),
+        "model": {**asdict(job.context.weights), "dtype": job.context.masks.dtype},
+        "counts": asdict(counts),
+        "failed_examples": examples,
+        "bytes": sum(part.images.bytes + part.instances.bytes for part in manifest.parts),
+        "picture": end.picture,
+        "next": next_commands(output, failed=failed, limited=limited),
+        **_run_json(end),
+    }
+
+
+def _run_json(end: Ending) -> dict[str, Any]:
+    rate = end.counts.images / end.seconds if end.seconds else None
+    return {"this_run": {**asdict(end.counts), "seconds": end.seconds, "images_per_s": rate}}

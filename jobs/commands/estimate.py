@@ -1,0 +1,256 @@
+"""Some images of a plan the whole way, to say what all of them would take; nothing of it stays.
+
+The sample is spread evenly over the plan and runs through the very stages of a job, on the same machine or
+cluster, with an output in a temporary folder. The rate is taken after every model process has finished
+its first unit, so that starting counts once and not per image.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from jobs.cluster.ray_session import Machine
+from jobs.cluster.run_units import working_context
+from jobs.config import Config
+from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup.open_job import new_context
+from jobs.terminal import console
+from jobs.terminal.signals import Interrupted, Interrupts
+from pipeline.errors import JobRefused
+from pipeline.inputs.arrow_lists import table_sha256
+from pipeline.job.job_file import units_per_part
+from pipeline.planning.make_plan import Plan, write_plan
+from pipeline.settings import DetectorSettings, JobContext, Place, UnitOutcome, Weights
+from pipeline.storage.sealed_parquet import compressed_bytes
+from pipeline.storage.store import open_store
+from pipeline.tables.manifest import Counts
+from pipeline.tables.mask_quality import FilterSettings
+from pipeline.tables.publish_tables import PartTask, publish_part
+from pipeline.tables.unit_files import list_committed
+
+_UNITS_PER_ACTOR = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a sample took. `start_s`: Ray and the models, once a job.
+
+    `row_bytes`: of its rows in the published tables, compressed; `part_bytes`: what the two files of a part
+    hold beside rows. `actors`: model processes; `gpus`: devices they hold together, 0 on the CPU.
+    """
+
+    images: int
+    images_per_unit: int
+    failed: int
+    boxes: int
+    masks: int
+    empty: int
+    start_s: float
+    images_per_s: float
+    row_bytes: int
+    part_bytes: int
+    actors: int
+    gpus: float
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What all images that are left would take on the same machines. `usd`: None when no price is known.
+
+    `bytes`: of the published tables; the working units take as much again or more, until `clean`. `parts`:
+    files of each table.
+    """
+
+    measured: Measured
+    images: int
+    hours: float
+    gpu_hours: float
+    usd: float | None
+    bytes: int
+    parts: int
+
+
+def measure(
+    config: Config,
+    plan: Plan,
+    weights: Weights,
+    interrupts: Interrupts,
+    *,
+    sample: int,
+    segmenter: str | None = None,
+    detector: DetectorSettings | None = None,
+) -> Measured:
+    """What `sample` images of the plan took, or all when it has fewer.
+
+    `segmenter`: another factory than the model's; see `JobContext.segmenter`.
+
+    Raises:
+        JobRefused: there is nothing to measure, or the nodes share no folder for the sample.
+        SystemicFault: what the first unit met.
+    """
+    with tempfile.TemporaryDirectory(prefix="hqlabel-sample-") as folder:
+        output = config.output.model_copy(update={"uri": folder})
+        with Machine(config.model_copy(update={"output": output}), interrupts) as machine:
+            began = time.monotonic()
+            requests = machine.check()
+            machine.start()
+            started = time.monotonic()
+            small = sampled_plan(plan, sample, actors=requests.actors_max)
+            dtype = config.model.dtype if config.model.dtype != "auto" else machine.native_dtype()
+            summary = plan.summary
+            context = new_context(
+                settings.with_boxes_per_call(config, settings.BOXES_PER_CALL[machine.device()]),
+                output=Place(uri=folder),
+                plan_sha256=small.sha256,
+                weights=weights,
+                dtype=dtype,
+                detector=detector,
+                box_rules=settings.box_rules(config, summary.box_format, summary.box_frame),
+                access=plan.access,
+            )
+            context = replace(
+                context,
+                images_per_unit=small.images_per_unit,
+                segmenter=segmenter or context.segmenter,
+            )
+            write_plan(open_store(context.output), small)
+            from pipeline.execution.chain import run_units
+
+            clock = _Clock()
+            run_units(
+                sorted(set(small.table["unit_id"].to_pylist())),
+                working_context(context, machine.device()),
+                settings.cluster_settings(config),
+                epoch=1,
+                on_outcome=clock.add,
+                should_stop=interrupts.should_stop,
+            )
+            if interrupts.should_stop():
+                raise Interrupted
+            return clock.measured(
+                *_published(context, settings.filter_settings(config)),
+                actors=requests.actors_max,
+                gpus=requests.gpus_per_actor * requests.actors_max,
+                device=machine.device(),
+                ray_s=started - began,
+            )
+
+
+def sampled_plan(plan: Plan, sample: int, *, actors: int) -> Plan:
+    """`sample` rows of the plan, evenly spread, in units small enough that each actor gets several."""
+    rows = plan.table.num_rows
+    if rows == 0:
+        raise JobRefused("there is no image to measure with")
+    places = np.unique(np.linspace(0, rows - 1, min(sample, rows)).round().astype(np.int64))
+    per_unit = max(1, min(plan.images_per_unit, len(places) // (_UNITS_PER_ACTOR * actors)))
+    table = plan.table.take(pa.array(places)).combine_chunks()
+    at = table.schema.get_field_index("unit_id")
+    unit_ids = pa.array(np.arange(len(places)) // per_unit, pa.int32())
+    table = table.set_column(at, table.schema.field(at), unit_ids)
+    return replace(plan, table=table, sha256=table_sha256(table), images_per_unit=per_unit)
+
+
+def _published(context: JobContext, filters: FilterSettings) -> tuple[int, int, Counts]:
+    """The sample as one part: bytes of its rows, bytes beside them; its small unit files say neither."""
+    store = open_store(context.output)
+    units = tuple(list_committed(store).values())
+    part = publish_part(PartTask(context=context, index=0, part_units=units, filters=filters))
+    files = (part.images, part.instances)
+    rows = sum(compressed_bytes(store.read(file.key)) for file in files)
+    return rows, sum(file.bytes for file in files) - rows, part.counts
+
+
+class _Clock:
+    """The outcomes of the sample's units and when they came."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._came: list[tuple[float, UnitOutcome]] = []
+
+    def add(self, outcome: UnitOutcome) -> None:
+        """None; one unit more is finished."""
+        self._came.append((time.monotonic() - self._began, outcome))
+
+    def measured(
+        self,
+        row_bytes: int,
+        part_bytes: int,
+        counts: Counts,
+        *,
+        actors: int,
+        gpus: float,
+        device: str,
+        ray_s: float,
+    ) -> Measured:
+        """What it came to: the rate after the first unit of every actor, and the start before it."""
+        outcomes = [outcome for _, outcome in self._came]
+        images = sum(outcome.images for outcome in outcomes)
+        first = min(actors, max(1, len(outcomes) // 2))
+        warm_s, before = self._came[first - 1][0], sum(outcome.images for outcome in outcomes[:first])
+        end_s = self._came[-1][0]
+        if images > before and end_s > warm_s:
+            images_per_s = (images - before) / (end_s - warm_s)
+        else:
+            images_per_s = images / end_s  # one unit alone: its start is in the rate
+        return Measured(
+            images=images,
+            images_per_unit=max(outcome.images for outcome in outcomes),
+            failed=sum(outcome.failed for outcome in outcomes),
+            boxes=counts.boxes,
+            masks=counts.masks,
+            empty=counts.empty,
+            start_s=ray_s + max(0.0, warm_s - before / images_per_s),
+            images_per_s=images_per_s,
+            row_bytes=row_bytes,
+            part_bytes=part_bytes,
+            actors=actors,
+            gpus=gpus,
+            device=device,
+        )
+
+
+def carry_over(measured: Measured, plan: Plan, *, left: int, usd_per_gpu_hour: float | None) -> Estimate:
+    """The estimate for `left` images of the plan."""
+    summary = plan.summary
+    hours = (measured.start_s + left / measured.images_per_s) / 3600
+    per_part = units_per_part(
+        images=summary.images, boxes=summary.boxes, images_per_unit=plan.images_per_unit
+    )
+    parts = -(-summary.units // per_part)
+    gpu_hours = hours * measured.gpus
+    return Estimate(
+        measured=measured,
+        images=left,
+        hours=hours,
+        gpu_hours=gpu_hours,
+        usd=None if usd_per_gpu_hour is None else gpu_hours * usd_per_gpu_hour,
+        bytes=round(measured.row_bytes / measured.images * summary.images) + measured.part_bytes * parts,
+        parts=parts,
+    )
+
+
+def describe(estimate: Estimate) -> list[tuple[str, str]]:
+    """The estimate in lines for people."""
+    measured = estimate.measured
+    processes = console.count(measured.actors, "model process", "model processes")
+    sample = f"{console.count(measured.images, 'image')}, {console.count(measured.boxes, 'box', 'boxes')}"
+    sample += f", {console.with_a_mask(measured.masks, measured.empty)}"
+    failed = f", {measured.failed:,} failed" if measured.failed else ""
+    rate = f"{console.rate(measured.images_per_s)} images/s with {processes} on {measured.device}"
+    rows = [
+        ("sample", f"{sample}{failed}: {rate}, start {console.duration(measured.start_s)}"),
+        ("time", f"about {console.duration(estimate.hours * 3600)} for {estimate.images:,} images"),
+    ]
+    if measured.gpus:
+        money = "" if estimate.usd is None else f", {estimate.usd:,.2f} USD"
+        rows.append(("GPU-hours", f"{estimate.gpu_hours:.2f}{money}"))
+    parts = console.count(estimate.parts, "part")
+    size = console.size(estimate.bytes)
+    rows.append(("tables", f"about {size} in {parts}, and as much or more of working files"))
+    return rows

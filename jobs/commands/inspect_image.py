@@ -1,0 +1,129 @@
+"""`hqlabel inspect`: one image as it was labelled: its row, its instances, and a picture of both.
+
+Not named `inspect.py`: with this folder on the path, that name would shadow the standard library's.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jobs.config import Given
+from jobs.job_setup.saved_job import SavedJob, open_saved
+from jobs.results.read_tables import ImageRows, Row, find_image
+from jobs.results.render_images import overlay_png
+from jobs.terminal import console
+from pipeline.errors import HqlabelError, UsageError
+from pipeline.job.plan_files import iter_plan
+from pipeline.tables.manifest import read_manifest
+from pipeline.tables.mask_quality import FilterSettings
+from pipeline.tables.publish_tables import flatten_unit
+from pipeline.tables.unit_files import list_committed, read
+
+_LONGEST_SIDE = 1600
+_SCORES = ("detector_score", "predicted_iou", "stability_score", "box_iou", "mask_in_box")
+
+
+def run(given: Given, image_id: str, *, picture: str | None, json: bool) -> int:
+    """Print the rows of one image, write its overlay as PNG, and return 0.
+
+    Raises:
+        UsageError: the job has no such image. JobRefused: it is not labelled yet.
+    """
+    saved = open_saved(given)
+    rows = _find(saved, image_id)
+    place = _draw(saved, rows, picture or _picture_name(image_id))
+    if json:
+        console.data_json({"image": _for_json(rows.image), "instances": rows.instances, "picture": place})
+        return 0
+    console.data(console.pairs(_image_lines(rows)))
+    if rows.instances:
+        console.data(console.table(["#", "class", "box (xywh)", "area", *_SCORES, "accepted"], _table(rows)))
+    return 0
+
+
+def _find(saved: SavedJob, image_id: str) -> ImageRows:
+    """The published rows of the image; of one that is not published yet, its unit's."""
+    manifest = read_manifest(saved.store)
+    found = find_image(saved.store, manifest, image_id) if manifest else None
+    if found is not None:
+        return found
+    for unit_id, planned in enumerate(iter_plan(saved.store, saved.job.context.plan_sha256)):
+        if image_id in planned["image_id"].to_pylist():
+            return _from_unit(saved, unit_id, image_id)
+    raise UsageError(
+        f"{saved.store.place.uri}: no image has the image_id {image_id!a}; it is the id in images/"
+    )
+
+
+def _from_unit(saved: SavedJob, unit_id: int, image_id: str) -> ImageRows:
+    committed = list_committed(saved.store)
+    if unit_id not in committed:
+        raise UsageError(f"{image_id!a} is planned (unit {unit_id}) and not labelled yet; see hqlabel status")
+    flat = flatten_unit(read(saved.store, committed[unit_id]), FilterSettings())
+    images = [row for row in flat.images.to_pylist() if row["image_id"] == image_id]
+    instances = [row for row in flat.instances.to_pylist() if row["image_id"] == image_id]
+    return ImageRows(image=images[0], instances=tuple(instances))
+
+
+def _draw(saved: SavedJob, rows: ImageRows, name: str) -> str | None:
+    """The file that the overlay was written to; None, with a word on stderr, when there is no picture."""
+    try:
+        body = overlay_png(saved.job.context, rows, longest_side=_LONGEST_SIDE)
+    except HqlabelError as error:
+        console.say(f"no picture: {error}")
+        return None
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(body)
+    console.say(f"picture: {name}")
+    return name
+
+
+def _picture_name(image_id: str) -> str:
+    """A plain file name in the working folder, whatever the id holds."""
+    return re.sub(r"[^\w.-]+", "_", image_id)[-100:].lstrip(".-") + ".overlay.png"
+
+
+def _image_lines(rows: ImageRows) -> list[tuple[str, str]]:
+    image = rows.image
+    size = (
+        f"{image['width']} x {image['height']} pixels, upright" if image["width"] else "unknown: not decoded"
+    )
+    boxes = f"{image['num_boxes']} given, {console.with_a_mask(*rows.masks())}"
+    boxes += f", {image['num_accepted']} accepted"
+    turned = image["exif_orientation"] not in (None, 1)
+    lines = [
+        ("image_id", console.shown(image["image_id"], 200)),
+        ("image_uri", console.shown(image["image_uri"], 200)),
+        ("status", image["status"]),
+        ("size", size + (f" (EXIF orientation {image['exif_orientation']})" if turned else "")),
+        ("boxes", boxes),
+    ]
+    if image["error_code"]:
+        lines.append(("error", f"{image['error_code']} ({image['error_stage']}): {image['error_message']}"))
+    return lines
+
+
+def _table(rows: ImageRows) -> list[list[str]]:
+    return [
+        [
+            str(row["instance_index"]),
+            console.shown(row["category_name"] or _text(row["category_id"]), 24),
+            "-" if row["prompt_bbox"] is None else ", ".join(f"{value:g}" for value in row["prompt_bbox"]),
+            _text(row["area"]),
+            *(_text(row[name]) for name in _SCORES),
+            "yes" if row["accepted"] else f"no: {row['reject_reason']}",
+        ]
+        for row in rows.instances
+    ]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _for_json(image: Row) -> Row:
+    return {**image, "processed_at": image["processed_at"].isoformat()}

@@ -1,0 +1,118 @@
+"""`hqlabel plan`: what `label` would do with the same options; nothing is written to the output.
+
+A few of the images are looked at, to warn of likely mistakes. With a sample, some go the whole way on this
+machine or cluster, into a folder that is thrown away, and what was measured is carried over to all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from jobs.commands.estimate import carry_over, describe, measure
+from jobs.config import Config
+from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup.checkpoint import read_checkpoint
+from jobs.job_setup.job_detector import FoundDetector, read_detector
+from jobs.job_setup.open_job import before_work
+from jobs.terminal import console
+from jobs.terminal import input_report as understood
+from jobs.terminal.signals import Interrupts
+from pipeline.errors import JobRefused, UsageError
+from pipeline.job.job_file import read_job
+from pipeline.planning.make_plan import Plan, make_plan
+from pipeline.settings import Weights
+from pipeline.storage.store import open_store
+from pipeline.tables.manifest import finished_units, read_manifest
+from pipeline.tables.unit_files import list_committed
+
+
+def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> int:
+    """Plan, look at what the output holds, check the weights when they are named; print, and return 0.
+
+    `sample`: images to measure with, 0 for none.
+
+    Raises:
+        UsageError: a sample is wanted and no checkpoint is named.
+    """
+    with before_work():
+        made, detected = make_plan(settings.input_settings(config)), config.detector.name is not None
+        plan = understood.with_a_look(made, settings.limits(config), detected=detected)
+        weights = read_checkpoint(config) if config.model.checkpoint else None
+        detector = read_detector(config)
+        done = _done(config, plan) if config.output.uri else None
+    estimate = None
+    if sample:
+        if weights is None:
+            raise UsageError("--sample measures the model: name one with --checkpoint")
+        left = plan.summary.images - plan.images_per_unit * (done or 0)
+        asked = None if detector is None else detector.settings
+        measured = measure(config, plan, weights, interrupts, sample=sample, detector=asked)
+        estimate = carry_over(measured, plan, left=left, usd_per_gpu_hour=config.cost.usd_per_gpu_hour)
+    if json:
+        found = None if estimate is None else asdict(estimate)
+        shown = {"detector": None if detector is None else asdict(detector), "estimate": found}
+        console.data_json({**_as_json(config, plan, weights, done), **shown})
+    else:
+        rows = _rows(config, plan, weights, done, detector)
+        console.data(console.pairs([*rows, *(describe(estimate) if estimate else [])]))
+        for line in understood.warnings(config, _facts(plan)):
+            console.data(line)
+    if estimate is None and not json:
+        also = "" if weights else ", with --checkpoint"
+        console.say(f"for time, money and bytes: --sample 64{also}")
+    console.say("nothing was written; `hqlabel label` with the same options begins the work")
+    return 0
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    return asdict(plan.summary)
+
+
+def _done(config: Config, plan: Plan) -> int:
+    """How many units of this plan the output holds; raises `JobRefused` when it holds another plan."""
+    store = open_store(settings.output_place(config))
+    job = read_job(store)
+    if job is None:
+        others = [entry.key for entry in store.list() if not entry.key.startswith((".", "owner/"))]
+        if others:
+            raise JobRefused(
+                f"{store.place.uri}: holds other files, such as {others[0]}, and no job of hqlabel"
+            )
+        return 0
+    if job.context.plan_sha256 != plan.sha256:
+        raise JobRefused(
+            f"{store.place.uri}: holds a job with another plan ({int(job.plan['images']):,} images, "
+            f"{int(job.plan['boxes']):,} boxes); these inputs need another output"
+        )
+    return len(finished_units(list(list_committed(store)), read_manifest(store)))
+
+
+def _rows(
+    config: Config, plan: Plan, weights: Weights | None, done: int | None, detector: FoundDetector | None
+) -> list[tuple[str, str]]:
+    rows = understood.describe_inputs(config, _facts(plan))
+    if detector is not None:
+        rows.append(("detector", str(detector)))
+    if weights is not None:
+        licence = weights.license or "unknown"
+        rows.append(("model", f"{weights.architecture}, input side {weights.input_side}; licence {licence}"))
+        rows += [("", weights.warning)] if weights.warning else []
+    rows.append(
+        ("work", f"{console.count(plan.summary.units, 'unit')} of up to {plan.images_per_unit} images")
+    )
+    if done is not None:
+        left = plan.summary.units - done
+        rows.append(("done", f"{console.count(done, 'unit')}; {left:,} left"))
+    return rows
+
+
+def _as_json(config: Config, plan: Plan, weights: Weights | None, done: int | None) -> dict[str, Any]:
+    return {
+        **understood.as_json(config, _facts(plan)),
+        "plan_sha256": plan.sha256,
+        "images_per_unit": plan.images_per_unit,
+        "categories": list(plan.categories),
+        "model": None if weights is None else asdict(weights),
+        "units_done": done,
+    }

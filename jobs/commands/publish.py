@@ -1,0 +1,62 @@
+"""`hqlabel publish`: the tables once more from the committed units, with other filters; no model runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from jobs.cluster.job_lock import Ownership
+from jobs.cluster.ray_session import Machine
+from jobs.cluster.run_units import save_config
+from jobs.commands import end_summary as ending
+from jobs.config import Given
+from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup.saved_job import SavedJob, open_saved
+from jobs.terminal import console
+from jobs.terminal.signals import Interrupts
+from pipeline.tables.manifest import Manifest
+from pipeline.tables.publish_tables import publish
+
+
+def run(given: Given, interrupts: Interrupts, *, json: bool) -> int:
+    """Publish every range of units that is whole, with the filters given now, and return the exit code."""
+    saved = open_saved(given)
+    filters = settings.filter_settings(saved.config)
+    with (
+        Machine(saved.config, interrupts) as machine,
+        Ownership(saved.store, interrupts) as ownership,
+    ):
+        manifest = publish(
+            saved.store, saved.job, filters, require_owner=ownership.require, mapper=machine.map_parts
+        )
+        config = settings.resolved(saved.config)
+        # A hub id is not looked for among the folders of where this command happens to run.
+        save_config(saved.store, config.model_copy(update={"model": saved.config.model}))
+    uri = saved.store.place.uri
+    asked = ", ".join(f"{name} {value}" for name, value in asdict(filters).items() if value is not None)
+    console.say(f"published {manifest.published_units:,} of {console.count(manifest.units, 'unit')} in {uri}")
+    console.say(console.pairs([*ending.describe_counts(manifest), ("filters", asked)]))
+    over = _over_budget(saved, manifest)
+    if over is not None:
+        console.say(over)
+    code = 0 if over is None else ending.EXIT_OVER_BUDGET
+    if json:
+        console.data_json(
+            {
+                "output": uri,
+                "exit_code": code,
+                "state": manifest.state,
+                "units": {"planned": manifest.units, "published": manifest.published_units},
+                "filters": asdict(filters),
+                "counts": asdict(manifest.counts),
+            }
+        )
+    return code
+
+
+def _over_budget(saved: SavedJob, manifest: Manifest) -> str | None:
+    """Return what is to be said of a whole job with too many failed images; None for one that goes on."""
+    if manifest.state != "complete":
+        return None
+    counts = manifest.counts
+    limits, failed = settings.limits(saved.config), counts.status.get("failed", 0)
+    return ending.over_budget(limits, images=counts.images, failed=failed)

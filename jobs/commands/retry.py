@@ -1,0 +1,221 @@
+"""`hqlabel retry`: the failed images again, once the cause is mended.
+
+A unit with failed images is written once more as its next generation: redone rows beside good rows
+that keep every value. Then the parts concerned are published again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from jobs.cluster.job_lock import Ownership
+from jobs.cluster.ray_session import Machine
+from jobs.cluster.run_units import Work, images_in, new_progress, run_pending
+from jobs.commands import end_summary as ending
+from jobs.config import Given
+from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup.checkpoint import read_checkpoint
+from jobs.job_setup.job_detector import read_detector
+from jobs.job_setup.open_job import Opened
+from jobs.job_setup.saved_job import SavedJob, open_saved
+from jobs.results.read_tables import failed_units
+from jobs.results.render_images import write_contact_sheet
+from jobs.terminal import console
+from jobs.terminal.progress import Counts
+from jobs.terminal.signals import Interrupts
+from pipeline.errors import IMAGE_CODES, JobRefused, UsageError
+from pipeline.job.job_file import Job
+from pipeline.storage.store import Store
+from pipeline.tables.manifest import Manifest, Part, read_manifest
+from pipeline.tables.publish_tables import publish
+from pipeline.tables.unit_files import CommittedUnit, list_committed, read
+
+_READERS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How one call works. `codes`: which failures to do again; empty: all."""
+
+    codes: tuple[str, ...] = ()
+    progress: bool = True
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """A unit to be written again. `images`: how many of its images are done again."""
+
+    generation: int
+    images: int
+
+
+def run(given: Given, how: Run, interrupts: Interrupts) -> int:
+    """Do the failed images again, publish, and return the exit code."""
+    began = time.monotonic()
+    _check_codes(how.codes)
+    saved = _with_settings(open_saved(given))
+    targets = find_targets(saved.store, saved.job, how.codes)
+    images = sum(target.images for target in targets.values())
+    what = " or ".join(how.codes) or "any code"
+    console.say(f"{saved.store.place.uri}: {console.count(images, 'image')} failed with {what}")
+    with Machine(saved.config, interrupts) as machine, contextlib.ExitStack() as stack:
+        if targets:
+            machine.check()
+        ownership = stack.enter_context(Ownership(saved.store, interrupts))
+        counts = _redo(saved, targets, machine, ownership, how, interrupts) if targets else Counts()
+        manifest = publish(
+            saved.store,
+            saved.job,
+            settings.filter_settings(saved.config),
+            require_owner=ownership.require,
+            mapper=machine.map_parts,
+        )
+        picture = write_contact_sheet(saved.store, saved.job, manifest, again=counts.units > 0)
+        if targets:
+            console.say(_mended(saved.store, targets, manifest, how.codes, images))
+        opened = Opened(config=saved.config, store=saved.store, job=saved.job, plan=None, resumed=True)
+        seconds = time.monotonic() - began
+        end = ending.Ending(opened=opened, counts=counts, seconds=seconds, manifest=manifest, picture=picture)
+        return ending.say_done(end, json=how.json)
+
+
+def find_targets(store: Store, job: Job, codes: Sequence[str]) -> dict[int, _Target]:
+    """The committed units that have images failed with one of `codes` (empty: with any).
+
+    Raises:
+        JobRefused: the job is not finished, or its working files were removed.
+    """
+    manifest = read_manifest(store)
+    if manifest is not None and manifest.cleaned:
+        raise JobRefused(
+            f"{store.place.uri}: its working files were removed by clean, so it cannot be retried"
+        )
+    committed = list_committed(store)
+    if len(committed) < job.units:
+        raise JobRefused(
+            f"{store.place.uri}: {job.units - len(committed):,} of {console.count(job.units, 'unit')} are "
+            "not done yet; finish the job with label, then retry"
+        )
+    published = _published(store, manifest, committed, codes)
+    rest = [unit for unit_id, unit in committed.items() if unit_id not in published]
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda unit: (unit.unit_id, _failed_in(store, unit, codes)), rest)
+        failed = {**published, **dict(found)}
+    return {
+        unit_id: _Target(generation=committed[unit_id].generation + 1, images=number)
+        for unit_id, number in sorted(failed.items())
+        if number
+    }
+
+
+def _published(
+    store: Store, manifest: Manifest | None, committed: Mapping[int, CommittedUnit], codes: Sequence[str]
+) -> dict[int, int]:
+    """Failed images of every unit whose published rows are of its newest generation; reads no unit."""
+    failed: dict[int, int] = {}
+    for part in manifest.parts if manifest else ():
+        ids = range(part.first_unit, part.stop_unit)
+        if any(committed[unit_id].generation != part.generation_of(unit_id) for unit_id in ids):
+            continue
+        found = failed_units(store, part.images, codes) if _concerned(part, codes) else {}
+        failed.update({unit_id: found.get(unit_id, 0) for unit_id in ids})
+    return failed
+
+
+def _concerned(part: Part, codes: Sequence[str]) -> bool:
+    return any(code in part.counts.failed for code in codes) if codes else bool(part.counts.failed)
+
+
+def _failed_in(store: Store, unit: CommittedUnit, codes: Sequence[str]) -> int:
+    found = [code for code in read(store, unit)["error_code"].to_pylist() if code is not None]
+    return sum(code in codes for code in found) if codes else len(found)
+
+
+def _check_codes(codes: Sequence[str]) -> None:
+    for code in codes:
+        if code not in IMAGE_CODES:
+            raise UsageError(f"--code {code}: no such code; known: {', '.join(IMAGE_CODES)}")
+
+
+def _with_settings(saved: SavedJob) -> SavedJob:
+    """The job with the limits and the place of the weights as they are now; what makes masks must not change.
+
+    Raises:
+        JobRefused: other weights or mask settings than the job began with.
+    """
+    config, context = saved.config, saved.job.context
+    weights = read_checkpoint(config)
+    if weights.sha256 != context.weights.sha256:
+        raise JobRefused(
+            f"--checkpoint {config.model.checkpoint}: sha256 {weights.sha256}, the job began with "
+            f"{context.weights.sha256}; a retry needs the same weights"
+        )
+    dtype = context.masks.dtype if config.model.dtype == "auto" else config.model.dtype
+    config = settings.with_boxes_per_call(config, context.masks.call_shape.boxes_per_call)
+    masks = settings.mask_settings(config, dtype)
+    if masks != context.masks:
+        raise JobRefused(f"the job began with {context.masks}, now {masks}; a retry needs the same settings")
+    detector = read_detector(config)
+    found = detector and detector.settings.fingerprint
+    began_with = context.detector and context.detector.fingerprint
+    if found != began_with:
+        raise JobRefused(
+            f"--detector {config.detector.name}: fingerprint {found}, the job began with {began_with}; a "
+            "retry needs the same detector"
+        )
+    context = replace(
+        context,
+        weights=weights,
+        detector=None if detector is None else detector.settings,
+        limits=settings.limits(config),
+    )
+    return replace(saved, job=replace(saved.job, context=context))
+
+
+def _redo(
+    saved: SavedJob,
+    targets: Mapping[int, _Target],
+    machine: Machine,
+    ownership: Ownership,
+    how: Run,
+    interrupts: Interrupts,
+) -> Counts:
+    work = Work(
+        config=saved.config,
+        store=saved.store,
+        job=saved.job,
+        machine=machine,
+        owner=ownership.take(),
+        interrupts=interrupts,
+        show_progress=how.progress,
+    )
+    wanted = {unit_id: target.generation for unit_id, target in targets.items()}
+
+    def pending() -> list[int]:
+        committed = list_committed(saved.store)
+        return [unit for unit, generation in wanted.items() if committed[unit].generation < generation]
+
+    machine.start()
+    total = images_in(saved.job, list(wanted))
+    with new_progress(work, total_images=total, done_images=0) as progress:
+        run_pending(work, pending, progress, generations=wanted, codes=how.codes)
+    return progress.counts()
+
+
+def _mended(
+    store: Store, targets: Mapping[int, _Target], manifest: Manifest, codes: Sequence[str], before: int
+) -> str:
+    """How many of the images that were done again failed again, with one of the same codes or another."""
+    units = set(targets)
+    again = 0
+    for part in manifest.parts:
+        if units & set(range(part.first_unit, part.stop_unit)) and part.counts.failed:
+            found = failed_units(store, part.images, codes)
+            again += sum(number for unit, number in found.items() if unit in units)
+    kind = "with the same code" if codes else ""
+    return f"{console.count(before, 'image')} done again; {again:,} failed again {kind}".rstrip()

@@ -1,0 +1,37 @@
+"""`hqlabel validate`: everything in an output is read again and checked; each fault is named."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from jobs.config import Config
+from jobs.job_setup import resolve_settings as settings
+from jobs.terminal import console
+from pipeline.errors import DamageFound
+from pipeline.job.job_file import require_job
+from pipeline.storage.store import open_store
+from pipeline.tables.verify_output import Verified, verify
+
+
+def run(config: Config, *, sample: int | None, json: bool) -> int:
+    """Check the job in the output; 0 when it is sound, 6 when it is not. `sample`: masks decoded a file."""
+    store = open_store(settings.output_place(config))
+    found = verify(store, require_job(store), sample=sample)
+    for finding in found.findings:
+        console.say(f"damaged: {finding}")
+    console.say(_sentence(store.place.uri, found))
+    if json:
+        console.data_json({"output": store.place.uri, "sound": not found.findings, **asdict(found)})
+    return DamageFound.exit_code if found.findings else 0
+
+
+def _sentence(uri: str, found: Verified) -> str:
+    read = (
+        f"{console.count(found.units, 'unit')}, {console.count(found.parts, 'part')}, "
+        f"{console.count(found.plan_files, 'file')} of the plan read ({console.size(found.bytes)}), "
+        f"{console.count(found.masks_decoded, 'mask')} decoded"
+    )
+    left = f"; {console.count(found.units_left, 'unit')} not done yet" if found.units_left else ""
+    if found.findings:
+        return f"{uri}: {console.count(len(found.findings), 'fault')} found; {read}{left}"
+    return f"{uri}: sound; {read}{left}"

@@ -1,0 +1,234 @@
+"""`hqlabel export`: published tables in the formats of trainers and annotation tools, and what that loses."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from jobs.config import Given
+from jobs.export.coco import category_numbers, write_coco
+from jobs.export.export_source import Source, open_source
+from jobs.export.hf_dataset import write_hf
+from jobs.export.label_studio import write_label_studio
+from jobs.export.yolo import ENDINGS, PASSED_OVER, Loss, write_yolo
+from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup.saved_job import open_saved
+from jobs.results.read_tables import require_published
+from jobs.results.select_rows import Selection
+from jobs.terminal import console
+from pipeline.errors import UsageError
+from pipeline.settings import Place
+from pipeline.storage.store import Store, open_store
+from pipeline.storage.uri_rules import split_scheme
+
+Format = Literal["coco", "yolo-seg", "label-studio", "hf"]
+FORMATS: tuple[str, ...] = get_args(Format)
+_PER_FILE = {"coco": 250_000, "label-studio": 1000, "hf": 500_000}
+# What is counted and not left out; said in sentences of its own.
+_EXPECTED = (
+    *("images", "masks", "crowds", "images turned by EXIF", "masks that the filters did not accept"),
+    *("masks without a class", "images inside other files", PASSED_OVER),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """What was asked. `per_file`: masks (tasks for Label Studio) a file; None: the format's own number.
+
+    `categories_from_1`: COCO's categories are numbered anew.
+    """
+
+    format: str
+    to: str
+    selection: Selection
+    per_file: int | None = None
+    tolerance_px: float = 0.5
+    image_prefix: str | None = None
+    categories_from_1: bool = False
+    json: bool = False
+
+
+def run(given: Given, how: How) -> int:
+    """Write the files into an empty folder or prefix, say what was left out and lost, and return 0."""
+    if how.format not in FORMATS:
+        raise UsageError(f"export {how.format!r}: wanted one of {', '.join(FORMATS)}")
+    saved = open_saved(given)
+    uri = settings.absolute(how.to)
+    if os.path.lexists(uri) and not os.path.isdir(uri):
+        raise UsageError(f"--to {how.to}: this is a file; wanted a new folder or prefix")
+    place = open_store(Place(uri=uri, options=settings.storage_options(saved.config, uri)))
+    if place.list(limit=1):
+        raise UsageError(
+            f"--to {how.to}: there are files already; choose a new folder, so that none is mixed"
+        )
+    selection = replace(how.selection, with_crowds=how.format == "coco")
+    source = open_source(saved.store, saved.job, require_published(saved.store), selection)
+    loss = Loss()
+    keys = list(_write(source, place, loss, how))
+    _say(how, source, loss, keys)
+    return 0
+
+
+def _write(source: Source, place: Store, loss: Loss, how: How) -> Iterator[str]:
+    per_file = how.per_file or _PER_FILE.get(how.format, 0)
+    if how.format == "coco":
+        return write_coco(source, place, per_file=per_file, categories_from_1=how.categories_from_1)
+    if how.format == "yolo-seg":
+        return write_yolo(source, place, loss, tolerance_px=how.tolerance_px)
+    if how.format == "hf":
+        return write_hf(source, place, per_file=per_file)
+    return write_label_studio(source, place, per_file=per_file, image_prefix=how.image_prefix)
+
+
+def _numbers(how: How, source: Source) -> dict[int, int] | None:
+    """Return the number of each class in the files, by its id; None where classes are names alone."""
+    if how.format == "coco":
+        return category_numbers(source.classes, from_1=how.categories_from_1)
+    return None if how.format == "label-studio" else source.classes.places()
+
+
+def _say(how: How, source: Source, loss: Loss, keys: list[str]) -> None:
+    tally, files = source.tally, len(keys)
+    left_out = {what: number for what, number in tally.items() if number and what not in _EXPECTED}
+    notes = list(_notes(how, source, loss))
+    if how.json:
+        lost = None if how.format != "yolo-seg" else {"mean_iou": loss.mean, "least_iou": loss.least}
+        console.data_json(
+            {
+                "to": how.to,
+                "format": how.format,
+                "files": files,
+                "images": tally["images"],
+                "masks": tally["masks"],
+                "crowds": tally["crowds"],
+                "left_out": left_out,
+                "not_accepted": tally["masks that the filters did not accept"],
+                "without_class": tally["masks without a class"],
+                "turned_by_exif": tally["images turned by EXIF"],
+                "classes": {str(number): name for number, name in source.classes.names.items()},
+                "numbers": _numbers(how, source),
+                "loss": lost,
+                "notes": [f"{name}: {text}" for name, text in notes],
+            }
+        )
+    masks, images = console.count(tally["masks"], "mask"), console.count(tally["images"], "image")
+    console.say(f"{how.format}: {masks} of {images} in {console.count(files, 'file')} below {how.to}")
+    lines = [("left out", f"{number:,} {what}") for what, number in left_out.items()]
+    lines += notes
+    if lines:
+        console.say(console.pairs(lines))
+
+
+def _notes(how: How, source: Source, loss: Loss) -> Iterator[tuple[str, str]]:
+    tally = source.tally
+    if tally["masks that the filters did not accept"]:
+        number = tally["masks that the filters did not accept"]
+        yield (
+            "note",
+            f"{number:,} masks are not accepted by the job's filters; --accepted-only leaves them out",
+        )
+    if tally["crowds"]:
+        crowds = console.count(tally["crowds"], "crowd region has", "crowd regions have")
+        yield "note", f"{crowds} iscrowd 1, the box filled: COCOeval and trainers ignore what lies in it"
+    if tally["images turned by EXIF"]:
+        turned = console.count(tally["images turned by EXIF"], "image is", "images are")
+        yield "note", f"{turned} stored turned: readers must apply EXIF, boxes and masks are upright"
+    if tally["images inside other files"]:
+        inside = console.count(tally["images inside other files"], "image lies", "images lie")
+        yield (
+            "note",
+            f"{inside} inside tars or Parquet files, which readers of pictures do not open: unpack them",
+        )
+    for sentence in _class_notes(how, source):
+        yield "note", sentence
+    if not how.selection.is_all:
+        yield "note", "images may show objects that were not selected: they are no full annotation"
+    if how.format == "label-studio":
+        yield from (("note", sentence) for sentence in _prefix_notes(how.image_prefix, source.folder))
+    if how.format == "yolo-seg":
+        yield "loss", loss.sentence()
+        yield from _yolo_steps(how, source)
+
+
+def _prefix_notes(prefix: str | None, folder: str) -> Iterator[str]:
+    """Yield what keeps Label Studio from opening the images. `folder`: what all their uris begin with."""
+    if prefix and not prefix.endswith(("/", "=")):
+        yield (
+            f"names stand right behind --image-prefix, as in {console.shown(prefix)}NAME; "
+            "if a folder is meant, end it with /"
+        )
+    scheme = split_scheme(folder)[0]
+    if prefix is None and _is_local(folder):
+        yield _LOCAL_PATHS
+    elif prefix is None and folder and scheme not in ("s3", "gs", "azure-blob", "http", "https"):
+        yield (
+            f"the images are {scheme}:// uris, which Label Studio does not open: --image-prefix with the "
+            "place as it knows it, such as 'azure-blob://CONTAINER/FOLDER/'"
+        )
+
+
+_LOCAL_PATHS = (
+    "the images are local paths, which Label Studio does not open: "
+    "--image-prefix '/data/local-files/?d=FOLDER/', FOLDER below its LOCAL_FILES_DOCUMENT_ROOT"
+)
+
+
+def _class_notes(how: How, source: Source) -> Iterator[str]:
+    classes, numbers = source.classes, _numbers(how, source)
+
+    def named(number: int) -> str:
+        name = f"`{console.shown(classes.names[number], 40)}`"
+        return name if numbers is None else f"category {numbers[number]}, {name}"
+
+    if source.tally["masks without a class"] and classes.of_unnamed is not None:
+        masks = console.count(
+            source.tally["masks without a class"], "mask without a class is", "masks without a class are"
+        )
+        yield f"{masks} {named(classes.of_unnamed)}"
+    new = [number for number in classes.lone.values() if classes.given_id(number) is None]
+    if new:
+        yield f"names without a category_id are numbered behind the others: {'; '.join(map(named, new[:3]))}"
+    if doubled := classes.doubled():
+        shown = ", ".join(f"`{console.shown(name, 40)}`" for name in doubled[:3])
+        names = console.count(len(doubled), "name stands", "names stand")
+        yield f"{names} for several ids: {shown}{_DOUBLED[how.format]}"
+    if how.format == "coco" and numbers is not None and 0 in numbers.values():
+        zero = next(number for number, new_number in numbers.items() if new_number == 0)
+        yield f"{named(zero)}: CVAT takes category 0 for no label; --categories-from-1 numbers them anew"
+
+
+_DOUBLED = {
+    "coco": "; tools that know categories by their names mix them up",
+    "yolo-seg": "; the numbers tell them apart",
+    "label-studio": "; each is one label there",
+    "hf": "; their ids are put behind",
+}
+
+
+def _yolo_steps(how: How, source: Source) -> Iterator[tuple[str, str]]:
+    """Yield where the pictures must stand, and how they get there."""
+    if over := source.tally[PASSED_OVER]:
+        images = console.count(over, "image", "images")
+        yield (
+            "note",
+            f"Ultralytics passes over {images}: another ending than {', '.join(ENDINGS)}, or under 10 pixels",
+        )
+    if not source.tally["images"]:
+        return
+    to = settings.absolute(how.to).rstrip("/")
+    yield "next", f"the pictures alone go into {to}/images/, under their names in images.txt"
+    root = next(iter(source.roots)) if len(source.roots) == 1 else None
+    if root is not None and _is_local(root) and _is_local(to):
+        to, here = shlex.quote(to), shlex.quote(root)
+        yield (
+            "",
+            f"mkdir -p {to}/images && cd {here} && sed 's|^./images/||' {to}/images.txt | "
+            f"xargs -r -d '\\n' cp --parents -t {to}/images --",
+        )
+
+
+def _is_local(uri: str) -> bool:
+    return uri.startswith("/")

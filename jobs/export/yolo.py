@@ -1,0 +1,146 @@
+"""Tables -> YOLO segmentation labels: one text file an image, one polygon a mask, and the IoU that costs.
+
+Ultralytics finds a label file by the picture's path alone: the last `/images/` in it becomes `/labels/`, what
+follows the last dot becomes `txt`; where there is no such file, it trains on the picture as background and
+says nothing. Pictures stand in `images/` under their names here, each label file where that rule looks.
+
+The format has one polygon an object and no scores. Parts and holes are bridged into it, so most of a mask
+survives; how much is measured on every line as it is written, and said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jobs.export.export_source import Source, mask_of
+from jobs.export.polygons import kept_iou, polygon_of
+from jobs.results.read_tables import Row
+from jobs.terminal import console
+from pipeline.errors import UsageError
+from pipeline.storage.store import Store
+
+_LOW = 0.95
+# What Ultralytics opens: by the end of the name, and by the shorter side in pixels.
+ENDINGS = ("bmp", "dng", "jpeg", "jpg", "mpo", "png", "tif", "tiff", "webp", "pfm", "heic")
+_LEAST_SIDE = 10
+PASSED_OVER = "images that Ultralytics passes over"
+
+
+@dataclass(kw_only=True)
+class Loss:
+    """The IoU of every polygon with its mask, as written: their sum, least, and how many are low."""
+
+    number: int = 0
+    total: float = 0.0
+    least: float = 1.0
+    low: int = 0
+    of_classes: Counter[int] = field(default_factory=Counter)
+
+    def add(self, iou: float) -> None:
+        """None; one polygon more."""
+        self.number += 1
+        self.total += iou
+        self.least = min(self.least, iou)
+        self.low += iou < _LOW
+
+    @property
+    def mean(self) -> float | None:
+        """The mean IoU, None for no polygon."""
+        return self.total / self.number if self.number else None
+
+    def sentence(self) -> str:
+        """What the polygons cost, for people."""
+        if self.mean is None:
+            return "no mask was written"
+        low = f"{console.count(self.low, 'mask')} below {_LOW:g}"
+        return (
+            f"polygons keep IoU {self.mean:.4f} on average, {self.least:.3f} at worst, {low}; scores are lost"
+        )
+
+
+def write_yolo(source: Source, place: Store, loss: Loss, *, tolerance_px: float) -> Iterator[str]:
+    """Write the label files, data.yaml, images.txt and classes.json; yields their keys.
+
+    Classes count from 0 without gaps, in the order of their ids; classes.json has the ids. An image
+    without objects has an empty file. Images whose name no line of images.txt can hold are left out.
+    `tolerance_px`: how far an outline may move to save points.
+
+    Raises:
+        UsageError: two images would share one label file, because they differ in their ending alone.
+    """
+    places = source.classes.places()
+    seen: dict[str, str] = {}
+    lines: list[str] = []
+    for rows in source.images():
+        name = source.file_name(rows.image)
+        line = f"./images/{name}"
+        if not _can_be_listed(line):
+            source.leave_out(
+                rows, "images whose names a list of Ultralytics cannot hold (line ends, ./ or ../)"
+            )
+            continue
+        key = label_key(name)
+        if key in seen:
+            raise UsageError(
+                f"{seen[key]!a} and {name!a} would both be labelled by {key}: YOLO knows no ending; "
+                "export them apart (--where) or rename one"
+            )
+        seen[key] = name
+        lines.append(line)
+        source.tally[PASSED_OVER] += _is_passed_over(name, rows.image)
+        text = [_line(row, places[source.classes.id_of(row)], loss, tolerance_px) for row in rows.instances]
+        place.put(key, "".join(text).encode())
+        yield key
+    names = [source.classes.names[number] for number in places]
+    listing = "".join(f"  {place_}: {yaml_text(name)}\n" for place_, name in enumerate(names))
+    place.put("images.txt", "".join(f"{line}\n" for line in lines).encode())
+    # Without `path` the list is looked for beside data.yaml; `path: .` would be the folder one stands in.
+    named = f"names:\n{listing}" if listing else "names: {}\n"
+    place.put("data.yaml", f"train: images.txt\nval: images.txt\n{named}".encode())
+    place.put("classes.json", json.dumps(_class_map(source), ensure_ascii=False, indent=1).encode())
+    yield from ("images.txt", "data.yaml", "classes.json")
+
+
+def label_key(name: str) -> str:
+    """Return where the label file of the picture `images/<name>` is looked for, below the export's folder."""
+    before, _, after = f"/images/{name}".rpartition("/images/")
+    folder, slash, last = f"{before}/labels/{after}".rpartition("/")
+    stem = last.rpartition(".")[0] if "." in last else last
+    return f"{folder}{slash}{stem}.txt".removeprefix("/")
+
+
+def _can_be_listed(line: str) -> bool:
+    """Return whether a reader that cuts by `splitlines` and replaces every "./" reads the line as meant."""
+    return line.splitlines() == [line] and "./" not in line[1:]
+
+
+def _is_passed_over(name: str, image: Row) -> bool:
+    small = min(image["width"], image["height"]) < _LEAST_SIDE
+    return small or name.rpartition(".")[2].lower() not in ENDINGS
+
+
+def yaml_text(text: str) -> str:
+    """Return a YAML string that every reader gives back equal: quoted, and escaped but for what prints."""
+    plain = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+    return f'"{"".join(plain)}"'
+
+
+def _line(row: Row, place: int, loss: Loss, tolerance_px: float) -> str:
+    height, width = row["segmentation"]["size"]
+    polygon = polygon_of(mask_of(row), tolerance_px)
+    text = " ".join(f"{value:.6f}".rstrip("0").rstrip(".") for value in (polygon / [width, height]).ravel())
+    as_written = np.array(text.split(" "), dtype=np.float64).reshape(-1, 2) * [width, height]
+    loss.add(kept_iou(as_written, row["segmentation"]["counts"], (height, width)))
+    return f"{place} {text}\n"
+
+
+def _class_map(source: Source) -> list[dict[str, object]]:
+    return [
+        {"class": place, "category_id": source.classes.given_id(number), "name": source.classes.names[number]}
+        for number, place in source.classes.places().items()
+    ]

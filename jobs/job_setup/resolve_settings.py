@@ -1,0 +1,204 @@
+"""From the configuration, which people write, to the records that the pipeline is given.
+
+Local places become absolute here, because a worker has another working folder; uris stay as written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.config import Config
+from model.structures import CallShape
+from pipeline.errors import UsageError
+from pipeline.execution.placement import ClusterSettings
+from pipeline.inputs.open_inputs import InputSettings
+from pipeline.settings import (
+    DEMO,
+    AccessRules,
+    BoxFormat,
+    BoxFrame,
+    BoxRules,
+    DetectorSettings,
+    Limits,
+    MaskSettings,
+    Place,
+)
+from pipeline.stages.detect import HF, ZERO_SHOT
+from pipeline.storage.store import refuse_secrets
+from pipeline.tables.mask_quality import FilterSettings
+
+BOXES_PER_CALL = {"cpu": 2, "cuda": 16}
+"""By the kind of device. On one CPU core a box costs the same in calls of 2 to 16 (56 to 63 ms at full size),
+so the fewest boxes of padding win; a GPU wants many at once."""
+_REMOTE = re.compile(r"[a-z][a-z0-9+.\-]*://")
+
+
+def is_local(uri: str) -> bool:
+    """True for a plain path or `file://`."""
+    return uri.startswith("file://") or not _REMOTE.match(uri)
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute (links are not followed); any other uri as it is."""
+    return os.path.abspath(uri.removeprefix("file://")) if is_local(uri) else uri
+
+
+def resolved(config: Config) -> Config:
+    """The configuration with every local place absolute: what `config.yaml` in the output holds."""
+    given, model = config.input, config.model
+    places = {name: getattr(given, name) for name in ("images", "boxes", "image_root")}
+    inputs: dict[str, Any] = {name: absolute(place) for name, place in places.items() if place}
+    inputs["allow_roots"] = [os.path.realpath(root) for root in given.allow_roots]
+    checkpoint = model.checkpoint
+    may_be_path = checkpoint not in (None, DEMO) and is_local(str(checkpoint))
+    if checkpoint and may_be_path and os.path.exists(absolute(checkpoint)):
+        checkpoint = absolute(checkpoint)
+    uri, detector = config.output.uri, detector_settings(config)
+    return config.model_copy(
+        update={
+            "input": given.model_copy(update=inputs),
+            "detector": config.detector.model_copy(update={"name": detector and detector.name}),
+            "model": model.model_copy(update={"checkpoint": checkpoint}),
+            "output": config.output.model_copy(update={"uri": absolute(uri) if uri else uri}),
+            # A cluster is joined when one is named in a command, never because an earlier run did.
+            "cluster": config.cluster.model_copy(update={"ray_address": None}),
+        }
+    )
+
+
+def storage_options(config: Config, uri: str) -> Mapping[str, Any]:
+    """The fsspec options of the configuration for the scheme of `uri`; raises `UsageError` on a secret."""
+    for scheme, options in config.storage.items():
+        refuse_secrets(options, where=f"storage.{scheme}")
+    return config.storage.get("file" if is_local(uri) else uri.partition("://")[0], {})
+
+
+def output_place(config: Config) -> Place:
+    """Where the job's output is; raises `UsageError` when none is named."""
+    uri = require(config.output.uri, "--output", "a folder or prefix for the labels")
+    return Place(uri=absolute(uri), options=storage_options(config, uri))
+
+
+def require(value: str | None, flag: str, wanted: str) -> str:
+    """`value`, or a `UsageError` naming the flag that is missing and what it wants."""
+    if not value:
+        raise UsageError(f"{flag} is missing: {wanted}")
+    return value
+
+
+def input_settings(config: Config) -> InputSettings:
+    """What to label and how to read it, with local places as they were written (the reader resolves them)."""
+    given = config.input
+    if config.detector.name and given.boxes:
+        raise UsageError(
+            "--boxes and --detector are both given; the boxes come from one of them: leave one out"
+        )
+    if config.detector.name and not given.images:
+        raise UsageError("--images is missing: a detector needs pictures to look at")
+    if not given.images and not given.boxes:
+        raise UsageError("--images and --boxes are missing: name images, boxes, or both")
+    schemes = [*AccessRules().schemes, *given.allow_schemes]
+    storage_options(config, "")
+    return InputSettings(
+        images=given.images,
+        boxes=given.boxes,
+        box_format=given.box_format,
+        box_frame=given.box_frame,
+        columns=given.columns,
+        image_root=given.image_root,
+        limit=given.limit,
+        allow_unmatched=given.allow_unmatched,
+        tar_ids=given.tar_ids,
+        access=AccessRules(
+            roots=tuple(os.path.realpath(_existing_folder(root)) for root in given.allow_roots),
+            schemes=tuple(dict.fromkeys(schemes)),
+            options=config.storage,
+        ),
+        images_per_unit=config.output.images_per_unit,
+    )
+
+
+def cluster_settings(config: Config) -> ClusterSettings:
+    """What the job asks of the cluster."""
+    fields = {**config.cluster.model_dump(), "cpu_threads": config.model.cpu_threads}
+    return ClusterSettings(**{name: fields[name] for name in ClusterSettings.__dataclass_fields__})
+
+
+def filter_settings(config: Config) -> FilterSettings:
+    """What `accepted` asks of a mask."""
+    return FilterSettings(**config.filter.model_dump())
+
+
+def box_rules(config: Config, box_format: BoxFormat, box_frame: BoxFrame) -> BoxRules:
+    """How the boxes become prompts; format and frame are what planning has understood."""
+    return BoxRules(box_format=box_format, box_frame=box_frame, **config.boxes.model_dump())
+
+
+def detector_settings(config: Config) -> DetectorSettings | None:
+    """The detector as asked for, not yet looked at; None without one.
+
+    Raises:
+        UsageError: prompts for a detector that takes none, or none for one that needs them.
+    """
+    given = config.detector
+    if given.name is None:
+        return None
+    is_zero_shot = given.name.startswith(ZERO_SHOT)
+    if is_zero_shot != bool(given.prompts):
+        wrong = "--prompts are missing" if is_zero_shot else "it takes no --prompts"
+        raise UsageError(
+            f"--detector {given.name}: {wrong}; hf-zero-shot: detectors take them, such as 'person; red car'"
+        )
+    refuse_secrets(given.options, where="detector.options")
+    return DetectorSettings(**(given.model_dump() | {"name": _with_absolute_folder(given.name)}))
+
+
+def _with_absolute_folder(name: str) -> str:
+    """`hf:FOLDER` with the folder absolute, for workers elsewhere; another name as it is."""
+    for kind in (HF, ZERO_SHOT):
+        if name.startswith(kind) and os.path.isdir(name.removeprefix(kind)):
+            return kind + os.path.abspath(name.removeprefix(kind))
+    return name
+
+
+def limits(config: Config) -> Limits:
+    """The bounds on one image and on the job."""
+    return Limits(**config.limits.model_dump())
+
+
+def with_boxes_per_call(config: Config, otherwise: int) -> Config:
+    """The configuration with `model.boxes_per_call` as it is given, or `otherwise` where it is null."""
+    chosen = config.model.boxes_per_call or otherwise
+    return config.model_copy(update={"model": config.model.model_copy(update={"boxes_per_call": chosen})})
+
+
+def mask_settings(config: Config, dtype: str) -> MaskSettings:
+    """What the model is asked for, with the resolved number format (`float32` or `bfloat16`).
+
+    `config` names its boxes a call (`with_boxes_per_call`).
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {dtype!r} is not resolved; wanted float32 or bfloat16")
+    model = config.model
+    if model.boxes_per_call is None:
+        raise ValueError("model.boxes_per_call is not resolved; see with_boxes_per_call")
+    shape = CallShape(images_per_call=model.images_per_call, boxes_per_call=model.boxes_per_call)
+    return MaskSettings(
+        dtype="float32" if dtype == "float32" else "bfloat16",
+        call_shape=shape,
+        multimask=model.multimask,
+        hq_token_only=model.hq_token_only,
+        stability_offset=model.stability_offset,
+        compiled=model.compile,
+        draft_jpeg=config.input.draft_jpeg,
+        cpu_threads=model.cpu_threads,
+    )
+
+
+def _existing_folder(path: str) -> str:
+    if not os.path.isdir(path):
+        raise UsageError(f"--allow-root {path}: there is no such folder")
+    return path

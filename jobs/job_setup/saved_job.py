@@ -1,0 +1,62 @@
+"""The job in an output together with the configuration it was left with: what later commands start from.
+
+A call gives only the output and what is to change; the rest is in `config.yaml` there. What names code
+or a place to write is never taken from the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jobs.config import CONFIG_KEY, Config, Given
+from jobs.job_setup import resolve_settings as settings
+from pipeline.errors import UsageError
+from pipeline.inputs.open_inputs import allowed_access
+from pipeline.job.job_file import Job, require_job
+from pipeline.stages.detect import is_own_code
+from pipeline.storage.store import NotFound, Store, open_store
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedJob:
+    """A job that was begun earlier. `config`: as saved, with what this call changes on top."""
+
+    config: Config
+    store: Store
+    job: Job
+
+
+def open_saved(given: Given) -> SavedJob:
+    """The job in the output that `given` names.
+
+    Raises:
+        UsageError: no output is named. JobRefused: there is no job.
+    """
+    alone = given.load()
+    place = settings.output_place(alone)
+    store = open_store(place)
+    require_job(store)
+    config = given.load(_saved_yaml(store))
+    _refuse_code_of_the_output(alone, config)
+    # The output is where it was found now, wherever it lay when the configuration was saved.
+    config = config.model_copy(update={"output": config.output.model_copy(update={"uri": place.uri})})
+    inputs = config.input.images or config.input.boxes
+    access = allowed_access(settings.input_settings(config)) if inputs else None
+    return SavedJob(config=config, store=store, job=require_job(store, access=access))
+
+
+def _refuse_code_of_the_output(alone: Config, config: Config) -> None:
+    """None unless the detector is code that this call did not name: an output must not choose what is run."""
+    name = config.detector.name
+    if name is not None and is_own_code(name) and alone.detector.name != name:
+        raise UsageError(
+            f"the job's detector is code of your own, {name!r}, which is never taken from an output: say it "
+            f"again with --set detector.name={name}"
+        )
+
+
+def _saved_yaml(store: Store) -> str | None:
+    try:
+        return store.read(CONFIG_KEY).decode("utf-8")
+    except NotFound:
+        return None

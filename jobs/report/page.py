@@ -1,0 +1,275 @@
+"""`hqlabel report`: one static HTML page about a job, made from its published tables; no server, no network.
+
+tables -> one pass (report_data) -> the chosen rows' masks and pictures (report_tiles) -> the template
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from pycocotools import mask as coco_mask
+
+from jobs.config import Given
+from jobs.job_setup.saved_job import SavedJob, open_saved
+from jobs.report.charts import bars, histogram
+from jobs.report.numbers import SAMPLE_ROWS, SCORES, ReportData, gather
+from jobs.report.queries import STEPS, queries
+from jobs.report.sections import Section, sections
+from jobs.report.tiles import Key, Pictures, draw_tiles
+from jobs.results.read_tables import ImageRows, Row, failed_examples, find_images, require_published
+from jobs.terminal import console
+from jobs.terminal.input_report import describe_detector
+from pipeline.errors import stage_of
+from pipeline.storage.store import NotFound
+from pipeline.tables.manifest import Manifest
+
+REPORT_KEY = "report/index.html"
+EVALUATION_KEY = "report/evaluation.json"
+_MOST_BYTES = 14_000_000  # of base64; the page stays under 20 MB
+_MOST_CLASSES = 200
+_PAIR_IOU = 0.8
+_MOST_PAIRS = 6
+_LEAST_SECONDS = 10  # a run's first unit has no beginning in the tables: short runs have no honest rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownTile:
+    """One instance as the page shows it."""
+
+    row: Row
+    image: Row
+    pictures: Pictures
+
+    @property
+    def name(self) -> str:
+        """Its class, in words."""
+        category = self.row["category_id"]
+        return str(self.row["category_name"] or ("object" if category is None else f"class {category}"))
+
+    @property
+    def alt(self) -> str:
+        """What the picture shows, for who does not see it."""
+        score = self.row["predicted_iou"]
+        what = "no mask" if score is None else f"mask with predicted IoU {score:.2f}"
+        return f"{self.name}, {what}, in {self.image['image_id']}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownSection:
+    """A section with its tiles and the query behind it."""
+
+    section: Section
+    tiles: Sequence[ShownTile]
+    sql: str
+
+
+def run(given: Given, *, to: str | None, as_json: bool) -> int:
+    """Write the page into the output (report/index.html) or to a local file, and return 0."""
+    saved = open_saved(given)
+    manifest = require_published(saved.store)
+    body = page(saved, manifest).encode()
+    if to is None:
+        saved.store.put(REPORT_KEY, body)
+    else:
+        Path(to).parent.mkdir(parents=True, exist_ok=True)
+        Path(to).write_bytes(body)
+    place = to or f"{saved.store.place.uri.rstrip('/')}/{REPORT_KEY}"
+    console.say(f"report: {place} ({console.size(len(body))})")
+    if as_json:
+        console.data_json({"report": place, "bytes": len(body)})
+    return 0
+
+
+def page(saved: SavedJob, manifest: Manifest) -> str:
+    """The whole page as HTML."""
+    chosen = sections(manifest.filters, manifest.counts.rejected, masks=manifest.counts.masks)
+    data = gather(saved.store, manifest, chosen)
+    keys: list[Key] = [_key(row) for section in chosen for row in data.chosen[section.key]]
+    pair_keys = [_key(row) for pair in data.overlapping for row in pair]
+    rows = find_images(saved.store, manifest, {key[0] for key in [*keys, *pair_keys]})
+    pairs = _disagreements(data.overlapping, rows)
+    keys += [_key(row) for pair in pairs for row in pair]
+    pictures = draw_tiles(saved.job.context, rows, keys, most_bytes=_MOST_BYTES)
+    tables = saved.store.place.uri.rstrip("/")
+    shown = [
+        ShownSection(
+            section=section,
+            tiles=[_tile(_key(row), rows, pictures) for row in data.chosen[section.key]],
+            sql=section.sql(tables),
+        )
+        for section in chosen
+    ]
+    return _render(
+        saved, manifest, data, shown, [tuple(_tile(_key(r), rows, pictures) for r in p) for p in pairs]
+    )
+
+
+def _key(row: Row) -> Key:
+    return str(row["image_id"]), int(row["instance_index"])
+
+
+def _tile(key: Key, rows: Mapping[str, ImageRows], pictures: Mapping[Key, Pictures]) -> ShownTile:
+    of_image = rows[key[0]]
+    row = next(row for row in of_image.instances if row["instance_index"] == key[1])
+    return ShownTile(row=row, image=of_image.image, pictures=pictures[key])
+
+
+def _disagreements(pairs: Sequence[tuple[Row, Row]], rows: Mapping[str, ImageRows]) -> list[tuple[Row, Row]]:
+    """Of pairs whose boxes overlap, those whose masks do."""
+    found = []
+    for pair in pairs:
+        of_image = {row["instance_index"]: row for row in rows[pair[0]["image_id"]].instances}
+        one, other = (of_image[row["instance_index"]]["segmentation"] for row in pair)
+        if float(coco_mask.iou([one], [other], [0])[0, 0]) > _PAIR_IOU:
+            found.append(pair)
+    return found[:_MOST_PAIRS]
+
+
+def _render(
+    saved: SavedJob,
+    manifest: Manifest,
+    data: ReportData,
+    shown: Sequence[ShownSection],
+    pairs: Sequence[tuple[ShownTile, ...]],
+) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(count=console.count, size=console.size, duration=console.duration)
+    groups: dict[str, list[ShownSection]] = {}
+    for one in shown:
+        if one.tiles:
+            groups.setdefault(one.section.group, []).append(one)
+    output = saved.store.place.uri.rstrip("/")
+    return environment.get_template("report.html.j2").render(
+        output=output,
+        manifest=manifest,
+        counts=manifest.counts,
+        job=saved.job,
+        data=data,
+        groups=groups,
+        pairs=pairs,
+        facts=_facts(saved, manifest),
+        totals=_totals(saved, manifest, data),
+        failures=_failures(saved, manifest),
+        retry=console.command(["hqlabel", "retry", "--output", output]),
+        charts=[
+            {"name": h.name, "svg": histogram(h, _line(manifest, h.name)), "most": int(h.counts.max())}
+            for h in data.histograms
+            if h.counts.sum()
+        ],
+        lines=_lines(data),
+        steps=STEPS,
+        pace=None if data.pace is None else bars(data.pace),
+        times=[(name.removesuffix("_ms"), found) for name, found in data.times.items() if found],
+        evaluation=_evaluation(saved),
+        score_names=SCORES,
+        most_classes=_MOST_CLASSES,
+        sample_rows=SAMPLE_ROWS,
+        queries=queries(output),
+        made_at=dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        number=_number,
+    )
+
+
+def _number(value: Any, digits: int = 2) -> str:
+    """A score or size as the page writes it."""
+    if value is None:
+        return "-"
+    return f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _facts(saved: SavedJob, manifest: Manifest) -> list[tuple[str, str]]:
+    context, lineage = saved.job.context, manifest.lineage
+    weights = context.weights
+    again = f"{saved.store.place.uri.rstrip('/')}/config.yaml"
+    command = console.command(["hqlabel", "label", "--config", again, "--output", "NEW"])
+    set_filters = {k: v for k, v in asdict(manifest.filters).items() if v is not None}
+    if manifest.filters.nms_mode == "none":
+        set_filters = {k: v for k, v in set_filters.items() if not k.startswith("nms_")}
+    filters = ", ".join(f"{name} {value}" for name, value in set_filters.items())
+    facts = [
+        ("run", f"{manifest.run_id}, begun {saved.job.created_at}, {manifest.state}"),
+        ("model", f"{weights.architecture}, {context.masks.dtype}, weights sha256 {weights.sha256[:16]}…"),
+        ("licence of the weights", weights.license or "unknown"),
+        ("boxes", f"{context.box_rules.box_format}, {context.box_rules.box_frame} frame"),
+        *describe_detector(context),
+        ("filters", filters or "none"),
+        ("code", lineage.get("code_version", context.lineage.get("code_version", "unknown"))),
+        ("plan", f"sha256 {manifest.plan_sha256[:16]}…"),
+        ("made again by", command),
+    ]
+    return facts + ([("note", weights.note)] if weights.note else [])
+
+
+def _totals(saved: SavedJob, manifest: Manifest, data: ReportData) -> list[tuple[str, str, str]]:
+    """The large numbers: value, name, and what stands under it."""
+    counts = manifest.counts
+    failed, no_boxes = counts.status.get("failed", 0), counts.status.get("no_boxes", 0)
+    size = sum(part.images.bytes + part.instances.bytes for part in manifest.parts)
+    empty = f", {counts.empty:,} empty beside them" if counts.empty else ""
+    of_boxes = f"of {counts.boxes:,} boxes{empty}"
+    found = [
+        (f"{counts.images:,}", "images", f"{failed:,} failed, {no_boxes:,} without boxes"),
+        (f"{counts.masks:,}", "masks", of_boxes),
+        (
+            console.share(counts.accepted, counts.boxes),
+            "accepted",
+            f"{counts.accepted:,} of {counts.boxes:,}",
+        ),
+        (console.size(size), "tables", f"{size / max(counts.boxes, 1):.0f} bytes a box"),
+    ]
+    if data.model_s:
+        price = saved.config.cost.usd_per_gpu_hour
+        money = "" if price is None else f", {data.model_s / 3600 * price:,.2f} USD"
+        per_image = 1000 * data.model_s / max(counts.status.get("labelled", 0), 1)
+        found.append((console.duration(data.model_s), "model time", f"{per_image:.0f} ms an image{money}"))
+    seconds = 0 if data.pace is None else data.pace.span_s * len(data.pace.counts)
+    if seconds >= _LEAST_SECONDS:
+        found.append(
+            (console.rate(counts.images / seconds), "images a second", f"over {console.duration(seconds)}")
+        )
+    return found
+
+
+def _failures(saved: SavedJob, manifest: Manifest) -> list[dict[str, Any]]:
+    failed = manifest.counts.failed
+    examples = failed_examples(saved.store, manifest, per_code=3) if failed else {}
+    return [
+        {"code": code, "stage": stage_of(code), "number": number, "examples": examples.get(code, [])}
+        for code, number in sorted(failed.items(), key=lambda item: -item[1])
+    ]
+
+
+def _line(manifest: Manifest, name: str) -> float | None:
+    """The filter's bound on this column."""
+    bound = asdict(manifest.filters).get("min_area_px" if name == "area" else f"min_{name}")
+    return None if bound is None else float(bound)
+
+
+def _lines(data: ReportData) -> list[tuple[str, list[str]]]:
+    """For each score, the share of masks that each of STEPS would keep, from the histogram."""
+    rows = []
+    for one in data.histograms:
+        total = int(one.counts.sum())
+        if one.name in SCORES and total:
+            first = [round((step - one.low) / (one.high - one.low) * len(one.counts)) for step in STEPS]
+            rows.append((one.name, [console.share(int(one.counts[at:].sum()), total) for at in first]))
+    return rows
+
+
+def _evaluation(saved: SavedJob) -> Any:
+    try:
+        return json.loads(saved.store.read(EVALUATION_KEY))
+    except NotFound:
+        return None

@@ -1,0 +1,139 @@
+"""The pictures of a report: each instance in its whole picture and close by, as small JPEGs.
+
+The picture is fetched and decoded anew, once an image, in the supervised decoder. An image that cannot
+be had any more leaves its tiles without pictures, with the reason.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from jobs.results.draw_overlays import Box, DrawnInstance, Tile, draw_overlay
+from jobs.results.read_tables import ImageRows, Row
+from jobs.results.render_images import drawn_instance, picture_decoder, upright_picture
+from jobs.terminal import console
+from pipeline.errors import HqlabelError
+from pipeline.settings import JobContext
+
+_DECODED_PX, _SHOWN_PX = 1600, 360
+_MARGIN = 0.25  # of the object's extent, around the close-up
+_LEAST_PX = 24
+_QUALITY = 80
+_EDGE_PX = 3  # the page shows tiles at about a third of their size, and enlarges them on demand
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Two JPEGs of one instance as data uris; None, with `why`, when the image cannot be shown."""
+
+    whole: str | None
+    close: str | None
+    why: str = ""
+
+
+def draw_tiles(
+    context: JobContext, rows: Mapping[str, ImageRows], keys: Sequence[Key], *, most_bytes: int
+) -> dict[Key, Pictures]:
+    """The pictures of these instances, in their order until `most_bytes` of JPEG are made."""
+    by_image: dict[str, list[Key]] = defaultdict(list)
+    for key in dict.fromkeys(keys):
+        by_image[key[0]].append(key)
+    found: dict[Key, Pictures] = {}
+    made = 0
+    with picture_decoder(context, _DECODED_PX) as child:
+        for image_id, mine in by_image.items():
+            if made > most_bytes:
+                found.update(dict.fromkeys(mine, Pictures(whole=None, close=None, why="left out for size")))
+                continue
+            image = rows[image_id].image
+            try:
+                picture = upright_picture(context, image, child)
+            except HqlabelError as error:
+                console.say(f"note: no picture of {console.shown(image_id)}: {error}")
+                found.update(dict.fromkeys(mine, Pictures(whole=None, close=None, why=str(error))))
+                continue
+            for key in mine:
+                row = next(row for row in rows[image_id].instances if row["instance_index"] == key[1])
+                found[key] = _pictures(picture, _size_hw(image, picture), row, context)
+                made += sum(len(text or "") for text in (found[key].whole, found[key].close))
+    return found
+
+
+def _size_hw(image: Row, picture: Image.Image) -> tuple[int, int]:
+    return (int(image["height"]), int(image["width"])) if image["height"] else (picture.height, picture.width)
+
+
+def _pictures(picture: Image.Image, size_hw: tuple[int, int], row: Row, context: JobContext) -> Pictures:
+    drawn = replace(drawn_instance(row, context.box_rules.box_format), text="")
+    whole = Tile(picture=picture, size_hw=size_hw, instances=(drawn,), caption="")
+    close = _close_up(picture, size_hw, drawn, row)
+    return Pictures(
+        whole=_drawn_jpeg(whole, max_scale=4),
+        close=None if close is None else _drawn_jpeg(close, max_scale=8),
+    )
+
+
+def _drawn_jpeg(tile: Tile, *, max_scale: float) -> str:
+    return _jpeg(draw_overlay(tile, longest_side=_SHOWN_PX, max_scale=max_scale, edge_px=_EDGE_PX))
+
+
+def _close_up(picture: Image.Image, size_hw: tuple[int, int], drawn: DrawnInstance, row: Row) -> Tile | None:
+    """The part of the picture around box and mask; None when neither has a place in it."""
+    part = _window(size_hw, drawn.box_xyxy, row["bbox"])
+    if part is None:
+        return None
+    left, top, right, bottom = part
+    sx, sy = picture.width / size_hw[1], picture.height / size_hw[0]
+    cut = picture.crop((round(left * sx), round(top * sy), round(right * sx), round(bottom * sy)))
+    box = drawn.box_xyxy
+    moved = replace(
+        drawn,
+        box_xyxy=None if box is None else (box[0] - left, box[1] - top, box[2] - left, box[3] - top),
+        size_hw=(bottom - top, right - left),
+        counts=None if drawn.counts is None else _cut_mask(drawn.counts, size_hw, part),
+    )
+    return Tile(picture=cut, size_hw=(bottom - top, right - left), instances=(moved,), caption="")
+
+
+def _window(
+    size_hw: tuple[int, int], box: Box | None, mask_xywh: Sequence[float] | None
+) -> tuple[int, int, int, int] | None:
+    corners = [] if box is None or not np.isfinite(box).all() else [box]
+    if mask_xywh is not None:
+        x, y, width, height = mask_xywh
+        corners.append((x, y, x + width, y + height))
+    if not corners:
+        return None
+    edges = np.array(corners)
+    low, high = edges[:, :2].min(axis=0), edges[:, 2:].max(axis=0)
+    margin = np.maximum(_MARGIN * (high - low), (_LEAST_PX - (high - low)) / 2)
+    limit = np.array([size_hw[1], size_hw[0]])
+    low = np.clip(np.floor(low - margin), 0, limit).astype(int)
+    high = np.clip(np.ceil(high + margin), 0, limit).astype(int)
+    if (high <= low).any():
+        return None
+    return int(low[0]), int(low[1]), int(high[0]), int(high[1])
+
+
+def _cut_mask(counts: str, size_hw: tuple[int, int], part: tuple[int, int, int, int]) -> str:
+    whole: Any = coco_mask.decode({"size": list(size_hw), "counts": counts.encode("ascii")})
+    left, top, right, bottom = part
+    cut = coco_mask.encode(np.asfortranarray(whole[top:bottom, left:right]))
+    return str(cut["counts"].decode("ascii"))
+
+
+def _jpeg(picture: Image.Image) -> str:
+    body = io.BytesIO()
+    picture.save(body, format="JPEG", quality=_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(body.getvalue()).decode("ascii")

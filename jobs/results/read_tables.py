@@ -1,0 +1,184 @@
+"""Some rows out of published tables of any size: footers first, then only the row groups in question.
+
+Parts are in the order of image ids, and so are the rows in them: an image is found by the least and
+greatest id that each row group's footer states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import schema
+from pipeline.errors import JobRefused
+from pipeline.storage import sealed_parquet as parquet
+from pipeline.storage.store import Store
+from pipeline.tables.manifest import Manifest, PartFile, read_manifest
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRows:
+    """One image as published: its row of `images`, and its rows of `instances` in prompt order."""
+
+    image: Row
+    instances: tuple[Row, ...]
+
+    def masks(self) -> tuple[int, int]:
+        """Return how many of its boxes have a mask of at least one pixel, and how many an empty one."""
+        areas = [row["area"] for row in self.instances if row["area"] is not None]
+        return sum(area > 0 for area in areas), areas.count(0)
+
+
+def require_published(store: Store) -> Manifest:
+    """The manifest of the tables in a store; JobRefused when nothing is published there."""
+    manifest = read_manifest(store)
+    if manifest is None or not manifest.parts:
+        raise JobRefused(f"{store.place.uri}: no tables are published here yet; see hqlabel publish --help")
+    return manifest
+
+
+def find_image(store: Store, manifest: Manifest, image_id: str) -> ImageRows | None:
+    """The rows of one image, or None when no part has it."""
+    for part in manifest.parts:
+        images = _rows_of(store, part.images, schema.IMAGES, image_id)
+        if images:
+            instances = _rows_of(store, part.instances, schema.INSTANCES, image_id)
+            return ImageRows(image=images[0], instances=tuple(instances))
+    return None
+
+
+def find_images(store: Store, manifest: Manifest, image_ids: Collection[str]) -> dict[str, ImageRows]:
+    """The rows of several images by id; those that no part has are left out. Each row group is read once."""
+    wanted = sorted(set(image_ids), key=str.encode)
+    images: dict[str, Row] = {}
+    instances: dict[str, list[Row]] = {image_id: [] for image_id in wanted}
+    for part in manifest.parts:
+        images.update((row["image_id"], row) for row in _rows_in(store, part.images, schema.IMAGES, wanted))
+        for row in _rows_in(store, part.instances, schema.INSTANCES, wanted):
+            instances[row["image_id"]].append(row)
+    return {key: ImageRows(image=row, instances=tuple(instances[key])) for key, row in images.items()}
+
+
+def sample_labelled(store: Store, manifest: Manifest, number: int) -> list[ImageRows]:
+    """Up to `number` images with a mask, spread evenly over the tables; the same ones every time."""
+    parts = [part for part in manifest.parts if part.counts.masks]
+    chosen: list[ImageRows] = []
+    for part, share in zip(_spread(parts, number), _shares(len(parts), number), strict=True):
+        ids = _labelled_ids(store, part.images)
+        for image_id in _spread(ids, share):
+            found = _rows_of(store, part.images, schema.IMAGES, image_id)
+            instances = _rows_of(store, part.instances, schema.INSTANCES, image_id)
+            chosen.append(ImageRows(image=found[0], instances=tuple(instances)))
+    return chosen
+
+
+def failed_examples(store: Store, manifest: Manifest, *, per_code: int = 2) -> dict[str, list[Row]]:
+    """For every code that images failed with, up to `per_code` of their rows; reads until it has them."""
+    examples: dict[str, list[Row]] = {code: [] for code in manifest.counts.failed}
+    columns = ["image_id", "image_uri", "error_code", "error_message"]
+    for part in manifest.parts:
+        wanted = [code for code in part.counts.failed if len(examples[code]) < per_code]
+        if not wanted:
+            continue
+        for table in row_groups(store, part.images, schema.IMAGES, columns):
+            for row in table.filter(pc.is_in(table["error_code"], pa.array(wanted))).to_pylist():
+                if len(examples[row["error_code"]]) < per_code:
+                    examples[row["error_code"]].append(row)
+    return examples
+
+
+def failed_units(store: Store, file: PartFile, codes: Sequence[str]) -> dict[int, int]:
+    """Of one images part, how many images of each unit failed with one of `codes` (empty: with any)."""
+    found: dict[int, int] = {}
+    for table in row_groups(store, file, schema.IMAGES, ["unit_id", "error_code"]):
+        failed = table.filter(table["error_code"].is_valid())
+        if codes:
+            failed = failed.filter(pc.is_in(failed["error_code"], pa.array(codes)))
+        for unit in failed["unit_id"].to_pylist():
+            found[unit] = found.get(unit, 0) + 1
+    return found
+
+
+def _rows_of(store: Store, file: PartFile, kind: pa.Schema, image_id: str) -> list[Row]:
+    return list(_rows_in(store, file, kind, [image_id]))
+
+
+def _rows_in(store: Store, file: PartFile, kind: pa.Schema, image_ids: Sequence[str]) -> Iterator[Row]:
+    """The rows of these images (sorted by UTF-8 bytes), group by group."""
+    with store.open_parquet(file.key) as stream, parquet.open_body(stream, kind, file.key) as body:
+        for group in range(body.num_row_groups):
+            held = [image_id for image_id in image_ids if _may_hold(body, group, image_id)]
+            if held:
+                table = body.read_row_group(group)
+                yield from table.filter(pc.is_in(table["image_id"], pa.array(held, pa.string()))).to_pylist()
+
+
+def _may_hold(body: pq.ParquetFile, group: int, image_id: str) -> bool:
+    return _may_meet(body, group, image_id, image_id)
+
+
+def _may_meet(body: pq.ParquetFile, group: int, low: str, high: str) -> bool:
+    column = body.metadata.row_group(group).column(body.schema_arrow.get_field_index("image_id"))
+    facts = column.statistics
+    if facts is None or not facts.has_min_max:
+        return True
+    return bool(_bytes(facts.min) <= high.encode() and low.encode() <= _bytes(facts.max))
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
+
+
+def _labelled_ids(store: Store, file: PartFile) -> list[str]:
+    columns = ["image_id", "num_instances"]
+    tables = row_groups(store, file, schema.IMAGES, columns)
+    return [
+        image_id
+        for table in tables
+        for image_id in table.filter(pc.greater(table["num_instances"], 0))["image_id"].to_pylist()
+    ]
+
+
+def row_groups(store: Store, file: PartFile, kind: pa.Schema, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The row groups of a part one after another, with these columns of `kind`."""
+    with store.open_parquet(file.key) as stream, parquet.open_body(stream, kind, file.key) as body:
+        for group in range(body.num_row_groups):
+            yield body.read_row_group(group, columns=list(columns))
+
+
+def rows_between(
+    store: Store,
+    file: PartFile,
+    kind: pa.Schema,
+    columns: Sequence[str],
+    low: str | None = None,
+    high: str | None = None,
+) -> Iterator[pa.Table]:
+    """The row groups of a part that may hold an image_id from `low` to `high` (None: all), whole."""
+    with store.open_parquet(file.key) as stream, parquet.open_body(stream, kind, file.key) as body:
+        for group in range(body.num_row_groups):
+            if low is None or high is None or _may_meet(body, group, low, high):
+                yield body.read_row_group(group, columns=list(columns))
+
+
+def _spread(items: Sequence[T], number: int) -> list[T]:
+    """Up to `number` of the items, evenly spaced, first and last among them when there are two or more."""
+    if len(items) <= number:
+        return list(items)
+    if number == 1:
+        return [items[len(items) // 2]]
+    return [items[place * (len(items) - 1) // (number - 1)] for place in range(number)]
+
+
+def _shares(parts: int, number: int) -> list[int]:
+    """How many images each of the chosen parts gives, `number` together."""
+    chosen = min(parts, number)
+    return [number * (place + 1) // chosen - number * place // chosen for place in range(chosen)]

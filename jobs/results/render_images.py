@@ -1,0 +1,158 @@
+"""Published rows drawn over their images: the contact sheet of a job, and one image for `inspect`.
+
+The rows come from the tables, the picture is fetched and decoded anew, in the supervised decoder: what
+is drawn is what people will read, and a hostile file costs its own tile alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image
+
+from jobs.results.draw_overlays import Box, DrawnInstance, Tile, contact_sheet, draw_overlay, png_bytes
+from jobs.results.read_tables import ImageRows, Row, sample_labelled
+from jobs.terminal import console
+from model.geometry import BoxFormat, boxes_to_xyxy
+from pipeline.errors import HqlabelError
+from pipeline.images.decode_process import DecodeChild
+from pipeline.images.fetch import fetch_object
+from pipeline.job.job_file import Job
+from pipeline.settings import JobContext
+from pipeline.storage.store import Store
+from pipeline.tables.manifest import Manifest
+
+CONTACT_SHEET_KEY = "report/contact_sheet.png"
+_TILES = 12
+_TILE_PX = 480
+_LEGEND = (
+    "thin line: the prompt box · edge and fill: the mask · number: predicted IoU · "
+    "dashes: not accepted, in red: no mask"
+)
+
+
+def write_contact_sheet(store: Store, job: Job, manifest: Manifest, *, again: bool) -> str | None:
+    """The key of the contact sheet; None when there is nothing to show.
+
+    Drawn when it is not there yet, or `again` (new masks were made). An image that cannot be read any more
+    is left out with a word on stderr: the labels are complete without its picture.
+    """
+    if not again and store.head(CONTACT_SHEET_KEY) is not None:
+        return CONTACT_SHEET_KEY
+    with picture_decoder(job.context, _TILE_PX) as child:
+        tiles = list(_tiles(job.context, sample_labelled(store, manifest, _TILES), child))
+    if not tiles:
+        return None
+    labelled = manifest.counts.status.get("labelled", 0)
+    title = f"{len(tiles)} of {console.count(labelled, 'labelled image')} in {store.place.uri}"
+    notes = [_LEGEND, *([job.context.weights.note] if job.context.weights.note else [])]
+    store.put(CONTACT_SHEET_KEY, png_bytes(contact_sheet(tiles, title=title, notes=notes, tile_px=_TILE_PX)))
+    return CONTACT_SHEET_KEY
+
+
+def overlay_png(context: JobContext, rows: ImageRows, *, longest_side: int) -> bytes:
+    """One image with its prompts and masks, as PNG.
+
+    Raises:
+        ImageError: it cannot be fetched or decoded.
+    """
+    with picture_decoder(context, min(longest_side, _longest(rows.image))) as child:
+        tile = _tile(rows, upright_picture(context, rows.image, child), context)
+    return png_bytes(draw_overlay(tile, longest_side=longest_side))
+
+
+@contextlib.contextmanager
+def picture_decoder(context: JobContext, side: int) -> Iterator[DecodeChild]:
+    """The supervised decoder, making pictures whose longer side is at most `side`."""
+    child = DecodeChild(context.limits, side)
+    try:
+        yield child
+    finally:
+        child.close()
+
+
+def _tiles(context: JobContext, sample: Sequence[ImageRows], child: DecodeChild) -> Iterator[Tile]:
+    for rows in sample:
+        try:
+            picture = upright_picture(context, rows.image, child)
+        except HqlabelError as error:
+            console.say(f"note: no picture of {console.shown(rows.image['image_id'])}: {error}")
+            continue
+        yield _tile(rows, picture, context)
+
+
+def upright_picture(context: JobContext, image: Row, child: DecodeChild) -> Image.Image:
+    """The picture of a row of `images`, fetched and decoded anew; ImageError when that fails."""
+    fetched = fetch_object(image["image_uri"], context.access, context.limits)
+    return Image.fromarray(np.asarray(child.decode(fetched.data).pixels_hwc))
+
+
+def _tile(rows: ImageRows, picture: Image.Image, context: JobContext) -> Tile:
+    image = rows.image
+    size_hw = (
+        (int(image["height"]), int(image["width"])) if image["height"] else (picture.height, picture.width)
+    )
+    return Tile(
+        picture=picture,
+        size_hw=size_hw,
+        instances=tuple(drawn_instance(row, context.box_rules.box_format) for row in rows.instances),
+        caption=image["image_id"],
+        remark=_remark(rows),
+    )
+
+
+def _remark(rows: ImageRows) -> str:
+    boxes, masks = len(rows.instances), rows.masks()[0]
+    text = f"{masks} of {console.count(boxes, 'box has', 'boxes have')} a mask"
+    scores = [row["predicted_iou"] for row in rows.instances if row["predicted_iou"] is not None]
+    if scores:
+        text += f" · predicted IoU {min(scores):.2f}"
+        text += f" to {max(scores):.2f}" if len(scores) > 1 else ""
+    return text
+
+
+def drawn_instance(row: Row, box_format: str) -> DrawnInstance:
+    """A row of `instances` as it is drawn; `box_format`: the format that its boxes were given in."""
+    mask = row["segmentation"]
+    return DrawnInstance(
+        box_xyxy=shown_box(row, box_format),
+        size_hw=None if mask is None else (mask["size"][0], mask["size"][1]),
+        counts=None if mask is None else mask["counts"],
+        text=_label(row),
+        accepted=row["accepted"],
+    )
+
+
+def _label(row: Row) -> str:
+    if row["segmentation"] is None:
+        return str(row["reject_reason"])
+    name = "" if row["category_name"] is None else console.shown(row["category_name"], 20) + " "
+    why = "" if row["accepted"] else f" ({row['reject_reason']})"
+    return f"{name}{row['predicted_iou']:.2f}{why}"
+
+
+def shown_box(row: Row, box_format: str) -> Box | None:
+    """The prompt as used; of a box that could not be used, the place it was given for, if it says one."""
+    used = row["prompt_bbox"]
+    if used is not None:
+        x, y, width, height = used
+        return x, y, x + width, y + height
+    given: list[Any] | None = row["prompt_bbox_given"]
+    plain = box_format in ("xyxy", "xywh", "cxcywh")
+    if (
+        not plain
+        or given is None
+        or len(given) != 4
+        or not all(v is not None and math.isfinite(v) for v in given)
+    ):
+        return None
+    x1, y1, x2, y2 = boxes_to_xyxy(np.array([given], np.float64), cast(BoxFormat, box_format))[0].tolist()
+    return x1, y1, x2, y2
+
+
+def _longest(image: Row) -> int:
+    return max(int(image["width"] or 1024), int(image["height"] or 1024))

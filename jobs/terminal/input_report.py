@@ -1,0 +1,172 @@
+"""What a job understood of its inputs, said before any work: the moment at which a mistake is cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from jobs.config import Config
+from jobs.terminal import console
+from pipeline.job.job_file import Job
+from pipeline.planning.make_plan import Plan
+from pipeline.planning.preview import look
+from pipeline.settings import BoxRules, JobContext, Limits
+
+
+def with_a_look(plan: Plan, limits: Limits, *, detected: bool = False) -> Plan:
+    """The plan, with warnings of what a look at a few of its pictures shows and was not said before.
+
+    `detected`: a detector finds the boxes.
+    """
+    summary = plan.summary
+    rules = BoxRules(box_format=summary.box_format, box_frame=summary.box_frame)
+    flags = {_flag(sentence) for sentence in summary.warnings}
+    found = look(plan.table, rules, plan.access, limits, detected=detected)
+    seen = [line for line in found if _flag(line) not in flags]
+    return replace(plan, summary=replace(summary, warnings=(*summary.warnings, *seen)))
+
+
+def _flag(sentence: str) -> str:
+    """The flag that a sentence ends with; the whole sentence where there is none."""
+    return sentence[sentence.rfind("--") :] if "--" in sentence else sentence
+
+
+def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values about images, boxes and how they were joined; `plan`: the fields of a PlanSummary."""
+    limited = plan["listed_images"] > plan["images"]
+    images = console.count(plan["images"], "image") + (
+        f", the first of {plan['listed_images']:,} (--limit)" if limited else ""
+    )
+    rows = [("images", f"{images}; {_place(config.input.images or config.input.boxes)}")]
+    if config.input.boxes:
+        boxes = console.count(plan["boxes"], "box", "boxes")
+        rows.append(("boxes", f"{boxes}; {_place(config.input.boxes)}"))
+        rows.append(("box format", f"{plan['box_format']}, in the {_frame(plan['box_frame'])}"))
+    rows.append(("ids", plan["id_rule"]))
+    if unused := plan.get("unused_columns"):
+        rows.append(("", f"columns not used: {_listed(unused)}"))
+    rows += [("", line) for line in _odd_images(plan, detected=config.detector.name is not None)]
+    return rows
+
+
+def describe_model(context: JobContext, *, asked_dtype: str) -> list[tuple[str, str]]:
+    """Names and values about the weights and the number format."""
+    weights = context.weights
+    licence = f"licence {weights.license}" if weights.license else "licence unknown"
+    model = (
+        f"{weights.architecture}, input side {weights.input_side}; sha256 {weights.sha256[:12]}; {licence}"
+    )
+    dtype = context.masks.dtype + (" (auto)" if asked_dtype == "auto" else "")
+    notes = [("", note) for note in (weights.warning, weights.note) if note is not None]
+    return [("model", model), ("numbers", dtype), *notes]
+
+
+def describe_detector(context: JobContext) -> list[tuple[str, str]]:
+    """Name and value of the detector, where there is one."""
+    detector = context.detector
+    if detector is None:
+        return []
+    licence = f"licence {detector.license}" if detector.license else "licence unknown"
+    shown = f"shown {detector.longest_side} pixels, score over {detector.score_threshold:g}"
+    fingerprint = console.fingerprint(detector.fingerprint)
+    return [("detector", f"{detector.title}, {shown}; fingerprint {fingerprint}; {licence}")]
+
+
+def describe_work(job: Job, *, done_units: int, pending_units: int, part: str | None) -> tuple[str, str]:
+    """How the work is cut, how much of it is done, and how much of it is this driver's."""
+    per_unit = console.count(job.context.images_per_unit, "image")
+    cut = f"{console.count(job.units, 'unit')} of up to {per_unit}"
+    if not done_units:
+        done = "nothing done yet"
+    elif done_units == job.units:
+        done = "all done"
+    else:
+        done = f"{done_units:,} done ({console.share(done_units, job.units)})"
+    mine = f"; slice {part}: {pending_units:,} to do" if part else ""
+    return "work", f"{cut}; {done}{mine}"
+
+
+def warnings(config: Config, plan: Mapping[str, Any]) -> list[str]:
+    """The sentences on likely mistakes, each a line of its own; `plan`: the fields of a PlanSummary."""
+    sentences = list(plan["warnings"])
+    if not plan["boxes"] and plan["without_boxes"] == plan["images"] and config.detector.name is None:
+        sentences.insert(0, f"no image has a box, so there will be no mask; {_NO_BOXES}")
+    if plan["boxes"] and plan.get("crowd_boxes") == plan["boxes"]:
+        sentences.insert(0, _ALL_CROWDS)
+    return [f"warning: {sentence}" for sentence in sentences]
+
+
+_NO_BOXES = (
+    "say with --boxes where they are (tars, data sets and COCO files that hold pictures and boxes are named "
+    "there too), or find them with --detector"
+)
+
+_ALL_CROWDS = (
+    "every box is a crowd (iscrowd 1), so there will be no mask; annotation tools mark masks drawn with a "
+    "brush so: if they are objects, write iscrowd 0"
+)
+
+
+def as_json(config: Config, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The same facts for a program."""
+    return {"images_at": config.input.images, "boxes_at": config.input.boxes, **plan}
+
+
+def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
+    """What will not be labelled, by the plan alone."""
+    lines = []
+    if plan["without_boxes"] and not detected:
+        unnamed = plan["listed_without_boxes"]
+        why = f" ({unnamed:,} named by no box file)" if unnamed else ""
+        lines.append(
+            f"{console.count(plan['without_boxes'], 'image')} without boxes{why}: will not be opened"
+        )
+    for name, reason in (
+        ("null_boxes", "a null box list: will fail (boxes_missing)"),
+        ("mismatched_labels", "labels, scores or ids of another length: will fail (labels_mismatch)"),
+        ("refused_uris", "a uri that may not be opened: will fail (uri_refused)"),
+    ):
+        if plan[name]:
+            lines.append(f"{console.count(plan[name], 'image')} with {reason}")
+    if plan["invalid_prompts"]:
+        boxes = console.count(plan["invalid_prompts"], "box", "boxes")
+        lines.append(f"{boxes} with points or a mask that cannot be used: no mask (prompt_invalid)")
+    if crowds := plan.get("crowd_boxes"):  # a job of an earlier version does not say
+        lines.append(crowd_sentence(crowds))
+    lost = plan["unmatched_boxes"]
+    if lost["boxes"]:
+        boxes = console.count(lost["boxes"], "box", "boxes")
+        lines.append(
+            f"{boxes} of {console.count(lost['images'], 'unlisted image')}: left out (--allow-unmatched)"
+        )
+    if plan["skipped_files"]:
+        files = console.count(plan["skipped_files"], "file")
+        what = "is no picture" if plan["skipped_files"] == 1 else "are no pictures"
+        lines.append(f"{files} in the folder {what}: left out")
+    lines += plan.get("left_out", ())  # jobs of before have none
+    return lines
+
+
+def _listed(names: Sequence[str], count: int = 12) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - count:,} more" if len(names) > count else ""
+    return ", ".join(console.shown(name, 40) for name in names[:count]) + more
+
+
+def crowd_sentence(number: int) -> str:
+    """Return what is said of boxes with iscrowd 1, before the work and after it."""
+    are = (
+        "is a region, no object: it keeps its row"
+        if number == 1
+        else "are regions, not objects: they keep their rows"
+    )
+    return f"{console.count(number, 'crowd box', 'crowd boxes')} (iscrowd 1) {are} without a mask"
+
+
+def _frame(frame: str) -> str:
+    return "upright picture (EXIF applied)" if frame == "upright" else "picture as stored (EXIF not applied)"
+
+
+def _place(uri: str | None) -> str:
+    return f"from {console.shown(uri, 90)}" if uri else ""

@@ -1,0 +1,129 @@
+"""Image uris -> their bytes: one object under one deadline, or the objects of a unit, several at a time.
+
+The rules on uris are checked here again, right before anything is opened: a plan file may be older
+than the job's rules, and a link may have moved. Tries and verdicts are the storage door's business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+from pipeline.errors import ImageError, SystemicFault
+from pipeline.settings import AccessRules, Limits
+from pipeline.storage.archive_uris import split_member
+from pipeline.storage.backoff import StorageFault
+from pipeline.storage.store import FetchedObject, check_uri, options_for, read_contained, read_object
+
+FETCH_THREADS = 8
+"""Requests in flight for one unit: at 50 ms each they feed 160 images/s, and hold 8 objects at most."""
+
+DENIED_AT_LEAST = 3
+_NO_ANSWER = ("unreachable", "fetch_timeout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchOutcome:
+    """What became of one uri: its bytes, or why there are none."""
+
+    fetched: FetchedObject | None
+    error: ImageError | None
+    fetch_ms: float
+
+
+def fetch_object(uri: str, access: AccessRules, limits: Limits) -> FetchedObject:
+    """The bytes of one image with their size and etag, within `limits.fetch_timeout_s` in all.
+
+    Raises:
+        ImageError: uri_refused, not_found, denied, too_many_bytes, changed, unreachable, fetch_timeout.
+        SystemicFault: credentials, clock, store or disk: what every image would meet.
+    """
+    check_uri(uri, access)
+    options, deadline = options_for(uri, access), time.monotonic() + limits.fetch_timeout_s
+    member = split_member(uri)
+    if member is not None:
+        return read_contained(member, options, max_bytes=limits.max_image_bytes, deadline_monotonic=deadline)
+    return read_object(uri, options, max_bytes=limits.max_image_bytes, deadline_monotonic=deadline)
+
+
+def fetch_ahead(
+    uris: Sequence[str], access: AccessRules, limits: Limits, *, threads: int = FETCH_THREADS
+) -> Iterator[FetchOutcome]:
+    """One outcome for every uri, in their order; at most `threads` objects are held ahead of the caller.
+
+    A slow object costs its unit its own time, while the next ones arrive behind it. Raises SystemicFault
+    when a request meets one.
+    """
+    pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="fetch")
+    waiting = iter(uris)
+    ahead: deque[Future[FetchOutcome]] = deque()
+    try:
+        ahead.extend(pool.submit(_fetch_one, uri, access, limits) for uri in islice(waiting, threads))
+        while ahead:
+            outcome = ahead.popleft().result()
+            ahead.extend(pool.submit(_fetch_one, uri, access, limits) for uri in islice(waiting, 1))
+            yield outcome
+    finally:
+        # No waiting: after a fault, or when the caller has had enough, nobody wants the rest.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _fetch_one(uri: str, access: AccessRules, limits: Limits) -> FetchOutcome:
+    start = time.monotonic()
+    fetched: FetchedObject | None = None
+    problem: ImageError | None = None
+    try:
+        fetched = fetch_object(uri, access, limits)
+    except ImageError as error:
+        problem = error
+    return FetchOutcome(fetched=fetched, error=problem, fetch_ms=1000 * (time.monotonic() - start))
+
+
+def stop_if_denied(errors: Sequence[ImageError | None]) -> None:
+    """None unless the store refuses a whole unit: at least 3 objects and half of those asked for.
+
+    One forbidden object is that image's failure. A unit of them means a missing right, which nobody
+    wants written into a million rows.
+
+    Raises:
+        SystemicFault: `denied`.
+    """
+    denied = [error for error in errors if error is not None and error.code == "denied"]
+    if len(denied) >= DENIED_AT_LEAST and 2 * len(denied) >= len(errors):
+        raise SystemicFault(
+            "denied",
+            f"the store refused {len(denied)} of {len(errors)} images of a unit, for example: "
+            f"{denied[0].message}. Grant read access and start again (S3 also answers 403 for objects "
+            "that do not exist when listing the bucket is not allowed)",
+        )
+
+
+def stop_if_unreachable(uris: Sequence[str], errors: Sequence[ImageError | None]) -> None:
+    """None unless the store answers a whole unit with nothing: at least 3 objects, half of those asked for.
+
+    Images from web sites (http) do not count: one site that is down says nothing about the others. Nor do
+    objects that the store sends in a broken state: they would stop the job for ever.
+
+    Raises:
+        SystemicFault: `store`.
+    """
+    asked = [
+        error for uri, error in zip(uris, errors, strict=True) if not uri.startswith(("http:", "https:"))
+    ]
+    silent = [error for error in asked if error is not None and _without_answer(error)]
+    if len(silent) >= DENIED_AT_LEAST and 2 * len(silent) >= len(asked):
+        raise SystemicFault(
+            "store",
+            f"{len(silent)} of {len(asked)} images of a unit could not be read, for example: "
+            f"{silent[0].message}. Start again when the store answers; if it is only slow, raise "
+            "limits.fetch_timeout_s",
+        )
+
+
+def _without_answer(error: ImageError) -> bool:
+    cause = error.__cause__
+    return error.code in _NO_ANSWER and not (isinstance(cause, StorageFault) and cause.broken_body)

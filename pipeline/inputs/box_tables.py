@@ -1,0 +1,606 @@
+"""Tables of boxes, in the two shapes that people have: one row an image, or one row a box.
+
+The shape is told by the column names: `boxes` (lists), or `bbox` or `x1, y1, x2, y2` (one box). Prompts
+without a box are rows, or list entries, whose box is null. The order of the input is kept.
+
+A row that names its image and nothing else, as a left join writes it, is an image without boxes, and so are
+lists that such rows were gathered into; a row of nulls alone is none at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import JobRefused, clean_text
+from pipeline.inputs.arrow_lists import (
+    BoolArray,
+    Int64Array,
+    list_lengths,
+    null_mask,
+    ranges,
+    single,
+    starts_of,
+    to_lists,
+)
+from pipeline.inputs.columns import (
+    CORNERS,
+    Kind,
+    called_otherwise,
+    corner_columns,
+    locate,
+    missing_column,
+    near_columns,
+    setting_of,
+    shown_names,
+)
+from pipeline.inputs.lists import (
+    BOX_COLUMNS,
+    NUMBERS,
+    TEXT,
+    BoxList,
+    Groups,
+    examples,
+    group_rows,
+    grouped_boxes,
+)
+from pipeline.inputs.read_table import TableFile, inspect_tables, naming_values, read_batches
+from pipeline.settings import AccessRules, BoxFormat
+
+LARGEST_SHARE = 1.5  # shares of a picture reach over 1 where a detector lets its boxes reach over the edge
+KEYS = {"image_uri": Kind(0, "text"), "image_id": Kind(0, "key")}
+
+# One row an image: every list has one entry a box.
+IMAGE_ROWS: dict[str, Kind] = KEYS | {
+    "boxes": Kind(2, "number"),
+    "labels": Kind(1, "key"),
+    "scores": Kind(1, "number"),
+    "box_ids": Kind(1, "key"),
+    "points": Kind(3, "number"),
+    "point_labels": Kind(2, "integer"),
+    "prompt_mask": Kind(1, "rle"),
+    "iscrowd": Kind(1, "flag"),
+}
+
+BOX_ROWS: dict[str, Kind] = KEYS | {
+    "bbox": Kind(1, "number"),
+    **dict.fromkeys(CORNERS, Kind(0, "number")),
+    "label": Kind(0, "key"),
+    "category_id": Kind(0, "integer"),
+    "score": Kind(0, "number"),
+    "box_id": Kind(0, "key"),
+    "points": Kind(2, "number"),
+    "point_labels": Kind(1, "integer"),
+    "prompt_mask": Kind(0, "rle"),
+    "iscrowd": Kind(0, "flag"),
+}
+
+
+def read_box_tables(
+    uris: Sequence[str], mapping: Mapping[str, str], access: AccessRules, *, folder: str
+) -> BoxList:
+    """The boxes of one table, kept in one file or in several of the same columns.
+
+    Raises:
+        JobRefused: unreadable, a missing column or a wrong type, an image without a name.
+    """
+    names = inspect_tables(uris[:1], {}, mapping, access)[0].all_names
+    wanted = _shape(names, mapping, uri=uris[0])
+    if wanted is None or not locate(names, KEYS, mapping, uri=uris[0]):
+        raise _missing_columns(uris[0], names, mapping, access)
+    files = inspect_tables(uris, wanted, mapping, access)
+    for file in files:
+        if not {"image_uri", "image_id"} & file.names.keys():
+            raise missing_column(file.uri, "image_uri or image_id", file.all_names, mapping)
+    read = _read_image_rows if wanted is IMAGE_ROWS else _read_box_rows
+    boxes = read(files, access, folder)
+    unused = unused_columns(files[0])
+    notes = (*_partition_note(files[0], folder), *_near_note(files[0], unused, mapping))
+    return replace(boxes, unused=unused, notes=(*boxes.notes, *notes))
+
+
+def _shape(names: Sequence[str], mapping: Mapping[str, str], *, uri: str) -> dict[str, Kind] | None:
+    """The columns of the shape that a table has; None where it lacks columns for its boxes."""
+    lists = locate(names, {"boxes": Kind(2, "number")}, mapping, uri=uri)
+    single = locate(names, {name: Kind(0, "number") for name in ("bbox", *CORNERS)}, mapping, uri=uri)
+    if {"prompt_bbox", "prompt_bbox_given"} <= set(names):
+        raise JobRefused(f"{uri}: this table was written by hqlabel; give its output folder as --boxes")
+    corners = [name for name in CORNERS if name in single]
+    if bool(lists) + ("bbox" in single) + bool(corners) > 1:
+        raise JobRefused(
+            f"{uri}: the boxes are there more than once ({', '.join([*lists, *single])}); "
+            "leave one of them, or say which by a column name of its own"
+        )
+    if (not lists and not single) or (corners and len(corners) < len(CORNERS)):
+        return None
+    return IMAGE_ROWS if lists else BOX_ROWS
+
+
+# ---------------------------------------------------------------------------------------------
+# Columns that are missing, or not used
+# ---------------------------------------------------------------------------------------------
+
+_CHOICES: dict[str, list[list[str]]] = {
+    "boxes": [["scores"], ["labels"], ["box_ids"], ["iscrowd"]],
+    "bbox": [["score"], ["label"], ["category_id"], ["box_id"], ["iscrowd"]],
+}
+_INDEX = ("", "Unnamed: 0", "__index_level_0__")
+"""What pandas calls the numbers of the rows."""
+
+
+def unused_columns(file: TableFile) -> tuple[str, ...]:
+    """The columns of a table that are not read, without pandas' numbers of the rows."""
+    used = {*file.names.values(), *_INDEX}
+    return tuple(name for name in file.all_names if name not in used)
+
+
+def _near_note(file: TableFile, unused: Sequence[str], mapping: Mapping[str, str]) -> tuple[str, ...]:
+    """A sentence where columns that are not read are called like some that the table lacks."""
+    classes = {"label", "category_id"}  # one column of classes is enough
+    there = {*file.names, *(classes if classes & file.names.keys() else ())}
+    choices = _CHOICES["boxes" if "boxes" in file.names else "bbox"]
+    lacking = [choice for choice in choices if choice[0] not in there]
+    near = near_columns(lacking, unused, mapping, exact=True)
+    if not near:
+        return ()
+    meant = ", ".join(f"{clean_text(theirs)!r} as {ours}" for ours, theirs in near.items())
+    return (f"{file.uri}: to read {meant} too: {setting_of(near, mapping)}",)
+
+
+def _partition_note(file: TableFile, folder: str) -> tuple[str, ...]:
+    """A sentence where folders are called `label=cat`, as partitioned tables keep columns out of files."""
+    names = re.findall(r"(?<=/)(\w+)=[^/]*(?=/)", file.uri.removeprefix(folder))
+    lost = [name for name in names if name not in file.all_names]
+    if not lost:
+        return ()
+    return (f"{file.uri}: {', '.join(lost)} of its folders is not read; write it as a column of the files",)
+
+
+def _missing_columns(
+    uri: str, names: Sequence[str], mapping: Mapping[str, str], access: AccessRules
+) -> JobRefused:
+    """The error for a table that lacks columns: all of them, and one proposal for all that could be meant."""
+    lacking, near, box_format = _proposal(names, mapping, uri=uri)
+    message = f"{uri}: no column {', no column '.join(lacking)}; found {shown_names(names)}"
+    rows = _first_rows(uri, mapping, near, access) if near else None
+    if rows is None and "category_id" in near:  # `class` may hold words
+        near = {ours: theirs for ours, theirs in near.items() if ours != "category_id"}
+        rows = _first_rows(uri, mapping, near, access)
+    if not near:
+        return JobRefused(message + (_no_names(names) or called_otherwise(lacking[0])))
+    if box_format is not None and _are_shares(rows):
+        box_format = cast(BoxFormat, f"{box_format}-normalised")
+    flag = f" --box-format {box_format}" if box_format not in (None, "xyxy") else ""
+    without = [choice for choice in lacking if not set(choice.split(" or ")) & near.keys()]
+    rest = (
+        f"; nothing is called like {', nor like '.join(without)}{called_otherwise(without[0])}"
+        if without
+        else ""
+    )
+    meant = ", ".join(repr(name) for name in near.values())
+    return JobRefused(
+        f"{message}. If {meant} {'is' if len(near) == 1 else 'are'} meant: "
+        f"{setting_of(near, mapping)}{flag}{rest}"
+    )
+
+
+def _no_names(names: Sequence[str]) -> str:
+    numbers = [name for name in names if re.fullmatch(r"[+-]?[0-9.]+", name)]
+    return "; the first line holds numbers: does it lack the names of its columns?" if numbers else ""
+
+
+def _proposal(
+    names: Sequence[str], mapping: Mapping[str, str], *, uri: str
+) -> tuple[list[str], dict[str, str], BoxFormat | None]:
+    """What a table lacks; our name -> the column that could be meant; the format of such boxes, if known."""
+    there = locate(names, KEYS | IMAGE_ROWS | BOX_ROWS, mapping, uri=uri)
+    lacking: list[str] = []
+    near: dict[str, str] = {}
+    box_format: BoxFormat | None = None
+    if not there.keys() & {"boxes", "bbox"} and not set(CORNERS) <= there.keys():
+        corners = [name for name in CORNERS if name not in there]
+        lacking += corners if len(corners) < len(CORNERS) else ["boxes or bbox or x1"]
+        whole = near_columns([["boxes", "bbox"]], names, mapping, exact=True) if len(corners) == 4 else {}
+        found = None if whole else corner_columns(names, mapping)
+        near = whole or near_columns([[name] for name in corners], names, dict(mapping) | _own(there))
+        if found is not None:
+            near = {ours: theirs for ours, theirs in found[0].items() if there.get(ours) != theirs}
+            box_format = found[1]
+        elif not near and len(corners) == 4:
+            near = near_columns([["boxes", "bbox"]], names, mapping)
+    taken = dict(mapping) | _own(there) | near
+    if not there.keys() & KEYS.keys():
+        lacking.append("image_uri or image_id")
+        near |= near_columns([["image_uri", "image_id"]], names, taken)
+    shape = "boxes" if "boxes" in near.keys() | there.keys() else "bbox"
+    others = [choice for choice in _CHOICES[shape] if choice[0] not in there]
+    return (
+        lacking,
+        near | near_columns(others, names, dict(mapping) | _own(there) | near, exact=True),
+        box_format,
+    )
+
+
+def _own(there: Mapping[str, str]) -> dict[str, str]:
+    """Columns that stand for something already, but corners, which may yet turn out to be another's."""
+    return {ours: theirs for ours, theirs in there.items() if ours not in CORNERS}
+
+
+def _first_rows(
+    uri: str, mapping: Mapping[str, str], near: Mapping[str, str], access: AccessRules
+) -> pa.Table | None:
+    """The first rows of a table, read as proposed; None where they cannot be read so."""
+    kinds = IMAGE_ROWS if "boxes" in near else BOX_ROWS
+    wanted = {name: kinds[name] for name in (*CORNERS, *near) if name in kinds}
+    try:
+        (file,) = inspect_tables([uri], wanted, {**mapping, **near}, access)
+        return next(read_batches(file, access), pa.table({}))
+    except JobRefused:
+        return None
+
+
+def _are_shares(rows: pa.Table | None) -> bool:
+    """Whether the boxes of some rows lie within 0 to 1; False where there are none."""
+    if rows is None or not set(CORNERS) <= set(rows.column_names):
+        return False
+    values = np.stack([rows.column(name).to_numpy() for name in CORNERS])
+    return bool(np.isfinite(values).any()) and float(np.nanmax(np.abs(values))) <= LARGEST_SHARE
+
+
+# ---------------------------------------------------------------------------------------------
+# One row an image
+# ---------------------------------------------------------------------------------------------
+
+
+def image_keys(batch: pa.Table, uri: str, first_row: int) -> dict[str, pa.Array]:
+    """The columns that name the image, as text; JobRefused for a null. `first_row`: for the message."""
+    keys = {name: batch.column(name).combine_chunks() for name in KEYS if name in batch.column_names}
+    for name, column in keys.items():
+        wrong = null_mask(column) & ~_blank(batch) if batch.num_columns > len(keys) else null_mask(column)
+        if wrong.any():
+            row = first_row + int(np.flatnonzero(wrong)[0])
+            raise JobRefused(f"{uri}: {name} is null in row {row} (from 0); every row must name its image")
+    return {name: pc.cast(column, TEXT) for name, column in keys.items()}
+
+
+def _blank(rows: pa.Table) -> BoolArray:
+    """True for the rows of which every column is null, as spreadsheets leave them at their end."""
+    blank = np.ones(rows.num_rows, dtype=np.bool_)
+    for column in rows.columns:
+        blank &= null_mask(column.combine_chunks())
+    return blank
+
+
+def _named_rows(batch: pa.Table, uri: str, first_row: int) -> tuple[dict[str, pa.Array], pa.Table]:
+    """The columns that name the image, and the rows themselves, both without the blank ones."""
+    keys = image_keys(batch, uri, first_row)
+    if not any(column.null_count for column in keys.values()):
+        return keys, batch
+    kept = pa.array(~_blank(batch))
+    return {name: column.filter(kept) for name, column in keys.items()}, batch.filter(kept)
+
+
+def _blank_note(uri: str, count: int) -> tuple[str, ...]:
+    return (f"{uri}: {count} blank rows, which name no image, are left out",) if count else ()
+
+
+def _read_image_rows(files: Sequence[TableFile], access: AccessRules, folder: str) -> BoxList:
+    batches = ((file.uri, batch) for file in files for batch in read_batches(file, access))
+    boxes = boxes_of_rows(batches, tuple(files[0].names), folder=folder, box_format="xyxy")
+    return replace(
+        boxes,
+        boxes=_settled([boxes.boxes], files),
+        files=tuple(file.uri for file in files),
+        columns=files[0].all_names,
+    )
+
+
+def boxes_of_rows(
+    batches: Iterable[tuple[str, pa.Table]], names: Collection[str], *, folder: str, box_format: BoxFormat
+) -> BoxList:
+    """The boxes of rows that are one image each, from tables with columns of IMAGE_ROWS.
+
+    `batches`: rows with the uri of the file that they are of. `names`: the columns that they have.
+    """
+    parts: list[pa.Table] = []
+    boxes: list[pa.Table] = []
+    rows: dict[str, int] = {}
+    blank = 0
+    for uri, batch in batches:
+        with naming_values(uri):
+            keys, named = _named_rows(batch, uri, rows.get(uri, 0))
+            part, flat = _flatten(named)
+            part, own = _without_empty(part, pa.table(box_columns(flat)))
+            parts.append(pa.table(keys | part))
+            boxes.append(own)
+        rows[uri] = rows.get(uri, 0) + batch.num_rows
+        blank += batch.num_rows - named.num_rows
+    images = pa.concat_tables([_no_images(names), *parts])
+    return BoxList(
+        image_id=single(images.column("image_id")) if "image_id" in names else None,
+        image_uri=single(images.column("image_uri")) if "image_uri" in names else None,
+        lengths=images.column("length").to_numpy(),
+        is_null=images.column("is_null").to_numpy(),
+        error=single(images.column("error")),
+        boxes=_joined(boxes),
+        rows=None,
+        folder=folder,
+        box_format=box_format,
+        one_row_per_image=True,
+        notes=_blank_note(next(iter(rows), folder), blank),
+    )
+
+
+def _no_images(names: Collection[str]) -> pa.Table:
+    keys = {name: pa.array([], TEXT) for name in KEYS if name in names}
+    known = {"length": pa.array([], pa.int64()), "is_null": pa.array([], pa.bool_())}
+    return pa.table(keys | known | {"error": pa.array([], TEXT)})
+
+
+def _flatten(batch: pa.Table) -> tuple[dict[str, pa.Array], dict[str, pa.Array]]:
+    """What is known of each image (length, is_null, error), and its lists as columns, one row a box."""
+    lists = {name: batch.column(name).combine_chunks() for name in batch.column_names if name not in KEYS}
+    boxes = lists.pop("boxes")
+    lengths, is_null = list_lengths(boxes), null_mask(boxes)
+    error = pa.nulls(len(boxes), TEXT)
+    flat = {"given": boxes.flatten()}
+    for name, column in lists.items():
+        flat[_ENTRY_NAMES[name]], differs = align(column, lengths)
+        differs &= ~is_null
+        if differs.any():
+            error = pc.coalesce(error, _mismatch(name, column, lengths, differs))
+    image = {"length": pa.array(lengths), "is_null": pa.array(is_null), "error": error}
+    return image, flat
+
+
+def _without_empty(image: dict[str, pa.Array], boxes: pa.Table) -> tuple[dict[str, pa.Array], pa.Table]:
+    """The same without the boxes of images that have none but empty ones: a left join put into lists.
+
+    Where anything stands beside, or lists differ in length, they are kept: as broken boxes, with a reason.
+    """
+    given = single(boxes.column("given"))
+    # [[]] is no join's: a detector wrote a box without numbers
+    empty = _is_empty(boxes) & ((list_lengths(given) > 0) | null_mask(given))
+    if not empty.any():
+        return image, boxes
+    lengths = image["length"].to_numpy()
+    of_image = np.repeat(np.arange(len(lengths)), lengths)
+    full = np.bincount(of_image[~empty], minlength=len(lengths)) > 0
+    kept = full | image["error"].is_valid().to_numpy(zero_copy_only=False)
+    return image | {"length": pa.array(np.where(kept, lengths, 0))}, boxes.filter(pa.array(kept[of_image]))
+
+
+# the list of an image -> the name of one entry, as in BOX_ROWS
+_ENTRY_NAMES = {
+    "labels": "label",
+    "scores": "score",
+    "box_ids": "box_id",
+    "points": "points",
+    "point_labels": "point_labels",
+    "prompt_mask": "prompt_mask",
+    "iscrowd": "iscrowd",
+}
+
+
+def align(lists: pa.Array, lengths: Int64Array) -> tuple[pa.Array, BoolArray]:
+    """One entry a box: the lists' values, null where a list is null or of another length than the boxes.
+
+    Returns them with the mask of the lists that are not null and yet of another length.
+    """
+    own, null = list_lengths(lists), null_mask(lists)
+    differs = ~null & (own != lengths)
+    if not (own != lengths).any():
+        return lists.flatten(), differs
+    fits = own == lengths
+    index = np.where(np.repeat(fits, lengths), ranges(starts_of(own), lengths), 0)
+    return lists.flatten().take(pa.array(index, mask=~np.repeat(fits, lengths))), differs
+
+
+def _mismatch(name: str, lists: pa.Array, lengths: Int64Array, differs: BoolArray) -> pa.Array:
+    own, wanted = (pc.cast(pa.array(counts), pa.string()) for counts in (list_lengths(lists), lengths))
+    text = pc.binary_join_element_wise(f"{name} has", own, "values for", wanted, "boxes", " ")
+    return pc.if_else(pa.array(differs), pc.cast(text, TEXT), pa.scalar(None, TEXT))
+
+
+# ---------------------------------------------------------------------------------------------
+# One row a box
+# ---------------------------------------------------------------------------------------------
+
+
+def _read_box_rows(files: Sequence[TableFile], access: AccessRules, folder: str) -> BoxList:
+    keys: dict[str, list[pa.Array]] = {"image_id": [], "image_uri": []}
+    boxes: list[pa.Table] = []
+    blank = 0
+    for file in files:
+        row = 0
+        for batch in read_batches(file, access):
+            with naming_values(file.uri):
+                named_by, rows = _named_rows(batch, file.uri, row)
+                for name, column in named_by.items():
+                    keys[name].append(column.dictionary_encode())
+                boxes.append(pa.table(box_columns(_single_boxes(rows))))
+            row += batch.num_rows
+            blank += batch.num_rows - rows.num_rows
+    encoded = pa.dictionary(pa.int32(), TEXT)
+    named = {n: pa.chunked_array(parts, encoded) for n, parts in keys.items() if n in files[0].names}
+    table = _settled(boxes, files)
+    groups = with_boxes_alone(group_rows(named.get("image_id"), named.get("image_uri")), table)
+    uris = [file.uri for file in files]
+    grouped = grouped_boxes(groups, table, folder=folder, box_format="xyxy", files=uris)
+    notes = (*_blank_note(files[0].uri, blank), *_spaced_names(table, files))
+    return replace(grouped, columns=files[0].all_names, notes=notes)
+
+
+def with_boxes_alone(groups: Groups, boxes: pa.Table) -> Groups:
+    """The groups without rows that hold no box: an image of such rows alone is one without boxes.
+
+    `boxes`: columns of BOX_COLUMNS, one row for each row that was grouped. A row without a number of a box,
+    and with nothing else either, is what a left join writes for an image without boxes; a row of which
+    anything is given, be it a label or one corner, is a box, good or bad.
+    """
+    empty = _is_empty(boxes)
+    if not empty.any():
+        return groups
+    rows = np.arange(len(empty)) if groups.rows is None else groups.rows
+    kept = ~empty[rows]
+    image = np.repeat(np.arange(len(groups.lengths)), groups.lengths)
+    lengths = np.bincount(image[kept], minlength=len(groups.lengths)).astype(np.int64)
+    return replace(groups, lengths=lengths, rows=rows[kept])
+
+
+def _is_empty(boxes: pa.Table) -> BoolArray:
+    """True for rows without a number of a box and without anything beside."""
+    empty = _no_number(single(boxes.column("given")))
+    for name in boxes.column_names if empty.any() else ():
+        column = single(boxes.column(name))
+        if name == "score":
+            column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+        if name != "given":
+            empty &= null_mask(column)
+    return empty
+
+
+def _no_number(given: pa.Array) -> BoolArray:
+    """True for lists that are null, empty, or hold nulls alone."""
+    lengths, values = list_lengths(given), given.flatten()
+    if not values.null_count:
+        return np.asarray(lengths == 0)
+    there = np.repeat(np.arange(len(given)), lengths)[~null_mask(values)]
+    return np.asarray(np.bincount(there, minlength=len(given)) == 0)
+
+
+def _spaced_names(table: pa.Table, files: Sequence[TableFile]) -> tuple[str, ...]:
+    """A sentence where names of categories begin or end with white space, as `a, b` gives them in a CSV."""
+    if "category_name" not in table.column_names:
+        return ()
+    names = pc.unique(table.column("category_name")).drop_null()
+    odd = names.filter(pc.match_substring_regex(names, r"\A\s|\s\z"))
+    if not len(odd):
+        return ()
+    return (f"{files[0].uri}: labels begin or end with white space, such as {examples(odd, 1)}; it is kept",)
+
+
+def _single_boxes(batch: pa.Table) -> dict[str, pa.Array]:
+    """The columns of a batch, one row a box, with the box as `given`."""
+    columns = {name: batch.column(name).combine_chunks() for name in batch.column_names if name not in KEYS}
+    if "bbox" in columns:
+        return {"given": columns.pop("bbox")} | columns
+    corners = [columns.pop(name) for name in CORNERS]
+    null_N4 = np.stack([null_mask(corner) for corner in corners], axis=1)
+    value_N4 = np.stack([corner.to_numpy(zero_copy_only=False) for corner in corners], axis=1)
+    all_null: BoolArray = np.asarray(null_N4.all(axis=1))
+    lengths = np.where(all_null, 0, len(CORNERS)).astype(np.int64)
+    values = pa.array(value_N4[~all_null].reshape(-1), mask=null_N4[~all_null].reshape(-1))
+    return {"given": to_lists(lengths, values, kind=NUMBERS, null=all_null)} | columns
+
+
+# ---------------------------------------------------------------------------------------------
+# Both shapes
+# ---------------------------------------------------------------------------------------------
+
+
+def box_columns(flat: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
+    """Return columns of BOX_COLUMNS from plain ones with one row a box, named as in BOX_ROWS.
+
+    Raises:
+        pa.ArrowInvalid: a category that does not fit 32 bits or is there twice, a flag of neither 0 nor 1.
+    """
+    columns: dict[str, pa.Array] = {}
+    for name, column in flat.items():
+        is_number = pa.types.is_integer(column.type) or pa.types.is_decimal(column.type)
+        target = "category_id" if name == "label" and is_number else _TARGETS[name]
+        if target in columns:
+            raise pa.ArrowInvalid("integer labels and category_id are both given; leave one of them out")
+        if name == "points":
+            column = flatten_points(column)
+        if name == "point_labels":
+            column = _bounded_labels(column)
+        if name == "iscrowd":
+            column = crowds(column)
+        columns[target] = _cast(name, column, BOX_COLUMNS[target])
+    return columns
+
+
+def _bounded_labels(labels: pa.Array) -> pa.Array:
+    """The labels, those out of range as 2: no label (`prompt_invalid`), and a number of 32 bits."""
+    values = labels.flatten()
+    known = pc.is_in(values, pa.array([1, 0, -1], values.type))
+    values = pc.if_else(pc.or_(known, values.is_null()), values, pa.scalar(2, values.type))
+    return to_lists(list_lengths(labels), values, kind=pa.list_(values.type), null=null_mask(labels))
+
+
+def _cast(name: str, column: pa.Array, kind: pa.DataType) -> pa.Array:
+    try:
+        return pc.cast(column, kind)
+    except pa.ArrowInvalid as error:
+        raise pa.ArrowInvalid(f"{name}: {error}") from error
+
+
+_SAME_NAMES = ("given", "category_id", "score", "box_id", "point_labels", "prompt_mask", "iscrowd")
+_TARGETS = {"label": "category_name", "points": "points_xy"} | {name: name for name in _SAME_NAMES}
+
+
+def crowds(flags: pa.Array) -> pa.Array:
+    """Return true where a flag says crowd, else null; flags: booleans, or 0 and 1 as numbers or text.
+
+    Raises:
+        pa.ArrowInvalid: another value, which could mean either.
+    """
+    words = pc.utf8_lower(pc.utf8_trim_whitespace(pc.cast(flags, TEXT)))
+    known = pc.is_in(words, pa.array([*_CROWD, *_NO_CROWD, None], TEXT))
+    if not pc.all(known).as_py() and len(flags):
+        odd = flags.filter(pc.invert(known))[0].as_py()
+        raise pa.ArrowInvalid(f"iscrowd holds {odd!r}; wanted 0, 1, true or false")
+    return pc.if_else(pc.is_in(words, pa.array(_CROWD, TEXT)), True, pa.scalar(None, pa.bool_()))
+
+
+_CROWD, _NO_CROWD = ("1", "1.0", "true"), ("0", "0.0", "-0", "-0.0", "false", "", "nan")
+
+
+def flatten_points(points: pa.Array) -> pa.Array:
+    """Lists of [x, y] -> lists x, y, x, y ...; a point that is not two numbers becomes one NaN.
+
+    That NaN makes the prompt unusable later (`prompt_invalid`), instead of shifting its other points.
+    """
+    counts = list_lengths(points)
+    inner = points.flatten()
+    sizes, values = list_lengths(inner), inner.flatten()
+    sound = sizes == 2
+    taken = np.where(sound, 2, 1)
+    index = np.minimum(ranges(starts_of(sizes), taken), max(0, len(values) - 1))
+    flat = pc.fill_null(values.take(pa.array(index, mask=~np.repeat(sound, taken))), float("nan"))
+    ends = np.concatenate([[0], np.cumsum(taken)])
+    lengths = ends[np.cumsum(counts)] - ends[starts_of(counts)]
+    return to_lists(lengths, flat, kind=NUMBERS, null=null_mask(points))
+
+
+def _joined(boxes: Sequence[pa.Table]) -> pa.Table:
+    return pa.concat_tables(boxes).combine_chunks() if boxes else pa.table({"given": pa.array([], NUMBERS)})
+
+
+_WHOLE = r"\A(0|-?[1-9][0-9]{0,9})(\.0)?\z"
+"""An integer, or one that became a float beside gaps, as pandas writes it."""
+
+
+def _settled(boxes: Sequence[pa.Table], files: Sequence[TableFile]) -> pa.Table:
+    """The parts as one table; labels of a CSV that are all integers become category ids."""
+    table = _joined(boxes)
+    if files[0].file_format != "csv" or "category_name" not in table.column_names:
+        return table
+    names = table.column("category_name")
+    whole = pc.match_substring_regex(names, _WHOLE)
+    if names.null_count == len(names) or not pc.all(whole).as_py():
+        return table
+    if "category_id" in table.column_names:
+        raise JobRefused(
+            f"{files[0].uri}: integer labels and category_id are both given; leave one of them out"
+        )
+    with naming_values(files[0].uri):
+        ids = pc.cast(pc.replace_substring_regex(names, r"\.0\z", ""), pa.int32())
+    return table.drop_columns(["category_name"]).append_column("category_id", ids)

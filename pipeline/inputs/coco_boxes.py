@@ -1,0 +1,289 @@
+"""COCO files of any size: instances (images, annotations, categories) and results (a list of boxes).
+
+Streamed: records go from the file into Arrow columns in blocks. Keys that are not named here
+(segmentation, keypoints, licences) are skipped unread. A box is xywh in pixels. Image ids may be
+integers or strings; integers become decimal strings. `iscrowd` may be 0, 1, true, false, any of these as
+text, or null.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import JobRefused, clean_text
+from pipeline.inputs.arrow_lists import Int64Array, null_mask, single
+from pipeline.inputs.box_tables import box_columns, crowds
+from pipeline.inputs.columns import Kind, plain
+from pipeline.inputs.csv_jsonl import read_lines, refuse_other_bytes, sampled_flag, sampled_leaf
+from pipeline.inputs.json_stream import JsonDamage, Lines, first_byte, split_arrays
+from pipeline.inputs.lists import (
+    TEXT,
+    BoxList,
+    ImageList,
+    group_rows,
+    grouped_boxes,
+    refuse_repeated,
+    with_all_images,
+)
+from pipeline.inputs.read_table import naming, naming_values
+from pipeline.settings import AccessRules
+from pipeline.storage.store import open_input, options_for
+
+_BOX = {
+    "image_id": Kind(0, "key"),
+    "category_id": Kind(0, "integer"),
+    "bbox": Kind(1, "number"),
+    "score": Kind(0, "number"),
+    "id": Kind(0, "key"),
+    "iscrowd": Kind(0, "flag"),
+}
+_RECORDS: dict[str, dict[str, Kind]] = {
+    "": _BOX,
+    "annotations": _BOX,
+    "images": {
+        "id": Kind(0, "key"),
+        "file_name": Kind(0, "text"),
+        "width": Kind(0, "number"),
+        "height": Kind(0, "number"),
+    },
+    "categories": {"id": Kind(0, "integer"), "name": Kind(0, "text")},
+}
+_SAMPLE_RECORDS = 100
+_LOOK_BYTES = 2**20
+_SHAPE = "wanted COCO: an object with lists `images` and `annotations`, or a list of results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoImages:
+    """The `images` of a file: large_string ids and file names, sizes int64 (n, 2) with 0 where unknown."""
+
+    image_id: pa.Array
+    file_name: pa.Array
+    size_hw: Int64Array
+
+
+def is_results(uri: str, access: AccessRules) -> bool:
+    """True for a file that is a list (results), False for an object (instances).
+
+    Raises:
+        JobRefused: neither.
+    """
+    with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
+        refuse_other_bytes(stream)
+        first = first_byte(stream)
+    if first not in ("[", "{"):
+        found = f"it begins with {first!r}" if first else "it is empty"
+        raise JobRefused(f"{uri}: not a sound JSON file: {found}; {_SHAPE}")
+    return first == "["
+
+
+def read_results(uri: str, access: AccessRules, *, folder: str) -> BoxList:
+    """The boxes of a results file, by image id; it names no files."""
+    blocks = _read(uri, {""}, access)
+    return _grouped(uri, blocks[""], folder)
+
+
+def read_coco_images(uri: str, access: AccessRules, *, folder: str) -> ImageList:
+    """The images of an instances file; `image_uri` holds the file names as written."""
+    blocks = _read(uri, {"images", "categories"}, access)
+    images = _images(uri, blocks, access)
+    return ImageList(
+        image_uri=images.file_name,
+        image_id=images.image_id,
+        root=folder,
+        size_hw=images.size_hw,
+        categories=_categories(uri, blocks.get("categories")),
+        files=(uri,),
+    )
+
+
+def read_instances(uri: str, access: AccessRules, *, folder: str) -> BoxList:
+    """The boxes of an instances file, and every image it names: those without boxes have none.
+
+    Annotations of an image that the file does not name come last, with a null uri.
+    """
+    blocks = _read(uri, {"images", "annotations", "categories"}, access)
+    if "annotations" not in blocks:
+        raise JobRefused(f"{uri}: {_without(uri, 'annotations', access)}; {_SHAPE}")
+    images = _images(uri, blocks, access)
+    boxes = _grouped(uri, blocks["annotations"], folder)
+    listed = with_all_images(boxes, images.image_id, images.file_name)
+    size_hw = np.zeros((len(listed.lengths), 2), dtype=np.int64)
+    size_hw[: len(images.size_hw)] = images.size_hw
+    return replace(listed, categories=_categories(uri, blocks.get("categories")), size_hw=size_hw)
+
+
+def _read(uri: str, names: Collection[str], access: AccessRules) -> dict[str, list[pa.Table]]:
+    """The wanted arrays of the file as blocks of plain columns; an array that is absent is no key."""
+    found: dict[str, dict[str, Kind]] = {}
+    blocks: dict[str, list[pa.Table]] = {}
+    with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
+        for lines in split_arrays(stream, names):
+            if lines.name not in found:
+                found[lines.name] = _kinds(lines)
+            kinds = found[lines.name]
+            schema = pa.schema([(name, kind.arrow_type()) for name, kind in kinds.items()])
+            table = _whole(_block(lines, schema), kinds)
+            blocks.setdefault(lines.name, []).append(_compact(table))
+    return blocks
+
+
+def _block(lines: Lines, schema: pa.Schema) -> pa.Table:
+    """Return the records of a block; flags in several spellings, which stop Arrow, are read one by one."""
+    try:
+        return read_lines(lines.text, lines.count, schema)
+    except JsonDamage:
+        at = schema.get_field_index("iscrowd")
+        if at < 0:
+            raise
+        table = read_lines(lines.text, lines.count, schema.remove(at))  # another key's fault is said here
+        flags = [_record(line).get("iscrowd") for line in lines.text.split(b"\n")]
+        texts = [None if flag is None else str(flag) for flag in flags]
+        return table.add_column(at, "iscrowd", pa.array(texts, TEXT))
+
+
+def _kinds(lines: Lines) -> dict[str, Kind]:
+    """The columns of an array; what its ids are written as is seen from its first records."""
+    records = [_record(line) for line in lines.text.split(b"\n", _SAMPLE_RECORDS)[:_SAMPLE_RECORDS]]
+    kinds = {}
+    for name, kind in _RECORDS[lines.name].items():
+        leaf = sampled_leaf(record.get(name) for record in records)
+        if kind.leaf == "key":
+            kind = replace(kind, leaf="text" if leaf == "null" else leaf)
+        if kind.leaf == "integer" and leaf == "whole":
+            kind = replace(kind, leaf=leaf)
+        if kind.leaf == "flag":
+            flag = sampled_flag(record.get(name) for record in records)
+            kind = replace(kind, leaf="integer" if flag == "null" else flag)
+        if leaf == "text" and name in ("width", "height"):
+            continue  # only used to guess mistakes; not worth a refusal
+        kinds[name] = kind
+    return kinds
+
+
+def _without(uri: str, name: str, access: AccessRules) -> str:
+    """What a file without this list has there or at its beginning instead, in words."""
+    null = re.compile(rf'"{name}"\s*:\s*null\b'.encode())
+    with open_input(uri, options_for(uri, access)) as stream:
+        head = before = stream.read(_LOOK_BYTES)
+        while before and null.search(before) is None:
+            block = stream.read(_LOOK_BYTES)
+            before = before[-64:] + block if block else b""
+    if before:
+        return f"`{name}` is null; wanted a list, which is [] where there are none"
+    key = re.match(rb'\s*\{\s*"((?:[^"\\]|\\.){0,200})"', head.removeprefix(b"\xef\xbb\xbf"))
+    first = f"; its first key is {clean_text(key[1].decode(errors='replace'))!r}" if key else ""
+    return (
+        f"there is no list `{name}`{first} (boxes by file name are read one object a line, from a file named "
+        '.jsonl: {"image_uri": "a.jpg", "boxes": [[1, 2, 3, 4]]})'
+    )
+
+
+def _whole(table: pa.Table, kinds: Mapping[str, Kind]) -> pa.Table:
+    """The same, with whole numbers that are written as floats (`1.0`) as integers.
+
+    Raises:
+        JsonDamage: one that is so large that a float has lost digits of it.
+    """
+    for at, (name, kind) in enumerate(kinds.items()):
+        if kind.leaf == "whole":
+            try:
+                values = plain(single(table.column(at)), kind)
+            except pa.ArrowInvalid as error:
+                raise JsonDamage(f"{name!r} {error}") from error
+            table = table.set_column(at, name, values)
+    return table
+
+
+def _record(line: bytes) -> Mapping[str, object]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}  # the reader says where and why
+    return value if isinstance(value, dict) else {}
+
+
+def _compact(table: pa.Table) -> pa.Table:
+    """Return it with crowds marked and image ids dictionary-encoded: five million boxes name few images."""
+    if "image_id" not in table.column_names:
+        return table
+    at = table.column_names.index("iscrowd")
+    table = table.set_column(at, "iscrowd", crowds(single(table.column("iscrowd"))))
+    at = table.column_names.index("image_id")
+    ids = pc.cast(single(table.column("image_id")), TEXT).dictionary_encode()
+    return table.set_column(at, "image_id", ids)
+
+
+def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
+    table = pa.concat_tables(blocks)
+    ids = table.column("image_id")
+    if ids.null_count:
+        raise JobRefused(
+            f"{uri}: record {_first_null(ids)} (from 0) has no image_id; {_SHAPE}; the rows of a table are "
+            "read one object a line, from a file named .jsonl: jq -c '.[]' IN > OUT.jsonl"
+        )
+    if table.num_rows and table.column("bbox").null_count == table.num_rows:
+        raise JobRefused(f"{uri}: none of its {table.num_rows} records has a bbox; {_SHAPE}")
+    flat = {
+        "given": single(table.column("bbox")),
+        "category_id": single(table.column("category_id")),
+        "score": single(table.column("score")),
+        "box_id": single(table.column("id")),
+        "iscrowd": single(table.column("iscrowd")),
+    }
+    with naming_values(uri):
+        boxes = pa.table(box_columns({name: column for name, column in flat.items() if _holds(column)}))
+    return grouped_boxes(group_rows(ids, None), boxes, folder=folder, box_format="xywh", files=[uri])
+
+
+def _holds(column: pa.Array) -> bool:
+    """True unless every value is null: such a column was never given."""
+    return not len(column) or column.null_count < len(column)
+
+
+def _images(uri: str, blocks: Mapping[str, list[pa.Table]], access: AccessRules) -> CocoImages:
+    if "images" not in blocks:
+        raise JobRefused(f"{uri}: {_without(uri, 'images', access)}; {_SHAPE}")
+    table = pa.concat_tables(blocks["images"])
+    for name in ("id", "file_name"):
+        if table.column(name).null_count:
+            raise JobRefused(f"{uri}: image {_first_null(table.column(name))} (from 0) has no {name}")
+    ids = pc.cast(single(table.column("id")), TEXT)
+    refuse_repeated(ids, uri)
+    return CocoImages(image_id=ids, file_name=single(table.column("file_name")), size_hw=_sizes(table))
+
+
+def _sizes(table: pa.Table) -> Int64Array:
+    """Height and width as the file says; 0 where it says none, or nothing that could be a size."""
+    size_hw = np.zeros((table.num_rows, 2), dtype=np.int64)
+    for axis, name in enumerate(("height", "width")):
+        if name in table.column_names:
+            values = np.nan_to_num(
+                pc.fill_null(table.column(name), 0.0).to_numpy(), nan=0, posinf=0, neginf=0
+            )
+            size_hw[:, axis] = np.clip(values, 0, 2**31)
+    return size_hw
+
+
+def _categories(uri: str, blocks: list[pa.Table] | None) -> dict[int, str]:
+    """Category id -> name, for those that have a name."""
+    names: dict[int, str] = {}
+    for row in pa.concat_tables(blocks).to_pylist() if blocks else []:
+        if row["id"] is None or row["name"] is None:
+            continue
+        if names.setdefault(row["id"], row["name"]) != row["name"]:
+            raise JobRefused(
+                f"{uri}: category {row['id']} has two names: {names[row['id']]!r} and {row['name']!r}"
+            )
+    return names
+
+
+def _first_null(column: pa.ChunkedArray) -> int:
+    return int(np.flatnonzero(null_mask(single(column)))[0])

@@ -1,0 +1,506 @@
+"""What a column may hold, how that is checked before any value is read, and how it is made plain.
+
+Plain means: large_string, int64 or float64 leaves under ordinary lists, dictionaries decoded, narrow
+numbers widened. Only widening that loses nothing is done; every other difference is an error that names
+file, column, wanted and found. Whole numbers may be written as floats (pandas makes `1.0` of an integer
+column with gaps) below 2**53, from where floats skip numbers. Extension types are refused by their name,
+because some of them run code when their values, or even their type, are made into Python objects.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from pipeline.errors import JobRefused, clean_text
+from pipeline.inputs.arrow_lists import list_lengths, null_mask, to_lists
+from pipeline.rle_strips import text_of_lengths
+from pipeline.settings import BoxFormat
+
+Leaf = Literal["text", "key", "number", "integer", "whole", "big", "flag", "rle", "null"]
+"""`whole`: integers kept as floats; `big`: integers that may not fit int64; nobody wants them as such."""
+
+_LEAF_WORDS: dict[Leaf, str] = {
+    "text": "string",
+    "key": "string or integer",
+    "number": "number",
+    "integer": "integer",
+    "whole": "integer",
+    "big": "integer",
+    "flag": "true, false, 1 or 0",
+    "rle": "struct<size: list<integer>, counts: string>",
+    "null": "null",
+}
+_ACCEPTS: dict[Leaf, tuple[Leaf, ...]] = {
+    "text": ("text",),
+    "key": ("text", "integer", "whole", "big", "number"),
+    "number": ("number", "integer", "big"),
+    "integer": ("integer", "whole", "big", "number"),
+    "flag": ("flag", "integer", "big", "number", "text"),
+    "rle": ("rle",),
+}
+UNSETTLED = ("key", "flag")
+"""Leaves that several types may hold; a column's own type settles which (see `check_type` and `settle`)."""
+_RLE_FIELDS = [pa.field("size", pa.list_(pa.int32())), pa.field("counts", pa.large_string())]
+_TEXT = pa.large_string()
+_INT32_MAX = 2**31 - 1
+_DIGITS = pa.decimal128(38, 0)
+_LEAF_TYPES: dict[Leaf, pa.DataType] = {
+    "text": pa.large_string(),
+    "number": pa.float64(),
+    "integer": pa.int64(),
+    "whole": _DIGITS,
+    "big": _DIGITS,
+    "flag": pa.bool_(),
+    "rle": pa.struct(_RLE_FIELDS),
+}
+
+# Other people's names for our columns, as `_bare` writes them: proposed in messages, never used without that.
+_OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "image_uri": (
+        *("imageuri", "uri", "url", "path", "filename", "file", "image", "imagepath", "filepath", "imgpath"),
+        *("imagename", "imgname", "imagefile", "img", "imageurl", "fname"),
+    ),
+    "image_id": ("imageid", "imgid", "frameid", "photoid", "frame", "id"),
+    "boxes": ("boxes", "bboxes", "detections", "objects", "predboxes", "boundingboxes"),
+    "bbox": ("bbox", "box", "boundingbox", "rect"),
+    "labels": ("labels", "classes", "categories", "categoryids", "names", "classids", "classnames", "label"),
+    "label": ("label", "name", "classname", "labelname", "categoryname", "class", "category", "objectname"),
+    "category_id": ("categoryid", "classid", "cls", "labelid", "class", "category"),
+    "scores": ("scores", "confidences", "score", "confidence", "conf", "probabilities"),
+    "score": ("score", "confidence", "conf", "probability", "prob", "scores"),
+    "box_ids": ("boxids", "annotationids"),
+    "box_id": ("boxid", "annotationid", "annid"),
+    "iscrowd": ("iscrowd", "crowd"),
+    "x1": ("x1", "xmin", "left", "x"),
+    "y1": ("y1", "ymin", "top", "y"),
+    "x2": ("x2", "xmax", "right", "w", "width"),
+    "y2": ("y2", "ymax", "bottom", "h", "height"),
+}
+CORNERS = ("x1", "y1", "x2", "y2")
+_EXTENTS = (("w", "h"), ("width", "height"))
+_CENTRES = (("cx", "cy"), ("xc", "yc"), ("xcenter", "ycenter"), ("centerx", "centery"))
+_STARTS = (("x", "y"), ("left", "top"), ("xmin", "ymin"), ("x1", "y1"))
+# Four names, as `_bare` writes them -> how such boxes are meant.
+_CORNER_NAMES: tuple[tuple[tuple[str, ...], BoxFormat], ...] = (
+    (("x1", "y1", "x2", "y2"), "xyxy"),
+    (("x0", "y0", "x1", "y1"), "xyxy"),
+    (("xmin", "ymin", "xmax", "ymax"), "xyxy"),
+    (("minx", "miny", "maxx", "maxy"), "xyxy"),
+    (("left", "top", "right", "bottom"), "xyxy"),
+    (("xtl", "ytl", "xbr", "ybr"), "xyxy"),
+    (("startx", "starty", "endx", "endy"), "xyxy"),
+    *(((x, y, *extent), "cxcywh") for x, y in _CENTRES for extent in _EXTENTS),
+    *(((x, y, *extent), "xywh") for x, y in _STARTS for extent in _EXTENTS),
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Lists nested `depth` deep around leaves: Kind(2, "number") is list<list<number>>."""
+
+    depth: int
+    leaf: Leaf
+
+    def __str__(self) -> str:
+        return "list<" * self.depth + _LEAF_WORDS[self.leaf] + ">" * self.depth
+
+    def arrow_type(self) -> pa.DataType:
+        """The type as which text is read; `key` and `null` must have been settled before (see `settle`).
+
+        It is the plain type too, except that `whole` becomes int64 (see `plain`).
+        """
+        kind = _LEAF_TYPES[self.leaf]
+        for _ in range(self.depth):
+            kind = pa.list_(kind)
+        return kind
+
+
+def locate(
+    names: Sequence[str], wanted: Mapping[str, Kind], mapping: Mapping[str, str], *, uri: str
+) -> dict[str, str]:
+    """Our name -> the file's name, for those of the wanted columns that the file has.
+
+    `mapping`: a person's choice of other names; it is used where the file has the other name, which then
+    stands for nothing else.
+    """
+    doubled = {name for name in names if list(names).count(name) > 1}
+    found = {ours: name for ours in wanted if (name := _name_in(names, ours, mapping)) is not None}
+    if clash := doubled & set(found.values()):
+        raise JobRefused(f"{uri}: the column {clean_text(min(clash))!r} is there twice; rename one")
+    return found
+
+
+def _name_in(names: Sequence[str], ours: str, mapping: Mapping[str, str]) -> str | None:
+    mapped = mapping.get(ours)
+    if mapped is not None and mapped in names:
+        return mapped
+    return ours if ours in names and ours not in mapping.values() else None
+
+
+def missing_column(
+    uri: str, wanted: str, names: Sequence[str], mapping: Mapping[str, str] | None = None
+) -> JobRefused:
+    """The error for a table without a column it needs: names the nearest and how to map it.
+
+    `wanted`: one of our names, or several of which one would do, parted by " or ". `mapping`: the names that
+    are mapped already, which the proposal keeps.
+    """
+    message = f"{uri}: no column {wanted}; found {shown_names(names)}"
+    near = near_columns([wanted.split(" or ")], names, mapping or {})
+    if near:
+        message += f". If {next(iter(near.values()))!r} is meant: {setting_of(near, mapping or {})}"
+    elif names:
+        message += called_otherwise(wanted)
+    return JobRefused(message)
+
+
+def called_otherwise(wanted: str) -> str:
+    """The end of a sentence on a missing column for which no other could be meant by its name."""
+    return f"; if it is called otherwise: --set input.columns.{wanted.split(' or ')[0]}=NAME"
+
+
+def shown_names(names: Sequence[str], count: int = 20) -> str:
+    """The first names of a list of columns, for a message."""
+    shown = ", ".join(clean_text(name) for name in names[:count]) or "no columns at all"
+    return shown + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def near_columns(
+    wanted: Sequence[Sequence[str]], names: Sequence[str], mapping: Mapping[str, str], *, exact: bool = False
+) -> dict[str, str]:
+    """Our name -> the column that could be meant, one for each choice of our names for which there is one.
+
+    `exact`: known other names alone, none that is merely spelled alike. No column is proposed twice.
+    """
+    free = [name for name in names if name not in mapping.values() and _can_be_pasted(name)]
+    found: dict[str, str] = {}
+    for choice in wanted:
+        known = [(ours, name) for ours in choice if (name := _known(ours, free)) is not None]
+        alike = [] if exact else [(ours, name) for ours in choice if (name := _alike(ours, free)) is not None]
+        for ours, name in (known or alike)[:1]:
+            found[ours] = name
+            free.remove(name)
+    return found
+
+
+def corner_columns(
+    names: Sequence[str], mapping: Mapping[str, str]
+) -> tuple[dict[str, str], BoxFormat] | None:
+    """Our corners -> four columns that hold boxes by their names, and in which format; None without."""
+    free = {_bare(name): name for name in reversed(names) if name not in mapping.values()}
+    for four, box_format in _CORNER_NAMES:
+        if all(name in free and _can_be_pasted(free[name]) for name in four):
+            found = {ours: free[name] for ours, name in zip(CORNERS, four, strict=True)}
+            return found, box_format
+    return None
+
+
+def setting_of(columns: Mapping[str, str], mapping: Mapping[str, str]) -> str:
+    """The option that maps these columns and keeps those mapped already, as a shell takes it."""
+    if len(columns) == 1 and (name := next(iter(columns.values()))) == _yaml_word(name):
+        return f"--set {shlex.quote(f'input.columns.{next(iter(columns))}={name}')}"
+    pairs = ", ".join(f"{ours}: {_yaml_word(theirs)}" for ours, theirs in {**mapping, **columns}.items())
+    return f"--set {shlex.quote(f'input.columns={{{pairs}}}')}"
+
+
+def _yaml_word(name: str) -> str:
+    """A name as YAML reads it back: as it is, or in quotes (JSON's are YAML's) where that would change it."""
+    plain_word = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.\-]*", name) and yaml.safe_load(name) == name
+    # What does not show, such as a no-break space, would not survive being copied.
+    return name if plain_word else json.dumps(name, ensure_ascii=not name.isprintable())
+
+
+def _can_be_pasted(name: str) -> bool:
+    """Whether `_yaml_word` comes back as it was: JSON's escapes of signs over 16 bits are not YAML's."""
+    return (
+        bool(name)
+        and all(sign.isprintable() or sign <= "\uffff" for sign in name)
+        and (name.isprintable() or max(name) <= "\uffff")
+    )
+
+
+def _bare(name: str) -> str:
+    """A name without case, signs and the word for a box before it: `Bbox_X1` is `x1`."""
+    word = re.sub(r"[^a-z0-9]", "", name.lower())
+    return re.sub(r"\A(bbox|bndbox|box|bb|rect)(?=[xycwhlrtbms])", "", word)
+
+
+def _known(ours: str, names: Sequence[str]) -> str | None:
+    bare = {_bare(name): name for name in reversed(names)}
+    others = (re.sub("_", "", ours), *_OTHER_NAMES.get(ours, ()))
+    return next((bare[other] for other in others if other in bare), None)
+
+
+def _alike(ours: str, names: Sequence[str]) -> str | None:
+    lowered = {name.lower(): name for name in reversed(names)}
+    near = difflib.get_close_matches(ours, lowered, n=1, cutoff=0.75)
+    return lowered[near[0]] if near else None
+
+
+def check_type(field: pa.Field, wanted: Kind, *, uri: str, ours: str) -> Kind:
+    """The kind of an Arrow column, `key` settled; leaf `null` when the type says that all are null.
+
+    Raises:
+        JobRefused: another type than wanted, or an extension type anywhere inside it.
+    """
+    name = f"{uri}: column {clean_text(field.name)!r}"
+    extension = _extension_name(field)
+    if extension is not None:
+        raise JobRefused(
+            f"{name} has the extension type {clean_text(extension)!r}, which is never opened; "
+            f"write it as plain {wanted}"
+        )
+    found = _kind_of(field.type)
+    if found is not None and _fits(found, wanted):
+        return replace(wanted, leaf=_settled_leaf(found.leaf, wanted.leaf))
+    raise JobRefused(f"{name} has type {field.type}; wanted {wanted} for {ours}{_other_shape(field, wanted)}")
+
+
+def _settled_leaf(found: Leaf, wanted: Leaf) -> Leaf:
+    if wanted == "flag":
+        return "integer" if found == "big" else found
+    if found == "number" and wanted in ("key", "integer"):
+        return "whole"
+    if found == "big" and wanted != "key":
+        return wanted
+    return found if found == "null" or wanted == "key" else wanted
+
+
+def _other_shape(field: pa.Field, wanted: Kind) -> str:
+    """What to do about a column of boxes of another shape; "" where nothing is known of it."""
+    found, name = _kind_of(field.type), field.name
+    if wanted.leaf == "number" and found is not None and found.leaf in ("number", "integer"):
+        if found.depth == 2 and wanted.depth == 1:
+            return f". If a row is an image: {setting_of({'boxes': name}, {})}"
+        if found.depth == 1 and wanted.depth == 2:
+            return f". If a row is a box: {setting_of({'bbox': name}, {})}"
+    if wanted.depth and found is not None and found == Kind(0, "text"):
+        return ". Text that looks like a list is read from CSV alone; write it as a list"
+    kind = field.type.value_type if _is_list(field.type) else field.type
+    if wanted.leaf == "number" and pa.types.is_struct(kind):
+        return f". Of structs, those with the fields {', '.join(CORNERS)} or xmin, ymin, xmax, ymax are read"
+    return ""
+
+
+def _fits(found: Kind, wanted: Kind) -> bool:
+    if found.leaf == "null":
+        return found.depth <= wanted.depth
+    return found.depth == wanted.depth and found.leaf in _ACCEPTS[wanted.leaf]
+
+
+def settle(name: str, found: Mapping[str, Kind], wanted: Kind) -> Kind:
+    """The one kind of column `name` in several files (uri -> kind); columns of nulls go with the others.
+
+    Whole numbers go together however they are kept: as integers, as floats, or too large for int64.
+
+    Raises:
+        JobRefused: two files hold different kinds.
+    """
+    settled = {uri: kind for uri, kind in found.items() if kind.leaf not in ("null", "key")}
+    if not settled:
+        return replace(wanted, leaf="text" if wanted.leaf == "key" else wanted.leaf)
+    first_uri, first = next(iter(settled.items()))
+    leaves = {kind.leaf for kind in settled.values()}
+    if leaves <= set(_INTEGERS) and len({kind.depth for kind in settled.values()}) == 1:
+        return replace(first, leaf=next(leaf for leaf in _INTEGERS if leaf in leaves))
+    for uri, kind in settled.items():
+        if kind != first:
+            raise JobRefused(f"{uri}: {name} holds {kind}, but {first} in {first_uri}; the files must agree")
+    return first
+
+
+_INTEGERS: tuple[Leaf, ...] = ("whole", "big", "integer")
+
+
+def _extension_name(field: pa.Field) -> str | None:
+    if isinstance(field.type, pa.BaseExtensionType):
+        return str(field.type.extension_name)
+    name = (field.metadata or {}).get(b"ARROW:extension:name")
+    if name is not None:
+        return bytes(name).decode("utf-8", errors="replace")
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return str(kind.extension_name)
+    inner = (_extension_name(kind.field(i)) for i in range(kind.num_fields))
+    return next((found for found in inner if found is not None), None)
+
+
+def _kind_of(kind: pa.DataType) -> Kind | None:
+    """None for types that no column of ours may have: dates, maps ..."""
+    depth = 0
+    while _is_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if _corner_fields(kind) is not None:
+        return Kind(depth + 1, "number")
+    leaf = _leaf_of(kind)
+    return None if leaf is None else Kind(depth, leaf)
+
+
+def _corner_fields(kind: pa.DataType) -> tuple[str, ...] | None:
+    """The fields of a struct that is a box, in the order x1, y1, x2, y2; None for other types."""
+    if not pa.types.is_struct(kind) or kind.num_fields != len(CORNERS):
+        return None
+    names = {_bare(field.name): field.name for field in kind}
+    if any(_leaf_of(field.type) not in ("number", "integer", "big", "null") for field in kind):
+        return None
+    for four, box_format in _CORNER_NAMES:
+        if box_format == "xyxy" and names.keys() == set(four):
+            return tuple(names[name] for name in four)
+    return None
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    views = (pa.types.is_list_view, pa.types.is_large_list_view)
+    return any(test(kind) for test in (*tests, *views))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _leaf_of(kind: pa.DataType) -> Leaf | None:
+    if pa.types.is_null(kind):
+        return "null"
+    if _is_text(kind):
+        return "text"
+    if pa.types.is_uint64(kind):
+        return "big"
+    if pa.types.is_integer(kind):
+        return "integer"
+    if pa.types.is_boolean(kind):
+        return "flag"
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return "number"
+    return "rle" if _is_rle(kind) else None
+
+
+def _is_rle(kind: pa.DataType) -> bool:
+    """Whether a type is a mask's: counts as text, as pycocotools' bytes, or as uncompressed runs."""
+    if not pa.types.is_struct(kind) or {"size", "counts"} - {field.name for field in kind}:
+        return False
+    counts = kind.field("counts").type
+    is_counts = _is_text(counts) or _is_bytes(counts) or _kind_of(counts) == Kind(1, "integer")
+    size = _kind_of(kind.field("size").type)
+    return is_counts and size in (Kind(1, "integer"), Kind(1, "big"))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    )
+
+
+def plain(array: pa.Array, kind: Kind) -> pa.Array:
+    """The values as `kind.arrow_type()`; `whole` ones as int64.
+
+    Raises:
+        pa.ArrowInvalid: text that is not UTF-8, an integer that float64 or int64 cannot hold, or one kept as
+            a float that is not whole or not below 2**53.
+    """
+    kind_type = replace(kind, leaf="integer").arrow_type() if kind.leaf == "whole" else kind.arrow_type()
+    if pa.types.is_null(array.type):
+        return pa.nulls(len(array), kind_type)
+    if kind == Kind(1, "number") and (fields := _corner_fields(array.type)) is not None:
+        return _struct_boxes(array, fields)
+    if kind.depth:
+        values = plain(array.flatten(), replace(kind, depth=kind.depth - 1))
+        return to_lists(list_lengths(array), values, kind=pa.list_(values.type), null=null_mask(array))
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if kind.leaf == "rle":
+        return _plain_rle(array)
+    if _is_text(array.type):
+        array.validate(full=True)
+    if kind.leaf == "whole":
+        return _whole(array)
+    return pc.cast(array, _LEAF_TYPES[kind.leaf])
+
+
+def _whole(array: pa.Array) -> pa.Array:
+    if pa.types.is_float16(array.type):
+        array = pc.cast(array, pa.float64())
+    if pa.types.is_floating(array.type) and pc.any(pc.is_nan(array)).as_py():
+        raise pa.ArrowInvalid("holds NaN; wanted whole numbers, and null where there is none")
+    try:
+        values = pc.cast(array, pa.int64())
+    except pa.ArrowInvalid as error:
+        raise pa.ArrowInvalid(f"has type {array.type}; wanted whole numbers: {error}") from error
+    limit = pc.or_kleene(pc.greater_equal(values, 2**53), pc.less_equal(values, -(2**53)))
+    if not pa.types.is_integer(array.type) and pc.any(limit).as_py():
+        raise pa.ArrowInvalid(
+            "holds whole numbers from 2**53 on as floats, which skip numbers there, so the digits are lost; "
+            "write them as integers or as text"
+        )
+    return values
+
+
+def _struct_boxes(array: pa.Array, fields: Sequence[str]) -> pa.Array:
+    """Structs of four numbers -> lists x1, y1, x2, y2; a null one is a null list."""
+    null = null_mask(array)
+    sound = array.filter(pa.array(~null))
+    columns = [pc.cast(sound.field(name), pa.float64()) for name in fields]
+    values = pa.concat_arrays(columns).take(
+        pa.array(np.arange(len(sound) * len(fields)).reshape(len(fields), -1).T.reshape(-1))
+    )
+    lengths = np.where(null, 0, len(fields)).astype(np.int64)
+    return to_lists(lengths, values, kind=pa.list_(pa.float64()), null=null)
+
+
+def _plain_rle(array: pa.Array) -> pa.Array:
+    children = dict(zip([field.name for field in array.type], array.flatten(), strict=True))
+    size, counts = children["size"], children["counts"]
+    sides = pc.cast(size.flatten(), pa.int64(), safe=False)  # over 2**63 becomes negative: refused as well
+    sides = pc.cast(pc.max_element_wise(pc.min_element_wise(sides, _INT32_MAX), -1), pa.int32())
+    sides = pc.if_else(size.flatten().is_valid(), sides, pa.scalar(-1, pa.int32()))
+    size = to_lists(list_lengths(size), sides, kind=_RLE_FIELDS[0].type, null=null_mask(size))
+    if _is_text(counts.type):
+        counts = plain(counts, Kind(0, "text"))
+    else:
+        counts = pa.array([None if one is None else _text(one) for one in counts.to_pylist()], _TEXT)
+    mask = pa.array(null_mask(array))
+    return pa.StructArray.from_arrays([size, counts], fields=_RLE_FIELDS, mask=mask)
+
+
+def plain_mask(value: Any) -> Any:
+    """Return a mask out of JSON as {"size": [h, w], "counts": text}.
+
+    Uncompressed runs become text, whole sides written as 480.0 become whole. What is no mask becomes one
+    that no picture has, so that its row alone has no mask (`prompt_invalid`); null stays.
+    """
+    if value is None:
+        return None
+    size, counts = (value.get("size"), value.get("counts")) if isinstance(value, dict) else (None, None)
+    sides = [_side(side) for side in size] if isinstance(size, list | tuple) else []
+    text = _text(counts)
+    return {"size": sides, "counts": text}
+
+
+def _side(side: Any) -> int:
+    whole = int(side) if isinstance(side, float) and side.is_integer() else side
+    return whole if type(whole) is int and 0 <= whole <= _INT32_MAX else -1
+
+
+def _text(counts: Any) -> str:
+    """The text of a mask's counts, as text, bytes or runs; empty where it is none of them."""
+    if isinstance(counts, bytes):
+        return counts.decode("ascii", errors="replace")
+    if isinstance(counts, list):
+        try:
+            return text_of_lengths(counts)
+        except ValueError:
+            return ""
+    return counts if isinstance(counts, str) and counts.isascii() else ""

@@ -1,0 +1,263 @@
+"""Hugging Face data sets: Parquet files with the pictures' own bytes and, if there are any, their `objects`.
+
+    image: struct<bytes: binary, path: string>
+    objects: struct<bbox: list<list<number>>, category: list<integer or string>, ...>, or a list of structs
+
+While planning no picture is read: the place of its row becomes its uri (`members`). Ids are the file's name
+below
+the folder and the number of the row, so that the images of a unit stand side by side in their file. A box is
+xywh in pixels, as in COCO, unless --box-format says otherwise. Names of categories come from the data set's
+own description in the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import JobRefused, clean_text
+from pipeline.inputs.arrow_lists import list_lengths, null_mask, to_lists
+from pipeline.inputs.box_tables import boxes_of_rows
+from pipeline.inputs.columns import Kind, check_type, plain
+from pipeline.inputs.lists import TEXT, BoxList, ImageList
+from pipeline.inputs.read_table import naming, naming_values
+from pipeline.settings import AccessRules
+from pipeline.storage.archive_uris import check_column
+from pipeline.storage.sealed_parquet import open_closed
+from pipeline.storage.store import open_input, options_for
+
+IMAGE, OBJECTS = "image", "objects"
+NAMES = (IMAGE, OBJECTS, "objects.bbox", "objects.category", "objects.score", "objects.iscrowd")
+"""Our names of their columns; `input.columns` may say others."""
+_FIELDS = {
+    "bbox": Kind(2, "number"),
+    "category": Kind(1, "key"),
+    "score": Kind(1, "number"),
+    "iscrowd": Kind(1, "flag"),
+}
+_OURS = {"bbox": "boxes", "category": "labels", "score": "scores", "iscrowd": "iscrowd"}
+_BATCH_ROWS = 4096
+_ID_RULE = "ids are the files' names and the rows' numbers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """One Parquet file of a data set, and which of its columns and fields are meant."""
+
+    uri: str
+    schema: pa.Schema
+    image: str
+    objects: str | None
+    fields: Mapping[str, str]
+
+
+def holds_pictures(uri: str, mapping: Mapping[str, str], access: AccessRules) -> bool:
+    """Whether a Parquet file has a column of pictures (a struct with `bytes`), by its schema."""
+    if not uri.lower().endswith((".parquet", ".pq")):
+        return False
+    with naming(uri, "parquet"), open_input(uri, options_for(uri, access)) as stream:
+        schema = open_closed(stream).schema_arrow
+    name = mapping.get(IMAGE, IMAGE)
+    found = schema.field(name).type if schema.names.count(name) == 1 else None
+    return found is not None and pa.types.is_struct(found) and found.get_field_index("bytes") >= 0
+
+
+def read_hf_images(
+    uris: Sequence[str], mapping: Mapping[str, str], access: AccessRules, *, root: str
+) -> ImageList:
+    """Every row of the files as an image."""
+    files = [_inspect(uri, mapping, access) for uri in uris]
+    parts = [keys for file in files for keys in _keys(file, root, access)]
+    table = pa.concat_tables([_KEYS.empty_table(), *parts]).combine_chunks()
+    return ImageList(
+        image_uri=_single(table, "image_uri"),
+        image_id=_single(table, "image_id"),
+        root=root,
+        id_rule=_ID_RULE,
+        listed=True,
+        columns=_names(files[0]),
+    )
+
+
+def read_hf_boxes(
+    uris: Sequence[str], mapping: Mapping[str, str], access: AccessRules, *, root: str
+) -> BoxList:
+    """The boxes of every row of the files.
+
+    Raises:
+        JobRefused: no `objects`, or of another type than wanted.
+    """
+    files = [_inspect(uri, mapping, access) for uri in uris]
+    for file in files:
+        if file.objects is None:
+            raise JobRefused(
+                f"{file.uri}: no column {mapping.get(OBJECTS, OBJECTS)!r} with the boxes; found "
+                f"{', '.join(file.schema.names)}; --set input.columns.objects=NAME if it is another"
+            )
+    ours = [_OURS[name] for name in _FIELDS if name in files[0].fields]
+    found = boxes_of_rows(
+        (pair for file in files for pair in _rows(file, root, access)),
+        ("image_uri", "image_id", *ours),
+        folder=root,
+        box_format="xywh",
+    )
+    return replace(
+        found,
+        id_rule=_ID_RULE,
+        categories=_category_names(files[0]),
+        columns=_names(files[0]),
+        unused=_unused(files[0]),
+    )
+
+
+def _unused(file: _File) -> tuple[str, ...]:
+    """The columns of a file and the fields of its objects that are not read."""
+    assert file.objects is not None, "the caller has looked"
+    inner = _as_struct(file.schema.field(file.objects).type) or ()
+    fields = (f"{file.objects}.{field.name}" for field in inner if field.name not in file.fields.values())
+    return (*(name for name in file.schema.names if name not in (file.image, file.objects)), *fields)
+
+
+def _names(file: _File) -> tuple[str, ...]:
+    """Every column of a file, and every field of its objects."""
+    inner = None if file.objects is None else _as_struct(file.schema.field(file.objects).type)
+    return (*file.schema.names, *(field.name for field in inner or ()))
+
+
+_KEYS = pa.schema([("image_uri", TEXT), ("image_id", TEXT)])
+
+
+def _single(table: pa.Table, name: str) -> pa.Array:
+    column = table.column(name)
+    return column.chunk(0) if column.num_chunks else pa.array([], TEXT)
+
+
+def _inspect(uri: str, mapping: Mapping[str, str], access: AccessRules) -> _File:
+    """The file's columns, found and of the wanted types."""
+    with naming(uri, "parquet"), open_input(uri, options_for(uri, access)) as stream:
+        schema = open_closed(stream).schema_arrow
+    image, objects = mapping.get(IMAGE, IMAGE), mapping.get(OBJECTS, OBJECTS)
+    check_column(uri, image)
+    kind = schema.field(image).type if image in schema.names else None
+    wanted = "struct<bytes: binary, path: string>"
+    if kind is None or not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        raise JobRefused(f"{uri}: column {clean_text(image)!r} has type {kind or 'none'}; wanted {wanted}")
+    if not (
+        pa.types.is_binary(kind.field("bytes").type) or pa.types.is_large_binary(kind.field("bytes").type)
+    ):
+        raise JobRefused(f"{uri}: column {clean_text(image)!r} has type {kind}; wanted {wanted}")
+    if objects not in schema.names:
+        return _File(uri=uri, schema=schema, image=image, objects=None, fields={})
+    fields = _fields(uri, schema.field(objects), mapping)
+    return _File(uri=uri, schema=schema, image=image, objects=objects, fields=fields)
+
+
+def _fields(uri: str, objects: pa.Field, mapping: Mapping[str, str]) -> dict[str, str]:
+    """Our word -> the field of `objects` that is meant by it, each of the wanted type."""
+    inner = _as_struct(objects.type)
+    if inner is None:
+        raise JobRefused(
+            f"{uri}: column {clean_text(objects.name)!r} has type {objects.type}; wanted a struct of lists, "
+            f"or a "
+            "list of structs, with `bbox`"
+        )
+    names = [field.name for field in inner]
+    found = {word: mapping.get(f"objects.{word}", word) for word in _FIELDS}
+    found = {word: name for word, name in found.items() if name in names}
+    if "bbox" not in found:
+        there = ", ".join(clean_text(name) for name in names)
+        raise JobRefused(
+            f"{uri}: {clean_text(objects.name)!r} has no field bbox; found {there}. If another is meant: "
+            "--set 'input.columns={objects.bbox: NAME}'"
+        )
+    for word, name in found.items():
+        field = inner.field(name)
+        check_type(pa.field(f"{objects.name}.{name}", field.type), _FIELDS[word], uri=uri, ours=_OURS[word])
+    return found
+
+
+def _as_struct(kind: pa.DataType) -> pa.StructType | None:
+    """A struct of lists as it is, and for a list of structs the struct of lists that holds the same."""
+    if pa.types.is_struct(kind):
+        return kind
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if is_list and pa.types.is_struct(kind.value_type):
+        return pa.struct([pa.field(field.name, pa.list_(field.type)) for field in kind.value_type])
+    return None
+
+
+def _keys(file: _File, root: str, access: AccessRules) -> Iterator[pa.Table]:
+    """Uri and id of every row, group by group."""
+    for _, uris, ids in _batches(file, root, access, []):
+        yield pa.table({"image_uri": uris, "image_id": ids}, schema=_KEYS)
+
+
+def _rows(file: _File, root: str, access: AccessRules) -> Iterator[tuple[str, pa.Table]]:
+    """The rows of a file as a table with one row an image."""
+    assert file.objects is not None, "the caller has looked"
+    for batch, uris, ids in _batches(file, root, access, [file.objects]):
+        columns = {"image_uri": uris, "image_id": ids}
+        with naming_values(f"{file.uri}: column {file.objects!r}"):
+            columns |= _lists(batch.column(file.objects), file)
+        yield file.uri, pa.table(columns)
+
+
+def _lists(objects: pa.Array, file: _File) -> dict[str, pa.Array]:
+    """The lists of the objects by our names, plain; null where a row has no objects at all."""
+    kind, columns = _as_struct(objects.type), {}
+    assert kind is not None, "the file was inspected"
+    null = null_mask(objects)
+    for word, name in file.fields.items():
+        if pa.types.is_struct(objects.type):
+            lists = objects.field(name)
+            lists = pc.if_else(pa.array(~null), lists, pa.scalar(None, lists.type)) if null.any() else lists
+        else:
+            values = objects.flatten().field(name)
+            lists = to_lists(list_lengths(objects), values, kind=pa.list_(values.type), null=null)
+        leaf = check_type(pa.field(name, lists.type), _FIELDS[word], uri=file.uri, ours=word)
+        leaf = replace(leaf, leaf="integer") if leaf.leaf in ("key", "null") and word == "category" else leaf
+        columns[_OURS[word]] = plain(lists, replace(leaf, leaf="number") if leaf.leaf == "null" else leaf)
+    return columns
+
+
+def _batches(
+    file: _File, root: str, access: AccessRules, columns: list[str]
+) -> Iterator[tuple[pa.RecordBatch, pa.Array, pa.Array]]:
+    """Batches of some columns, with the uri and the id of every row; the pictures' bytes are not read."""
+    path = file.schema.field(file.image).type.get_field_index("path") >= 0
+    wanted = [*columns, *([f"{file.image}.path"] if path else [])]
+    name = file.uri.removeprefix(root).lstrip("/")
+    with naming(file.uri, "parquet"), open_input(file.uri, options_for(file.uri, access)) as stream:
+        parquet = open_closed(stream, page_checksum_verification=True)
+        number = 0
+        for group in range(parquet.num_row_groups):
+            row = 0
+            for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=wanted):
+                count = batch.num_rows
+                paths = batch.column(file.image).field("path").to_pylist() if path else [None] * count
+                uris = [
+                    f"{file.uri}#{file.image}:{group}:{row + at}/{paths[at] or ''}" for at in range(count)
+                ]
+                ids = [f"{name}/{number + at:09d}" for at in range(count)]
+                yield batch, pa.array(uris, TEXT), pa.array(ids, TEXT)
+                row, number = row + count, number + count
+
+
+def _category_names(file: _File) -> dict[int, str]:
+    """Number -> name, where the data set's description in the file gives a ClassLabel; else empty."""
+    try:
+        described = json.loads((file.schema.metadata or {})[b"huggingface"])["info"]["features"]
+        objects = described[file.objects]
+        objects = objects[0] if isinstance(objects, list) else objects
+        objects = objects.get("feature", objects)
+        category: Any = objects[file.fields["category"]]
+        category = category[0] if isinstance(category, list) else category
+        names = category.get("feature", category)["names"]
+        return {at: str(name) for at, name in enumerate(names)}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError):
+        return {}

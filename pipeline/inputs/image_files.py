@@ -1,0 +1,325 @@
+"""What a person points at, as files: one file, those of a folder, or those that match a pattern.
+
+Which of them are meant is told by their names alone; of a single file without a known ending the first bytes
+are looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.errors import JobRefused, clean_text
+from pipeline.images.decode import SIGNATURE_BYTES, signature
+from pipeline.inputs.lists import examples, has_picture_name, is_picture
+from pipeline.inputs.read_table import TABLE_SUFFIXES, TableFormat, instead_of, table_format
+from pipeline.inputs.yolo_boxes import label_files
+from pipeline.settings import AccessRules
+from pipeline.storage.archive_uris import TAR
+from pipeline.storage.folders import allow_root
+from pipeline.storage.read_objects import LABEL_SUFFIXES, is_no_utf8, what_is
+from pipeline.storage.store import Entry, head_object, list_inputs, open_input, options_for
+from pipeline.storage.uri_rules import is_inside, split_scheme
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute, `file://` taken off; another uri as it is, without "/" at the end.
+
+    Raises:
+        JobRefused: It is not UTF-8, so neither `job.json` nor a table can name it.
+    """
+    if is_no_utf8(uri):
+        raise JobRefused(f"the name '{clean_text(uri)}' is not UTF-8, and no table can hold it: rename it")
+    scheme, rest = split_scheme(uri)
+    return os.path.abspath(rest) if scheme == "file" else uri.rstrip("/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """What a person points at, as files: one, those of a folder, or those that match a pattern.
+
+    `root`: the folder that relative names start from. `kind`: how it was named. `links`, `odd`: as of a
+    `Listing`. `roots`: local folders and files that may be read, links resolved. `notes`: what was left out.
+    """
+
+    uri: str
+    entries: tuple[Entry, ...]
+    root: str
+    kind: Literal["file", "picture", "folder", "pattern"]
+    links: Mapping[str, str] = field(default_factory=dict)
+    odd: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, uri: str, access: AccessRules) -> Named:
+        """Return the files at `uri`; a name with a known ending may yet be a folder, as Spark writes them.
+
+        Raises:
+            JobRefused: The place cannot be listed, or holds what could not be named in a table.
+        """
+        if is_pattern(uri):
+            return cls._listed(uri, pattern_root(uri), access, "pattern")
+        known = table_format(uri) is not None or is_tar(uri)
+        if known or has_picture_name(uri):
+            entry = head_object(uri, options_for(uri, access))
+            if entry is not None:
+                kind: Literal["file", "picture"] = "file" if known else "picture"
+                return cls(uri=uri, entries=(entry,), root=parent_of(uri), kind=kind)
+        named = cls._listed(uri, uri, access, "folder")
+        if not named.entries and (entry := head_object(uri, options_for(uri, access))) is not None:
+            _refuse_unless_picture(uri, access)
+            return cls(uri=uri, entries=(entry,), root=parent_of(uri), kind="picture")
+        return named
+
+    @classmethod
+    def _listed(cls, uri: str, root: str, access: AccessRules, kind: Literal["folder", "pattern"]) -> Named:
+        roots = (*map(os.path.realpath, access.roots), *pointed_at(uri))
+        pattern = uri.removeprefix(f"{root}/") if kind == "pattern" else None
+        found = list_inputs(root, options_for(uri, access), roots=roots, pattern=pattern)
+        entries, outputs = _without_outputs(root, found.entries)
+        return cls(
+            uri=uri,
+            entries=entries,
+            root=root,
+            kind=kind,
+            links=found.links,
+            odd=found.odd,
+            roots=roots,
+            notes=(*found.notes, *_on_names(found.unnameable), *outputs),
+        )
+
+    def tars(self) -> list[str]:
+        """The tars, when that is what is meant: named as such, or a folder of nothing else that could be."""
+        tars = [entry.key for entry in self.entries if is_tar(entry.key) and not self._is_hidden(entry.key)]
+        if self.is_listing() or any(table_format(entry.key) for entry in self.entries):
+            return []
+        return self._readable(tars)
+
+    def is_listing(self) -> bool:
+        """Whether the files are themselves the pictures."""
+        if self.kind == "pattern" and states_ending(self.uri):
+            return table_format(self.uri) is None and not is_tar(self.uri)
+        return self.kind == "picture" or (
+            self.kind != "file" and any(is_picture(entry.key) for entry in self.entries)
+        )
+
+    def label_files(self) -> list[str]:
+        """YOLO's label files, where there are no tables."""
+        if self.kind != "folder" or any(table_format(entry.key) for entry in self.entries):
+            return []
+        labels = label_files(self.root, self.entries)
+        if labels:
+            self._readable([e.key for e in self.entries if e.key.lower().endswith(LABEL_SUFFIXES)])
+        return labels
+
+    def tables(self) -> list[str]:
+        """The tables, all of one kind; JobRefused where there are none."""
+        if self.kind == "file":
+            return [self.uri]
+        if self.kind == "picture":
+            raise JobRefused(f"{self.uri}: a picture; wanted boxes. Pictures are named with --images")
+        return self._readable(_tables_in(self))
+
+    def _readable(self, keys: Sequence[str]) -> list[str]:
+        """Return `keys`; raise JobRefused where one is no file, or a link to what may not be read."""
+        out = {key: self.links[key] for key in keys if key in self.links and not self._may_read(key)}
+        if out:
+            link, real = next(iter(out.items()))
+            flags = allow_root(os.path.dirname(path) for path in out.values())
+            raise JobRefused(f"{link} is a link to {real}, outside what may be read: allow it with {flags}")
+        for key in self.odd:
+            if key in keys:
+                raise JobRefused(f"{key}: {what_is(key)}")
+        return list(keys)
+
+    def _may_read(self, key: str) -> bool:
+        return any(is_inside(self.links[key], root) for root in self.roots)
+
+    def _is_hidden(self, key: str) -> bool:
+        return self.kind == "folder" and _is_hidden(key.removeprefix(self.root))
+
+
+def pointed_at(uri: str) -> list[str]:
+    """Return the local paths that somebody allows to be read by pointing at `uri`, links resolved.
+
+    A folder, the one above a pattern or a table; a picture alone; what a named table or tar is a link to;
+    and the blobs of a snapshot in the cache of Hugging Face's hub.
+    """
+    scheme, path = split_scheme(uri)
+    if scheme != "file":
+        return []
+    if is_pattern(path):
+        return _with_blobs(pattern_root(path))
+    if os.path.isdir(path):
+        return _with_blobs(path)
+    if is_json(path) or is_tar(path) or table_format(path) is not None:
+        folder, real = _with_blobs(parent_of(path)), os.path.realpath(path)
+        return folder if any(is_inside(real, root) for root in folder) else [*folder, real]
+    return [os.path.realpath(path)]
+
+
+_SNAPSHOT = re.compile(r"(.*/[a-z]+s--[^/]+)/snapshots/[^/]+(/.*)?", re.DOTALL)
+
+
+def _with_blobs(folder: str) -> list[str]:
+    """Return a folder, links resolved, and where the files of a snapshot in huggingface_hub's cache lie.
+
+    There every file is a link from `models--OWNER--NAME/snapshots/REVISION/` into `blobs/` beside
+    `snapshots/`, which holds files of the same repository alone. A `blobs` that is itself a link is not
+    believed.
+    """
+    real = os.path.realpath(folder)
+    match = _SNAPSHOT.fullmatch(real)
+    blobs = f"{match.group(1)}/blobs" if match else ""
+    return [real, blobs] if blobs and os.path.isdir(blobs) and not os.path.islink(blobs) else [real]
+
+
+def _without_outputs(root: str, entries: tuple[Entry, ...]) -> tuple[tuple[Entry, ...], list[str]]:
+    """Return the files without outputs of ours below `root`, which hold pictures; and what to say of them."""
+    marks = [entry.key.removesuffix("job.json") for entry in entries if entry.key.endswith("/job.json")]
+    planned = (
+        {entry.key.partition("/plan/")[0] + "/" for entry in entries if "/plan/" in entry.key}
+        if marks
+        else ()
+    )
+    outputs = tuple(mark for mark in marks if mark in planned and mark != f"{root}/")
+    if not outputs:
+        return entries, []
+    kept = tuple(entry for entry in entries if not entry.key.startswith(outputs))
+    return kept, [
+        f"outputs of hqlabel among the files: {len(outputs)}, such as {clean_text(outputs[0])}: left out"
+    ]
+
+
+def _on_names(names: Sequence[str]) -> list[str]:
+    """Return a sentence on files whose names no table can hold.
+
+    Raises:
+        JobRefused: One of them is called like what could be wanted.
+    """
+    wanted = [
+        name for name in names if is_picture(name) or table_format(name) or is_tar(name) or _is_label(name)
+    ]
+    if wanted:
+        raise JobRefused(
+            f"{len(wanted)} names are not UTF-8, such as '{wanted[0]}', and no table can hold them: rename "
+            "these files (convmv does it for whole folders)"
+        )
+    return [f"{len(names)} other files with names that are not UTF-8: left out"] if names else []
+
+
+def _is_label(name: str) -> bool:
+    return name.lower().endswith(LABEL_SUFFIXES)
+
+
+def _tables_in(named: Named) -> list[str]:
+    """The tables of a folder, all of one kind; hidden files and folders are left out."""
+    uri, entries = named.root, named.entries
+    if named.kind == "folder":
+        _refuse_versioned(uri, entries)
+    shown = [entry.key for entry in entries if not _is_hidden(entry.key.removeprefix(uri))]
+    kinds: dict[TableFormat, list[str]] = {}
+    for key in shown:
+        kind = table_format(key)
+        if kind is not None:
+            kinds.setdefault(kind, []).append(key)
+    if len(kinds) > 1:
+        found = ", ".join(f"{len(keys)} {kind} ({keys[0]})" for kind, keys in kinds.items())
+        raise JobRefused(f"{uri}: tables of several kinds: {found}; give a folder of one kind, or one file")
+    if kinds:
+        return next(iter(kinds.values()))
+    raise nothing_in(named, f"pictures or tables ({', '.join(TABLE_SUFFIXES)})")
+
+
+_VERSIONED = {
+    "Delta Lake": re.compile(r"(?:.*/)?_delta_log/[0-9]+[^/]*\.(?:json|parquet)", re.DOTALL),
+    "Iceberg": re.compile(
+        r"(?:.*/)?metadata/(?:v[0-9]+|[0-9]+-[0-9a-f-]{36})(?:\.gz)?\.metadata\.json", re.DOTALL
+    ),
+}
+"""Tables whose log says which of their files still count: by name, what such a log is called."""
+
+
+def _refuse_versioned(root: str, entries: Sequence[Entry]) -> None:
+    """Raise JobRefused for a table of which deleted and replaced rows still lie in the folder."""
+    for name, log in _VERSIONED.items():
+        found = next((e.key for e in entries if log.fullmatch(e.key.removeprefix(f"{root}/"))), None)
+        if found is not None:
+            raise JobRefused(
+                f"{root}: a {name} table ({found}): which of its files still count only its log says, which "
+                "is not read; write the rows as plain Parquet into another folder, or name the files that "
+                "count with a pattern"
+            )
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith((".", "_")) for part in path.split("/"))
+
+
+def nothing_in(named: Named, wanted: str) -> JobRefused:
+    """The error for a place that holds other things than wanted."""
+    uri, entries = named.uri, named.entries
+    local = split_scheme(uri)[0] == "file" and not is_pattern(uri)
+    braces = "; {a,b} is no pattern here: give the folder, or one pattern" if "{" in uri else ""
+    if local and not os.path.lexists(uri):
+        return JobRefused(f"{uri}: there is no such file or folder{braces}")
+    if local and not os.path.isdir(uri):
+        return JobRefused(f"{uri}: {what_is(uri)}; wanted {wanted}")
+    found = (
+        f"{len(entries)} other files, such as {examples([e.key for e in entries])}" if entries else "nothing"
+    )
+    return JobRefused("; ".join([f"{uri}: no {wanted}; found {found}{braces}", *named.notes]))
+
+
+def picture_format(uri: str, access: AccessRules) -> str | None:
+    """Return the picture format that a file's first bytes say, whatever its name; None for other files."""
+    with open_input(uri, options_for(uri, access), block=SIGNATURE_BYTES) as file:
+        return signature(file.read(SIGNATURE_BYTES))
+
+
+def _refuse_unless_picture(uri: str, access: AccessRules) -> None:
+    """Raise JobRefused for a file of no known ending, unless its first bytes are a picture's."""
+    if picture_format(uri, access) is None:
+        listed = "; a list of pictures is a .csv whose first line is image_uri" if _is_label(uri) else ""
+        raise JobRefused(
+            f"{uri}: a file of no known kind by its name, and no picture by its first "
+            f"bytes{instead_of(uri)}; wanted a picture, or {', '.join((*TABLE_SUFFIXES, '.json', TAR))}"
+            f"{listed}"
+        )
+
+
+def is_pattern(uri: str) -> bool:
+    """True with a wildcard, unless a local file or folder has that very name."""
+    scheme, path = split_scheme(uri)
+    return any(sign in uri for sign in "*?[") and not (scheme == "file" and os.path.lexists(path))
+
+
+def pattern_root(pattern: str) -> str:
+    """The folder above the first wildcard."""
+    first = min(pattern.index(sign) for sign in "*?[" if sign in pattern)
+    return pattern[:first].rpartition("/")[0]
+
+
+def states_ending(uri: str) -> bool:
+    """Whether a pattern says how the names end."""
+    _, dot, ending = uri.rpartition("/")[2].rpartition(".")
+    return is_pattern(uri) and bool(dot) and not any(sign in ending for sign in "*?[")
+
+
+def is_json(uri: str) -> bool:
+    """Whether a name ends as JSON's do."""
+    return uri.lower().endswith(".json")
+
+
+def parent_of(uri: str) -> str:
+    """The folder that a file lies in."""
+    return uri.rpartition("/")[0]
+
+
+def is_tar(uri: str) -> bool:
+    """Whether a name ends as a plain tar's does."""
+    return uri.lower().endswith(TAR)

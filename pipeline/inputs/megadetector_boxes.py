@@ -1,0 +1,129 @@
+"""MegaDetector's batch output: one JSON object with `images`, each with a `file` and its `detections`.
+
+A box is x, y, width, height as shares of the upright picture; `conf` is its score; `category` a number as
+text,
+named by `detection_categories`. An image with a `failure` has no detections: its boxes are missing, not none.
+Streamed, like COCO files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import JobRefused, clean_text
+from pipeline.inputs.arrow_lists import list_lengths, null_mask, to_lists
+from pipeline.inputs.box_tables import boxes_of_rows
+from pipeline.inputs.csv_jsonl import read_lines
+from pipeline.inputs.json_stream import BLOCK_BYTES, first_byte, split_arrays
+from pipeline.inputs.lists import NUMBERS, TEXT, BoxList
+from pipeline.inputs.read_table import naming
+from pipeline.settings import AccessRules
+from pipeline.storage.store import open_input, options_for
+
+_DETECTION = pa.struct([("category", TEXT), ("conf", pa.float64()), ("bbox", NUMBERS)])
+_IMAGES = pa.schema([("file", TEXT), ("detections", pa.list_(_DETECTION)), ("failure", TEXT)])
+_CATEGORIES = re.compile(rb'"detection_categories"\s*:\s*(\{[^{}]{0,65536}\})')
+_COLUMNS = ("image_uri", "boxes", "labels", "scores")
+_SHAPE = "wanted MegaDetector: an object with a list `images`, each with `file` and `detections`"
+
+
+def is_megadetector(uri: str, access: AccessRules) -> bool:
+    """Whether a JSON file is MegaDetector's: its first image has a `file`, not a `file_name`."""
+    with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
+        if first_byte(stream) != "{":
+            return False
+        for lines in split_arrays(stream, {"images"}):
+            try:
+                first = json.loads(lines.text.split(b"\n", 1)[0] or b"null")
+            except (ValueError, RecursionError):
+                return False  # the COCO reader says what is wrong
+            return isinstance(first, dict) and "file" in first and "file_name" not in first
+    return False
+
+
+def read_megadetector(uri: str, access: AccessRules, *, folder: str) -> BoxList:
+    """The boxes of the file, and every image that it names; uris as written.
+
+    Raises:
+        JobRefused: not a sound file of this kind.
+    """
+    boxes = boxes_of_rows(
+        ((uri, batch) for batch in _batches(uri, access)),
+        _COLUMNS,
+        folder=folder,
+        box_format="xywh-normalised",
+    )
+    with open_input(uri, options_for(uri, access)) as stream:
+        categories = _categories(uri, stream)
+    return replace(boxes, categories=categories, files=(uri,))
+
+
+def _batches(uri: str, access: AccessRules) -> Iterator[pa.Table]:
+    with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
+        at = 0
+        for lines in split_arrays(stream, {"images"}):
+            yield _image_rows(read_lines(lines.text, lines.count, _IMAGES), uri, at)
+            at += lines.count
+
+
+def _image_rows(images: pa.Table, uri: str, first: int) -> pa.Table:
+    """Records of `images` as a table with one row an image; `first`: the number of the first record."""
+    found = images.column("detections").combine_chunks()
+    file = images.column("file").combine_chunks()
+    if file.null_count:
+        raise JobRefused(f"{uri}: image {first + _first_null(file)} (from 0) has no file; {_SHAPE}")
+    failed = images.column("failure").combine_chunks().is_valid().to_numpy(zero_copy_only=False)
+    silent = null_mask(found) & ~failed
+    if silent.any():
+        at = first + int(silent.nonzero()[0][0])
+        raise JobRefused(f"{uri}: image {at} (from 0) has neither detections nor a failure; {_SHAPE}")
+    category, conf, bbox = found.flatten().flatten()
+    labels = {"labels": _category_ids(category, uri), "scores": conf, "boxes": bbox}
+    lengths, null = list_lengths(found), null_mask(found)
+    columns = {
+        name: to_lists(lengths, values, kind=pa.list_(values.type), null=null)
+        for name, values in labels.items()
+    }
+    return pa.table({"image_uri": file, **{name: columns[name] for name in _COLUMNS[1:]}})
+
+
+def _category_ids(category: pa.Array, uri: str) -> pa.Array:
+    whole = pc.match_substring_regex(category, r"\A[0-9]{1,9}\z")
+    wrong = pc.and_(category.is_valid(), pc.invert(whole)).to_numpy(zero_copy_only=False)
+    if wrong.any():
+        found = category[int(wrong.nonzero()[0][0])].as_py()
+        raise JobRefused(
+            f'{uri}: category {clean_text(found)!r} of a detection; wanted a number as text, such as "1"'
+        )
+    return pc.cast(category, pa.int64())
+
+
+def _first_null(column: pa.Array) -> int:
+    return int(null_mask(column).nonzero()[0][0])
+
+
+def _categories(uri: str, stream: BinaryIO) -> dict[int, str]:
+    """Number -> name from `detection_categories`, wherever it stands; empty where there is none."""
+    before = b""
+    while block := stream.read(BLOCK_BYTES):
+        match = _CATEGORIES.search(before + block)
+        if match is not None:
+            return _named(uri, match.group(1))
+        before = block[-(2**17) :]
+    return {}
+
+
+def _named(uri: str, text: bytes) -> dict[int, str]:
+    try:
+        return {int(key): str(name) for key, name in json.loads(text).items()}
+    except (ValueError, AttributeError) as error:
+        raise JobRefused(
+            f"{uri}: detection_categories is not a map of numbers to names ({clean_text(str(error))})"
+        ) from None

@@ -1,0 +1,302 @@
+"""Whatever a person points at -> the lists of images and of boxes; which reader takes it is told by its name.
+
+Names are told apart by their ending and by what a folder holds (`named`); two kinds of JSON and of Parquet
+by a look at their beginning. The content is checked by the reader. No image is opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import ImageError, JobRefused, UsageError, clean_text
+from pipeline.inputs.arrow_lists import single
+from pipeline.inputs.box_tables import BOX_ROWS, IMAGE_ROWS, image_keys, read_box_tables, unused_columns
+from pipeline.inputs.coco_boxes import is_results, read_coco_images, read_instances, read_results
+from pipeline.inputs.columns import missing_column
+from pipeline.inputs.hf_parquet import NAMES as HF_NAMES
+from pipeline.inputs.hf_parquet import holds_pictures, read_hf_boxes, read_hf_images
+from pipeline.inputs.image_files import (
+    Named,
+    absolute,
+    is_json,
+    is_pattern,
+    nothing_in,
+    parent_of,
+    picture_format,
+    pointed_at,
+    states_ending,
+)
+from pipeline.inputs.lists import TEXT, BoxList, ImageList, has_picture_name, is_picture
+from pipeline.inputs.megadetector_boxes import is_megadetector, read_megadetector
+from pipeline.inputs.previous_job import EarlierParts, find_parts, read_earlier_boxes, read_earlier_images
+from pipeline.inputs.read_table import inspect_tables, read_batches
+from pipeline.inputs.webdataset import TarIds, read_tar_boxes, read_tar_images
+from pipeline.inputs.yolo_boxes import read_yolo
+from pipeline.settings import AccessRules, BoxFormat, BoxFrame
+from pipeline.storage.store import check_uri
+from pipeline.storage.uri_rules import split_scheme
+
+_COLUMN_NAMES = frozenset(IMAGE_ROWS) | frozenset(BOX_ROWS) | frozenset(HF_NAMES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSettings:
+    """What to label, and how to read it.
+
+    `images`, `boxes`: paths or uris, at least one of them. `columns`: our column name to the table's.
+    `image_root`: folder or prefix that relative uris and COCO file names start from; None: the folder of
+    the table that names them. `limit`: the first N images in the order of their ids. `tar_ids`: what images
+    in tars are called. `access`: further local roots, allowed schemes, storage options.
+    """
+
+    images: str | None = None
+    boxes: str | None = None
+    box_format: BoxFormat | None = None
+    box_frame: BoxFrame = "upright"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    image_root: str | None = None
+    limit: int | None = None
+    allow_unmatched: bool = False
+    tar_ids: TarIds = "member"
+    access: AccessRules = field(default_factory=AccessRules)
+    images_per_unit: int = 64
+
+
+def allowed_access(settings: InputSettings) -> AccessRules:
+    """`settings.access` with the local folders that the inputs imply: image root and tables' folders.
+
+    Planning and workers must use the same rules, so a job keeps these in its context. Absolute, links
+    resolved.
+    """
+    named = settings.images if settings.images is not None else settings.boxes
+    roots = [os.path.realpath(split_scheme(root)[1]) for root in settings.access.roots]
+    roots += pointed_at(absolute(settings.image_root)) if settings.image_root is not None else []
+    roots += pointed_at(absolute(named)) if named is not None else []
+    return replace(settings.access, roots=tuple(dict.fromkeys(roots)))
+
+
+def read_images(settings: InputSettings) -> ImageList:
+    """The images that `settings.images` lists, with uris that can be opened.
+
+    Raises:
+        JobRefused: nothing there, no pictures, an unreadable table, an image without a uri.
+    """
+    assert settings.images is not None, "the caller asks only for what is given"
+    uri, access = absolute(settings.images), allowed_access(settings)
+    if is_json(uri) and not is_pattern(uri):
+        _refuse_results(uri, access)
+        if is_megadetector(uri, access):
+            raise JobRefused(
+                f"{uri}: a MegaDetector file; give it as --boxes, and the pictures' folder as --images"
+            )
+        return _resolved(read_coco_images(uri, access, folder=parent_of(uri)), settings)
+    named = Named.of(uri, access)
+    parts = find_parts(uri, named.entries)  # before pictures: an output holds overlays
+    if parts is not None:
+        return read_earlier_images(parts, access)
+    if tars := named.tars():
+        return read_tar_images(tars, access, root=named.root, ids=settings.tar_ids)
+    if named.is_listing():
+        return _from_listing(named, access)
+    tables = named.tables()
+    if holds_pictures(tables[0], settings.columns, access):
+        return read_hf_images(tables, settings.columns, access, root=named.root)
+    return _resolved(_read_image_tables(tables, settings, named.root), settings)
+
+
+def read_boxes(settings: InputSettings) -> BoxList:
+    """The boxes of `settings.boxes`; their uris are as written (see `resolve_uris`).
+
+    Raises:
+        JobRefused: nothing there, no table of boxes, or one that is not sound.
+    """
+    assert settings.boxes is not None, "the caller asks only for what is given"
+    uri, access = absolute(settings.boxes), allowed_access(settings)
+    if is_json(uri) and not is_pattern(uri):
+        return _json_reader(uri, access)(uri, access, folder=_root(settings, parent_of(uri)))
+    named = Named.of(uri, access)
+    parts = find_parts(uri, named.entries)
+    if parts is not None:
+        return _earlier_boxes(parts, settings)
+    if tars := named.tars():
+        return read_tar_boxes(tars, settings.columns, access, root=named.root, ids=settings.tar_ids)
+    boxes = _boxes_of(named, settings)
+    return replace(boxes, notes=(*boxes.notes, *named.notes))
+
+
+def _boxes_of(named: Named, settings: InputSettings) -> BoxList:
+    """Return the boxes of label files or tables."""
+    access = allowed_access(settings)
+    if labels := named.label_files():
+        return _yolo_boxes(labels, named, settings)
+    tables = named.tables()
+    if holds_pictures(tables[0], settings.columns, access):
+        return read_hf_boxes(tables, settings.columns, access, root=named.root)
+    return read_box_tables(tables, settings.columns, access, folder=_root(settings, named.root))
+
+
+def _json_reader(uri: str, access: AccessRules) -> Callable[..., BoxList]:
+    if is_results(uri, access):
+        return read_results
+    return read_megadetector if is_megadetector(uri, access) else read_instances
+
+
+def _yolo_boxes(labels: Sequence[str], named: Named, settings: InputSettings) -> BoxList:
+    if settings.images is None:
+        raise JobRefused(
+            f"{named.root}: YOLO label files, such as {labels[0]}, name no pictures; say with --images where "
+            f"they are"
+        )
+    return read_yolo(named.root, named.entries, settings.access)
+
+
+def resolve_uris(uris: pa.Array, folder: str) -> pa.Array:
+    """Relative uris put below `folder`; absolute ones, blank ones and those with a scheme are left alone.
+
+    Names are bytes: nothing is decoded or normalised but "./" at the beginning, which `find` writes.
+    """
+    names = pc.replace_substring_regex(uris, r"\A(\./+)+", "")
+    complete = pc.match_substring_regex(uris, r"\A(/|\s*\z|data:|[A-Za-z][A-Za-z0-9+._\-]*:[/:])")
+    return pc.if_else(
+        complete, uris, pc.binary_join_element_wise(_text(folder.rstrip("/")), names, _text("/"))
+    )
+
+
+def _text(value: str) -> pa.Scalar:
+    return pa.scalar(value, TEXT)
+
+
+def check_columns(settings: InputSettings, found: Sequence[str]) -> None:
+    """None when every mapped name is one of ours and stands in a table; `found`: the tables' columns.
+
+    Raises:
+        UsageError: our name is unknown. JobRefused: no table has the other name.
+    """
+    for ours, theirs in settings.columns.items():
+        if ours not in _COLUMN_NAMES:
+            raise UsageError(
+                f"input.columns: {ours!r} is no column of ours; known: {', '.join(sorted(_COLUMN_NAMES))}"
+            )
+        if theirs not in found:
+            shown = ", ".join(found) or "none (columns are mapped in Parquet, CSV and JSONL tables)"
+            raise JobRefused(f"input.columns: no table has a column {theirs!r}; found {shown}")
+
+
+def _from_listing(named: Named, access: AccessRules) -> ImageList:
+    """Return the pictures among listed files; every file where one or a pattern's ending is named."""
+    every = named.kind == "picture" or states_ending(named.uri)
+    keys = [entry.key for entry in named.entries if every or is_picture(entry.key)]
+    if not keys:
+        raise nothing_in(named, "pictures")
+    there = set(keys)
+    others = [entry.key for entry in named.entries if entry.key not in there]
+    targets = set(named.links.values())  # named by their links already
+    unnamed = [key for key in others if os.path.realpath(key) not in targets] if targets else others
+    return ImageList(
+        image_uri=pa.array(keys, TEXT),
+        image_id=None,
+        root=named.root,
+        listed=True,
+        doubted=tuple(key for key in (*named.links, *named.odd) if key in there),
+        skipped_files=len(others),
+        left_out=named.notes,
+        notes=(*_by_content(named), *_without_ending(unnamed, access)),
+    )
+
+
+def _by_content(named: Named) -> tuple[str, ...]:
+    """Return a sentence on a single file that is taken whatever its name."""
+    if named.kind != "picture" or has_picture_name(named.uri):
+        return ()
+    return (f"{named.uri}: its name has no picture's ending; it is taken for one by its first bytes",)
+
+
+_LOOK_AT = 8
+_NO_PICTURES = (".txt", ".json", ".xml", ".csv", ".md", ".yaml", ".yml", ".db", ".ini", ".html", ".parquet")
+
+
+def _without_ending(others: Sequence[str], access: AccessRules) -> tuple[str, ...]:
+    """Return a sentence where files that are no pictures by their names are some by their first bytes.
+
+    A few are looked at, those without an ending first. TIFF does not count: raw camera files begin like it.
+    """
+    unknown = [key for key in others if not key.lower().endswith(_NO_PICTURES)]
+    some = sorted(unknown, key=lambda key: "." in key.rpartition("/")[2])[:_LOOK_AT]
+    found = [(key, kind) for key in some if (kind := _format_of(key, access)) not in (None, "TIFF")]
+    if not found:
+        return ()
+    key, kind = found[0]
+    return (
+        f"{len(found)} of {len(some)} other files looked at are pictures by their first bytes, though not by "
+        f"their names, such as {clean_text(key)} ({kind}); they are left out: rename them, or list them in a "
+        "table",
+    )
+
+
+def _format_of(uri: str, access: AccessRules) -> str | None:
+    try:
+        check_uri(uri, access)
+        return picture_format(uri, access)
+    except (ImageError, JobRefused):
+        return None
+
+
+def _refuse_results(uri: str, access: AccessRules) -> None:
+    if is_results(uri, access):
+        raise JobRefused(
+            f"{uri}: COCO results name no image files; "
+            "give the instances file as --images and this one as --boxes"
+        )
+
+
+def _read_image_tables(uris: Sequence[str], settings: InputSettings, folder: str) -> ImageList:
+    """The images that tables name; `image_uri` as written."""
+    wanted = {name: BOX_ROWS[name] for name in ("image_uri", "image_id")}
+    files = inspect_tables(uris, wanted, settings.columns, settings.access)
+    batches: list[pa.Table] = []
+    for file in files:
+        if "image_uri" not in file.names:
+            raise missing_column(file.uri, "image_uri", file.all_names, settings.columns)
+        row = 0
+        for batch in read_batches(file, settings.access):
+            batches.append(pa.table(image_keys(batch, file.uri, row)))
+            row += batch.num_rows
+    nothing = pa.table({name: pa.array([], TEXT) for name in files[0].names})
+    table = pa.concat_tables([nothing, *(batch.select(nothing.column_names) for batch in batches)])
+    return ImageList(
+        image_uri=single(table.column("image_uri")),
+        image_id=single(table.column("image_id")) if "image_id" in files[0].names else None,
+        root=folder,
+        files=tuple(uris),
+        columns=files[0].all_names,
+        unused=unused_columns(files[0]),
+    )
+
+
+def _resolved(images: ImageList, settings: InputSettings) -> ImageList:
+    root = _root(settings, images.root)
+    return replace(images, image_uri=resolve_uris(images.image_uri, root), root=root)
+
+
+def _root(settings: InputSettings, otherwise: str) -> str:
+    return otherwise if settings.image_root is None else absolute(settings.image_root)
+
+
+def _earlier_boxes(parts: EarlierParts, settings: InputSettings) -> BoxList:
+    """An earlier job's prompts say themselves how they are to be read."""
+    boxes = read_earlier_boxes(parts, settings.access)
+    if settings.box_format not in (None, boxes.box_format):
+        raise UsageError(
+            f"--box-format {settings.box_format}: the boxes of {parts.folder} are {boxes.box_format}; "
+            "leave it out"
+        )
+    if settings.box_frame == "stored" != boxes.box_frame:
+        raise UsageError(
+            f"--box-frame stored: the boxes of {parts.folder} are {boxes.box_frame}; leave it out"
+        )
+    return boxes

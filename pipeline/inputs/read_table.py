@@ -1,0 +1,254 @@
+"""Tables that people bring (Parquet, CSV, JSONL), read as plain columns in batches of bounded memory.
+
+Two steps. `inspect_tables` opens every file, finds the wanted columns and checks their types, so that a
+job is refused before any value is used. `read_batches` then reads only those columns. A file that cannot
+be read, or is no table of its kind, refuses the job by name: half of a table is never labelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import BinaryIO, Literal, cast
+
+import pyarrow as pa
+
+from pipeline.errors import HqlabelError, JobRefused, clean_text
+from pipeline.inputs.columns import UNSETTLED, Kind, check_type, locate, plain, settle
+from pipeline.inputs.csv_jsonl import (
+    BLOCK_BYTES,
+    csv_batches,
+    csv_header,
+    jsonl_batches,
+    jsonl_sample,
+    settled_leaf,
+)
+from pipeline.inputs.json_stream import JsonDamage
+from pipeline.settings import AccessRules
+from pipeline.storage.sealed_parquet import open_closed
+from pipeline.storage.store import open_input, options_for
+
+TableFormat = Literal["parquet", "csv", "jsonl"]
+TABLE_SUFFIXES: dict[str, TableFormat] = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".parq": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv.gz": "csv",
+    ".tsv.gz": "csv",
+    ".jsonl.gz": "jsonl",
+    ".ndjson.gz": "jsonl",
+}
+BATCH_ROWS = 8192
+BATCH_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableFile:
+    """One checked file: `names` our name -> its name, `kinds` our name -> what the column holds.
+
+    `all_names`: every column of the file, for messages.
+    """
+
+    uri: str
+    file_format: TableFormat
+    names: Mapping[str, str]
+    kinds: Mapping[str, Kind]
+    all_names: tuple[str, ...]
+
+
+def table_format(uri: str) -> TableFormat | None:
+    """The format that a file's name says, in any case; None for other names."""
+    lowered = uri.lower()
+    return next((kind for suffix, kind in TABLE_SUFFIXES.items() if lowered.endswith(suffix)), None)
+
+
+def instead_of(uri: str) -> str:
+    """What to do about a file that is no table by its name, as the end of a sentence, or ""."""
+    lowered = uri.lower()
+    return next((f": {words}" for endings, words in _OTHER_FILES if lowered.endswith(endings)), "")
+
+
+_OTHER_FILES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4", ".7z"),
+        "unpack it; only .csv.gz and .jsonl.gz are read as such",
+    ),
+    ((".xlsx", ".xls", ".ods", ".numbers"), "a workbook; save the sheet as CSV (UTF-8)"),
+    ((".feather", ".arrow", ".ipc", ".orc", ".avro"), "write it as Parquet"),
+    ((".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth", ".h5", ".hdf5", ".mat"), "write it as Parquet"),
+    (
+        (".txt", ".xml"),
+        "one file of labels for each picture is read as a folder of YOLO's, or converted to COCO",
+    ),
+)
+
+
+def inspect_tables(
+    uris: Sequence[str], wanted: Mapping[str, Kind], mapping: Mapping[str, str], access: AccessRules
+) -> tuple[TableFile, ...]:
+    """The files of one table, their wanted columns found, checked and of one kind throughout.
+
+    Raises:
+        JobRefused: unreadable, a type other than wanted, or files that differ (one is named).
+    """
+    files = [_inspect(uri, wanted, mapping, access) for uri in uris]
+    for file in files[1:]:
+        _check_same_columns(file, files[0])
+    kinds = {
+        name: settle(name, {file.uri: file.kinds[name] for file in files if name in file.kinds}, kind)
+        for name, kind in wanted.items()
+    }
+    return tuple(replace(file, kinds={name: kinds[name] for name in file.names}) for file in files)
+
+
+def _check_same_columns(file: TableFile, first: TableFile) -> None:
+    if file.file_format != first.file_format:
+        raise JobRefused(f"{file.uri}: another kind of file than {first.uri}; give one folder for each kind")
+    if file.file_format == "jsonl":
+        return  # a key that is missing means null there
+    for name in first.names.keys() ^ file.names.keys():
+        lacking, other = (file, first) if name in first.names else (first, file)
+        raise JobRefused(f"{lacking.uri}: no column {name}, which {other.uri} has; the files must agree")
+
+
+@contextlib.contextmanager
+def _opened(uri: str, access: AccessRules) -> Iterator[BinaryIO]:
+    """A table's file, unpacked on the way where its name ends in `.gz`."""
+    with open_input(uri, options_for(uri, access)) as stream:
+        if uri.lower().endswith(".gz"):
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=stream))
+        else:
+            yield stream
+
+
+def read_batches(file: TableFile, access: AccessRules) -> Iterator[pa.Table]:
+    """The file's rows with our column names and plain types, about BATCH_ROWS at a time, in order."""
+    with naming(file.uri, file.file_format):
+        for batch in _batches(file, access):
+            yield _plain_table(file, batch)
+
+
+def _batches(file: TableFile, access: AccessRules) -> Iterator[pa.RecordBatch]:
+    columns = {theirs: file.kinds[ours] for ours, theirs in file.names.items()}
+    if file.file_format == "csv":
+        yield from csv_batches(lambda: _opened(file.uri, access), columns, file.all_names)
+        return
+    with _opened(file.uri, access) as stream:
+        if file.file_format == "jsonl":
+            yield from jsonl_batches(stream, columns)
+        else:
+            yield from _parquet_batches(stream, list(columns))
+
+
+def _parquet_batches(stream: BinaryIO, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    size = stream.seek(0, io.SEEK_END)
+    parquet = open_closed(stream, page_checksum_verification=True)
+    rows = _batch_rows(size / max(1, parquet.metadata.num_rows))
+    batches: Iterator[pa.RecordBatch] = parquet.iter_batches(rows, columns=columns)
+    return batches
+
+
+def _batch_rows(bytes_per_row: float) -> int:
+    """Rows that take about BATCH_BYTES when unpacked to four times their size: some have 10,000 boxes.
+
+    The file's own figures for its columns would say it better, but to ask for them is to trust the
+    footer: pyarrow ends the process on one that contradicts itself.
+    """
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / (4 * max(1.0, bytes_per_row)))))
+
+
+def _plain_table(file: TableFile, batch: pa.RecordBatch) -> pa.Table:
+    columns: dict[str, pa.Array] = {}
+    for ours, theirs in file.names.items():
+        with naming_values(f"{file.uri}: column {theirs!r}"):
+            columns[ours] = plain(batch.column(theirs), file.kinds[ours])
+    return pa.table(columns)
+
+
+@contextlib.contextmanager
+def naming(uri: str, what: str) -> Iterator[None]:
+    """Turns what a parser raises into a JobRefused that names the file; our own errors pass."""
+    try:
+        yield
+    except HqlabelError:
+        raise
+    except JsonDamage as error:
+        raise JobRefused(f"{uri}: not a sound {what} file: {clean_text(str(error))}") from error
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError, RecursionError) as error:
+        text = str(error)
+        if "straddl" in text:
+            text = f"a row is longer than {BLOCK_BYTES >> 20} MiB"
+        raise JobRefused(f"{uri}: not a sound {what} file: {clean_text(text)}") from error
+
+
+@contextlib.contextmanager
+def naming_values(uri: str) -> Iterator[None]:
+    """As `naming`, for values that were read but cannot be used; nothing else is taken for a bad file."""
+    try:
+        yield
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise JobRefused(f"{uri}: {clean_text(str(error))}") from error
+
+
+def _inspect(
+    uri: str, wanted: Mapping[str, Kind], mapping: Mapping[str, str], access: AccessRules
+) -> TableFile:
+    file_format = table_format(uri)
+    if file_format is None:
+        raise JobRefused(f"{uri}: no known table; wanted a name ending in {', '.join(TABLE_SUFFIXES)}")
+    with naming(uri, file_format), _opened(uri, access) as stream:
+        if not stream.read(1):
+            raise JobRefused(f"{uri}: the file is empty (0 bytes)")
+        stream.seek(0)
+        names, kind_of = _FIELDS[file_format](stream, uri)
+    found = locate(names, wanted, mapping, uri=uri)
+    kinds = {ours: kind_of(theirs, ours, wanted[ours]) for ours, theirs in found.items()}
+    return TableFile(uri=uri, file_format=file_format, names=found, kinds=kinds, all_names=tuple(names))
+
+
+KindOf = Callable[[str, str, Kind], Kind]
+"""(the file's column, our name for it, the kind we want) -> the kind it has."""
+
+
+def _parquet_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
+    schema = open_closed(stream).schema_arrow
+
+    def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
+        return check_type(schema.field(theirs), wanted, uri=uri, ours=ours)
+
+    return schema.names, kind_of
+
+
+def _csv_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
+    del uri
+    names, samples = csv_header(stream)
+
+    def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
+        del ours
+        if not wanted.depth:
+            return replace(wanted, leaf="text") if wanted.leaf in UNSETTLED else wanted
+        return replace(wanted, leaf=settled_leaf(samples.get(theirs, []), wanted.leaf))
+
+    return names, kind_of
+
+
+def _jsonl_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
+    del uri
+    samples = jsonl_sample(stream)
+
+    def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
+        del ours
+        return replace(wanted, leaf=settled_leaf(samples[theirs], wanted.leaf))
+
+    return list(samples), kind_of
+
+
+_FIELDS = {"parquet": _parquet_fields, "csv": _csv_fields, "jsonl": _jsonl_fields}

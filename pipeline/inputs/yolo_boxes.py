@@ -1,0 +1,133 @@
+"""YOLO label folders: a `.txt` beside or for each picture, one line a box.
+
+    class cx cy width height [score]
+
+Shares of the upright picture, centre first; classes count from 0. A file belongs to the picture of the same
+relative name without its ending; no file, or an empty one, means no boxes. Names of the classes come from
+`classes.txt` (one a line), or from `names` in `data.yaml` or `dataset.yaml`, in the folder itself.
+
+Lines with more numbers are polygons of YOLO segmentation, or turned boxes, and are refused.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import yaml
+
+from pipeline.errors import ImageError, JobRefused, clean_text
+from pipeline.inputs.arrow_lists import to_lists
+from pipeline.inputs.box_tables import box_columns
+from pipeline.inputs.lists import NUMBERS, TEXT, BoxList, Groups, grouped_boxes
+from pipeline.settings import AccessRules
+from pipeline.storage.store import Entry, options_for, read_object
+
+READERS = 16
+_FILE_BYTES = 16 * 2**20
+_TIMEOUT_S = 120.0
+_CLASSES, _YAML = "classes.txt", ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")
+_SHAPE = "wanted `class cx cy width height`, or with a score behind"
+
+
+def label_files(folder: str, entries: Sequence[Entry]) -> list[str]:
+    """The label files of a folder: every `.txt` that is not hidden, but the list of classes."""
+    names = [entry.key for entry in entries if entry.key.lower().endswith(".txt")]
+    shown = [
+        key for key in names if not any(part.startswith(".") for part in key.removeprefix(folder).split("/"))
+    ]
+    return [key for key in shown if key != f"{folder}/{_CLASSES}"]
+
+
+def read_yolo(folder: str, entries: Sequence[Entry], access: AccessRules) -> BoxList:
+    """The boxes of a folder's label files, each under the name of its file without ending.
+
+    Raises:
+        JobRefused: a file that is none, naming its line, what was found and what was wanted.
+    """
+    files = label_files(folder, entries)
+    with ThreadPoolExecutor(min(READERS, len(files)) or 1) as pool:
+        parts = list(pool.map(lambda uri: _read_file(uri, access), files))
+    names = [uri.removeprefix(f"{folder}/")[: -len(".txt")] for uri in files]
+    lengths = np.array([len(part) for part in parts], np.int64)
+    values = np.concatenate([np.zeros((0, 6)), *parts])
+    given = to_lists(np.full(len(values), 4, np.int64), pa.array(values[:, 1:5].reshape(-1)), kind=NUMBERS)
+    columns: dict[str, pa.Array] = {"given": given, "category_id": pa.array(values[:, 0].astype(np.int64))}
+    if not np.isnan(values[:, 5]).all():
+        columns["score"] = pa.array(values[:, 5], mask=np.isnan(values[:, 5]))
+    boxes = grouped_boxes(
+        Groups(image_id=pa.array(names, TEXT), image_uri=None, lengths=lengths, rows=None),
+        pa.table(box_columns(columns)),
+        folder=folder,
+        box_format="cxcywh-normalised",
+        files=[f"{folder}/"],
+        categories=_class_names(folder, entries, access),
+    )
+    return replace(boxes, by_stem=True, one_row_per_image=True, notes=_notes(boxes))
+
+
+def _notes(boxes: BoxList) -> tuple[str, ...]:
+    """A sentence where the folder does not name its classes; `data.yaml` often lies one folder above."""
+    if boxes.categories or not boxes.boxes.num_rows:
+        return ()
+    wanted = f"{_CLASSES}, {_YAML[0]} or {_YAML[1]}"
+    return (f"{boxes.folder}: none of {wanted} is there, so classes have no names; copy one of them there",)
+
+
+def _read_file(uri: str, access: AccessRules) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The lines of one file, (N, 6): class, four numbers, score or NaN."""
+    lines = _text(uri, access).splitlines()
+    rows = [_numbers(uri, at, line.split()) for at, line in enumerate(lines, start=1) if line.strip()]
+    return np.array(rows, np.float64).reshape(-1, 6)
+
+
+def _numbers(uri: str, line: int, words: Sequence[str]) -> list[float]:
+    if len(words) > 6:
+        raise JobRefused(f"{uri}: line {line} has {len(words)} numbers (a polygon or a turned box); {_SHAPE}")
+    if len(words) < 5:
+        found = clean_text(" ".join(words))
+        raise JobRefused(f"{uri}: line {line} has {len(words)} numbers (too few): {found!r}; {_SHAPE}")
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        raise JobRefused(f"{uri}: line {line} holds {clean_text(' '.join(words))!r}; {_SHAPE}") from None
+    if not (numbers[0].is_integer() and 0 <= numbers[0] < 2**31):
+        raise JobRefused(f"{uri}: line {line}: the class is {words[0]}; wanted a whole number from 0 on")
+    return [*numbers, float("nan")][:6]
+
+
+def _class_names(folder: str, entries: Sequence[Entry], access: AccessRules) -> dict[int, str]:
+    """Class number -> name; empty where the folder does not say."""
+    there = {entry.key.removeprefix(f"{folder}/") for entry in entries}
+    if _CLASSES in there:
+        lines = _text(f"{folder}/{_CLASSES}", access).splitlines()
+        return {at: line.strip() for at, line in enumerate(lines) if line.strip()}
+    for name in _YAML:
+        if name in there:
+            return _names_in_yaml(f"{folder}/{name}", access)
+    return {}
+
+
+def _names_in_yaml(uri: str, access: AccessRules) -> dict[int, str]:
+    try:
+        names = (yaml.safe_load(_text(uri, access)) or {})["names"]
+        pairs = names.items() if isinstance(names, dict) else enumerate(names)
+        return {int(key): str(name) for key, name in pairs}
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise JobRefused(
+            f"{uri}: no `names` of the classes in it ({type(error).__name__}); wanted a list, or number: name"
+        ) from None
+
+
+def _text(uri: str, access: AccessRules) -> str:
+    try:
+        deadline = time.monotonic() + _TIMEOUT_S
+        body = read_object(uri, options_for(uri, access), max_bytes=_FILE_BYTES, deadline_monotonic=deadline)
+        return body.data.decode("utf-8-sig")
+    except (ImageError, UnicodeDecodeError) as error:
+        raise JobRefused(f"{uri}: cannot be read: {clean_text(str(error))}") from error

@@ -1,0 +1,306 @@
+"""What a job is: job.json, created once, and the refusal to mix two jobs in one folder.
+
+The identity holds all that can change a mask or a row; a resume compares it field by field. What
+cannot (machines, timeouts, code version) stands outside it and may change. The file is data, never
+code: what names a function to run, a folder to read or a place to write comes from the process that
+opens the job, not from its output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from model.structures import CallShape
+from pipeline.errors import JobRefused
+from pipeline.failpoints import visit
+from pipeline.schema import SCHEMA_VERSION
+from pipeline.settings import (
+    AccessRules,
+    BoxRules,
+    DetectorSettings,
+    JobContext,
+    Limits,
+    MaskSettings,
+    Weights,
+)
+from pipeline.storage.store import NotFound, Store
+
+JOB_KEY = "job.json"
+JOB_FORMAT = 1
+SHOWN_DIFFERENCES = 20
+
+PART_BYTES = 256 * 2**20
+BYTES_PER_INSTANCE = 160  # measured: about 123 B of columns for 100 B of runs; large images have more
+BYTES_PER_IMAGE = 120
+BOXES_WHEN_UNKNOWN = 10
+MAX_UNITS_PER_PART = 20_000
+
+_FROM_THE_PROCESS = ("output", "access", "segmenter", "decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job as its folder knows it. All but `context.access`, the output place and code names is kept.
+
+    `identity`: what `identity_of` gives. `plan`: counts (`images`, `boxes`, `units`) and what else the
+    plan has to say. `categories`: `{"id", "name"}` each. `units_per_part`: units in one published part,
+    decided once, when the job is created. `created_at`: ISO time, for people only.
+    """
+
+    identity: Mapping[str, Any]
+    context: JobContext
+    plan: Mapping[str, Any]
+    categories: Sequence[Mapping[str, Any]] = ()
+    units_per_part: int = 1
+    created_at: str = field(default_factory=lambda: dt.datetime.now(dt.UTC).isoformat(timespec="seconds"))
+
+    @property
+    def units(self) -> int:
+        """How many units the plan has; their ids are 0 to this, end-exclusive."""
+        return int(self.plan["units"])
+
+
+def identity_of(
+    context: JobContext,
+    *,
+    inputs: Mapping[str, Any],
+    limit: int | None,
+    protocol: int,
+) -> dict[str, Any]:
+    """All that decides what a job's rows and masks are, as plain JSON values.
+
+    `inputs`: the arguments as given and a fingerprint of every table and box file. `protocol`: the
+    model-protocol number, which moves when equal weights and settings would give other masks.
+    """
+    identity = {
+        "schema_version": SCHEMA_VERSION,
+        "model_protocol": protocol,
+        "plan_sha256": context.plan_sha256,
+        "images_per_unit": context.images_per_unit,
+        "limit": limit,
+        "inputs": inputs,
+        "weights": {"sha256": context.weights.sha256, "input_side": context.weights.input_side},
+        "masks": dataclasses.asdict(context.masks),
+        "box_rules": dataclasses.asdict(context.box_rules),
+        "detector": _detector_identity(context.detector),
+    }
+    # As it comes back from the file: tuples become lists, keys strings.
+    return dict(json.loads(json.dumps(identity, allow_nan=False)))
+
+
+def _detector_identity(detector: DetectorSettings | None) -> dict[str, Any] | None:
+    """All of a detector but where its files lie and what it is called."""
+    if detector is None:
+        return None
+    fields = dataclasses.asdict(detector)
+    del fields["license"], fields["title"]
+    kind, colon, _ = fields.pop("name").partition(":")
+    return {"kind": kind + colon if colon and kind in ("hf", "hf-zero-shot") else detector.name, **fields}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One field in which two identities differ; `ABSENT` where one has no such field."""
+
+    name: str
+    found: Any
+    wanted: Any
+
+
+ABSENT = "(absent)"
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Difference]:
+    """Every field in which two identities differ, by dotted name, sorted; `found` is the stored one."""
+    have, want = dict(_flat(found)), dict(_flat(wanted))
+    return [
+        Difference(name=name, found=have.get(name, ABSENT), wanted=want.get(name, ABSENT))
+        for name in sorted(have.keys() | want.keys())
+        if _unlike(have.get(name, ABSENT), want.get(name, ABSENT))
+    ]
+
+
+def _unlike(a: Any, b: Any) -> bool:
+    return type(a) is not type(b) or bool(a != b)  # 1, 1.0 and True are three values in JSON
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, below in value.items():
+            yield from _flat(below, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and value:
+        for place, below in enumerate(value):
+            yield from _flat(below, f"{prefix}[{place}]")
+    else:
+        yield prefix, value
+
+
+def units_per_part(*, images: int, boxes: int | None, images_per_unit: int) -> int:
+    """How many units a published part holds, so that it comes to some 256 MB; from plan counts alone."""
+    boxes_per_image = BOXES_WHEN_UNKNOWN if boxes is None else boxes / max(images, 1)
+    unit_bytes = images_per_unit * (BYTES_PER_IMAGE + boxes_per_image * BYTES_PER_INSTANCE)
+    return max(1, min(MAX_UNITS_PER_PART, round(PART_BYTES / unit_bytes)))
+
+
+def open_job(store: Store, job: Job) -> Job:
+    """The job to work on: created when the folder is empty, else the stored one, when it is the same.
+
+    The stored run id, creation time and part size hold. A second process that opens the same job at
+    the same time gets the same.
+
+    Raises:
+        JobRefused: the folder holds another job (naming every differing field with both values), or
+            files of something else, or is on a store that does not honour create-if-absent.
+    """
+    stored = _read_json(store)
+    if stored is None:
+        _refuse_foreign_files(store)
+        body = _encode(job)
+        if store.put_if_absent(JOB_KEY, body):
+            visit("job.created")
+            _check_creates_are_honoured(store, body)
+        stored = _decode(store.read(JOB_KEY), store)
+    _refuse_other_job(store, stored, job)
+    context = replace(job.context, run_id=stored["context"]["run_id"])
+    return replace(
+        job, context=context, created_at=stored["created_at"], units_per_part=stored["units_per_part"]
+    )
+
+
+def read_job(store: Store, *, access: AccessRules | None = None) -> Job | None:
+    """The job in this folder, or None when it has none. Image access is the caller's to give.
+
+    Raises:
+        JobRefused: job.json is damaged, or of a later version.
+    """
+    stored = _read_json(store)
+    return None if stored is None else _job_of(stored, store, access or AccessRules())
+
+
+def require_job(store: Store, *, access: AccessRules | None = None) -> Job:
+    """`read_job`, but JobRefused when there is none."""
+    job = read_job(store, access=access)
+    if job is None:
+        raise JobRefused(
+            f"{store.place.uri}: there is no job here ({JOB_KEY} is missing); start one with label"
+        )
+    return job
+
+
+def _refuse_foreign_files(store: Store) -> None:
+    """A new job starts in an empty folder; owner files, taken just before, and dot files may be there."""
+    found = [entry.key for entry in store.list(limit=1000)]
+    foreign = [key for key in found if not key.startswith((".", "owner/"))]
+    # Another process may have created the job since we looked: then these are its files.
+    if foreign and store.head(JOB_KEY) is None:
+        examples = ", ".join(foreign[:3])
+        raise JobRefused(
+            f"{store.place.uri}: this folder has files but no {JOB_KEY} ({examples}); nothing was changed. "
+            "Choose an empty folder for the output."
+        )
+
+
+def _check_creates_are_honoured(store: Store, body: bytes) -> None:
+    """A store that ignores If-None-Match would let two drivers overwrite each other in silence."""
+    if store.put_if_absent(JOB_KEY, body + b"\n"):
+        raise JobRefused(
+            f"{store.place.uri}: this store replaces objects that were to be created only if absent "
+            "(If-None-Match is ignored), so commits would not be safe; use a newer version of it, or another"
+        )
+
+
+def _refuse_other_job(store: Store, stored: Mapping[str, Any], job: Job) -> None:
+    unlike = differences(stored["identity"], job.identity)
+    if not unlike:
+        return
+    lines = [f"  {d.name}: the job there has {_short(d.found)}, now {_short(d.wanted)}" for d in unlike]
+    if len(lines) > SHOWN_DIFFERENCES:
+        lines[SHOWN_DIFFERENCES:] = [f"  and {len(unlike) - SHOWN_DIFFERENCES} more"]
+    raise JobRefused(
+        f"{store.place.uri}: this folder belongs to another job; nothing was changed.\n"
+        + "\n".join(lines)
+        + "\nGo on with the old settings, or choose another output folder."
+    )
+
+
+def _short(value: Any) -> str:
+    text = value if value == ABSENT else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _encode(job: Job) -> bytes:
+    context = dataclasses.asdict(job.context)
+    content = {
+        "product": "hqlabel",
+        "format": JOB_FORMAT,
+        "created_at": job.created_at,
+        "identity": job.identity,
+        "context": {name: value for name, value in context.items() if name not in _FROM_THE_PROCESS},
+        "plan": job.plan,
+        "categories": list(job.categories),
+        "units_per_part": job.units_per_part,
+    }
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _read_json(store: Store) -> dict[str, Any] | None:
+    try:
+        body = store.read(JOB_KEY)
+    except NotFound:
+        return None
+    return _decode(body, store)
+
+
+def _decode(body: bytes, store: Store) -> dict[str, Any]:
+    name = f"{store.place.uri}/{JOB_KEY}"
+    try:
+        content = json.loads(body)
+        if content["product"] != "hqlabel":
+            raise ValueError("not of this product")
+        if content["format"] > JOB_FORMAT:
+            raise JobRefused(f"{name} has format {content['format']}; this version reads up to {JOB_FORMAT}")
+        wanted: dict[str, type] = {"identity": dict, "context": dict, "plan": dict, "categories": list}
+        wanted |= {"units_per_part": int, "created_at": str}
+        wrong = [key for key, kind in wanted.items() if not isinstance(content[key], kind)]
+        if wrong or not isinstance(content["context"]["run_id"], str):
+            raise ValueError(f"wrong type of {wrong or 'run_id'}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise JobRefused(
+            f"{name} cannot be read ({type(error).__name__}: {error}); nothing was changed. "
+            "Restore the file, or choose another output folder."
+        ) from error
+    return dict(content)
+
+
+def _job_of(stored: Mapping[str, Any], store: Store, access: AccessRules) -> Job:
+    try:
+        context = _context_of(stored["context"], store, access)
+    except (TypeError, KeyError) as error:
+        raise JobRefused(f"{store.place.uri}/{JOB_KEY} was written by another version ({error})") from error
+    return Job(
+        identity=stored["identity"],
+        context=context,
+        plan=stored["plan"],
+        categories=tuple(stored["categories"]),
+        units_per_part=stored["units_per_part"],
+        created_at=stored["created_at"],
+    )
+
+
+def _context_of(stored: Mapping[str, Any], store: Store, access: AccessRules) -> JobContext:
+    rest = {name: value for name, value in stored.items() if name not in _FROM_THE_PROCESS}
+    masks = {**rest["masks"], "call_shape": CallShape(**rest["masks"]["call_shape"])}
+    rest |= {
+        "weights": Weights(**rest["weights"]),
+        "masks": MaskSettings(**masks),
+        "box_rules": BoxRules(**rest["box_rules"]),
+        "limits": Limits(**rest["limits"]),
+    }
+    if rest.get("detector") is not None:
+        rest["detector"] = DetectorSettings(**rest["detector"])
+    return JobContext(output=store.place, access=access, **rest)

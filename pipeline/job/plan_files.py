@@ -1,0 +1,58 @@
+"""The files of a plan in the output: their names, and how a unit or all of them are read back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import DamageFound
+from pipeline.schema import PLAN
+from pipeline.storage import sealed_parquet as parquet
+from pipeline.storage.store import Store
+
+UNITS_PER_FILE = 64
+
+
+def plan_key(plan_sha256: str, file_index: int) -> str:
+    """The name of one file of a plan."""
+    return f"plan/{plan_sha256[:16]}/{file_index:08d}.parquet"
+
+
+def read_unit(store: Store, plan_sha256: str, unit_id: int) -> pa.Table:
+    """The rows of one unit (schema.PLAN), read from its own row group with page checksums verified.
+
+    Raises:
+        NotFound: no such file of the plan. DamageFound: it is not what was written.
+    """
+    key = plan_key(plan_sha256, unit_id // UNITS_PER_FILE)
+    group = unit_id % UNITS_PER_FILE
+    with store.open_parquet(key) as stream, parquet.open_body(stream, PLAN, key) as file:
+        if group >= file.num_row_groups:
+            raise DamageFound(f"{key}: {file.num_row_groups} units, so there is no unit {unit_id}")
+        try:
+            rows = file.read_row_group(group).replace_schema_metadata()
+        except (OSError, pa.ArrowException) as error:
+            raise DamageFound(f"{key}: unit {unit_id} cannot be read back ({error})") from error
+    if pc.unique(rows.column("unit_id")).to_pylist() != [unit_id]:
+        raise DamageFound(f"{key}: row group {group} does not hold unit {unit_id}")
+    return rows
+
+
+def iter_plan(store: Store, plan_sha256: str) -> Iterator[pa.Table]:
+    """The units of a plan in order, one table (schema.PLAN) each; every file is read once, seal verified.
+
+    Raises:
+        DamageFound: a file is not what was written, or one is missing between others.
+    """
+    for index, entry in enumerate(store.list(f"plan/{plan_sha256[:16]}/")):
+        if entry.key != plan_key(plan_sha256, index):
+            raise DamageFound(f"{plan_key(plan_sha256, index)}: missing; the next file is {entry.key}")
+        rows = parquet.decode(store.read(entry.key), PLAN, entry.key)
+        ids = rows.column("unit_id").to_numpy()
+        edges = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
+        for start, stop in pairwise(edges):
+            yield rows.slice(start, stop - start)

@@ -1,0 +1,416 @@
+"""Which boxes belong to which image, and what every image is called: joined once, by whole columns.
+
+Joined by id where images and boxes both have given ids, else by uri, else by the ids that follow from the
+uris. Ids: the given ones; else the uri below the image root; else the whole uri. Bytes are compared:
+no case, Unicode or percent folding. What does not fit is refused with examples from both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import JobRefused, clean_text
+from pipeline.inputs.arrow_lists import BoolArray, Int64Array, positions
+from pipeline.inputs.lists import BoxList, ImageList, examples
+from pipeline.inputs.open_inputs import resolve_uris
+
+_LOOK_AT = 20_000  # ids looked at to find out why nothing matches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unmatched:
+    """Boxes whose image is not listed: how many, of how many images, and a few of their names."""
+
+    boxes: int = 0
+    images: int = 0
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """Every image, in the order of the input, with its id and its place in the box list.
+
+    `image_id`, `image_uri`: large_string (n,). `mention`: int64 (n,), the image's place in `BoxList`, -1
+    where no box file names it. `id_rule`: how ids and joins came about, in words. `hint`: a sentence on why
+    boxes of `unmatched` found no image, or "".
+    """
+
+    image_id: pa.Array
+    image_uri: pa.Array
+    mention: Int64Array
+    unmatched: Unmatched
+    id_rule: str
+    hint: str = ""
+
+
+def images_of(boxes: BoxList) -> ImageList:
+    """The images that a box file names by itself.
+
+    Raises:
+        JobRefused: it names no uris.
+    """
+    uris = boxes.image_uri
+    if uris is None:
+        raise JobRefused(
+            f"{boxes.files[0]}: the boxes name images by id alone; say with --images where they are"
+        )
+    named = uris.is_valid()  # boxes of an image that the file does not list are found by the join
+    return ImageList(
+        image_uri=resolve_uris(uris.filter(named), boxes.folder),
+        image_id=None if boxes.image_id is None else boxes.image_id.filter(named),
+        id_rule=boxes.id_rule,
+        root=boxes.folder,
+        size_hw=None if boxes.size_hw is None else boxes.size_hw[named.to_numpy(zero_copy_only=False)],
+    )
+
+
+def join(images: ImageList, boxes: BoxList | None, *, allow_unmatched: bool) -> Joined:
+    """Every image with its boxes' place.
+
+    Raises:
+        JobRefused: an image named twice, one id for two images, or boxes whose image is not listed (unless
+            they may be left out).
+    """
+    if boxes is None:
+        ids, rule = _ids(images)
+        joined = Joined(
+            image_id=ids,
+            image_uri=images.image_uri,
+            mention=np.full(len(ids), -1, dtype=np.int64),
+            unmatched=Unmatched(),
+            id_rule=rule,
+        )
+    else:
+        joined = _match(images, boxes, allow_unmatched)
+    _refuse_doubles(
+        joined, is_box_file=boxes is not None and bool(images.files) and images.files == boxes.files
+    )
+    return joined
+
+
+def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool) -> Joined:
+    ids, rule = _ids(images)
+    by_uri = boxes.image_uri is not None and (images.image_id is None or boxes.image_id is None)
+    if boxes.by_stem:
+        keys, wanted, how = _stem_keys(images, boxes)
+    elif by_uri:
+        keys, wanted, how = _uri_keys(images, boxes)
+    else:
+        assert boxes.image_id is not None, "boxes are named by id or by uri"
+        keys, wanted, how = ids, boxes.image_id, "joined by image_id"
+        if boxes.image_uri is not None and images.files:
+            how += " (the uris of the box file are not used)"
+    _refuse_repeated(wanted, boxes)
+    mention = positions(keys, wanted)
+    unmatched = _unmatched(wanted, boxes, mention)
+    hint = (
+        why(keys, _as_compared(images, boxes, wanted, keys) if by_uri else wanted) if unmatched.boxes else ""
+    )
+    if unmatched.boxes and not allow_unmatched:
+        raise _refusal(unmatched, keys, boxes, hint)
+    if by_uri and boxes.image_id is not None:
+        ids = _adopted(ids, boxes.image_id, mention)
+        rule = f"ids of {boxes.files[0]}, for images it does not name: {rule}"
+    return Joined(
+        image_id=ids,
+        image_uri=images.image_uri,
+        mention=mention,
+        unmatched=unmatched,
+        id_rule=f"{rule}; {how}",
+        hint=hint,
+    )
+
+
+def _ids(images: ImageList) -> tuple[pa.Array, str]:
+    """The id of each image, and the rule in words."""
+    if images.image_id is not None:
+        return images.image_id, images.id_rule
+    return _ids_of_uris(images)
+
+
+def _ids_of_uris(images: ImageList) -> tuple[pa.Array, str]:
+    below = pc.starts_with(images.image_uri, f"{images.root.rstrip('/')}/")
+    names = pc.utf8_slice_codeunits(images.image_uri, start=len(images.root.rstrip("/")) + 1)
+    return pc.if_else(below, names, images.image_uri), f"ids are the uris below {images.root}"
+
+
+def _adopted(ids: pa.Array, given: pa.Array, mention: Int64Array) -> pa.Array:
+    """The ids of the box file for the images that it names, the others as they are."""
+    named = given.take(pa.array(mention, mask=mention < 0))
+    return pc.coalesce(named, ids)
+
+
+def _uri_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, str]:
+    """Both sides' uris to compare, and how relative ones were read.
+
+    Relative uris of a box file start from its folder. Where none of them is found so, and the images were
+    listed from a folder, they are read as names below that folder: all of them or none.
+    """
+    assert boxes.image_uri is not None, "the caller has looked"
+    keys = _comparable(images.image_uri)
+    wanted = _comparable(resolve_uris(boxes.image_uri, boxes.folder))
+    if boxes.folder == images.root or (positions(wanted, keys) >= 0).any():
+        return keys, wanted, "joined by image_uri"
+    below_root = _comparable(resolve_uris(boxes.image_uri, images.root))
+    if (positions(below_root, keys) >= 0).any():
+        return keys, below_root, f"joined by image_uri, relative ones below {images.root}"
+    return keys, wanted, "joined by image_uri"
+
+
+def _as_compared(images: ImageList, boxes: BoxList, wanted: pa.Array, keys: pa.Array) -> pa.Array:
+    """The uris of a box file to be told from those of the images: relative ones below the images' folder.
+
+    So they are read where none is found by the other rule, and the folder alone tells nothing then.
+    """
+    if (positions(wanted, keys) >= 0).any():
+        return wanted
+    return _comparable(resolve_uris(boxes.image_uri, images.root))
+
+
+def _stem_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, str]:
+    """Both sides' names below their folders without ending: `a/1` for `a/1.jpg` and `a/1.txt`.
+
+    Raises:
+        JobRefused: the labels of one file could be those of two images.
+    """
+    assert boxes.image_id is not None, "label files are named"
+    names = images.image_id if images.listed and images.image_id is not None else _ids_of_uris(images)[0]
+    keys = _stem(names)
+    labelled = keys.filter(pc.is_in(keys, boxes.image_id))
+    if pc.count_distinct(labelled).as_py() < len(labelled):
+        counts = pc.value_counts(labelled)
+        stem = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0].as_py()
+        both = names.filter(pc.equal(keys, stem))
+        raise JobRefused(
+            f"{boxes.folder}/{clean_text(stem)}.txt could hold the boxes of {examples(both)}; give the "
+            f"pictures "
+            "names that differ before their ending"
+        )
+    return keys, boxes.image_id, "joined by name without ending"
+
+
+def _comparable(uris: pa.Array) -> pa.Array:
+    """`file:///a` and `/a` are one file."""
+    return pc.replace_substring_regex(uris, r"\Afile://(localhost)?/", "/")
+
+
+def _unmatched(wanted: pa.Array, boxes: BoxList, mention: Int64Array) -> Unmatched:
+    lost = boxes.lengths > 0
+    lost[mention[mention >= 0]] = False
+    names = _names(wanted, boxes, lost)
+    return Unmatched(
+        boxes=int(boxes.lengths[lost].sum()),
+        images=int(lost.sum()),
+        examples=tuple(names.slice(0, 5).to_pylist()),
+    )
+
+
+def _names(wanted: pa.Array, boxes: BoxList, where: BoolArray) -> pa.Array:
+    """The keys of some mentions; where there is no uri, the id."""
+    keys = wanted.filter(pa.array(where))
+    return keys if boxes.image_id is None else pc.coalesce(keys, boxes.image_id.filter(pa.array(where)))
+
+
+def _refuse_repeated(wanted: pa.Array, boxes: BoxList) -> None:
+    named = wanted.drop_null()
+    if pc.count_distinct(named).as_py() == len(named):
+        return
+    counts = pc.value_counts(named)
+    twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if boxes.one_row_per_image:
+        reason = "more than one row; join their lists, or give a table with one row a box"
+    else:
+        reason = "more than one id or spelling of the uri; give each image one"
+    raise JobRefused(f"{boxes.files[0]}: {len(twice)} images, such as {examples(twice)}, have {reason}")
+
+
+def _refusal(unmatched: Unmatched, keys: pa.Array, boxes: BoxList, hint: str) -> JobRefused:
+    file = boxes.files[0]
+    none_joined = unmatched.images == len(boxes.lengths)
+    if not hint and none_joined and file.lower().endswith(".json") and _are_numbers(unmatched.examples):
+        hint = "For COCO results give the instances JSON, which says whose these numbers are, as --images. "
+    return JobRefused(
+        f"{file}: {unmatched.boxes} boxes of {unmatched.images} images "
+        f"(of {len(boxes.lengths)}) have no image: "
+        f"it names {examples(unmatched.examples)}; the images are {examples(keys) or 'none'}. "
+        f"{hint}Mend --images or --boxes, or leave these boxes out with --allow-unmatched"
+    )
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return all(name.isascii() and name.isdecimal() for name in names)
+
+
+def _refuse_doubles(joined: Joined, *, is_box_file: bool) -> None:
+    """None when every id and every uri is there once. `is_box_file`: the box file lists the images."""
+    for name, keys in (("image_id", joined.image_id), ("image_uri", _comparable(joined.image_uri))):
+        filled = keys.filter(pc.not_equal(keys, "")) if name == "image_uri" else keys
+        if pc.count_distinct(filled).as_py() < len(filled):
+            raise _doubled(joined, keys, name, is_box_file)
+    if pc.any(pc.equal(joined.image_id, "")).as_py():
+        raise JobRefused("an image has the empty string as its image_id; every image needs an id of its own")
+
+
+def _doubled(joined: Joined, keys: pa.Array, name: str, is_box_file: bool) -> JobRefused:
+    counts = pc.value_counts(keys)
+    twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    rows = pc.indices_nonzero(pc.equal(keys, twice[0])).slice(0, 2)
+    ids, uris = joined.image_id.take(rows).to_pylist(), joined.image_uri.take(rows).to_pylist()
+    if name == "image_id" and uris[0] != uris[1]:
+        what = f"image_id {ids[0]!r} stands for {uris[0]!r} and for {uris[1]!r}"
+    else:
+        what = f"{uris[0]!r} is there twice, with ids {ids[0]!r} and {ids[1]!r}"
+    mend = (
+        "leave --images out, the box file names its images itself" if is_box_file else "name each image once"
+    )
+    return JobRefused(f"{len(twice)} images are not told apart by {name}: {clean_text(what)}; {mend}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Why nothing matches
+# ---------------------------------------------------------------------------------------------
+
+
+Spelling = Callable[[pa.Array], pa.Array]
+Guess = tuple[str, Spelling]
+
+
+def _replaced(*pairs: tuple[str, str]) -> Spelling:
+    def spelling(keys: pa.Array) -> pa.Array:
+        for pattern, text in pairs:
+            keys = pc.replace_substring_regex(keys, pattern, text)
+        return keys
+
+    return spelling
+
+
+def _unquoted(keys: pa.Array) -> pa.Array:
+    """`a%20b` as `a b`, and so `a%2520b`, which was encoded twice."""
+    encoded = pc.match_substring_regex(keys, "%[0-9A-Fa-f]{2}")
+    texts = [unquote(unquote(text)) for text in keys.filter(encoded).to_pylist()]
+    return pc.replace_with_mask(keys, encoded, pa.array(texts, keys.type)) if texts else keys
+
+
+def _composed(keys: pa.Array) -> pa.Array:
+    return pc.utf8_normalize(keys, form="NFC")
+
+
+_base = _replaced((r"\A.*/", ""))
+_stem = _replaced((r"\.[^./]*\z", ""))
+_unpadded = _replaced((r"(\A|/)0+([0-9])", r"\1\2"))
+
+
+def _bare(keys: pa.Array) -> pa.Array:
+    return _stem(_base(keys))
+
+
+# What two names may differ in, and what takes the difference away; in the order in which it can be taken.
+_DIFFERENCES: tuple[Guess, ...] = (
+    ("backslashes (Windows)", _replaced((r"\\+", "/"))),
+    ("white space or quotes around them", _replaced((r"(\A|/)[\s\"']+", r"\1"), (r"[\s\"']+\z", ""))),
+    ("percent-encoding (%20)", _unquoted),
+    (
+        "what Label Studio puts before them",
+        # Its exports to COCO and YOLO keep the eight digits of an upload, below any folder or none.
+        _replaced((r"\A.*/data/local-files/\?d=", ""), (r"\A(.*/)?[0-9a-f]{8}-", "")),
+    ),
+    ("a query behind the name (?, #)", _replaced((r"[?#].*\z", ""))),
+    (
+        "what stands before them (a scheme, a drive, / or ./)",
+        _replaced((r"\A([A-Za-z][A-Za-z0-9+.\-]*:)?[./]*/", "")),
+    ),
+    ("upper and lower case", pc.utf8_lower),
+    ("Unicode form (NFC, NFD)", _composed),
+    ("spaces (_, + or a no-break space for them)", _replaced((r"[\s_+\x{a0}\x{202f}]+", " "))),
+    ("the folder", _base),
+    ("a .0 behind whole numbers", _replaced((r"\A([0-9]+)\.0\z", r"\1"))),
+    ("the ending", _stem),
+    ("leading zeros", _unpadded),
+)
+# One difference that has a sentence of its own.
+_GUESSES: tuple[Guess, ...] = (
+    *((f"they differ in {words}", spelling) for words, spelling in _DIFFERENCES[:9]),
+    (
+        "the ids of one side end in .0, as pandas writes whole numbers of a column with gaps "
+        "(.astype('Int64') before it is written)",
+        dict(_DIFFERENCES)["a .0 behind whole numbers"],
+    ),
+    ("they differ in leading zeros", _unpadded),
+    ("the ids of the boxes look like names without their ending, or with another one", _stem),
+    ("they agree but for the folder", _base),
+)
+# Several that have a name together, and leave less of the names than the others.
+_STEMS: Guess = ("the ids of the boxes look like file stems", _bare)
+_NUMBERS: Guess = (
+    "the ids of the boxes look like the numbers in the file names; "
+    "for COCO results give the instances JSON as --images",
+    lambda keys: _unpadded(_replaced((r"\A.*?([0-9]+)[^0-9]*\z", r"\1"))(_bare(keys))),
+)
+
+
+def why(keys: pa.Array, wanted: pa.Array) -> str:
+    """A sentence when most of what does not match would, but for a difference of spelling, else ""."""
+    missing = wanted.filter(pa.array(positions(wanted, keys) < 0)).drop_null()
+    step = max(1, len(missing) // _LOOK_AT)
+    sample = missing.take(pa.array(np.arange(0, len(missing), step)))
+    but_ending = tuple(one for one in _DIFFERENCES if one[0] != "the ending")
+    numbers = pc.fill_null(pc.match_substring_regex(_bare(sample), r"\A[0-9]+\z"), False)
+    is_numbers = _is_most(numbers.to_numpy(zero_copy_only=False))
+    return (
+        _one(_GUESSES, keys, sample)
+        or _several(but_ending, keys, sample)
+        or _one([_STEMS, _NUMBERS] if is_numbers else [_STEMS], keys, sample)
+        or _several(_DIFFERENCES, keys, sample)
+    )
+
+
+def _one(guesses: Sequence[Guess], keys: pa.Array, sample: pa.Array) -> str:
+    for sentence, spelling in guesses:
+        found = positions(spelling(sample), spelling(keys))
+        if _is_most(found >= 0):
+            return _sentence(sentence, sample, keys, found)
+    return ""
+
+
+def _several(differences: tuple[Guess, ...], keys: pa.Array, sample: pa.Array) -> str:
+    """As `_one`, for names that differ in several things at once: a smallest set of them is named.
+
+    All differences are taken away to find who could belong to whom, and then put back one by one.
+    """
+    found = positions(_spelled(sample, differences), _spelled(keys, differences))
+    if not _is_most(found >= 0):
+        return ""
+    theirs = keys.take(pa.array(found, mask=found < 0))
+    needed = differences
+    for one in reversed(differences):
+        fewer = tuple(other for other in needed if other is not one)
+        same = pc.fill_null(pc.equal(_spelled(sample, fewer), _spelled(theirs, fewer)), False)
+        if _is_most(same.to_numpy(zero_copy_only=False)):
+            needed = fewer
+    words = [words for words, _ in needed]
+    same = pc.fill_null(pc.equal(_spelled(sample, needed), _spelled(theirs, needed)), False)
+    found = np.where(same.to_numpy(zero_copy_only=False), found, -1)
+    return _sentence(f"they differ in {' and '.join(words)}", sample, keys, found)
+
+
+def _spelled(keys: pa.Array, differences: Sequence[Guess]) -> pa.Array:
+    for _, spelling in differences:
+        keys = spelling(keys)
+    return keys
+
+
+def _is_most(found: BoolArray) -> bool:
+    return bool(len(found)) and float(found.mean()) >= 0.5
+
+
+def _sentence(text: str, sample: pa.Array, keys: pa.Array, found: Int64Array) -> str:
+    """The sentence with the first pair that it is true of."""
+    at = int(np.flatnonzero(found >= 0)[0])
+    pair = [repr(clean_text(name.as_py())) for name in (sample[at], keys[int(found[at])])]
+    return f"{text[0].upper()}{text[1:]}: {pair[0]} and {pair[1]}. "

@@ -1,0 +1,293 @@
+"""What planning understood, in numbers and sentences: shown before any work, checked by a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import clean_text
+from pipeline.inputs.arrow_lists import Int64Array, list_lengths, null_mask, single
+from pipeline.inputs.lists import BoxList, ImageList
+from pipeline.inputs.open_inputs import InputSettings, allowed_access
+from pipeline.planning.join import Joined, Unmatched
+from pipeline.planning.suspicious_boxes import SUSPICIOUS_SHARE, suspicions
+from pipeline.settings import BoxFormat, BoxFrame, BoxRules
+from pipeline.stages.resolve_boxes import MOST_POINTS, PROMPT_COLUMNS, prompt_faults
+from pipeline.storage.folders import counted
+from pipeline.storage.store import fingerprint, options_for
+from pipeline.storage.uri_rules import without_credentials
+
+_PROMPTS_AT_ONCE = 4096
+_LOOK_AT_BOXES = 200_000  # boxes looked at for likely mistakes, spread evenly over all
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSummary:
+    """What planning understood.
+
+    `images`, `boxes`, `units`: of the plan. `listed_images`: before `limit`. `without_boxes`: images with
+    an empty list; of these, `listed_without_boxes` are named by no box file. `null_boxes`,
+    `mismatched_labels`, `refused_uris`: images that will fail without being fetched. `invalid_prompts`: boxes
+    of the plan whose points or mask cannot be used, whatever the picture. `unmatched_boxes`: left out by
+    `allow_unmatched`. `skipped_files`: files of an image folder that are no pictures. `left_out`:
+    sentences on what else of it is not taken. `crowd_boxes`: regions, which get no mask.
+    `box_format`, `box_frame`: how the boxes are read. `id_rule`: where ids come from and how boxes were
+    joined, in words. `unused_columns`: of the tables, those that are not read. `warnings`: likely mistakes,
+    with the flag that mends each. `input_files`: fingerprints of all tables and box files.
+    """
+
+    images: int
+    boxes: int
+    units: int
+    listed_images: int
+    without_boxes: int
+    listed_without_boxes: int
+    null_boxes: int
+    mismatched_labels: int
+    refused_uris: int
+    invalid_prompts: int
+    unmatched_boxes: Unmatched
+    skipped_files: int
+    left_out: tuple[str, ...]
+    box_format: BoxFormat
+    box_frame: BoxFrame
+    id_rule: str
+    unused_columns: tuple[str, ...]
+    warnings: tuple[str, ...]
+    input_files: tuple[Mapping[str, Any], ...]
+    crowd_boxes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Understood:
+    """The inputs, read and joined. `boxes`: None when there is no box file."""
+
+    settings: InputSettings
+    images: ImageList
+    boxes: BoxList | None
+    joined: Joined
+    rules: BoxRules
+
+
+def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanSummary:
+    """The summary of a plan; `table` its rows, `mention` the place of each in the box list."""
+    lengths, null = _box_counts(table)
+    refused = _count(table, "uri_refused")
+    mismatched = _count(table, "labels_mismatch")
+    files = dict.fromkeys((*inputs.images.files, *(inputs.boxes.files if inputs.boxes else ())))
+    access = allowed_access(inputs.settings)
+    invalid, why = _invalid_prompts(inputs, table)
+    return PlanSummary(
+        images=table.num_rows,
+        boxes=int(lengths.sum()),
+        units=-(-table.num_rows // inputs.settings.images_per_unit),
+        listed_images=len(inputs.joined.image_id),
+        without_boxes=int(((lengths == 0) & ~null).sum()),
+        listed_without_boxes=int((mention < 0).sum()),
+        null_boxes=int(null.sum()),
+        mismatched_labels=mismatched,
+        refused_uris=refused,
+        invalid_prompts=invalid,
+        unmatched_boxes=inputs.joined.unmatched,
+        skipped_files=inputs.images.skipped_files,
+        left_out=inputs.images.left_out,
+        box_format=inputs.rules.box_format,
+        box_frame=inputs.rules.box_frame,
+        id_rule=inputs.joined.id_rule,
+        unused_columns=_unused_columns(inputs),
+        warnings=(*_box_warnings(inputs), *_row_warnings(table), *why, *_notes(inputs)),
+        input_files=tuple(fingerprint(uri, options_for(uri, access), roots=access.roots) for uri in files),
+        crowd_boxes=sum(_crowds(chunk) for chunk in table.column("boxes").chunks),
+    )
+
+
+def _unused_columns(inputs: Understood) -> tuple[str, ...]:
+    """What no reader took. Of a table that gives images and boxes, the reader of boxes takes more."""
+    images, boxes = inputs.images, inputs.boxes
+    if boxes is None:
+        return images.unused
+    of_images = () if images.files == boxes.files else images.unused
+    return tuple(dict.fromkeys((*of_images, *boxes.unused)))
+
+
+def _crowds(boxes: pa.ListArray) -> int:
+    return int(pc.sum(boxes.flatten().field("iscrowd")).as_py() or 0)
+
+
+def _box_counts(table: pa.Table) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+    """Boxes of each image, and whether its list is null."""
+    chunks = table.column("boxes").chunks
+    lengths = [list_lengths(chunk) for chunk in chunks]
+    nulls = [null_mask(chunk) for chunk in chunks]
+    return np.concatenate([*lengths, np.zeros(0, np.int64)]), np.concatenate([*nulls, np.zeros(0, np.bool_)])
+
+
+def _count(table: pa.Table, code: str) -> int:
+    return int(pc.sum(pc.equal(table.column("error_code"), code)).as_py() or 0)
+
+
+def _row_warnings(table: pa.Table) -> list[str]:
+    """A sentence for each kind of row that fails by the plan alone, with the first reason."""
+    sentences = []
+    for code, start in (
+        ("uri_refused", "uris are refused"),
+        ("labels_mismatch", "images have lists of unlike length"),
+    ):
+        rows = table.filter(pc.equal(table.column("error_code"), code))
+        if rows.num_rows:
+            first = rows.slice(0, 1).to_pylist()[0]
+            sentences.append(
+                f"{rows.num_rows} of {table.num_rows} {start} and will fail: "
+                f"{clean_text(without_credentials(first['image_uri']))}: {first['error_message']}"
+            )
+    return sentences
+
+
+def _invalid_prompts(inputs: Understood, table: pa.Table) -> tuple[int, list[str]]:
+    """How many prompts of the plan cannot be used, and a sentence on them with the first reason."""
+    columns = () if inputs.boxes is None else inputs.boxes.boxes.column_names
+    names = [name for name in PROMPT_COLUMNS if name in columns]
+    prompts = invalid = 0
+    first = ""
+    for chunk in table.column("boxes").chunks if names else ():
+        values = chunk.flatten()
+        given = pa.table({name: pc.struct_field(values, name) for name in names})
+        for start in range(0, len(values), _PROMPTS_AT_ONCE):
+            some = given.slice(start, _PROMPTS_AT_ONCE)
+            doubtful = np.flatnonzero(_doubtful(some))
+            faults = prompt_faults(some.take(pa.array(doubtful)).to_pylist())
+            wrong = [
+                (place, fault)
+                for place, fault in zip(doubtful.tolist(), faults, strict=True)
+                if fault is not None
+            ]
+            if wrong and not first:
+                first = f"{_named(table, prompts + start + wrong[0][0])}: {wrong[0][1]}"
+            invalid += len(wrong)
+        prompts += len(values)
+    if not invalid:
+        return 0, []
+    return invalid, [
+        f"{invalid} of {prompts} boxes have points or a mask that cannot be used, and will have no mask "
+        f"(prompt_invalid); the first is {first}"
+    ]
+
+
+def _doubtful(prompts: pa.Table) -> npt.NDArray[np.bool_]:
+    """True for prompts that have to be looked at one by one: not those of points without a fault alone."""
+    doubtful = np.zeros(len(prompts), dtype=np.bool_)
+    if "prompt_mask" in prompts.column_names:
+        doubtful |= ~null_mask(single(prompts.column("prompt_mask")))
+    counts = dict.fromkeys(PROMPT_COLUMNS, np.zeros(len(prompts), dtype=np.int64))
+    for name in {"points_xy", "point_labels"} & set(prompts.column_names):
+        lists = single(prompts.column(name))
+        counts[name] = list_lengths(lists)
+        values = lists.flatten().to_numpy(zero_copy_only=False)
+        sound = np.isfinite(values) if name == "points_xy" else np.isin(values, (1, 0, -1))
+        doubtful[np.repeat(np.arange(len(prompts)), counts[name])[~sound]] = True
+    labels = counts["point_labels"]
+    doubtful |= (counts["points_xy"] != 2 * labels) | (labels > MOST_POINTS)
+    return doubtful
+
+
+def _named(table: pa.Table, box: int) -> str:
+    """The box at a place among all boxes of the plan, by its image and its place there."""
+    ends = np.cumsum(_box_counts(table)[0])
+    row = int(np.searchsorted(ends, box, side="right"))
+    start = int(ends[row - 1]) if row else 0
+    return f"box {box - start} of {clean_text(table.column('image_id')[row].as_py())}"
+
+
+def _notes(inputs: Understood) -> list[str]:
+    notes = [*inputs.images.notes, *(inputs.boxes.notes if inputs.boxes else ())]
+    lost = inputs.joined.unmatched
+    if lost.boxes:
+        boxes = "1 box" if lost.boxes == 1 else f"{lost.boxes:,} boxes"
+        hint = f". {inputs.joined.hint.rstrip('. ')}" if inputs.joined.hint else ""
+        notes.append(f"{boxes} of {counted(lost.images, 'unlisted image')}: left out{hint}")
+    return notes
+
+
+def _box_warnings(inputs: Understood) -> tuple[str, ...]:
+    """What the boxes look like, judged by up to _LOOK_AT_BOXES of them."""
+    boxes = inputs.boxes
+    total = 0 if boxes is None else int(boxes.lengths.sum())
+    if boxes is None or not total or boxes.box_frame is not None:  # an earlier output is no guess
+        return ()
+    flat = np.arange(0, total, max(1, total // _LOOK_AT_BOXES), dtype=np.int64)
+    mention = np.searchsorted(np.cumsum(boxes.lengths), flat, side="right")
+    rows = flat if boxes.rows is None else boxes.rows[flat]
+    given = single(boxes.boxes.column("given")).take(pa.array(rows))
+    counts = list_lengths(given)
+    whole = counts == 4
+    values = given.filter(pa.array(whole)).flatten().to_numpy(zero_copy_only=False)
+    sizes = _sizes(inputs)
+    found = suspicions(
+        values.reshape(-1, 4),
+        inputs.rules,
+        upright_size_hw=None if sizes is None else sizes[mention[whole]],
+    )
+    null = null_mask(given)
+    for name in {"points_xy", "prompt_mask"} & set(boxes.boxes.column_names):
+        null &= null_mask(single(boxes.boxes.column(name)).take(pa.array(rows)))
+    lacking = int(null.sum()) + int((~np.isfinite(values.reshape(-1, 4)).all(axis=1)).sum())
+    return (*_other_lengths(counts[~null_mask(given)], total), *_lacking(lacking, len(given)), *found)
+
+
+def _lacking(lacking: int, looked_at: int) -> tuple[str, ...]:
+    """A sentence when many of the boxes looked at are null, with no other prompt, or lack a number."""
+    if lacking <= SUSPICIOUS_SHARE * looked_at:
+        return ()
+    return (
+        f"{lacking:,} of {looked_at:,} boxes looked at have null, NaN or infinity among their 4 numbers: "
+        "they get no mask (box_malformed, box_not_finite); an image without boxes has null for all 4, or []",
+    )
+
+
+def _other_lengths(counts: Int64Array, total: int) -> tuple[str, ...]:
+    """A sentence when many boxes have another number of values than four.
+
+    `counts`: of the boxes that were looked at and are not null; `total`: of all boxes.
+    """
+    others = counts[counts != 4]
+    if not len(others) or len(others) <= SUSPICIOUS_SHARE * len(counts):
+        return ()
+    most = int(np.bincount(others).argmax())
+    same = int((others == most).sum())
+    if same == total:
+        many = f"all {total:,} boxes have {most} numbers each"
+    elif same == len(counts):
+        many = f"all of {same:,} boxes looked at have {most} numbers each"
+    else:
+        looked = "boxes" if len(counts) == total else "boxes looked at"
+        many = f"{len(others):,} of {len(counts):,} {looked} have other than 4 numbers, most of them {most}"
+    return (f"{many}{_LENGTHS.get(most, '')}; wanted 4, so they get no mask (box_malformed): {_MEND}",)
+
+
+_LENGTHS = {
+    0: " (empty lists)",
+    5: " (turned boxes with an angle? or a score or class behind the corners?)",
+    6: " (a score and a class behind the corners?)",
+    8: " (the four corners of turned boxes, or polygons?)",
+}
+_MEND = (
+    "write each box as the 4 numbers of an upright box around it, scores and classes in columns of their own"
+)
+
+
+def _sizes(inputs: Understood) -> Int64Array | None:
+    """The picture's size for each image of the box list, where an input states it; 0 where not."""
+    boxes, images = inputs.boxes, inputs.images
+    assert boxes is not None, "the caller has looked"
+    if boxes.size_hw is not None or images.size_hw is None:
+        return boxes.size_hw
+    sizes = np.zeros((len(boxes.lengths), 2), dtype=np.int64)
+    named = inputs.joined.mention >= 0
+    sizes[inputs.joined.mention[named]] = images.size_hw[named]
+    return sizes

@@ -1,0 +1,376 @@
+"""Joined images and boxes -> rows of schema.PLAN, sorted by the bytes of their ids, slice by slice.
+
+Boxes are gathered straight from the input's columns into their final place: one copy, of one slice of
+images at a time. Uris are checked here so that a refused one is a row of the plan, never a surprise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import ImageError, JobRefused, clean_text
+from pipeline.inputs.arrow_lists import Int64Array, list_lengths, null_mask, single, to_lists
+from pipeline.inputs.lists import BOX_COLUMNS, TEXT, BoxList, examples
+from pipeline.planning.join import Joined
+from pipeline.schema import PLAN, PLAN_BOX
+from pipeline.settings import AccessRules
+from pipeline.storage.archive_uris import PLACE, container_of
+from pipeline.storage.folders import allow_root, counted
+from pipeline.storage.store import check_uri
+from pipeline.storage.uri_rules import is_inside, split_scheme, without_credentials
+
+SLICE_ROWS = 65_536
+
+Categories = tuple[Mapping[str, Any], ...]
+"""{"id": int, "name": str or None}, by id."""
+
+
+def plan_table(
+    joined: Joined,
+    order: pa.Array,
+    boxes: BoxList | None,
+    access: AccessRules,
+    *,
+    images_per_unit: int,
+    doubted: Sequence[str] = (),
+) -> pa.Table:
+    """The rows of the plan: `schema.PLAN`, one image each, cut into units of `images_per_unit`.
+
+    `order`: the places in `joined` of the plan's images, in its order. `doubted`: uris that do not share what
+    is known of their folder.
+    """
+    slices, trusted = [], dict[str, bool]()
+    links = pa.array(doubted, TEXT)
+    for start in range(0, len(order), SLICE_ROWS):
+        places = order[start : start + SLICE_ROWS]
+        mention = joined.mention[places.to_numpy()]
+        uris = joined.image_uri.take(places)
+        units = (np.arange(len(places)) + start) // images_per_unit
+        columns = [
+            pa.array(units.astype(np.int32)),
+            pc.cast(joined.image_id.take(places), pa.string()),
+            pc.cast(uris, pa.string()),
+            _boxes(mention, boxes),
+            *_errors(mention, boxes, refused_uris(uris, access, trusted, links)),
+        ]
+        slices.append(pa.table(columns, schema=PLAN))
+    return pa.concat_tables([PLAN.empty_table(), *slices])
+
+
+def _boxes(mention: Int64Array, boxes: BoxList | None) -> pa.Array:
+    """The box lists of some images: empty where no box file names the image, null where it says null."""
+    kind = PLAN.field("boxes").type
+    lengths = np.zeros(len(mention), dtype=np.int64)
+    if boxes is None:
+        return to_lists(lengths, pa.array([], PLAN_BOX), kind=kind)
+    named = mention >= 0
+    lengths[named] = boxes.lengths[mention[named]]
+    null = np.zeros(len(mention), dtype=np.bool_)
+    null[named] = boxes.is_null[mention[named]]
+    rows = pa.array(boxes.rows_of(mention[named]))
+    return to_lists(lengths, _structs(boxes.boxes, rows), kind=kind, null=null)
+
+
+def _structs(boxes: pa.Table, rows: pa.Array) -> pa.Array:
+    """Some boxes as PLAN_BOX; a column that the input did not have is null."""
+    children = []
+    for field in PLAN_BOX:
+        if field.name in boxes.column_names:
+            children.append(_as(single(boxes.column(field.name)).take(rows), field.type))
+        else:
+            children.append(_as(pa.nulls(len(rows), BOX_COLUMNS[field.name]), field.type))
+    return pa.StructArray.from_arrays(children, fields=list(PLAN_BOX))
+
+
+def _as(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    if not pa.types.is_struct(kind):
+        return pc.cast(values, kind)
+    # Parquet wants values under a null struct whose fields are not nullable; null ones are refused later.
+    size, counts = values.flatten()
+    sizes = to_lists(list_lengths(size), pc.fill_null(size.flatten(), -1), kind=kind.field("size").type)
+    text = pc.cast(pc.fill_null(counts, ""), pa.string())
+    return pa.StructArray.from_arrays([sizes, text], fields=list(kind), mask=pa.array(null_mask(values)))
+
+
+def _errors(mention: Int64Array, boxes: BoxList | None, refused: Mapping[int, str]) -> list[pa.Array]:
+    """error_code and error_message: a refused uri first, else lists of unlike length."""
+    message = pa.nulls(len(mention), pa.string())
+    if boxes is not None:
+        message = pc.cast(boxes.error.take(pa.array(mention, mask=mention < 0)), pa.string())
+    code = pc.if_else(message.is_valid(), "labels_mismatch", pa.scalar(None, pa.string()))
+    if not refused:
+        return [code, message]
+    rows = np.fromiter(refused, dtype=np.int64)
+    where = np.zeros(len(mention), dtype=np.bool_)
+    where[rows] = True
+    texts: list[str | None] = [None] * len(mention)
+    for row, text in refused.items():
+        texts[row] = text
+    code = pc.if_else(pa.array(where), "uri_refused", code)
+    return [code, pc.coalesce(pa.array(texts, pa.string()), message)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Uris
+# ---------------------------------------------------------------------------------------------
+
+# A name of which the check says the same as of its neighbours in the folder.
+_PLAIN_NAME = r"\A[^\x00-\x20.?#%:\\][^\x00-\x1f\x7f?#%:\\]*\z"
+
+
+def refused_uris(
+    uris: pa.Array,
+    access: AccessRules,
+    trusted: dict[str, bool] | None = None,
+    doubted: pa.Array | None = None,
+) -> dict[int, str]:
+    """Place -> reason, for the uris that may not be opened.
+
+    The rules look at scheme, bucket and folder, so one plain name stands for all plain names of its
+    folder; odd names, `doubted` uris, and all of a folder whose first was refused, are checked one by one.
+    Workers check every uri again before they open it, and there follow the links of each file too.
+
+    `trusted`: what is known of folders already; what is found out is added to it.
+    """
+    trusted = {} if trusted is None else trusted
+    alone = None if doubted is None or not len(doubted) else pc.is_in(uris, doubted)
+    # Of a picture inside another file, that file is looked at.
+    inside = pc.match_substring_regex(uris, PLACE)
+    if pc.any(inside).as_py():
+        uris = pc.replace_substring_regex(uris, PLACE, r"\1\2")
+    folders = pc.replace_substring_regex(uris, r"[^/]*\z", "").dictionary_encode()
+    codes, texts = folders.indices.to_numpy(), folders.dictionary.to_pylist()
+    names = pc.replace_substring_regex(uris, r"\A.*/", "")
+    plain = pc.match_substring_regex(names, _PLAIN_NAME).to_numpy(zero_copy_only=False)
+    if alone is not None:
+        plain = plain & ~alone.to_numpy(zero_copy_only=False)
+    rows = np.flatnonzero(plain)
+    known, first = np.unique(codes[rows], return_index=True)
+    for code, row in zip(known.tolist(), rows[first].tolist(), strict=True):
+        if texts[code] not in trusted:
+            trusted[texts[code]] = _refusal(uris[row].as_py(), access) is None
+    is_trusted = np.array([trusted.get(text, False) for text in texts], dtype=np.bool_)
+    doubtful = np.flatnonzero(~(plain & is_trusted[codes])).tolist()
+    reasons = {row: _refusal(uris[row].as_py(), access) for row in doubtful}
+    return {row: reason for row, reason in reasons.items() if reason is not None}
+
+
+def refuse_if_a_flag_is_missing(plan: pa.Table, access: AccessRules) -> None:
+    """Refuse a plan of which most images may not be read, though one flag would allow it.
+
+    A few are rows that fail; most of them are a mistake that would cost the whole job.
+
+    Raises:
+        JobRefused: `--allow-root` or `--allow-scheme` is missing; it says which folder or scheme.
+    """
+    refused = plan.filter(pc.equal(plan.column("error_code"), "uri_refused")).column("image_uri").to_pylist()
+    if 2 * len(refused) <= plan.num_rows:
+        return
+    leading = {uri: real for uri in refused if (real := _outside(uri, access)) is not None}
+    if 2 * len(leading) > plan.num_rows:
+        uri, real = next(iter(leading.items()))
+        link = "" if uri.endswith(real) else f", which is {clean_text(real)}"
+        raise JobRefused(
+            f"{len(leading)} of {plan.num_rows} images lie outside what may be read, such as "
+            f"{clean_text(uri)}{link}: allow them with {allow_root(map(os.path.dirname, leading.values()))}"
+        )
+    schemes = {uri: split_scheme(uri)[0] for uri in refused}
+    unknown = {uri: name for uri, name in schemes.items() if name not in ("file", *access.schemes)}
+    if 2 * len(unknown) > plan.num_rows:
+        flags = " ".join(f"--allow-scheme {clean_text(name)}" for name in sorted(set(unknown.values())))
+        raise JobRefused(
+            f"{len(unknown)} of {plan.num_rows} images have a scheme that is not allowed, such as "
+            f"{clean_text(without_credentials(next(iter(unknown))))}: allow them with {flags}"
+        )
+
+
+def _outside(uri: str, access: AccessRules) -> str | None:
+    """Return where a local file really lies when that is outside the roots; else None."""
+    scheme, path = split_scheme(container_of(uri))
+    if scheme != "file" or not path.startswith("/") or "\x00" in path:
+        return None
+    real = os.path.realpath(path)
+    return None if any(is_inside(real, root) for root in access.roots) else real
+
+
+def _refusal(uri: str, access: AccessRules) -> str | None:
+    try:
+        check_uri(uri, access)
+    except ImageError as error:
+        return error.message if error.code == "uri_refused" else None  # the reader says the others
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Categories
+# ---------------------------------------------------------------------------------------------
+
+
+def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList, Categories]:
+    """Return the boxes with ids and names of their categories both filled in, and the list of categories.
+
+    Names without ids are numbered from 1 in the order of their UTF-8 bytes. Where some boxes have ids, a box
+    that lacks its id or its name gets the one that the others, or the input's own list, give it; a name that
+    nobody numbers stays without an id, and is noted. `used`: the rows of boxes that belong to an image, None
+    for all; only their names count.
+
+    Raises:
+        JobRefused: one id with two names, or a name alone that has two ids; names a box of each.
+    """
+    table = boxes.boxes
+    for column in ("category_id", "category_name"):  # all null: never given
+        if column in table.column_names and table.column(column).null_count == table.num_rows:
+            table = table.drop_columns([column])
+    if "category_name" in table.column_names and "category_id" not in table.column_names:
+        names = pc.unique(_used(table, "category_name", used).drop_null())
+        names = names.take(pc.sort_indices(names))
+        ids = pa.array(np.arange(1, len(names) + 1), pa.int32())
+        found = ids.take(pc.index_in(single(table.column("category_name")), names, skip_nulls=True))
+        table = table.append_column("category_id", found)
+        return replace(boxes, boxes=table), _category_list(ids, names)
+    if "category_id" not in table.column_names:
+        return replace(boxes, boxes=table), ()
+    if "category_name" not in table.column_names:
+        table = table.append_column("category_name", pa.nulls(table.num_rows, TEXT))
+    table = _without_blank_names(table)
+    pairs = pa.table({name: _used(table, name, used) for name in ("category_id", "category_name")})
+    pairs = pairs.group_by(["category_id", "category_name"]).aggregate([])
+    own = _names_by_id(pairs, boxes)
+    listed, said = _agreeing(boxes, own)
+    names_by_id = listed | own
+    ids_by_name = _ids_by_name(pairs, names_by_id, boxes)
+    table = _filled(table, "category_name", "category_id", names_by_id)
+    table = _filled(table, "category_id", "category_name", ids_by_name)
+    every = {number: None for number in pairs.column("category_id").to_pylist() if number is not None}
+    known = every | names_by_id
+    lone = [name for name in pairs.column("category_name").to_pylist() if name is not None]
+    lone = sorted(set(lone) - set(names_by_id.values()), key=str.encode)
+    unnamed = sorted(set(every) - set(names_by_id)) if names_by_id and not said else []
+    notes = (
+        *boxes.notes,
+        *said,
+        *([_no_ids(lone)] if lone else []),
+        *([_no_names(unnamed)] if unnamed else []),
+    )
+    return replace(boxes, boxes=table, notes=notes), tuple(
+        {"id": key, "name": known[key]} for key in sorted(known)
+    )
+
+
+def _without_blank_names(table: pa.Table) -> pa.Table:
+    """Return the table with null for names of no letters, which beside ids are no names."""
+    names = single(table.column("category_name"))
+    names = pc.if_else(pc.equal(names, ""), pa.scalar(None, names.type), names)
+    return table.set_column(table.column_names.index("category_name"), "category_name", names)
+
+
+def _names_by_id(pairs: pa.Table, boxes: BoxList) -> dict[int, str]:
+    """Return the name that boxes give each id; raise JobRefused for two."""
+    names: dict[int, str] = {}
+    for row in pairs.to_pylist():
+        number, name = row["category_id"], row["category_name"]
+        if number is None or name is None or names.setdefault(number, name) == name:
+            continue
+        one, other = (
+            _first_box(boxes, {"category_id": number, "category_name": n}) for n in (names[number], name)
+        )
+        raise JobRefused(
+            f"category_id {number} has several names: {examples([names[number]])} ({one}) and "
+            f"{examples([name])} ({other}); one id names one category"
+        )
+    return names
+
+
+def _agreeing(boxes: BoxList, own: Mapping[int, str]) -> tuple[dict[int, str], list[str]]:
+    """Return the names of the input's list; none, and a note, where boxes call an id otherwise."""
+    listed = dict(boxes.categories)
+    unlike = next((number for number, name in own.items() if listed.get(number, name) != name), None)
+    if unlike is None:
+        return listed, []
+    names = examples([listed[unlike]]), examples([own[unlike]])
+    return {}, [
+        f"category {unlike} is {names[0]} in the list of categories and {names[1]} in the boxes: the boxes' "
+        "names hold, and the list is not used"
+    ]
+
+
+def _ids_by_name(pairs: pa.Table, names: Mapping[int, str], boxes: BoxList) -> dict[str, int]:
+    """Return the ids of names that some boxes have alone; raise JobRefused where a name has two."""
+    found: dict[str, int] = {}
+    ids: dict[str, list[int]] = {}
+    for number, name in sorted(names.items()):
+        ids.setdefault(name, []).append(number)
+    for row in pairs.to_pylist():
+        name = row["category_name"]
+        if row["category_id"] is not None or name is None:
+            continue
+        numbers = ids.get(name, [])
+        if len(numbers) > 1:
+            where = _first_box(boxes, {"category_id": None, "category_name": name})
+            raise JobRefused(
+                f"{where} has the category {examples([name])} and no category_id, and the name stands for "
+                f"{numbers[0]} and {numbers[1]}; say which is meant"
+            )
+        if numbers:
+            found[name] = numbers[0]
+    return found
+
+
+def _first_box(boxes: BoxList, wanted: Mapping[str, Any]) -> str:
+    """Return where the first box with these values stands: `box 3 of image 'a.jpg'`, counted from 0."""
+    table = boxes.boxes
+    hit = np.ones(table.num_rows, dtype=np.bool_)
+    for name, value in wanted.items():
+        column = single(table.column(name))
+        same = column.is_null() if value is None else pc.fill_null(pc.equal(column, value), False)
+        hit &= same.to_numpy(zero_copy_only=False)
+    ordered = hit if boxes.rows is None else hit[boxes.rows]
+    at = int(np.flatnonzero(ordered)[0])
+    ends = np.cumsum(boxes.lengths)
+    image = int(np.searchsorted(ends, at, side="right"))
+    ids = boxes.image_id if boxes.image_id is not None else boxes.image_uri
+    assert ids is not None, "boxes are grouped by one of the two"
+    return f"box {at - int(ends[image] - boxes.lengths[image])} of image {examples([ids[image].as_py()])}"
+
+
+def _filled(table: pa.Table, column: str, by: str, values: Mapping[Any, Any]) -> pa.Table:
+    """Return the table, nulls of a column filled from another column where `values` has its value."""
+    mine, keys = single(table.column(column)), single(table.column(by))
+    if not mine.null_count or not values:
+        return table
+    known = pa.array(list(values.values()), mine.type)
+    found = known.take(pc.index_in(keys, pa.array(list(values), keys.type), skip_nulls=True))
+    return table.set_column(table.column_names.index(column), column, pc.coalesce(mine, found))
+
+
+def _no_ids(names: list[str]) -> str:
+    return (
+        f"{len(names)} category names have no id, such as {examples(names)}, while others have one: "
+        "the tables keep them so, and exports number them after the others"
+    )
+
+
+def _no_names(ids: list[int]) -> str:
+    return (
+        f"{counted(len(ids), 'category id')} of the boxes without a name, such as "
+        f"{', '.join(map(str, ids[:3]))}, while others have one: is the list of categories that of these "
+        "boxes? The tables keep the ids"
+    )
+
+
+def _used(table: pa.Table, name: str, rows: Int64Array | None) -> pa.Array:
+    column = single(table.column(name))
+    return column if rows is None else column.take(pa.array(rows))
+
+
+def _category_list(ids: pa.Array, names: pa.Array) -> Categories:
+    return tuple(
+        {"id": key, "name": name} for key, name in zip(ids.to_pylist(), names.to_pylist(), strict=True)
+    )

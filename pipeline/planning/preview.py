@@ -1,0 +1,208 @@
+"""A look at a few pictures before any work: can they be opened, and do the boxes lie in them.
+
+Planning reads lists and tables only, so it cannot see that boxes were measured before the EXIF orientation
+was applied. The headers of some pictures, spread over the plan, tell. Nothing here stops a job.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import ImageError, SystemicFault, clean_text
+from pipeline.images.decode import DecodedImage
+from pipeline.images.decode_process import DecodeChild
+from pipeline.images.fetch import fetch_ahead
+from pipeline.inputs.box_tables import LARGEST_SHARE
+from pipeline.inputs.lists import examples
+from pipeline.planning.suspicious_boxes import suspicions_of_place
+from pipeline.settings import AccessRules, BoxRules, Limits
+
+PICTURES = 32
+SUSPICIOUS_SHARE = 0.1
+"""Of the pictures looked at that cannot be opened: more of them is no accident."""
+_BOXES_OF_ONE = 1000
+_FETCH_TIMEOUT_S = 15.0  # a picture that takes longer is left to the job
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """One picture of the plan: its row, and its header or why there is none."""
+
+    row: Mapping[str, Any]
+    header: DecodedImage | None
+    error: ImageError | None
+
+
+def look(
+    table: pa.Table, rules: BoxRules, access: AccessRules, limits: Limits, *, detected: bool = False
+) -> tuple[str, ...]:
+    """Sentences on what is likely wrong, with the flag that mends it where there is one.
+
+    `table`: a plan (schema.PLAN). Fetches up to PICTURES pictures that have boxes, and opens their headers.
+    `detected`: a detector finds the boxes, so that every picture counts.
+    """
+    rows = _sample(table, detected=detected)
+    if not rows:
+        return ()
+    try:
+        seen = _seen(rows, access, limits)
+    except SystemicFault as fault:
+        return (f"no picture could be looked at from this machine: {clean_text(str(fault))}",)
+    found = (_unopened(seen), *_misplaced(seen, rules), _odd_masks(seen), _odd_points(seen, rules))
+    return tuple(sentence for sentence in found if sentence)
+
+
+def _sample(table: pa.Table, *, detected: bool) -> list[dict[str, Any]]:
+    """Rows that are to be opened, spread evenly: those with boxes, or all where a detector sees them.
+
+    One of each of PICTURES stretches, but not always its first: every second file may be missing.
+    """
+    wanted = pc.is_null(table.column("error_code"))
+    if not detected:
+        has_boxes = pc.greater(pc.fill_null(pc.list_value_length(table.column("boxes")), 0), 0)
+        wanted = pc.and_(has_boxes, wanted)
+    places = pc.indices_nonzero(wanted).to_numpy()
+    if not len(places):
+        return []
+    edges = np.linspace(0, len(places), PICTURES + 1).astype(np.int64)
+    within = np.random.default_rng(0).random(PICTURES)
+    chosen = places[np.unique(edges[:-1] + (within * np.diff(edges)).astype(np.int64))]
+    # One by one: to take rows from a chunked column joins its chunks first, however large they are.
+    rows: list[dict[str, Any]] = pa.concat_tables(table.slice(int(at), 1) for at in chosen).to_pylist()
+    return rows
+
+
+def _seen(rows: list[dict[str, Any]], access: AccessRules, limits: Limits) -> list[_Seen]:
+    soon = replace(limits, fetch_timeout_s=min(limits.fetch_timeout_s, _FETCH_TIMEOUT_S))
+    child = DecodeChild(soon, side=1, decoder="pipeline.images.decode:measure_image")
+    found = []
+    try:
+        for row, outcome in zip(rows, fetch_ahead([r["image_uri"] for r in rows], access, soon), strict=True):
+            header, error = None, outcome.error
+            try:
+                header = child.decode(outcome.fetched.data) if outcome.fetched else None
+            except ImageError as failure:
+                error = failure
+            found.append(_Seen(row=row, header=header, error=error))
+    finally:
+        child.close()
+    return found
+
+
+def _unopened(seen: list[_Seen]) -> str | None:
+    """A sentence when so many of the pictures cannot be used that it is no accident."""
+    failed = [one for one in seen if one.error is not None]
+    if len(failed) <= SUSPICIOUS_SHARE * len(seen):
+        return None
+    codes = Counter(one.error.code for one in failed if one.error)
+    code = codes.most_common(1)[0][0]
+    uris = [one.row["image_uri"] for one in failed if one.error and one.error.code == code]
+    first = next(one.error for one in failed if one.error and one.error.code == code)
+    return (
+        f"{len(failed)} of {len(seen)} pictures looked at cannot be opened, most with {code}, such as "
+        f"{examples(uris)}: {first.message}{_odd_name(uris[0])}{_NOT_FOUND if code == 'not_found' else ''}"
+    )
+
+
+def _odd_masks(seen: list[_Seen]) -> str | None:
+    """A sentence when masks given as prompts are not of their picture's size."""
+    masks = [
+        (one.row["image_id"], box["prompt_mask"]["size"], one.header.size_hw)
+        for one in seen
+        if one.header is not None
+        for box in one.row["boxes"][:_BOXES_OF_ONE]
+        # others are no masks at all, which the plan says
+        if box["prompt_mask"] is not None and min(box["prompt_mask"]["size"] or [0]) > 0
+    ]
+    odd = [(image_id, size, size_hw) for image_id, size, size_hw in masks if tuple(size) != size_hw]
+    if not odd:
+        return None
+    image_id, size, (height, width) = odd[0]
+    return (
+        f"{len(odd)} of {len(masks)} masks looked at are of another size than their picture, and will not be "
+        f"used (prompt_invalid), such as {size[:4]} for {clean_text(image_id)}, which is {height} high and "
+        f"{width} wide; a mask's size is [height, width] of the upright picture"
+    )
+
+
+def _odd_points(seen: list[_Seen], rules: BoxRules) -> str | None:
+    """Return a sentence when points lie as shares of their pictures would, or outside them.
+
+    Shares are points too, at the picture's corner: they spoil the mask, and no code says so.
+    """
+    points_N2, sizes_hw = [], list[tuple[int, int]]()
+    for one in seen:
+        if one.header is None:
+            continue
+        size_hw = one.header.stored_size_hw if rules.box_frame == "stored" else one.header.size_hw
+        for box in one.row["boxes"][:_BOXES_OF_ONE]:
+            numbers, labels = np.array(box["points_xy"] or [], np.float64), box["point_labels"] or []
+            if len(numbers) != 2 * len(labels):
+                continue  # which the plan says
+            some = numbers.reshape(-1, 2)[[label != -1 for label in labels]]  # -1 fills up
+            some = some[np.isfinite(some).all(axis=1)]
+            points_N2.append(some)
+            sizes_hw += [size_hw] * len(some)
+    points = np.concatenate(points_N2) if points_N2 else np.zeros((0, 2))
+    if not len(points):
+        return None
+    if np.mean((np.abs(points) <= LARGEST_SHARE).all(axis=1)) > 0.9:
+        return (
+            f"nearly all of {len(points)} points looked at lie within 0 to 1, in the corner of their "
+            "pictures; points are pixels, whatever the box format: multiply shares by width and height"
+        )
+    outside = ((points < 0) | (points > np.array(sizes_hw)[:, ::-1])).any(axis=1)
+    if outside.mean() <= SUSPICIOUS_SHARE:
+        return None
+    (x, y), (height, width) = points[outside][0], np.array(sizes_hw)[outside][0]
+    return (
+        f"{outside.sum()} of {len(points)} points looked at lie outside their pictures: their boxes get no "
+        f"mask (prompt_invalid), such as ({x:g}, {y:g}) in one {height} high and {width} wide; points are "
+        f"[x, y] in pixels of the {rules.box_frame} picture"
+    )
+
+
+_NOT_FOUND = "; if they lie elsewhere: --set input.image_root=FOLDER"
+
+
+def _odd_name(uri: str) -> str:
+    """What in a name may be why there is no such file, in words; "" where nothing is odd."""
+    odd = [
+        words
+        for words, pattern in (
+            ("backslashes (Windows)", r"\\"),
+            ("percent-encoding", r"%[0-9A-Fa-f]{2}"),
+            ("white space or quotes at its end or beginning", r"""[\s"']\Z|/[\s"'][^/]*\Z"""),
+        )
+        if re.search(pattern, uri)
+    ]
+    return f"; the name has {' and '.join(odd)}" if odd else ""
+
+
+def _misplaced(seen: list[_Seen], rules: BoxRules) -> tuple[str, ...]:
+    given, upright, stored = [], [], []
+    for one in seen:
+        if one.header is None:
+            continue
+        for box in one.row["boxes"][:_BOXES_OF_ONE]:
+            numbers = box["given"]
+            if numbers is not None and len(numbers) == 4 and None not in numbers:
+                given.append(numbers)
+                upright.append(one.header.size_hw)
+                stored.append(one.header.stored_size_hw)
+    if not given:
+        return ()
+    return suspicions_of_place(
+        np.array(given, np.float64),
+        rules,
+        upright_size_hw=np.array(upright, np.int64),
+        stored_size_hw=np.array(stored, np.int64),
+    )

@@ -1,0 +1,129 @@
+"""Likely mistakes in boxes, found before any work: another format, or another frame, than was said."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from model.geometry import BoxFormat as PlainFormat
+from model.geometry import boxes_to_xyxy
+from pipeline.inputs.box_tables import LARGEST_SHARE
+from pipeline.settings import BoxFormat, BoxRules
+from pipeline.stages.resolve_boxes import NORMALISED, any_of_row
+
+Float64Array = npt.NDArray[np.float64]
+
+SUSPICIOUS_SHARE = 0.1
+"""Of the boxes looked at; real detectors stay far below, a wrong format far above."""
+
+
+def suspicions(
+    given_N4: Float64Array,
+    rules: BoxRules,
+    *,
+    upright_size_hw: npt.NDArray[np.int64] | None = None,
+    stored_size_hw: npt.NDArray[np.int64] | None = None,
+) -> tuple[str, ...]:
+    """Sentences on boxes that look as if they were read in the wrong format or frame, with the flag to set.
+
+    `given_N4`: boxes as given, of any images; rows with NaN or infinity are left out. `upright_size_hw`,
+    `stored_size_hw`: int64 (N, 2), the sizes of the pictures they lie in, where known; 0 where not.
+    """
+    boxes_N4 = given_N4[np.isfinite(given_N4).all(axis=1)]
+    if not len(boxes_N4):
+        return ()
+    base = rules.box_format.removesuffix(NORMALISED)
+    with np.errstate(over="ignore", invalid="ignore"):  # boxes of 1e308 are as wrong as they look
+        found = _wrong_format(boxes_N4, rules.box_format, base)
+    if upright_size_hw is None:
+        return tuple(found)
+    return (*found, *suspicions_of_place(given_N4, rules, upright_size_hw, stored_size_hw))
+
+
+def suspicions_of_place(
+    given_N4: Float64Array,
+    rules: BoxRules,
+    upright_size_hw: npt.NDArray[np.int64],
+    stored_size_hw: npt.NDArray[np.int64] | None,
+) -> tuple[str, ...]:
+    """Of the sentences of `suspicions` those that the sizes of the pictures show; arguments as there."""
+    finite = np.isfinite(given_N4).all(axis=1)
+    base = rules.box_format.removesuffix(NORMALISED)
+    if rules.box_format != base or not finite.any():
+        return ()
+    upright = upright_size_hw[finite]
+    stored = None if stored_size_hw is None else stored_size_hw[finite]
+    with np.errstate(over="ignore", invalid="ignore"):
+        xyxy_N4 = boxes_to_xyxy(given_N4[finite], cast(PlainFormat, base))
+        found = _too_far(xyxy_N4, base, upright) or _wrong_frame(xyxy_N4, rules, upright, stored)
+    return (found,) if found else ()
+
+
+def _wrong_format(boxes_N4: Float64Array, box_format: BoxFormat, base: str) -> list[str]:
+    """What the numbers alone show; both sentences name the one format that mends both."""
+    largest_N = np.abs(boxes_N4).max(axis=1)
+    shares = float((largest_N <= LARGEST_SHARE).mean())
+    ends_early = float((boxes_N4[:, 2:] <= boxes_N4[:, :2]).any(axis=1).mean()) if base == "xyxy" else 0.0
+    is_wrong_corners = ends_early > SUSPICIOUS_SHARE
+    right_base = "xywh" if is_wrong_corners else base
+    found = []
+    if box_format == base and shares > 0.9:
+        found.append(
+            f"{shares:.0%} of the boxes lie within 0 to 1, which as pixels is a corner of one pixel; "
+            f"if they are shares of the picture: --box-format {right_base}{NORMALISED}"
+        )
+    if box_format != base and np.median(largest_N) > 2:
+        found.append(
+            f"the boxes are read as shares of the picture, but reach {largest_N.max():g}; "
+            f"if they are pixels: --box-format {right_base}"
+        )
+    if is_wrong_corners:
+        unit = NORMALISED if (box_format != base) != bool(found) else ""
+        found.append(
+            f"{ends_early:.0%} of the boxes, read as x1, y1, x2, y2, end before they begin; "
+            f"if they are x, y, width, height: --box-format xywh{unit}"
+        )
+    return found
+
+
+def _too_far(xyxy_N4: Float64Array, base: str, size_hw: npt.NDArray[np.int64]) -> str | None:
+    if base == "xyxy":
+        return None
+    known = (size_hw > 0).all(axis=1)
+    beyond = any_of_row(xyxy_N4[known, 2:] > size_hw[known][:, ::-1] * 1.01)
+    share = float(beyond.mean()) if len(beyond) else 0.0
+    if share <= SUSPICIOUS_SHARE:
+        return None
+    return (
+        f"{share:.0%} of the boxes, read as {base}, reach over the right or lower edge of their picture; "
+        "if they are x1, y1, x2, y2: --box-format xyxy"
+    )
+
+
+def _wrong_frame(
+    xyxy_N4: Float64Array,
+    rules: BoxRules,
+    upright_size_hw: npt.NDArray[np.int64],
+    stored_size_hw: npt.NDArray[np.int64] | None,
+) -> str | None:
+    if stored_size_hw is None:
+        return None
+    is_upright = rules.box_frame == "upright"
+    read, other = (upright_size_hw, stored_size_hw)[:: 1 if is_upright else -1]
+    turned = any_of_row(upright_size_hw != stored_size_hw)
+    outside = any_of_row(xyxy_N4[turned, 2:] > read[turned][:, ::-1] * 1.01)
+    fits = ~any_of_row(xyxy_N4[turned, 2:] > other[turned][:, ::-1] * 1.01)
+    share = float((outside & fits).mean()) if turned.any() else 0.0
+    if share <= SUSPICIOUS_SHARE:
+        return None
+    if is_upright:
+        return (
+            f"{share:.0%} of the boxes on turned photographs fit the picture as stored, not upright; "
+            "if the detector ignored EXIF: --box-frame stored"
+        )
+    return (
+        f"{share:.0%} of the boxes on turned photographs fit the picture upright, not as stored; "
+        "if the detector applied EXIF: --box-frame upright"
+    )

@@ -1,0 +1,125 @@
+"""The last stage: a unit's results -> one checked Parquet body -> one create-if-absent request.
+
+The plan is read again here and the table held against it: what is committed answers every planned box,
+or nothing is written. What goes back to the driver are counts.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import fields, replace
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import SystemicFault
+from pipeline.failpoints import visit
+from pipeline.job.plan_files import read_unit
+from pipeline.settings import JobContext, UnitOutcome
+from pipeline.stages.hand_over import UnitRow
+from pipeline.stages.prepare import earlier_generation
+from pipeline.stages.prompt_groups import resolved_boxes
+from pipeline.storage.store import Store
+from pipeline.tables.unit_files import (
+    build_unit_table,
+    check_against_plan,
+    commit,
+    encode,
+    outcome_of,
+    replace_rows,
+)
+from pipeline.unit import ImageResult
+from pipeline.worker import logs
+from pipeline.worker.unsafe_env import refuse_here
+
+_COUNTS = pa.list_(
+    pa.struct([pa.field("code", pa.string(), nullable=False), pa.field("count", pa.int64(), nullable=False)])
+)
+_PLAIN = {"bool": pa.bool_(), "float": pa.float64(), "int": pa.int64()}
+OUTCOME = pa.schema(
+    [
+        pa.field(f.name, _COUNTS if f.name == "failed_by_code" else _PLAIN[str(f.type)], nullable=False)
+        for f in fields(UnitOutcome)
+    ]
+    + [pa.field("fault_code", pa.string()), pa.field("fault_message", pa.string())]
+)
+"""What the driver is sent for a unit: the fields of UnitOutcome, or a systemic fault."""
+
+
+def commit_unit(unit: UnitRow, context: JobContext, store: Store) -> pa.Table:
+    """One row of schema OUTCOME: the unit is committed, or met a systemic fault on its way.
+
+    Raises:
+        ValueError: the results do not answer the plan. A bug: nothing is written.
+        DamageFound: another file stands under the unit's name and does not verify.
+    """
+    try:
+        outcome = _commit(unit, context, store) if unit.fault is None else None
+    except SystemicFault as fault:
+        return _pack(None, unit.unit_id, fault)
+    return _pack(outcome, unit.unit_id, unit.fault)
+
+
+def _commit(unit: UnitRow, context: JobContext, store: Store) -> UnitOutcome:
+    refuse_here()
+    began = time.monotonic()
+    results = [_with_boxes(image, context) for image in unit.images]
+    table = build_unit_table(results, context)
+    if unit.redo_codes is not None:
+        table = replace_rows(earlier_generation(unit, store), table)
+        visit("retry.replaced")
+    planned = read_unit(store, context.plan_sha256, unit.unit_id)
+    check_against_plan(table, planned, detected=context.detector is not None)
+    body = encode(table, context)
+    visit("unit.built")
+    created = commit(store, unit.unit_id, unit.generation, body)
+    seconds = unit.seconds + time.monotonic() - began
+    outcome = outcome_of(
+        table, unit.unit_id, unit.generation, size=len(body), created=created, seconds=seconds
+    )
+    _log(outcome, table, context)
+    return replace(outcome, begun_before=sum(image.attempts > 1 for image in unit.images))
+
+
+def _log(outcome: UnitOutcome, table: pa.Table, context: JobContext) -> None:
+    """A line for the unit and one for each image of it that failed; those of a retry are said again."""
+    run_id, unit_id = context.run_id, outcome.unit_id
+    said = {k: v for k, v in vars(outcome).items() if k not in ("unit_id", "begun_before")}
+    logs.event("unit_committed", run_id=run_id, unit_id=unit_id, **said)
+    if outcome.repeated or not outcome.failed:
+        return
+    for row in table.select(["image_id", "error_code", "error_message"]).to_pylist():
+        if row["error_code"] is not None:
+            logs.image_failed(run_id, unit_id, row["image_id"], row["error_code"], row["error_message"])
+
+
+def _with_boxes(image: ImageResult, context: JobContext) -> ImageResult:
+    """The result with its resolved boxes, where the image's size is known and it has boxes at all."""
+    if image.size_hw is None or not image.planned["boxes"]:
+        return image
+    return replace(image, boxes=resolved_boxes(image, context.box_rules))
+
+
+def _pack(outcome: UnitOutcome | None, unit_id: int, fault: SystemicFault | None) -> pa.Table:
+    row: dict[str, Any] = dict.fromkeys(OUTCOME.names, 0) | {"repeated": False, "failed_by_code": []}
+    row["unit_id"] = unit_id
+    if outcome is not None:
+        row |= vars(outcome)
+        row["failed_by_code"] = [{"code": c, "count": n} for c, n in outcome.failed_by_code.items()]
+    row["fault_code"] = fault and fault.code
+    row["fault_message"] = fault and fault.message
+    return pa.Table.from_pylist([row], schema=OUTCOME)
+
+
+def read_outcome(table: pa.Table) -> UnitOutcome:
+    """The outcome in a table of one row, schema OUTCOME.
+
+    Raises:
+        SystemicFault: the one the unit met.
+    """
+    row = table.to_pylist()[0]
+    code, message = row.pop("fault_code"), row.pop("fault_message")
+    if code is not None:
+        raise SystemicFault(code, message)
+    row["failed_by_code"] = {one["code"]: one["count"] for one in row["failed_by_code"]}
+    return UnitOutcome(**row)

@@ -1,0 +1,335 @@
+"""Where a job's boxes come from when none are given: the registry of detectors, and the step that runs one.
+
+The detector shares the process of the masks' model (docs/decisions.md), so what holds there holds for it: its
+pictures arrive once, a picture that kills it or takes too long is found out and failed, alone.
+
+A detector's boxes become the boxes of the image as if a table had given them: xyxy, upright pixels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model.detections import Category, Detections, Detector, DetectorError
+from pipeline.errors import JobRefused, SystemicFault, clean_text
+from pipeline.settings import DetectorSettings
+from pipeline.stages.hand_over import Pixels, UInt8Array
+from pipeline.unit import ImageResult
+
+HF, ZERO_SHOT = "hf:", "hf-zero-shot:"
+WANTED = "wanted hf:ID_OR_FOLDER, hf-zero-shot:ID_OR_FOLDER or your own module:Class"
+_BLANK_HW = (48, 64)
+MOST_RAISED = 32
+"""Images on which a model may raise in a process in which it never worked, before the job stops for it."""
+
+
+def is_own_code(name: str) -> bool:
+    """Whether a detector's name is a person's own `module:Class`, which is imported and so is code."""
+    return not name.startswith((HF, ZERO_SHOT))
+
+
+def load_detector(settings: DetectorSettings, device: str = "cpu") -> Detector:
+    """The named detector, ready to work on `device`.
+
+    Raises:
+        JobRefused: no such detector, or one that cannot be loaded.
+    """
+    try:
+        return _made(settings, device)
+    except JobRefused:
+        raise
+    except Exception as error:  # whatever a library or a person's own class comes to
+        raise JobRefused(f"detector {settings.name}: {_said(error)}") from error
+
+
+def _made(settings: DetectorSettings, device: str) -> Detector:
+    name, threshold = settings.name, settings.score_threshold
+    if is_own_code(name):
+        return _own(settings)
+    library = importlib.import_module("model.hf_detectors")  # brings torch along, for those who need it alone
+    if name.startswith(ZERO_SHOT):
+        found: Detector = library.ZeroShotDetector(
+            name.removeprefix(ZERO_SHOT), settings.prompts, threshold=threshold, device=device
+        )
+        return found
+    closed: Detector = library.ClosedSetDetector(name.removeprefix(HF), threshold=threshold, device=device)
+    return closed
+
+
+def _own(settings: DetectorSettings) -> Detector:
+    module, colon, attribute = settings.name.partition(":")
+    if not colon or not module or not attribute.isidentifier():
+        raise JobRefused(f"detector {settings.name!r}: no such kind of detector; {WANTED}")
+    made: Detector = getattr(_imported(module), attribute)(**settings.options)
+    missing = [
+        name for name in ("name", "license", "categories", "fingerprint", "detect") if not hasattr(made, name)
+    ]
+    if missing:
+        raise JobRefused(f"detector {settings.name}: it has no {missing[0]!r}; see docs/detectors.md")
+    return made
+
+
+def _imported(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that it imports itself
+        raise ModuleNotFoundError(
+            f"{error}; wanted a module that Python finds here and on every worker, as with PYTHONPATH=FOLDER"
+        ) from error
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What a model has done in this process: one that never worked is at fault itself, and no image is."""
+
+    _has_worked: bool = False
+    _raised: int = 0
+
+    def worked(self) -> None:
+        """Note an image that was done."""
+        self._has_worked = True
+
+    def raised(self, whose: str) -> None:
+        """Note an image that was raised on, alone; `whose` goes into the message.
+
+        Raises:
+            SystemicFault: `model`, for the MOST_RAISED-th one of a model that never worked.
+        """
+        self._raised += 1
+        if not self._has_worked and self._raised >= MOST_RAISED:
+            raise SystemicFault(
+                "model", f"none of the first {self._raised} images of a process could be worked on by {whose}"
+            )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whichever device."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+
+
+def try_out(detector: Detector, settings: DetectorSettings) -> None:
+    """None when the detector answers a blank picture as it should: its mistakes are cheapest before any work.
+
+    Raises:
+        JobRefused: it raised, or answered something else than a detector does.
+    """
+    blank = np.full((*_BLANK_HW, 3), 127, np.uint8)
+    try:
+        _checked(detector.detect([blank]), [blank], detector.categories)
+    except Exception as error:
+        raise JobRefused(f"detector {settings.name}: on a blank picture: {_said(error)}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """One image for the detector: its place in the unit, the picture as it is shown, its upright size."""
+
+    place: int
+    image_id: str
+    picture: UInt8Array
+    size_hw: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallWatch:
+    """How the process around the models looks after one unit's calls.
+
+    `one_by_one`: an earlier process died of this unit; `note` is then told of each image before it is tried.
+    `deadline`: of a call with these images, after which the process ends. `end_if_lost`: ends it when an
+    error says that the device is gone.
+    """
+
+    one_by_one: bool
+    note: Callable[[str], None]
+    deadline: Callable[[Sequence[str]], AbstractContextManager[None]]
+    end_if_lost: Callable[[BaseException], None]
+
+
+class DetectStep:
+    """A loaded detector, and what becomes of its answers.
+
+    Raises:
+        SystemicFault: `weights`, when it cannot be loaded, or is not the one that the job began with.
+    """
+
+    def __init__(self, settings: DetectorSettings, *, use_gpu: bool) -> None:
+        self._settings = settings
+        try:
+            self._detector = load_detector(settings, "cuda" if use_gpu else "cpu")
+            found = self._detector.fingerprint()
+        except Exception as error:
+            raise SystemicFault("weights", clean_text(str(error))) from error
+        if found != settings.fingerprint:
+            raise SystemicFault(
+                "weights",
+                f"detector {settings.name} has fingerprint {found}, this job began with "
+                f"{settings.fingerprint}; put the old one back, or start a new output folder",
+            )
+        self._record = Record()
+        self._names = {category.id: category.name for category in self._detector.categories}
+
+    def run(
+        self,
+        images: list[ImageResult],
+        pixels: Sequence[Pixels],
+        shown: Sequence[Pixels],
+        watch: CallWatch,
+    ) -> None:
+        """None; every image that has pixels and no error has its boxes in `planned`, or an error."""
+        todo = [
+            _Shown(
+                place=place,
+                image_id=image.planned["image_id"],
+                picture=_picture(pixels[place], shown[place]),
+                size_hw=_known(image.size_hw),
+            )
+            for place, image in enumerate(images)
+            if pixels[place] is not None and image.error_code is None
+        ]
+        size = 1 if watch.one_by_one else self._settings.images_per_call
+        for at in range(0, len(todo), size):
+            some = todo[at : at + size]
+            if watch.one_by_one:
+                watch.note(some[0].image_id)
+            began = time.monotonic()
+            answers = self._detect(some, watch)
+            took_ms = 1000 * (time.monotonic() - began) / len(some)
+            for one, answer in zip(some, answers, strict=True):
+                image = replace(images[one.place], detect_ms=took_ms)
+                if isinstance(answer, Exception):
+                    images[one.place] = self._charged(image, answer, watch)
+                else:
+                    self._record.worked()
+                    images[one.place] = replace(image, planned={**image.planned, "boxes": answer})
+
+    def _detect(self, some: Sequence[_Shown], watch: CallWatch) -> list[list[dict[str, Any]] | Exception]:
+        """The boxes of each, or what went wrong with it; of a call that fails each is tried alone."""
+        try:
+            found = self._call(some, watch)
+            return [
+                planned_boxes(answer, one.picture.shape[:2], one.size_hw, self._settings, self._names)
+                for one, answer in zip(some, found, strict=True)
+            ]
+        except Exception as error:
+            watch.end_if_lost(error)
+            if len(some) == 1:
+                return [error]
+        return [answer for one in some for answer in self._detect([one], watch)]
+
+    def _call(self, some: Sequence[_Shown], watch: CallWatch) -> list[Detections]:
+        """One call of the detector, filled up to its fixed size: its numbers depend on how many there are."""
+        filled = [one.picture for one in some]
+        filled += filled[-1:] * (self._settings.images_per_call - len(filled))
+        with watch.deadline([one.image_id for one in some]):
+            found = self._detector.detect(filled)
+        return _checked(found, filled, self._detector.categories)[: len(some)]
+
+    def _charged(self, image: ImageResult, error: Exception, watch: CallWatch) -> ImageResult:
+        """The image, failed for what the detector raised on it alone.
+
+        Raises:
+            SystemicFault: `model`, when it raises on a blank picture too, or on every image.
+        """
+        said = _said(error)
+        if is_out_of_memory(error):
+            return replace(image, error_code="out_of_memory", error_message=said)
+        try:
+            with watch.deadline([image.planned["image_id"]]):
+                try_out(self._detector, self._settings)
+        except JobRefused as refusal:
+            raise SystemicFault("model", clean_text(str(refusal))) from error
+        self._record.raised(f"detector {self._settings.name}, the last time with {said}")
+        return replace(image, error_code="detector_failed", error_message=said)
+
+
+def planned_boxes(
+    found: Detections,
+    picture_hw: tuple[int, ...],
+    size_hw: tuple[int, int],
+    settings: DetectorSettings,
+    names: dict[int, str | None],
+) -> list[dict[str, Any]]:
+    """The detections that count, best first, as the `boxes` of a row of schema.PLAN: xyxy, upright pixels.
+
+    Equal scores, and boxes without one, keep the detector's order. A score that is no number counts as none.
+    """
+    scores = np.full(len(found.category_ids), np.nan) if found.scores is None else np.asarray(found.scores)
+    scores = scores.astype(np.float64)
+    kept = np.flatnonzero(~(scores <= settings.score_threshold))
+    order = kept[np.lexsort((kept, -np.nan_to_num(scores[kept], nan=-np.inf)))][: settings.max_detections]
+    scale = np.array([size_hw[1] / picture_hw[1], size_hw[0] / picture_hw[0]] * 2)
+    with np.errstate(over="ignore"):  # infinite boxes are rows without a mask (box_not_finite)
+        boxes = np.asarray(found.boxes_xyxy, np.float64).reshape(-1, 4) * scale
+    ids = None if found.box_ids is None else list(found.box_ids)
+    return [
+        {
+            "given": boxes[row].tolist(),
+            "box_id": _utf8(None if ids is None else ids[row]),
+            "category_id": int(found.category_ids[row]),
+            "category_name": _utf8(names.get(int(found.category_ids[row]))),
+            "score": float(scores[row]) if np.isfinite(scores[row]) else None,
+            "points_xy": None,
+            "point_labels": None,
+            "prompt_mask": None,
+            "iscrowd": None,
+        }
+        for row in order.tolist()
+    ]
+
+
+def _utf8(value: object) -> str | None:
+    """The value as text; UnicodeEncodeError for one that no table can hold."""
+    return None if value is None else str(value).encode("utf-8").decode("utf-8")
+
+
+def _checked(
+    found: Sequence[Detections], images: Sequence[npt.NDArray[np.uint8]], categories: Sequence[Category]
+) -> list[Detections]:
+    """The answers, when there is one a picture and each is in itself sound; else DetectorError."""
+    if len(found) != len(images):
+        raise DetectorError(f"it gave {len(found)} results for {len(images)} pictures; wanted one for each")
+    known = {category.id for category in categories}
+    for one in found:
+        boxes, ids = np.asarray(one.boxes_xyxy), np.asarray(one.category_ids)
+        if boxes.ndim != 2 or boxes.shape[1] != 4:
+            raise DetectorError(f"boxes_xyxy has shape {boxes.shape}; wanted (N, 4)")
+        lists = {"category_ids": ids, "scores": one.scores, "box_ids": one.box_ids}
+        for name, values in lists.items():
+            if values is not None and len(values) != len(boxes):
+                raise DetectorError(f"{name} has {len(values)} values for {len(boxes)} boxes")
+        if len(ids) and not np.issubdtype(ids.dtype, np.integer):
+            raise DetectorError(f"category_ids has type {ids.dtype}; wanted integers")
+        if len(ids) and not (ids.min() >= -(2**31) and ids.max() < 2**31):
+            raise DetectorError(f"category_ids reaches {ids.max()}; wanted integers of 32 bits")
+        unknown = set(ids.tolist()) - known
+        if unknown:
+            raise DetectorError(f"category_ids holds {min(unknown)}, which is not among its categories")
+    return list(found)
+
+
+def _picture(pixels: Pixels, shown: Pixels) -> UInt8Array:
+    picture = pixels if shown is None else shown
+    assert picture is not None, "the caller has looked"
+    return picture
+
+
+def _known(size_hw: tuple[int, int] | None) -> tuple[int, int]:
+    assert size_hw is not None, "an image with pixels has a size"
+    return size_hw
+
+
+def _said(error: BaseException) -> str:
+    is_ours = isinstance(error, JobRefused | DetectorError)
+    text = str(error) if is_ours else f"{type(error).__name__}: {error}"
+    return clean_text(" ".join(text.split()))

@@ -1,0 +1,141 @@
+"""From a job's checkpoint to a model that is ready to work: what a model process does first.
+
+This is the one file of the pipeline whose import brings torch along; it is named by a job's context
+and imported by the processes that run the model alone. Others would pay 200 MB each for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model import rle
+from model.checkpoints import DEMO_FOLDER, CheckpointError, LoadedModel, load
+from model.config import ConfigError
+from model.prompts import mask_to_prompt
+from model.segmenter import Segmenter, probe_dtype, set_cpu_threads
+from model.structures import CallShape, Instances, PreparedImage, SegmentFailure
+from model.weight_files import ENDINGS, Source
+from pipeline.errors import JobRefused, SystemicFault, clean_text
+from pipeline.settings import DEMO, JobContext, Weights
+from pipeline.storage.store import list_objects, open_input
+from pipeline.storage.uri_rules import split_scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchSegmenter:
+    """A loaded model as `segment.SegmentWorker` uses it."""
+
+    segmenter: Segmenter
+
+    @property
+    def call_shape(self) -> CallShape:
+        """The fixed shapes of the model's calls."""
+        return self.segmenter.call_shape
+
+    def segment_prepared(self, images: Sequence[PreparedImage]) -> list[Instances | SegmentFailure]:
+        """See `Segmenter.segment_prepared`."""
+        return self.segmenter.segment_prepared(images)
+
+    def mask_prompt(self, counts: str, size_hw: tuple[int, int]) -> npt.NDArray[np.float32]:
+        """A mask given as compressed COCO runs of the upright picture, as low-resolution logits."""
+        mask = rle.decode_rle(counts, size_hw).astype(np.bool_)
+        return mask_to_prompt(mask, side=self.segmenter.input_side)
+
+
+def open_weights(source: str, options: Mapping[str, Any]) -> Source:
+    """What `checkpoints.load` is given for a `--checkpoint`: `demo`, path, uri of a file or folder, hub id.
+
+    Files of a remote store are opened and not yet read. Raises JobRefused when nothing is there.
+    """
+    if source == DEMO:
+        return DEMO_FOLDER
+    scheme, rest = split_scheme(source)
+    if scheme == "file":
+        return rest
+    if source.endswith(ENDINGS):
+        return open_input(source, options)
+    found = list_objects(source, options)
+    if not found and source.endswith("/"):
+        raise JobRefused(f"{source}: there is no such folder, or it is empty")
+    if not found:  # a file of any name, such as model_best.pth.tar
+        return open_input(source, options)
+    folder = source.rstrip("/") + "/"
+    return {entry.key.removeprefix(folder): open_input(entry.key, options) for entry in found}
+
+
+def load_model(weights: Weights, device: str = "cpu") -> LoadedModel:
+    """The job's model on a device, its bytes proved to be the job's.
+
+    Raises:
+        SystemicFault: `weights`, when they cannot be read or are not what the job began with.
+    """
+    try:
+        loaded = load(open_weights(weights.source, weights.options), device=device)
+    except (CheckpointError, ConfigError, JobRefused, OSError) as error:
+        raise SystemicFault("weights", clean_text(f"{weights.source}: {error}")) from error
+    found = loaded.weights.sha256
+    if found != weights.sha256:
+        raise SystemicFault(
+            "weights",
+            f"{weights.source} has sha256 {found}, this job began with {weights.sha256}; put the file back, "
+            "or start a new output folder",
+        )
+    return loaded
+
+
+def load_segmenter(context: JobContext, use_gpu: bool) -> TorchSegmenter:
+    """The job's model with the job's settings, on the GPU that Ray gave this process or on the CPU.
+
+    On a CPU this process computes with the job's number of threads from here on, whatever OMP_NUM_THREADS
+    says.
+
+    Raises:
+        SystemicFault: `weights` as `load_model`, or `device`: no usable GPU, or one (or a CPU) that does
+            not multiply the job's number format natively.
+    """
+    device, masks = "cuda" if use_gpu else "cpu", context.masks
+    if not use_gpu:
+        set_cpu_threads(masks.cpu_threads)
+    try:
+        native = probe_dtype(device)
+        if masks.dtype == "bfloat16" and native != "bfloat16":
+            raise SystemicFault(
+                "device",
+                f"this job's masks are made in bfloat16, which the {device} device of this node does not "
+                "multiply natively; keep such nodes out, or start a new job with model.dtype=float32",
+            )
+        if masks.compiled and not use_gpu:
+            raise SystemicFault(
+                "device",
+                "this job's masks are made by compiled calls (model.compile=true), and here is no GPU; "
+                "go on where the GPUs are, or start a new job without it",
+            )
+        segmenter = Segmenter(
+            load_model(context.weights, device).model,
+            call_shape=masks.call_shape,
+            dtype=masks.dtype,
+            device=device,
+            multimask=masks.multimask,
+            hq_token_only=masks.hq_token_only,
+            stability_offset=masks.stability_offset,
+            compiled=masks.compiled,
+        )
+    except (RuntimeError, AssertionError) as error:  # torch on a broken driver, or built without CUDA
+        raise SystemicFault("device", clean_text(f"the model cannot be put on {device}: {error}")) from error
+    if segmenter.input_side != context.weights.input_side:
+        raise SystemicFault(
+            "weights",
+            f"{context.weights.source} takes images of side {segmenter.input_side}, the job's were resized "
+            f"to {context.weights.input_side}",
+        )
+    return TorchSegmenter(segmenter=segmenter)
+
+
+def native_dtype(use_gpu: bool) -> str:
+    """`bfloat16` or `float32`, by a probe of the device of this very process; for `model.dtype=auto`."""
+    return probe_dtype("cuda" if use_gpu else "cpu")

@@ -1,0 +1,350 @@
+"""Given boxes -> prompts in upright pixels: each box judged alone, none swapped, none lost.
+
+A box is read in the job's format and frame, turned into the upright picture, and cut to it. One that
+cannot be used keeps its place with the reason (a code of errors.BOX_CODES), and so does one that the job's
+rules leave without a mask: too small, too low a score, too many, overlapping a better one.
+
+Letters: N boxes of one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from model.geometry import BoxFormat as PlainFormat
+from model.geometry import box_iou, boxes_to_xyxy, clip_boxes, denormalise_boxes
+from pipeline import rle_strips as runs
+from pipeline.settings import BoxFormat, BoxFrame, BoxRules
+from pipeline.unit import ResolvedBoxes
+
+Float64Array = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+Codes = npt.NDArray[np.int8]
+
+NORMALISED = "-normalised"
+PROMPT_COLUMNS = ("points_xy", "point_labels", "prompt_mask")
+"""Of a planned box, what may stand beside or instead of its four numbers."""
+MOST_POINTS = 256
+"""Of one prompt. Each is a token that all of the picture looks at: on the demo model (input side 512, calls
+of 16) 256 took 0.5 GiB more than one, 1,000 took 2, and 3,000 took 6."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Frame:
+    """The picture that coordinates are measured in, and the orientation that makes it upright."""
+
+    size_hw: tuple[int, int]
+    orientation: int
+    upright_size_hw: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Extra:
+    """The points and the mask of one prompt; `sound`: they can be used."""
+
+    points_xy: npt.NDArray[np.float32] | None = None
+    point_labels: npt.NDArray[np.int32] | None = None
+    mask: str | None = None
+    sound: bool = True
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.points_xy is not None or self.mask is not None
+
+
+def resolve_boxes(
+    boxes: Sequence[Mapping[str, Any]],
+    rules: BoxRules,
+    *,
+    upright_size_hw: tuple[int, int],
+    stored_size_hw: tuple[int, int] | None = None,
+    orientation: int | None = None,
+) -> ResolvedBoxes:
+    """The prompts of one image from its planned boxes (the `boxes` of a row of schema.PLAN).
+
+    `orientation`: EXIF, 1 to 8, None for a picture without; `stored_size_hw`: before it is applied. Both
+    matter only for boxes in the stored frame.
+
+    Raises:
+        ValueError: an orientation that does not exist, or sizes that do not belong to it.
+    """
+    frame = _frame(rules.box_frame, upright_size_hw, stored_size_hw, orientation)
+    given = [box.get("given") for box in boxes]
+    has_box = np.array([box is not None for box in given], dtype=np.bool_)
+    prompt_N4, clipped, codes = _judge(given, rules.box_format, frame)
+    faults = prompt_faults(boxes)
+    extras = [_extra(box, fault, frame) for box, fault in zip(boxes, faults, strict=True)]
+    without = ~has_box & np.array([extra.is_prompt or not extra.sound for extra in extras], dtype=np.bool_)
+    codes[without] = 0
+    _mark(codes, np.array([not extra.sound for extra in extras], dtype=np.bool_), "prompt_invalid")
+    error = [_CODES[code] for code in codes.tolist()]
+    set_aside(boxes, prompt_N4, has_box, rules, error)
+    usable = np.array([reason is None for reason in error], dtype=np.bool_)
+    region = (codes == 0) & np.array([reason == "crowd" for reason in error], dtype=np.bool_)
+    shown = (usable | region) & has_box
+    if rules.expand:
+        expanded_N4 = _expanded(prompt_N4, rules.expand, upright_size_hw)
+        prompt_N4 = np.where(region[:, None], prompt_N4, expanded_N4)
+    return ResolvedBoxes(
+        prompt_xyxy=np.where(shown[:, None], prompt_N4, np.float32("nan")).astype(np.float32),
+        usable=usable,
+        error=tuple(error),
+        flags=tuple(("box_clipped",) if cut else () for cut in (shown & clipped).tolist()),
+        points_xy=tuple(extra.points_xy for extra in extras),
+        point_labels=tuple(extra.point_labels for extra in extras),
+        prompt_mask=tuple(extra.mask for extra in extras),
+    )
+
+
+# 0 is a usable box; the first reason that holds is the one that is kept.
+_CODES = (
+    None,
+    "box_malformed",
+    "box_not_finite",
+    "box_inverted",
+    "box_empty",
+    "box_outside",
+    "prompt_invalid",
+)
+
+
+def _mark(codes: Codes, where: BoolArray, code: str) -> None:
+    codes[where & (codes == 0)] = _CODES.index(code)
+
+
+def any_of_row(where_NK: BoolArray) -> BoolArray:
+    """True for the rows that have a True; bool (N,)."""
+    return np.asarray(where_NK.any(axis=1))
+
+
+def _judge(
+    given: Sequence[Sequence[float | None] | None], box_format: BoxFormat, frame: _Frame
+) -> tuple[npt.NDArray[np.float32], BoolArray, Codes]:
+    """Boxes (N, 4) in the upright picture, whether each was cut to it, and each one's code."""
+    sound = np.array([box is not None and len(box) == 4 and None not in box for box in given], dtype=np.bool_)
+    given_N4 = np.full((len(given), 4), np.nan)
+    given_N4[sound] = np.array([box for box, good in zip(given, sound, strict=True) if good]).reshape(-1, 4)
+    codes = np.zeros(len(given), dtype=np.int8)
+    _mark(codes, ~sound, "box_malformed")
+    with np.errstate(over="ignore", invalid="ignore"):
+        xyxy_N4 = _in_frame(given_N4, box_format, frame.size_hw)
+        turned_N4 = _turn_boxes(xyxy_N4, frame)
+        inside_N4 = clip_boxes(turned_N4, frame.upright_size_hw) + 0.0  # -0.0 becomes 0.0
+    prompt_N4 = inside_N4.astype(np.float32)
+    broken = any_of_row(~np.isfinite(given_N4) | np.isnan(xyxy_N4))
+    _mark(codes, broken, "box_not_finite")
+    _mark(codes, any_of_row(xyxy_N4[:, 2:] < xyxy_N4[:, :2]), "box_inverted")
+    _mark(codes, any_of_row(xyxy_N4[:, 2:] == xyxy_N4[:, :2]), "box_empty")
+    _mark(codes, any_of_row(inside_N4[:, 2:] <= inside_N4[:, :2]), "box_outside")
+    _mark(codes, any_of_row(prompt_N4[:, 2:] <= prompt_N4[:, :2]), "box_empty")  # float32 cannot tell
+    return prompt_N4, any_of_row(inside_N4 != turned_N4), codes
+
+
+def _expanded(
+    prompt_N4: npt.NDArray[np.float32], share: float, size_hw: tuple[int, int]
+) -> npt.NDArray[np.float32]:
+    """Boxes with each side moved out by a share of the box's width or height, inside the picture."""
+    margin = share * (prompt_N4[:, 2:] - prompt_N4[:, :2]).astype(np.float64)
+    wide_N4 = np.concatenate([prompt_N4[:, :2] - margin, prompt_N4[:, 2:] + margin], axis=1)
+    return clip_boxes(wide_N4, size_hw).astype(np.float32)
+
+
+def _in_frame(given_N4: Float64Array, box_format: BoxFormat, size_hw: tuple[int, int]) -> Float64Array:
+    """Boxes as given -> xyxy in pixels of the frame they were given in."""
+    if box_format.endswith(NORMALISED):
+        given_N4 = denormalise_boxes(given_N4, size_hw)
+    return boxes_to_xyxy(given_N4, cast(PlainFormat, box_format.removesuffix(NORMALISED)))
+
+
+def _frame(
+    box_frame: BoxFrame,
+    upright_size_hw: tuple[int, int],
+    stored_size_hw: tuple[int, int] | None,
+    orientation: int | None,
+) -> _Frame:
+    turn = 1 if orientation is None else orientation
+    if turn not in range(1, 9):
+        raise ValueError(f"EXIF orientation {orientation} does not exist; wanted 1 to 8 or None")
+    if box_frame == "upright":
+        return _Frame(size_hw=upright_size_hw, orientation=1, upright_size_hw=upright_size_hw)
+    height, width = upright_size_hw
+    stored = (width, height) if turn >= 5 else (height, width)
+    if stored_size_hw is not None and stored_size_hw != stored:
+        raise ValueError(
+            f"a picture of upright size {upright_size_hw} and EXIF orientation {turn} is stored as {stored}, "
+            f"not {stored_size_hw}"
+        )
+    return _Frame(size_hw=stored, orientation=turn, upright_size_hw=upright_size_hw)
+
+
+def _turn_boxes(xyxy_N4: Float64Array, frame: _Frame) -> Float64Array:
+    """Boxes in the frame -> in the upright picture, each with its corners in order again."""
+    if frame.orientation == 1:
+        return xyxy_N4
+    corners = _turn_points(xyxy_N4.reshape(-1, 2), frame).reshape(-1, 2, 2)
+    return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+
+
+def _turn_points(points_xy: Float64Array, frame: _Frame) -> Float64Array:
+    """Points (P, 2) in the frame -> in the upright picture.
+
+    EXIF 2.32, tag 0x0112: 2 mirrored left to right, 3 upside down, 4 mirrored top to bottom, 6 and 8 to be
+    turned clockwise and anticlockwise by a quarter, 5 and 7 the same mirrored.
+    """
+    height, width = frame.size_hw
+    x, y = points_xy[:, 0], points_xy[:, 1]
+    across, down = width - x, height - y
+    turned = {
+        1: (x, y),
+        2: (across, y),
+        3: (across, down),
+        4: (x, down),
+        5: (y, x),
+        6: (down, x),
+        7: (down, across),
+        8: (y, across),
+    }[frame.orientation]
+    return np.stack(turned, axis=1)
+
+
+def prompt_faults(boxes: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """Return what is wrong with the points or the mask of each box, in words; None where nothing is.
+
+    What can be told without the picture: planning counts these, and each gets no mask (`prompt_invalid`).
+    Nothing is raised, whatever stands there.
+    """
+    found = [_points_fault(box.get("points_xy") or [], box.get("point_labels") or []) for box in boxes]
+    masks = [(place, box["prompt_mask"]) for place, box in enumerate(boxes) if box.get("prompt_mask")]
+    faults = runs.faults_of([mask["counts"] for _, mask in masks], [mask["size"] for _, mask in masks])
+    for (place, _), fault in zip(masks, faults, strict=True):
+        if fault is not None and found[place] is None:
+            mask = boxes[place]["prompt_mask"]
+            is_mask = mask["size"] and mask["counts"]  # else it was read from something else
+            found[place] = f"its mask: {fault}" if is_mask else _NO_MASK
+    return found
+
+
+_NO_MASK = (
+    'its mask is not {"size": [height, width], "counts": ...} with the text or whole numbers of COCO\'s runs'
+)
+
+
+def _points_fault(flat: Sequence[float | None], labels: Sequence[int | None]) -> str | None:
+    if len(flat) != 2 * len(labels):
+        if len(flat) % 2:  # so reading a table leaves a point that is not two numbers
+            return "a point that is not two numbers"
+        return f"{len(flat)} coordinates for {len(labels)} point labels; wanted two for each"
+    if len(labels) > MOST_POINTS:
+        return f"{len(labels)} points; wanted at most {MOST_POINTS}"
+    if not all(label in (1, 0, -1) for label in labels):
+        return "a point label that is not 1, 0 or -1"
+    if None in flat or not np.isfinite(np.array(flat, np.float64).reshape(-1, 2)[_shown(labels)]).all():
+        return "a point that is not two finite numbers"
+    return None
+
+
+def _shown(labels: Sequence[int | None]) -> BoolArray:
+    """Which points are points: those labelled -1 fill up, and lie nowhere."""
+    return np.array([label != -1 for label in labels], dtype=np.bool_)
+
+
+def _extra(box: Mapping[str, Any], fault: str | None, frame: _Frame) -> _Extra:
+    """The points and the mask beside, or instead of, a box, in the upright picture."""
+    if fault is not None:
+        return _Extra(sound=False)
+    flat, labels, mask = box.get("points_xy"), box.get("point_labels"), box.get("prompt_mask")
+    # A mask in another frame would have to be turned by its pixels; only upright ones are taken.
+    fits = not mask or (tuple(mask["size"]) == frame.upright_size_hw and frame.orientation == 1)
+    points = _turn_points(np.array(flat or [], dtype=np.float64).reshape(-1, 2), frame)
+    shown = _shown(labels or [])
+    height, width = frame.upright_size_hw
+    inside = ((points >= 0) & (points <= [width, height])).all(axis=1)
+    if not fits or not np.asarray(inside)[shown].all():
+        return _Extra(sound=False)
+    return _Extra(
+        points_xy=np.where(shown[:, None], points, 0).astype(np.float32) if labels else None,
+        point_labels=np.array(labels, dtype=np.int32) if labels else None,
+        mask=mask["counts"] if mask else None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Boxes that the job's rules leave without a mask
+# ---------------------------------------------------------------------------------------------
+
+
+def set_aside(
+    boxes: Sequence[Mapping[str, Any]],
+    prompt_N4: npt.NDArray[np.float32],
+    has_box: BoolArray,
+    rules: BoxRules,
+    error: list[str | None],
+) -> None:
+    """None; boxes that a rule leaves without a mask have its reason in `error`.
+
+    In this order: a crowd (whatever else is wrong with its box), too small, score too low, over `top_k`,
+    `nms:<row of the better box>`. A rule looks only at the usable boxes that the ones before it left. Better
+    is the higher score (none last), then the earlier row.
+    """
+    scores = np.array([_score(box) for box in boxes], dtype=np.float64)
+
+    def left() -> npt.NDArray[np.int64]:
+        return np.flatnonzero([reason is None for reason in error])
+
+    def leave_out(rows: npt.NDArray[np.int64], reason: str) -> None:
+        for row in rows.tolist():
+            error[row] = reason
+
+    crowds = np.array([bool(box.get("iscrowd")) for box in boxes], dtype=np.bool_)
+    leave_out(np.flatnonzero(crowds), "crowd")
+    if rules.min_side_px:
+        sides = np.where(has_box, (prompt_N4[:, 2:] - prompt_N4[:, :2]).min(axis=1), np.inf)
+        leave_out(left()[sides[left()] < rules.min_side_px], "box_small")
+    if rules.min_score is not None:
+        leave_out(left()[scores[left()] < rules.min_score], "box_score")  # NaN, no score, is below nothing
+    if rules.top_k is not None:
+        leave_out(_ranked(left(), scores)[rules.top_k :], "box_rank")
+    if rules.nms_mode != "none":
+        rows = left()[has_box[left()]]
+        kinds = [_kind(boxes[row]) if rules.nms_mode == "class" else None for row in range(len(boxes))]
+        for loser, winner in _overlapping(_ranked(rows, scores), prompt_N4, kinds, rules.nms_iou):
+            error[loser] = f"nms:{winner}"
+
+
+def _score(box: Mapping[str, Any]) -> float:
+    score = box.get("score")
+    return float("nan") if score is None or not np.isfinite(score) else float(score)
+
+
+def _kind(box: Mapping[str, Any]) -> tuple[Any, Any]:
+    return box.get("category_id"), box.get("category_name")
+
+
+def _ranked(rows: npt.NDArray[np.int64], scores: Float64Array) -> npt.NDArray[np.int64]:
+    """The rows, best first."""
+    return rows[np.lexsort((rows, -np.nan_to_num(scores[rows], nan=-np.inf)))]
+
+
+def _overlapping(
+    ranked: npt.NDArray[np.int64], boxes_N4: npt.NDArray[np.float32], kinds: Sequence[Any], most_iou: float
+) -> list[tuple[int, int]]:
+    """(loser, winner) pairs: greedy, the best first; every loser once."""
+    pairs: list[tuple[int, int]] = []
+    while len(ranked):
+        winner, rest = int(ranked[0]), ranked[1:]
+        same = np.array([kinds[row] == kinds[winner] for row in rest.tolist()], dtype=np.bool_)
+        lost = same & (box_iou(boxes_N4[winner : winner + 1], boxes_N4[rest]).reshape(-1) > most_iou)
+        pairs += [(row, winner) for row in rest[lost].tolist()]
+        ranked = rest[~lost]
+    return pairs
+
+
+# ---------------------------------------------------------------------------------------------
+# Likely mistakes, found before any work
+# ---------------------------------------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""What a driver of a store promises: single tries, no retry, no policy; `disk` and `buckets` keep it.
+
+Each create is one atomic request: on a local disk a hidden temporary file, fsync and a hard link; on
+S3 one PUT with `If-None-Match: *`; elsewhere the driver's own exclusive create. Nothing is ever
+streamed under its final name: an exception inside `with fs.open(...)` publishes what was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline.errors import ImageError
+from pipeline.storage.backoff import ShortBody
+
+CHUNK = 4 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One listed object: its path as the driver takes it, size in bytes, and a version tag if known."""
+
+    path: str
+    size: int
+    etag: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchedObject:
+    """The bytes of one object, and the version tag of exactly these bytes where the store has one."""
+
+    data: bytes
+    size: int
+    etag: str | None
+
+
+class Driver(Protocol):
+    """One kind of store. `path`: without scheme. `timeout_s`: for this one try.
+
+    `get` raises FileNotFoundError, and ImageError `too_many_bytes` before it reads more than
+    `max_bytes`. `create` raises FileExistsError and then has changed nothing.
+    """
+
+    def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject: ...  # noqa: D102
+    def get_range(self, path: str, start: int, stop: int, *, timeout_s: float) -> bytes: ...  # noqa: D102
+    def stat(self, path: str, *, timeout_s: float) -> Found | None: ...  # noqa: D102
+    def create(self, path: str, data: bytes, *, timeout_s: float) -> None: ...  # noqa: D102
+    def replace(self, path: str, data: bytes, *, timeout_s: float) -> None: ...  # noqa: D102
+    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Found]: ...  # noqa: D102
+    def delete(self, paths: Sequence[str], *, timeout_s: float) -> None: ...  # noqa: D102
+    def abort_stale(self, prefix: str, *, timeout_s: float) -> int: ...  # noqa: D102
+
+
+def too_many_bytes(size: int | None, max_bytes: int | None) -> None:
+    """None while `size` is within `max_bytes`; else ImageError `too_many_bytes`."""
+    if size is not None and max_bytes is not None and size > max_bytes:
+        raise ImageError("too_many_bytes", f"{size} bytes, more than limits.max_image_bytes = {max_bytes}")
+
+
+def check_complete(data: bytes, announced: int | None) -> None:
+    """None when all announced bytes came; else ShortBody, which is tried again."""
+    if announced is not None and len(data) != announced:
+        raise ShortBody(f"{len(data)} of {announced} bytes came")

@@ -1,0 +1,190 @@
+"""Files on a local disk (or a mounted one): whole, synced, and created once by a hard link."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from pipeline.errors import ImageError, UsageError
+from pipeline.failpoints import visit
+from pipeline.storage.driver import CHUNK, FetchedObject, Found, too_many_bytes
+from pipeline.storage.uri_rules import check_regular
+
+STALE_TEMPORARY_S = 3600.0
+
+
+class LocalDriver:
+    """Files under absolute paths. Commits survive a power cut: file and folder are synced."""
+
+    def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject:
+        """The file's bytes; ImageError `changed` when it was written to meanwhile."""
+        deadline = time.monotonic() + timeout_s
+        # Non-blocking, because opening a named pipe would wait for ever for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            before = os.fstat(descriptor)
+            check_regular(before.st_mode)
+            too_many_bytes(before.st_size, max_bytes)
+            data = _read_within(lambda size: os.read(descriptor, size), deadline, max_bytes)
+            after = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise ImageError("changed", "the file was written to while it was read")
+        return FetchedObject(data=data, size=len(data), etag=_local_tag(after))
+
+    def get_range(self, path: str, start: int, stop: int, *, timeout_s: float) -> bytes:
+        """Bytes start..stop (end-exclusive); fewer at the end of the file."""
+        del timeout_s
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    def stat(self, path: str, *, timeout_s: float) -> Found | None:
+        """Size and tag of a regular file; None when there is none."""
+        del timeout_s
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        return Found(path=path, size=status.st_size, etag=_local_tag(status))
+
+    def create(self, path: str, data: bytes, *, timeout_s: float) -> None:
+        """The file, whole and synced, or FileExistsError: a hard link decides who was first."""
+        del timeout_s
+        with self._synced_temporary(path, data) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                if os.stat(temporary).st_nlink < 2:  # over NFS the reply of our own link may be lost
+                    raise
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise UsageError(
+                        f"{os.path.dirname(path)}: this file system has no hard links, so two drivers could "
+                        "overwrite each other's commits; choose an output folder on another one"
+                    ) from error
+                raise
+
+    def replace(self, path: str, data: bytes, *, timeout_s: float) -> None:
+        """The file with new bytes, whole and synced; readers see the old or the new, nothing between."""
+        del timeout_s
+        with self._synced_temporary(path, data) as temporary:
+            os.replace(temporary, path)
+
+    @contextlib.contextmanager
+    def _synced_temporary(self, path: str, data: bytes) -> Iterator[str]:
+        folder, name = os.path.split(path)
+        _make_folders(folder)
+        temporary = os.path.join(folder, f".{name[:150]}.{os.getpid()}-{secrets.token_hex(6)}.tmp")
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                visit("disk.written")
+                os.fsync(descriptor)
+            visit("disk.synced")
+            yield temporary
+            visit("disk.named")
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+        _sync_folder(folder)
+
+    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Found]:
+        """Every file whose path begins with `prefix`, temporary ones left out. Links to folders are files."""
+        del timeout_s
+        folder = prefix if prefix.endswith("/") else os.path.dirname(prefix)
+        found = (one for one in _walk_folder(folder.rstrip("/") or "/") if one.path.startswith(prefix))
+        return list(itertools.islice(found, limit))
+
+    def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:
+        """Nothing; a file that is already gone is no error."""
+        del timeout_s
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            visit("disk.deleting")
+
+    def abort_stale(self, prefix: str, *, timeout_s: float) -> int:
+        """How many temporary files of dead writers were removed (untouched for an hour)."""
+        del timeout_s
+        removed = 0
+        for folder, _, names in os.walk(prefix):
+            for name in filter(_is_temporary, names):
+                path = os.path.join(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - os.stat(path).st_mtime > STALE_TEMPORARY_S:
+                        os.unlink(path)
+                        removed += 1
+        return removed
+
+
+def _read_within(read: Callable[[int], bytes], deadline: float, max_bytes: int | None) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    while chunk := read(CHUNK):
+        chunks.append(chunk)
+        size += len(chunk)
+        too_many_bytes(size, max_bytes)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"only {size} bytes within the deadline")
+    return b"".join(chunks)
+
+
+def _local_tag(status: os.stat_result) -> str:
+    return f"mtime-{status.st_mtime_ns}"
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _make_folders(folder: str) -> None:
+    """The folder and its parents; each new one is synced into its parent, or a power cut loses it."""
+    if os.path.isdir(folder):
+        return
+    parent = os.path.dirname(folder)
+    _make_folders(parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder)
+    _sync_folder(parent)
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _walk_folder(folder: str) -> Iterator[Found]:
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk_folder(entry.path)
+        elif not _is_temporary(entry.name):
+            yield from _walk_file(entry)
+
+
+def _walk_file(entry: os.DirEntry[str]) -> Iterator[Found]:
+    try:
+        status = entry.stat()
+    except OSError:
+        if entry.is_symlink():  # dangling or looping: listed, so that its reader can say what is wrong
+            yield Found(path=entry.path, size=0)
+        return
+    yield Found(path=entry.path, size=status.st_size, etag=_local_tag(status))

@@ -1,0 +1,312 @@
+"""Object stores behind fsspec, and `driver_for`: the one place that picks a driver by scheme.
+
+fsspec's event loop does not survive a fork, so drivers are made once per process and never pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+
+from pipeline.errors import ImageError, UsageError
+from pipeline.storage.driver import CHUNK, Driver, FetchedObject, Found, check_complete, too_many_bytes
+from pipeline.storage.local_disk import LocalDriver
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
+_ONE_PUT = 5 * 2**30  # S3's largest single PUT
+
+
+def driver_for(scheme: str, options: Mapping[str, Any]) -> Driver:
+    """The driver of a scheme with these fsspec options: one a process, made at first use."""
+    name = (scheme, json.dumps(options, sort_keys=True, default=str))
+    driver = _drivers.get(name)
+    if driver is None:
+        with _making:  # many threads come at once, and each client more would keep its own connections
+            driver = _drivers.get(name) or _drivers.setdefault(name, _make_driver(*name))
+    return driver
+
+
+_drivers: dict[tuple[str, str], Driver] = {}
+_making = threading.Lock()
+
+
+def forget_drivers() -> None:
+    """None; the next call makes new clients. Also run in every forked child, whose loop is dead."""
+    global _making
+    _making = threading.Lock()
+    _drivers.clear()
+
+
+os.register_at_fork(after_in_child=forget_drivers)
+
+
+def _make_driver(scheme: str, options_json: str) -> Driver:
+    options = json.loads(options_json)
+    if scheme == "file":
+        return LocalDriver()
+    try:
+        if scheme in ("s3", "s3a"):
+            return S3Driver(options)
+        if scheme == "memory":
+            return MemoryDriver(fsspec.filesystem("memory"))
+        fs = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
+    except (ImportError, ValueError) as error:
+        extra = _EXTRAS.get(scheme)
+        hint = f"install it: pip install 'hqlabel[{extra}]'" if extra else "install its fsspec driver"
+        raise UsageError(f"no driver for {scheme}:// uris here ({error}); {hint}") from None
+    return HttpDriver(fs) if scheme in ("http", "https") else FsspecDriver(fs)
+
+
+class FsspecDriver:
+    """Any fsspec file system with an exclusive create (`mode="create"`): gs, az, abfs; hf for reading."""
+
+    def __init__(self, fs: Any) -> None:
+        self._fs = fs
+
+    def _call(self, name: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
+        """One method of the file system, cut off after `timeout_s` where it is an asynchronous one."""
+        if isinstance(self._fs, AsyncFileSystem):
+            return sync(self._fs.loop, getattr(self._fs, f"_{name}"), *args, timeout=timeout_s, **kwargs)
+        return getattr(self._fs, name)(*args, **kwargs)
+
+    def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject:
+        """The object's bytes; its size is asked first, so two requests."""
+        found = self.stat(path, timeout_s=timeout_s)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "no such object", path)
+        too_many_bytes(found.size, max_bytes)
+        data: bytes = self._call("cat_file", path, timeout_s=timeout_s)
+        check_complete(data, found.size)
+        return FetchedObject(data=data, size=len(data), etag=found.etag)
+
+    def get_range(self, path: str, start: int, stop: int, *, timeout_s: float) -> bytes:
+        """Bytes start..stop (end-exclusive)."""
+        data: bytes = self._call("cat_file", path, start=start, end=stop, timeout_s=timeout_s)
+        return data
+
+    def stat(self, path: str, *, timeout_s: float) -> Found | None:
+        """Size and tag of an object; None when there is none."""
+        try:
+            info = self._call("info", path, timeout_s=timeout_s)
+        except FileNotFoundError:
+            return None
+        return None if info["type"] == "directory" else _found(info)
+
+    def create(self, path: str, data: bytes, *, timeout_s: float) -> None:
+        """The object whole, or FileExistsError."""
+        self._call("pipe_file", path, data, mode="create", timeout_s=timeout_s)
+
+    def replace(self, path: str, data: bytes, *, timeout_s: float) -> None:
+        """The object with new bytes, whole."""
+        self._call("pipe_file", path, data, timeout_s=timeout_s)
+
+    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Found]:
+        """Every object whose path begins with `prefix`."""
+        folder = prefix.rpartition("/")[0]
+        infos = self._call("find", folder, detail=True, timeout_s=timeout_s).values()
+        found = [_found(info) for info in infos if info["type"] != "directory"]
+        return [one for one in found if one.path.startswith(prefix)][:limit]
+
+    def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:
+        """Nothing; an object that is already gone is no error."""
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                self._call("rm_file", path, timeout_s=timeout_s)
+
+    def abort_stale(self, prefix: str, *, timeout_s: float) -> int:
+        """0: these stores drop unfinished uploads by themselves."""
+        del prefix, timeout_s
+        return 0
+
+
+def _found(info: Mapping[str, Any]) -> Found:
+    tag = next(
+        (info[k] for k in ("ETag", "etag", "md5Hash", "blob_id", "created", "mtime") if info.get(k)), None
+    )
+    text = None if tag is None else str(tag).strip('"')
+    return Found(path=str(info["name"]).lstrip("/"), size=int(info.get("size") or 0), etag=text)
+
+
+_MEMORY_LOCK = threading.RLock()  # one global store, whose files share their read position
+
+
+class MemoryDriver(FsspecDriver):
+    """fsspec's in-memory store, made safe for threads; for tests of the protocol only."""
+
+    def _call(self, name: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
+        with _MEMORY_LOCK:
+            return super()._call(name, *args, timeout_s=timeout_s, **kwargs)
+
+
+class HttpDriver(FsspecDriver):
+    """Reading over http(s): one request, cut off at `max_bytes` and at the deadline."""
+
+    def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject:
+        """The body of a GET; the store's status decides about errors."""
+        data, tag = sync(self._fs.loop, self._stream, path, max_bytes, timeout=timeout_s)
+        return FetchedObject(data=data, size=len(data), etag=tag)
+
+    async def _stream(self, url: str, max_bytes: int | None) -> tuple[bytes, str | None]:
+        session = await self._fs.set_session()
+        async with session.get(self._fs.encode_url(url)) as response:
+            _check_status(response)
+            too_many_bytes(response.content_length, max_bytes)
+            data = await _drain(response.content.read, max_bytes)
+            tag = response.headers.get("ETag")
+        return data, tag.strip('"') if tag else None
+
+
+def _check_status(response: Any) -> None:
+    """None for a body to read. A site that refuses one request says nothing about other sites."""
+    status = response.status
+    if status in (401, 403):
+        raise ImageError("denied", f"HTTP {status} {response.reason}")
+    if 400 <= status < 500 and status not in (404, 408, 410, 425, 429):
+        raise ImageError("unreachable", f"HTTP {status} {response.reason}")
+    response.raise_for_status()
+
+
+async def _drain(read: Callable[[int], Any], max_bytes: int | None) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    while chunk := await read(CHUNK):
+        chunks.append(chunk)
+        size += len(chunk)
+        too_many_bytes(size, max_bytes)
+    return b"".join(chunks)
+
+
+class S3Driver:
+    """S3 and its likes. s3fs makes the client; the requests are spelled out, one for each promise.
+
+    Retries of s3fs (5) and botocore (4) are off: `retries.attempt` is the only loop (but for aiohttp,
+    which repeats an idempotent request once when a kept connection turns out to be closed).
+    """
+
+    page_size = 1000
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        config = {
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+            **options.get("config_kwargs", {}),
+        }
+        merged = {**options, "config_kwargs": config}
+        self._fs = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, **merged)
+        self._fs.retries = 1
+        # Now, or the first requests of many threads would each make a client of their own.
+        self._fs.connect()
+
+    def _call(self, method: str, path: str, *, timeout_s: float, **kwargs: Any) -> Any:
+        bucket, _, key = path.partition("/")
+        return sync(self._fs.loop, self._request, method, bucket, key, timeout=timeout_s, **kwargs)
+
+    async def _request(self, method: str, bucket: str, key: str, **kwargs: Any) -> Any:
+        named = {"Key": key} if key else {}
+        return await self._fs._call_s3(method, Bucket=bucket, **named, **kwargs)
+
+    def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject:
+        """One GET: its headers give size and tag of these very bytes, before the body is read.
+
+        botocore compares the body with the stored checksum; a flipped byte raises.
+        """
+        bucket, _, key = path.partition("/")
+        return sync(self._fs.loop, self._get, bucket, key, max_bytes, timeout=timeout_s)  # type: ignore[no-any-return]
+
+    async def _get(self, bucket: str, key: str, max_bytes: int | None, **kwargs: Any) -> FetchedObject:
+        response = await self._request("get_object", bucket, key, **kwargs)
+        body = response["Body"]
+        try:
+            announced = response.get("ContentLength")
+            too_many_bytes(announced, max_bytes)
+            data = await _drain(body.read, max_bytes)
+        finally:
+            body.close()
+        check_complete(data, announced)
+        return FetchedObject(data=data, size=len(data), etag=_s3_tag(response))
+
+    def get_range(self, path: str, start: int, stop: int, *, timeout_s: float) -> bytes:
+        """Bytes start..stop (end-exclusive). No checksum covers a range: Parquet's page sums do."""
+        bucket, _, key = path.partition("/")
+        span = f"bytes={start}-{stop - 1}"
+        fetched = sync(self._fs.loop, self._get, bucket, key, None, Range=span, timeout=timeout_s)
+        return fetched.data  # type: ignore[no-any-return]
+
+    def stat(self, path: str, *, timeout_s: float) -> Found | None:
+        """Size and tag by HEAD; None when there is no object (or no bucket: HEAD cannot tell)."""
+        try:
+            head = self._call("head_object", path, timeout_s=timeout_s)
+        except FileNotFoundError:
+            return None
+        return Found(path=path, size=head["ContentLength"], etag=_s3_tag(head))
+
+    def create(self, path: str, data: bytes, *, timeout_s: float) -> None:
+        """One PUT with `If-None-Match: *`; FileExistsError on 412."""
+        _check_one_put(data)
+        try:
+            self._call("put_object", path, Body=data, IfNoneMatch="*", timeout_s=timeout_s)
+        except FileExistsError:
+            raise
+        except OSError as error:  # stores that leave <Condition> out of the 412
+            response: Any = getattr(error.__cause__, "response", None) or {}
+            if response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412:
+                raise FileExistsError(errno.EEXIST, "already there", path) from error
+            raise
+
+    def replace(self, path: str, data: bytes, *, timeout_s: float) -> None:
+        """One PUT."""
+        _check_one_put(data)
+        self._call("put_object", path, Body=data, timeout_s=timeout_s)
+
+    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Found]:
+        """Every object whose path begins with `prefix`, 1,000 a request; S3 lists what was put."""
+        bucket, _, key = prefix.partition("/")
+        found: list[Found] = []
+        more: dict[str, Any] = {}
+        while True:
+            page = self._call(
+                "list_objects_v2", bucket, Prefix=key, MaxKeys=self.page_size, timeout_s=timeout_s, **more
+            )
+            for one in page.get("Contents", []):
+                found.append(Found(path=f"{bucket}/{one['Key']}", size=one["Size"], etag=_s3_tag(one)))
+            if not page.get("IsTruncated") or (limit is not None and len(found) >= limit):
+                return found[:limit]
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:
+        """Nothing; 1,000 keys a request. An object that is already gone is no error."""
+        for start in range(0, len(paths), 1000):
+            batch = paths[start : start + 1000]
+            bucket = batch[0].partition("/")[0]
+            keys = [{"Key": path.partition("/")[2]} for path in batch]
+            wanted = {"Objects": keys, "Quiet": True}
+            reply = self._call("delete_objects", bucket, Delete=wanted, timeout_s=timeout_s)
+            for error in reply.get("Errors", [])[:1]:
+                raise PermissionError(errno.EACCES, f"{error.get('Code')}: not deleted", error.get("Key"))
+
+    def abort_stale(self, prefix: str, *, timeout_s: float) -> int:
+        """How many unfinished multipart uploads under `prefix` were aborted; we never start any."""
+        bucket, _, key = prefix.partition("/")
+        page = self._call("list_multipart_uploads", bucket, Prefix=key, timeout_s=timeout_s)
+        uploads = page.get("Uploads", [])
+        for upload in uploads:
+            path = f"{bucket}/{upload['Key']}"
+            self._call("abort_multipart_upload", path, UploadId=upload["UploadId"], timeout_s=timeout_s)
+        return len(uploads)
+
+
+def _s3_tag(answer: Mapping[str, Any]) -> str | None:
+    tag = answer.get("ETag")
+    return str(tag).strip('"') if tag else None
+
+
+def _check_one_put(data: bytes) -> None:
+    if len(data) > _ONE_PUT:
+        raise UsageError(f"{len(data)} bytes do not fit in one S3 request ({_ONE_PUT}); use smaller parts")

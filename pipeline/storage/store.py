@@ -1,0 +1,199 @@
+"""The one door to files and object stores; nothing else in the product opens fsspec or a local path.
+
+`Store` is the folder or prefix of a job, with the two writes everything rests on: `put_if_absent`
+(one creator wins, readers see all or nothing) and `put` (atomic replacement). A fault of the job's own
+store is everybody's: `SystemicFault`. The functions of `objects` read what people point at; the rules on
+uris and options stand in `access`, the table of errors in `retries`. All are had from here.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import BinaryIO, NoReturn, TypeVar
+
+from pipeline.errors import SystemicFault, UsageError
+from pipeline.settings import Place
+from pipeline.storage.archives import read_contained
+from pipeline.storage.backoff import StorageFault, Verdict, attempt, classify, describe
+from pipeline.storage.driver import Driver, FetchedObject
+from pipeline.storage.object_store import driver_for
+from pipeline.storage.read_objects import (
+    Entry,
+    Listing,
+    blockwise,
+    fingerprint,
+    head_object,
+    list_inputs,
+    list_objects,
+    open_input,
+    read_object,
+)
+from pipeline.storage.uri_rules import check_uri, options_for, redact_options, refuse_secrets, split_scheme
+
+__all__ = [
+    "Entry",
+    "FetchedObject",
+    "Listing",
+    "NotFound",
+    "Store",
+    "Verdict",
+    "check_uri",
+    "classify",
+    "describe",
+    "fingerprint",
+    "head_object",
+    "list_inputs",
+    "list_objects",
+    "open_input",
+    "open_store",
+    "options_for",
+    "read_contained",
+    "read_object",
+    "redact_options",
+    "refuse_secrets",
+]
+
+T = TypeVar("T")
+
+STORE_BUDGET_S = 120.0
+SLOWEST_BYTES_PER_S = 2**20  # a large body gets this much longer
+
+
+class NotFound(SystemicFault):
+    """A key that should be in the job's store is not there."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("store", message)
+
+
+class Store:
+    """The objects under one place. Safe in threads; picklable: each process makes its own client.
+
+    `budget_s`: for one call with all its tries. Large bodies get a second more for every MiB.
+    """
+
+    def __init__(self, place: Place, *, budget_s: float = STORE_BUDGET_S) -> None:
+        refuse_secrets(place.options, where=place.uri)
+        scheme, rest = split_scheme(place.uri)
+        self.place = place
+        self.budget_s = budget_s
+        self._scheme = scheme
+        self._base = _base_of(scheme, rest)
+
+    @property
+    def _driver(self) -> Driver:
+        return driver_for(self._scheme, self.place.options)
+
+    def _path(self, key: str) -> str:
+        if key.startswith("/") or any(part in ("", ".", "..") for part in key.split("/")):
+            raise ValueError(f"{key!r} is no key of a store; expected such as units/a.parquet")
+        return self._base + key
+
+    def _try(self, what: str, call: Callable[[float], T], *, size: int = 0) -> T:
+        budget = self.budget_s + size / SLOWEST_BYTES_PER_S
+        try:
+            return attempt(call, deadline=time.monotonic() + budget, what=f"{self.place.uri}: {what}")
+        except StorageFault as fault:
+            _raise_for_store(fault)
+
+    def read(self, key: str) -> bytes:
+        """All bytes under `key`. Raises NotFound, or SystemicFault when the store fails."""
+        path = self._path(key)
+
+        def get(left: float) -> bytes:
+            return self._driver.get(path, max_bytes=None, timeout_s=left).data
+
+        return self._try(f"read {key}", get)
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes start..stop (end-exclusive) under `key`; fewer at the end of the object."""
+        path = self._path(key)
+        return self._try(
+            f"read {key}", lambda left: self._driver.get_range(path, start, stop, timeout_s=left)
+        )
+
+    def open_parquet(self, key: str) -> BinaryIO:
+        """A seekable file for pyarrow, read in blocks with this store's retries; NotFound if absent."""
+        entry = self.head(key)
+        if entry is None:
+            raise NotFound(f"{self.place.uri}: there is no {key}")
+        return blockwise(lambda start, stop: self.read_range(key, start, stop), entry.size)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """True when `key` now holds these bytes; False when something else was there, which stays.
+
+        Atomic: no reader sees a part, and callers with different bytes (a token inside, where it matters
+        who won) have one winner in the world. What is there is read back and compared before anybody is
+        told that he lost, because a winner whose reply is lost meets his own object at the next try, and
+        that try may be hidden: aiohttp repeats a PUT by itself when a kept connection breaks.
+        """
+        path = self._path(key)
+
+        def create(left: float) -> bool:
+            try:
+                self._driver.create(path, data, timeout_s=left)
+            except FileExistsError:
+                return self._driver.get(path, max_bytes=None, timeout_s=left).data == data
+            return True
+
+        return self._try(f"create {key}", create, size=len(data))
+
+    def put(self, key: str, data: bytes) -> None:
+        """None; `key` now holds `data`, replaced in one step."""
+        path = self._path(key)
+        self._try(
+            f"write {key}", lambda left: self._driver.replace(path, data, timeout_s=left), size=len(data)
+        )
+
+    def list(self, prefix: str = "", *, limit: int | None = None) -> list[Entry]:
+        """Every object whose key begins with `prefix`, at any depth, sorted by key. Never from a cache.
+
+        `limit`: no more than so many, whichever come first, to ask whether there is anything.
+        """
+        start = self._base + prefix
+        found = self._try(
+            f"list {prefix}", lambda left: self._driver.walk(start, timeout_s=left, limit=limit)
+        )
+        entries = [Entry(key=f.path.removeprefix(self._base), size=f.size, etag=f.etag) for f in found]
+        return sorted(entries, key=lambda entry: entry.key)
+
+    def head(self, key: str) -> Entry | None:
+        """Size and tag of `key`, or None when it is absent."""
+        path = self._path(key)
+        found = self._try(f"look up {key}", lambda left: self._driver.stat(path, timeout_s=left))
+        return None if found is None else Entry(key=key, size=found.size, etag=found.etag)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """None; the keys are gone. Only `hqlabel clean` calls this: no other command needs the right."""
+        paths = [self._path(key) for key in keys]
+        self._try(f"delete {len(keys)} objects", lambda left: self._driver.delete(paths, timeout_s=left))
+
+    def abort_stale_uploads(self) -> int:
+        """How many unfinished writes of dead processes were dropped (S3 uploads, local temporary files)."""
+        return self._try("abort uploads", lambda left: self._driver.abort_stale(self._base, timeout_s=left))
+
+
+def open_store(place: Place) -> Store:
+    """The store at a place; nothing is created or asked until the first call."""
+    return Store(place)
+
+
+def _base_of(scheme: str, rest: str) -> str:
+    """What every path of a store begins with, ending in "/"."""
+    if scheme == "file":
+        return os.path.abspath(rest).rstrip("/") + "/"
+    if scheme in ("http", "https"):
+        raise UsageError(f"{scheme}:// can be read, not written; choose a folder or an object store")
+    base = rest.strip("/")
+    if not base or any(part in ("", ".", "..") for part in base.split("/")):
+        raise UsageError(f"{scheme}://{rest} names no bucket and folder")
+    return base + "/"
+
+
+def _raise_for_store(fault: StorageFault) -> NoReturn:
+    verdict = fault.verdict
+    if verdict.kind == "image":
+        raise NotFound(fault.message) from fault
+    raise SystemicFault(verdict.code, fault.message) from fault

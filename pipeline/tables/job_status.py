@@ -1,0 +1,150 @@
+"""How far a job is, told by its store alone: no cluster, no driver, no file of this machine."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pyarrow.compute as pc
+
+from pipeline.job.driver_lock import Holder, current_holder
+from pipeline.job.job_file import Job
+from pipeline.storage.store import Store
+from pipeline.tables.manifest import Counts, Manifest, add_counts, finished_units, read_manifest
+from pipeline.tables.unit_files import CommittedUnit, list_committed, read
+
+READERS = 16
+RATE_WINDOW_S = 1200.0
+UNITS_READ_AT_MOST = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStatus:
+    """`images`, `units`: planned. `counts`: of the units that were counted; `units_counted` says how
+    many, all of them unless there were more unpublished ones than status reads.
+
+    `images_per_s`: over the last 20 minutes of commits, None when there were fewer than two. `eta_s`:
+    what is left at that rate. `last_commit_at`: None when it is not known. `holder`: the driver that
+    took the job last, with its number; whether it lives cannot be told without waiting for its heart.
+    """
+
+    images: int
+    units: int
+    units_done: int
+    units_counted: int
+    units_published: int
+    counts: Counts = field(default_factory=Counts)
+    images_per_s: float | None = None
+    eta_s: float | None = None
+    last_commit_at: dt.datetime | None = None
+    holder: tuple[int, Holder] | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every planned unit is committed."""
+        return self.units_done == self.units
+
+
+@dataclass(frozen=True, kw_only=True)
+class _UnitTime:
+    """When a unit was committed, and how many images it has."""
+
+    at: dt.datetime
+    images: int
+
+
+Seen = dict[str, tuple[Counts, _UnitTime]]
+"""What `status` has read of units, by key. Given again, it spares the reading: a unit never changes."""
+
+
+def status(
+    store: Store, job: Job, *, read_at_most: int = UNITS_READ_AT_MOST, seen: Seen | None = None
+) -> JobStatus:
+    """The status of a job. Published parts are taken from the manifest; other units are read, unless `seen`.
+
+    Raises:
+        DamageFound: a unit or the manifest does not verify.
+    """
+    committed = list_committed(store)
+    manifest = read_manifest(store)
+    finished = finished_units(list(committed), manifest)
+    known, unknown = _split(committed, manifest)
+    counted, times = _count(
+        store, unknown[-read_at_most:] if read_at_most else [], {} if seen is None else seen
+    )
+    rate, last = _rate(times)
+    images = int(job.plan["images"])
+    per_unit = job.context.images_per_unit
+    left = sum(min(per_unit, images - u * per_unit) for u in range(job.units) if u not in finished)
+    return JobStatus(
+        images=images,
+        units=job.units,
+        units_done=len(finished & set(range(job.units))),
+        units_counted=sum(units for units, _ in known) + len(times),
+        units_published=manifest.published_units if manifest else 0,
+        counts=add_counts([*(counts for _, counts in known), *counted]),
+        images_per_s=rate,
+        eta_s=left / rate if rate and left else None,
+        last_commit_at=last,
+        holder=current_holder(store),
+    )
+
+
+def _split(
+    committed: dict[int, CommittedUnit], manifest: Manifest | None
+) -> tuple[list[tuple[int, Counts]], list[CommittedUnit]]:
+    """(units, counts) of the parts that still hold, and the committed units beside them."""
+    known: list[tuple[int, Counts]] = []
+    rest = dict(committed)
+    for part in manifest.parts if manifest else ():
+        ids = range(part.first_unit, part.stop_unit)
+        newer = [u for u in ids if u in committed and committed[u].generation != part.generation_of(u)]
+        if newer:
+            continue  # a retry came after: its units are counted anew
+        known.append((len(ids), part.counts))
+        for unit_id in ids:
+            rest.pop(unit_id, None)
+    return known, list(rest.values())
+
+
+def _count(store: Store, wanted: Sequence[CommittedUnit], seen: Seen) -> tuple[list[Counts], list[_UnitTime]]:
+    unread = [unit for unit in wanted if unit.key not in seen]
+    with ThreadPoolExecutor(READERS) as pool:
+        found = pool.map(lambda unit: _count_unit(store, unit), unread)
+        seen.update(zip((unit.key for unit in unread), found, strict=True))
+    read_units = [seen[unit.key] for unit in wanted]
+    return [counts for counts, _ in read_units], [time for _, time in read_units]
+
+
+def _count_unit(store: Store, unit: CommittedUnit) -> tuple[Counts, _UnitTime]:
+    table = read(store, unit)
+    boxes = table["instances"].combine_chunks().flatten()
+    counts = Counts(
+        images=table.num_rows,
+        boxes=len(boxes),
+        masks=pc.sum(pc.greater(boxes.field("area"), 0)).as_py() or 0,
+        empty=pc.sum(pc.equal(boxes.field("area"), 0)).as_py() or 0,
+        status=dict(Counter(table["status"].to_pylist())),
+        failed=dict(Counter(code for code in table["error_code"].to_pylist() if code is not None)),
+    )
+    return counts, _UnitTime(at=pc.max(table["processed_at"]).as_py(), images=table.num_rows)
+
+
+def _rate(times: Sequence[_UnitTime]) -> tuple[float | None, dt.datetime | None]:
+    """(images a second, time of the last commit) of the newest commits."""
+    if not times:
+        return None, None
+    newest = max(time.at for time in times)
+    recent = list(_since(times, newest - dt.timedelta(seconds=RATE_WINDOW_S)))
+    oldest = min(time.at for time in recent)
+    seconds = (newest - oldest).total_seconds()
+    # The first unit of the window was worked on before it: its images do not count.
+    done = sum(time.images for time in recent) - next(t.images for t in recent if t.at == oldest)
+    return (done / seconds if seconds > 0 and done else None), newest
+
+
+def _since(times: Sequence[_UnitTime], start: dt.datetime) -> Iterator[_UnitTime]:
+    return (time for time in times if time.at >= start)

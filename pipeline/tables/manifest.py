@@ -1,0 +1,198 @@
+"""manifest.json: which parts are published, from which units, with which filters, and their sums.
+
+It is written before the first part is replaced, without the parts in question (`publishing`), and
+again when all stand. So a part that the manifest names is always the one it describes, however a
+publish ends, and what is uncertain is published again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline.errors import DamageFound
+from pipeline.storage.store import NotFound, Store
+from pipeline.tables.mask_quality import FilterSettings
+
+MANIFEST_KEY = "manifest.json"
+CATEGORIES_KEY = "categories.json"
+MANIFEST_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartFile:
+    """One published file: its key, rows, bytes, and the sha256 (hex) of these bytes."""
+
+    key: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Sums over images. `boxes`: given. `masks`: boxes with a mask of at least one pixel. `empty`: boxes
+    whose mask has none. `status`, `failed`: images by status and error code. `rejected`: boxes by reason; all
+    that lost to a better mask are `nms`.
+    """
+
+    images: int = 0
+    boxes: int = 0
+    masks: int = 0
+    accepted: int = 0
+    status: Mapping[str, int] = field(default_factory=dict)
+    failed: Mapping[str, int] = field(default_factory=dict)
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    empty: int = 0
+
+
+def add_counts(many: Sequence[Counts]) -> Counts:
+    """The sum."""
+
+    def by_name(name: str) -> dict[str, int]:
+        total: Counter[str] = Counter()
+        for one in many:
+            total.update(getattr(one, name))
+        return dict(sorted(total.items()))
+
+    return Counts(
+        images=sum(one.images for one in many),
+        boxes=sum(one.boxes for one in many),
+        masks=sum(one.masks for one in many),
+        accepted=sum(one.accepted for one in many),
+        status=by_name("status"),
+        failed=by_name("failed"),
+        rejected=by_name("rejected"),
+        empty=sum(one.empty for one in many),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The two files of one range of units, first to stop (end-exclusive).
+
+    `generations`: the generation of each unit that was retried; of all others it is 0.
+    """
+
+    index: int
+    first_unit: int
+    stop_unit: int
+    generations: Mapping[int, int]
+    images: PartFile
+    instances: PartFile
+    counts: Counts
+
+    def generation_of(self, unit_id: int) -> int:
+        """The generation of a unit of this part that its rows come from."""
+        return self.generations.get(unit_id, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What is published. `state`: `complete` (every planned unit), `partial`, or `publishing` (parts
+    that are not named may be of the old or the new kind; publish again). `units`: planned.
+    `cleaned`: the working files of the parts may be gone, and the parts are the truth.
+    """
+
+    state: Literal["complete", "partial", "publishing"]
+    run_id: str
+    plan_sha256: str
+    units: int
+    filters: FilterSettings
+    parts: tuple[Part, ...]
+    published_at: str
+    cleaned: bool = False
+    lineage: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> Counts:
+        """Sums over all parts."""
+        return add_counts([part.counts for part in self.parts])
+
+    @property
+    def published_units(self) -> int:
+        """How many units the parts hold."""
+        return sum(part.stop_unit - part.first_unit for part in self.parts)
+
+
+def part_key(table: Literal["images", "instances"], index: int) -> str:
+    """The only name of a published file."""
+    return f"{table}/part-{index:05d}.parquet"
+
+
+def write_manifest(store: Store, manifest: Manifest) -> None:
+    """None; the store's manifest is this one."""
+    content = {
+        "product": "hqlabel",
+        "format": MANIFEST_FORMAT,
+        "state": manifest.state,
+        "counts": dataclasses.asdict(manifest.counts),
+        **{k: v for k, v in dataclasses.asdict(manifest).items() if k not in ("state", "parts")},
+        "parts": [dataclasses.asdict(part) for part in manifest.parts],
+    }
+    store.put(MANIFEST_KEY, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_manifest(store: Store) -> Manifest | None:
+    """The store's manifest, None when nothing was published. DamageFound when it cannot be read."""
+    try:
+        body = store.read(MANIFEST_KEY)
+    except NotFound:
+        return None
+    try:
+        content = json.loads(body)
+        if content["format"] != MANIFEST_FORMAT:
+            raise ValueError(f"format {content['format']}, wanted {MANIFEST_FORMAT}")
+        return _manifest_of(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamageFound(
+            f"{store.place.uri}/{MANIFEST_KEY} cannot be read ({type(error).__name__}: {error}). "
+            "Move it away and publish again: the units are the truth."
+        ) from error
+
+
+def _manifest_of(content: Mapping[str, Any]) -> Manifest:
+    return Manifest(
+        state=content["state"],
+        run_id=content["run_id"],
+        plan_sha256=content["plan_sha256"],
+        units=int(content["units"]),
+        filters=FilterSettings(**content["filters"]),
+        parts=tuple(_part_of(part) for part in content["parts"]),
+        published_at=content["published_at"],
+        cleaned=bool(content["cleaned"]),
+        lineage=content["lineage"],
+    )
+
+
+def _part_of(content: Mapping[str, Any]) -> Part:
+    return Part(
+        index=int(content["index"]),
+        first_unit=int(content["first_unit"]),
+        stop_unit=int(content["stop_unit"]),
+        generations={int(unit): int(g) for unit, g in content["generations"].items()},
+        images=PartFile(**content["images"]),
+        instances=PartFile(**content["instances"]),
+        counts=_counts_of(content["counts"]),
+    )
+
+
+def _counts_of(content: Mapping[str, Any]) -> Counts:
+    """Return the sums of a part; before `empty` was counted, masks without a pixel were among the masks."""
+    if "empty" in content:
+        return Counts(**content)
+    empty = int(content["rejected"].get("empty", 0))
+    return Counts(**{**content, "masks": content["masks"] - empty, "empty": empty})
+
+
+def finished_units(committed: Sequence[int], manifest: Manifest | None) -> set[int]:
+    """The units that need no work: committed ones, and published ones whose working files were cleaned."""
+    finished = set(committed)
+    if manifest is not None and manifest.cleaned:
+        for part in manifest.parts:
+            finished.update(range(part.first_unit, part.stop_unit))
+    return finished

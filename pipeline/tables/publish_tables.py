@@ -1,0 +1,338 @@
+"""Committed units -> the tables people query: fixed ranges of units, flat, in image order.
+
+A part is one atomic put under a name that says its range, so a plain glob reads whole, undoubled rows
+at any time. Only ranges whose units are all committed are published. Filters are applied here: they
+mark rows, and a new threshold is one publish. Equal inputs give equal bytes, and parts that stand
+already are left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import schema
+from pipeline.errors import DamageFound, JobRefused
+from pipeline.failpoints import visit
+from pipeline.job.driver_lock import latest_number, require_latest
+from pipeline.job.job_file import Job
+from pipeline.settings import JobContext
+from pipeline.storage import sealed_parquet as parquet
+from pipeline.storage.store import NotFound, Store, open_store
+from pipeline.tables import unit_files as units
+from pipeline.tables.manifest import (
+    CATEGORIES_KEY,
+    Counts,
+    Manifest,
+    Part,
+    PartFile,
+    add_counts,
+    part_key,
+    read_manifest,
+    write_manifest,
+)
+from pipeline.tables.mask_quality import FilterSettings, mark
+from pipeline.tables.unit_files import CommittedUnit, list_committed
+
+READERS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartTask:
+    """All that a worker needs to make one part; small and picklable. `part_units`: every unit, in order.
+
+    `driver`: the number of the driver that publishes; a part is not put once a later one has the job.
+    """
+
+    context: JobContext
+    index: int
+    part_units: tuple[CommittedUnit, ...]
+    filters: FilterSettings
+    driver: int = 0
+
+
+Mapper = Callable[[Callable[[PartTask], Part], Sequence[PartTask]], Iterable[Part]]
+
+
+def publish(
+    store: Store,
+    job: Job,
+    filters: FilterSettings,
+    *,
+    require_owner: Callable[[str], None],
+    mapper: Mapper = map,
+) -> Manifest:
+    """The manifest after every range whose units are all committed stands published with `filters`.
+
+    `require_owner`: raises when another driver has the job; asked before each write. `mapper`: runs the
+    parts, in any order (serial by default, Ray tasks in a job). When nothing is new, nothing is written.
+
+    Raises:
+        JobRefused: not the owner, files of something else among the tables, or working files that
+            were cleaned and would be needed.
+        DamageFound: a unit does not verify; names it.
+    """
+    committed = list_committed(store)
+    before = read_manifest(store)
+    if before is not None and before.cleaned:
+        return _already_cleaned(before, filters)
+    _refuse_foreign_parts(store, job)
+    tasks = _whole_ranges(job, committed, filters)
+    standing = _standing_parts(store, before, job, filters)
+    kept = [standing[task.index] for task in tasks if _same_units(standing.get(task.index), task)]
+    due = [task for task in tasks if task.index not in {part.index for part in kept}]
+    wanted = _manifest(job, filters, kept, complete=False)
+    if not due and before is not None and _same(before, _manifest(job, filters, kept, complete=True)):
+        return before
+    require_owner("publish")  # may take the job now
+    driver = latest_number(store)
+    require_owner("publish")  # so `driver` is ours: whoever comes after it is after us
+    due = [dataclasses.replace(task, driver=driver) for task in due]
+    if due:
+        write_manifest(store, dataclasses.replace(wanted, state="publishing"))
+        visit("publish.begun")
+    made = list(mapper(publish_part, due))
+    visit("publish.parts")
+    require_owner("publish")
+    _write_categories(store, job)
+    visit("publish.categories")
+    after = _manifest(job, filters, [*kept, *made], complete=True)
+    write_manifest(store, after)
+    visit("publish.done")
+    return after
+
+
+def _already_cleaned(before: Manifest, filters: FilterSettings) -> Manifest:
+    if before.filters == filters:
+        return before
+    raise JobRefused(
+        "the working files of this job were removed by clean, so its tables cannot be marked anew; "
+        "filter the columns predicted_iou, stability_score, area, ... in a query instead"
+    )
+
+
+def _whole_ranges(
+    job: Job, committed: Mapping[int, CommittedUnit], filters: FilterSettings
+) -> list[PartTask]:
+    tasks = []
+    for index, first in enumerate(range(0, job.units, job.units_per_part)):
+        ids = range(first, min(first + job.units_per_part, job.units))
+        if all(unit_id in committed for unit_id in ids):
+            part_units = tuple(committed[unit_id] for unit_id in ids)
+            tasks.append(PartTask(context=job.context, index=index, part_units=part_units, filters=filters))
+    return tasks
+
+
+def _standing_parts(
+    store: Store, before: Manifest | None, job: Job, filters: FilterSettings
+) -> dict[int, Part]:
+    """Parts of the last manifest, by index, whose files are there and were made with these filters."""
+    if before is None or (before.filters, before.plan_sha256) != (filters, job.context.plan_sha256):
+        return {}
+    sizes = {entry.key: entry.size for entry in [*store.list("images/"), *store.list("instances/")]}
+    return {
+        part.index: part
+        for part in before.parts
+        if all(sizes.get(file.key) == file.bytes for file in (part.images, part.instances))
+    }
+
+
+def _same_units(part: Part | None, task: PartTask) -> bool:
+    return part is not None and [
+        (unit_id, part.generation_of(unit_id)) for unit_id in range(part.first_unit, part.stop_unit)
+    ] == [(unit.unit_id, unit.generation) for unit in task.part_units]
+
+
+def _same(before: Manifest, after: Manifest) -> bool:
+    return before == dataclasses.replace(after, published_at=before.published_at)
+
+
+def _manifest(job: Job, filters: FilterSettings, parts: Sequence[Part], *, complete: bool) -> Manifest:
+    whole = complete and sum(part.stop_unit - part.first_unit for part in parts) == job.units
+    return Manifest(
+        state="complete" if whole else "partial",
+        run_id=job.context.run_id,
+        plan_sha256=job.context.plan_sha256,
+        units=job.units,
+        filters=filters,
+        parts=tuple(sorted(parts, key=lambda part: part.index)),
+        published_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        lineage=units.footer(job.context),
+    )
+
+
+def foreign_parts(store: Store, job: Job) -> list[str]:
+    """Keys below images/ and instances/ that are no part of this job; a glob would read them too."""
+    count = -(-job.units // job.units_per_part)
+    ours = {part_key(table, index) for table in _TABLES for index in range(count)}
+    found = [entry.key for table in _TABLES for entry in store.list(f"{table}/")]
+    return [key for key in found if key not in ours]
+
+
+_TABLES: tuple[Literal["images", "instances"], ...] = ("images", "instances")
+
+
+def _refuse_foreign_parts(store: Store, job: Job) -> None:
+    foreign = foreign_parts(store, job)
+    if foreign:
+        raise JobRefused(
+            f"{store.place.uri}: {foreign[0]} and {len(foreign) - 1} more are no files of this job, and "
+            "every query over the folder would read them too; move them away"
+        )
+
+
+def _write_categories(store: Store, job: Job) -> None:
+    body = (json.dumps(list(job.categories), ensure_ascii=False, indent=1) + "\n").encode()
+    try:
+        if store.read(CATEGORIES_KEY) == body:
+            return
+    except NotFound:
+        pass
+    store.put(CATEGORIES_KEY, body)
+
+
+# ---------------------------------------------------------------------------------------------
+# One part
+# ---------------------------------------------------------------------------------------------
+
+
+def publish_part(task: PartTask) -> Part:
+    """The part, now standing in the store: units are read a few at a time, both files put whole.
+
+    Memory: the two compressed files, one row group of rows each, and `READERS` units.
+
+    Raises:
+        DamageFound: a unit does not verify, or does not follow the one before it.
+        JobRefused: another driver has taken the job over.
+    """
+    store = open_store(task.context.output)
+    footer = {**units.footer(task.context), "filters": json.dumps(dataclasses.asdict(task.filters))}
+    images = parquet.ParquetSink(schema.IMAGES, footer)
+    instances = parquet.ParquetSink(schema.INSTANCES, footer)
+    counts: list[Counts] = []
+    last_id: bytes | None = None
+    for unit, table in _in_order(store, task.part_units):
+        last_id = _follows(unit, table, last_id)
+        flat = flatten_unit(table, task.filters)
+        images.write(flat.images)
+        instances.write(flat.instances)
+        counts.append(flat.counts)
+    ids = [unit.unit_id for unit in task.part_units]
+    image_file = _put(store, task.driver, part_key("images", task.index), images)
+    visit("publish.images")
+    instance_file = _put(store, task.driver, part_key("instances", task.index), instances)
+    visit("publish.part")
+    return Part(
+        index=task.index,
+        first_unit=ids[0],
+        stop_unit=ids[-1] + 1,
+        generations={u.unit_id: u.generation for u in task.part_units if u.generation},
+        images=image_file,
+        instances=instance_file,
+        counts=add_counts(counts),
+    )
+
+
+def _in_order(store: Store, part_units: Sequence[CommittedUnit]) -> Iterator[tuple[CommittedUnit, pa.Table]]:
+    """Each unit with its rows. A bucket makes every read wait, so some are under way at once."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(part_units), READERS):
+            batch = part_units[start : start + READERS]
+            yield from zip(batch, pool.map(partial(units.read, store), batch), strict=True)
+
+
+def _put(store: Store, driver: int, key: str, sink: parquet.ParquetSink) -> PartFile:
+    """The file of a part, put unless a later driver has the job: it may have published newer rows."""
+    body = sink.finish()
+    require_latest(store, driver, "publish")
+    store.put(key, body)
+    return PartFile(key=key, rows=sink.rows, bytes=len(body), sha256=hashlib.sha256(body).hexdigest())
+
+
+def _follows(unit: CommittedUnit, table: pa.Table, last_id: bytes | None) -> bytes | None:
+    """The last image id of the unit, in UTF-8; DamageFound when ids do not rise or are of another unit."""
+    for image_id, unit_id in zip(table["image_id"].to_pylist(), table["unit_id"].to_pylist(), strict=True):
+        risen = last_id is None or image_id.encode() > last_id
+        if not risen or unit_id != unit.unit_id:
+            raise DamageFound(
+                f"unit {unit.unit_id} ({unit.key}): image {image_id!a} of unit {unit_id} is out of order"
+            )
+        last_id = image_id.encode()
+    return last_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatUnit:
+    """One unit as rows of the published tables: schema.IMAGES and schema.INSTANCES."""
+
+    images: pa.Table
+    instances: pa.Table
+    counts: Counts
+
+
+def flatten_unit(table: pa.Table, filters: FilterSettings) -> FlatUnit:
+    """A unit's table (schema.UNIT) as published rows, marked by `filters`."""
+    nested = table["instances"].combine_chunks()
+    image_row = np.asarray(pc.list_parent_indices(nested), dtype=np.int64)
+    values = nested.flatten()
+    fields = dict(zip(schema.UNIT_INSTANCE.names, values.flatten(), strict=True))
+    flat = pa.table({**fields, "image_index": pa.array(image_row)})
+    accepted, reasons = mark(flat, filters)
+    of_image: dict[str, Any] = {
+        name: table[name].combine_chunks().take(pa.array(image_row))
+        for name in ("image_id", "image_uri", "run_id")
+    }
+    marks = {"accepted": pa.array(accepted, pa.bool_()), "reject_reason": pa.array(reasons, pa.string())}
+    columns = {**fields, **of_image, **marks}
+    instances = pa.Table.from_arrays(
+        [columns[name] for name in schema.INSTANCES.names], schema=schema.INSTANCES
+    )
+    has_mask = np.asarray(pc.fill_null(pc.greater(fields["area"], 0), False), dtype=np.bool_)
+    images = _image_rows(table, image_row, has_mask, np.asarray(accepted, dtype=np.bool_))
+    return FlatUnit(images=images, instances=instances, counts=counts_of(images, instances))
+
+
+def _image_rows(
+    table: pa.Table,
+    image_row: npt.NDArray[np.int64],
+    has_mask: npt.NDArray[np.bool_],
+    accepted: npt.NDArray[np.bool_],
+) -> pa.Table:
+    def per_image(chosen: npt.NDArray[np.int64]) -> pa.Array:
+        return pa.array(np.bincount(chosen, minlength=table.num_rows).astype(np.int32))
+
+    columns = {name: table[name].combine_chunks() for name in table.schema.names}
+    columns["num_boxes"] = per_image(image_row)
+    columns["num_instances"] = per_image(image_row[has_mask])
+    columns["num_accepted"] = per_image(image_row[accepted])
+    return pa.Table.from_arrays([columns[name] for name in schema.IMAGES.names], schema=schema.IMAGES)
+
+
+def counts_of(images: pa.Table, instances: pa.Table) -> Counts:
+    """Return the sums over published rows: schema.IMAGES, and schema.INSTANCES of the same images."""
+    reasons = instances["reject_reason"].to_pylist()
+    rejected = Counter(reason.split(":")[0] for reason in reasons if reason is not None)
+    failed = Counter(code for code in images["error_code"].to_pylist() if code is not None)
+    return Counts(
+        images=images.num_rows,
+        boxes=instances.num_rows,
+        masks=pc.sum(pc.greater(instances["area"], 0)).as_py() or 0,
+        empty=pc.sum(pc.equal(instances["area"], 0)).as_py() or 0,
+        accepted=pc.sum(instances["accepted"]).as_py() or 0,
+        status=dict(sorted(Counter(images["status"].to_pylist()).items())),
+        failed=dict(sorted(failed.items())),
+        rejected=dict(sorted(rejected.items())),
+    )

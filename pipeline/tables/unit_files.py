@@ -1,0 +1,230 @@
+"""The working truth: one Parquet file a unit, written once, whole, under a name that says what it is.
+
+`units/00001234.g0.parquet` is a pure function of unit and generation. It is created if absent and
+never replaced: a retry writes the next generation, and the highest one counts. What is committed is
+what a listing shows; there are no markers beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import schema
+from pipeline.failpoints import visit
+from pipeline.settings import BoxRules, JobContext, UnitOutcome
+from pipeline.storage import sealed_parquet as parquet
+from pipeline.storage.store import Store
+from pipeline.tables.unit_checks import check_against_plan, find_faults, plan_faults
+from pipeline.tables.unit_table import build_unit_table
+from pipeline.unit import ImageResult
+
+__all__ = [
+    "CommittedUnit",
+    "ImageResult",
+    "build_unit_table",
+    "check_against_plan",
+    "commit",
+    "encode",
+    "find_faults",
+    "footer",
+    "list_committed",
+    "mask_columns_digest",
+    "outcome_of",
+    "plan_faults",
+    "read",
+    "replace_rows",
+    "unit_key",
+]
+
+# Columns that may differ between two runs of one job; all others are equal, byte for byte.
+VOLATILE = (
+    *("fetch_ms", "decode_ms", "detect_ms", "segment_ms"),
+    *("attempts", "run_id", "processed_at"),
+)
+_KEY = re.compile(r"units/(\d{8,})\.g(\d+)\.parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommittedUnit:
+    """One unit's file in the store."""
+
+    unit_id: int
+    generation: int
+    key: str
+    size: int
+    etag: str | None = None
+
+
+def unit_key(unit_id: int, generation: int) -> str:
+    """The only name of a unit's file."""
+    return f"units/{unit_id:08d}.g{generation}.parquet"
+
+
+def parse_key(key: str) -> tuple[int, int] | None:
+    """(unit, generation) of a unit's file name, None for any other name."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    unit_id, generation = int(match.group(1)), int(match.group(2))
+    return (unit_id, generation) if unit_key(unit_id, generation) == key else None
+
+
+def list_committed(store: Store) -> dict[int, CommittedUnit]:
+    """The highest generation of every committed unit, by unit id, ascending; from one listing."""
+    found: dict[int, CommittedUnit] = {}
+    for unit in list_generations(store):
+        if unit.unit_id not in found or found[unit.unit_id].generation < unit.generation:
+            found[unit.unit_id] = unit
+    return dict(sorted(found.items()))
+
+
+def list_generations(store: Store) -> list[CommittedUnit]:
+    """Every unit's file, older generations too, in order of their keys."""
+    units = []
+    for entry in store.list("units/"):
+        parsed = parse_key(entry.key)
+        if parsed is not None:
+            units.append(
+                CommittedUnit(
+                    unit_id=parsed[0], generation=parsed[1], key=entry.key, size=entry.size, etag=entry.etag
+                )
+            )
+    return units
+
+
+def footer(context: JobContext) -> dict[str, str]:
+    """The lineage that every Parquet file of a job carries, keys without the `hqlabel.` prefix."""
+    masks, shape = context.masks, context.masks.call_shape
+    entries = {
+        "schema_version": schema.SCHEMA_VERSION,
+        "run_id": context.run_id,
+        "plan_sha256": context.plan_sha256,
+        "weights_sha256": context.weights.sha256,
+        "weights_license": context.weights.license or "unknown",
+        "architecture": context.weights.architecture,
+        "input_side": context.weights.input_side,
+        "dtype": masks.dtype,
+        "images_per_call": shape.images_per_call,
+        "boxes_per_call": shape.boxes_per_call,
+        "multimask": masks.multimask,
+        "hq_token_only": masks.hq_token_only,
+        "compiled": masks.compiled,
+        "draft_jpeg": masks.draft_jpeg,
+        "cpu_threads": masks.cpu_threads,
+        "stability_offset": masks.stability_offset,
+        "box_format": context.box_rules.box_format,
+        "box_frame": context.box_rules.box_frame,
+        "exif_rule": "orientation applied; sizes, boxes and masks are upright",
+        "rle": "COCO compressed, column-major, size is [height, width]",
+        "bbox_format": "xywh, absolute upright pixels",
+        **_box_lineage(context),
+        "note": context.weights.note or "",
+        **context.lineage,
+    }
+    return {name: str(value) for name, value in sorted(entries.items())}
+
+
+def _box_lineage(context: JobContext) -> dict[str, object]:
+    """Where the boxes come from, and the rules by which some have no mask."""
+    detector, rules = context.detector, context.box_rules
+    entries: dict[str, object] = {
+        f"box_{name}": value
+        for name, value in vars(rules).items()
+        if name not in ("box_format", "box_frame") and value != getattr(BoxRules(), name)
+    }
+    if detector is None:
+        return entries
+    return entries | {
+        "detector": detector.title,
+        "detector_fingerprint": detector.fingerprint,
+        "detector_license": detector.license or "unknown",
+        "detector_longest_side": detector.longest_side,
+        "detector_score_threshold": detector.score_threshold,
+        "detector_max_detections": detector.max_detections,
+        "detector_prompts": json.dumps(dict(detector.prompts), ensure_ascii=False),
+    }
+
+
+def encode(table: pa.Table, context: JobContext) -> bytes:
+    """The unit's Parquet body; equal tables and contexts give equal bytes."""
+    return parquet.encode(table, footer(context))
+
+
+def commit(store: Store, unit_id: int, generation: int, body: bytes) -> bool:
+    """True when the store now holds this body as the unit's generation; False when it held another.
+
+    "Already there" is success: the same identity makes the same masks. What stands there is read back
+    and verified before the unit counts as done.
+
+    Raises:
+        DamageFound: what stands under the unit's name does not verify.
+    """
+    key = unit_key(unit_id, generation)
+    store.put_if_absent(key, body)
+    visit("commit.created")
+    stored = store.read(key)
+    if stored != body:
+        parquet.decode(stored, schema.UNIT, f"unit {unit_id} ({key})")
+    visit("commit.done")
+    return stored == body
+
+
+def read(store: Store, unit: CommittedUnit) -> pa.Table:
+    """The unit's rows: seal, page checksums and the whole schema verified; DamageFound with unit and file."""
+    return parquet.decode(store.read(unit.key), schema.UNIT, f"unit {unit.unit_id} ({unit.key})")
+
+
+def replace_rows(table: pa.Table, redone: pa.Table) -> pa.Table:
+    """The unit's table with the rows of `redone` in the place of those with their image_id.
+
+    For a retry: rows that were good keep every value, times and run_id too. ValueError when `redone`
+    has an image that the unit has not.
+    """
+    place = {image_id: row for row, image_id in enumerate(redone["image_id"].to_pylist())}
+    unknown = set(place) - set(table["image_id"].to_pylist())
+    if unknown:
+        raise ValueError(f"redone images that are not of this unit: {sorted(unknown)[:3]!a}")
+    both = pa.concat_tables([table, redone])
+    ids = table["image_id"].to_pylist()
+    rows = [table.num_rows + place[i] if i in place else row for row, i in enumerate(ids)]
+    return both.take(pa.array(rows, pa.int64())).combine_chunks()
+
+
+def outcome_of(
+    table: pa.Table, unit_id: int, generation: int, *, size: int, created: bool, seconds: float
+) -> UnitOutcome:
+    """What the driver is told of a committed unit."""
+    statuses = Counter(table["status"].to_pylist())
+    codes = Counter(code for code in table["error_code"].to_pylist() if code is not None)
+    return UnitOutcome(
+        unit_id=unit_id,
+        generation=generation,
+        images=table.num_rows,
+        labelled=statuses["labelled"],
+        no_boxes=statuses["no_boxes"],
+        failed=statuses["failed"],
+        instances=pc.sum(pc.list_value_length(table["instances"])).as_py() or 0,
+        bytes=size,
+        repeated=not created,
+        failed_by_code=dict(sorted(codes.items())),
+        seconds=seconds,
+    )
+
+
+def mask_columns_digest(table: pa.Table, *, without: Sequence[str] = VOLATILE) -> str:
+    """sha256 (hex) of every column but those that may differ between two runs of one job.
+
+    For schema.UNIT, INSTANCES and IMAGES; row order counts, chunks and metadata do not. The rows are
+    written as plain Parquet and hashed: that form does not know how Arrow held them.
+    """
+    kept = [name for name in table.schema.names if name not in without]
+    plain = table.select(kept).replace_schema_metadata().combine_chunks()
+    return hashlib.sha256(parquet.encode(plain, {})).hexdigest()

@@ -1,0 +1,150 @@
+"""Which Ray is used, and how closed a private one is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.cluster import ray_cluster as cluster
+from jobs.cluster.ray_cluster import ClusterInfo, address_to_join, refuse_local_output
+from pipeline.errors import JobRefused, UsageError
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_a_cluster_is_joined_only_when_one_is_named() -> None:
+    assert address_to_join(None, {}) is None
+    assert address_to_join(None, {"RAY_ADDRESS": ""}) is None
+    assert address_to_join("local", {"RAY_ADDRESS": "10.0.0.1:6379"}) is None
+    assert address_to_join(None, {"RAY_ADDRESS": "10.0.0.1:6379"}) == "10.0.0.1:6379"
+    assert address_to_join("10.0.0.2:6379", {"RAY_ADDRESS": "10.0.0.1:6379"}) == "10.0.0.2:6379"
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265", "https://head"])
+def test_addresses_that_cannot_be_joined_say_what_to_do(address: str) -> None:
+    with pytest.raises(UsageError, match="ray job submit"):
+        address_to_join(address, {})
+
+
+def test_several_nodes_refuse_an_output_on_their_own_disks() -> None:
+    one = ClusterInfo(address="local", private=True, nodes=1, cpus=2, gpus=0)
+    two = ClusterInfo(address="10.0.0.1:6379", private=False, nodes=2, cpus=2, gpus=0)
+    refuse_local_output(one, "/out", is_local=True, shared_paths=False)
+    refuse_local_output(two, "s3://b/out", is_local=False, shared_paths=False)
+    refuse_local_output(two, "/nfs/out", is_local=True, shared_paths=True)
+    with pytest.raises(JobRefused, match=r"/out is a local path, and the cluster has 2 nodes"):
+        refuse_local_output(two, "/out", is_local=True, shared_paths=False)
+
+
+@pytest.fixture
+def private_tmp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A short temporary folder of this test alone: sockets need short paths."""
+    folder = Path(tempfile.mkdtemp(prefix="hq", dir="/tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_sessions_are_private_and_removed_at_the_end(private_tmp: Path) -> None:
+    with cluster._private_folder() as folder:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+        with cluster._private_folder() as second:  # a second process of this user leaves the first alone
+            assert second != folder
+        assert folder.is_dir()
+    assert not folder.exists()
+
+
+def test_the_session_of_a_killed_process_is_removed_by_the_next(private_tmp: Path) -> None:
+    code = """
+        import os, signal, sys, tempfile
+        tempfile.tempdir = sys.argv[1]
+        from jobs import cluster
+        with cluster._private_folder() as folder:
+            (folder / "spilled").write_text("much")
+            print(folder, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(private_tmp)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    left = Path(done.stdout.strip())
+    assert left.is_dir()
+    with cluster._private_folder():
+        assert not left.exists()
+
+
+def test_a_folder_that_others_may_write_is_refused(private_tmp: Path) -> None:
+    (private_tmp / f"hqlabel-{os.getuid()}").mkdir(mode=0o777)
+    (private_tmp / f"hqlabel-{os.getuid()}").chmod(0o777)
+    with pytest.raises(JobRefused, match="not this user's alone"), cluster._private_folder():
+        pass
+
+
+RAY_SCRIPT = """
+    import json, os, stat, time
+    from jobs import console
+    from jobs.cluster.ray_cluster import running_ray
+    from jobs.config import ClusterSection
+    with running_ray(ClusterSection(cpus=1), os.environ) as info:
+        import ray
+        token = os.environ["RAY_AUTH_TOKEN_PATH"]
+        folder = os.path.dirname(token)
+        task = ray.remote(num_cpus=0.3)(lambda: (time.sleep(1), os.getpid())[1])
+        workers = set(ray.get([task.remote() for _ in range(3)]))
+        time.sleep(4)  # Ray looks every 200 ms for workers that had nothing to do for a second
+        console.data(json.dumps({
+            "info": str(info), "mode": os.environ["RAY_AUTH_MODE"],
+            "token": oct(stat.S_IMODE(os.stat(token).st_mode)),
+            "dashboard": ray._private.worker.global_worker.node.webui_url,
+            "folder": oct(stat.S_IMODE(os.stat(folder).st_mode)),
+            "answer": ray.get(ray.remote(num_cpus=0.1)(lambda: 7).remote()),
+            "usage": os.environ["RAY_USAGE_STATS_ENABLED"],
+            "autoscaler": os.environ["RAY_DATA_CLUSTER_AUTOSCALER"],
+            "workers": [len(workers), sum(os.path.exists(f"/proc/{pid}") for pid in workers)],
+        }))
+    with running_ray(ClusterSection(cpus=1), os.environ) as info:  # again in one process, as benchmarks do
+        again = ray.get(ray.remote(num_cpus=0.1)(lambda: 8).remote())
+    print(os.path.exists(folder), again, os.environ.get("RAY_AUTH_TOKEN_PATH"))
+"""
+
+
+@pytest.mark.slow
+def test_a_private_ray_is_closed_and_leaves_nothing(private_tmp: Path) -> None:
+    environ = {**os.environ, "TMPDIR": str(private_tmp), "RAY_ADDRESS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", "import os; os.umask(0o077)\n" + textwrap.dedent(RAY_SCRIPT)],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    facts, left = done.stdout.splitlines()
+    assert json.loads(facts) == {
+        "info": "private Ray on this machine: 1 CPU cores, no GPU",
+        "mode": "token",
+        "token": "0o600",
+        "dashboard": "",
+        "folder": "0o700",
+        "answer": 7,
+        "usage": "0",
+        "autoscaler": "V2",  # the one that does not round shares of cores off
+        "workers": [3, 3],  # all of them are still there
+    }
+    assert left == "False 8 None"
+    assert done.stderr == ""

@@ -1,0 +1,77 @@
+"""What a new job chooses by the machine it begins on, and that it stays chosen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.cluster.ray_session import Machine
+from jobs.config import Config, load_config
+from jobs.job_setup.open_job import open_or_create
+from jobs.terminal.signals import Interrupts
+from pipeline.errors import UsageError
+from tests.e2e.scenes import DataSet
+
+WITH_BFLOAT16 = {"avx512f", "avx512_bf16"}
+WITHOUT = {"avx2", "avx512f"}
+
+
+@pytest.fixture
+def config(data_set: DataSet, checkpoint: Path, tmp_path: Path) -> Config:
+    flags = {
+        "input.images": str(data_set.images),
+        "input.boxes": str(data_set.boxes),
+        "model.checkpoint": str(checkpoint),
+        "output.uri": str(tmp_path / "out"),
+        "cluster.gpus_per_actor": 0,
+    }
+    return load_config(None, flags=flags)
+
+
+def begin(config: Config, cpu: set[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The masks' settings in job.json, after the job was opened on a machine with such a CPU."""
+    monkeypatch.setattr("model.segmenter._cpu_features", lambda: cpu)
+    with Machine(config, Interrupts()) as machine:
+        open_or_create(config, check_inputs=False, probe_dtype=machine.native_dtype, device=machine.device)
+    stored = json.loads((Path(str(config.output.uri)) / "job.json").read_text())
+    return dict(stored["identity"]["masks"])
+
+
+@pytest.mark.parametrize(("cpu", "dtype"), [(WITH_BFLOAT16, "bfloat16"), (WITHOUT, "float32")])
+def test_auto_is_what_the_cpu_multiplies_and_stays_so(config, cpu, dtype, monkeypatch) -> None:
+    first = begin(config, cpu, monkeypatch)
+    again = begin(config, WITHOUT if cpu == WITH_BFLOAT16 else WITH_BFLOAT16, monkeypatch)
+
+    assert first["dtype"] == dtype
+    assert again == first
+
+
+def test_compiling_for_a_cpu_is_refused_before_anything_is_written(config, monkeypatch) -> None:
+    compiling = config.model_copy(update={"model": config.model.model_copy(update={"compile": True})})
+
+    with pytest.raises(UsageError, match=r"model\.compile=true.*CPU.*--ray-address"):
+        begin(compiling, WITHOUT, monkeypatch)
+
+    assert not Path(str(config.output.uri)).exists()
+
+
+def test_a_cpu_decodes_few_boxes_a_call_unless_asked(config, tmp_path, monkeypatch) -> None:
+    asked = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"boxes_per_call": 5}),
+            "output": config.output.model_copy(update={"uri": str(tmp_path / "asked")}),
+        }
+    )
+
+    assert begin(config, WITHOUT, monkeypatch)["call_shape"]["boxes_per_call"] == 2
+    assert begin(asked, WITHOUT, monkeypatch)["call_shape"]["boxes_per_call"] == 5
+
+
+def test_a_job_goes_on_with_the_boxes_a_call_it_began_with(config, monkeypatch) -> None:
+    begin(config, WITHOUT, monkeypatch)
+    monkeypatch.setattr("jobs.job_setup.resolve_settings.BOXES_PER_CALL", {"cpu": 7})
+
+    assert begin(config, WITHOUT, monkeypatch)["call_shape"]["boxes_per_call"] == 2

@@ -1,0 +1,101 @@
+"""From what people write to what the pipeline is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.config import Config, load_config
+from jobs.job_setup import resolve_settings as settings
+from model.structures import CallShape
+from pipeline.errors import UsageError
+
+
+def config(*sets: str) -> Config:
+    return load_config(None, sets=list(sets))
+
+
+def test_local_places_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.pth").write_bytes(b"")
+    given = config(
+        "input.images=photos", "input.boxes=s3://b/boxes.parquet", "model.checkpoint=w.pth", "output.uri=out",
+        "input.allow_roots=[extra]", "input.image_root=file:///root",
+    )  # fmt: skip
+    found = settings.resolved(given)
+    assert found.input.images == str(tmp_path / "photos")
+    assert found.input.boxes == "s3://b/boxes.parquet"
+    assert found.input.image_root == "/root"
+    assert found.input.allow_roots == [str(tmp_path / "extra")]
+    assert found.model.checkpoint == str(tmp_path / "w.pth")
+    assert found.output.uri == str(tmp_path / "out")
+    assert settings.resolved(found) == found
+
+
+@pytest.mark.parametrize("name", ["demo", "org/name", "org/name/file.pth", "s3://b/w.pth"])
+def test_a_checkpoint_that_is_no_path_stays_as_it_is(name: str) -> None:
+    assert settings.resolved(config(f"model.checkpoint={name}")).model.checkpoint == name
+
+
+def test_the_checkpoint_demo_is_never_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+
+    assert settings.resolved(config("model.checkpoint=demo")).model.checkpoint == "demo"
+
+
+def test_storage_options_go_by_scheme() -> None:
+    given = config("storage.s3={endpoint_url: 'http://x'}", "output.uri=s3://b/out")
+    place = settings.output_place(given)
+    assert (place.uri, place.options) == ("s3://b/out", {"endpoint_url": "http://x"})
+    assert settings.storage_options(given, "gs://b/out") == {}
+    assert settings.storage_options(given, "/tmp/out") == {}
+
+
+@pytest.mark.parametrize("name", ["secret", "aws_secret_access_key", "token", "client_kwargs"])
+def test_a_secret_in_the_configuration_is_refused_and_not_shown(name: str) -> None:
+    value = "{aws_secret_access_key: hunter2}" if name == "client_kwargs" else "hunter2"
+    given = config(f"storage.s3={{{name}: {value}}}", "output.uri=/out", "input.images=/in")
+    for make in (settings.output_place, settings.input_settings):
+        with pytest.raises(UsageError, match=r"storage\.s3") as caught:
+            make(given)
+        assert "hunter2" not in str(caught.value)
+
+
+def test_what_is_missing_is_named_with_its_flag() -> None:
+    with pytest.raises(UsageError, match="--output is missing"):
+        settings.output_place(config())
+    with pytest.raises(UsageError, match="--images and --boxes are missing"):
+        settings.input_settings(config())
+    with pytest.raises(UsageError, match="--allow-root /no/such: there is no such folder"):
+        settings.input_settings(config("input.images=/in", "input.allow_roots=[/no/such]"))
+
+
+def test_every_setting_reaches_the_record_it_is_for(tmp_path: Path) -> None:
+    given = config(
+        "input.boxes=/b.csv", "input.columns={image_uri: path}", f"input.allow_roots=[{tmp_path}]",
+        "input.allow_schemes=[https]", "input.limit=5", "output.images_per_unit=7", "model.images_per_call=2",
+        "model.boxes_per_call=3", "model.stability_offset=2", "limits.max_image_bytes=9", "cluster.actors=4",
+        "filter.nms_mode=class", "cluster.wait_for_nodes_s=3", "model.cpu_threads=2", "model.compile=true",
+        "input.draft_jpeg=true",
+    )  # fmt: skip
+    inputs = settings.input_settings(given)
+    assert (inputs.boxes, inputs.limit, inputs.images_per_unit) == ("/b.csv", 5, 7)
+    assert inputs.columns == {"image_uri": "path"}
+    assert inputs.access.roots == (str(tmp_path.resolve()),)
+    assert "https" in inputs.access.schemes
+    assert "s3" in inputs.access.schemes
+    masks = settings.mask_settings(given, "bfloat16")
+    assert masks.call_shape == CallShape(images_per_call=2, boxes_per_call=3)
+    assert (masks.dtype, masks.stability_offset) == ("bfloat16", 2.0)
+    assert (masks.cpu_threads, masks.compiled, masks.draft_jpeg) == (2, True, True)
+    assert settings.cluster_settings(given).cpu_threads == 2
+    assert settings.limits(given).max_image_bytes == 9
+    assert (settings.cluster_settings(given).actors, settings.cluster_settings(given).wait_for_nodes_s) == (
+        4,
+        3,
+    )
+    assert settings.filter_settings(given).nms_mode == "class"

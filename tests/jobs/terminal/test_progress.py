@@ -1,0 +1,102 @@
+"""The progress line: what it counts, and what it says when nothing moves."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+
+import pytest
+
+from jobs.terminal.progress import Progress, choose_mode
+from pipeline.settings import UnitOutcome
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def outcome(unit: int, *, failed: int = 0, repeated: bool = False) -> UnitOutcome:
+    return UnitOutcome(
+        unit_id=unit,
+        generation=0,
+        images=10,
+        labelled=10 - failed,
+        no_boxes=0,
+        failed=failed,
+        instances=30,
+        bytes=1000,
+        repeated=repeated,
+        failed_by_code={"not_found": failed} if failed else {},
+    )
+
+
+def test_the_line_counts_rates_and_what_is_left() -> None:
+    clock = Clock()
+    progress = Progress(total_images=1000, done_images=500, mode="silent", clock=clock)
+    assert progress.line() == "500 of 1,000 images (50%) · no image finished yet, 0.0 s"
+    slow = Progress(total_images=9, done_images=0, mode="silent", clock=clock, beginning="it is compiled")
+    assert slow.line() == "0 of 9 images (0%) · it is compiled · no image finished yet, 0.0 s"
+    clock.now += 10
+    progress.add(outcome(0))
+    progress.add(outcome(1, failed=2))
+    assert progress.line() == (
+        "520 of 1,000 images (52%) · 2.00 images/s, 6.00 boxes/s · about 4 min 00 s left"
+        " · 2 failed (most: not_found)"
+    )
+
+
+def test_time_left_goes_by_the_last_minutes_and_not_by_the_start() -> None:
+    clock = Clock()
+    progress = Progress(total_images=100_000, done_images=0, mode="silent", clock=clock)
+    clock.now += 600  # a model that takes ten minutes to load
+    for unit in range(400):
+        clock.now += 1
+        progress.add(outcome(unit))
+    assert "10.0 images/s" in progress.line()
+
+
+def test_a_stall_is_said() -> None:
+    clock = Clock()
+    progress = Progress(total_images=1000, done_images=0, mode="silent", clock=clock)
+    clock.now += 1
+    progress.add(outcome(0))
+    clock.now += 400
+    progress.add(outcome(1))
+    clock.now += 60
+    assert "images/s" in progress.line()
+    clock.now += 300
+    assert "nothing finished in the last 6 min 00 s" in progress.line()
+
+
+def test_counts_add_up_and_repeats_are_kept_apart() -> None:
+    progress = Progress(total_images=20, done_images=0, mode="silent")
+    progress.add(outcome(0, failed=1))
+    progress.add(outcome(1, repeated=True))
+    counts = progress.counts()
+    assert (counts.units, counts.images, counts.labelled, counts.failed) == (2, 20, 19, 1)
+    assert (counts.instances, counts.bytes, counts.repeated) == (60, 2000, 10)
+
+
+def test_a_log_gets_plain_lines_also_when_nothing_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with Progress(total_images=20, done_images=0, mode="lines", line_every_s=0.02):
+        time.sleep(0.2)
+    lines = log.getvalue().splitlines()
+    assert len(lines) >= 2
+    assert all("0 of 20 images (0%) · no image finished yet" in line and "\x1b" not in line for line in lines)
+
+
+def test_silence_when_it_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(
+        total_images=20, done_images=0, mode=choose_mode(wanted=False, is_terminal=True)
+    ) as progress:
+        progress.add(outcome(0))
+    assert capsys.readouterr() == ("", "")
+    assert choose_mode(wanted=True, is_terminal=True) == "live"
+    assert choose_mode(wanted=True, is_terminal=False) == "lines"

@@ -1,0 +1,175 @@
+"""A unit goes through Arrow and comes out as it went in, and its pixels are not copied on the way."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from model.structures import Instances
+from pipeline.errors import SystemicFault
+from pipeline.stages.hand_over import TRAVEL, PixelArena, UnitRow, pack, unpack
+from pipeline.unit import ImageResult
+
+
+def planned(image_id="a", boxes=()):
+    return {
+        "unit_id": 3,
+        "image_id": image_id,
+        "image_uri": f"/x/{image_id}",
+        "boxes": None if boxes is None else list(boxes),
+        "error_code": None,
+        "error_message": None,
+    }
+
+
+def box(*given, score=0.5):
+    return {
+        "given": list(given),
+        "box_id": None,
+        "category_id": 1,
+        "category_name": None,
+        "score": score,
+        "points_xy": None,
+        "point_labels": None,
+        "prompt_mask": None,
+        "iscrowd": True if len(given) == 3 else None,
+    }
+
+
+def masks(n):
+    return Instances(
+        size_hw=(40, 60),
+        counts=tuple(f"mask{i}" for i in range(n)),
+        area=np.arange(n, dtype=np.int64) + 2**40,
+        bbox_xywh=np.arange(4 * n, dtype=np.float32).reshape(n, 4),
+        predicted_iou=np.linspace(0, 1, n, dtype=np.float32),
+        stability_score=np.linspace(1, 0, n, dtype=np.float32),
+        flags=("reduced_call_shape",) if n == 2 else (),
+    )
+
+
+def picture(height, width, seed):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def same(found, wanted):
+    for name in ImageResult.__dataclass_fields__:
+        if name != "instances":
+            assert getattr(found, name) == getattr(wanted, name), name
+    if wanted.instances is None:
+        assert found.instances is None
+    else:
+        for name in Instances.__dataclass_fields__:
+            np.testing.assert_array_equal(getattr(found.instances, name), getattr(wanted.instances, name))
+
+
+def test_a_decoded_unit_comes_back_as_it_was():
+    arena = PixelArena(4, 64)
+    images = (
+        ImageResult(
+            planned=planned("a", [box(1.0, float("inf"), None), box(score=None)]),
+            size_hw=(30, 64),
+            stored_size_hw=(64, 30),
+            exif_orientation=6,
+            source_bytes=2**33,
+            source_etag="e",
+            fetch_ms=1.5,
+            decode_ms=2.5,
+        ),
+        ImageResult(planned=planned("b"), error_code="corrupt", error_message="damaged"),
+        ImageResult(planned=planned("c", None), attempts=3),
+        ImageResult(planned=planned("ü\n'"), size_hw=(1, 1)),
+    )
+    pixels = (arena.keep(picture(30, 64, 1)), None, None, arena.keep(picture(64, 64, 2)))
+    unit = UnitRow(unit_id=7, generation=2, redo_codes=(), seconds=1.25, images=images, pixels=pixels)
+
+    table = pack(unit, arena)
+    found = unpack(table)
+
+    assert table.schema.equals(TRAVEL)
+    table.validate(full=True)
+    assert (found.unit_id, found.generation, found.redo_codes, found.seconds) == (7, 2, (), 1.25)
+    for one, wanted in zip(found.images, images, strict=True):
+        same(one, wanted)
+    for one, wanted in zip(found.pixels, pixels, strict=True):
+        np.testing.assert_array_equal(one, wanted)
+    assert not found.pixels[0].flags.writeable
+
+
+def test_pixels_are_read_where_they_were_written():
+    arena = PixelArena(2, 64)
+    kept = arena.keep(picture(64, 50, 1))
+
+    table = pack(UnitRow(unit_id=0, images=(ImageResult(planned=planned()),), pixels=(kept,)), arena)
+
+    assert np.shares_memory(unpack(table).pixels[0], kept)
+
+
+def test_a_unit_with_another_before_it_in_a_table_reads_its_own_rows():
+    tables = []
+    for number in range(3):
+        arena = PixelArena(1, 8)
+        kept = arena.keep(np.full((8, 8, 3), number, np.uint8))
+        images = (ImageResult(planned=planned(str(number))),)
+        tables.append(pack(UnitRow(unit_id=number, images=images, pixels=(kept,)), arena))
+    together = pa.concat_tables(tables).combine_chunks()
+
+    found = unpack(together.slice(1, 1))
+
+    assert found.unit_id == 1
+    assert found.images[0].planned["image_id"] == "1"
+    assert found.pixels[0].max() == 1
+
+
+@pytest.mark.parametrize("counts", [[], [0], [3], [2, 0, 1]])
+def test_masks_of_any_number_have_one_schema(counts):
+    images = tuple(ImageResult(planned=planned(str(n)), instances=masks(n), segment_ms=4.0) for n in counts)
+
+    table = pack(UnitRow(unit_id=1, images=images, pixels=(None,) * len(images)))
+
+    assert table.schema.equals(TRAVEL)
+    for one, wanted in zip(unpack(table).images, images, strict=True):
+        same(one, wanted)
+    assert unpack(table).pixels == (None,) * len(images)
+
+
+def test_a_fault_travels_as_a_value():
+    found = unpack(pack(UnitRow(unit_id=4, fault=SystemicFault("clock", "an hour off"))))
+
+    assert (found.fault.code, found.fault.message, found.images) == ("clock", "an hour off", ())
+
+
+def test_pictures_that_are_not_in_the_arena_are_noticed():
+    arena = PixelArena(2, 8)
+    arena.keep(picture(8, 8, 1))
+
+    with pytest.raises(ValueError, match="kept in the arena"):
+        arena.column([None])
+
+
+def test_the_next_unit_gets_the_memory_of_the_last_one_when_nothing_refers_to_it():
+    first = PixelArena(2, 16)
+    kept = first.keep(np.full((16, 16, 3), 7, np.uint8))
+    column = first.column([kept])
+    place = kept.__array_interface__["data"][0]
+    del first, kept
+
+    beside = PixelArena(2, 16).keep(np.zeros((16, 16, 3), np.uint8))
+
+    assert beside.__array_interface__["data"][0] != place
+    assert bytes(column[0].as_py()) == bytes([7]) * 768
+
+    del column, beside
+    second = PixelArena(1, 16)
+    third = PixelArena(1, 16)
+    one, other = (arena.keep(np.zeros((16, 16, 3), np.uint8)) for arena in (second, third))
+    assert one.__array_interface__["data"][0] != other.__array_interface__["data"][0]
+
+
+def test_memory_that_is_free_is_used_again():
+    arena = PixelArena(2, 16)
+    place = arena.keep(np.zeros((16, 16, 3), np.uint8)).__array_interface__["data"][0]
+    del arena
+
+    assert PixelArena(1, 16).keep(np.zeros((16, 16, 3), np.uint8)).__array_interface__["data"][0] == place

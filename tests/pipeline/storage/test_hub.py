@@ -1,0 +1,101 @@
+"""`hf://` uris: a data set of the hub is listed, planned and read like any store; a stand-in serves it."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub.errors import HfHubHTTPError
+
+from pipeline.errors import ImageError, JobRefused
+from pipeline.images.fetch import fetch_object
+from pipeline.inputs.open_inputs import InputSettings
+from pipeline.planning.make_plan import make_plan
+from pipeline.settings import AccessRules, Limits
+from pipeline.storage import read_objects as objects
+from pipeline.storage.backoff import classify
+from pipeline.storage.store import fingerprint, head_object, open_input
+from tests.hub_server import Hub, hub_server
+from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
+
+LIMITS = Limits(fetch_timeout_s=10)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    rows = io.BytesIO()
+    pq.write_table(hf_rows(), rows, row_group_size=2)
+    files = {f"photos/{name}.png": data for name, data in PICTURES.items()}
+    files |= {"data/train-0.parquet": rows.getvalue(), "shards/0.tar": tar_of(sample("a/1"))}
+    files |= {"boxes.jsonl": b'{"image_id": "a/1.png", "boxes": [[1, 2, 3, 4]]}\n'}
+    with hub_server(files) as serving:
+        yield serving
+
+
+def settings(hub: Hub, **inputs: str) -> InputSettings:
+    places = {name: f"{hub.uri}/{place}" for name, place in inputs.items()}
+    return InputSettings(**places, access=AccessRules(options={"hf": hub.options}))
+
+
+def test_a_folder_of_pictures_and_a_table_are_planned_and_read(hub):
+    plan = make_plan(settings(hub, images="photos", boxes="boxes.jsonl"))
+
+    uris = plan.table["image_uri"].to_pylist()
+    assert uris == [f"{hub.uri}/photos/{name}.png" for name in sorted(PICTURES)]
+    assert [fetch_object(uri, plan.access, LIMITS).data for uri in uris] == list(PICTURES.values())
+    assert plan.summary.boxes == 1
+    assert plan.summary.input_files[0]["uri"] == f"{hub.uri}/boxes.jsonl"
+
+
+@pytest.mark.parametrize("place", ["data", "data/*.parquet", "shards"])
+def test_data_sets_and_tars_of_the_hub_are_read_by_place(hub, place):
+    plan = make_plan(settings(hub, boxes=place))
+
+    found = [fetch_object(uri, plan.access, LIMITS).data for uri in plan.table["image_uri"].to_pylist()]
+    assert found == ([PICTURES["a/1"]] if place == "shards" else list(PICTURES.values()))
+    assert plan.summary.boxes == (2 if place == "shards" else 5)
+
+
+def test_what_is_not_there_is_said_as_of_any_store(hub):
+    access = AccessRules(options={"hf": hub.options})
+
+    assert head_object(f"{hub.uri}/gone.parquet", hub.options) is None
+    with pytest.raises(ImageError) as caught:
+        fetch_object(f"{hub.uri}/photos/gone.png", access, LIMITS)
+    assert caught.value.code == "not_found"
+    with pytest.raises(JobRefused, match="repository not found"):
+        make_plan(InputSettings(images="hf://datasets/no/where/data", access=access))
+
+
+def test_the_hubs_own_version_of_a_file_is_its_fingerprint(hub):
+    found = fingerprint(f"{hub.uri}/boxes.jsonl", hub.options)
+
+    assert found["etag"] == head_object(f"{hub.uri}/boxes.jsonl", hub.options).etag
+
+
+def test_a_hub_that_does_not_answer_refuses_the_job(hub, monkeypatch):
+    monkeypatch.setattr(objects, "INPUT_BUDGET_S", 0.2)
+    options = {**hub.options, "endpoint": "http://127.0.0.1:9"}
+
+    with pytest.raises(JobRefused, match=r"look up hf://lkeab/hq-sam/sam_hq_vit_b\.pth"):
+        open_input("hf://lkeab/hq-sam/sam_hq_vit_b.pth", options)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "code"),
+    [
+        (401, "systemic", "credentials"),
+        (403, "systemic", "denied"),
+        (404, "image", "not_found"),
+        (429, "retry", "store"),
+        (503, "retry", "store"),
+    ],
+)
+def test_what_the_hub_answers_is_told_by_its_status(status, kind, code):
+    answer = SimpleNamespace(status_code=status, headers={}, request=None)
+
+    verdict = classify(HfHubHTTPError("refused", response=answer))
+
+    assert (verdict.kind, verdict.code) == (kind, code)

@@ -1,0 +1,97 @@
+"""What the native libraries of a model process are told before they are loaded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.stages.segment import SegmentWorker
+from pipeline.worker.torch_env import prepare_for_torch
+from tests.pipeline.made_jobs import make_job, noise, png
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def openmp_says(before: str) -> str:
+    """What GNU's OpenMP read of its environment, in a process that runs `before` and then loads torch."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{before}\nimport torch"],
+        env={**environ, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch brings GNU's OpenMP on Linux alone")
+def test_idle_threads_of_torch_sleep() -> None:
+    says = openmp_says(
+        "import os\nfrom pipeline.worker.torch_env import prepare_for_torch\nprepare_for_torch(os.environ)"
+    )
+
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in says
+    assert "GOMP_SPINCOUNT = '0'" in says
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_what_a_person_has_set_holds(name: str) -> None:
+    given = {name: "infinite", "THP_MEM_ALLOC_ENABLE": "0"}
+    environ = dict(given)
+
+    prepare_for_torch(environ)
+
+    assert environ == given
+
+
+LARGE_TENSORS = """
+import os, resource
+{before}
+import torch
+torch.empty(1)
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.zeros(64 << 20, dtype=torch.uint8)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+"""
+
+
+@pytest.mark.skipif(
+    not THP.exists() or "[never]" in THP.read_text(), reason="this kernel gives nobody huge pages"
+)
+def test_a_large_tensor_comes_in_large_pages() -> None:
+    before = "from pipeline.worker.torch_env import prepare_for_torch\nprepare_for_torch(os.environ)"
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE_TENSORS.format(before=before)],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+
+    small_pages = (64 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert int(done.stdout) < small_pages / 4
+
+
+def test_a_model_process_is_told_before_its_model_is_made(tmp_path, monkeypatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    job = make_job(tmp_path, {"a.png": png(noise(1))})
+    seen = {}
+
+    def factory(context, use_gpu):
+        seen.update(os.environ)
+
+    monkeypatch.setattr("pipeline.stages.segment.load_by_name", lambda name: factory)
+    SegmentWorker(job.context, epoch=1, use_gpu=False)
+
+    assert (seen["OMP_WAIT_POLICY"], seen["THP_MEM_ALLOC_ENABLE"]) == ("passive", "1")
+
+
+def test_the_command_line_and_the_chain_load_no_torch_of_their_own() -> None:
+    # Too late is as bad as never: torch reads the environment while it is imported.
+    for modules in ("jobs.cli.main", "pipeline.execution.chain, pipeline.stages.segment"):
+        code = f"import sys\nimport {modules}\nassert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
