@@ -20,9 +20,9 @@ from collections.abc import Callable
 import torch
 
 from model.config import PATCH_SIZE, vit_config
+from model.records import CallShape, Instances
 from model.sam_hq import SamHQ
 from model.segmenter import Segmenter
-from model.structures import CallShape, Instances
 from tests.model.plain_decoder import plain_decode
 from tests.parity.lively import boxes_in, lively, photo
 

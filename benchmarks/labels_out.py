@@ -27,7 +27,7 @@ import pyarrow as pa
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from model.structures import Instances
+from model.records import Instances
 from pipeline import schema
 from pipeline.job.job_file import Job, identity_of, open_job
 from pipeline.settings import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Place, Weights

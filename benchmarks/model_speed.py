@@ -44,9 +44,9 @@ from model import rle
 from model.checkpoints import save_transformers
 from model.config import PUBLISHED
 from model.geometry import scale_boxes, target_size_hw
+from model.records import CallShape, Instances
 from model.sam_hq import SamHQ
 from model.segmenter import Dtype, Segmenter
-from model.structures import CallShape, Instances
 from tests.parity.lively import boxes_in, lively, photo
 from tests.parity.oracle import predictor_of
 

@@ -21,9 +21,9 @@ import torch
 from benchmarks.demo_model.evaluate import held_out_scene
 from model import rle
 from model.checkpoints import DEMO_FOLDER, load
+from model.records import CallShape, Instances
 from model.sam_hq import SamHQ
 from model.segmenter import Segmenter
-from model.structures import CallShape, Instances
 from tests.parity.lively import SMALL_VITS, boxes_in, lively, photo
 
 SHAPE = CallShape(boxes_per_call=4)

@@ -375,7 +375,7 @@ class UnitStub:
 
 @functools.cache
 def _masks() -> Any:
-    from model.structures import PreparedImage, Prompts
+    from model.records import PreparedImage, Prompts
     from tests.fakes import box_masks
 
     prompts = Prompts(boxes_xyxy=np.array(BOXES, np.float32))

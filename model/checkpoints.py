@@ -37,8 +37,8 @@ from model.layouts import (
     rename,
     without_wrappers,
 )
+from model.records import WeightsInfo
 from model.sam_hq import SamHQ
-from model.structures import WeightsInfo
 from model.weight_files import CONFIG, SINGLE, CheckpointError, Source, read_weights, write_atomically
 
 __all__ = ["DEMO_FOLDER", "CheckpointError", "LoadedModel", "load", "save_original", "save_transformers"]

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from model.records import CallShape
 from model.sam_hq import SamHQ
-from model.structures import CallShape
 
 Outputs = tuple[torch.Tensor, ...]
 Record = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], None]]]

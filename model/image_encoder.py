@@ -18,7 +18,7 @@ from torch import nn
 from model.attention import blocked_attention, folded_attention, plain_attention
 from model.config import VisionConfig
 from model.layers import VIT_NORM_EPS, Neck, is_inference
-from model.structures import EncoderFeatures
+from model.records import EncoderFeatures
 
 
 class Attention(nn.Module):

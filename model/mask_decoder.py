@@ -27,7 +27,7 @@ from torch import nn
 
 from model.config import MaskDecoderConfig
 from model.layers import LayerNorm2d, ReluMLP
-from model.structures import EncoderFeatures
+from model.records import EncoderFeatures
 from model.transfer import to_device
 from model.transformer import ImageSide, PositionTerms, TwoWayTransformer
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from model.config import PATCH_SIZE
 from model.geometry import scale_boxes, scale_points, target_size_hw
 from model.prompt_encoder import BACKGROUND, FOREGROUND, PADDING
-from model.structures import Prompts
+from model.records import Prompts
 
 SizeHW = tuple[int, int]
 

@@ -24,7 +24,7 @@ from model.image_encoder import ImageEncoderViT
 from model.mask_decoder import MaskDecoder, SharedImages, TokenMasks
 from model.prompt_encoder import PromptEncoder
 from model.prompts import PromptBatch, box_rows, group_prompts
-from model.structures import EncoderFeatures, ImageEmbedding, MaskLogits, Prompts
+from model.records import EncoderFeatures, ImageEmbedding, MaskLogits, Prompts
 from model.tiny_vit import TinyViT
 from model.transfer import to_device
 

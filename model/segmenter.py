@@ -27,8 +27,8 @@ from model.geometry import resize_longest_side, target_size_hw
 from model.host_work import HostWork
 from model.masks import TracedMasks, trace_masks
 from model.prompts import box_rows, check_prompts, group_prompts
+from model.records import CallShape, ImageEmbedding, Instances, PreparedImage, Prompts, SegmentFailure
 from model.sam_hq import ChunkDecoder, SamHQ, check_picture, tokens_needed
-from model.structures import CallShape, ImageEmbedding, Instances, PreparedImage, Prompts, SegmentFailure
 
 Dtype = Literal["float32", "bfloat16"]
 UInt8Array = npt.NDArray[np.uint8]

@@ -18,7 +18,7 @@ from torch import nn
 from model.config import TinyVisionConfig
 from model.image_encoder import from_windows, to_windows
 from model.layers import TORCH_NORM_EPS, Neck
-from model.structures import EncoderFeatures
+from model.records import EncoderFeatures
 
 EXPAND = 4
 """Ratio of the hidden to the outer width, in MBConv and MLP alike."""

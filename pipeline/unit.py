@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.structures import Instances
+from model.records import Instances
 
 BoolArray = npt.NDArray[np.bool_]
 

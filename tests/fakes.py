@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from model.structures import CallShape, Instances, PreparedImage, SegmentFailure
+from model.records import CallShape, Instances, PreparedImage, SegmentFailure
 from pipeline.images.decode import DecodedImage, decode_image
 from pipeline.settings import JobContext
 

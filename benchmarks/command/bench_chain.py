@@ -24,7 +24,7 @@ from jobs.job_setup.checkpoint import read_checkpoint
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
 from model.geometry import target_size_hw
-from model.structures import Instances, PreparedImage, Prompts
+from model.records import Instances, PreparedImage, Prompts
 from pipeline.images.decode import decode_image
 from pipeline.planning.make_plan import make_plan
 from pipeline.settings import MaskSettings, Weights

@@ -22,9 +22,9 @@ from benchmarks.command.bench_tables import Table
 from jobs.config import Config
 from jobs.job_setup.checkpoint import read_checkpoint
 from model.config import PUBLISHED, SamHQConfig
+from model.records import CallShape, Instances, PreparedImage, Prompts
 from model.sam_hq import SamHQ
 from model.segmenter import Dtype, Segmenter, probe_dtype
-from model.structures import CallShape, Instances, PreparedImage, Prompts
 from pipeline.errors import UsageError
 from pipeline.stages.load_model import load_model
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
-from model.structures import CallShape, Instances, PreparedImage
+from model.records import CallShape, Instances, PreparedImage
 from pipeline.settings import JobContext
 
 NAME = "benchmarks.command.bench_stub:make"

@@ -21,7 +21,7 @@ from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.checkpoint import read_checkpoint
 from jobs.job_setup.job_detector import FoundDetector, read_detector
 from jobs.terminal.input_report import with_a_look
-from model.structures import MODEL_PROTOCOL
+from model.records import MODEL_PROTOCOL
 from pipeline.errors import JobRefused, SystemicFault, UsageError
 from pipeline.inputs.open_inputs import InputSettings, allowed_access
 from pipeline.job.job_file import Job, identity_of, open_job, read_job, units_per_part

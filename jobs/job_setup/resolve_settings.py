@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.config import Config
-from model.structures import CallShape
+from model.records import CallShape
 from pipeline.errors import UsageError
 from pipeline.execution.placement import ClusterSettings
 from pipeline.inputs.open_inputs import InputSettings

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from model.structures import CallShape
+from model.records import CallShape
 from pipeline.errors import JobRefused
 from pipeline.failpoints import visit
 from pipeline.schema import SCHEMA_VERSION

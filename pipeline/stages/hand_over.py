@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from model.structures import Instances
+from model.records import Instances
 from pipeline.errors import SystemicFault
 from pipeline.schema import PLAN
 from pipeline.unit import ImageResult

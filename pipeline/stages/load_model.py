@@ -17,8 +17,8 @@ from model import rle
 from model.checkpoints import DEMO_FOLDER, CheckpointError, LoadedModel, load
 from model.config import ConfigError
 from model.prompts import mask_to_prompt
+from model.records import CallShape, Instances, PreparedImage, SegmentFailure
 from model.segmenter import Segmenter, probe_dtype, set_cpu_threads
-from model.structures import CallShape, Instances, PreparedImage, SegmentFailure
 from model.weight_files import ENDINGS, Source
 from pipeline.errors import JobRefused, SystemicFault, clean_text
 from pipeline.settings import DEMO, JobContext, Weights

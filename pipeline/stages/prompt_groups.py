@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from model.structures import Instances, Prompts
+from model.records import Instances, Prompts
 from pipeline.rle_strips import text_of_lengths
 from pipeline.settings import BoxRules
 from pipeline.stages.resolve_boxes import resolve_boxes

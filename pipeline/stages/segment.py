@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from model.structures import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
+from model.records import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
 from pipeline.errors import SystemicFault, clean_text
 from pipeline.failpoints import visit
 from pipeline.settings import JobContext, Limits

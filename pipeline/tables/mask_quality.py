@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
-from model.structures import Instances
+from model.records import Instances
 from pipeline import rle_strips as runs
 
 Float64Array = npt.NDArray[np.float64]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from model.structures import Instances
+from model.records import Instances
 from pipeline import schema
 from pipeline.errors import BOX_CODES, SET_ASIDE, box_code, clean_text, stage_of
 from pipeline.settings import JobContext

@@ -14,8 +14,8 @@ from pycocotools import mask as coco_mask
 
 from model import checkpoints, rle
 from model.prompts import mask_to_prompt
+from model.records import CallShape, Instances, PreparedImage, Prompts
 from model.segmenter import Segmenter
-from model.structures import CallShape, Instances, PreparedImage, Prompts
 from pipeline.images.decode import decode_image
 from tests.e2e import commands
 from tests.e2e.scenes import picture

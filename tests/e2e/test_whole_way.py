@@ -17,8 +17,8 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from model import checkpoints
+from model.records import CallShape, Instances, PreparedImage, Prompts
 from model.segmenter import Segmenter
-from model.structures import CallShape, Instances, PreparedImage, Prompts
 from pipeline.images.decode import decode_image
 from tests.conftest import MotoS3
 from tests.e2e import commands

@@ -37,7 +37,7 @@ from jobs.evaluate.evaluate import How
 from jobs.evaluate.evaluate import run as evaluate_truth
 from jobs.results.select_rows import Selection
 from model.checkpoints import load
-from model.structures import CallShape
+from model.records import CallShape
 from pipeline.errors import BOX_CODES, ImageError, JobRefused, UsageError
 from pipeline.images.decode_process import DecodeChild
 from pipeline.inputs.open_inputs import InputSettings

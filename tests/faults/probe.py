@@ -14,7 +14,7 @@ import numpy as np
 
 import jobs.job_setup.open_job
 from jobs.cli import main as cli
-from model.structures import Instances, PreparedImage, SegmentFailure
+from model.records import Instances, PreparedImage, SegmentFailure
 from pipeline.settings import JobContext
 from pipeline.stages.load_model import TorchSegmenter, load_segmenter
 

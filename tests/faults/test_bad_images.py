@@ -16,8 +16,8 @@ import torch
 
 from jobs.config import load_config
 from jobs.job_setup.checkpoint import read_checkpoint
+from model.records import SegmentFailure
 from model.segmenter import Segmenter
-from model.structures import SegmentFailure
 from pipeline.errors import SystemicFault
 from pipeline.images.decode_process import DecodeChild
 from pipeline.settings import JobContext, Limits

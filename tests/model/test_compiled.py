@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from model import image_encoder
 from model.compiled import Recorded, compile_calls
+from model.records import CallShape, Instances, Prompts
 from model.segmenter import Segmenter
-from model.structures import CallShape, Instances, Prompts
 from model.transformer import ImageSide
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, boxes_in, lively, photo
 

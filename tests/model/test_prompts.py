@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from model.prompts import check_prompts, group_prompts, mask_to_prompt
-from model.structures import Prompts
+from model.records import Prompts
 from tests.parity.lively import SMALL_VITS, lively, photo
 
 BOX = np.array([[1.0, 2.0, 30.0, 40.0]])

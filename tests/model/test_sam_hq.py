@@ -4,8 +4,8 @@ import torch
 
 from model.config import vit_config
 from model.geometry import resize_longest_side
+from model.records import Prompts
 from model.sam_hq import SamHQ, choose_masks, tokens_needed
-from model.structures import Prompts
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, boxes_in, lively, photo
 
 SIZES = [(97, 140), (60, 60), (200, 70)]

@@ -20,9 +20,9 @@ from model.config import PUBLISHED, SamHQConfig, vit_config
 from model.geometry import resize_longest_side, target_size_hw
 from model.host_work import MOST_BEGUN, HostWork
 from model.masks import plain_masks
+from model.records import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
 from model.sam_hq import ChunkDecoder, SamHQ
 from model.segmenter import Segmenter
-from model.structures import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
 from tests.parity.lively import lively
 
 CONFIG = vit_config(
@@ -601,7 +601,7 @@ import torch
 from model.config import vit_config
 from model.sam_hq import SamHQ
 from model.segmenter import Segmenter
-from model.structures import CallShape
+from model.records import CallShape
 
 def most_bytes():
     with open("/proc/self/status") as file:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
-from model.structures import Instances
+from model.records import Instances
 from pipeline import schema
 from pipeline.inputs.arrow_lists import table_sha256
 from pipeline.job.job_file import Job, identity_of, open_job

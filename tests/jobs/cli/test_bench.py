@@ -17,7 +17,7 @@ from benchmarks.command.bench_inputs import boxes_of, write_boxes, write_picture
 from jobs.config import load_config
 from jobs.terminal.signals import Interrupts
 from model.config import PUBLISHED
-from model.structures import CallShape, PreparedImage, Prompts
+from model.records import CallShape, PreparedImage, Prompts
 from pipeline.errors import UsageError
 from pipeline.images.decode import decode_image
 from tests.e2e import commands

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.config import Config, load_config
 from jobs.job_setup import resolve_settings as settings
-from model.structures import CallShape
+from model.records import CallShape
 from pipeline.errors import UsageError
 
 

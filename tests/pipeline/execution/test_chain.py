@@ -17,7 +17,7 @@ import ray
 from PIL import Image
 
 from model.geometry import resize_longest_side
-from model.structures import PreparedImage, Prompts
+from model.records import PreparedImage, Prompts
 from pipeline.errors import SystemicFault
 from pipeline.execution import chain as graph
 from pipeline.execution.chain import (

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from model.structures import Instances
+from model.records import Instances
 from pipeline.errors import SystemicFault
 from pipeline.stages.hand_over import TRAVEL, PixelArena, UnitRow, pack, unpack
 from pipeline.unit import ImageResult

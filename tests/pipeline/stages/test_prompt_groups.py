@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from model.structures import PreparedImage
+from model.records import PreparedImage
 from pipeline.settings import BoxRules
 from pipeline.stages.prompt_groups import group_by_kind, join, resolved_boxes
 from pipeline.stages.resolve_boxes import resolve_boxes

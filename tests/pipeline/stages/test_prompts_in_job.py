@@ -14,8 +14,8 @@ from pycocotools import mask as coco_mask
 
 from model import checkpoints, rle
 from model.prompts import mask_to_prompt
+from model.records import PreparedImage, Prompts
 from model.segmenter import Segmenter
-from model.structures import PreparedImage, Prompts
 from pipeline.images.decode import decode_image
 from pipeline.images.decode_process import DecodeChild
 from pipeline.inputs.open_inputs import InputSettings

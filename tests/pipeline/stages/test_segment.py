@@ -15,7 +15,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from model.checkpoints import DEMO_FOLDER, load
-from model.structures import CallShape, SegmentFailure
+from model.records import CallShape, SegmentFailure
 from pipeline.errors import SystemicFault
 from pipeline.images.decode_process import DecodeChild
 from pipeline.rle_strips import text_of_lengths

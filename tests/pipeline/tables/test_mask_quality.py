@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from model.structures import Instances
+from model.records import Instances
 from pipeline import rle_strips as runs
 from pipeline.schema import UNIT_INSTANCE
 from pipeline.tables.mask_quality import FLAGS, FilterSettings, mark, measure, order_flags
