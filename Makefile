@@ -42,7 +42,7 @@ check: $(STAMP)  ## ruff, mypy --strict, import contracts; under a minute
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-fix: $(STAMP)  ## what ruff can mend by itself
+fix: $(STAMP)  ## what ruff can fix by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -58,14 +58,16 @@ faults: $(STAMP)  ## kills and injected faults, an hour or more; writes the tabl
 	$(FAULTS) --ignore=tests/e2e --ignore=tests/faults
 	$(BIN)/python tools/fault_table.py build/faults.jsonl docs/reliability.md
 
-bench: $(STAMP)  ## figures of this machine, written to docs/benchmarks.md: whole jobs on two stores, model, masks to runs, memory, publishing, report and exports, requests, scale
+bench: $(STAMP)  ## figures of this machine, written to docs/benchmarks.md: whole jobs on two stores, model, chain, resume, masks to runs, memory, publishing, report and exports, requests, scale
 	$(RECORD) python -m benchmarks.whole_way
 	$(RECORD) python -m benchmarks.masks_rle
 	$(RECORD) python -m benchmarks.decoder_speed
 	$(RECORD) python -m benchmarks.model_speed
 	$(RECORD) python -m benchmarks.model_speed --only "hqlabel bf16" --operations 24
 	$(RECORD) python -m benchmarks.precision
-	$(RECORD) hqlabel bench
+	$(RECORD) python -m benchmarks.chain
+	$(RECORD) python -m benchmarks.call_shapes
+	$(RECORD) python -m benchmarks.resume
 	$(RECORD) python -m benchmarks.image_reader
 	$(RECORD) python -m benchmarks.driver_memory 1000 10000
 	$(RECORD) python -m benchmarks.publishing

@@ -1,4 +1,4 @@
-"""Ray Data's own image reader beside the chain without a model, and beside plain processes of Pillow.
+"""Ray Data's own image reader next to the chain without a model, and next to plain processes of Pillow.
 
     python -m benchmarks.image_reader [--images 1024]
 
@@ -16,8 +16,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from benchmarks.command import bench_chain, bench_stub
-from benchmarks.command.bench_inputs import write_pictures
+from benchmarks import chain
+from benchmarks.made_inputs import write_pictures
 from jobs.cluster.ray_cluster import running_ray, usable_cpus
 from jobs.config import Config
 from jobs.terminal.signals import Interrupts
@@ -33,20 +33,18 @@ def main() -> None:
     images = parser.parse_args().images
     with tempfile.TemporaryDirectory(prefix="hqlabel-reader-") as folder:
         paths = write_pictures(Path(folder), images, SIZE_HW)
-        loop = partial(bench_chain.loop_of_pillow, side=SIDE)
+        loop = partial(chain.loop_of_pillow, side=SIDE)
         rates = {
-            f"{usable_cpus()} processes of Pillow": bench_chain.loop_rate(
-                loop, paths, processes=usable_cpus()
-            ),
+            f"{usable_cpus()} processes of Pillow": chain.loop_rate(loop, paths, processes=usable_cpus()),
             "ray.data.read_images": reader_rate(paths),
-            "the chain, from its second unit on": bench_chain.run_chain(
+            "the chain, from its second unit on": chain.run_chain(
                 Config(),
                 Path(folder),
                 paths,
                 SIZE_HW,
-                bench_chain.STUB,
+                chain.STUB,
                 Interrupts(),
-                segmenter=bench_stub.NAME,
+                segmenter=chain.STUB_NAME,
             ).images_per_s,
         }
     print("| road | images/s |\n|---|--:|")

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.demo_model.evaluate import held_out_scene
 from model import rle
 from model.checkpoints import DEMO_FOLDER, load
 from model.records import CallShape, Instances
 from model.sam_hq import SamHQ
 from model.segmenter import Segmenter
 from tests.parity.lively import SMALL_VITS, boxes_in, lively, photo
+from tools.demo_model.evaluate import held_out_scene
 
 SHAPE = CallShape(boxes_per_call=4)
 Picture = tuple[np.ndarray, np.ndarray]

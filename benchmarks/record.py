@@ -1,7 +1,7 @@
 """Runs a command, shows what it prints, and writes it to docs/benchmarks.md with all that a figure needs.
 
     python -m benchmarks.record python -m benchmarks.masks_rle --rounds 3
-    python -m benchmarks.record hqlabel bench planning
+    python -m benchmarks.record python -m benchmarks.resume --rows 20000
 
 Added are the date, the commit (with a word when files differ from it), the machine, the versions and the
 command. Programs are those of this Python's environment. A command that fails leaves nothing.

@@ -1,4 +1,4 @@
-"""The commands about this machine: `doctor` and `bench`.
+"""The command about this machine: `doctor`.
 
 A command reads its options and calls the module of its name, which is imported when the command runs: Ray
 and torch cost seconds, `--help` must not. `verbose` is read by the decorator (`app.command`).
@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from jobs.cli import options
-from jobs.cli.app import app, command, given_of, interrupts
+from jobs.cli.app import app, command, given_of
 from jobs.config import parse_prompts
 
 
@@ -47,49 +47,3 @@ def doctor(
     from jobs.commands import doctor as job
 
     return job.run(settings, with_ray=not no_ray, json=json)
-
-
-@app.command(rich_help_panel="This machine")
-@command
-def bench(
-    parts: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[PART]...",
-            help="model, pipeline, job, planning; all when none is named.",
-            show_default=False,
-        ),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: each part about a minute.")] = False,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--variant",
-            help="For model: random weights of this architecture, such as vit_b, in place of the checkpoint. "
-            "May be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    rows: Annotated[
-        int | None,
-        typer.Option("--rows", min=1000, help="For planning: images of the job.", show_default="1000000"),
-    ] = None,
-    checkpoint: options.Checkpoint = None,
-    config: options.ConfigFile = None,
-    set_: options.Sets = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> int:
-    """Measure this machine, each part against a bare loop that does the same.
-
-    Example:  hqlabel bench --quick
-
-    Example:  hqlabel bench model --checkpoint weights.pth
-
-    Uses the checkpoint demo when none is named. Nothing is kept.
-    """
-    settings = given_of(config, set_, model__checkpoint=checkpoint).load()
-    from benchmarks.command import bench as job
-
-    how = job.How(parts=tuple(parts or ()), variants=tuple(variant or ()), quick=quick, rows=rows, json=json)
-    return job.run(settings, how, interrupts)

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from benchmarks.demo_model.evaluate import evaluate, held_out_scene, mask_iou
-from benchmarks.demo_model.scenes import Scene
 from model.checkpoints import DEMO_FOLDER, load
 from tests.e2e import commands
+from tools.demo_model.evaluate import evaluate, held_out_scene, mask_iou
+from tools.demo_model.scenes import Scene
 
 SCENES = 10
 SIDE = 512

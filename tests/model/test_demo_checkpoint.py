@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.demo_model.evaluate import evaluate, held_out_scene, mask_iou, predict
 from model.checkpoints import LoadedModel, load
+from tools.demo_model.evaluate import evaluate, held_out_scene, mask_iou, predict
 
 FOLDER = Path(__file__).parents[2] / "model" / "weights" / "hqlabel-demo"
 MAX_BYTES = 20_000_000

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from benchmarks.demo_model.evaluate import held_out_scene
 from model.checkpoints import DEMO_FOLDER, load, save_original
 from model.masks import upsample_logits
 from tests.parity.oracle import build_original, predict_boxes
 from tests.parity.stand_ins import import_original
+from tools.demo_model.evaluate import held_out_scene
 
 LOGITS = 2e-5  # of the largest reference logit
 NEAR_ZERO = 1e-4

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-from benchmarks.demo_model.shapes import SHAPES, random_kind
-from benchmarks.demo_model.textures import (
+from tools.demo_model.shapes import SHAPES, random_kind
+from tools.demo_model.textures import (
     BACKGROUND_FIELDS,
     OBJECT_FIELDS,
     near_colour,

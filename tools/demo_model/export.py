@@ -1,6 +1,6 @@
 """Turns a training state into the checkpoint: averaged weights, half precision, transformers layout.
 
-python -m benchmarks.demo_model.export --state DIR/after-hq-final.pt --side 384 \\
+python -m tools.demo_model.export --state DIR/after-hq-final.pt --side 384 \\
     --out model/weights/hqlabel-demo
 """
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.demo_model.network import DemoNetwork, demo_config
 from model.checkpoints import save_transformers
 from model.sam_hq import SamHQ
+from tools.demo_model.network import DemoNetwork, demo_config
 
 
 def averaged_model(state: Path, side: int) -> SamHQ:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.demo_model.evaluate import boundary, ellipse_in, mask_iou, rank_correlation
+from tools.demo_model.evaluate import boundary, ellipse_in, mask_iou, rank_correlation
 
 
 def test_the_boundary_is_a_band_inside_the_mask() -> None:

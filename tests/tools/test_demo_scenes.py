@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from benchmarks.demo_model.cache import HELD_OUT_FIRST_SEED, SceneCache, fill
-from benchmarks.demo_model.scenes import MIN_AREA_FRACTION, jitter_boxes, make_scene
-from benchmarks.demo_model.shapes import SHAPES
+from tools.demo_model.cache import HELD_OUT_FIRST_SEED, SceneCache, fill
+from tools.demo_model.scenes import MIN_AREA_FRACTION, jitter_boxes, make_scene
+from tools.demo_model.shapes import SHAPES
 
 SEEDS = range(12)
 

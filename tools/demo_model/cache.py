@@ -1,6 +1,6 @@
 """Scenes on disk, so that a training step does not wait for the painter.
 
-python -m benchmarks.demo_model.cache --out DIR --side 256 --count 20000 --first-seed 0
+python -m tools.demo_model.cache --out DIR --side 256 --count 20000 --first-seed 0
 
 Three plain .npy files (pixels, label maps, sizes), padded to `side` x `side`, filled from the front;
 `ready.txt` holds the number of scenes that are whole, so that training may begin while painting goes on,
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.demo_model.scenes import make_scene
+from tools.demo_model.scenes import make_scene
 
 HELD_OUT_FIRST_SEED = 1_000_000_000  # training seeds stay below; evaluation seeds start here
 ROUND = 50

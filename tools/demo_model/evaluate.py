@@ -1,6 +1,6 @@
 """Measures a checkpoint on held-out synthetic scenes, whose seeds the training never saw.
 
-python -m benchmarks.demo_model.evaluate --checkpoint model/weights/hqlabel-demo --scenes 500
+python -m tools.demo_model.evaluate --checkpoint model/weights/hqlabel-demo --scenes 500
 
 Prints mean IoU and boundary IoU of mask 0 of the SAM part, of the HQ token's mask alone and of their sum
 (what `hqlabel` uses), the rank correlation of predicted and true IoU, the time an image takes, and the
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.demo_model.cache import HELD_OUT_FIRST_SEED
-from benchmarks.demo_model.scenes import Scene, jitter_boxes, make_scene
 from model.checkpoints import load
 from model.sam_hq import SamHQ
+from tools.demo_model.cache import HELD_OUT_FIRST_SEED
+from tools.demo_model.scenes import Scene, jitter_boxes, make_scene
 
 BOUNDARY_FRACTION = 0.02  # of the diagonal, as in the boundary IoU paper (arXiv 2103.16562)
 

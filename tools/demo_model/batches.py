@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.demo_model.cache import SceneCache
-from benchmarks.demo_model.scenes import MIN_AREA_FRACTION, MIN_VISIBLE_FRACTION, jitter_boxes
+from tools.demo_model.cache import SceneCache
+from tools.demo_model.scenes import MIN_AREA_FRACTION, MIN_VISIBLE_FRACTION, jitter_boxes
 
 PATCH = 16
 FINE = 4  # pixels: the side of a cell of the mask, a quarter of a patch

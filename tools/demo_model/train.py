@@ -1,6 +1,6 @@
 """Makes the demo checkpoint from synthetic scenes, in the two steps of HQ-SAM.
 
-python -m benchmarks.demo_model.train --out DIR --caches DIR256 DIR512 --minutes 90 [--resume]
+python -m tools.demo_model.train --out DIR --caches DIR256 DIR512 --minutes 90 [--resume]
 
 The decoder first learns, without pictures, to fill a box; without this it answers "nothing" for a long time.
 Step one trains the SAM part (encoder, prompt encoder, decoder, IoU head) at side 128, 256, and the final one.
@@ -37,11 +37,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.demo_model import losses
-from benchmarks.demo_model.batches import PATCH, Batch, make_batch, random_boxes
-from benchmarks.demo_model.cache import SceneCache
-from benchmarks.demo_model.network import DemoNetwork
-from benchmarks.demo_model.optimiser import Muon, native_bf16, split_parameters
+from tools.demo_model import losses
+from tools.demo_model.batches import PATCH, Batch, make_batch, random_boxes
+from tools.demo_model.cache import SceneCache
+from tools.demo_model.network import DemoNetwork
+from tools.demo_model.optimiser import Muon, native_bf16, split_parameters
 
 NOTICE = "This makes hqlabel's demo checkpoint from synthetic scenes. It is no fine-tuning tool."
 MUON_RATE, ADAM_RATE, HQ_RATE = 0.005, 1e-3, 2e-3
@@ -343,7 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=NOTICE)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--caches", type=Path, nargs="+", required=True, help="folders of benchmarks.demo_model.cache"
+        "--caches", type=Path, nargs="+", required=True, help="folders of tools.demo_model.cache"
     )
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--final-side", type=int, default=512)

@@ -1,4 +1,4 @@
-"""Pictures and box tables that `hqlabel bench` makes for itself."""
+"""Pictures and box tables that the benchmarks make for themselves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DIFFERENT = 8
 
 
 def write_pictures(folder: Path, images: int, size_hw: tuple[int, int]) -> list[Path]:
-    """`images` JPEGs of this size in `folder`/images, of a few different contents, each a file of its own."""
+    """`images` JPEGs of this size in `folder`/images, of a few different contents, each its own file."""
     (folder / "images").mkdir(parents=True)
     bodies = [_jpeg(folder, seed, size_hw) for seed in range(min(_DIFFERENT, images))]
     paths = [folder / "images" / f"{number:06d}.jpg" for number in range(images)]
@@ -57,7 +57,7 @@ def write_boxes(folder: Path, paths: list[Path], size_hw: tuple[int, int]) -> Pa
 
 
 def write_many_boxes(folder: Path, images: int) -> Path:
-    """`folder`/boxes.parquet, one row an image, in no order, of so many images that need not be there."""
+    """`folder`/boxes.parquet, one row an image, in no order, of that many images that need not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     total = images * BOXES_PER_IMAGE

@@ -1,11 +1,14 @@
 """The model alone: milliseconds a picture, by variant, number format, and pictures and boxes a call.
 
-Beside it stands the share of what the device multiplies at best: the arithmetic of a picture and its boxes
+    python -m benchmarks.call_shapes [--quick] [--checkpoint demo] [--variant vit_b ...] [--compile]
+
+Next to it is the share of what the device multiplies at best: the arithmetic of a picture and its boxes
 (`flops`) against a large product in the same number format.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 import statistics
@@ -17,10 +20,10 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.command.bench_inputs import boxes_of
-from benchmarks.command.bench_tables import Table
-from jobs.config import Config
+from benchmarks.made_inputs import boxes_of
+from jobs.config import Config, load_config
 from jobs.job_setup.checkpoint import read_checkpoint
+from jobs.terminal import console
 from model.config import PUBLISHED, SamHQConfig
 from model.records import CallShape, Instances, PreparedImage, Prompts
 from model.sam_hq import SamHQ
@@ -36,8 +39,29 @@ _ROUNDS = 3
 _PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
-def measure(config: Config, *, quick: bool, variants: Sequence[str]) -> Table:
-    """Figures of the configured checkpoint, or of random weights of these published variants.
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few shapes, about a minute")
+    parser.add_argument("--checkpoint", default="demo")
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        default=[],
+        choices=PUBLISHED,
+        help="random weights in place of the checkpoint",
+    )
+    parser.add_argument("--compile", action="store_true", help="as CUDA graphs; needs a GPU")
+    arguments = parser.parse_args()
+    flags = {"model.checkpoint": arguments.checkpoint, "model.compile": arguments.compile}
+    title, figures = measure(
+        load_config(None, flags=flags), quick=arguments.quick, variants=arguments.variant
+    )
+    print(f"{title}\n{console.table(_HEAD, list(_texts(figures)))}")
+
+
+def measure(config: Config, *, quick: bool, variants: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
+    """A title, and figures of the configured checkpoint, or of random weights of these published variants.
 
     On a GPU where there is one. Quick: only the number format that `model.dtype=auto` takes, and few shapes.
     """
@@ -74,9 +98,9 @@ def measure(config: Config, *, quick: bool, variants: Sequence[str]) -> Table:
                     "gpu_memory_mb": memory_bytes / 1e6,
                 }
             )
-    road = "compiled, as CUDA graphs" if config.model.compile else f"{torch.get_num_threads()} threads"
-    title = f"the model alone on {device}, {road}, from a resized picture to runs"
-    return Table(title=title, head=_HEAD, rows=list(_texts(figures)), figures=figures)
+    how = "compiled, as CUDA graphs" if config.model.compile else f"{torch.get_num_threads()} threads"
+    title = f"the model alone on {device}, {how}, from a resized picture to runs"
+    return title, figures
 
 
 def _model(config: Config, variant: str) -> tuple[str, SamHQ]:
@@ -90,7 +114,7 @@ def _model(config: Config, variant: str) -> tuple[str, SamHQ]:
 def flops(config: SamHQConfig, boxes: int) -> int:
     """Floating-point operations of one picture and its boxes, counted on shapes alone; two a product's term.
 
-    The encoder's as it is defined, whatever road computes it; the decoder's as `MaskDecoder` shortens it.
+    The encoder's as it is defined, whatever path computes it; the decoder's as `MaskDecoder` shortens it.
     """
     with torch.device("meta"):
         model = SamHQ(config)
@@ -151,3 +175,7 @@ def _texts(figures: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
         *texts, milliseconds, share, megabytes = row.values()
         memory = f"{megabytes:,.0f}" if megabytes else "-"
         yield (*map(str, texts), f"{milliseconds:,.0f}", f"{1e3 / milliseconds:.2f}", f"{share:.0%}", memory)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,17 @@
-"""A job of very many images that need not be there: planning it, opening it again, starting what is left."""
+"""A job of very many images that need not exist: planning it, opening it again, starting what is left.
+
+    python -m benchmarks.resume [--rows 1000000]
+
+Nine tenths of the units are stand-ins; a table of seconds, CPU and the driver's peak memory by step.
+"""
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import resource
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -14,13 +21,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.command import bench_stub
-from benchmarks.command.bench_inputs import many_name, write_many_boxes
-from benchmarks.command.bench_tables import Table
+from benchmarks.chain import STUB_NAME
+from benchmarks.made_inputs import many_name, write_many_boxes
 from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import working_context
 from jobs.commands.label import pending_units
-from jobs.config import Config
+from jobs.config import Config, load_config
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.open_job import open_or_create
 from jobs.job_setup.slices import WHOLE
@@ -35,8 +41,21 @@ _DONE = 0.9
 _HEAD = ("step", "seconds", "CPU s", "driver's peak MB")
 
 
-def measure(config: Config, folder: Path, interrupts: Interrupts, *, rows: int) -> Table:
-    """Seconds of each step for `rows` images of three boxes each, and the driver's memory after it."""
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="images of the job, at least 1000")
+    rows = parser.parse_args().rows
+    config = load_config(None, flags={"model.checkpoint": "demo"})
+    with tempfile.TemporaryDirectory(prefix="hqlabel-bench-") as folder:
+        title, laps = measure(config, Path(folder), Interrupts(), rows=rows)
+    print(f"{title}\n{console.table(_HEAD, [_texts(lap) for lap in laps])}")
+
+
+def measure(
+    config: Config, folder: Path, interrupts: Interrupts, *, rows: int
+) -> tuple[str, list[dict[str, Any]]]:
+    """A title, and seconds of each step for `rows` images of three boxes each, and the driver's memory after it."""
     boxes = _written_elsewhere(folder, rows)
     config = config.model_copy(
         update={
@@ -46,14 +65,14 @@ def measure(config: Config, folder: Path, interrupts: Interrupts, *, rows: int) 
     )
     watch = _Watch()
     with Machine(config, interrupts) as machine:
-        asked = partial(
+        open_job = partial(
             open_or_create,
             config,
             check_inputs=False,
             probe_dtype=machine.native_dtype,
             device=machine.device,
         )
-        opened = asked()
+        opened = open_job()
         assert opened.plan is not None
         watch.lap("plan: read, join, sort, number, hash")
         write_plan(opened.store, opened.plan)
@@ -63,7 +82,7 @@ def measure(config: Config, folder: Path, interrupts: Interrupts, *, rows: int) 
         _pretend_done(folder / "out", range(int(_DONE * units)))
         _write_pictures(folder, int(_DONE * units) * config.output.images_per_unit, rows)
         watch.lap("(stand-ins for the committed units)")
-        opened = asked()
+        opened = open_job()
         pending = pending_units(opened, WHOLE)
         assert opened.resumed
         watch.lap("resume: open, compare, list, subtract")
@@ -75,11 +94,11 @@ def measure(config: Config, folder: Path, interrupts: Interrupts, *, rows: int) 
         assert read == rows
         watch.lap("read the whole plan back")
     title = f"{rows:,} images, {units:,} units, {len(pending):,} of them left"
-    return Table(title=title, head=_HEAD, rows=[_texts(row) for row in watch.laps], figures=watch.laps)
+    return title, watch.laps
 
 
 def _written_elsewhere(folder: Path, rows: int) -> Path:
-    """The table of boxes, made in a process of its own: its memory is no part of the driver's."""
+    """The table of boxes, made in another process: its memory is no part of the driver's."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(write_many_boxes, (folder, rows))
 
@@ -90,7 +109,7 @@ def _first_outcome(config: Config, context: JobContext, machine: Machine, pendin
     seen: list[UnitOutcome] = []
     run_units(
         pending,
-        replace(working_context(context, machine.device()), segmenter=bench_stub.NAME),
+        replace(working_context(context, machine.device()), segmenter=STUB_NAME),
         settings.cluster_settings(config),
         epoch=1,
         on_outcome=seen.append,
@@ -124,7 +143,7 @@ class _Watch:
         self._last = self._now()
 
     def lap(self, step: str) -> None:
-        """None; a step has ended."""
+        """Note the end of a step."""
         now = self._now()
         self.laps.append(
             {
@@ -144,3 +163,7 @@ class _Watch:
 
 def _texts(row: dict[str, Any]) -> tuple[str, ...]:
     return row["step"], f"{row['seconds']:.1f}", f"{row['cpu_s']:.1f}", console.count(round(row["peak_mb"]))
+
+
+if __name__ == "__main__":
+    main()

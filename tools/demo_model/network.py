@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.demo_model.batches import FINE, PATCH, PIXEL_MEAN, PIXEL_STD, Batch
-from benchmarks.demo_model.cache import SceneCache
 from model.checkpoints import load
 from model.config import SamHQConfig, vit_config
 from model.image_encoder import ImageEncoderViT
 from model.mask_decoder import MaskDecoder
 from model.prompt_encoder import PromptEncoder
+from tools.demo_model.batches import FINE, PATCH, PIXEL_MEAN, PIXEL_STD, Batch
+from tools.demo_model.cache import SceneCache
 
 AFFINITY_WIDTH, FINE_AFFINITY_WIDTH = 64, 16
 HQ_PARTS = ("hq_token", "hyper_hq", "hq_vit", "hq_emb", "hq_mask")

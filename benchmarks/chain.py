@@ -1,10 +1,19 @@
-"""The chain of stages against bare loops that do the same to the same pictures, on the same cores."""
+"""The chain of stages against bare loops that do the same to the same pictures, on the same cores.
+
+    python -m benchmarks.chain [stub] [model] [--quick] [--checkpoint demo] [--actors N]
+
+`stub` puts a stub in the model's place and compares with processes that only read, decode and resize;
+`model` runs the model and compares with processes that read, decode and run the same model in a loop. Figures
+of a machine that does other work at the same time are worth little; the two sides run one after the other.
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,12 +22,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.command import bench_stub
-from benchmarks.command.bench_inputs import boxes_of, write_boxes, write_pictures
-from benchmarks.command.bench_tables import Table
+from benchmarks.made_inputs import boxes_of, write_boxes, write_pictures
 from jobs.cluster.ray_cluster import usable_cpus
 from jobs.commands.estimate import Measured, measure
-from jobs.config import Config
+from jobs.config import Config, load_config
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.checkpoint import read_checkpoint
 from jobs.terminal import console
@@ -32,11 +39,28 @@ from pipeline.stages.load_model import load_model, native_dtype
 
 _ONE_MEGAPIXEL, _TWELVE_MEGAPIXELS = (864, 1152), (3000, 4000)
 _STUB_SIDE = 1024
+STUB_NAME = "tests.fakes:box_segmenter"
 STUB = Weights(source="none", sha256="0" * 64, architecture="stub", input_side=_STUB_SIDE)
 _HEAD = ("pictures", "of", "a unit", "loop images/s", "chain images/s", "of the loop", "added ms an image")
 
 
-def measure_stub(config: Config, folder: Path, interrupts: Interrupts, *, quick: bool) -> Table:
+def main() -> None:
+    """Measure the parts asked for, and print a table for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=["stub", "model"], default=["stub", "model"])
+    parser.add_argument("--quick", action="store_true", help="small sizes: each part about a minute")
+    parser.add_argument("--checkpoint", default="demo")
+    parser.add_argument("--actors", type=int, help="model processes; default: as a job chooses")
+    arguments = parser.parse_args()
+    flags = {"model.checkpoint": arguments.checkpoint, "cluster.actors": arguments.actors}
+    config = load_config(None, flags=flags)
+    for part in arguments.parts:
+        measure_part = measure_stub if part == "stub" else measure_model
+        with tempfile.TemporaryDirectory(prefix="hqlabel-bench-") as folder:
+            print(measure_part(config, Path(folder), Interrupts(), quick=arguments.quick), flush=True)
+
+
+def measure_stub(config: Config, folder: Path, interrupts: Interrupts, *, quick: bool) -> str:
     """Fetch, decode, hand-over and units, with no model, against processes of Pillow: `loop_of_pillow`."""
     counts = (96, 16) if quick else (2048, 128)
     figures = []
@@ -46,13 +70,13 @@ def measure_stub(config: Config, folder: Path, interrupts: Interrupts, *, quick:
         cores = config.cluster.cpus or usable_cpus()
         loop = partial(loop_rate, partial(loop_of_pillow, side=_STUB_SIDE), paths, processes=cores)
         before = loop()
-        chain = run_chain(config, place, paths, size_hw, STUB, interrupts, segmenter=bench_stub.NAME)
+        chain = run_chain(config, place, paths, size_hw, STUB, interrupts, segmenter=STUB_NAME)
         figures.append(_figures(size_hw, chain, [before, loop()], cores))
     title = f"a stub in place of the model; {cores} processes of Pillow (read, decode, resize) around it"
     return _table(title, figures)
 
 
-def measure_model(config: Config, folder: Path, interrupts: Interrupts, *, quick: bool) -> Table:
+def measure_model(config: Config, folder: Path, interrupts: Interrupts, *, quick: bool) -> str:
     """The whole chain, against processes that each read, decode and run the model: `loop_of_model`.
 
     As many of them as the chain has model processes, with as many threads each.
@@ -107,7 +131,7 @@ def _figures(
     }
 
 
-def _table(title: str, figures: Sequence[dict[str, object]]) -> Table:
+def _table(title: str, figures: Sequence[dict[str, object]]) -> str:
     rows = [
         (
             str(row["images"]),
@@ -121,7 +145,7 @@ def _table(title: str, figures: Sequence[dict[str, object]]) -> Table:
         for row in figures
     ]
     note = "added: milliseconds of one core; the chain's rate is taken after the first unit of every model"
-    return Table(title=title, head=_HEAD, rows=rows, figures=figures, notes=[note])
+    return f"{title}\n{console.table(_HEAD, rows)}\n  {note}\n"
 
 
 def loop_rate(
@@ -131,7 +155,7 @@ def loop_rate(
     processes: int,
     begin: Callable[[], None] | None = None,
 ) -> float:
-    """Images a second of so many processes that call `loop` with one path after the other."""
+    """Images a second of that many processes that call `loop` with one path after the other."""
     names = [str(path) for path in paths]
     with multiprocessing.get_context("spawn").Pool(processes, begin) as pool:
         pool.map(loop, names[: 2 * processes], chunksize=1)  # imports, and the model's first call
@@ -179,3 +203,7 @@ def _load_model(weights: Weights, masks: MaskSettings, device: str) -> None:
             model, call_shape=masks.call_shape, dtype=masks.dtype, device=device, compiled=masks.compiled
         )
     )
+
+
+if __name__ == "__main__":
+    main()
