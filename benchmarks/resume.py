@@ -55,7 +55,7 @@ def main() -> None:
 def measure(
     config: Config, folder: Path, interrupts: Interrupts, *, rows: int
 ) -> tuple[str, list[dict[str, Any]]]:
-    """A title, and seconds of each step for `rows` images of three boxes each, and the driver's memory after it."""
+    """A title; seconds of each step and the driver's memory after it, for `rows` images of three boxes."""
     boxes = _written_elsewhere(folder, rows)
     config = config.model_copy(
         update={

@@ -1,4 +1,4 @@
-"""The chain, the model and the resumed job as benchmarks: figures by name, and two sides that do the same work."""
+"""The benchmarks of chain, model and resumed job: figures by name, and two sides that do the same work."""
 
 from __future__ import annotations
 
