@@ -32,7 +32,7 @@ from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
 from model.geometry import target_size_hw
 from model.records import Instances, PreparedImage, Prompts
-from pipeline.images.decode import decode_image
+from pipeline.images.decode_upright import decode_image
 from pipeline.planning.make_plan import make_plan
 from pipeline.settings import MaskSettings, Weights
 from pipeline.stages.load_model import load_model, native_dtype

@@ -54,7 +54,7 @@ def measure(images: int, images_per_unit: int) -> str:
     from pipeline.inputs.open_inputs import InputSettings
     from pipeline.planning.make_plan import make_plan, write_plan
     from pipeline.settings import BoxRules, JobContext, Limits, MaskSettings, Place, UnitOutcome, Weights
-    from pipeline.storage.store import open_store
+    from pipeline.storage.store import Store
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -72,7 +72,7 @@ def measure(images: int, images_per_unit: int) -> str:
             limits=Limits(),
             segmenter="tests.fakes:box_segmenter",
         )
-        write_plan(open_store(context.output), plan)
+        write_plan(Store(context.output), plan)
         units = plan.summary.units
         del plan
         ray.init(

@@ -33,7 +33,7 @@ from pipeline.job.job_file import Job, identity_of, open_job
 from pipeline.settings import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Place, Weights
 from pipeline.stages.resolve_boxes import resolve_boxes
 from pipeline.storage.sealed_parquet import ParquetSink
-from pipeline.storage.store import Store, open_store
+from pipeline.storage.store import Store
 from pipeline.tables.manifest import Counts, Manifest, Part, PartFile, write_manifest
 from pipeline.tables.mask_quality import FilterSettings
 from pipeline.tables.publish_tables import flatten_unit
@@ -108,7 +108,7 @@ def open_output(
     units_per_part: int = IMAGES_PER_PART // IMAGES_PER_UNIT,
 ) -> tuple[Store, JobContext]:
     """The store and the context of a job of so many images, opened there."""
-    store = open_store(Place(uri=str(output)))
+    store = Store(Place(uri=str(output)))
     context = JobContext(
         output=store.place,
         plan_sha256="0" * 64,

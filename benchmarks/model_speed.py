@@ -180,7 +180,7 @@ def start(name: str, target: Callable[..., None], *arguments: object) -> multipr
     """A process of its own for a contender, in its environment: what torch reads when it is imported."""
     before = dict(os.environ)
     if name.startswith("hqlabel"):
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # see pipeline/worker/torch_env.py
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # see pipeline/worker/process_env.py
     try:
         process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)
         process.start()

@@ -51,13 +51,13 @@ def measure(kind: str, images: int, folder: Path) -> None:
     from pipeline.job.plan_files import iter_plan
     from pipeline.planning.make_plan import make_plan, write_plan
     from pipeline.settings import Place
-    from pipeline.storage.store import open_store
+    from pipeline.storage.store import Store
 
     if kind == "coco":
         settings = InputSettings(images=str(folder / "instances.json"), boxes=str(folder / "results.json"))
     else:
         settings = InputSettings(boxes=str(folder / "boxes.parquet"))
-    store = open_store(Place(uri=str(folder / "out")))
+    store = Store(Place(uri=str(folder / "out")))
     steps = [_now()]
     plan = make_plan(settings)
     steps.append(_now())

@@ -216,9 +216,9 @@ class State:
 
     def _store(self) -> Any:
         from pipeline.settings import Place
-        from pipeline.storage.store import open_store
+        from pipeline.storage.store import Store
 
-        return open_store(Place(uri=str(self._folder / "out")))
+        return Store(Place(uri=str(self._folder / "out")))
 
     def _pending(self) -> list[int]:
         from pipeline.tables.manifest import finished_units, read_manifest
@@ -246,9 +246,9 @@ def run_in_this_process(
     """The pending units through the stages and what travels between them, one after the other."""
     from pipeline.stages.commit import commit_unit, read_outcome
     from pipeline.stages.hand_over import UnitRow, pack, unpack
-    from pipeline.storage.store import open_store
+    from pipeline.storage.store import Store
 
-    store, stub = open_store(context.output), UnitStub(context, epoch=driver)
+    store, stub = Store(context.output), UnitStub(context, epoch=driver)
     for unit_id in pending:
         prepared, arena = made_unit(UnitRow(unit_id=unit_id), context, store, None)
         done = stub.run(unpack(pack(prepared, arena)))
@@ -359,9 +359,9 @@ class UnitStub:
 
     def __init__(self, context: Any, *, epoch: int, **_of_a_real_model: object) -> None:
         from pipeline.stages.crash_log import Attempts
-        from pipeline.storage.store import open_store
+        from pipeline.storage.store import Store
 
-        self._attempts = Attempts(open_store(context.output), epoch=epoch)
+        self._attempts = Attempts(Store(context.output), epoch=epoch)
 
     def run(self, unit: Any) -> Any:
         """The unit with masks and without pixels."""

@@ -267,7 +267,7 @@ class Soak:
         """Count what is in the tables of a finished round, and forget the round."""
         from pipeline.job.job_file import require_job
         from pipeline.settings import Place
-        from pipeline.storage.store import open_store
+        from pipeline.storage.store import Store
         from pipeline.tables.verify_output import verify
 
         ids, digests = _read_out(self.out)
@@ -278,7 +278,7 @@ class Soak:
         totals.doubled += len(ids) - len(set(ids))
         totals.different_rounds += digests != json.loads((self.state / "reference.json").read_text())
         totals.calls += sum(len(file.read_text().splitlines()) for file in self.trace.glob("*.txt"))
-        store = open_store(Place(uri=str(self.out)))
+        store = Store(Place(uri=str(self.out)))
         totals.bad_ends += [f"validate: {one}" for one in verify(store, require_job(store)).findings]
         self._since_kill = None
         shutil.rmtree(self.state / "round")

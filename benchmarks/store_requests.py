@@ -94,7 +94,7 @@ def run(endpoint: str, counting: Counting, folder: Path, images: int) -> None:
     from pipeline.planning.make_plan import make_plan, write_plan
     from pipeline.settings import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Place, Weights
     from pipeline.stages.hand_over import UnitRow
-    from pipeline.storage.store import open_store
+    from pipeline.storage.store import Store
     from pipeline.tables.job_status import status
     from pipeline.tables.manifest import read_manifest
     from pipeline.tables.mask_quality import FilterSettings
@@ -115,7 +115,7 @@ def run(endpoint: str, counting: Counting, folder: Path, images: int) -> None:
     )
     units = plan.summary.units
     say("list and plan", counting, images, units)
-    store = open_store(Place(uri=f"s3://{BUCKET}/out", options=options))
+    store = Store(Place(uri=f"s3://{BUCKET}/out", options=options))
     context = JobContext(
         output=store.place, plan_sha256=plan.sha256, images_per_unit=IMAGES_PER_UNIT, run_id="bench",
         weights=Weights(source="none", sha256="0" * 64, architecture="stub", input_side=SIDE),

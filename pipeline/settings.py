@@ -154,7 +154,7 @@ class JobContext:
     segmenter: str = "pipeline.stages.load_model:load_segmenter"
     """`module:function` that makes a worker's segmenter from (context, use_gpu). Tests and benchmarks put a
     stub here. It names code that is run: it comes from this process, never from a file of the output."""
-    decoder: str = "pipeline.images.decode:decode_image"
+    decoder: str = "pipeline.images.decode_upright:decode_image"
     """`module:function` that the decoding child calls; the same holds."""
 
 

@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 
 from pipeline.settings import Place
-from pipeline.storage.store import Store, open_store
+from pipeline.storage.store import Store
 from tests.s3_proxy import FaultProxy, fault_proxy
 
 # A busy machine is no finding: only tests that say so bound the time of an example.
@@ -86,17 +86,17 @@ def make_place(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> Pla
 @pytest.fixture(params=["local", "s3", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """An empty store of each kind in turn: what passes here holds on every kind."""
-    return open_store(make_place(request.param, tmp_path, request))
+    return Store(make_place(request.param, tmp_path, request))
 
 
 @pytest.fixture
 def local_store(tmp_path: Path) -> Store:
-    return open_store(Place(uri=str(tmp_path / "store")))
+    return Store(Place(uri=str(tmp_path / "store")))
 
 
 @pytest.fixture
 def s3_store(moto_s3: MotoS3) -> Store:
-    return open_store(moto_s3.place())
+    return Store(moto_s3.place())
 
 
 @pytest.fixture(scope="session")

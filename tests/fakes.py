@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from model.records import CallShape, Instances, PreparedImage, SegmentFailure
-from pipeline.images.decode import DecodedImage, decode_image
+from pipeline.images.decode_upright import DecodedImage, decode_image
 from pipeline.settings import JobContext
 
 TROUBLE = b"TROUBLE:"

@@ -12,7 +12,7 @@ from jobs.cli import labelling_commands, machine_commands, results_commands
 from jobs.cli.app import app, command, end_interrupted, interrupts
 from jobs.terminal.environment import make_private
 from jobs.terminal.signals import Interrupted
-from pipeline.worker.torch_env import prepare_for_torch
+from pipeline.worker.process_env import prepare_for_torch
 
 __all__ = ["app", "command", "labelling_commands", "machine_commands", "main", "results_commands"]
 

@@ -9,7 +9,7 @@ from typing import Self
 from jobs.job_setup.slices import WHOLE, Slice
 from jobs.terminal.signals import Interrupts
 from pipeline.job.driver_lock import Owner
-from pipeline.storage.store import Store, open_store
+from pipeline.storage.store import Store
 
 
 class Ownership:
@@ -47,4 +47,4 @@ class Ownership:
 
 def _store_of_slice(store: Store, part: Slice) -> Store:
     folder = f"{store.place.uri.rstrip('/')}/owner/slice-{part.index}-of-{part.count}"
-    return open_store(replace(store.place, uri=folder))
+    return Store(replace(store.place, uri=folder))

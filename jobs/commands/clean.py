@@ -11,14 +11,14 @@ from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
 from pipeline.errors import JobRefused
 from pipeline.job.job_file import require_job
-from pipeline.storage.store import Store, open_store
+from pipeline.storage.store import Store
 from pipeline.tables.clean_output import clean
 from pipeline.tables.manifest import read_manifest
 
 
 def run(config: Config, interrupts: Interrupts, *, sure: bool, json: bool) -> int:
     """Delete, or without `sure` only say what would go; returns 0."""
-    store = open_store(settings.output_place(config))
+    store = Store(settings.output_place(config))
     require_job(store)
     if not sure:
         return _say_what_would_go(store, json=json)

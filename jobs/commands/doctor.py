@@ -28,7 +28,7 @@ from jobs.terminal import console
 from jobs.terminal.environment import REFUSED, dangerous_switches
 from model.segmenter import probe_dtype
 from pipeline.errors import HqlabelError, clean_text
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 
 State = Literal["ok", "note", "fail"]
 
@@ -199,7 +199,7 @@ def output(config: Config) -> Finding:
     """Whether this user may write, create once, read and list at the output; a probe is written there."""
     place = output_place(config)
     try:
-        store = open_store(place)
+        store = Store(place)
         key = f".doctor-{uuid.uuid4().hex}"
         created, again = store.put_if_absent(key, b"probe"), store.put_if_absent(key, b"other")
         sound = created and not again and store.read(key) == b"probe" and bool(store.list(key))
@@ -216,7 +216,7 @@ def output(config: Config) -> Finding:
 
 def _remove_probe(config: Config, key: str) -> str:
     try:
-        open_store(output_place(config)).delete([key])
+        Store(output_place(config)).delete([key])
     except HqlabelError:
         return f"; no right to delete (only `clean` needs it), so {key} stays"
     if is_local(config.output.uri or ""):  # leave no empty folders behind where there were none

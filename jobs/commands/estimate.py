@@ -27,7 +27,7 @@ from pipeline.job.job_file import units_per_part
 from pipeline.planning.make_plan import Plan, write_plan
 from pipeline.settings import DetectorSettings, JobContext, Place, UnitOutcome, Weights
 from pipeline.storage.sealed_parquet import compressed_bytes
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.manifest import Counts
 from pipeline.tables.mask_quality import FilterSettings
 from pipeline.tables.publish_tables import PartTask, publish_part
@@ -119,7 +119,7 @@ def measure(
                 images_per_unit=small.images_per_unit,
                 segmenter=segmenter or context.segmenter,
             )
-            write_plan(open_store(context.output), small)
+            write_plan(Store(context.output), small)
             from pipeline.execution.chain import run_units
 
             clock = _Clock()
@@ -158,7 +158,7 @@ def sampled_plan(plan: Plan, sample: int, *, actors: int) -> Plan:
 
 def _published(context: JobContext, filters: FilterSettings) -> tuple[int, int, Counts]:
     """The sample as one part: bytes of its rows, bytes beside them; its small unit files say neither."""
-    store = open_store(context.output)
+    store = Store(context.output)
     units = tuple(list_committed(store).values())
     part = publish_part(PartTask(context=context, index=0, part_units=units, filters=filters))
     files = (part.images, part.instances)

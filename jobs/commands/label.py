@@ -29,7 +29,7 @@ from jobs.terminal.signals import Interrupts
 from pipeline.errors import UsageError
 from pipeline.job.job_file import read_job
 from pipeline.planning.make_plan import write_plan
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.manifest import Manifest, finished_units, read_manifest
 from pipeline.tables.publish_tables import publish
 from pipeline.tables.unit_files import list_committed
@@ -83,7 +83,7 @@ def _hint_at_saved_settings(config: Config) -> None:
     """Refuse a call without inputs over an existing job, naming the settings that would go on with it."""
     if config.input.images or config.input.boxes:
         return
-    store = open_store(settings.output_place(config))
+    store = Store(settings.output_place(config))
     if read_job(store) is not None:
         saved = f"{store.place.uri.rstrip('/')}/{CONFIG_KEY}"
         raise UsageError(

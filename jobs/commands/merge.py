@@ -28,7 +28,7 @@ from pipeline import schema
 from pipeline.errors import UsageError
 from pipeline.job.job_file import Job, open_job, units_per_part
 from pipeline.storage import sealed_parquet as parquet
-from pipeline.storage.store import Store, open_store
+from pipeline.storage.store import Store
 from pipeline.tables.manifest import Manifest, Part, PartFile, part_key, write_manifest
 from pipeline.tables.publish_tables import counts_of
 
@@ -54,7 +54,7 @@ def run(given: Given, outputs: Sequence[str], *, json: bool) -> int:
         raise UsageError("--merge wants two outputs or more: --merge out1 out2")
     sources = [_source(number, uri) for number, uri in enumerate(outputs)]
     config = given.load()
-    store = open_store(settings.output_place(config))
+    store = Store(settings.output_place(config))
     if store.list(limit=1):
         raise UsageError(f"{store.place.uri}: is not empty; merged tables want a new folder or prefix")
     winners, doubled = choose(sources)

@@ -22,7 +22,7 @@ from pipeline.errors import JobRefused, UsageError
 from pipeline.job.job_file import read_job
 from pipeline.planning.make_plan import Plan, make_plan
 from pipeline.settings import Weights
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.manifest import finished_units, read_manifest
 from pipeline.tables.unit_files import list_committed
 
@@ -71,7 +71,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
 
 def _done(config: Config, plan: Plan) -> int:
     """How many units of this plan the output holds; raises `JobRefused` when it holds another plan."""
-    store = open_store(settings.output_place(config))
+    store = Store(settings.output_place(config))
     job = read_job(store)
     if job is None:
         others = [entry.key for entry in store.list() if not entry.key.startswith((".", "owner/"))]

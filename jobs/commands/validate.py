@@ -9,13 +9,13 @@ from jobs.job_setup import resolve_settings as settings
 from jobs.terminal import console
 from pipeline.errors import DamageFound
 from pipeline.job.job_file import require_job
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.verify_output import Verified, verify
 
 
 def run(config: Config, *, sample: int | None, json: bool) -> int:
     """Check the job in the output; 0 when it is sound, 6 when it is not. `sample`: masks decoded a file."""
-    store = open_store(settings.output_place(config))
+    store = Store(settings.output_place(config))
     found = verify(store, require_job(store), sample=sample)
     for finding in found.findings:
         console.say(f"damaged: {finding}")

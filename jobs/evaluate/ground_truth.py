@@ -27,7 +27,8 @@ from pipeline.inputs.csv_jsonl import refuse_other_bytes
 from pipeline.inputs.json_stream import JsonDamage, Lines, split_arrays
 from pipeline.rle_strips import MASKS_PER_STEP, faults_of, text_of_lengths
 from pipeline.settings import AccessRules
-from pipeline.storage.store import open_input, options_for
+from pipeline.storage.read_objects import open_input
+from pipeline.storage.uri_rules import options_for
 
 Box = tuple[float, float, float, float]
 Record = Mapping[str, Any]

@@ -21,7 +21,7 @@ from jobs.results.select_rows import Selection
 from jobs.terminal import console
 from pipeline.errors import UsageError
 from pipeline.settings import Place
-from pipeline.storage.store import Store, open_store
+from pipeline.storage.store import Store
 from pipeline.storage.uri_rules import split_scheme
 
 Format = Literal["coco", "yolo-seg", "label-studio", "hf"]
@@ -59,7 +59,7 @@ def run(given: Given, how: How) -> int:
     uri = settings.absolute(how.to)
     if os.path.lexists(uri) and not os.path.isdir(uri):
         raise UsageError(f"--to {how.to}: this is a file; wanted a new folder or prefix")
-    place = open_store(Place(uri=uri, options=settings.storage_options(saved.config, uri)))
+    place = Store(Place(uri=uri, options=settings.storage_options(saved.config, uri)))
     if place.list(limit=1):
         raise UsageError(
             f"--to {how.to}: there are files already; choose a new folder, so that none is mixed"

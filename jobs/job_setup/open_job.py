@@ -28,7 +28,9 @@ from pipeline.job.job_file import Job, identity_of, open_job, read_job, units_pe
 from pipeline.job.plan_files import UNITS_PER_FILE
 from pipeline.planning.make_plan import Plan, make_plan
 from pipeline.settings import AccessRules, BoxRules, DetectorSettings, JobContext, Place, Weights
-from pipeline.storage.store import Store, fingerprint, open_store, options_for
+from pipeline.storage.read_objects import fingerprint
+from pipeline.storage.store import Store
+from pipeline.storage.uri_rules import options_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ def _open_or_create(
     weights = read_checkpoint(config)
     detector = read_detector(config)
     config = settings.resolved(config)
-    store = open_store(place)
+    store = Store(place)
     stored = read_job(store)
     config = _with_boxes_per_call(config, stored, device)
     _refuse_compiling_for_a_cpu(config, device)

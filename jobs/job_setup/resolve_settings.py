@@ -27,7 +27,7 @@ from pipeline.settings import (
     Place,
 )
 from pipeline.stages.detect import HF, ZERO_SHOT
-from pipeline.storage.store import refuse_secrets
+from pipeline.storage.uri_rules import refuse_secrets
 from pipeline.tables.mask_quality import FilterSettings
 
 BOXES_PER_CALL = {"cpu": 2, "cuda": 16}

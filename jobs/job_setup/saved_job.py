@@ -14,7 +14,7 @@ from pipeline.errors import UsageError
 from pipeline.inputs.open_inputs import allowed_access
 from pipeline.job.job_file import Job, require_job
 from pipeline.stages.detect import is_own_code
-from pipeline.storage.store import NotFound, Store, open_store
+from pipeline.storage.store import NotFound, Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ def open_saved(given: Given) -> SavedJob:
     """
     alone = given.load()
     place = settings.output_place(alone)
-    store = open_store(place)
+    store = Store(place)
     require_job(store)
     config = given.load(_saved_yaml(store))
     _refuse_code_of_the_output(alone, config)

@@ -2,7 +2,7 @@
 
 Some environment variables switch off a protection of a library below us without a word. A job that
 reads files from elsewhere does not start with one of them set; the reason is in `REFUSED`. The workers
-of a cluster are checked where they work (`pipeline.worker.unsafe_env`).
+of a cluster are checked where they work (`pipeline.worker.process_env`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import os
 from collections.abc import Mapping
 
 from pipeline.errors import JobRefused
-from pipeline.worker import unsafe_env as switches
+from pipeline.worker import process_env
 
 REFUSED: dict[str, str] = {
-    **switches.LOOSENING,
+    **process_env.LOOSENING,
     "HQLABEL_FAILPOINT": "ends or stops the job at a named place; it is there for tests",
     "PYTHONSTARTUP": "runs a file in every Python that a job may start",
 }
@@ -22,7 +22,7 @@ REFUSED: dict[str, str] = {
 
 def dangerous_switches(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables set in `environ` that a job refuses to run with, and why."""
-    return switches.set_in(environ, REFUSED)
+    return process_env.loosening_in(environ, REFUSED)
 
 
 def refuse_dangerous_switches(environ: Mapping[str, str]) -> None:

@@ -42,9 +42,9 @@ from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.worker import logs
-from pipeline.worker.unsafe_env import refuse_here
+from pipeline.worker.process_env import refuse_unsafe_env
 
 _ray: Any = ray  # some of it has no types
 
@@ -227,7 +227,7 @@ def prepare(table: pa.Table, context: JobContext) -> pa.Table:
         detector and detector.longest_side,
         context.masks.draft_jpeg,
     )
-    unit, arena = prepare_unit(_named(table), context, open_store(context.output), child)
+    unit, arena = prepare_unit(_named(table), context, Store(context.output), child)
     _record(context.run_id, metrics.of_prepared(unit, time.monotonic() - began))
     return pack(unit, arena)
 
@@ -266,7 +266,7 @@ def commit(table: pa.Table, context: JobContext) -> pa.Table:
     logs.keep_in_this_process()
     began = time.monotonic()
     unit = unpack(table)
-    answer = commit_unit(unit, context, open_store(context.output))
+    answer = commit_unit(unit, context, Store(context.output))
     try:
         outcome = read_outcome(answer)
         samples = metrics.of_committed(unit, outcome, time.monotonic() - began)
@@ -492,7 +492,7 @@ def run_on_model_node(function: Callable[[bool], T], cluster: ClusterSettings) -
 
 
 def _safely(function: Callable[[A], T], argument: A) -> T:
-    refuse_here()
+    refuse_unsafe_env()
     return function(argument)
 
 

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ImageError, SystemicFault, clean_text
-from pipeline.images.decode import DecodedImage
+from pipeline.images.decode_upright import DecodedImage
 from pipeline.settings import Limits
 
 MAX_DEATHS = 3
@@ -75,7 +75,7 @@ class DecodeChild:
         limits: Limits,
         side: int,
         *,
-        decoder: str = "pipeline.images.decode:decode_image",
+        decoder: str = "pipeline.images.decode_upright:decode_image",
         detector_side: int | None = None,
         draft_jpeg: bool = False,
     ) -> None:

@@ -16,8 +16,11 @@ from itertools import islice
 from pipeline.errors import ImageError, SystemicFault
 from pipeline.settings import AccessRules, Limits
 from pipeline.storage.archive_uris import split_member
-from pipeline.storage.backoff import StorageFault
-from pipeline.storage.store import FetchedObject, check_uri, options_for, read_contained, read_object
+from pipeline.storage.backend import FetchedObject
+from pipeline.storage.read_archives import read_contained
+from pipeline.storage.read_objects import read_object
+from pipeline.storage.retries import StorageFault
+from pipeline.storage.uri_rules import check_uri, options_for
 
 FETCH_THREADS = 8
 """Requests in flight for one unit: at 50 ms each they feed 160 images/s, and hold 8 objects at most."""

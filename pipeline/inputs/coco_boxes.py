@@ -34,7 +34,8 @@ from pipeline.inputs.lists import (
 )
 from pipeline.inputs.read_table import naming, naming_values
 from pipeline.settings import AccessRules
-from pipeline.storage.store import open_input, options_for
+from pipeline.storage.read_objects import open_input
+from pipeline.storage.uri_rules import options_for
 
 _BOX = {
     "image_id": Kind(0, "key"),

@@ -28,8 +28,9 @@ from pipeline.inputs.lists import TEXT, BoxList, ImageList
 from pipeline.inputs.read_table import naming, naming_values
 from pipeline.settings import AccessRules
 from pipeline.storage.archive_uris import check_column
+from pipeline.storage.read_objects import open_input
 from pipeline.storage.sealed_parquet import open_closed
-from pipeline.storage.store import open_input, options_for
+from pipeline.storage.uri_rules import options_for
 
 IMAGE, OBJECTS = "image", "objects"
 NAMES = (IMAGE, OBJECTS, "objects.bbox", "objects.category", "objects.score", "objects.iscrowd")

@@ -13,16 +13,23 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.errors import JobRefused, clean_text
-from pipeline.images.decode import SIGNATURE_BYTES, signature
+from pipeline.images.decode_upright import SIGNATURE_BYTES, signature
 from pipeline.inputs.lists import examples, has_picture_name, is_picture
 from pipeline.inputs.read_table import TABLE_SUFFIXES, TableFormat, instead_of, table_format
 from pipeline.inputs.yolo_boxes import label_files
 from pipeline.settings import AccessRules
 from pipeline.storage.archive_uris import TAR
-from pipeline.storage.folders import allow_root
-from pipeline.storage.read_objects import LABEL_SUFFIXES, is_no_utf8, what_is
-from pipeline.storage.store import Entry, head_object, list_inputs, open_input, options_for
-from pipeline.storage.uri_rules import is_inside, split_scheme
+from pipeline.storage.list_folders import allow_root
+from pipeline.storage.read_objects import (
+    LABEL_SUFFIXES,
+    Entry,
+    head_object,
+    is_no_utf8,
+    list_inputs,
+    open_input,
+    what_is,
+)
+from pipeline.storage.uri_rules import is_inside, options_for, split_scheme
 
 
 def absolute(uri: str) -> str:

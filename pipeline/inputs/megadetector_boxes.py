@@ -25,7 +25,8 @@ from pipeline.inputs.json_stream import BLOCK_BYTES, first_byte, split_arrays
 from pipeline.inputs.lists import NUMBERS, TEXT, BoxList
 from pipeline.inputs.read_table import naming
 from pipeline.settings import AccessRules
-from pipeline.storage.store import open_input, options_for
+from pipeline.storage.read_objects import open_input
+from pipeline.storage.uri_rules import options_for
 
 _DETECTION = pa.struct([("category", TEXT), ("conf", pa.float64()), ("bbox", NUMBERS)])
 _IMAGES = pa.schema([("file", TEXT), ("detections", pa.list_(_DETECTION)), ("failure", TEXT)])

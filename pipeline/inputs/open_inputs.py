@@ -38,8 +38,7 @@ from pipeline.inputs.read_table import inspect_tables, read_batches
 from pipeline.inputs.webdataset import TarIds, read_tar_boxes, read_tar_images
 from pipeline.inputs.yolo_boxes import read_yolo
 from pipeline.settings import AccessRules, BoxFormat, BoxFrame
-from pipeline.storage.store import check_uri
-from pipeline.storage.uri_rules import split_scheme
+from pipeline.storage.uri_rules import check_uri, split_scheme
 
 _COLUMN_NAMES = frozenset(IMAGE_ROWS) | frozenset(BOX_ROWS) | frozenset(HF_NAMES)
 

@@ -30,8 +30,9 @@ from pipeline.inputs.lists import (
 )
 from pipeline.inputs.read_table import inspect_tables, naming, naming_values, read_batches
 from pipeline.settings import AccessRules, BoxFormat, BoxFrame, BoxRules
+from pipeline.storage.read_objects import Entry, open_input
 from pipeline.storage.sealed_parquet import open_closed
-from pipeline.storage.store import Entry, open_input, options_for
+from pipeline.storage.uri_rules import options_for
 
 _IMAGES = {
     "image_id": Kind(0, "text"),

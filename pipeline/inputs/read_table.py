@@ -29,8 +29,9 @@ from pipeline.inputs.csv_jsonl import (
 )
 from pipeline.inputs.json_stream import JsonDamage
 from pipeline.settings import AccessRules
+from pipeline.storage.read_objects import open_input
 from pipeline.storage.sealed_parquet import open_closed
-from pipeline.storage.store import open_input, options_for
+from pipeline.storage.uri_rules import options_for
 
 TableFormat = Literal["parquet", "csv", "jsonl"]
 TABLE_SUFFIXES: dict[str, TableFormat] = {

@@ -31,9 +31,9 @@ from pipeline.inputs.lists import TEXT, BoxList, ImageList, examples, has_pictur
 from pipeline.inputs.read_table import naming, naming_values
 from pipeline.settings import AccessRules
 from pipeline.storage.archive_uris import TarMember
-from pipeline.storage.folders import is_hidden_path
-from pipeline.storage.store import open_input, options_for
-from pipeline.storage.uri_rules import split_scheme
+from pipeline.storage.list_folders import is_hidden_path
+from pipeline.storage.read_objects import open_input
+from pipeline.storage.uri_rules import options_for, split_scheme
 
 TarIds = Literal["member", "key", "shard"]
 READERS = 16

@@ -26,7 +26,8 @@ from pipeline.inputs.arrow_lists import to_lists
 from pipeline.inputs.box_tables import box_columns
 from pipeline.inputs.lists import NUMBERS, TEXT, BoxList, Groups, grouped_boxes
 from pipeline.settings import AccessRules
-from pipeline.storage.store import Entry, options_for, read_object
+from pipeline.storage.read_objects import Entry, read_object
+from pipeline.storage.uri_rules import options_for
 
 READERS = 16
 _FILE_BYTES = 16 * 2**20

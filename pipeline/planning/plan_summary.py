@@ -19,9 +19,9 @@ from pipeline.planning.join import Joined, Unmatched
 from pipeline.planning.suspicious_boxes import SUSPICIOUS_SHARE, suspicions
 from pipeline.settings import BoxFormat, BoxFrame, BoxRules
 from pipeline.stages.resolve_boxes import MOST_POINTS, PROMPT_COLUMNS, prompt_faults
-from pipeline.storage.folders import counted
-from pipeline.storage.store import fingerprint, options_for
-from pipeline.storage.uri_rules import without_credentials
+from pipeline.storage.list_folders import counted
+from pipeline.storage.read_objects import fingerprint
+from pipeline.storage.uri_rules import options_for, without_credentials
 
 _PROMPTS_AT_ONCE = 4096
 _LOOK_AT_BOXES = 200_000  # boxes looked at for likely mistakes, spread evenly over all

@@ -22,9 +22,8 @@ from pipeline.planning.join import Joined
 from pipeline.schema import PLAN, PLAN_BOX
 from pipeline.settings import AccessRules
 from pipeline.storage.archive_uris import PLACE, container_of
-from pipeline.storage.folders import allow_root, counted
-from pipeline.storage.store import check_uri
-from pipeline.storage.uri_rules import is_inside, split_scheme, without_credentials
+from pipeline.storage.list_folders import allow_root, counted
+from pipeline.storage.uri_rules import check_uri, is_inside, split_scheme, without_credentials
 
 SLICE_ROWS = 65_536
 

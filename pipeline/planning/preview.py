@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import ImageError, SystemicFault, clean_text
-from pipeline.images.decode import DecodedImage
 from pipeline.images.decode_process import DecodeChild
+from pipeline.images.decode_upright import DecodedImage
 from pipeline.images.fetch import fetch_ahead
 from pipeline.inputs.box_tables import LARGEST_SHARE
 from pipeline.inputs.lists import examples
@@ -82,7 +82,7 @@ def _sample(table: pa.Table, *, detected: bool) -> list[dict[str, Any]]:
 
 def _seen(rows: list[dict[str, Any]], access: AccessRules, limits: Limits) -> list[_Seen]:
     soon = replace(limits, fetch_timeout_s=min(limits.fetch_timeout_s, _FETCH_TIMEOUT_S))
-    child = DecodeChild(soon, side=1, decoder="pipeline.images.decode:measure_image")
+    child = DecodeChild(soon, side=1, decoder="pipeline.images.decode_upright:measure_image")
     found = []
     try:
         for row, outcome in zip(rows, fetch_ahead([r["image_uri"] for r in rows], access, soon), strict=True):

@@ -30,7 +30,7 @@ from pipeline.tables.unit_files import (
 )
 from pipeline.unit import ImageResult
 from pipeline.worker import logs
-from pipeline.worker.unsafe_env import refuse_here
+from pipeline.worker.process_env import refuse_unsafe_env
 
 _COUNTS = pa.list_(
     pa.struct([pa.field("code", pa.string(), nullable=False), pa.field("count", pa.int64(), nullable=False)])
@@ -61,7 +61,7 @@ def commit_unit(unit: UnitRow, context: JobContext, store: Store) -> pa.Table:
 
 
 def _commit(unit: UnitRow, context: JobContext, store: Store) -> UnitOutcome:
-    refuse_here()
+    refuse_unsafe_env()
     began = time.monotonic()
     results = [_with_boxes(image, context) for image in unit.images]
     table = build_unit_table(results, context)

@@ -22,7 +22,7 @@ from model.segmenter import Segmenter, probe_dtype, set_cpu_threads
 from model.weight_files import ENDINGS, Source
 from pipeline.errors import JobRefused, SystemicFault, clean_text
 from pipeline.settings import DEMO, JobContext, Weights
-from pipeline.storage.store import list_objects, open_input
+from pipeline.storage.read_objects import list_objects, open_input
 from pipeline.storage.uri_rules import split_scheme
 
 

@@ -24,7 +24,7 @@ from pipeline.stages.prompt_groups import resolved_boxes
 from pipeline.storage.store import Store
 from pipeline.tables.unit_files import CommittedUnit, read, unit_key
 from pipeline.unit import ImageResult
-from pipeline.worker.unsafe_env import refuse_here
+from pipeline.worker.process_env import refuse_unsafe_env
 
 
 def prepare_unit(
@@ -47,7 +47,7 @@ def prepare_unit(
 def _prepare(
     unit: UnitRow, context: JobContext, store: Store, child: DecodeChild
 ) -> tuple[list[ImageResult], list[Pixels], list[Pixels], PixelArena]:
-    refuse_here()
+    refuse_unsafe_env()
     rows = planned_rows(unit, context, store)
     visit("unit.read")
     images = [_counted(ImageResult(planned=row), context.limits) for row in rows]

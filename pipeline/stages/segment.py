@@ -38,11 +38,10 @@ from pipeline.stages.crash_log import Attempts, Start
 from pipeline.stages.detect import CallWatch, DetectStep, Record, is_out_of_memory
 from pipeline.stages.hand_over import UInt8Array, UnitRow
 from pipeline.stages.prompt_groups import PromptGroup, group_by_kind, join, resolved_boxes, without_numbers
-from pipeline.storage.store import Store, open_store
+from pipeline.storage.store import Store
 from pipeline.unit import ImageResult, ResolvedBoxes
 from pipeline.worker import logs
-from pipeline.worker.torch_env import prepare_for_torch
-from pipeline.worker.unsafe_env import refuse_here
+from pipeline.worker.process_env import prepare_for_torch, refuse_unsafe_env
 
 BOXES_PER_DEADLINE = 100
 """So many boxes give an image `limits.segment_timeout_s` once more."""
@@ -109,14 +108,14 @@ class SegmentWorker:
         end_process: Callable[[int], Any] = os._exit,
     ) -> None:
         self._context = context
-        store = open_store(context.output)
+        store = Store(context.output)
         self._attempts = Attempts(store, epoch=epoch)
         self._end_process = end_process
         self._fault: SystemicFault | None = None
         self._record = Record()
         prepare_for_torch(os.environ)  # before the factory loads torch
         try:
-            refuse_here()
+            refuse_unsafe_env()
             with _counted_loading(store, f"attempts/model.{epoch}.{restarted}.json", bool(restarted)):
                 self._model: MaskModel = load_by_name(context.segmenter)(context, use_gpu)
                 self._detect: DetectStep | None = None

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.errors import ImageError, UsageError
 from pipeline.failpoints import visit
-from pipeline.storage.driver import CHUNK, FetchedObject, Found, too_many_bytes
+from pipeline.storage.backend import CHUNK, FetchedObject, Found, too_many_bytes
 from pipeline.storage.uri_rules import check_regular
 
 STALE_TEMPORARY_S = 3600.0
 
 
-class LocalDriver:
+class LocalBackend:
     """Files under absolute paths. Commits survive a power cut: file and folder are synced."""
 
     def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject:

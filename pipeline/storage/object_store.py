@@ -1,4 +1,4 @@
-"""Object stores behind fsspec, and `driver_for`: the one place that picks a driver by scheme.
+"""Object stores behind fsspec, and `backend_for`: the one place that picks a driver by scheme.
 
 fsspec's event loop does not survive a fork, so drivers are made once per process and never pickled.
 """
@@ -17,55 +17,55 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
 from pipeline.errors import ImageError, UsageError
-from pipeline.storage.driver import CHUNK, Driver, FetchedObject, Found, check_complete, too_many_bytes
-from pipeline.storage.local_disk import LocalDriver
+from pipeline.storage.backend import CHUNK, Backend, FetchedObject, Found, check_complete, too_many_bytes
+from pipeline.storage.local_disk import LocalBackend
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
 _ONE_PUT = 5 * 2**30  # S3's largest single PUT
 
 
-def driver_for(scheme: str, options: Mapping[str, Any]) -> Driver:
+def backend_for(scheme: str, options: Mapping[str, Any]) -> Backend:
     """The driver of a scheme with these fsspec options: one a process, made at first use."""
     name = (scheme, json.dumps(options, sort_keys=True, default=str))
-    driver = _drivers.get(name)
-    if driver is None:
+    backend = _backends.get(name)
+    if backend is None:
         with _making:  # many threads come at once, and each client more would keep its own connections
-            driver = _drivers.get(name) or _drivers.setdefault(name, _make_driver(*name))
-    return driver
+            backend = _backends.get(name) or _backends.setdefault(name, _make_backend(*name))
+    return backend
 
 
-_drivers: dict[tuple[str, str], Driver] = {}
+_backends: dict[tuple[str, str], Backend] = {}
 _making = threading.Lock()
 
 
-def forget_drivers() -> None:
+def forget_backends() -> None:
     """None; the next call makes new clients. Also run in every forked child, whose loop is dead."""
     global _making
     _making = threading.Lock()
-    _drivers.clear()
+    _backends.clear()
 
 
-os.register_at_fork(after_in_child=forget_drivers)
+os.register_at_fork(after_in_child=forget_backends)
 
 
-def _make_driver(scheme: str, options_json: str) -> Driver:
+def _make_backend(scheme: str, options_json: str) -> Backend:
     options = json.loads(options_json)
     if scheme == "file":
-        return LocalDriver()
+        return LocalBackend()
     try:
         if scheme in ("s3", "s3a"):
-            return S3Driver(options)
+            return S3Backend(options)
         if scheme == "memory":
-            return MemoryDriver(fsspec.filesystem("memory"))
+            return MemoryBackend(fsspec.filesystem("memory"))
         fs = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
     except (ImportError, ValueError) as error:
         extra = _EXTRAS.get(scheme)
         hint = f"install it: pip install 'hqlabel[{extra}]'" if extra else "install its fsspec driver"
         raise UsageError(f"no driver for {scheme}:// uris here ({error}); {hint}") from None
-    return HttpDriver(fs) if scheme in ("http", "https") else FsspecDriver(fs)
+    return HttpBackend(fs) if scheme in ("http", "https") else FsspecBackend(fs)
 
 
-class FsspecDriver:
+class FsspecBackend:
     """Any fsspec file system with an exclusive create (`mode="create"`): gs, az, abfs; hf for reading."""
 
     def __init__(self, fs: Any) -> None:
@@ -138,7 +138,7 @@ def _found(info: Mapping[str, Any]) -> Found:
 _MEMORY_LOCK = threading.RLock()  # one global store, whose files share their read position
 
 
-class MemoryDriver(FsspecDriver):
+class MemoryBackend(FsspecBackend):
     """fsspec's in-memory store, made safe for threads; for tests of the protocol only."""
 
     def _call(self, name: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
@@ -146,7 +146,7 @@ class MemoryDriver(FsspecDriver):
             return super()._call(name, *args, timeout_s=timeout_s, **kwargs)
 
 
-class HttpDriver(FsspecDriver):
+class HttpBackend(FsspecBackend):
     """Reading over http(s): one request, cut off at `max_bytes` and at the deadline."""
 
     def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject:
@@ -184,10 +184,10 @@ async def _drain(read: Callable[[int], Any], max_bytes: int | None) -> bytes:
     return b"".join(chunks)
 
 
-class S3Driver:
+class S3Backend:
     """S3 and its likes. s3fs makes the client; the requests are spelled out, one for each promise.
 
-    Retries of s3fs (5) and botocore (4) are off: `retries.attempt` is the only loop (but for aiohttp,
+    Retries of s3fs (5) and botocore (4) are off: `retries.with_retries` is the only loop (but for aiohttp,
     which repeats an idempotent request once when a kept connection turns out to be closed).
     """
 

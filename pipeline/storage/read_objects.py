@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError, clean_text
-from pipeline.storage import folders
-from pipeline.storage.backoff import StorageFault, attempt
-from pipeline.storage.driver import Driver, FetchedObject, Found
-from pipeline.storage.object_store import driver_for
+from pipeline.storage import list_folders
+from pipeline.storage.backend import Backend, FetchedObject, Found
+from pipeline.storage.object_store import backend_for
+from pipeline.storage.retries import StorageFault, with_retries
 from pipeline.storage.uri_rules import check_regular, split_scheme
 
 T = TypeVar("T")
@@ -95,8 +95,8 @@ class _Target:
     options: Mapping[str, Any]
 
     @property
-    def driver(self) -> Driver:
-        return driver_for(split_scheme(self.uri)[0], self.options)
+    def backend(self) -> Backend:
+        return backend_for(split_scheme(self.uri)[0], self.options)
 
     @property
     def is_there(self) -> bool:
@@ -121,10 +121,10 @@ def read_object(
     target = _Target(uri=uri, options=options)
 
     def get(left: float) -> FetchedObject:
-        return target.driver.get(target.path, max_bytes=max_bytes, timeout_s=left)
+        return target.backend.get(target.path, max_bytes=max_bytes, timeout_s=left)
 
     try:
-        return attempt(get, deadline=deadline_monotonic, what="read", max_tries=READ_TRIES)
+        return with_retries(get, deadline=deadline_monotonic, what="read", max_tries=READ_TRIES)
     except StorageFault as fault:
         raise_for_image(fault)
 
@@ -144,7 +144,7 @@ def raise_for_image(fault: StorageFault) -> NoReturn:
 def _for_input(uri: str, what: str, call: Callable[[float], T]) -> T:
     """`call`, for a file the whole job needs: what fails here refuses the job before any work."""
     try:
-        return attempt(call, deadline=time.monotonic() + INPUT_BUDGET_S, what=f"{what} {uri}")
+        return with_retries(call, deadline=time.monotonic() + INPUT_BUDGET_S, what=f"{what} {uri}")
     except StorageFault as fault:
         raise JobRefused(fault.message) from fault
     except ImageError as error:
@@ -154,7 +154,7 @@ def _for_input(uri: str, what: str, call: Callable[[float], T]) -> T:
 def head_object(uri: str, options: Mapping[str, Any]) -> Entry | None:
     """Size and version tag of one object (`key` is the uri), or None when there is none."""
     target = _Target(uri=uri, options=options)
-    found = _for_input(uri, "look up", lambda left: target.driver.stat(target.path, timeout_s=left))
+    found = _for_input(uri, "look up", lambda left: target.backend.stat(target.path, timeout_s=left))
     return None if found is None else Entry(key=uri, size=found.size, etag=found.etag)
 
 
@@ -166,7 +166,7 @@ def list_objects(uri: str, options: Mapping[str, Any]) -> list[Entry]:
     if not uri.strip("/") and uri != "/":
         raise UsageError(f"{uri!r} names no folder")
     target = _Target(uri=uri.rstrip("/") + "/", options=options)
-    found = _for_input(uri, "list", lambda left: target.driver.walk(target.path, timeout_s=left, limit=None))
+    found = _for_input(uri, "list", lambda left: target.backend.walk(target.path, timeout_s=left, limit=None))
     return _entries(found, target.path, target.uri)
 
 
@@ -174,7 +174,7 @@ def _entries(found: Sequence[Found], prefix: str, base: str) -> list[Entry]:
     entries = [
         Entry(key=base + one.path.removeprefix(prefix), size=one.size, etag=one.etag)
         for one in found
-        if not one.path.endswith("/")  # the empty objects that S3 consoles make for folders
+        if not one.path.endswith("/")  # the empty objects that S3 consoles make for list_folders
     ]
     return sorted(entries, key=lambda entry: entry.key)
 
@@ -197,12 +197,12 @@ class Listing:
 def list_inputs(
     uri: str, options: Mapping[str, Any], *, roots: Sequence[str] = (), pattern: str | None = None
 ) -> Listing:
-    """List what is meant of a folder or prefix, at any depth; `folders` has the rules.
+    """List what is meant of a folder or prefix, at any depth; `list_folders` has the rules.
 
     Args:
         uri: The folder or prefix.
         options: Of the store.
-        roots: Local folders, links resolved, that links may lead to besides `uri` itself.
+        roots: Local list_folders, links resolved, that links may lead to besides `uri` itself.
         pattern: A pattern of names below `uri`, or None for all of them.
 
     Raises:
@@ -212,26 +212,26 @@ def list_inputs(
     if not uri.strip("/") and uri != "/":
         raise UsageError(f"{uri!r} names no folder")
     target = _Target(uri=uri.rstrip("/") + "/", options=options)
-    wanted = None if pattern is None else folders.Pattern(pattern)
+    wanted = None if pattern is None else list_folders.Pattern(pattern)
 
-    def look(left: float) -> folders.Listed:
+    def look(left: float) -> list_folders.Listed:
         if split_scheme(uri)[0] == "file":
-            return folders.walk(target.path, (*roots, os.path.realpath(target.path)), wanted)
-        found = target.driver.walk(target.path, timeout_s=left, limit=None)
-        return folders.shown_of(found, target.path, wanted)
+            return list_folders.walk(target.path, (*roots, os.path.realpath(target.path)), wanted)
+        found = target.backend.walk(target.path, timeout_s=left, limit=None)
+        return list_folders.shown_of(found, target.path, wanted)
 
     listed = _for_input(uri, "list", look)
     _refuse_lost(listed)
     return _listing(listed, target)
 
 
-def _refuse_lost(listed: folders.Listed) -> None:
+def _refuse_lost(listed: list_folders.Listed) -> None:
     """Raise JobRefused where nobody knows what a folder holds."""
     if listed.leading_out:
         link, real = next(iter(listed.leading_out.items()))
         others = len(listed.leading_out) - 1
-        more = f", one of {folders.counted(others + 1, 'linked folder')}" if others else ""
-        flags = folders.allow_root(listed.leading_out.values())
+        more = f", one of {list_folders.counted(others + 1, 'linked folder')}" if others else ""
+        flags = list_folders.allow_root(listed.leading_out.values())
         raise JobRefused(
             f"{clean_text(link)} is a link to {clean_text(real)}{more}: outside what may be read, and the "
             f"files there would be lost. Allow it with {flags}, or take the link away"
@@ -245,7 +245,7 @@ def _refuse_lost(listed: folders.Listed) -> None:
         )
 
 
-def _listing(listed: folders.Listed, target: _Target) -> Listing:
+def _listing(listed: list_folders.Listed, target: _Target) -> Listing:
     there = listed.found
     bad = {one.path for one in there if not one.path.isprintable() and is_no_utf8(one.path)}
 
@@ -283,13 +283,13 @@ def open_input(uri: str, options: Mapping[str, Any], *, block: int = BLOCK) -> B
     For tables, box files and weights: streams of any size in bounded memory. `block`: what one read asks for.
     """
     target = _Target(uri=uri, options=options)
-    found = _for_input(uri, "look up", lambda left: target.driver.stat(target.path, timeout_s=left))
+    found = _for_input(uri, "look up", lambda left: target.backend.stat(target.path, timeout_s=left))
     if found is None:
         raise JobRefused(f"{uri}: {what_is(target.path) if target.is_there else 'there is no such file'}")
 
     def read_range(start: int, stop: int) -> bytes:
         return _for_input(
-            uri, "read", lambda left: target.driver.get_range(target.path, start, stop, timeout_s=left)
+            uri, "read", lambda left: target.backend.get_range(target.path, start, stop, timeout_s=left)
         )
 
     return blockwise(read_range, found.size, block=block)

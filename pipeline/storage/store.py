@@ -1,9 +1,7 @@
-"""The one door to files and object stores; nothing else in the product opens fsspec or a local path.
+"""`Store`: the folder or prefix of a job, with the two writes everything rests on.
 
-`Store` is the folder or prefix of a job, with the two writes everything rests on: `put_if_absent`
-(one creator wins, readers see all or nothing) and `put` (atomic replacement). A fault of the job's own
-store is everybody's: `SystemicFault`. The functions of `objects` read what people point at; the rules on
-uris and options stand in `access`, the table of errors in `retries`. All are had from here.
+`put_if_absent` (one creator wins, readers see all or nothing) and `put` (atomic replacement). A fault of the
+job's own store is everybody's: `SystemicFault`. Images and input files are read by `read_objects`.
 """
 
 from __future__ import annotations
@@ -15,45 +13,14 @@ from typing import BinaryIO, NoReturn, TypeVar
 
 from pipeline.errors import SystemicFault, UsageError
 from pipeline.settings import Place
-from pipeline.storage.archives import read_contained
-from pipeline.storage.backoff import StorageFault, Verdict, attempt, classify, describe
-from pipeline.storage.driver import Driver, FetchedObject
-from pipeline.storage.object_store import driver_for
+from pipeline.storage.backend import Backend
+from pipeline.storage.object_store import backend_for
 from pipeline.storage.read_objects import (
     Entry,
-    Listing,
     blockwise,
-    fingerprint,
-    head_object,
-    list_inputs,
-    list_objects,
-    open_input,
-    read_object,
 )
-from pipeline.storage.uri_rules import check_uri, options_for, redact_options, refuse_secrets, split_scheme
-
-__all__ = [
-    "Entry",
-    "FetchedObject",
-    "Listing",
-    "NotFound",
-    "Store",
-    "Verdict",
-    "check_uri",
-    "classify",
-    "describe",
-    "fingerprint",
-    "head_object",
-    "list_inputs",
-    "list_objects",
-    "open_input",
-    "open_store",
-    "options_for",
-    "read_contained",
-    "read_object",
-    "redact_options",
-    "refuse_secrets",
-]
+from pipeline.storage.retries import StorageFault, with_retries
+from pipeline.storage.uri_rules import refuse_secrets, split_scheme
 
 T = TypeVar("T")
 
@@ -83,8 +50,8 @@ class Store:
         self._base = _base_of(scheme, rest)
 
     @property
-    def _driver(self) -> Driver:
-        return driver_for(self._scheme, self.place.options)
+    def _backend(self) -> Backend:
+        return backend_for(self._scheme, self.place.options)
 
     def _path(self, key: str) -> str:
         if key.startswith("/") or any(part in ("", ".", "..") for part in key.split("/")):
@@ -94,7 +61,7 @@ class Store:
     def _try(self, what: str, call: Callable[[float], T], *, size: int = 0) -> T:
         budget = self.budget_s + size / SLOWEST_BYTES_PER_S
         try:
-            return attempt(call, deadline=time.monotonic() + budget, what=f"{self.place.uri}: {what}")
+            return with_retries(call, deadline=time.monotonic() + budget, what=f"{self.place.uri}: {what}")
         except StorageFault as fault:
             _raise_for_store(fault)
 
@@ -103,7 +70,7 @@ class Store:
         path = self._path(key)
 
         def get(left: float) -> bytes:
-            return self._driver.get(path, max_bytes=None, timeout_s=left).data
+            return self._backend.get(path, max_bytes=None, timeout_s=left).data
 
         return self._try(f"read {key}", get)
 
@@ -111,7 +78,7 @@ class Store:
         """Bytes start..stop (end-exclusive) under `key`; fewer at the end of the object."""
         path = self._path(key)
         return self._try(
-            f"read {key}", lambda left: self._driver.get_range(path, start, stop, timeout_s=left)
+            f"read {key}", lambda left: self._backend.get_range(path, start, stop, timeout_s=left)
         )
 
     def open_parquet(self, key: str) -> BinaryIO:
@@ -133,9 +100,9 @@ class Store:
 
         def create(left: float) -> bool:
             try:
-                self._driver.create(path, data, timeout_s=left)
+                self._backend.create(path, data, timeout_s=left)
             except FileExistsError:
-                return self._driver.get(path, max_bytes=None, timeout_s=left).data == data
+                return self._backend.get(path, max_bytes=None, timeout_s=left).data == data
             return True
 
         return self._try(f"create {key}", create, size=len(data))
@@ -144,7 +111,7 @@ class Store:
         """None; `key` now holds `data`, replaced in one step."""
         path = self._path(key)
         self._try(
-            f"write {key}", lambda left: self._driver.replace(path, data, timeout_s=left), size=len(data)
+            f"write {key}", lambda left: self._backend.replace(path, data, timeout_s=left), size=len(data)
         )
 
     def list(self, prefix: str = "", *, limit: int | None = None) -> list[Entry]:
@@ -154,7 +121,7 @@ class Store:
         """
         start = self._base + prefix
         found = self._try(
-            f"list {prefix}", lambda left: self._driver.walk(start, timeout_s=left, limit=limit)
+            f"list {prefix}", lambda left: self._backend.walk(start, timeout_s=left, limit=limit)
         )
         entries = [Entry(key=f.path.removeprefix(self._base), size=f.size, etag=f.etag) for f in found]
         return sorted(entries, key=lambda entry: entry.key)
@@ -162,22 +129,17 @@ class Store:
     def head(self, key: str) -> Entry | None:
         """Size and tag of `key`, or None when it is absent."""
         path = self._path(key)
-        found = self._try(f"look up {key}", lambda left: self._driver.stat(path, timeout_s=left))
+        found = self._try(f"look up {key}", lambda left: self._backend.stat(path, timeout_s=left))
         return None if found is None else Entry(key=key, size=found.size, etag=found.etag)
 
     def delete(self, keys: Sequence[str]) -> None:
         """None; the keys are gone. Only `hqlabel clean` calls this: no other command needs the right."""
         paths = [self._path(key) for key in keys]
-        self._try(f"delete {len(keys)} objects", lambda left: self._driver.delete(paths, timeout_s=left))
+        self._try(f"delete {len(keys)} objects", lambda left: self._backend.delete(paths, timeout_s=left))
 
     def abort_stale_uploads(self) -> int:
         """How many unfinished writes of dead processes were dropped (S3 uploads, local temporary files)."""
-        return self._try("abort uploads", lambda left: self._driver.abort_stale(self._base, timeout_s=left))
-
-
-def open_store(place: Place) -> Store:
-    """The store at a place; nothing is created or asked until the first call."""
-    return Store(place)
+        return self._try("abort uploads", lambda left: self._backend.abort_stale(self._base, timeout_s=left))
 
 
 def _base_of(scheme: str, rest: str) -> str:

@@ -31,7 +31,7 @@ from pipeline.job.driver_lock import latest_number, require_latest
 from pipeline.job.job_file import Job
 from pipeline.settings import JobContext
 from pipeline.storage import sealed_parquet as parquet
-from pipeline.storage.store import NotFound, Store, open_store
+from pipeline.storage.store import NotFound, Store
 from pipeline.tables import unit_files as units
 from pipeline.tables.manifest import (
     CATEGORIES_KEY,
@@ -218,7 +218,7 @@ def publish_part(task: PartTask) -> Part:
         DamageFound: a unit does not verify, or does not follow the one before it.
         JobRefused: another driver has taken the job over.
     """
-    store = open_store(task.context.output)
+    store = Store(task.context.output)
     footer = {**units.footer(task.context), "filters": json.dumps(dataclasses.asdict(task.filters))}
     images = parquet.ParquetSink(schema.IMAGES, footer)
     instances = parquet.ParquetSink(schema.INSTANCES, footer)

@@ -15,7 +15,7 @@ import transformers
 from PIL import Image
 
 from model.geometry import resize_longest_side
-from pipeline.images.decode import decode_image
+from pipeline.images.decode_upright import decode_image
 from tests.docs.markdown import blocks
 from tests.e2e import commands
 from tests.e2e.scenes import picture

@@ -16,7 +16,7 @@ from model import checkpoints, rle
 from model.prompts import mask_to_prompt
 from model.records import CallShape, Instances, PreparedImage, Prompts
 from model.segmenter import Segmenter
-from pipeline.images.decode import decode_image
+from pipeline.images.decode_upright import decode_image
 from tests.e2e import commands
 from tests.e2e.scenes import picture
 from tests.faults.fuzzing import MASK_MAKES

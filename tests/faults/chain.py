@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import failpoints
-from pipeline.images.decode import DecodedImage
+from pipeline.images.decode_upright import DecodedImage
 from pipeline.job.driver_lock import Owner
 from pipeline.job.job_file import Job, identity_of, open_job
 from pipeline.planning.make_plan import Plan, write_plan
@@ -28,7 +28,7 @@ from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.store import Store, open_store
+from pipeline.storage.store import Store
 from pipeline.tables.clean_output import clean
 from pipeline.tables.manifest import finished_units, read_manifest
 from pipeline.tables.mask_quality import FilterSettings
@@ -60,7 +60,7 @@ class SmallJob:
 
     @property
     def store(self) -> Store:
-        return open_store(self.context.output)
+        return Store(self.context.output)
 
     def at(self, place: Place) -> SmallJob:
         """The same job with another place for its output, and its picture broken again."""
@@ -109,7 +109,7 @@ class DirectDecoder:
 
 def do_unit(unit: UnitRow, context: JobContext, *, epoch: int = 1) -> UnitRow:
     """One unit through the three stages; raises the systemic fault that it met."""
-    store = open_store(context.output)
+    store = Store(context.output)
     decoder = DirectDecoder(context.limits, context.weights.input_side)
     prepared, _ = prepare_unit(unit, context, store, decoder)  # type: ignore[arg-type]
     done = SegmentWorker(context, epoch=epoch, use_gpu=False).run(prepared)

@@ -50,7 +50,7 @@ from pipeline.stages.load_model import TorchSegmenter, load_segmenter
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.resolve_boxes import prompt_faults, resolve_boxes
 from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.unit_files import list_committed, read
 from tests.jobs.evaluate.test_ground_truth import RUNS, WRITTEN
 from tests.jobs.made_outputs import MadeImage, blob, make_output
@@ -529,7 +529,7 @@ class PromptStages:
             limits=Limits(),
             segmenter="tests.faults.fuzzing:shared_segmenter",
         )
-        store = open_store(context.output)
+        store = Store(context.output)
         write_plan(store, plan)
         ready = unpack(pack(*prepare_unit(UnitRow(unit_id=0), context, store, self.child)))
         done = unpack(pack(SegmentWorker(context, epoch=1, use_gpu=False, end_process=_died).run(ready)))

@@ -25,7 +25,7 @@ from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker, deadline_s
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.unit_files import list_committed, mask_columns_digest, read
 from tests.e2e.scenes import picture, small_checkpoint
 from tests.fakes import harmful_picture, trouble
@@ -52,7 +52,7 @@ pytestmark = [
 
 def rows_of(job: MadeJob) -> dict[str, dict]:
     """Every committed row by image id, and a proof that there is one for each planned image."""
-    store = open_store(job.context.output)
+    store = Store(job.context.output)
     found = [row for unit in list_committed(store).values() for row in read(store, unit).to_pylist()]
     assert [row["image_id"] for row in found] == job.plan.table["image_id"].to_pylist()
     return {row["image_id"]: row for row in found}
@@ -85,7 +85,7 @@ def test_rows_5_6_7_a_picture_that_harms_its_decoder_costs_its_own_row(
     child = DecodeChild(job.context.limits, 64, decoder="tests.fakes:troubled_decoder")
     began = time.monotonic()
     for unit_id in job.unit_ids:
-        store = open_store(job.context.output)
+        store = Store(job.context.output)
         unit, _ = prepare_unit(UnitRow(unit_id=unit_id), job.context, store, child)
         done = SegmentWorker(job.context, epoch=1, use_gpu=False).run(unit)
         read_outcome(commit_unit(done, job.context, store))
@@ -98,7 +98,7 @@ def test_rows_5_6_7_a_picture_that_harms_its_decoder_costs_its_own_row(
 
 def work(context: JobContext, unit_ids: list[int]) -> None:
     """What one worker of driver 1 does."""
-    done = list_committed(open_store(context.output))
+    done = list_committed(Store(context.output))
     for unit_id in unit_ids:
         if unit_id not in done:
             do_unit(UnitRow(unit_id=unit_id), context)
@@ -174,7 +174,7 @@ def test_row_49_a_lost_device_ends_its_process_and_no_image_is_marked(
     pictures = {f"{n}.png": png(noise(n)) for n in range(4)} | {"1.png": png(harmful_picture("device"))}
     job = make_job(tmp_path, pictures)
     assert in_child(work, job.context, job.unit_ids) == 1
-    assert list_committed(open_store(job.context.output)) == {}
+    assert list_committed(Store(job.context.output)) == {}
 
     from tests import fakes
 
@@ -186,7 +186,7 @@ def test_row_49_a_lost_device_ends_its_process_and_no_image_is_marked(
     done = worker.run(UnitRow(unit_id=0))
     assert isinstance(done.fault, SystemicFault)
     assert (done.fault.code, done.fault.exit_code) == ("device", 5)
-    assert list_committed(open_store(job.context.output)) == {}
+    assert list_committed(Store(job.context.output)) == {}
     record(49, fault="device lost in a call, then for good", landed=2, code="5")
 
 
@@ -223,7 +223,7 @@ def network_job(folder: Path, weights: Path, images: int, **options: object) -> 
 
 def digest(job: MadeJob) -> str:
     """Of every row, but for its unit and what names the picture's file: those differ between two jobs."""
-    store = open_store(job.context.output)
+    store = Store(job.context.output)
     tables = [read(store, unit) for unit in list_committed(store).values()]
     return mask_columns_digest(pa.concat_tables(tables).drop_columns(["unit_id", "image_uri", "source_etag"]))
 
@@ -261,7 +261,7 @@ def at_another_place(made: MadeJob, folder: Path) -> MadeJob:
     from pipeline.settings import Place
 
     context = replace(made.context, output=Place(uri=str(folder)))
-    write_plan(open_store(context.output), made.plan)
+    write_plan(Store(context.output), made.plan)
     return replace(made, context=context)
 
 
@@ -304,7 +304,7 @@ def _peak_mib(folder: Path, weights: Path, boxes: int) -> float:
 
 
 def _measure(context: JobContext, told: multiprocessing.Queue) -> None:
-    store = open_store(context.output)
+    store = Store(context.output)
     child = DecodeChild(context.limits, context.weights.input_side)
     unit, _ = prepare_unit(UnitRow(unit_id=0), context, store, child)
     worker = SegmentWorker(context, epoch=1, use_gpu=False)

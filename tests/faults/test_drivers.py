@@ -18,7 +18,7 @@ from pipeline.errors import DamageFound, JobRefused
 from pipeline.job.driver_lock import Owner, current_holder
 from pipeline.job.job_file import JOB_KEY, Job, open_job, read_job
 from pipeline.settings import Place
-from pipeline.storage.store import Store, open_store
+from pipeline.storage.store import Store
 from pipeline.tables.clean_output import clean
 from pipeline.tables.manifest import read_manifest
 from pipeline.tables.unit_files import list_committed
@@ -43,7 +43,7 @@ def everything(store: Store) -> dict[str, bytes]:
 
 
 def race(place: Place, rounds: int, barrier: Any, won: Any) -> None:
-    store = open_store(place)
+    store = Store(place)
     for _ in range(rounds):
         barrier.wait(60)
         try:

@@ -16,7 +16,7 @@ from pipeline.errors import SystemicFault
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import make_plan
 from pipeline.settings import AccessRules, Limits, Place
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.unit_files import list_committed
 from tests.conftest import MotoS3
 from tests.faults import chain
@@ -75,7 +75,7 @@ def plain(moto_s3: MotoS3, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pl
     folder = tmp_path_factory.mktemp("bucket")
     images = moto_s3.place(f"images-{uuid.uuid4().hex}")
     for number in range(IMAGES):
-        open_store(images).put(f"{number:02}.png", png(noise(number)))
+        Store(images).put(f"{number:02}.png", png(noise(number)))
     ids = [f"{number:02}.png" for number in range(IMAGES)]
     pq.write_table(pa.table({"image_id": ids, "boxes": [BOXES] * IMAGES}), folder / "boxes.parquet")
     made = make_job(images, folder / "boxes.parquet", moto_s3.endpoint, folder / "out")
@@ -208,7 +208,7 @@ def test_row_42_objects_that_change_or_go_after_planning(
     bucket: Bucket, moto_s3: MotoS3, record: Record
 ) -> None:
     """No tag is planned with an image. A changed one is labelled as it is now, and its row says which."""
-    images, store = bucket.images, open_store(bucket.images)
+    images, store = bucket.images, Store(bucket.images)
     gone, other = store.read("02.png"), store.read("05.png")
     try:
         store.delete(["02.png"])

@@ -305,7 +305,7 @@ def test_row_45_a_full_object_store_slows_or_stops_the_job(tmp_path: Path, recor
     from PIL import Image
 
     from pipeline.settings import Limits, Weights
-    from pipeline.storage.store import open_store
+    from pipeline.storage.store import Store
     from pipeline.tables.unit_files import list_committed
     from tests.pipeline.made_jobs import make_job
 
@@ -339,7 +339,7 @@ def test_row_45_a_full_object_store_slows_or_stops_the_job(tmp_path: Path, recor
     assert tight.returncode in (0, 5), tight.stderr[-2000:]
     if tight.returncode == 5:
         assert "hqlabel: disk:" in tight.stderr
-    store = open_store(job.context.output)
+    store = Store(job.context.output)
     command = [sys.executable, "-c", OBJECT_STORE, str(tmp_path / "job.pickle"), "-"]
     left = set(job.unit_ids) - set(list_committed(store))
     if left:

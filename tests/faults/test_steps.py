@@ -21,7 +21,7 @@ from pipeline.job.job_file import read_job
 from pipeline.settings import Place
 from pipeline.storage import sealed_parquet as parquet
 from pipeline.storage.sealed_parquet import ParquetSink
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.verify_output import verify
 from tests.conftest import MotoS3, make_place
 from tests.faults import chain
@@ -308,7 +308,7 @@ def test_row_23_nothing_is_renamed_and_a_refused_delete_loses_nothing(
     assert verify(made.store, read_job(made.store)).findings == []  # type: ignore[arg-type]
     s3_faults.faults.remove(fault)
     run_job(made)
-    assert look(open_store(place)) == wanted
+    assert look(Store(place)) == wanted
     lost, doubled = lost_and_doubled(made.store, made)
     record(
         23, fault="every delete refused (403), S3", landed=fault.landed, lost=lost, doubled=doubled, code="5"

@@ -17,7 +17,7 @@ from pipeline.job.job_file import Job, identity_of, open_job
 from pipeline.planning.make_plan import Plan, write_plan
 from pipeline.settings import AccessRules, BoxRules, Place
 from pipeline.stages.resolve_boxes import resolve_boxes
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.mask_quality import FilterSettings
 from pipeline.tables.publish_tables import publish
 from pipeline.tables.unit_files import ImageResult, build_unit_table, commit, encode
@@ -61,7 +61,7 @@ def make_output(
     filters: FilterSettings | None = None,
 ) -> str:
     """The folder, holding the published tables of a complete job over `images`."""
-    store = open_store(Place(uri=str(folder)))
+    store = Store(Place(uri=str(folder)))
     images = sorted(images, key=lambda one: one.image_id.encode())
     rows = [_planned(one, place // images_per_unit) for place, one in enumerate(images)]
     plan = pa.Table.from_pylist(rows, schema=schema.PLAN)

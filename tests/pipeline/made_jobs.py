@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import Plan, make_plan, write_plan
 from pipeline.settings import BoxRules, JobContext, Limits, MaskSettings, Place, Weights
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 
 SIDE = 64
 BOXES = [[4.2, 5.0, 30.7, 40.0], [0.0, 0.0, 12.0, 9.0]]
@@ -83,5 +83,5 @@ def make_job(
         segmenter="tests.fakes:box_segmenter",
         decoder="tests.fakes:troubled_decoder",
     )
-    write_plan(open_store(made.output), plan)
+    write_plan(Store(made.output), plan)
     return MadeJob(context=replace(made, **context), plan=plan, boxes=given)

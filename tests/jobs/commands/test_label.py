@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.job.driver_lock import Owner
 from pipeline.settings import Place
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from tests.e2e import commands
 from tests.e2e.scenes import DataSet
 from tests.jobs.conftest import broken_image
@@ -133,7 +133,7 @@ def test_a_second_driver_is_refused_by_the_name_of_the_first(
     data_set: DataSet, checkpoint: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    with Owner.take(open_store(Place(uri=str(output)))):
+    with Owner.take(Store(Place(uri=str(output)))):
         done = commands.run(*arguments(data_set, checkpoint, output), code=4)
     assert f"process {os.getpid()} on" in done.stderr
     assert "is working on this job" in done.stderr

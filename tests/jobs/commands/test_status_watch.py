@@ -17,7 +17,7 @@ import pytest
 from jobs.commands import status
 from jobs.config import load_config
 from pipeline.settings import Place
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.job_status import status as look
 from tests.e2e import commands
 from tests.pipeline.made_units import MadeJob, make_job
@@ -26,7 +26,7 @@ from tests.pipeline.made_units import MadeJob, make_job
 @pytest.fixture
 def made(tmp_path: Path) -> MadeJob:
     """A job of 22 images in 6 units, one of them committed."""
-    made = make_job(open_store(Place(uri=str(tmp_path / "out"))))
+    made = make_job(Store(Place(uri=str(tmp_path / "out"))))
     made.commit([0])
     return made
 

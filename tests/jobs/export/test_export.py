@@ -241,7 +241,7 @@ def test_two_images_that_differ_in_their_ending_alone_are_refused_for_yolo(tmp_p
 
 def test_an_export_goes_to_a_bucket_as_to_a_folder(output: str, moto_s3, tmp_path: Path) -> None:
     from pipeline.settings import Place
-    from pipeline.storage.store import open_store
+    from pipeline.storage.store import Store
 
     to = f"s3://{moto_s3.bucket}/exports/coco"
     code, _, err = run(
@@ -251,7 +251,7 @@ def test_an_export_goes_to_a_bucket_as_to_a_folder(output: str, moto_s3, tmp_pat
 
     assert code == 0, err
     export("coco", "--output", output, "--to", str(tmp_path / "here"))
-    store = open_store(Place(uri=to, options=moto_s3.options))
+    store = Store(Place(uri=to, options=moto_s3.options))
     assert store.read("instances.json") == (tmp_path / "here" / "instances.json").read_bytes()
 
 

@@ -19,7 +19,7 @@ from jobs.report.numbers import gather
 from jobs.report.sections import sections
 from jobs.results.read_tables import require_published
 from pipeline.settings import Place
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.mask_quality import FilterSettings
 from tests.jobs.browser import CHROMIUM, browser
 from tests.jobs.cli.test_cli import run
@@ -129,7 +129,7 @@ def test_every_class_has_its_row_with_medians(page: str, output: str) -> None:
 
 
 def test_each_section_shows_the_rows_that_its_sql_finds(output: str) -> None:
-    store = open_store(Place(uri=output))
+    store = Store(Place(uri=output))
     manifest = require_published(store)
     chosen = sections(manifest.filters, manifest.counts.rejected, masks=manifest.counts.masks)
     data = gather(store, manifest, chosen)

@@ -16,7 +16,7 @@ from jobs.results.read_tables import failed_examples, find_image, sample_labelle
 from jobs.terminal import console
 from pipeline.errors import JobRefused
 from pipeline.settings import Limits, Place
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.manifest import read_manifest
 from tests.jobs.cli.test_cli import run
 from tests.pipeline.made_units import MadeJob, make_job
@@ -28,7 +28,7 @@ TOLERANT = ("--set", "limits.max_failure_rate=0.2")
 @pytest.fixture
 def made(tmp_path: Path) -> MadeJob:
     """A job of 22 images in 6 units, 2 units a part, all committed; 2 images failed."""
-    made = make_job(open_store(Place(uri=str(tmp_path / "out"))))
+    made = make_job(Store(Place(uri=str(tmp_path / "out"))))
     made.commit(failing=FAILING)
     return made
 
@@ -50,7 +50,7 @@ def test_status_counts_from_the_store_alone(made: MadeJob, output: str) -> None:
 
 
 def test_status_of_an_unfinished_job_says_what_is_left(tmp_path: Path) -> None:
-    made = make_job(open_store(Place(uri=str(tmp_path / "out"))))
+    made = make_job(Store(Place(uri=str(tmp_path / "out"))))
     made.commit([0, 2])
     code, out, _ = run("status", "--output", str(tmp_path / "out"))
     assert code == 0
@@ -115,7 +115,7 @@ def test_publish_and_status_judge_the_failures_as_label_does(output: str) -> Non
 
 
 def test_nothing_is_judged_before_the_end(tmp_path: Path) -> None:
-    made = make_job(open_store(Place(uri=str(tmp_path / "out"))))
+    made = make_job(Store(Place(uri=str(tmp_path / "out"))))
     made.commit([0, 1, 2], failing=("img-00003.jpg",))
     code, _, err = run("publish", "--output", str(tmp_path / "out"))
     assert code == 0, err
@@ -123,7 +123,7 @@ def test_nothing_is_judged_before_the_end(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_job_publishes_its_whole_ranges(tmp_path: Path) -> None:
-    made = make_job(open_store(Place(uri=str(tmp_path / "out"))))
+    made = make_job(Store(Place(uri=str(tmp_path / "out"))))
     made.commit([0, 1, 2])
     code, out, _ = run("publish", "--output", str(tmp_path / "out"), "--json")
     assert code == 0
@@ -197,7 +197,7 @@ def test_inspect_of_an_unknown_image_is_wrong_usage(output: str) -> None:
 
 
 def test_inspect_of_an_image_that_waits_says_so(tmp_path: Path) -> None:
-    make_job(open_store(Place(uri=str(tmp_path / "out"))))
+    make_job(Store(Place(uri=str(tmp_path / "out"))))
     code, _, err = run("inspect", "img-00014.jpg", "--output", str(tmp_path / "out"))
     assert code == 2
     assert "not labelled yet" in err
@@ -235,7 +235,7 @@ def test_retry_finds_the_units_with_failed_images_published_or_not(made: MadeJob
 
 
 def test_retry_wants_a_finished_job(tmp_path: Path) -> None:
-    made = make_job(open_store(Place(uri=str(tmp_path / "out"))))
+    made = make_job(Store(Place(uri=str(tmp_path / "out"))))
     made.commit([0])
     with pytest.raises(JobRefused, match="5 of 6 units are not done yet"):
         find_targets(made.store, made.job, ())
@@ -292,7 +292,7 @@ def test_an_overlay_is_drawn_from_the_published_rows(tmp_path: Path) -> None:
 
     photo = tmp_path / "a.png"
     Image.new("RGB", (60, 40), (90, 90, 90)).save(photo)
-    made = make_job(open_store(Place(uri=str(tmp_path / "out"))))
+    made = make_job(Store(Place(uri=str(tmp_path / "out"))))
     made.commit()
     run("publish", "--output", str(tmp_path / "out"))
     manifest = read_manifest(made.store)

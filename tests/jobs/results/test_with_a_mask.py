@@ -17,7 +17,7 @@ from pipeline.execution.metrics import _masks
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import make_plan
 from pipeline.settings import BoxRules, Place
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.manifest import read_manifest
 from pipeline.tables.unit_files import ImageResult
 from tests.docs.markdown import blocks
@@ -51,7 +51,7 @@ def said(*arguments: str) -> str:
 
 
 def test_the_manifest_and_the_tables_count_pixels(output: str) -> None:
-    counts = read_manifest(open_store(Place(uri=output))).counts
+    counts = read_manifest(Store(Place(uri=output))).counts
 
     assert (counts.boxes, counts.masks, counts.empty, counts.accepted) == (6, 2, 2, 2)
     assert counts.rejected == {"box_score": 1, "crowd": 1, "empty": 2}
@@ -62,7 +62,7 @@ def test_the_manifest_and_the_tables_count_pixels(output: str) -> None:
 
 
 def test_the_summary_the_status_the_page_and_inspect_say_the_same(output: str, tmp_path: Path) -> None:
-    manifest = read_manifest(open_store(Place(uri=output)))
+    manifest = read_manifest(Store(Place(uri=output)))
     page = tmp_path / "page.html"
     said("report", "--output", output, "--to", str(page))
 
@@ -101,7 +101,7 @@ def test_a_manifest_of_an_earlier_version_is_read_in_this_meaning(output: str, t
         counts["masks"] += counts.pop("empty")
     (tmp_path / "manifest.json").write_text(json.dumps(content))
 
-    counts = read_manifest(open_store(Place(uri=str(tmp_path)))).counts
+    counts = read_manifest(Store(Place(uri=str(tmp_path)))).counts
 
     assert (counts.masks, counts.empty) == (2, 2)
 

@@ -32,7 +32,7 @@ from pipeline.execution.chain import (
 from pipeline.execution.placement import ClusterSettings, Node, Requests, fit
 from pipeline.settings import Limits
 from pipeline.stages.hand_over import UnitRow
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.unit_files import list_committed, read
 from tests.conftest import make_place
 from tests.fakes import box_masks, harmful_picture, trouble
@@ -58,7 +58,7 @@ def run(job, unit_ids=None, *, epoch=1, should_stop=lambda: False, cluster=None,
 
 def rows(job):
     """Every committed row by image id, and a proof that there is one for each planned image."""
-    store = open_store(job.context.output)
+    store = Store(job.context.output)
     found = [row for unit in list_committed(store).values() for row in read(store, unit).to_pylist()]
     assert [row["image_id"] for row in found] == job.plan.table["image_id"].to_pylist()
     return {row["image_id"]: row for row in found}
@@ -255,7 +255,7 @@ def test_a_systemic_fault_rises_as_itself_and_marks_nothing(tmp_path):
         run(replace(job, context=broken))
 
     assert (caught.value.code, caught.value.exit_code) == ("weights", 5)
-    assert list_committed(open_store(job.context.output)) == {}
+    assert list_committed(Store(job.context.output)) == {}
 
 
 def test_a_lost_plan_stops_the_job(tmp_path):
@@ -272,13 +272,13 @@ def test_a_bug_in_a_stage_ends_the_run_as_itself(tmp_path):
     with pytest.raises(RuntimeError, match="a bug in the decoder"):
         run(job)
 
-    assert list_committed(open_store(job.context.output)) == {}
+    assert list_committed(Store(job.context.output)) == {}
 
 
 def test_a_run_that_is_told_to_stop_stops_and_the_rest_can_be_done_later(tmp_path):
     pictures = {f"{i:02}.png": png(noise(i)) for i in range(40)}
     job = make_job(tmp_path, pictures, lineage={"stub_sleep_s": "0.2"})
-    store = open_store(job.context.output)
+    store = Store(job.context.output)
 
     told = []
 
@@ -366,7 +366,7 @@ def test_cores_that_somebody_else_holds_are_said_and_not_waited_for(tmp_path, mo
         ray.kill(other)
 
     assert caught.value.code == "resources"
-    assert list_committed(open_store(job.context.output)) == {}
+    assert list_committed(Store(job.context.output)) == {}
 
 
 class Holder:

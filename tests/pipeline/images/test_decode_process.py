@@ -16,8 +16,8 @@ from PIL import Image
 
 from pipeline.errors import ImageError, SystemicFault
 from pipeline.images import decode_process as decode_child
-from pipeline.images.decode import decode_image
 from pipeline.images.decode_process import MAX_DEATHS, DecodeChild
+from pipeline.images.decode_upright import decode_image
 from pipeline.settings import Limits
 from tests.fakes import trouble
 

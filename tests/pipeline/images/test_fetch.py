@@ -11,7 +11,7 @@ import pytest
 from pipeline.errors import ImageError, SystemicFault
 from pipeline.images.fetch import fetch_ahead, fetch_object, stop_if_denied, stop_if_unreachable
 from pipeline.settings import AccessRules, Limits
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_an_object_comes_with_its_size(folder):
 
 def test_an_object_of_a_bucket_comes_with_its_etag(moto_s3):
     place = moto_s3.place()
-    open_store(place).put("x.jpg", b"bytes")
+    Store(place).put("x.jpg", b"bytes")
     access = AccessRules(schemes=("s3",), options={"s3": moto_s3.options})
 
     found = fetch_object(f"{place.uri}/x.jpg", access, Limits())

@@ -10,7 +10,7 @@ from pipeline.errors import JobRefused, UsageError
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import Plan, make_plan
 from pipeline.settings import AccessRules, Place
-from pipeline.storage.store import Store, open_store
+from pipeline.storage.store import Store
 from pipeline.tables.mask_quality import FilterSettings
 from pipeline.tables.publish_tables import publish
 from tests.pipeline.made_units import make_job
@@ -21,7 +21,7 @@ ROOMY = AccessRules(schemes=("s3",))
 @pytest.fixture
 def output(tmp_path) -> tuple[Store, Plan, str]:
     """A finished, published job: its store, its planned rows and its folder."""
-    store = open_store(Place(uri=str(tmp_path / "out")))
+    store = Store(Place(uri=str(tmp_path / "out")))
     made = make_job(store)
     made.commit()
     publish(store, made.job, FilterSettings(), require_owner=lambda doing: None)
@@ -161,7 +161,7 @@ def test_null_lists_stay_null(output):
 
 
 def test_an_output_that_is_not_published_is_refused(tmp_path):
-    make_job(open_store(Place(uri=str(tmp_path / "out")))).commit()
+    make_job(Store(Place(uri=str(tmp_path / "out")))).commit()
 
     with pytest.raises(JobRefused, match="hqlabel publish"):
         again(str(tmp_path / "out"))

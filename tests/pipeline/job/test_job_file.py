@@ -29,7 +29,7 @@ from pipeline.job.job_file import (
 from pipeline.settings import AccessRules, DetectorSettings, Place
 from pipeline.stages.crash_log import Attempts
 from pipeline.storage import object_store as buckets
-from pipeline.storage.store import Store, open_store
+from pipeline.storage.store import Store
 from tests.pipeline.made_units import make_context
 
 INPUTS = {
@@ -225,7 +225,7 @@ def test_a_job_of_a_later_version_is_refused(local_store):
 
 
 def test_a_store_that_overwrites_what_was_to_be_created_is_refused(s3_store, monkeypatch):
-    monkeypatch.setattr(buckets.S3Driver, "create", buckets.S3Driver.replace)
+    monkeypatch.setattr(buckets.S3Backend, "create", buckets.S3Backend.replace)
     with pytest.raises(JobRefused, match="If-None-Match is ignored"):
         open_job(s3_store, make_job())
 
@@ -336,7 +336,7 @@ def test_a_clock_that_is_wrong_by_days_decides_nothing(local_store, monkeypatch)
 
 
 def _own(place: Place, ready) -> None:
-    Owner.take(open_store(place), beat_every_s=0.1)
+    Owner.take(Store(place), beat_every_s=0.1)
     ready.put(os.getpid())
     time.sleep(600)
 
@@ -406,7 +406,7 @@ def test_of_a_process_in_another_container_or_boot_nothing_is_known():
 
 
 def _race(place: Place, barrier, winners) -> None:
-    store = open_store(place)
+    store = Store(place)
     for _ in range(5):
         barrier.wait()
         try:

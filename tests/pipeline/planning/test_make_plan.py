@@ -18,7 +18,7 @@ from pipeline.planning.make_plan import Plan, make_plan, write_plan
 from pipeline.schema import PLAN
 from pipeline.settings import AccessRules, Place
 from pipeline.stages.resolve_boxes import prompt_faults
-from pipeline.storage.store import NotFound, open_store
+from pipeline.storage.store import NotFound, Store
 
 A, B, C = [1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [9.0, 10.0, 11.0, 12.0]
 
@@ -754,7 +754,7 @@ def test_points_and_masks_travel_in_the_plan(tmp_path):
     )
 
     plan = planned(boxes=path)
-    store = open_store(Place(uri=str(tmp_path / "out")))
+    store = Store(Place(uri=str(tmp_path / "out")))
     write_plan(store, plan)
     first, second = read_unit(store, plan.sha256, 0).to_pylist()[0]["boxes"]
 
@@ -820,7 +820,7 @@ def test_a_table_without_rows_is_a_plan_without_units(tmp_path):
     )
 
     plan = planned(boxes=path)
-    store = open_store(Place(uri=str(tmp_path / "out")))
+    store = Store(Place(uri=str(tmp_path / "out")))
     write_plan(store, plan)
 
     assert (0, 0, PLAN) == (plan.summary.images, plan.summary.units, plan.table.schema)
@@ -841,7 +841,7 @@ def many(tmp_path, count=300, per_unit=2) -> Plan:
 
 def test_every_unit_reads_back_as_it_was_planned(tmp_path):
     plan = many(tmp_path)
-    store = open_store(Place(uri=str(tmp_path / "out")))
+    store = Store(Place(uri=str(tmp_path / "out")))
 
     write_plan(store, plan)
 
@@ -856,7 +856,7 @@ def test_every_unit_reads_back_as_it_was_planned(tmp_path):
 
 def test_a_plan_is_written_once_and_the_rest_of_a_half_written_one_later(tmp_path):
     plan = many(tmp_path)
-    store = open_store(Place(uri=str(tmp_path / "out")))
+    store = Store(Place(uri=str(tmp_path / "out")))
     write_plan(store, plan)
     before = {entry.key: (entry.etag, store.read(entry.key)) for entry in store.list("plan/")}
     store.delete([plan_key(plan.sha256, 1)])
@@ -871,7 +871,7 @@ def test_a_plan_is_written_once_and_the_rest_of_a_half_written_one_later(tmp_pat
 
 def test_a_plan_lives_in_a_bucket_too(tmp_path, moto_s3):
     place = moto_s3.place()
-    images = open_store(place)
+    images = Store(place)
     for name in ("b.jpg", "sub/a.jpg", "notes.txt"):
         images.put(f"photos/{name}", b"x")
     body = pa.BufferOutputStream()
@@ -890,7 +890,7 @@ def test_a_plan_lives_in_a_bucket_too(tmp_path, moto_s3):
 
 def test_damage_in_a_plan_file_is_found(tmp_path):
     plan = many(tmp_path)
-    store = open_store(Place(uri=str(tmp_path / "out")))
+    store = Store(Place(uri=str(tmp_path / "out")))
     write_plan(store, plan)
     key = plan_key(plan.sha256, 0)
     whole = store.read(key)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline.errors import ImageError
 from pipeline.planning.plan_table import refused_uris
 from pipeline.settings import AccessRules
-from pipeline.storage.store import check_uri
+from pipeline.storage.uri_rules import check_uri
 
 FOLDERS = [
     "s3://b/x",

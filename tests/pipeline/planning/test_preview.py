@@ -14,7 +14,7 @@ from PIL import Image
 
 from jobs.terminal.input_report import with_a_look
 from pipeline.errors import JobRefused
-from pipeline.images.decode import decode_image, measure_image
+from pipeline.images.decode_upright import decode_image, measure_image
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import make_plan
 from pipeline.planning.preview import PICTURES, look

@@ -20,7 +20,7 @@ from pipeline.job.job_file import require_job
 from pipeline.planning.make_plan import Plan, make_plan
 from pipeline.settings import AccessRules, BoxRules, Place
 from pipeline.stages.resolve_boxes import resolve_boxes
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.mask_quality import FilterSettings
 from pipeline.tables.publish_tables import flatten_unit, publish
 from pipeline.tables.unit_files import ImageResult, build_unit_table, check_against_plan
@@ -384,7 +384,7 @@ def test_crowds_stay_crowds_however_the_tables_are_marked_anew(tmp_path):
     images = [MadeImage(image_id="a.jpg", masks=[blob(1), blob(2)], crowds=[True, False])]
     output = make_output(tmp_path / "out", images, filters=FilterSettings(min_box_iou=0.0))
 
-    store = open_store(Place(uri=output))
+    store = Store(Place(uri=output))
     marked = publish(
         store, require_job(store), FilterSettings(min_predicted_iou=2.0), require_owner=lambda what: None
     )

@@ -22,7 +22,7 @@ from pipeline.stages.detect import load_detector, try_out
 from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.unit_files import list_committed, read
 from pipeline.tables.verify_output import verify
 from tests.docs.markdown import blocks
@@ -87,14 +87,14 @@ def made(tmp_path, pictures, detector=None, **context):
     """A job over pictures without boxes, whose boxes a detector is to find."""
     job = make_job(tmp_path, pictures, {name: [] for name in pictures}, **context)
     changed = replace(
-        job.context, detector=detector or settings(), decoder="pipeline.images.decode:decode_image"
+        job.context, detector=detector or settings(), decoder="pipeline.images.decode_upright:decode_image"
     )
     return replace(job, context=changed)
 
 
 def worked(job, child, unit_id=0, **options):
     """The unit through all stages, as Ray's processes would run it; its committed rows by image id."""
-    store = open_store(job.context.output)
+    store = Store(job.context.output)
     ready = unpack(pack(*prepare_unit(UnitRow(unit_id=unit_id), job.context, store, child)))
     done = unpack(pack(SegmentWorker(job.context, epoch=1, use_gpu=False, **options).run(ready)))
     read_outcome(commit_unit(done, job.context, store))
@@ -145,7 +145,7 @@ def test_the_detector_is_shown_the_upright_picture_never_enlarged_and_made_from_
     large, small, turned_one = noise(1, 60, 100), noise(2, 20, 30), noise(3, 30, 90)
     job = made(tmp_path, {"a.png": png(large), "b.png": png(small), "c.png": turned(turned_one)})
 
-    unit, arena = prepare_unit(UnitRow(unit_id=0), job.context, open_store(job.context.output), child)
+    unit, arena = prepare_unit(UnitRow(unit_id=0), job.context, Store(job.context.output), child)
     child.close()
 
     assert np.array_equal(unit.detector_pixels[0], resize_longest_side(np.asarray(large), LONGEST))
@@ -162,7 +162,7 @@ def test_a_picture_of_the_models_own_size_is_not_kept_twice(tmp_path):
     child = DecodeChild(Limits(), SIDE, detector_side=SIDE)
     job = made(tmp_path, {"a.png": png(noise(1, 60, 100))}, settings(longest_side=SIDE))
 
-    unit, _ = prepare_unit(UnitRow(unit_id=0), job.context, open_store(job.context.output), child)
+    unit, _ = prepare_unit(UnitRow(unit_id=0), job.context, Store(job.context.output), child)
     rows = worked(job, child)
     child.close()
 
@@ -235,7 +235,7 @@ def test_boxes_of_a_detector_that_lie_nowhere_cost_themselves(tmp_path, child, m
 
 def test_a_detector_that_raises_on_a_blank_picture_too_stops_the_job(tmp_path, child, monkeypatch):
     job = made(tmp_path, {"a.png": png(noise(1)), "b.png": png(noise(2))})
-    unit = prepare_unit(UnitRow(unit_id=0), job.context, open_store(job.context.output), child)[0]
+    unit = prepare_unit(UnitRow(unit_id=0), job.context, Store(job.context.output), child)[0]
     monkeypatch.setattr(Corners, "_found", lambda *_: {}["key"])
 
     found = SegmentWorker(job.context, epoch=1, use_gpu=False).run(unit)
@@ -249,11 +249,11 @@ def test_validate_takes_a_detectors_boxes_for_sound(tmp_path, child):
     worked(job, child)
     stored = Job(identity={}, context=job.context, plan={"images": 2, "boxes": 0, "units": 1})
 
-    found = verify(open_store(job.context.output), stored, sample=None)
+    found = verify(Store(job.context.output), stored, sample=None)
 
     assert [f"{one.key}: {one.message}" for one in found.findings if one.key.startswith("units/")] == []
     plain_job = replace(stored, context=replace(job.context, detector=None))
-    messages = [one.message for one in verify(open_store(job.context.output), plain_job).findings]
+    messages = [one.message for one in verify(Store(job.context.output), plain_job).findings]
     assert any("3 boxes, planned 0" in message for message in messages)
 
 
@@ -281,7 +281,7 @@ def test_boxes_that_the_rules_leave_without_a_mask_keep_their_rows(tmp_path, chi
 
 def test_calls_are_filled_up_to_their_fixed_size(tmp_path, child):
     job = made(tmp_path, {f"{i}.png": png(noise(i)) for i in range(4)}, settings(images_per_call=3))
-    store = open_store(job.context.output)
+    store = Store(job.context.output)
     worker = SegmentWorker(job.context, epoch=1, use_gpu=False)
 
     worker.run(prepare_unit(UnitRow(unit_id=0), job.context, store, child)[0])
@@ -379,7 +379,7 @@ def child_of(asked: DetectorSettings) -> DecodeChild:
 
 def test_nothing_travels_that_the_schema_does_not_say(tmp_path, child):
     job = made(tmp_path, {"a.png": png(noise(1))})
-    unit, arena = prepare_unit(UnitRow(unit_id=0), job.context, open_store(job.context.output), child)
+    unit, arena = prepare_unit(UnitRow(unit_id=0), job.context, Store(job.context.output), child)
 
     table = pack(unit, arena)
 

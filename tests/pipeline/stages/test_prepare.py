@@ -15,7 +15,7 @@ from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.unit_files import list_committed, mask_columns_digest, read
 from tests.fakes import trouble
 from tests.pipeline.made_jobs import BOXES, SIDE, make_job, noise, png
@@ -29,19 +29,19 @@ def child():
 
 
 def prepare(job, child, **unit):
-    return prepare_unit(UnitRow(**unit), job.context, open_store(job.context.output), child)[0]
+    return prepare_unit(UnitRow(**unit), job.context, Store(job.context.output), child)[0]
 
 
 def work(job, child, **unit):
     """The outcome of a unit, through all stages."""
-    store = open_store(job.context.output)
+    store = Store(job.context.output)
     ready, _ = prepare_unit(UnitRow(**unit), job.context, store, child)
     done = SegmentWorker(job.context, epoch=1, use_gpu=False).run(ready)
     return read_outcome(commit_unit(done, job.context, store))
 
 
 def committed(job, unit_id=0):
-    store = open_store(job.context.output)
+    store = Store(job.context.output)
     return read(store, list_committed(store)[unit_id])
 
 
@@ -164,7 +164,7 @@ def test_results_do_not_depend_on_how_units_are_cut(tmp_path, child):
         job = make_job(tmp_path / str(size), pictures, images_per_unit=size)
         for unit_id in job.unit_ids:
             work(job, child, unit_id=unit_id)
-        store = open_store(job.context.output)
+        store = Store(job.context.output)
         tables = [read(store, unit) for unit in list_committed(store).values()]
         rows = [row for table in tables for row in table.select(["image_id", "instances"]).to_pylist()]
         digests.append(rows)
@@ -178,10 +178,10 @@ def test_a_fault_is_told_to_the_driver_as_itself(tmp_path, child):
     unit = UnitRow(unit_id=0, fault=SystemicFault("clock", "an hour slow"))
 
     with pytest.raises(SystemicFault, match="an hour slow") as caught:
-        read_outcome(commit_unit(unit, job.context, open_store(job.context.output)))
+        read_outcome(commit_unit(unit, job.context, Store(job.context.output)))
 
     assert caught.value.code == "clock"
-    assert list_committed(open_store(job.context.output)) == {}
+    assert list_committed(Store(job.context.output)) == {}
 
 
 def test_results_that_do_not_answer_the_plan_are_not_written(tmp_path, child):
@@ -190,6 +190,6 @@ def test_results_that_do_not_answer_the_plan_are_not_written(tmp_path, child):
     short = dataclasses.replace(done, images=done.images[:1])
 
     with pytest.raises(ValueError, match="1 rows, planned 2"):
-        commit_unit(short, job.context, open_store(job.context.output))
+        commit_unit(short, job.context, Store(job.context.output))
 
-    assert list_committed(open_store(job.context.output)) == {}
+    assert list_committed(Store(job.context.output)) == {}

@@ -16,8 +16,8 @@ from model import checkpoints, rle
 from model.prompts import mask_to_prompt
 from model.records import PreparedImage, Prompts
 from model.segmenter import Segmenter
-from pipeline.images.decode import decode_image
 from pipeline.images.decode_process import DecodeChild
+from pipeline.images.decode_upright import decode_image
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import make_plan, write_plan
 from pipeline.settings import BoxRules, JobContext, Limits, MaskSettings, Place, Weights
@@ -25,7 +25,7 @@ from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.unit_files import list_committed, read
 from tests.e2e.scenes import picture, small_checkpoint
 
@@ -105,7 +105,7 @@ def labelled(settings: InputSettings, output: Path, checkpoint: Path) -> list[di
         access=plan.access,
         limits=Limits(),
     )
-    store = open_store(context.output)
+    store = Store(context.output)
     write_plan(store, plan)
     child = DecodeChild(Limits(), 128)
     ready = unpack(pack(*prepare_unit(UnitRow(unit_id=0), context, store, child)))

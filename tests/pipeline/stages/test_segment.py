@@ -25,7 +25,7 @@ from pipeline.stages.detect import MOST_RAISED
 from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker, deadline_s, is_device_lost
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 from pipeline.tables.unit_files import list_committed, read
 from tests import fakes
 from tests.fakes import box_masks, harmful_picture, trouble
@@ -48,7 +48,7 @@ def child():
 
 
 def prepared(job, child, unit_id=0):
-    unit, _ = prepare_unit(UnitRow(unit_id=unit_id), job.context, open_store(job.context.output), child)
+    unit, _ = prepare_unit(UnitRow(unit_id=unit_id), job.context, Store(job.context.output), child)
     return unit
 
 
@@ -86,7 +86,7 @@ def test_every_usable_box_has_its_mask_and_the_pixels_are_gone(tmp_path, child):
 
 def test_a_crowd_is_shown_to_no_model_and_its_image_is_labelled_all_the_same(tmp_path, child):
     job = make_job(tmp_path, {"a.png": png(noise(1)), "b.png": png(noise(2))})
-    unit, arena = prepare_unit(UnitRow(unit_id=0), job.context, open_store(job.context.output), child)
+    unit, arena = prepare_unit(UnitRow(unit_id=0), job.context, Store(job.context.output), child)
     for image, crowds in zip(unit.images, ([True, None], [True, True]), strict=True):
         for box, crowd in zip(image.planned["boxes"], crowds, strict=True):
             box["iscrowd"] = crowd
@@ -100,7 +100,7 @@ def test_a_crowd_is_shown_to_no_model_and_its_image_is_labelled_all_the_same(tmp
 
 def test_a_unit_is_the_same_through_arrow_and_without(tmp_path, child):
     job = make_job(tmp_path, {f"{i}.png": png(noise(i)) for i in range(4)})
-    unit, arena = prepare_unit(UnitRow(unit_id=0), job.context, open_store(job.context.output), child)
+    unit, arena = prepare_unit(UnitRow(unit_id=0), job.context, Store(job.context.output), child)
 
     through = worker(job).run(unpack(pack(unit, arena)))
     straight = worker(job).run(unit)
@@ -202,7 +202,7 @@ def test_a_broken_device_stops_the_job_and_marks_no_image(tmp_path, child, monke
 
     assert found.fault.code == "device"
     assert found.images == ()
-    assert [e.key for e in open_store(job.context.output).list("attempts/")] == ["attempts/model.1.w1.json"]
+    assert [e.key for e in Store(job.context.output).list("attempts/")] == ["attempts/model.1.w1.json"]
 
 
 def test_processes_that_die_over_their_weights_are_not_started_for_ever(tmp_path, child, monkeypatch):
@@ -375,7 +375,7 @@ def test_numbers_that_are_not_finite_for_one_kind_of_prompt_cost_its_boxes_alone
 
     monkeypatch.setattr("tests.fakes.BoxSegmenter.segment_prepared", segment_prepared)
     found = unpack(pack(worker(job).run(unit)))
-    commit_unit(found, job.context, open_store(job.context.output))
+    commit_unit(found, job.context, Store(job.context.output))
     [row] = read_unit_rows(job)
 
     if lost == "all":
@@ -389,7 +389,7 @@ def test_numbers_that_are_not_finite_for_one_kind_of_prompt_cost_its_boxes_alone
 
 
 def read_unit_rows(job):
-    store = open_store(job.context.output)
+    store = Store(job.context.output)
     return read(store, list_committed(store)[0]).to_pylist()
 
 
@@ -413,7 +413,7 @@ def test_a_unit_without_work_for_the_model_leaves_no_mark(tmp_path, child):
 
     worker(job).run(prepared(job, child))
 
-    assert open_store(job.context.output).list("attempts/") == []
+    assert Store(job.context.output).list("attempts/") == []
 
 
 def test_deadlines_grow_with_the_boxes():

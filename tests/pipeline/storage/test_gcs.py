@@ -20,7 +20,8 @@ from pipeline.inputs.open_inputs import InputSettings
 from pipeline.job.job_file import open_job
 from pipeline.planning.make_plan import make_plan
 from pipeline.settings import AccessRules, Limits, Place
-from pipeline.storage.store import NotFound, fingerprint, open_store
+from pipeline.storage.read_objects import fingerprint
+from pipeline.storage.store import NotFound, Store
 from tests.pipeline.job.test_job_file import make_job
 from tests.pipeline.made_formats import PICTURES, sample, tar_of
 
@@ -41,7 +42,7 @@ def options():
 
 
 def test_objects_are_written_read_listed_and_deleted(options):
-    store = open_store(Place(uri="gs://bucket/job", options=options))
+    store = Store(Place(uri="gs://bucket/job", options=options))
     large = b"x" * 12_000_000
 
     store.put("units/a", b"one")
@@ -61,14 +62,14 @@ def test_objects_are_written_read_listed_and_deleted(options):
 
 
 def test_a_store_that_does_not_create_once_is_refused_for_an_output(options):
-    store = open_store(Place(uri="gs://bucket/out", options=options))
+    store = Store(Place(uri="gs://bucket/out", options=options))
 
     with pytest.raises(JobRefused, match="replaces objects that were to be created only if absent"):
         open_job(store, make_job())
 
 
 def test_inputs_are_planned_and_read(options):
-    store = open_store(Place(uri="gs://bucket/in", options=options))
+    store = Store(Place(uri="gs://bucket/in", options=options))
     for name, data in PICTURES.items():
         store.put(f"photos/{name}.png", data)
     store.put("boxes.jsonl", b'{"image_id": "a/1.png", "boxes": [[1, 2, 3, 4]]}\n')

@@ -15,8 +15,8 @@ from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import make_plan
 from pipeline.settings import AccessRules, Limits
 from pipeline.storage import read_objects as objects
-from pipeline.storage.backoff import classify
-from pipeline.storage.store import fingerprint, head_object, open_input
+from pipeline.storage.read_objects import fingerprint, head_object, open_input
+from pipeline.storage.retries import classify
 from tests.hub_server import Hub, hub_server
 from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
 

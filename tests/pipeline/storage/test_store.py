@@ -21,22 +21,19 @@ import pytest
 from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError
 from pipeline.settings import AccessRules, Place
 from pipeline.storage import object_store as buckets
-from pipeline.storage.backoff import ShortBody
-from pipeline.storage.driver import check_complete
-from pipeline.storage.local_disk import LocalDriver
-from pipeline.storage.store import (
-    NotFound,
-    Store,
-    check_uri,
-    classify,
+from pipeline.storage.backend import check_complete
+from pipeline.storage.local_disk import LocalBackend
+from pipeline.storage.read_objects import (
     fingerprint,
     head_object,
     list_inputs,
     list_objects,
     open_input,
-    open_store,
     read_object,
 )
+from pipeline.storage.retries import ShortBody, classify
+from pipeline.storage.store import NotFound, Store
+from pipeline.storage.uri_rules import check_uri
 from tests.s3_proxy import Fault
 
 # ---------------------------------------------------------------------------------------------
@@ -81,7 +78,7 @@ def test_a_listing_shows_every_put_at_once_sorted_and_by_prefix(store: Store):
 
 
 def test_a_place_does_not_see_its_neighbour_of_a_longer_name(store: Store):
-    neighbour = open_store(Place(uri=store.place.uri + "-b", options=store.place.options))
+    neighbour = Store(Place(uri=store.place.uri + "-b", options=store.place.options))
     neighbour.put("x", b"1")
     assert store.list() == []
 
@@ -145,7 +142,7 @@ def test_one_of_many_threads_wins_each_create(store: Store):
 
 
 def _race_in_process(place: Place, rounds: int, token: bytes, barrier, wins) -> None:
-    store = open_store(place)
+    store = Store(place)
     store.list()  # the client is made before the start
     for n in range(rounds):
         barrier.wait()
@@ -200,7 +197,7 @@ def test_a_reader_never_sees_a_part_of_an_object(store: Store):
 
 def test_a_lost_reply_on_create_is_resolved_by_reading_back(store: Store, monkeypatch):
     """The create is done, its reply is lost; the second try meets our own object."""
-    driver = buckets.driver_for(store._scheme, store.place.options)
+    driver = buckets.backend_for(store._scheme, store.place.options)
     really_create, lost = driver.create, []
 
     def create(path: str, data: bytes, *, timeout_s: float) -> None:
@@ -215,7 +212,7 @@ def test_a_lost_reply_on_create_is_resolved_by_reading_back(store: Store, monkey
 
 
 def test_after_a_lost_request_somebody_elses_object_is_not_taken_for_ours(store: Store, monkeypatch):
-    driver = buckets.driver_for(store._scheme, store.place.options)
+    driver = buckets.backend_for(store._scheme, store.place.options)
     really_create, lost = driver.create, []
 
     def create(path: str, data: bytes, *, timeout_s: float) -> None:
@@ -243,7 +240,7 @@ KILLED_WRITE = """
 import os, signal, sys
 from pipeline import disk
 from pipeline.settings import AccessRules, Place
-from pipeline.storage.store import open_store
+from pipeline.storage.store import Store
 step, verb, uri = sys.argv[1:4]
 real = getattr(os, step)
 def die(*args, **kwargs):
@@ -251,7 +248,7 @@ def die(*args, **kwargs):
         real(*args, **kwargs)
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(disk.os, step, die)
-getattr(open_store(Place(uri=uri)), verb)("units/a", b"new" * 1000)
+getattr(Store(Place(uri=uri)), verb)("units/a", b"new" * 1000)
 """
 
 
@@ -263,7 +260,7 @@ getattr(open_store(Place(uri=uri)), verb)("units/a", b"new" * 1000)
 def test_a_killed_local_write_shows_nothing_or_the_whole(tmp_path, step: str, verb: str, when: str):
     command = [sys.executable, "-c", KILLED_WRITE, step, verb, str(tmp_path / "s"), when]
     assert subprocess.run(command, check=False).returncode == -9
-    store = open_store(Place(uri=str(tmp_path / "s")))
+    store = Store(Place(uri=str(tmp_path / "s")))
     assert [e.size for e in store.list()] in ([], [3000])
     store.put("units/a", b"after")
     assert store.read("units/a") == b"after"
@@ -285,8 +282,8 @@ FULL_DISK = """
 import sys
 from pipeline.errors import SystemicFault
 from pipeline.settings import AccessRules, Place
-from pipeline.storage.store import open_store
-store = open_store(Place(uri=sys.argv[1]))
+from pipeline.storage.store import Store
+store = Store(Place(uri=sys.argv[1]))
 for verb in (store.put_if_absent, store.put):
     try:
         verb("a", bytes(2_000_000))
@@ -358,7 +355,7 @@ def test_a_file_that_changes_while_it_is_read_is_said_to(tmp_path, monkeypatch):
         "pipeline.storage.local_disk._read_within", lambda *_: path.write_bytes(b"22") and b"2"
     )
     with pytest.raises(ImageError, match="changed"):
-        LocalDriver().get(str(path), max_bytes=None, timeout_s=5)
+        LocalBackend().get(str(path), max_bytes=None, timeout_s=5)
 
 
 def _read(uri: str, *, options=None, max_bytes: int | None = None, within_s: float = 20.0):
@@ -418,7 +415,7 @@ def test_an_object_over_the_limit_is_refused_before_its_body(tmp_path, s3_store:
 def broken(moto_s3, s3_faults):
     """(store behind the proxy, proxy); the place is fresh."""
     place = moto_s3.place()
-    return open_store(Place(uri=place.uri, options={"endpoint_url": s3_faults.endpoint})), s3_faults
+    return Store(Place(uri=place.uri, options={"endpoint_url": s3_faults.endpoint})), s3_faults
 
 
 def _read_image(store: Store, key: str, within_s: float = 20.0) -> bytes:
@@ -528,7 +525,7 @@ def test_a_profile_that_is_missing_is_a_matter_of_credentials(aws_environment, m
     with pytest.raises(SystemicFault, match="credentials"):
         _read("s3://bucket/a.jpg", options=options)
     with pytest.raises(SystemicFault, match="credentials"):
-        open_store(Place(uri="s3://bucket/a", options=options)).list()
+        Store(Place(uri="s3://bucket/a", options=options)).list()
     with pytest.raises(JobRefused, match="no-such-profile"):
         open_input("s3://bucket/boxes.parquet", options)
 
@@ -538,10 +535,10 @@ def test_no_credentials_are_said_to_be_missing(moto_s3, monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    buckets.forget_drivers()
+    buckets.forget_backends()
     with pytest.raises(SystemicFault, match="credentials"):
-        open_store(moto_s3.place()).list()
-    buckets.forget_drivers()
+        Store(moto_s3.place()).list()
+    buckets.forget_backends()
 
 
 def test_many_threads_share_one_client(moto_s3):
@@ -550,7 +547,7 @@ def test_many_threads_share_one_client(moto_s3):
 
     def open_driver(_n: int):
         barrier.wait()
-        return buckets.driver_for("s3", options)
+        return buckets.backend_for("s3", options)
 
     with ThreadPoolExecutor(8) as pool:
         drivers = list(pool.map(open_driver, range(8)))
@@ -616,7 +613,7 @@ def test_open_uploads_under_the_place_are_aborted_and_no_others(s3_store: Store,
 
 
 def test_listings_longer_than_one_page_are_whole(s3_store: Store, monkeypatch):
-    monkeypatch.setattr(buckets.S3Driver, "page_size", 3)
+    monkeypatch.setattr(buckets.S3Backend, "page_size", 3)
     for n in range(10):
         s3_store.put(f"u/{n:05d}", b"")
     assert [e.key for e in s3_store.list("u/")] == [f"u/{n:05d}" for n in range(10)]
@@ -650,7 +647,7 @@ def test_errors_are_classified(error: Exception, kind: str, code: str):
 
 
 def test_a_bug_is_not_swallowed_by_the_retry_loop(local_store: Store, monkeypatch):
-    monkeypatch.setattr(LocalDriver, "walk", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(LocalBackend, "walk", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         local_store.list()
 
@@ -658,12 +655,12 @@ def test_a_bug_is_not_swallowed_by_the_retry_loop(local_store: Store, monkeypatc
 def test_secrets_in_options_are_refused_by_name_and_never_shown():
     options = {"endpoint_url": "http://x", "client_kwargs": {"aws_secret_access_key": "CANARY"}}
     with pytest.raises(UsageError, match=r"client_kwargs\.aws_secret_access_key") as caught:
-        open_store(Place(uri="s3://b/k", options=options))
+        Store(Place(uri="s3://b/k", options=options))
     assert "CANARY" not in str(caught.value)
 
 
 def test_error_text_carries_no_query_and_no_login():
-    from pipeline.storage.backoff import describe
+    from pipeline.storage.retries import describe
 
     text = describe(OSError("GET http://me:CANARY1@host/a.jpg?X-Amz-Signature=CANARY2 failed\n\x1b[31m"))
     assert "CANARY" not in text

@@ -8,8 +8,7 @@ import pytest
 
 from pipeline.errors import ImageError
 from pipeline.settings import AccessRules
-from pipeline.storage.store import check_uri
-from pipeline.storage.uri_rules import redact_options, secret_options, split_scheme
+from pipeline.storage.uri_rules import check_uri, redact_options, secret_options, split_scheme
 
 
 @pytest.fixture

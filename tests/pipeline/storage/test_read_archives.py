@@ -18,8 +18,8 @@ from pipeline.planning.make_plan import make_plan
 from pipeline.planning.plan_table import refused_uris
 from pipeline.settings import AccessRules, Limits
 from pipeline.storage.archive_uris import ParquetRow, TarMember, container_of, split_member
-from pipeline.storage.archives import GROUP_BYTES
-from pipeline.storage.store import open_store
+from pipeline.storage.read_archives import GROUP_BYTES
+from pipeline.storage.store import Store
 from pipeline.storage.uri_rules import check_uri
 from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
 
@@ -65,11 +65,11 @@ def test_members_and_rows_are_read_whole_from_a_store(kind, tmp_path, request):
     rows, tar = io.BytesIO(), tar_of(sample("a/1") | sample("b/3"))
     pq.write_table(hf_rows(), rows, row_group_size=3)
     if kind == "local":
-        store, root = open_store(_place(tmp_path)), str(tmp_path / "store")
+        store, root = Store(_place(tmp_path)), str(tmp_path / "store")
         access = AccessRules(roots=(root,))
     else:
         moto = request.getfixturevalue("moto_s3")
-        store = open_store(moto.place())
+        store = Store(moto.place())
         root, access = store.place.uri, AccessRules(options={"s3": moto.options})
     store.put("d/0.tar", tar)
     store.put("d/rows.parquet", rows.getvalue())
@@ -203,7 +203,7 @@ def test_damage_in_a_row_group_is_found_by_its_checksum_and_named(tmp_path):
 
 
 def test_a_row_group_is_read_once_for_the_images_of_a_unit(tmp_path, monkeypatch):
-    from pipeline.storage import archives as contained
+    from pipeline.storage import read_archives as contained
 
     table = pa.table({"image": [{"bytes": bytes([i]) * 100, "path": None} for i in range(64)]})
     pq.write_table(table, tmp_path / "rows.parquet", row_group_size=32)

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image
 
 from model.geometry import resize_longest_side
 from pipeline.errors import ImageError
-from pipeline.images.decode import decode_image
+from pipeline.images.decode_upright import decode_image
 
 SIDE = 64
 MAX_PIXELS = 89_478_485

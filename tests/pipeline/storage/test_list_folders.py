@@ -28,8 +28,9 @@ from pipeline.inputs.image_files import pointed_at
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import Plan, make_plan, write_plan
 from pipeline.settings import AccessRules, Limits, Place
-from pipeline.storage.folders import Pattern, allow_root
-from pipeline.storage.store import list_inputs, open_store
+from pipeline.storage.list_folders import Pattern, allow_root
+from pipeline.storage.read_objects import list_inputs
+from pipeline.storage.store import Store
 from tests.hub_server import REPOSITORY, hub_server
 from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
 from tests.pipeline.made_units import make_job
@@ -117,7 +118,7 @@ def test_what_systems_and_programs_keep_beside_pictures_is_left_out_and_counted(
 
 def test_the_output_of_a_job_among_the_pictures_is_left_out_and_is_one_when_pointed_at(tmp_path):
     root = put(tmp_path / "photos", "a.jpg", "job.json", "other/job.json", "other/b.jpg")
-    made = make_job(open_store(Place(uri=str(root / "out"))))
+    made = make_job(Store(Place(uri=str(root / "out"))))
     made.commit()
     put(root, "out/report/contact_sheet.png")
     write_plan(made.store, planned(root / "a.jpg"))
@@ -142,7 +143,7 @@ def test_whoever_points_at_a_hidden_folder_means_it(tmp_path, folder):
 
 def test_keys_of_a_bucket_are_left_out_likewise(moto_s3):
     place = moto_s3.place()
-    store = open_store(place)
+    store = Store(place)
     for name in (
         *(f"photos/{folder}/t.jpg" for folder in FOLDERS),
         *(f"photos/{name}" for name in (*FILES, *KEPT)),
@@ -650,7 +651,7 @@ def test_names_are_bytes(tmp_path, moto_s3):
     place = moto_s3.place()
     keys = [name for name in NAMES_OF_PICTURES if name.isprintable() or not name.isascii()]  # moto's limit
     for name in keys:
-        open_store(place).put(f"p/{name}", PICTURE)
+        Store(place).put(f"p/{name}", PICTURE)
 
     plan = planned(f"{place.uri}/p", options={"s3": moto_s3.options})
 
@@ -678,7 +679,7 @@ def test_one_picture_is_an_input(tmp_path, name):
 
 def test_one_picture_of_a_bucket_and_one_behind_a_link(tmp_path, moto_s3):
     place = moto_s3.place()
-    open_store(place).put("p/A.JPG", PICTURE)
+    Store(place).put("p/A.JPG", PICTURE)
     assert {"A.JPG": "read"} == codes(planned(f"{place.uri}/p/A.JPG", options={"s3": moto_s3.options}))
     put(tmp_path, "store/0123")
     (tmp_path / "a.jpg").symlink_to("store/0123")
@@ -691,7 +692,7 @@ def test_one_file_without_a_pictures_ending_goes_by_its_first_bytes(tmp_path, mo
     place = moto_s3.place()
     put(tmp_path, "IMG0001")
     put(tmp_path, "notes.txt", data=b"a list\n")
-    open_store(place).put("IMG0001", PICTURE)
+    Store(place).put("IMG0001", PICTURE)
 
     for images, options in ((tmp_path / "IMG0001", {}), (f"{place.uri}/IMG0001", {"s3": moto_s3.options})):
         plan = planned(images, options=options)

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.errors import clean_text
-from pipeline.storage.driver import Found
+from pipeline.storage.backend import Found
 from pipeline.storage.uri_rules import is_inside
 
 LEFT_OUT = frozenset(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.errors import ImageError
-from pipeline.storage.backoff import ShortBody
+from pipeline.storage.retries import ShortBody
 
 CHUNK = 4 * 2**20
 
@@ -35,7 +35,7 @@ class FetchedObject:
     etag: str | None
 
 
-class Driver(Protocol):
+class Backend(Protocol):
     """One kind of store. `path`: without scheme. `timeout_s`: for this one try.
 
     `get` raises FileNotFoundError, and ImageError `too_many_bytes` before it reads more than

@@ -1,4 +1,4 @@
-"""What the native libraries of a model process are told before they are loaded."""
+"""The environment of a worker: what loosens a library is refused; torch is prepared before it is loaded."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import SystemicFault
+from pipeline.stages.commit import commit_unit, read_outcome
+from pipeline.stages.hand_over import UnitRow
+from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker
-from pipeline.worker.torch_env import prepare_for_torch
+from pipeline.storage.store import Store
+from pipeline.tables.unit_files import list_committed
+from pipeline.worker import process_env
+from pipeline.worker.process_env import prepare_for_torch
+from tests.faults.chain import DirectDecoder
 from tests.pipeline.made_jobs import make_job, noise, png
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -33,7 +41,7 @@ def openmp_says(before: str) -> str:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch brings GNU's OpenMP on Linux alone")
 def test_idle_threads_of_torch_sleep() -> None:
     says = openmp_says(
-        "import os\nfrom pipeline.worker.torch_env import prepare_for_torch\nprepare_for_torch(os.environ)"
+        "import os\nfrom pipeline.worker.process_env import prepare_for_torch\nprepare_for_torch(os.environ)"
     )
 
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in says
@@ -65,7 +73,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
     not THP.exists() or "[never]" in THP.read_text(), reason="this kernel gives nobody huge pages"
 )
 def test_a_large_tensor_comes_in_large_pages() -> None:
-    before = "from pipeline.worker.torch_env import prepare_for_torch\nprepare_for_torch(os.environ)"
+    before = "from pipeline.worker.process_env import prepare_for_torch\nprepare_for_torch(os.environ)"
     done = subprocess.run(
         [sys.executable, "-c", LARGE_TENSORS.format(before=before)],
         capture_output=True, text=True, check=True, timeout=120,
@@ -95,3 +103,30 @@ def test_the_command_line_and_the_chain_load_no_torch_of_their_own() -> None:
     for modules in ("jobs.cli.main", "pipeline.execution.chain, pipeline.stages.segment"):
         code = f"import sys\nimport {modules}\nassert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", sorted(process_env.LOOSENING))
+def test_every_stage_refuses_each_switch(tmp_path, monkeypatch, name):
+    job = make_job(tmp_path, {"a.png": png(noise(1))})
+    context, store = job.context, Store(job.context.output)
+    unit, _ = prepare_unit(UnitRow(unit_id=0), context, store, DirectDecoder(context.limits, 64))
+    done = SegmentWorker(context, epoch=1, use_gpu=False).run(unit)
+    monkeypatch.setenv(name, "1")
+
+    prepared, arena = prepare_unit(UnitRow(unit_id=0), context, store, None)
+    segmented = SegmentWorker(context, epoch=1, use_gpu=False).run(unit)
+
+    assert arena is None
+    for fault in (prepared.fault, segmented.fault):
+        assert fault.code == "environment"
+        assert name in fault.message
+        assert process_env.LOOSENING[name] in fault.message
+    with pytest.raises(SystemicFault, match=name):
+        read_outcome(commit_unit(done, context, store))
+    assert list_committed(store) == {}
+
+
+def test_a_switch_that_is_off_is_no_reason(monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0")
+
+    process_env.refuse_unsafe_env()

@@ -1,6 +1,6 @@
 """One table that says what an error of the outside world means, and the only loop that tries again.
 
-Every storage call goes through `attempt`, with one deadline for all of its tries together. The
+Every storage call goes through `with_retries`, with one deadline for all of its tries together. The
 drivers below it have their own retries switched off: three nested loops of five tries turn one
 broken object into minutes. The table looks at the store's error code, the HTTP status and errno
 before the class, because one class stands for many things: a wrong clock, an expired token and a
@@ -199,7 +199,9 @@ def describe(error: BaseException) -> str:
     return clean_text(f"{type(error).__name__}{f' {code}' if code else ''}: {text}")
 
 
-def attempt(call: Callable[[float], T], *, deadline: float, what: str, max_tries: int | None = None) -> T:
+def with_retries(
+    call: Callable[[float], T], *, deadline: float, what: str, max_tries: int | None = None
+) -> T:
     """What `call(seconds_left)` returns, tried again while its errors are of the kind that passes.
 
     `deadline`: on `time.monotonic()`, for all tries and pauses together; each try is told how long it

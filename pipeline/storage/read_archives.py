@@ -19,10 +19,10 @@ import pyarrow as pa
 
 from pipeline.errors import ImageError
 from pipeline.storage.archive_uris import ParquetRow, TarMember
-from pipeline.storage.backoff import StorageFault, attempt
-from pipeline.storage.driver import Driver, FetchedObject, too_many_bytes
-from pipeline.storage.object_store import driver_for
+from pipeline.storage.backend import Backend, FetchedObject, too_many_bytes
+from pipeline.storage.object_store import backend_for
 from pipeline.storage.read_objects import READ_TRIES, blockwise, raise_for_image
+from pipeline.storage.retries import StorageFault, with_retries
 from pipeline.storage.sealed_parquet import open_closed
 from pipeline.storage.uri_rules import split_scheme
 
@@ -62,13 +62,13 @@ class _Source:
     def key(self) -> str:
         return json.dumps([self.uri, self._options], sort_keys=True, default=str)
 
-    def _driver(self) -> Driver:
-        return driver_for(self._scheme, self._options)
+    def _backend(self) -> Backend:
+        return backend_for(self._scheme, self._options)
 
     def size(self) -> int:
         try:
-            found = attempt(
-                lambda left: self._driver().stat(self._path, timeout_s=left),
+            found = with_retries(
+                lambda left: self._backend().stat(self._path, timeout_s=left),
                 deadline=self._deadline,
                 what="look up",
                 max_tries=READ_TRIES,
@@ -81,8 +81,8 @@ class _Source:
 
     def range(self, start: int, stop: int) -> bytes:
         try:
-            return attempt(
-                lambda left: self._driver().get_range(self._path, start, stop, timeout_s=left),
+            return with_retries(
+                lambda left: self._backend().get_range(self._path, start, stop, timeout_s=left),
                 deadline=self._deadline,
                 what="read",
                 max_tries=READ_TRIES,

@@ -1,0 +1,55 @@
+"""Environment variables of a worker process: those that switch a protection off, and those PyTorch reads.
+
+The command line checks its own environment before it starts (`jobs.terminal.environment`); a cluster's
+workers have the environment of their nodes, so each stage checks again before it opens anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+
+from pipeline.errors import SystemicFault
+
+LOOSENING: dict[str, str] = {
+    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR": "lets a Parquet file run code when Ray Data is loaded",
+    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA": "lets a Parquet file run code when Ray Data is loaded",
+    "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE": "lets a Parquet file run code when Ray Data is loaded",
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "lets a checkpoint run code when it is loaded",
+}
+_OFF = ("", "0", "false", "no", "off")
+
+
+def loosening_in(environ: Mapping[str, str], known: Mapping[str, str] = LOOSENING) -> dict[str, str]:
+    """Return those of the `known` variables that are set in `environ`, and why each is refused."""
+    return {name: why for name, why in known.items() if environ.get(name, "").strip().lower() not in _OFF}
+
+
+def refuse_unsafe_env() -> None:
+    """Check this process's environment; every stage calls it before it opens anything.
+
+    Raises:
+        SystemicFault: `environment`, naming the machine and every variable that loosens a library.
+    """
+    found = loosening_in(os.environ)
+    if found:
+        reasons = "; ".join(f"{name} {why}" for name, why in found.items())
+        raise SystemicFault(
+            "environment",
+            f"a worker on {os.uname().nodename} refuses to work with its environment: {reasons}. Unset "
+            f"{' '.join(found)} on that node, restart Ray there and start again",
+        )
+
+
+def prepare_for_torch(environ: MutableMapping[str, str]) -> None:
+    """Make idle threads sleep and PyTorch take huge pages; call it before torch is imported.
+
+    By default GNU's OpenMP lets a thread that has nothing to do spin for a while. On cores that other
+    processes want too, such as those that decode, the spinning threads keep the working ones from running:
+    with two threads next to one busy process a picture took 10 to 20 times as long. And large tensors come
+    from the system page by page, 4 KiB each, every time one is made: 260,000 page faults for one picture of
+    ViT-B. In pages of 2 MiB there are a tenth of them. What a user has set of these variables holds.
+    """
+    if not any(name in environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+        environ["OMP_WAIT_POLICY"] = "passive"
+    environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
