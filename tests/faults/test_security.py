@@ -159,12 +159,13 @@ PARQUET_SCRIPT = """
     from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
     from ray.data.extensions import ArrowTensorType
     import ray.cloudpickle as cloudpickle
-    from pipeline import parquet, schema
+    from pipeline import schema
     from pipeline.errors import HqlabelError
     from pipeline.inputs.open_inputs import InputSettings
     from pipeline.planning.make_plan import make_plan
     from pipeline.settings import AccessRules, Place
-    from pipeline.storage.store import open_store
+    from pipeline.storage import sealed_parquet as parquet
+    from pipeline.storage.store import Store
     from pipeline.tables.unit_files import CommittedUnit, read
 
     folder = Path(sys.argv[1])
@@ -234,7 +235,7 @@ PARQUET_SCRIPT = """
         body_path = folder / f"{name}.parquet"
         pq.write_table(make(name), body_path)
         body = body_path.read_bytes()
-        store = open_store(Place(uri=str(folder / f"store {name}")))
+        store = Store(Place(uri=str(folder / f"store {name}")))
         store.put("units/00000000.g0.parquet", body)
         output = folder / f"out {name}"
         for part in ("images", "instances"):

@@ -96,7 +96,7 @@ def test_a_folder_that_others_may_write_is_refused(private_tmp: Path) -> None:
 
 RAY_SCRIPT = """
     import json, os, stat, time
-    from jobs import console
+    from jobs.terminal import console
     from jobs.cluster.ray_cluster import running_ray
     from jobs.config import ClusterSection
     with running_ray(ClusterSection(cpus=1), os.environ) as info:

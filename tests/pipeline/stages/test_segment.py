@@ -174,7 +174,7 @@ def run_in_process(job, unit, folder, *, first="pass"):
     (folder / "unit.pickle").write_bytes(pickle.dumps((job.context, unit)))
     code = (
         f"import sys; sys.path[:] = {sys.path!r}\n"
-        "import pickle, pathlib; from pipeline import segment\n"
+        "import pickle, pathlib; from pipeline.stages import segment\n"
         f"folder = pathlib.Path({str(folder)!r}); {first}\n"
         "context, unit = pickle.loads((folder / 'unit.pickle').read_bytes())\n"
         "found = segment.SegmentWorker(context, epoch=1, use_gpu=False).run(unit)\n"

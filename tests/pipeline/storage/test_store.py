@@ -238,7 +238,7 @@ def test_a_store_travels_to_another_process(store: Store):
 
 KILLED_WRITE = """
 import os, signal, sys
-from pipeline import disk
+from pipeline.storage import local_disk
 from pipeline.settings import AccessRules, Place
 from pipeline.storage.store import Store
 step, verb, uri = sys.argv[1:4]
@@ -247,7 +247,7 @@ def die(*args, **kwargs):
     if sys.argv[4] == "after":
         real(*args, **kwargs)
     os.kill(os.getpid(), signal.SIGKILL)
-setattr(disk.os, step, die)
+setattr(local_disk.os, step, die)
 getattr(Store(Place(uri=uri)), verb)("units/a", b"new" * 1000)
 """
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 WORKER = """
     import logging, sys
-    from pipeline import logs
+    from pipeline.worker import logs
     logs.event("unit_committed", unit_id=1)   # before: nobody keeps it
     logs.keep_in_this_process()
     logs.keep_in_this_process()
