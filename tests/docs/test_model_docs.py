@@ -72,7 +72,7 @@ def test_every_name_of_ours_in_the_table_of_compatibility_exists():
         "prompts",
         "sam_hq",
         "segmenter",
-        "structures",
+        "records",
     )
     known = {name for module in modules for name in vars(importlib.import_module(f"model.{module}"))}
     with torch.device("meta"):
