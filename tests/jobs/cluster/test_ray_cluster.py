@@ -69,7 +69,7 @@ def test_the_session_of_a_killed_process_is_removed_by_the_next(private_tmp: Pat
     code = """
         import os, signal, sys, tempfile
         tempfile.tempdir = sys.argv[1]
-        from jobs import cluster
+        from jobs.cluster import ray_cluster as cluster
         with cluster._private_folder() as folder:
             (folder / "spilled").write_text("much")
             print(folder, flush=True)
