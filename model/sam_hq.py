@@ -9,7 +9,8 @@ Follows the original predictor (`segment-anything-hq`, arXiv 2306.01567), whose 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -23,7 +24,7 @@ from model.geometry import resize_longest_side, target_size_hw
 from model.image_encoder import ImageEncoderViT
 from model.mask_decoder import MaskDecoder, SharedImages, TokenMasks
 from model.prompt_encoder import PromptEncoder
-from model.prompts import PromptBatch, box_rows, group_prompts
+from model.prompts import PromptBatch, box_rows, check_prompts, group_prompts
 from model.records import EncoderFeatures, ImageEmbedding, MaskLogits, Prompts
 from model.tiny_vit import TinyViT
 from model.transfer import to_device
@@ -240,6 +241,33 @@ class SamHQ(nn.Module):
             ValueError: a prompt with nothing in it, with parts of another shape or of unlike lengths, with
                 a label other than 1, 0 and -1, or with a coordinate or logit that is not finite.
         """
+        side = self.config.mask_size
+        counts = [check_prompts(one, side, image=i) for i, one in enumerate(prompts)]
+        N, M = sum(counts), 3 if multimask == "three" else 1
+        masks = torch.zeros(N, M, side, side, device=self.device)
+        ious = torch.zeros(N, M, device=self.device)
+        for call in self.decode_calls(
+            embedding,
+            prompts,
+            multimask=multimask,
+            hq_token_only=hq_token_only,
+            prompts_per_call=prompts_per_call,
+        ):
+            place = call.place_N.to(self.device)
+            masks[place], ious[place] = call.low_res_NMHW, call.predicted_iou_NM
+        image_index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        return MaskLogits(low_res_NMHW=masks, predicted_iou_NM=ious, image_index_N=image_index)
+
+    def decode_calls(
+        self,
+        embedding: ImageEmbedding,
+        prompts: Sequence[Prompts],
+        *,
+        multimask: Multimask,
+        hq_token_only: bool,
+        prompts_per_call: int,
+    ) -> Iterator[DecodedCall]:
+        """Yield the masks of all prompts, one decoder call after another; see `decode_prompts`."""
         self._check_ready()
         if prompts_per_call < 1:
             raise ValueError(f"prompts_per_call is {prompts_per_call}; it must be at least 1")
@@ -249,20 +277,20 @@ class SamHQ(nn.Module):
             raise ValueError(
                 f"prompts for {len(prompts)} images; the embedding holds {len(embedding.sizes_hw)}"
             )
-        side = self.config.mask_size
-        batches, counts = group_prompts(prompts, embedding.sizes_hw, embedding.resized_hw, mask_size=side)
-        N, M = sum(counts), 3 if multimask == "three" else 1
-        masks = torch.zeros(N, M, side, side, device=self.device)
-        ious = torch.zeros(N, M, device=self.device)
-        with self._own_precision():
-            decoder = ChunkDecoder(self, embedding, multimask=multimask, hq_token_only=hq_token_only)
-        with self._own_precision():
-            for chunk, real in (pair for batch in batches for pair in batch.chunks(prompts_per_call)):
-                place = chunk.place_N[:real].to(self.device)
-                chosen, chosen_iou = decoder.decode(chunk)
-                masks[place], ious[place] = chosen[:real], chosen_iou[:real]
-        image_index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        return MaskLogits(low_res_NMHW=masks, predicted_iou_NM=ious, image_index_N=image_index)
+        batches, _ = group_prompts(
+            prompts, embedding.sizes_hw, embedding.resized_hw, mask_size=self.config.mask_size
+        )
+        decoder = PromptDecoder(self, embedding, multimask=multimask, hq_token_only=hq_token_only)
+        for batch in batches:
+            for chunk, real in batch.chunks(prompts_per_call):
+                with torch.no_grad(), self._own_precision():
+                    masks, ious = decoder.decode(chunk)
+                yield DecodedCall(
+                    place_N=chunk.place_N[:real],
+                    image_N=chunk.image_N[:real],
+                    low_res_NMHW=masks[:real],
+                    predicted_iou_NM=ious[:real],
+                )
 
     def _own_precision(self) -> torch.autocast:
         """Switches a caller's autocast off: `cast` alone says what runs in which dtype."""
@@ -279,8 +307,22 @@ class SamHQ(nn.Module):
             )
 
 
-class ChunkDecoder:
-    """Decodes the chunks of one call. What the images share is computed at the first chunk that needs it."""
+@dataclass(frozen=True, kw_only=True)
+class DecodedCall:
+    """The masks of one decoder call, without what filled it up.
+
+    `place_N`, `image_N`: int64 on the host, the place among all prompts and the image of each.
+    `low_res_NMHW`, `predicted_iou_NM`: as in `MaskLogits`.
+    """
+
+    place_N: torch.Tensor
+    image_N: torch.Tensor
+    low_res_NMHW: torch.Tensor
+    predicted_iou_NM: torch.Tensor
+
+
+class PromptDecoder:
+    """Decodes chunks of prompts of one embedding; what the images share is computed once, when needed."""
 
     def __init__(
         self, model: SamHQ, embedding: ImageEmbedding, *, multimask: Multimask, hq_token_only: bool
@@ -290,7 +332,11 @@ class ChunkDecoder:
         self.multimask: Multimask = multimask
         self.hq_token_only = hq_token_only
         self.mask_tokens = tokens_needed(multimask, hq_token_only)
-        self.image_pe = model.prompt_encoder.image_pe()
+
+    @cached_property
+    def image_pe(self) -> torch.Tensor:
+        """The positional encoding of the embedding's cells."""
+        return self.model.prompt_encoder.image_pe()
 
     @cached_property
     def shared(self) -> SharedImages:

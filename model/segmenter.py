@@ -26,9 +26,9 @@ from model.config import SamHQConfig, TinyVisionConfig
 from model.geometry import resize_longest_side, target_size_hw
 from model.host_work import HostWork
 from model.masks import TracedMasks, trace_masks
-from model.prompts import box_rows, check_prompts, group_prompts
+from model.prompts import box_rows, check_prompts
 from model.records import CallShape, ImageEmbedding, Instances, PreparedImage, Prompts, SegmentFailure
-from model.sam_hq import ChunkDecoder, SamHQ, check_picture, tokens_needed
+from model.sam_hq import SamHQ, check_picture, tokens_needed
 
 Dtype = Literal["float32", "bfloat16"]
 UInt8Array = npt.NDArray[np.uint8]
@@ -235,21 +235,19 @@ class Segmenter:
         self, embedding: ImageEmbedding, prompts: Sequence[Prompts], boxes_per_call: int
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Image, logits (n, 4G, 4G) and predicted IoU (n,), call by call, each image's prompts in order."""
-        decoder = ChunkDecoder(
-            self.model, embedding, multimask=self.multimask, hq_token_only=self.hq_token_only
-        )
-        batches, _ = group_prompts(
-            prompts, embedding.sizes_hw, embedding.resized_hw, mask_size=self.model.config.mask_size
-        )
-        for batch in batches:
-            for chunk, real in batch.chunks(boxes_per_call):
-                logits_NMLL, iou_NM = decoder.decode(chunk)
-                indices, counts = torch.unique_consecutive(chunk.image_N[:real], return_counts=True)
-                start = 0
-                for index, count in zip(indices.tolist(), counts.tolist(), strict=True):
-                    part = slice(start, start + count)
-                    yield index, logits_NMLL[part, 0], iou_NM[part, 0]
-                    start += count
+        for call in self.model.decode_calls(
+            embedding,
+            prompts,
+            multimask=self.multimask,
+            hq_token_only=self.hq_token_only,
+            prompts_per_call=boxes_per_call,
+        ):
+            indices, counts = torch.unique_consecutive(call.image_N, return_counts=True)
+            start = 0
+            for index, count in zip(indices.tolist(), counts.tolist(), strict=True):
+                part = slice(start, start + count)
+                yield index, call.low_res_NMHW[part, 0], call.predicted_iou_NM[part, 0]
+                start += count
 
     def _finish(
         self,

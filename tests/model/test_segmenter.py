@@ -21,7 +21,7 @@ from model.geometry import resize_longest_side, target_size_hw
 from model.host_work import MOST_BEGUN, HostWork
 from model.masks import plain_masks
 from model.records import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
-from model.sam_hq import ChunkDecoder, SamHQ
+from model.sam_hq import PromptDecoder, SamHQ
 from model.segmenter import Segmenter
 from tests.parity.lively import lively
 
@@ -467,15 +467,15 @@ def test_numbers_that_are_not_finite_fail_their_box_alone(
     expected = segment_all.segment_prepared(images)
     calls = -(-8 // segment_all.call_shape.boxes_per_call)
     spoilt = [row for row in range(8) if row % segment_all.call_shape.boxes_per_call == 2]
-    decode, seen = ChunkDecoder.decode, list[int]()
+    decode, seen = PromptDecoder.decode, list[int]()
 
-    def spoil(self: ChunkDecoder, chunk: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def spoil(self: PromptDecoder, chunk: Any) -> tuple[torch.Tensor, torch.Tensor]:
         logits, scores = decode(self, chunk)
         seen.append(1)
         (scores if where == "score" else logits[:, :, 5, 7])[2, 0] = poison
         return logits, scores
 
-    monkeypatch.setattr(ChunkDecoder, "decode", spoil)
+    monkeypatch.setattr(PromptDecoder, "decode", spoil)
     found = segment_all.segment_prepared(images)
 
     assert len(seen) == calls
