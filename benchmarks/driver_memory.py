@@ -50,10 +50,18 @@ def measure(images: int, images_per_unit: int) -> str:
     import ray
 
     from pipeline.execution.chain import run_units
-    from pipeline.execution.placement import ClusterSettings
     from pipeline.inputs.open_inputs import InputSettings
     from pipeline.planning.make_plan import make_plan, write_plan
-    from pipeline.settings import BoxRules, JobContext, Limits, MaskSettings, Place, UnitOutcome, Weights
+    from pipeline.settings import (
+        BoxRules,
+        ClusterSettings,
+        JobContext,
+        Limits,
+        MaskSettings,
+        Place,
+        UnitOutcome,
+        Weights,
+    )
     from pipeline.storage.store import Store
 
     with tempfile.TemporaryDirectory() as name:

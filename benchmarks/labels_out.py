@@ -30,12 +30,20 @@ from pycocotools import mask as coco_mask
 from model.records import Instances
 from pipeline import schema
 from pipeline.job.job_file import Job, identity_of, open_job
-from pipeline.settings import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Place, Weights
+from pipeline.settings import (
+    AccessRules,
+    BoxRules,
+    FilterSettings,
+    JobContext,
+    Limits,
+    MaskSettings,
+    Place,
+    Weights,
+)
 from pipeline.stages.resolve_boxes import resolve_boxes
 from pipeline.storage.sealed_parquet import ParquetSink
 from pipeline.storage.store import Store
 from pipeline.tables.manifest import Counts, Manifest, Part, PartFile, write_manifest
-from pipeline.tables.mask_quality import FilterSettings
 from pipeline.tables.publish_tables import flatten_unit
 from pipeline.tables.unit_table import build_unit_table
 from pipeline.unit import ImageResult

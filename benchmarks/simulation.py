@@ -189,7 +189,7 @@ class State:
         from pipeline.execution.chain import map_parts
         from pipeline.job.driver_lock import Owner
         from pipeline.job.job_file import require_job
-        from pipeline.tables.mask_quality import FilterSettings
+        from pipeline.settings import FilterSettings
         from pipeline.tables.publish_tables import publish
 
         with self._ray(), Owner.take(self._store()) as owner:
@@ -232,7 +232,7 @@ class State:
 def run_with_ray(pending: Sequence[int], context: Any, driver: int, count: Callable[[object], None]) -> None:
     """The pending units through Ray Data's graph."""
     from pipeline.execution.chain import run_units
-    from pipeline.execution.placement import ClusterSettings
+    from pipeline.settings import ClusterSettings
 
     run_units(
         pending, context, ClusterSettings(actors=1, cpus_per_actor=0.5), epoch=driver, on_outcome=count,

@@ -92,12 +92,20 @@ def run(endpoint: str, counting: Counting, folder: Path, images: int) -> None:
     from pipeline.job.driver_lock import Owner
     from pipeline.job.job_file import Job, identity_of, open_job, require_job, units_per_part
     from pipeline.planning.make_plan import make_plan, write_plan
-    from pipeline.settings import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Place, Weights
+    from pipeline.settings import (
+        AccessRules,
+        BoxRules,
+        FilterSettings,
+        JobContext,
+        Limits,
+        MaskSettings,
+        Place,
+        Weights,
+    )
     from pipeline.stages.hand_over import UnitRow
     from pipeline.storage.store import Store
     from pipeline.tables.job_status import status
     from pipeline.tables.manifest import read_manifest
-    from pipeline.tables.mask_quality import FilterSettings
     from pipeline.tables.publish_tables import publish
     from pipeline.tables.unit_files import list_committed
     from pipeline.tables.verify_output import verify

@@ -1,21 +1,242 @@
-"""The frozen records that cross the files of `pipeline/`; small and picklable, no data in bulk.
+"""Every setting of a job, declared once, and the frozen records that cross the files of `pipeline/`.
 
-`JobContext` is all that a worker gets besides a unit number: it opens the plan, the images and the
-weights by itself.
+A setting is a field of the section that users write it in: its default, range, meaning, unit and whether it
+can change a row are here and nowhere else. The job's configuration (`jobs.config`), the code that reads the
+setting, the identity in job.json and docs/configuration.md all use these classes. A value that is chosen when
+a job begins, such as the number format for `auto`, replaces the one that was written: `model_copy`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.records import CallShape
 
+T = TypeVar("T")
+CHANGES_ROWS = "changes rows"
+ChangesRows = Annotated[T, CHANGES_ROWS]
+"""The mark of a setting that can change a row of the job: its masks, its values, or whether it failed."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The mark of what a number counts."""
+
+    name: str
+
+
+Number = Annotated[float, Field(strict=False)]
+"""A float that YAML may also write as 1 or 1e-3 (PyYAML reads the latter as text)."""
+Share = Annotated[Number, Field(ge=0, le=1)]
+Seconds = Annotated[Number, Unit("seconds")]
+Pixels = Annotated[int, Unit("pixels")]
+Bytes = Annotated[int, Unit("bytes")]
+
 BoxFormat = Literal["xyxy", "xywh", "cxcywh", "xyxy-normalised", "xywh-normalised", "cxcywh-normalised"]
 BoxFrame = Literal["upright", "stored"]
+Overlap = Literal["none", "class", "all"]
+TarIds = Literal["member", "key", "shard"]
 DEMO = "demo"
-"""The checkpoint of this name is the one that comes along, whatever lies in the working folder."""
+"""The checkpoint of this name is the one that comes with hqlabel, whatever is in the working folder."""
+
+
+class Section(BaseModel):
+    """A section of the configuration: frozen, checked strictly, an unknown name is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    def row_settings(self) -> dict[str, Any]:
+        """Return the settings that can change a row."""
+        names = {name for name, info in type(self).model_fields.items() if CHANGES_ROWS in info.metadata}
+        return self.model_dump(include=names)
+
+
+class InputSettings(Section):
+    """Which images, which boxes, and how the boxes are to be read."""
+
+    images: ChangesRows[str | None] = None
+    """Folder, prefix, glob, table of uris, COCO instances, tars or Hugging Face Parquet (docs/inputs.md)."""
+    boxes: ChangesRows[str | None] = None
+    """Table, COCO, MegaDetector or YOLO boxes, tars, Hugging Face Parquet, or an earlier output."""
+    box_format: ChangesRows[BoxFormat | None] = None
+    """Default: what the kind of file means (docs/inputs.md): xyxy for tables, xywh for COCO files."""
+    box_frame: ChangesRows[BoxFrame] = "upright"
+    """`upright`: boxes are in the picture as users see it (EXIF applied); `stored`: as the file has it."""
+    columns: ChangesRows[dict[str, str]] = {}
+    """Where a table has other column names: our name (such as image_uri) to the table's."""
+    image_root: ChangesRows[str | None] = None
+    """Folder or prefix that relative uris and COCO file names start from; null: the folder of their table."""
+    limit: ChangesRows[int | None] = Field(default=None, ge=1)
+    """Only the first N images in the order of their ids."""
+    draft_jpeg: ChangesRows[bool] = False
+    """Decode a JPEG at half, quarter or eighth size where that is still enough: quicker, other masks."""
+    tar_ids: ChangesRows[TarIds] = "member"
+    """What images in tars are called: their name in the tar, that up to its first dot, or tar and name."""
+    allow_unmatched: ChangesRows[bool] = False
+    """Skip boxes whose image is not listed, instead of refusing the job."""
+    allow_roots: ChangesRows[list[str]] = []
+    """Further local folders that image uris may point into."""
+    allow_schemes: ChangesRows[list[str]] = []
+    """Further uri schemes, such as https; s3, gs, az, abfs and hf are allowed anyway."""
+
+
+class ModelSettings(Section):
+    """The checkpoint, and what the model is asked for; all of it changes masks."""
+
+    checkpoint: ChangesRows[str | None] = None
+    """File, folder, uri, hub id, or `demo` for the small model that comes with hqlabel."""
+    dtype: ChangesRows[Literal["auto", "float32", "bfloat16"]] = "auto"
+    """auto: bfloat16 where the hardware multiplies it natively, else float32; resolved once per job."""
+    images_per_call: ChangesRows[int] = Field(default=1, ge=1)
+    """Images in one encoder call."""
+    boxes_per_call: ChangesRows[int | None] = Field(default=None, ge=1)
+    """Boxes in one decoder call, the last one padded; null: 2 on a CPU, 16 on a GPU, chosen once per job."""
+    multimask: ChangesRows[Literal["single", "best"]] = "single"
+    """single: SAM's single-mask output, as HQ-SAM was measured; best: the best-scored of three."""
+    hq_token_only: ChangesRows[bool] = False
+    """True leaves SAM's own mask logits out of the sum."""
+    stability_offset: ChangesRows[Number] = Field(default=1.0, gt=0)
+    """Logit offset of stability_score."""
+    compile: ChangesRows[bool] = False
+    """On GPUs: compile the model's calls and record them as CUDA graphs; a process begins minutes later."""
+    # PyTorch's kernels split their work by it and round some sums differently: of 54,753 masks two differed
+    # by one pixel in what their stability is counted from.
+    cpu_threads: ChangesRows[int] = Field(default=1, ge=1)
+    """Without GPUs: threads of a model process. As many processes of one thread do more, where they fit."""
+
+    @property
+    def call_shape(self) -> CallShape:
+        """The fixed shapes of the model's calls; `boxes_per_call` must be resolved."""
+        if self.boxes_per_call is None:
+            raise ValueError("model.boxes_per_call is not resolved")
+        return CallShape(images_per_call=self.images_per_call, boxes_per_call=self.boxes_per_call)
+
+
+class DetectorSettings(Section):
+    """The detector that finds the boxes, where none are given (docs/detectors.md)."""
+
+    name: ChangesRows[str | None] = None
+    """`hf:ID_OR_FOLDER`, `hf-zero-shot:ID_OR_FOLDER`, or your own class as `module:Class`."""
+    prompts: ChangesRows[dict[str, str]] = {}
+    """What a zero-shot detector searches for: text to the name of its category."""
+    longest_side: ChangesRows[Pixels] = Field(default=1333, ge=16)
+    """The detector gets the upright picture with no side longer than this; none is enlarged."""
+    score_threshold: ChangesRows[Share] = 0.3
+    """Only boxes that score over this count; the others leave no row."""
+    max_detections: ChangesRows[int] = Field(default=100, ge=1)
+    """The best that many boxes of an image count."""
+    images_per_call: ChangesRows[int] = Field(default=1, ge=1)
+    """Pictures in one call; the last call is filled up to it."""
+    options: ChangesRows[dict[str, Any]] = {}
+    """Keyword arguments for your own class; no secrets."""
+
+
+class BoxSettings(Section):
+    """Which boxes, given or detected, get no mask; each keeps its row with the reason."""
+
+    min_score: ChangesRows[Number | None] = None
+    """Boxes with a lower score get none (box_score); one without a score does."""
+    top_k: ChangesRows[int | None] = Field(default=None, ge=1)
+    """Only the best-scored that many of an image get one (else box_rank)."""
+    nms_mode: ChangesRows[Overlap] = "none"
+    """Of two boxes that overlap the lower-scored gets none (nms): within one class, or over all classes."""
+    nms_iou: ChangesRows[Share] = 0.7
+    """IoU of two boxes over which `nms_mode` skips one."""
+    min_side_px: ChangesRows[Annotated[Number, Unit("pixels")]] = Field(default=0.0, ge=0)
+    """Boxes with a shorter side get none (box_small); upright pixels, before `expand`."""
+    expand: ChangesRows[Number] = Field(default=0.0, ge=0, le=1)
+    """Each side of a prompt is moved out by this share of the box's width or height, inside the picture."""
+
+
+class FilterSettings(Section):
+    """What is marked as not accepted when tables are published; nothing is ever deleted."""
+
+    min_predicted_iou: Share | None = None
+    """Masks below this are marked; null: no such filter."""
+    min_stability_score: Share | None = None
+    """Masks whose edge moves more than this with the threshold are marked."""
+    min_detector_score: Number | None = None
+    """Boxes with a lower score of the detector are marked; one without a score never is."""
+    min_box_iou: Share | None = None
+    """Masks whose tight box agrees less with the prompt box are marked."""
+    min_area_px: Pixels | None = Field(default=None, ge=0)
+    """Masks of fewer pixels are marked."""
+    nms_mode: Overlap = "none"
+    """Mark the worse of two masks that overlap: within one class, or over all classes."""
+    nms_iou: Share = 0.7
+    """IoU of two masks over which `nms_mode` marks the worse."""
+
+
+class OutputSettings(Section):
+    """Where the labels go."""
+
+    uri: str | None = None
+    """A folder or prefix that belongs to this job alone."""
+    images_per_unit: ChangesRows[int] = Field(default=64, ge=1, le=4096)
+    """Images a unit of work and a commit; a decoded unit near 150 MB is good."""
+
+
+class Limits(Section):
+    """Bounds on one image and on the job."""
+
+    max_image_bytes: ChangesRows[Bytes] = Field(default=256 * 2**20, ge=1)
+    """A larger object fails (too_many_bytes) before it is downloaded."""
+    max_image_pixels: ChangesRows[Pixels] = Field(default=89_478_485, ge=1)
+    """A picture of more pixels fails (too_large) before it is decoded."""
+    max_boxes_per_image: ChangesRows[int] = Field(default=10_000, ge=1)
+    """Boxes that one image may have."""
+    fetch_timeout_s: ChangesRows[Seconds] = Field(default=60.0, gt=0)
+    """For one object, all retries together (fetch_timeout)."""
+    decode_timeout_s: ChangesRows[Seconds] = Field(default=60.0, gt=0)
+    """For decoding one picture (timeout)."""
+    segment_timeout_s: ChangesRows[Seconds] = Field(default=300.0, gt=0)
+    """For the masks of one image (timeout)."""
+    decode_memory_bytes: ChangesRows[Bytes] = Field(default=4 * 2**30, ge=2**20)
+    """Memory of the process that decodes one picture (out_of_memory)."""
+    max_failure_rate: Share = 0.05
+    """More failed images than this share end the job with exit code 3."""
+    failure_rate_from_images: int = Field(default=1, ge=1)
+    """The share is judged from this many images on."""
+
+
+class ClusterSettings(Section):
+    """The machines; may change between resumes."""
+
+    ray_address: str | None = None
+    """A running cluster (host:port); null: a private Ray on this machine. Also from RAY_ADDRESS."""
+    actors: int | None = Field(default=None, ge=1)
+    """Model processes; null: one a GPU, or one a core."""
+    actors_min: int | None = Field(default=None, ge=1)
+    """Let the pool begin with fewer than `actors` and grow; null: the same as `actors`."""
+    gpus_per_actor: Number | None = Field(default=None, ge=0, le=1)
+    """Share of a GPU for a model process; null: 1 where the cluster has GPUs, else 0."""
+    cpus_per_actor: Number | None = Field(default=None, gt=0)
+    """CPU cores for a model process; null: chosen from the machine. Its threads are `model.cpu_threads`."""
+    decode_cpus: Number | None = Field(default=None, gt=0)
+    """CPU cores for a task that fetches and decodes one unit; null: chosen from the machine."""
+    wait_for_nodes_s: Seconds = Field(default=0.0, ge=0)
+    """How long the nodes that an autoscaler brings may take at the start."""
+    cpus: int | None = Field(default=None, ge=1)
+    """Cores of the private local Ray; null: all this process may use."""
+    shared_paths: bool = False
+    """Local paths are one shared folder on every node; else several nodes refuse a local output."""
+
+    @model_validator(mode="after")
+    def _check_pool(self) -> ClusterSettings:
+        if self.actors is not None and self.actors_min is not None and self.actors_min > self.actors:
+            raise ValueError(f"actors_min {self.actors_min} is more than actors {self.actors}")
+        return self
+
+
+class CostSettings(Section):
+    """What the machines cost; only plan and report use it, and only to print it."""
+
+    usd_per_gpu_hour: Number | None = Field(default=None, ge=0)
+    """Price of one model process's device for an hour; null: no money is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,41 +260,6 @@ class AccessRules:
     roots: tuple[str, ...] = ()
     schemes: tuple[str, ...] = ("s3", "gs", "az", "abfs", "hf")
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Bounds on one image and on the job. Bytes, pixels, seconds; `max_failure_rate` is a share."""
-
-    max_image_bytes: int = 256 * 2**20
-    max_image_pixels: int = 89_478_485
-    max_boxes_per_image: int = 10_000
-    fetch_timeout_s: float = 60.0
-    decode_timeout_s: float = 60.0
-    segment_timeout_s: float = 300.0
-    decode_memory_bytes: int = 4 * 2**30
-    max_failure_rate: float = 0.05
-    failure_rate_from_images: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class BoxRules:
-    """How boxes become prompts: their format, the frame they are measured in, and which get no mask.
-
-    A box that gets none keeps its row with the reason. `min_score`: of a box that has a score. `top_k`: the
-    best-scored of an image. `nms_mode`: of two boxes that overlap by an IoU over `nms_iou`, the one with the
-    lower score gets none, within one category or over all. `min_side_px`: of width and height. `expand`: how
-    far each side of a prompt is moved out, as a share of the box's own width or height.
-    """
-
-    box_format: BoxFormat = "xyxy"
-    box_frame: BoxFrame = "upright"
-    min_score: float | None = None
-    top_k: int | None = None
-    nms_mode: Literal["none", "class", "all"] = "none"
-    nms_iou: float = 0.7
-    min_side_px: float = 0.0
-    expand: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,27 +297,23 @@ class Weights:
     """What lies beside the tensors and was not followed, in one line; no part of a job's identity."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DetectorSettings:
-    """The detector that finds a job's boxes when none are given.
+class BoxRules(BoxSettings):
+    """How boxes become prompts: the settings, with the boxes' format and frame as planning found them."""
 
-    `name`: `hf:SOURCE`, `hf-zero-shot:SOURCE` or a person's own `module:Class`. `title`, `license`: what it
-    says of itself, for people. `fingerprint`: what it must say in every process. `prompts`: text to category.
-    `longest_side`: of the pictures it is shown, in pixels; none is enlarged. Of its boxes those count that
-    score over `score_threshold`, at most `max_detections`. `options`: keyword arguments of a person's own
-    class.
+    box_format: BoxFormat = "xyxy"
+    box_frame: BoxFrame = "upright"
+
+
+class JobDetector(DetectorSettings):
+    """A job's detector: its settings, and what it states of itself once it is loaded.
+
+    `fingerprint`: what it must state in every process. `title`, `license`: for users.
     """
 
     name: str
     fingerprint: str = ""
     title: str = ""
     license: str | None = None
-    prompts: Mapping[str, str] = field(default_factory=dict)
-    longest_side: int = 1333
-    score_threshold: float = 0.3
-    max_detections: int = 100
-    images_per_call: int = 1
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +329,7 @@ class JobContext:
     box_rules: BoxRules
     access: AccessRules
     limits: Limits
-    detector: DetectorSettings | None = None
+    detector: JobDetector | None = None
     """Read back from job.json it is for reading only: what a worker loads comes from this process."""
     lineage: Mapping[str, str] = field(default_factory=dict)
     """Footer entries beyond the fixed ones, already strings; keys without the `hqlabel.` prefix."""

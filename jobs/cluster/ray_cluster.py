@@ -20,10 +20,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.config import ClusterSection
 from jobs.terminal.console import stdout_for_data_alone
 from jobs.terminal.signals import Interrupted
 from pipeline.errors import JobRefused, SystemicFault, UsageError, clean_text
+from pipeline.settings import ClusterSettings
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -76,7 +76,7 @@ def address_to_join(wanted: str | None, environ: Mapping[str, str]) -> str | Non
 
 
 @contextlib.contextmanager
-def running_ray(section: ClusterSection, environ: MutableMapping[str, str]) -> Iterator[ClusterInfo]:
+def running_ray(section: ClusterSettings, environ: MutableMapping[str, str]) -> Iterator[ClusterInfo]:
     """A Ray to work on, until the block ends; `environ` is this process's, and gets Ray's switches.
 
     Raises:
@@ -174,7 +174,7 @@ def _own_token() -> str:
     return secrets.token_hex(32)
 
 
-def _start_private(ray: ModuleType, section: ClusterSection, folder: Path) -> ClusterInfo:
+def _start_private(ray: ModuleType, section: ClusterSettings, folder: Path) -> ClusterInfo:
     # Ray gives its processes 30 s to come up, which a busy machine may need twice.
     for name in ("s", "t"):
         try:

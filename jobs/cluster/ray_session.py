@@ -50,7 +50,8 @@ class Machine:
     def __init__(self, config: Config, interrupts: Interrupts) -> None:
         self._config = config
         self._interrupts = interrupts
-        self._cluster = settings.cluster_settings(config)
+        self._cluster = config.cluster
+        self._cpu_threads = config.model.cpu_threads
         self._joins = address_to_join(config.cluster.ray_address, os.environ) is not None
         self._stack = contextlib.ExitStack()
         self._info: ClusterInfo | None = None
@@ -79,10 +80,10 @@ class Machine:
             self.start()
             from pipeline.execution.chain import check_resources
 
-            return check_resources(self._cluster)
+            return check_resources(self._cluster, self._cpu_threads)
         cpus = float(self._config.cluster.cpus or usable_cpus())
         gpus, memory = float(torch.cuda.device_count()), RAY_MEMORY_SHARE * memory_bytes()
-        return fit(self._cluster, [Node(cpus=cpus, gpus=gpus, memory_bytes=memory)])
+        return fit(self._cluster, [Node(cpus=cpus, gpus=gpus, memory_bytes=memory)], self._cpu_threads)
 
     def device(self) -> Literal["cuda", "cpu"]:
         """The kind of device that the model will run on."""
@@ -95,7 +96,7 @@ class Machine:
         self.start()
         from pipeline.execution.chain import run_on_model_node
 
-        return run_on_model_node(native_dtype, self._cluster)
+        return run_on_model_node(native_dtype, self._cluster, self._cpu_threads)
 
     def start(self) -> ClusterInfo:
         """The running Ray, started or joined at the first call.

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from jobs.cluster.ray_session import Machine
 from jobs.config import CONFIG_KEY, Config, to_yaml
 from jobs.job_setup.open_job import code_version
-from jobs.job_setup.resolve_settings import cluster_settings
 from jobs.terminal.progress import Progress, choose_mode
 from jobs.terminal.signals import Interrupted, Interrupts
 from pipeline.errors import SystemicFault
@@ -65,7 +64,7 @@ def run_pending(
         run_units(
             left,
             working_context(work.job.context, work.machine.device()),
-            cluster_settings(work.config),
+            work.config.cluster,
             epoch=work.owner.number,
             on_outcome=progress.add,
             should_stop=lambda: work.interrupts.should_stop() or work.owner.lost.is_set(),

@@ -25,11 +25,10 @@ from pipeline.errors import JobRefused
 from pipeline.inputs.arrow_lists import table_sha256
 from pipeline.job.job_file import units_per_part
 from pipeline.planning.make_plan import Plan, write_plan
-from pipeline.settings import DetectorSettings, JobContext, Place, UnitOutcome, Weights
+from pipeline.settings import FilterSettings, JobContext, JobDetector, Place, UnitOutcome, Weights
 from pipeline.storage.sealed_parquet import compressed_bytes
 from pipeline.storage.store import Store
 from pipeline.tables.manifest import Counts
-from pipeline.tables.mask_quality import FilterSettings
 from pipeline.tables.publish_tables import PartTask, publish_part
 from pipeline.tables.unit_files import list_committed
 
@@ -84,7 +83,7 @@ def measure(
     *,
     sample: int,
     segmenter: str | None = None,
-    detector: DetectorSettings | None = None,
+    detector: JobDetector | None = None,
 ) -> Measured:
     """What `sample` images of the plan took, or all when it has fewer.
 
@@ -126,7 +125,7 @@ def measure(
             run_units(
                 sorted(set(small.table["unit_id"].to_pylist())),
                 working_context(context, machine.device()),
-                settings.cluster_settings(config),
+                config.cluster,
                 epoch=1,
                 on_outcome=clock.add,
                 should_stop=interrupts.should_stop,
@@ -134,7 +133,7 @@ def measure(
             if interrupts.should_stop():
                 raise Interrupted
             return clock.measured(
-                *_published(context, settings.filter_settings(config)),
+                *_published(context, config.filter),
                 actors=requests.actors_max,
                 gpus=requests.gpus_per_actor * requests.actors_max,
                 device=machine.device(),

@@ -16,8 +16,8 @@ from jobs.results.render_images import overlay_png
 from jobs.terminal import console
 from pipeline.errors import HqlabelError, UsageError
 from pipeline.job.plan_files import iter_plan
+from pipeline.settings import FilterSettings
 from pipeline.tables.manifest import read_manifest
-from pipeline.tables.mask_quality import FilterSettings
 from pipeline.tables.publish_tables import flatten_unit
 from pipeline.tables.unit_files import list_committed, read
 

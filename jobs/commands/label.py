@@ -147,7 +147,7 @@ def _publish(config: Config, opened: Opened, machine: Machine, ownership: Owners
     return publish(
         opened.store,
         opened.job,
-        settings.filter_settings(config),
+        config.filter,
         require_owner=ownership.require,
         mapper=machine.map_parts,
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from jobs.commands.estimate import carry_over, describe, measure
 from jobs.config import Config
 from jobs.job_setup import resolve_settings as settings
@@ -37,7 +39,7 @@ def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> i
     """
     with before_work():
         made, detected = make_plan(settings.input_settings(config)), config.detector.name is not None
-        plan = understood.with_a_look(made, settings.limits(config), detected=detected)
+        plan = understood.with_a_look(made, config.limits, detected=detected)
         weights = read_checkpoint(config) if config.model.checkpoint else None
         detector = read_detector(config)
         done = _done(config, plan) if config.output.uri else None
@@ -51,7 +53,7 @@ def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> i
         estimate = carry_over(measured, plan, left=left, usd_per_gpu_hour=config.cost.usd_per_gpu_hour)
     if json:
         found = None if estimate is None else asdict(estimate)
-        shown = {"detector": None if detector is None else asdict(detector), "estimate": found}
+        shown = {"detector": to_jsonable_python(detector), "estimate": found}
         console.data_json({**_as_json(config, plan, weights, done), **shown})
     else:
         rows = _rows(config, plan, weights, done, detector)

@@ -20,7 +20,7 @@ from pipeline.tables.publish_tables import publish
 def run(given: Given, interrupts: Interrupts, *, json: bool) -> int:
     """Publish every range of units that is whole, with the filters given now, and return the exit code."""
     saved = open_saved(given)
-    filters = settings.filter_settings(saved.config)
+    filters = saved.config.filter
     with (
         Machine(saved.config, interrupts) as machine,
         Ownership(saved.store, interrupts) as ownership,
@@ -32,7 +32,7 @@ def run(given: Given, interrupts: Interrupts, *, json: bool) -> int:
         # A hub id is not looked for among the folders of where this command happens to run.
         save_config(saved.store, config.model_copy(update={"model": saved.config.model}))
     uri = saved.store.place.uri
-    asked = ", ".join(f"{name} {value}" for name, value in asdict(filters).items() if value is not None)
+    asked = ", ".join(f"{name} {value}" for name, value in filters.model_dump().items() if value is not None)
     console.say(f"published {manifest.published_units:,} of {console.count(manifest.units, 'unit')} in {uri}")
     console.say(console.pairs([*ending.describe_counts(manifest), ("filters", asked)]))
     over = _over_budget(saved, manifest)
@@ -46,7 +46,7 @@ def run(given: Given, interrupts: Interrupts, *, json: bool) -> int:
                 "exit_code": code,
                 "state": manifest.state,
                 "units": {"planned": manifest.units, "published": manifest.published_units},
-                "filters": asdict(filters),
+                "filters": filters.model_dump(),
                 "counts": asdict(manifest.counts),
             }
         )
@@ -58,5 +58,5 @@ def _over_budget(saved: SavedJob, manifest: Manifest) -> str | None:
     if manifest.state != "complete":
         return None
     counts = manifest.counts
-    limits, failed = settings.limits(saved.config), counts.status.get("failed", 0)
+    limits, failed = saved.config.limits, counts.status.get("failed", 0)
     return ending.over_budget(limits, images=counts.images, failed=failed)

@@ -71,7 +71,7 @@ def run(given: Given, how: Run, interrupts: Interrupts) -> int:
         manifest = publish(
             saved.store,
             saved.job,
-            settings.filter_settings(saved.config),
+            saved.config.filter,
             require_owner=ownership.require,
             mapper=machine.map_parts,
         )
@@ -172,7 +172,7 @@ def _with_settings(saved: SavedJob) -> SavedJob:
         context,
         weights=weights,
         detector=None if detector is None else detector.settings,
-        limits=settings.limits(config),
+        limits=config.limits,
     )
     return replace(saved, job=replace(saved.job, context=context))
 

@@ -6,14 +6,14 @@ ends the job with exit code 4, and not as a failure of every image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from jobs.config import Config
 from jobs.job_setup.resolve_settings import detector_settings
 from jobs.terminal import console
 from pipeline.errors import JobRefused
-from pipeline.settings import DetectorSettings
+from pipeline.settings import JobDetector
 from pipeline.stages.detect import load_detector, try_out
 
 
@@ -21,7 +21,7 @@ from pipeline.stages.detect import load_detector, try_out
 class FoundDetector:
     """A detector that works here. `settings`: with what it says of itself. `categories`: {"id", "name"}."""
 
-    settings: DetectorSettings
+    settings: JobDetector
     categories: tuple[dict[str, Any], ...]
 
     def __str__(self) -> str:
@@ -47,7 +47,8 @@ def read_detector(config: Config) -> FoundDetector | None:
     if not isinstance(fingerprint, str) or not fingerprint:
         raise JobRefused(f"detector {asked.name}: its fingerprint is {fingerprint!r}; wanted a text")
     names = sorted(detector.categories, key=lambda one: one.id)
+    facts = {"fingerprint": fingerprint, "title": detector.name, "license": detector.license}
     return FoundDetector(
-        settings=replace(asked, fingerprint=fingerprint, title=detector.name, license=detector.license),
+        settings=asked.model_copy(update=facts),
         categories=tuple({"id": int(one.id), "name": one.name} for one in names),
     )

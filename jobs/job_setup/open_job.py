@@ -27,7 +27,7 @@ from pipeline.inputs.open_inputs import InputSettings, allowed_access
 from pipeline.job.job_file import Job, identity_of, open_job, read_job, units_per_part
 from pipeline.job.plan_files import UNITS_PER_FILE
 from pipeline.planning.make_plan import Plan, make_plan
-from pipeline.settings import AccessRules, BoxRules, DetectorSettings, JobContext, Place, Weights
+from pipeline.settings import AccessRules, BoxRules, JobContext, JobDetector, Place, Weights
 from pipeline.storage.read_objects import fingerprint
 from pipeline.storage.store import Store
 from pipeline.storage.uri_rules import options_for
@@ -101,7 +101,7 @@ def _open_or_create(
     _refuse_compiling_for_a_cpu(config, device)
     plan = None if stored and not check_inputs and _plan_holds(store, stored, inputs) else make_plan(inputs)
     if plan is not None and stored is None:
-        plan = with_a_look(plan, settings.limits(config), detected=detector is not None)
+        plan = with_a_look(plan, config.limits, detected=detector is not None)
     wanted = _Wanted(
         config=config,
         inputs=inputs,
@@ -227,7 +227,7 @@ def new_context(
     plan_sha256: str,
     weights: Weights,
     dtype: str,
-    detector: DetectorSettings | None,
+    detector: JobDetector | None,
     box_rules: BoxRules,
     access: AccessRules,
 ) -> JobContext:
@@ -242,7 +242,7 @@ def new_context(
         detector=detector,
         box_rules=box_rules,
         access=access,
-        limits=settings.limits(config),
+        limits=config.limits,
         lineage={"code_version": code_version()},
     )
 

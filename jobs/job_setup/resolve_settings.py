@@ -13,7 +13,6 @@ from typing import Any
 from jobs.config import Config
 from model.records import CallShape
 from pipeline.errors import UsageError
-from pipeline.execution.placement import ClusterSettings
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.settings import (
     DEMO,
@@ -21,14 +20,12 @@ from pipeline.settings import (
     BoxFormat,
     BoxFrame,
     BoxRules,
-    DetectorSettings,
-    Limits,
+    JobDetector,
     MaskSettings,
     Place,
 )
 from pipeline.stages.detect import HF, ZERO_SHOT
 from pipeline.storage.uri_rules import refuse_secrets
-from pipeline.tables.mask_quality import FilterSettings
 
 BOXES_PER_CALL = {"cpu": 2, "cuda": 16}
 """By the kind of device. On one CPU core a box costs the same in calls of 2 to 16 (56 to 63 ms at full size),
@@ -121,23 +118,12 @@ def input_settings(config: Config) -> InputSettings:
     )
 
 
-def cluster_settings(config: Config) -> ClusterSettings:
-    """What the job asks of the cluster."""
-    fields = {**config.cluster.model_dump(), "cpu_threads": config.model.cpu_threads}
-    return ClusterSettings(**{name: fields[name] for name in ClusterSettings.__dataclass_fields__})
-
-
-def filter_settings(config: Config) -> FilterSettings:
-    """What `accepted` asks of a mask."""
-    return FilterSettings(**config.filter.model_dump())
-
-
 def box_rules(config: Config, box_format: BoxFormat, box_frame: BoxFrame) -> BoxRules:
     """How the boxes become prompts; format and frame are what planning has understood."""
     return BoxRules(box_format=box_format, box_frame=box_frame, **config.boxes.model_dump())
 
 
-def detector_settings(config: Config) -> DetectorSettings | None:
+def detector_settings(config: Config) -> JobDetector | None:
     """The detector as asked for, not yet looked at; None without one.
 
     Raises:
@@ -153,7 +139,7 @@ def detector_settings(config: Config) -> DetectorSettings | None:
             f"--detector {given.name}: {wrong}; hf-zero-shot: detectors take them, such as 'person; red car'"
         )
     refuse_secrets(given.options, where="detector.options")
-    return DetectorSettings(**(given.model_dump() | {"name": _with_absolute_folder(given.name)}))
+    return JobDetector(**(given.model_dump() | {"name": _with_absolute_folder(given.name)}))
 
 
 def _with_absolute_folder(name: str) -> str:
@@ -162,11 +148,6 @@ def _with_absolute_folder(name: str) -> str:
         if name.startswith(kind) and os.path.isdir(name.removeprefix(kind)):
             return kind + os.path.abspath(name.removeprefix(kind))
     return name
-
-
-def limits(config: Config) -> Limits:
-    """The bounds on one image and on the job."""
-    return Limits(**config.limits.model_dump())
 
 
 def with_boxes_per_call(config: Config, otherwise: int) -> Config:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ def _facts(saved: SavedJob, manifest: Manifest) -> list[tuple[str, str]]:
     weights = context.weights
     again = f"{saved.store.place.uri.rstrip('/')}/config.yaml"
     command = console.command(["hqlabel", "label", "--config", again, "--output", "NEW"])
-    set_filters = {k: v for k, v in asdict(manifest.filters).items() if v is not None}
+    set_filters = {k: v for k, v in manifest.filters.model_dump().items() if v is not None}
     if manifest.filters.nms_mode == "none":
         set_filters = {k: v for k, v in set_filters.items() if not k.startswith("nms_")}
     filters = ", ".join(f"{name} {value}" for name, value in set_filters.items())
@@ -253,7 +253,7 @@ def _failures(saved: SavedJob, manifest: Manifest) -> list[dict[str, Any]]:
 
 def _line(manifest: Manifest, name: str) -> float | None:
     """The filter's bound on this column."""
-    bound = asdict(manifest.filters).get("min_area_px" if name == "area" else f"min_{name}")
+    bound = manifest.filters.model_dump().get("min_area_px" if name == "area" else f"min_{name}")
     return None if bound is None else float(bound)
 
 

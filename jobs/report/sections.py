@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.tables.mask_quality import FilterSettings
+from pipeline.settings import FilterSettings
 
 Float64Array = npt.NDArray[np.float64]
 Columns = Mapping[str, Any]
@@ -136,7 +136,7 @@ def _worst(name: str, note: str, number: int) -> Section:
 
 def _near_the_line(filters: FilterSettings, number: int) -> list[Section]:
     found = []
-    for setting, bound in asdict(filters).items():
+    for setting, bound in filters.model_dump().items():
         if not setting.startswith("min_") or bound is None:
             continue
         name = {"min_area_px": "area"}.get(setting, setting.removeprefix("min_"))

@@ -21,7 +21,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
@@ -35,9 +35,9 @@ from ray.util import metrics as ray_metrics
 
 from pipeline.errors import SystemicFault, clean_text
 from pipeline.execution import metrics
-from pipeline.execution.placement import ClusterSettings, Node, Requests, fit, still_fits
+from pipeline.execution.placement import Node, Requests, fit, still_fits
 from pipeline.images.decode_process import DecodeChild
-from pipeline.settings import JobContext, Limits, UnitOutcome
+from pipeline.settings import ClusterSettings, JobContext, Limits, UnitOutcome
 from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.prepare import prepare_unit
@@ -100,7 +100,7 @@ def run_units(
             Ray makes no progress. What is committed stays, and the rest can be done later.
         Exception: a bug in a stage, as the exception that was raised there.
     """
-    requests = check_resources(cluster)
+    requests = check_resources(cluster, context.masks.cpu_threads)
     _prove_room(requests, NO_MODEL_S + NODES_GONE_S + cluster.wait_for_nodes_s)
     left = list(unit_ids)
     unfinished = len(left)
@@ -120,10 +120,11 @@ def run_units(
                     if should_stop():
                         return
             left = left[len(units) :]
-            requests = _requests_for_what_is_left(cluster) if left else requests  # nodes may have joined
+            if left:  # nodes may have joined
+                requests = _requests_for_what_is_left(cluster, context.masks.cpu_threads)
         except _NodesGone:
             left = [unit_id for unit_id in left if unit_id not in finished]
-            requests = _requests_for_what_is_left(cluster)
+            requests = _requests_for_what_is_left(cluster, context.masks.cpu_threads)
         # Ray ends an actor when nothing refers to it any more; one in a cycle would hold its place on.
         gc.collect()
 
@@ -403,15 +404,16 @@ def _watch(requests: Requests, patience_s: float, run_id: str) -> type[_Watch]:
     return type("_WatchOfOneExecution", (_Watch,), values)
 
 
-def _requests_for_what_is_left(cluster: ClusterSettings) -> Requests:
+def _requests_for_what_is_left(cluster: ClusterSettings, cpu_threads: int) -> Requests:
     """The requests for the nodes that are left; fewer actors than were asked for, where they do not fit."""
     try:
-        return fit(cluster, _nodes())
+        return fit(cluster, _nodes(), cpu_threads)
     except SystemicFault:
-        return fit(replace(cluster, actors=None, actors_min=None), _nodes())
+        any_number = cluster.model_copy(update={"actors": None, "actors_min": None})
+        return fit(any_number, _nodes(), cpu_threads)
 
 
-def check_resources(cluster: ClusterSettings) -> Requests:
+def check_resources(cluster: ClusterSettings, cpu_threads: int = 1) -> Requests:
     """The requests that fit the running cluster; waits for nodes as long as the settings allow.
 
     Raises:
@@ -419,15 +421,15 @@ def check_resources(cluster: ClusterSettings) -> Requests:
     """
     if cluster.wait_for_nodes_s > 0:
         with _asking_for_nodes(cluster):
-            return _wait_until_it_fits(cluster)
-    return fit(cluster, _nodes())
+            return _wait_until_it_fits(cluster, cpu_threads)
+    return fit(cluster, _nodes(), cpu_threads)
 
 
-def _wait_until_it_fits(cluster: ClusterSettings) -> Requests:
+def _wait_until_it_fits(cluster: ClusterSettings, cpu_threads: int) -> Requests:
     deadline = time.monotonic() + cluster.wait_for_nodes_s
     while True:
         try:
-            return fit(cluster, _nodes())
+            return fit(cluster, _nodes(), cpu_threads)
         except SystemicFault:
             if time.monotonic() >= deadline:
                 raise
@@ -477,14 +479,14 @@ def map_parts(function: Callable[[A], T], arguments: Sequence[A], *, num_cpus: f
             yield ray.get(done[0])
 
 
-def run_on_model_node(function: Callable[[bool], T], cluster: ClusterSettings) -> T:
+def run_on_model_node(function: Callable[[bool], T], cluster: ClusterSettings, cpu_threads: int = 1) -> T:
     """`function(use_gpu)` in a process placed like a model's: to probe what such a node can do.
 
     Raises:
         SystemicFault: `resources`.
         Exception: what `function` raised.
     """
-    requests = check_resources(cluster)
+    requests = check_resources(cluster, cpu_threads)
     task: Any = ray.remote(num_cpus=requests.cpus_per_actor, num_gpus=requests.gpus_per_actor)(_safely)
     with _unwrapped():
         result: T = ray.get(task.remote(function, requests.gpus_per_actor > 0))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.errors import SystemicFault
+from pipeline.settings import ClusterSettings
 
 COMMIT_CPUS = 0.05
 """Request of a commit task. With a whole core, finished units waited behind decoding (38 of 40, measured)."""
@@ -38,25 +39,6 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterSettings:
-    """What a person asks of the cluster; None: chosen from its nodes.
-
-    `actors`: model processes. `actors_min`: where the pool may begin; None: the same as `actors`.
-    `gpus_per_actor`: 1 where there are GPUs, else 0. `cpus_per_actor`: 1, on a CPU about as many as the
-    model's `cpu_threads`. `decode_cpus`: request of a task that fetches and decodes one unit at a time.
-    `wait_for_nodes_s`: how long nodes that an autoscaler brings may take at the start.
-    """
-
-    actors: int | None = None
-    actors_min: int | None = None
-    gpus_per_actor: float | None = None
-    cpus_per_actor: float | None = None
-    decode_cpus: float | None = None
-    cpu_threads: int = 1
-    wait_for_nodes_s: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Requests:
     """What each kind of process asks Ray for, and how many actors and commit tasks there may be."""
 
@@ -76,8 +58,10 @@ class Requests:
         return replace(self, actors_max=most, actors_min=least)
 
 
-def fit(settings: ClusterSettings, nodes: Sequence[Node]) -> Requests:
+def fit(settings: ClusterSettings, nodes: Sequence[Node], cpu_threads: int = 1) -> Requests:
     """The requests for these nodes; however Ray packs the actors, some node keeps room for a task.
+
+    `cpu_threads`: of a model process on a CPU (`model.cpu_threads`).
 
     Raises:
         SystemicFault: `resources`, naming what is asked for, what there is, and what to set.
@@ -95,13 +79,12 @@ def fit(settings: ClusterSettings, nodes: Sequence[Node]) -> Requests:
             f"cluster.gpus_per_actor is {gpus:g}, the node with most GPUs has {most:g}; set it to 0 for CPU"
         )
     actor_cpus = settings.cpus_per_actor or (_ACTOR_CPUS_OF_ONE if largest < 2 else 1.0)
-    threads = settings.cpu_threads
     if not gpus and settings.cpus_per_actor is None:
-        wanted = actor_cpus if threads == 1 else float(threads)
-        actor_cpus = min(wanted, _share_of_actor(nodes, settings.actors, threads))
+        wanted = actor_cpus if cpu_threads == 1 else float(cpu_threads)
+        actor_cpus = min(wanted, _share_of_actor(nodes, settings.actors, cpu_threads))
     least = settings.decode_cpus or _DECODE_CPUS_AT_LEAST
     placing = _Placing(nodes=tuple(nodes), actor_cpus=actor_cpus, gpus=gpus, decode_cpus=least)
-    actors = settings.actors or _default_actors(placing, threads)
+    actors = settings.actors or _default_actors(placing, cpu_threads)
     if settings.decode_cpus is None:
         placing = _with_more_for_decoding(placing, min(actors, placing.places()))  # others may still come
     if not gpus and placing.decode_cpus == actor_cpus:

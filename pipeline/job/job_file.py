@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from model.records import CallShape
 from pipeline.errors import JobRefused
 from pipeline.failpoints import visit
@@ -22,8 +24,8 @@ from pipeline.schema import SCHEMA_VERSION
 from pipeline.settings import (
     AccessRules,
     BoxRules,
-    DetectorSettings,
     JobContext,
+    JobDetector,
     Limits,
     MaskSettings,
     Weights,
@@ -86,18 +88,18 @@ def identity_of(
         "inputs": inputs,
         "weights": {"sha256": context.weights.sha256, "input_side": context.weights.input_side},
         "masks": dataclasses.asdict(context.masks),
-        "box_rules": dataclasses.asdict(context.box_rules),
+        "box_rules": context.box_rules.model_dump(),
         "detector": _detector_identity(context.detector),
     }
     # As it comes back from the file: tuples become lists, keys strings.
     return dict(json.loads(json.dumps(identity, allow_nan=False)))
 
 
-def _detector_identity(detector: DetectorSettings | None) -> dict[str, Any] | None:
+def _detector_identity(detector: JobDetector | None) -> dict[str, Any] | None:
     """All of a detector but where its files lie and what it is called."""
     if detector is None:
         return None
-    fields = dataclasses.asdict(detector)
+    fields = detector.model_dump()
     del fields["license"], fields["title"]
     kind, colon, _ = fields.pop("name").partition(":")
     return {"kind": kind + colon if colon and kind in ("hf", "hf-zero-shot") else detector.name, **fields}
@@ -234,7 +236,7 @@ def _short(value: Any) -> str:
 
 
 def _encode(job: Job) -> bytes:
-    context = dataclasses.asdict(job.context)
+    context = to_jsonable_python(job.context)
     content = {
         "product": "hqlabel",
         "format": JOB_FORMAT,
@@ -280,7 +282,7 @@ def _decode(body: bytes, store: Store) -> dict[str, Any]:
 def _job_of(stored: Mapping[str, Any], store: Store, access: AccessRules) -> Job:
     try:
         context = _context_of(stored["context"], store, access)
-    except (TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise JobRefused(f"{store.place.uri}/{JOB_KEY} was written by another version ({error})") from error
     return Job(
         identity=stored["identity"],
@@ -302,5 +304,5 @@ def _context_of(stored: Mapping[str, Any], store: Store, access: AccessRules) ->
         "limits": Limits(**rest["limits"]),
     }
     if rest.get("detector") is not None:
-        rest["detector"] = DetectorSettings(**rest["detector"])
+        rest["detector"] = JobDetector(**rest["detector"])
     return JobContext(output=store.place, access=access, **rest)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,8 @@ def _sample(table: pa.Table, *, detected: bool) -> list[dict[str, Any]]:
 
 
 def _seen(rows: list[dict[str, Any]], access: AccessRules, limits: Limits) -> list[_Seen]:
-    soon = replace(limits, fetch_timeout_s=min(limits.fetch_timeout_s, _FETCH_TIMEOUT_S))
+    timeout_s = min(limits.fetch_timeout_s, _FETCH_TIMEOUT_S)
+    soon = limits.model_copy(update={"fetch_timeout_s": timeout_s})
     child = DecodeChild(soon, side=1, decoder="pipeline.images.decode_upright:measure_image")
     found = []
     try:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from model.detections import Category, Detections, Detector, DetectorError
 from pipeline.errors import JobRefused, SystemicFault, clean_text
-from pipeline.settings import DetectorSettings
+from pipeline.settings import JobDetector
 from pipeline.stages.hand_over import Pixels, UInt8Array
 from pipeline.unit import ImageResult
 
@@ -37,7 +37,7 @@ def is_own_code(name: str) -> bool:
     return not name.startswith((HF, ZERO_SHOT))
 
 
-def load_detector(settings: DetectorSettings, device: str = "cpu") -> Detector:
+def load_detector(settings: JobDetector, device: str = "cpu") -> Detector:
     """The named detector, ready to work on `device`.
 
     Raises:
@@ -51,7 +51,7 @@ def load_detector(settings: DetectorSettings, device: str = "cpu") -> Detector:
         raise JobRefused(f"detector {settings.name}: {_said(error)}") from error
 
 
-def _made(settings: DetectorSettings, device: str) -> Detector:
+def _made(settings: JobDetector, device: str) -> Detector:
     name, threshold = settings.name, settings.score_threshold
     if is_own_code(name):
         return _own(settings)
@@ -65,7 +65,7 @@ def _made(settings: DetectorSettings, device: str) -> Detector:
     return closed
 
 
-def _own(settings: DetectorSettings) -> Detector:
+def _own(settings: JobDetector) -> Detector:
     module, colon, attribute = settings.name.partition(":")
     if not colon or not module or not attribute.isidentifier():
         raise JobRefused(f"detector {settings.name!r}: no such kind of detector; {WANTED}")
@@ -118,7 +118,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
 
 
-def try_out(detector: Detector, settings: DetectorSettings) -> None:
+def try_out(detector: Detector, settings: JobDetector) -> None:
     """None when the detector answers a blank picture as it should: its mistakes are cheapest before any work.
 
     Raises:
@@ -163,7 +163,7 @@ class DetectStep:
         SystemicFault: `weights`, when it cannot be loaded, or is not the one that the job began with.
     """
 
-    def __init__(self, settings: DetectorSettings, *, use_gpu: bool) -> None:
+    def __init__(self, settings: JobDetector, *, use_gpu: bool) -> None:
         self._settings = settings
         try:
             self._detector = load_detector(settings, "cuda" if use_gpu else "cpu")
@@ -257,7 +257,7 @@ def planned_boxes(
     found: Detections,
     picture_hw: tuple[int, ...],
     size_hw: tuple[int, int],
-    settings: DetectorSettings,
+    settings: JobDetector,
     names: dict[int, str | None],
 ) -> list[dict[str, Any]]:
     """The detections that count, best first, as the `boxes` of a row of schema.PLAN: xyxy, upright pixels.

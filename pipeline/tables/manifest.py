@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.errors import DamageFound
+from pipeline.settings import FilterSettings
 from pipeline.storage.store import NotFound, Store
-from pipeline.tables.mask_quality import FilterSettings
 
 MANIFEST_KEY = "manifest.json"
 CATEGORIES_KEY = "categories.json"
@@ -132,6 +132,7 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
         "state": manifest.state,
         "counts": dataclasses.asdict(manifest.counts),
         **{k: v for k, v in dataclasses.asdict(manifest).items() if k not in ("state", "parts")},
+        "filters": manifest.filters.model_dump(),
         "parts": [dataclasses.asdict(part) for part in manifest.parts],
     }
     store.put(MANIFEST_KEY, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 
 from model.records import Instances
 from pipeline import rle_strips as runs
+from pipeline.settings import FilterSettings
 
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -150,31 +151,14 @@ def _touches_border(xywh: Float64Array, sizes_hw: npt.NDArray[np.int64]) -> Bool
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class FilterSettings:
-    """What `accepted` asks of a mask; None asks nothing. Bounds are inclusive.
-
-    A null detector score passes `min_detector_score`: there is nothing to judge. `nms_mode`: of two
-    masks that overlap by an IoU over `nms_iou`, the worse is marked: within one category, or over
-    all. Better is the higher detector score (null last), then predicted_iou, then the earlier prompt.
-    """
-
-    min_detector_score: float | None = None
-    min_predicted_iou: float | None = None
-    min_stability_score: float | None = None
-    min_box_iou: float | None = None
-    min_area_px: int | None = None
-    nms_mode: Literal["none", "class", "all"] = "none"
-    nms_iou: float = 0.7
-
-
 def mark(instances: pa.Table, settings: FilterSettings) -> tuple[list[bool], list[str | None]]:
     """(accepted, reject_reason) of every row, from the stored columns of schema.UNIT_INSTANCE.
 
     `instances`: those columns and `image_index`, an integer that is equal within an image and does
     not fall; rows of an image in prompt order. The reason is the first of: the box's own error or
     `image_failed`, `empty`, `detector_score`, `predicted_iou`, `stability_score`, `box_iou`, `area`,
-    `nms:<instance_index of the mask it lost to>`.
+    `nms:<instance_index of the mask it lost to>`. Bounds are inclusive; a null detector score passes
+    `min_detector_score`: there is nothing to judge.
     """
     reasons: list[str | None] = instances["box_error"].to_pylist()
     for name, failed in _threshold_rules(instances, settings):
@@ -226,7 +210,10 @@ def _mark_overlaps(table: pa.Table, settings: FilterSettings, reasons: list[str 
 
 
 def _suppressed(table: pa.Table, settings: FilterSettings) -> list[tuple[int, int]]:
-    """(loser, winner) pairs of one image's candidates: greedy, the best first; every loser once."""
+    """(loser, winner) pairs of one image's candidates: greedy, the best first; every loser once.
+
+    Better is the higher detector score (null last), then predicted_iou, then the earlier prompt.
+    """
     masks: list[Any] = table["segmentation"].to_pylist()
     kinds = _kinds(table, settings.nms_mode)
     boxes = np.array(table["bbox"].to_pylist(), dtype=np.float64)

@@ -29,7 +29,7 @@ from pipeline.errors import DamageFound, JobRefused
 from pipeline.failpoints import visit
 from pipeline.job.driver_lock import latest_number, require_latest
 from pipeline.job.job_file import Job
-from pipeline.settings import JobContext
+from pipeline.settings import FilterSettings, JobContext
 from pipeline.storage import sealed_parquet as parquet
 from pipeline.storage.store import NotFound, Store
 from pipeline.tables import unit_files as units
@@ -44,7 +44,7 @@ from pipeline.tables.manifest import (
     read_manifest,
     write_manifest,
 )
-from pipeline.tables.mask_quality import FilterSettings, mark
+from pipeline.tables.mask_quality import mark
 from pipeline.tables.unit_files import CommittedUnit, list_committed
 
 READERS = 8
@@ -219,7 +219,7 @@ def publish_part(task: PartTask) -> Part:
         JobRefused: another driver has taken the job over.
     """
     store = Store(task.context.output)
-    footer = {**units.footer(task.context), "filters": json.dumps(dataclasses.asdict(task.filters))}
+    footer = {**units.footer(task.context), "filters": json.dumps(task.filters.model_dump())}
     images = parquet.ParquetSink(schema.IMAGES, footer)
     instances = parquet.ParquetSink(schema.INSTANCES, footer)
     counts: list[Counts] = []

@@ -23,7 +23,7 @@ from pipeline.images.decode_upright import DecodedImage
 from pipeline.job.driver_lock import Owner
 from pipeline.job.job_file import Job, identity_of, open_job
 from pipeline.planning.make_plan import Plan, write_plan
-from pipeline.settings import JobContext, Limits, Place
+from pipeline.settings import FilterSettings, JobContext, Limits, Place
 from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prepare import prepare_unit
@@ -31,7 +31,6 @@ from pipeline.stages.segment import SegmentWorker
 from pipeline.storage.store import Store
 from pipeline.tables.clean_output import clean
 from pipeline.tables.manifest import finished_units, read_manifest
-from pipeline.tables.mask_quality import FilterSettings
 from pipeline.tables.publish_tables import publish
 from pipeline.tables.unit_files import list_committed, mask_columns_digest, read
 from tests.fakes import troubled_decoder

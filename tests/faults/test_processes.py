@@ -277,7 +277,7 @@ from dataclasses import replace
 from pathlib import Path
 from pipeline.errors import SystemicFault
 from pipeline.execution.chain import run_units
-from pipeline.execution.placement import ClusterSettings
+from pipeline.settings import ClusterSettings
 job, spill = pickle.loads(Path(sys.argv[1]).read_bytes()), sys.argv[2]
 limit = {} if spill == "-" else {"object_store_memory": 80 * 2**20, "object_spilling_directory": spill}
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **limit)

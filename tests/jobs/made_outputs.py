@@ -15,10 +15,9 @@ from pipeline import schema
 from pipeline.inputs.arrow_lists import table_sha256
 from pipeline.job.job_file import Job, identity_of, open_job
 from pipeline.planning.make_plan import Plan, write_plan
-from pipeline.settings import AccessRules, BoxRules, Place
+from pipeline.settings import AccessRules, BoxRules, FilterSettings, Place
 from pipeline.stages.resolve_boxes import resolve_boxes
 from pipeline.storage.store import Store
-from pipeline.tables.mask_quality import FilterSettings
 from pipeline.tables.publish_tables import publish
 from pipeline.tables.unit_files import ImageResult, build_unit_table, commit, encode
 from tests.pipeline.made_units import make_context, planned_box, planned_image, segment

@@ -98,8 +98,8 @@ RAY_SCRIPT = """
     import json, os, stat, time
     from jobs.terminal import console
     from jobs.cluster.ray_cluster import running_ray
-    from jobs.config import ClusterSection
-    with running_ray(ClusterSection(cpus=1), os.environ) as info:
+    from pipeline.settings import ClusterSettings
+    with running_ray(ClusterSettings(cpus=1), os.environ) as info:
         import ray
         token = os.environ["RAY_AUTH_TOKEN_PATH"]
         folder = os.path.dirname(token)
@@ -116,7 +116,7 @@ RAY_SCRIPT = """
             "autoscaler": os.environ["RAY_DATA_CLUSTER_AUTOSCALER"],
             "workers": [len(workers), sum(os.path.exists(f"/proc/{pid}") for pid in workers)],
         }))
-    with running_ray(ClusterSection(cpus=1), os.environ) as info:  # again in one process, as benchmarks do
+    with running_ray(ClusterSettings(cpus=1), os.environ) as info:  # again in one process, as benchmarks do
         again = ray.get(ray.remote(num_cpus=0.1)(lambda: 8).remote())
     print(os.path.exists(folder), again, os.environ.get("RAY_AUTH_TOKEN_PATH"))
 """

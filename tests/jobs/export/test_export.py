@@ -15,8 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from pipeline.settings import BoxRules
-from pipeline.tables.mask_quality import FilterSettings
+from pipeline.settings import BoxRules, FilterSettings
 from tests.jobs.cli.test_cli import run
 from tests.jobs.export.test_polygons import decode_brush
 from tests.jobs.made_outputs import MadeImage, blob, make_output

@@ -20,8 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from jobs.export.yolo import yaml_text
-from pipeline.settings import BoxRules
-from pipeline.tables.mask_quality import FilterSettings
+from pipeline.settings import BoxRules, FilterSettings
 from tests.jobs.cli.test_cli import run
 from tests.jobs.made_outputs import MadeImage, blob, make_output
 

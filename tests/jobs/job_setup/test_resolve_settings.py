@@ -78,8 +78,7 @@ def test_every_setting_reaches_the_record_it_is_for(tmp_path: Path) -> None:
     given = config(
         "input.boxes=/b.csv", "input.columns={image_uri: path}", f"input.allow_roots=[{tmp_path}]",
         "input.allow_schemes=[https]", "input.limit=5", "output.images_per_unit=7", "model.images_per_call=2",
-        "model.boxes_per_call=3", "model.stability_offset=2", "limits.max_image_bytes=9", "cluster.actors=4",
-        "filter.nms_mode=class", "cluster.wait_for_nodes_s=3", "model.cpu_threads=2", "model.compile=true",
+        "model.boxes_per_call=3", "model.stability_offset=2", "model.cpu_threads=2", "model.compile=true",
         "input.draft_jpeg=true",
     )  # fmt: skip
     inputs = settings.input_settings(given)
@@ -92,10 +91,3 @@ def test_every_setting_reaches_the_record_it_is_for(tmp_path: Path) -> None:
     assert masks.call_shape == CallShape(images_per_call=2, boxes_per_call=3)
     assert (masks.dtype, masks.stability_offset) == ("bfloat16", 2.0)
     assert (masks.cpu_threads, masks.compiled, masks.draft_jpeg) == (2, True, True)
-    assert settings.cluster_settings(given).cpu_threads == 2
-    assert settings.limits(given).max_image_bytes == 9
-    assert (settings.cluster_settings(given).actors, settings.cluster_settings(given).wait_for_nodes_s) == (
-        4,
-        3,
-    )
-    assert settings.filter_settings(given).nms_mode == "class"

@@ -18,9 +18,8 @@ from jobs.report import page as report
 from jobs.report.numbers import gather
 from jobs.report.sections import sections
 from jobs.results.read_tables import require_published
-from pipeline.settings import Place
+from pipeline.settings import FilterSettings, Place
 from pipeline.storage.store import Store
-from pipeline.tables.mask_quality import FilterSettings
 from tests.jobs.browser import CHROMIUM, browser
 from tests.jobs.cli.test_cli import run
 from tests.jobs.made_outputs import MadeImage, blob, make_output, write_truth

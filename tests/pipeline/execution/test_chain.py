@@ -29,8 +29,8 @@ from pipeline.execution.chain import (
     run_on_model_node,
     run_units,
 )
-from pipeline.execution.placement import ClusterSettings, Node, Requests, fit
-from pipeline.settings import Limits
+from pipeline.execution.placement import Node, Requests, fit
+from pipeline.settings import ClusterSettings, Limits
 from pipeline.stages.hand_over import UnitRow
 from pipeline.storage.store import Store
 from pipeline.tables.unit_files import list_committed, read

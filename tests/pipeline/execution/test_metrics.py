@@ -12,8 +12,7 @@ import pytest
 
 from pipeline.execution import metrics
 from pipeline.execution.chain import run_units
-from pipeline.execution.placement import ClusterSettings
-from pipeline.settings import UnitOutcome
+from pipeline.settings import ClusterSettings, UnitOutcome
 from pipeline.stages.hand_over import UnitRow
 from tests.pipeline.made_jobs import BOXES, make_job, noise, png
 from tests.pipeline.made_units import labelled, planned_box, planned_image

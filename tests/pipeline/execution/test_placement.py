@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import SystemicFault
-from pipeline.execution.placement import COMMIT_CPUS, ClusterSettings, Node, fit, still_fits
+from pipeline.execution.placement import COMMIT_CPUS, Node, fit, still_fits
+from pipeline.settings import ClusterSettings
 
 GIB = 2**30
 
@@ -107,10 +108,10 @@ def test_more_actors_than_cores_get_smaller_shares(actors, cpus, each):
     ("threads", "cpus", "actors", "each"), [(1, 2, 2, 0.75), (2, 2, 1, 1.5), (4, 16, 4, 3.85), (8, 4, 1, 3.5)]
 )
 def test_a_model_of_several_threads_takes_as_many_cores(threads, cpus, actors, each):
-    found = fit(ClusterSettings(cpu_threads=threads), [Node(cpus=cpus)])
+    found = fit(ClusterSettings(), [Node(cpus=cpus)], threads)
 
     assert (found.actors_max, found.cpus_per_actor) == (actors, each)
-    assert fit(ClusterSettings(cpu_threads=threads), [Node(cpus=8, gpus=1)]).cpus_per_actor == 1.0
+    assert fit(ClusterSettings(), [Node(cpus=8, gpus=1)], threads).cpus_per_actor == 1.0
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ import pytest
 from pipeline.errors import JobRefused, UsageError
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import Plan, make_plan
-from pipeline.settings import AccessRules, Place
+from pipeline.settings import AccessRules, FilterSettings, Place
 from pipeline.storage.store import Store
-from pipeline.tables.mask_quality import FilterSettings
 from pipeline.tables.publish_tables import publish
 from tests.pipeline.made_units import make_job
 

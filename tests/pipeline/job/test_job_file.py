@@ -26,7 +26,7 @@ from pipeline.job.job_file import (
     require_job,
     units_per_part,
 )
-from pipeline.settings import AccessRules, DetectorSettings, Place
+from pipeline.settings import AccessRules, JobDetector, Place
 from pipeline.stages.crash_log import Attempts
 from pipeline.storage import object_store as buckets
 from pipeline.storage.store import Store
@@ -39,7 +39,7 @@ INPUTS = {
 }
 
 
-DETECTOR = DetectorSettings(
+DETECTOR = JobDetector(
     name="hf:there", fingerprint="f" * 64, prompts={"a": "b"}, license="apache-2.0", options={"o": 1}
 )
 
@@ -118,7 +118,7 @@ def test_machines_limits_lineage_and_code_may_change_between_resumes(local_store
     context = dataclasses.replace(
         make_context(run_id="run-2"),
         lineage={"code_version": "other"},
-        limits=dataclasses.replace(make_context().limits, fetch_timeout_s=1.0, max_image_pixels=1),
+        limits=make_context().limits.model_copy(update={"fetch_timeout_s": 1.0, "max_image_pixels": 1}),
         access=AccessRules(roots=("/data",)),
         segmenter="tests.fakes:segmenter",
     )
@@ -131,7 +131,7 @@ def test_machines_limits_lineage_and_code_may_change_between_resumes(local_store
 
 def test_a_detector_may_lie_elsewhere_but_a_class_of_ones_own_is_known_by_its_name():
     def identity(name):
-        context = dataclasses.replace(make_context(), detector=dataclasses.replace(DETECTOR, name=name))
+        context = dataclasses.replace(make_context(), detector=DETECTOR.model_copy(update={"name": name}))
         return identity_of(context, inputs=INPUTS, limit=None, protocol=1)["detector"]
 
     assert identity("hf:here") == identity("hf:there")

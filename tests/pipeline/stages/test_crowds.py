@@ -18,10 +18,9 @@ from pipeline.errors import JobRefused
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.job.job_file import require_job
 from pipeline.planning.make_plan import Plan, make_plan
-from pipeline.settings import AccessRules, BoxRules, Place
+from pipeline.settings import AccessRules, BoxRules, FilterSettings, Place
 from pipeline.stages.resolve_boxes import resolve_boxes
 from pipeline.storage.store import Store
-from pipeline.tables.mask_quality import FilterSettings
 from pipeline.tables.publish_tables import flatten_unit, publish
 from pipeline.tables.unit_files import ImageResult, build_unit_table, check_against_plan
 from tests.jobs.made_outputs import MadeImage, blob, make_output

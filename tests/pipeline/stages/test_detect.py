@@ -16,7 +16,7 @@ from model.geometry import resize_longest_side
 from pipeline.errors import JobRefused, SystemicFault
 from pipeline.images.decode_process import DecodeChild
 from pipeline.job.job_file import Job
-from pipeline.settings import BoxRules, DetectorSettings, Limits
+from pipeline.settings import BoxRules, JobDetector, Limits
 from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.detect import load_detector, try_out
 from pipeline.stages.hand_over import UnitRow, pack, unpack
@@ -71,9 +71,9 @@ class Corners:
         )
 
 
-def settings(**fields) -> DetectorSettings:
+def settings(**fields) -> JobDetector:
     name = "tests.pipeline.stages.test_detect:Corners"
-    return DetectorSettings(**({"name": name, "fingerprint": "corners 1", "longest_side": LONGEST} | fields))
+    return JobDetector(**({"name": name, "fingerprint": "corners 1", "longest_side": LONGEST} | fields))
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +373,7 @@ def test_the_documented_example_of_ones_own_detector_works(tmp_path, child, monk
     assert rows["b.png"]["status"] == "no_boxes"
 
 
-def child_of(asked: DetectorSettings) -> DecodeChild:
+def child_of(asked: JobDetector) -> DecodeChild:
     return DecodeChild(Limits(decode_timeout_s=5), SIDE, detector_side=asked.longest_side)
 
 

@@ -15,7 +15,8 @@ from pycocotools import mask as coco_mask
 from model.records import Instances
 from pipeline import rle_strips as runs
 from pipeline.schema import UNIT_INSTANCE
-from pipeline.tables.mask_quality import FLAGS, FilterSettings, mark, measure, order_flags
+from pipeline.settings import FilterSettings
+from pipeline.tables.mask_quality import FLAGS, mark, measure, order_flags
 
 
 def counts_of(mask: np.ndarray) -> str:

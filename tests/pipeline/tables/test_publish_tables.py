@@ -24,6 +24,7 @@ from pycocotools import mask as coco_mask
 
 from pipeline import schema
 from pipeline.errors import DamageFound, JobRefused
+from pipeline.settings import FilterSettings
 from pipeline.storage import sealed_parquet as parquet
 from pipeline.storage.store import Store
 from pipeline.tables import publish_tables as publish
@@ -31,7 +32,6 @@ from pipeline.tables import unit_files as units
 from pipeline.tables.clean_output import clean
 from pipeline.tables.job_status import status
 from pipeline.tables.manifest import MANIFEST_KEY, finished_units, read_manifest, write_manifest
-from pipeline.tables.mask_quality import FilterSettings
 from pipeline.tables.publish_tables import flatten_unit, publish_part
 from pipeline.tables.unit_files import list_committed, mask_columns_digest
 from pipeline.tables.verify_output import verify
