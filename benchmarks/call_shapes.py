@@ -25,9 +25,10 @@ from jobs.config import Config, load_config
 from jobs.job_setup.checkpoint import read_checkpoint
 from jobs.terminal import console
 from model.config import PUBLISHED, SamHQConfig
+from model.device import Dtype, probe_dtype
 from model.records import CallShape, Instances, PreparedImage, Prompts
 from model.sam_hq import SamHQ
-from model.segmenter import Dtype, Segmenter, probe_dtype
+from model.segmenter import Segmenter
 from pipeline.errors import UsageError
 from pipeline.stages.load_model import load_model
 

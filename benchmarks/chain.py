@@ -194,7 +194,8 @@ _MODELS: list[object] = []
 
 
 def _load_model(weights: Weights, masks: MaskSettings, device: str) -> None:
-    from model.segmenter import Segmenter, set_cpu_threads
+    from model.device import set_cpu_threads
+    from model.segmenter import Segmenter
 
     set_cpu_threads(masks.cpu_threads)
     model = load_model(weights, device).model

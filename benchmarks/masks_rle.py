@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
-from model import rle
 from model.geometry import target_size_hw
 from model.masks import trace_masks
 
@@ -66,10 +65,10 @@ def two_step(low: torch.Tensor, resized_hw: tuple[int, int], size_hw: tuple[int,
 
 def traced(low: torch.Tensor, resized_hw: tuple[int, int], size_hw: tuple[int, int]) -> tuple[str, ...]:
     """What `Segmenter` does with the logits of one call."""
-    found = trace_masks(low, resized_hw=resized_hw, size_hw=size_hw)
-    rle.run_areas(found.runs)
-    rle.run_bboxes_xywh(found.runs)
-    return rle.compress(found.runs)
+    runs = trace_masks(low, resized_hw=resized_hw, size_hw=size_hw).runs()
+    runs.areas()
+    runs.bboxes_xywh()
+    return runs.counts()
 
 
 def seconds(road: Callable[[], tuple[str, ...]]) -> tuple[float, tuple[str, ...]]:

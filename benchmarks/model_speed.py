@@ -40,13 +40,14 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch.profiler import ProfilerActivity, profile
 
-from model import rle
 from model.checkpoints import save_transformers
 from model.config import PUBLISHED
+from model.device import Dtype
 from model.geometry import scale_boxes, target_size_hw
 from model.records import CallShape, Instances
+from model.rle import rle_to_mask
 from model.sam_hq import SamHQ
-from model.segmenter import Dtype, Segmenter
+from model.segmenter import Segmenter
 from tests.parity.lively import boxes_in, lively, photo
 from tests.parity.oracle import predictor_of
 
@@ -110,9 +111,11 @@ def encode(masks_NHW: torch.Tensor) -> list[str]:
 
 def agreement(counts: list[str], reference: list[str]) -> str:
     """Mean IoU of the masks, and the share of pixels that differ."""
-    ious = [rle.rle_iou([one], [other], SIZE_HW)[0, 0] for one, other in zip(counts, reference, strict=True)]
-    pairs = zip(counts, reference, strict=True)
-    flipped = [np.mean(rle.decode_rle(a, SIZE_HW) != rle.decode_rle(b, SIZE_HW)) for a, b in pairs]
+    pairs = [
+        (rle_to_mask(a, SIZE_HW), rle_to_mask(b, SIZE_HW)) for a, b in zip(counts, reference, strict=True)
+    ]
+    ious = [(a & b).sum() / max(1, (a | b).sum()) for a, b in pairs]
+    flipped = [np.mean(a != b) for a, b in pairs]
     return f"IoU {np.mean(ious):.4f}, {100 * np.mean(flipped):.3f} % of pixels differ"
 
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model import rle
 from model.checkpoints import DEMO_FOLDER, load
 from model.records import CallShape, Instances
+from model.rle import rle_to_mask
 from model.sam_hq import SamHQ
 from model.segmenter import Segmenter
 from tests.parity.lively import SMALL_VITS, boxes_in, lively, photo
@@ -48,11 +48,12 @@ def compare(model: SamHQ, pictures: Iterator[Picture]) -> list[Agreement]:
         (one,), (other,) = exact.segment([image], [boxes]), rounded.segment([image], [boxes])
         assert isinstance(one, Instances), one
         assert isinstance(other, Instances), other
-        pairs = list(zip(one.counts, other.counts, strict=True))
-        ious = [float(rle.rle_iou([a], [b], one.size_hw)[0, 0]) for a, b in pairs]
-        differing = sum(
-            int((rle.decode_rle(a, one.size_hw) != rle.decode_rle(b, one.size_hw)).sum()) for a, b in pairs
-        )
+        pairs = [
+            (rle_to_mask(a, one.size_hw), rle_to_mask(b, one.size_hw))
+            for a, b in zip(one.counts, other.counts, strict=True)
+        ]
+        ious = [float((a & b).sum() / max(1, (a | b).sum())) for a, b in pairs]
+        differing = sum(int((a != b).sum()) for a, b in pairs)
         found.append(Agreement(ious=ious, differing=differing, pixels=len(pairs) * int(np.prod(one.size_hw))))
     return found
 

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.config import MaskDecoderConfig
+from model.device import to_device
 from model.layers import LayerNorm2d, ReluMLP
 from model.records import EncoderFeatures
-from model.transfer import to_device
 from model.transformer import ImageSide, PositionTerms, TwoWayTransformer
 
 ALL_MASK_TOKENS = (0, 1, 2, 3)

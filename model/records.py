@@ -138,6 +138,11 @@ class CallShape:
     images_per_call: int = 1
     boxes_per_call: int = 16
 
+    def __post_init__(self) -> None:
+        """Raise ValueError unless both are at least 1."""
+        if min(self.images_per_call, self.boxes_per_call) < 1:
+            raise ValueError(f"{self}: both numbers must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsInfo:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from model.config import PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
+from model.device import to_device
 from model.geometry import resize_longest_side, target_size_hw
 from model.image_encoder import ImageEncoderViT
 from model.mask_decoder import MaskDecoder, SharedImages, TokenMasks
@@ -27,7 +28,6 @@ from model.prompt_encoder import PromptEncoder
 from model.prompts import PromptBatch, box_rows, check_prompts, group_prompts
 from model.records import EncoderFeatures, ImageEmbedding, MaskLogits, Prompts
 from model.tiny_vit import TinyViT
-from model.transfer import to_device
 
 Multimask = Literal["single", "best", "three"]
 """`single`: mask token 0. `best`: of tokens 1 to 3 the one with the highest predicted IoU (the original's

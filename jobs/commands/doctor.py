@@ -26,7 +26,7 @@ from jobs.job_setup.job_detector import read_detector
 from jobs.job_setup.resolve_settings import is_local, output_place
 from jobs.terminal import console
 from jobs.terminal.environment import REFUSED, dangerous_switches
-from model.segmenter import probe_dtype
+from model.device import probe_dtype
 from pipeline.errors import HqlabelError, clean_text
 from pipeline.storage.store import Store
 

@@ -21,11 +21,10 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
-from model.counts import SHORT_PIXELS
+from model.rle import MASKS_PER_BATCH, SHORT_PIXELS, compress_lengths, rle_faults
 from pipeline.errors import JobRefused, clean_text
 from pipeline.inputs.csv_jsonl import refuse_other_bytes
 from pipeline.inputs.json_stream import JsonDamage, Lines, split_arrays
-from pipeline.rle_strips import MASKS_PER_STEP, faults_of, text_of_lengths
 from pipeline.settings import AccessRules
 from pipeline.storage.read_objects import open_input
 from pipeline.storage.uri_rules import options_for
@@ -333,9 +332,9 @@ def _objects(
     wrongs = _Wrongs(uri, "annotation", "annotations")
     drafts = _drafts(_records(blocks, wrongs), images, categories, rules, wrongs)
     objects: dict[str, list[TruthObject]] = {}
-    while some := list(islice(drafts, MASKS_PER_STEP)):
+    while some := list(islice(drafts, MASKS_PER_BATCH)):
         given = [one for one in some if not one.drawn]
-        faults = iter(faults_of([one.counts for one in given], [one.size_hw for one in given]))
+        faults = iter(rle_faults([one.counts for one in given], [one.size_hw for one in given]))
         for draft in some:
             fault = None if draft.drawn else next(faults)
             if fault is None:
@@ -507,7 +506,7 @@ def _counts(record: Record, size_hw: tuple[int, int], rules: Counter[str]) -> ob
     if not isinstance(counts, list):
         return counts
     try:
-        return text_of_lengths(counts)
+        return compress_lengths(counts)
     except ValueError as error:
         raise _Wrong("with damaged runs", str(error)) from None
 
@@ -581,6 +580,6 @@ def _check_reach(parts: Sequence[Float64Array], size_hw: tuple[int, int]) -> Non
 def _union(masks: list[Any]) -> dict[str, Any]:
     """The union of masks. pycocotools merges one after the other, so thousands go in groups."""
     while len(masks) > 1:
-        step = MASKS_PER_STEP
+        step = MASKS_PER_BATCH
         masks = [coco_mask.merge(masks[start : start + step]) for start in range(0, len(masks), step)]
     return dict(masks[0])

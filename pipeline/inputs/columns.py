@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
+from model.rle import compress_lengths
 from pipeline.errors import JobRefused, clean_text
 from pipeline.inputs.arrow_lists import list_lengths, null_mask, to_lists
-from pipeline.rle_strips import text_of_lengths
 from pipeline.settings import BoxFormat
 
 Leaf = Literal["text", "key", "number", "integer", "whole", "big", "flag", "rle", "null"]
@@ -500,7 +500,7 @@ def _text(counts: Any) -> str:
         return counts.decode("ascii", errors="replace")
     if isinstance(counts, list):
         try:
-            return text_of_lengths(counts)
+            return compress_lengths(counts)
         except ValueError:
             return ""
     return counts if isinstance(counts, str) and counts.isascii() else ""

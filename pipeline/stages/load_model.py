@@ -6,45 +6,18 @@ and imported by the processes that run the model alone. Others would pay 200 MB 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from model import rle
 from model.checkpoints import DEMO_FOLDER, CheckpointError, LoadedModel, load
 from model.config import ConfigError
-from model.prompts import mask_to_prompt
-from model.records import CallShape, Instances, PreparedImage, SegmentFailure
-from model.segmenter import Segmenter, probe_dtype, set_cpu_threads
+from model.device import probe_dtype, set_cpu_threads
+from model.segmenter import Segmenter
 from model.weight_files import ENDINGS, Source
 from pipeline.errors import JobRefused, SystemicFault, clean_text
 from pipeline.settings import DEMO, JobContext, Weights
 from pipeline.storage.read_objects import list_objects, open_input
 from pipeline.storage.uri_rules import split_scheme
-
-
-@dataclass(frozen=True, kw_only=True)
-class TorchSegmenter:
-    """A loaded model as `segment.SegmentWorker` uses it."""
-
-    segmenter: Segmenter
-
-    @property
-    def call_shape(self) -> CallShape:
-        """The fixed shapes of the model's calls."""
-        return self.segmenter.call_shape
-
-    def segment_prepared(self, images: Sequence[PreparedImage]) -> list[Instances | SegmentFailure]:
-        """See `Segmenter.segment_prepared`."""
-        return self.segmenter.segment_prepared(images)
-
-    def mask_prompt(self, counts: str, size_hw: tuple[int, int]) -> npt.NDArray[np.float32]:
-        """A mask given as compressed COCO runs of the upright picture, as low-resolution logits."""
-        mask = rle.decode_rle(counts, size_hw).astype(np.bool_)
-        return mask_to_prompt(mask, side=self.segmenter.input_side)
 
 
 def open_weights(source: str, options: Mapping[str, Any]) -> Source:
@@ -88,7 +61,7 @@ def load_model(weights: Weights, device: str = "cpu") -> LoadedModel:
     return loaded
 
 
-def load_segmenter(context: JobContext, use_gpu: bool) -> TorchSegmenter:
+def load_segmenter(context: JobContext, use_gpu: bool) -> Segmenter:
     """The job's model with the job's settings, on the GPU that Ray gave this process or on the CPU.
 
     On a CPU this process computes with the job's number of threads from here on, whatever OMP_NUM_THREADS
@@ -133,7 +106,7 @@ def load_segmenter(context: JobContext, use_gpu: bool) -> TorchSegmenter:
             f"{context.weights.source} takes images of side {segmenter.input_side}, the job's were resized "
             f"to {context.weights.input_side}",
         )
-    return TorchSegmenter(segmenter=segmenter)
+    return segmenter
 
 
 def native_dtype(use_gpu: bool) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.records import Instances, Prompts
-from pipeline.rle_strips import text_of_lengths
+from model.rle import compress_lengths
 from pipeline.settings import BoxRules
 from pipeline.stages.resolve_boxes import resolve_boxes
 from pipeline.unit import ImageResult, ResolvedBoxes
@@ -89,7 +89,7 @@ def _kind(boxes: ResolvedBoxes, row: int) -> tuple[bool, int, bool]:
 def without_numbers(group: PromptGroup, size_hw: tuple[int, int]) -> Instances:
     """What a group of prompts has for which the model gave no finite number: empty masks, no scores."""
     count = len(group)
-    empty = text_of_lengths([size_hw[0] * size_hw[1]])
+    empty = compress_lengths([size_hw[0] * size_hw[1]])
     return Instances(
         size_hw=size_hw,
         counts=(empty,) * count,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from model.geometry import BoxFormat as PlainFormat
 from model.geometry import box_iou, boxes_to_xyxy, clip_boxes, denormalise_boxes
-from pipeline import rle_strips as runs
+from model.rle import rle_faults
 from pipeline.settings import BoxFormat, BoxFrame, BoxRules
 from pipeline.unit import ResolvedBoxes
 
@@ -221,7 +221,7 @@ def prompt_faults(boxes: Sequence[Mapping[str, Any]]) -> list[str | None]:
     """
     found = [_points_fault(box.get("points_xy") or [], box.get("point_labels") or []) for box in boxes]
     masks = [(place, box["prompt_mask"]) for place, box in enumerate(boxes) if box.get("prompt_mask")]
-    faults = runs.faults_of([mask["counts"] for _, mask in masks], [mask["size"] for _, mask in masks])
+    faults = rle_faults([mask["counts"] for _, mask in masks], [mask["size"] for _, mask in masks])
     for (place, _), fault in zip(masks, faults, strict=True):
         if fault is not None and found[place] is None:
             mask = boxes[place]["prompt_mask"]

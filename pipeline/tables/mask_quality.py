@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
+from model import rle
 from model.records import Instances
-from pipeline import rle_strips as runs
 from pipeline.settings import FilterSettings
 
 Float64Array = npt.NDArray[np.float64]
@@ -117,10 +117,10 @@ def _count(
     counts: Sequence[str], sizes_hw: npt.NDArray[np.int64], boxes: Float64Array
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     inside, components = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for step in runs.steps(counts):
-        strips = runs.read_strips(counts[step], sizes_hw[step])
-        inside.append(runs.count_inside(strips, boxes[step]))
-        components.append(runs.count_components(strips))
+    for step in rle.batches(counts):
+        strips = rle.parse_strips(counts[step], sizes_hw[step])
+        inside.append(rle.count_inside(strips, boxes[step]))
+        components.append(rle.count_components(strips))
     return np.concatenate(inside), np.concatenate(components)
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pycocotools import mask as coco_mask
 
-from pipeline import rle_strips as runs
+from model import rle
 from pipeline import schema
 from pipeline.errors import BOX_CODES, IMAGE_CODES, SET_ASIDE, box_code
 
@@ -146,7 +146,7 @@ def _instance_faults(row: Mapping[str, Any]) -> Iterator[str]:
 def _mask_faults(rows: Sequence[Mapping[str, Any]], places: Sequence[int]) -> Iterator[tuple[int, str]]:
     """Masks of these rows whose string, size, area and box do not agree: the row's place and what is wrong.
 
-    Judged by pycocotools and by runs.py, all masks together.
+    Judged by pycocotools and by rle.py, all masks together.
     """
     masks = []
     for place in places:
@@ -159,14 +159,14 @@ def _mask_faults(rows: Sequence[Mapping[str, Any]], places: Sequence[int]) -> It
         else:
             index, found = odd["instance_index"], odd["segmentation"]["size"]
             yield place, f"instance {index}: mask of size {found}, image of {size}"
-    for step in runs.steps([one["segmentation"]["counts"] for _, one in masks]):
+    for step in rle.batches([one["segmentation"]["counts"] for _, one in masks]):
         yield from _run_faults(masks[step])
 
 
 def _run_faults(masks: Sequence[tuple[int, Mapping[str, Any]]]) -> Iterator[tuple[int, str]]:
     rles = [one["segmentation"] for _, one in masks]
     try:
-        runs.read_strips([rle["counts"] for rle in rles], [rle["size"] for rle in rles])
+        rle.parse_strips([rle["counts"] for rle in rles], [rle["size"] for rle in rles])
         areas, boxes = coco_mask.area(rles), coco_mask.toBbox(rles)
     except ValueError as error:
         if len(masks) > 1:  # one by one, to say which

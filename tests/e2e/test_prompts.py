@@ -66,7 +66,7 @@ def alone(segmenter: Segmenter, data: bytes, one: dict) -> Instances:
     decoded = decode_image(data, max_pixels=10**8, side=128)
     logits = None
     if one["prompt_mask"] is not None:
-        inside = rle.decode_rle(one["prompt_mask"]["counts"], decoded.size_hw).astype(np.bool_)
+        inside = rle.rle_to_mask(one["prompt_mask"]["counts"], decoded.size_hw)
         logits = mask_to_prompt(inside, side=128)[None]
     prompts = Prompts(
         boxes_xyxy=None if one["boxes"] is None else np.array([one["boxes"]]),

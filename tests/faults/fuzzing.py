@@ -38,6 +38,7 @@ from jobs.evaluate.evaluate import run as evaluate_truth
 from jobs.results.select_rows import Selection
 from model.checkpoints import load
 from model.records import CallShape
+from model.segmenter import Segmenter
 from pipeline.errors import BOX_CODES, ImageError, JobRefused, UsageError
 from pipeline.images.decode_process import DecodeChild
 from pipeline.inputs.open_inputs import InputSettings
@@ -46,7 +47,7 @@ from pipeline.planning.suspicious_boxes import suspicions
 from pipeline.settings import BoxRules, JobContext, Limits, MaskSettings, Place, Weights
 from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.hand_over import UnitRow, pack, unpack
-from pipeline.stages.load_model import TorchSegmenter, load_segmenter
+from pipeline.stages.load_model import load_segmenter
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.resolve_boxes import prompt_faults, resolve_boxes
 from pipeline.stages.segment import SegmentWorker
@@ -449,10 +450,10 @@ def _typed(value: Any, kind: pa.DataType) -> Any:
     return value
 
 
-_MODELS: dict[str, TorchSegmenter] = {}
+_MODELS: dict[str, Segmenter] = {}
 
 
-def shared_segmenter(context: JobContext, use_gpu: bool) -> TorchSegmenter:
+def shared_segmenter(context: JobContext, use_gpu: bool) -> Segmenter:
     """The job's real model; for `JobContext.segmenter`. Loaded once in a process."""
     source = context.weights.source
     if source not in _MODELS:

@@ -7,7 +7,7 @@ number: red, green and blue as the digits of a fraction in base 256, which float
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,22 +15,23 @@ import numpy as np
 import jobs.job_setup.open_job
 from jobs.cli import main as cli
 from model.records import Instances, PreparedImage, SegmentFailure
+from model.segmenter import Segmenter
 from pipeline.settings import JobContext
-from pipeline.stages.load_model import TorchSegmenter, load_segmenter
+from pipeline.stages.load_model import load_segmenter
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProbeSegmenter(TorchSegmenter):
-    def segment_prepared(self, images: Sequence[PreparedImage]) -> list[Instances | SegmentFailure]:
-        answers = super().segment_prepared(images)
+def probe_segmenter(context: JobContext, use_gpu: bool) -> Segmenter:
+    segmenter = load_segmenter(context, use_gpu)
+    segment = segmenter.segment_prepared
+
+    def segment_prepared(images: Sequence[PreparedImage]) -> list[Instances | SegmentFailure]:
         return [
             replace(answer, predicted_iou=colour_numbers(image)) if isinstance(answer, Instances) else answer
-            for image, answer in zip(images, answers, strict=True)
+            for image, answer in zip(images, segment(images), strict=True)
         ]
 
-
-def probe_segmenter(context: JobContext, use_gpu: bool) -> ProbeSegmenter:
-    return ProbeSegmenter(segmenter=load_segmenter(context, use_gpu).segmenter)
+    segmenter.segment_prepared = segment_prepared  # type: ignore[method-assign]
+    return segmenter
 
 
 def colour_numbers(image: PreparedImage) -> np.ndarray:

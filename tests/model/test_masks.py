@@ -1,4 +1,4 @@
-"""Masks from logits: the plain road against the arithmetic written out, the traced one against it."""
+"""Masks from logits: the plain way against the arithmetic written out, the traced one against it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import frames, masks, rle, tiles
+from model import masks, rle
 from model.geometry import target_size_hw
+from tests.model import plain_masks
 
 LOW_SIDE = 256
 SIZES_HW = [
@@ -91,31 +92,32 @@ def trace(low: torch.Tensor, size_hw: tuple[int, int], **settings: float) -> mas
     return masks.trace_masks(low, resized_hw=resized_hw, size_hw=size_hw, **settings)
 
 
-def plain(low: torch.Tensor, size_hw: tuple[int, int], **settings: float) -> masks.PlainMasks:
+def plain(low: torch.Tensor, size_hw: tuple[int, int], **settings: float) -> plain_masks.PlainMasks:
     resized_hw = target_size_hw(size_hw, 4 * low.shape[-1])
-    return masks.plain_masks(low, resized_hw=resized_hw, size_hw=size_hw, **settings)
+    return plain_masks.plain_masks(low, resized_hw=resized_hw, size_hw=size_hw, **settings)
 
 
 def traced_bytes(traced: masks.TracedMasks) -> list[tuple[str, float]]:
-    return list(zip(rle.compress(traced.runs), traced.stability_score.tolist(), strict=True))
+    return list(zip(traced.runs().counts(), traced.stability_score.tolist(), strict=True))
 
 
-def assert_traced_is_plain(low: torch.Tensor, size_hw: tuple[int, int], threshold: float = 0.0) -> None:
-    """Pixels may differ only where the logit is within 1e-4 of the threshold; scores by as many counts."""
-    traced = trace(low, size_hw, mask_threshold=threshold)
-    counts = rle.compress(traced.runs)
+def assert_traced_is_plain(low: torch.Tensor, size_hw: tuple[int, int]) -> None:
+    """Pixels may differ only where the logit is within 1e-4 of 0; scores by as many counts."""
+    traced = trace(low, size_hw)
+    runs = traced.runs()
+    counts = runs.counts()
     assert len(counts) == len(low)
     for i, text in enumerate(counts):
-        reference = plain(low[i : i + 1], size_hw, mask_threshold=threshold)
+        reference = plain(low[i : i + 1], size_hw)
         logits = masks.upsample_logits(low[i : i + 1], target_size_hw(size_hw, 4 * low.shape[-1]), size_hw)[0]
-        mask = torch.from_numpy(rle.decode_rle(text, size_hw)).bool()
+        mask = torch.from_numpy(rle.rle_to_mask(text, size_hw))
         unlike = mask != reference.masks_NHW[0]
-        assert not (unlike & ((logits - threshold).abs() > 1e-4)).any()
+        assert not (unlike & (logits.abs() > 1e-4)).any()
         if not unlike.any():
-            assert rle.run_areas(traced.runs)[i] == reference.area_N[0]
-            np.testing.assert_array_equal(rle.run_bboxes_xywh(traced.runs)[i], reference.bbox_xywh_N4[0])
-        unsure = int((((logits - threshold).abs() - 1).abs() < 1e-4).sum())
-        below = max(1, int((logits > threshold - 1).sum()))
+            assert runs.areas()[i] == reference.area_N[0]
+            np.testing.assert_array_equal(runs.bboxes_xywh()[i], reference.bbox_xywh_N4[0])
+        unsure = int(((logits.abs() - 1).abs() < 1e-4).sum())
+        below = max(1, int((logits > -1).sum()))
         difference = abs(float(traced.stability_score[i]) - float(reference.stability_score_N[0]))
         assert difference <= 2 * unsure / below + 1e-7
 
@@ -149,18 +151,11 @@ def test_other_input_sides(low_side: int) -> None:
     assert_traced_is_plain(blobs(size_hw, 4, low_side), size_hw)
 
 
-@pytest.mark.parametrize("threshold", [-2.5, 0.75])
-def test_other_thresholds(threshold: float) -> None:
-    size_hw = (150, 210)
-    low = torch.cat([blobs(size_hw, 3), difficult_logits(size_hw)["noise"][None]])
-    assert_traced_is_plain(low, size_hw, threshold)
-
-
 def test_a_stability_offset_moves_both_counts() -> None:
     size_hw = (150, 210)
     low = blobs(size_hw, 3)
     for offset in (0.25, 4.0):
-        traced, reference = (road(low, size_hw, stability_offset=offset) for road in (trace, plain))
+        traced, reference = (way(low, size_hw, stability_offset=offset) for way in (trace, plain))
         logits = masks.upsample_logits(low, target_size_hw(size_hw, 1024), size_hw)
         expected = (logits > offset).sum((1, 2)) / (logits > -offset).sum((1, 2))
         np.testing.assert_allclose(traced.stability_score, expected, atol=1e-4)
@@ -170,14 +165,14 @@ def test_a_stability_offset_moves_both_counts() -> None:
 def test_an_empty_and_a_full_mask() -> None:
     low = difficult_logits((333, 500))
     traced = trace(torch.stack([low["empty"], low["full"]]), (333, 500))
-    assert rle.run_areas(traced.runs).tolist() == [0, 333 * 500]
-    assert rle.run_bboxes_xywh(traced.runs).tolist() == [[0, 0, 0, 0], [0, 0, 500, 333]]
+    assert traced.runs().areas().tolist() == [0, 333 * 500]
+    assert traced.runs().bboxes_xywh().tolist() == [[0, 0, 0, 0], [0, 0, 500, 333]]
     assert traced.stability_score.tolist() == [0.0, 1.0]
 
 
 def test_what_is_positive_in_the_padding_alone_is_not_in_the_mask() -> None:
     low = difficult_logits((333, 500))["only in the padding"][None]
-    assert rle.run_areas(trace(low, (333, 500)).runs).tolist() == [0]
+    assert trace(low, (333, 500)).runs().areas().tolist() == [0]
     assert int(plain(low, (333, 500)).area_N) == 0
 
 
@@ -185,7 +180,7 @@ def test_what_is_positive_in_the_padding_alone_is_not_in_the_mask() -> None:
 def test_a_logit_of_zero_is_outside(zero: float) -> None:
     low = torch.full((1, 64, 64), zero)
     assert int(plain(low, (50, 80)).area_N) == 0
-    assert rle.run_areas(trace(low, (50, 80)).runs).tolist() == [0]
+    assert trace(low, (50, 80)).runs().areas().tolist() == [0]
 
 
 def test_a_mask_on_the_contour_of_an_exact_zero() -> None:
@@ -195,7 +190,7 @@ def test_a_mask_on_the_contour_of_an_exact_zero() -> None:
     low[:, :, 32:] = 0.0
     low[:, :, 33:] = 1.0
     assert_traced_is_plain(low, (64, 64))
-    assert int(rle.run_areas(trace(low, (64, 64)).runs)[0]) == int(plain(low, (64, 64)).area_N)
+    assert int(trace(low, (64, 64)).runs().areas()[0]) == int(plain(low, (64, 64)).area_N)
 
 
 def test_stability_is_never_nan() -> None:
@@ -210,7 +205,7 @@ def test_stability_is_never_nan() -> None:
 def test_no_masks() -> None:
     low = torch.zeros((0, 256, 256))
     traced = trace(low, (427, 640))
-    assert len(traced.runs) == 0
+    assert len(traced.runs()) == 0
     assert traced.stability_score.shape == (0,)
     assert plain(low, (427, 640)).masks_NHW.shape == (0, 427, 640)
 
@@ -233,11 +228,11 @@ def test_whole_frames_have_the_bytes_of_tiles(
 ) -> None:
     low = torch.cat([blobs(size_hw, 4), torch.stack(list(difficult_logits(size_hw).values()))])
     monkeypatch.setattr(masks, "WHOLE_FRAME_SHARE", 1.0)
-    of_tiles = traced_bytes(trace(low, size_hw, mask_threshold=0.25))
+    of_tiles = traced_bytes(trace(low - 0.25, size_hw))
     monkeypatch.setattr(masks, "WHOLE_FRAME_SHARE", -1.0)
-    for strip_pixels in (frames.STRIP_PIXELS, 3 * size_hw[0]):
-        monkeypatch.setattr(frames, "STRIP_PIXELS", strip_pixels)
-        assert traced_bytes(trace(low, size_hw, mask_threshold=0.25)) == of_tiles
+    for strip_pixels in (masks.STRIP_PIXELS, 3 * size_hw[0]):
+        monkeypatch.setattr(masks, "STRIP_PIXELS", strip_pixels)
+        assert traced_bytes(trace(low - 0.25, size_hw)) == of_tiles
 
 
 def test_noise_is_traced_as_a_whole_frame_and_objects_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,9 +240,9 @@ def test_noise_is_traced_as_a_whole_frame_and_objects_by_tiles(monkeypatch: pyte
     traced_whole = []
     trace_frame = masks.trace_frame
 
-    def watched(low_LL: torch.Tensor, **settings: Any) -> frames.FrameTrace:
+    def watched(low_LL: torch.Tensor, *settings: Any) -> masks.FrameTrace:
         traced_whole.append(low_LL)
-        return trace_frame(low_LL, **settings)
+        return trace_frame(low_LL, *settings)
 
     monkeypatch.setattr(masks, "trace_frame", watched)
     noise = difficult_logits(size_hw)["noise"]
@@ -261,10 +256,10 @@ def test_the_size_of_tiles_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     low = torch.cat([blobs(size_hw, 4), torch.stack(list(difficult_logits(size_hw).values()))])
     usual = traced_bytes(trace(low, size_hw))
     for tiles_per_axis in (4, 12, 16):
-        monkeypatch.setattr(tiles, "TILES_PER_AXIS", tiles_per_axis)
-        tiles.tile_grid.cache_clear()
+        monkeypatch.setattr(masks, "TILES_PER_AXIS", tiles_per_axis)
+        masks.tile_grid.cache_clear()
         assert traced_bytes(trace(low, size_hw)) == usual
-    tiles.tile_grid.cache_clear()
+    masks.tile_grid.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -272,7 +267,7 @@ def test_the_size_of_tiles_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     [(256, 1024), (683, 427), (1024, 640), (170, 333), (576, 1080), (1024, 3), (1, 7), (5, 5)],
 )
 def test_taps_are_those_of_interpolate(num_in: int, num_out: int) -> None:
-    first, weights = tiles._bilinear_taps(num_in, num_out)
+    first, weights = masks._bilinear_taps(num_in, num_out)
     taps = np.zeros((num_out, num_in + 1), dtype=np.float32)
     taps[np.arange(num_out), first] = weights[:, 0]
     taps[np.arange(num_out), first + 1] += weights[:, 1]
@@ -287,27 +282,23 @@ def test_memory_is_bounded_in_masks_and_pixels() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     traced = trace(low, size_hw)
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert len(traced.runs) == 80
+    assert len(traced.runs()) == 80
     # Dense masks alone would take 1.8 GiB, their logits 7.2 GiB.
     assert grown_mib < 300
 
 
 def test_what_is_not_low_resolution_logits_is_refused() -> None:
     for low in (torch.zeros(2, 64, 32), torch.zeros(64, 64), torch.zeros(1, 64, 64, dtype=torch.bfloat16)):
-        for road in (masks.trace_masks, masks.plain_masks):
+        for way in (masks.trace_masks, plain_masks.plain_masks):
             with pytest.raises(ValueError, match=r"wanted float32 \(N, 4G, 4G\)"):
-                road(low, resized_hw=(256, 256), size_hw=(10, 10))
+                way(low, resized_hw=(256, 256), size_hw=(10, 10))
     with pytest.raises(ValueError, match="wanted sides from 1 to 256"):
         masks.trace_masks(torch.zeros(1, 64, 64), resized_hw=(256, 300), size_hw=(10, 10))
     with pytest.raises(ValueError, match="greater than 0"):
         masks.trace_masks(torch.zeros(1, 64, 64), resized_hw=(256, 256), size_hw=(9, 9), stability_offset=0)
-    with pytest.raises(ValueError, match="mask_threshold is nan"):
-        masks.trace_masks(
-            torch.zeros(1, 64, 64), resized_hw=(256, 256), size_hw=(9, 9), mask_threshold=math.nan
-        )
-    for road in (masks.trace_masks, masks.plain_masks):
+    for way in (masks.trace_masks, plain_masks.plain_masks):
         with pytest.raises(ValueError, match=r"size_hw is \(0, 9\)"):
-            road(torch.zeros(1, 64, 64), resized_hw=(256, 256), size_hw=(0, 9))
+            way(torch.zeros(1, 64, 64), resized_hw=(256, 256), size_hw=(0, 9))
 
 
 @pytest.mark.gpu
@@ -316,7 +307,6 @@ def test_what_is_not_low_resolution_logits_is_refused() -> None:
 def test_cuda_traces_what_the_cpu_does(size_hw: tuple[int, int]) -> None:
     low = torch.cat([blobs(size_hw, 6), torch.stack(list(difficult_logits(size_hw).values()))])
     on_cpu, on_gpu = trace(low, size_hw), trace(low.cuda(), size_hw)
-    assert rle.compress(on_gpu.runs) == rle.compress(on_cpu.runs)
+    assert on_gpu.runs().counts() == on_cpu.runs().counts()
     np.testing.assert_array_equal(on_gpu.stability_score, on_cpu.stability_score)
-    assert rle.encode_masks(plain(low.cuda(), size_hw).masks_NHW) is not None
     assert math.isfinite(float(on_gpu.stability_score.sum()))

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from jobs.terminal.input_report import with_a_look
+from model.rle import compress_lengths
 from pipeline.errors import JobRefused
 from pipeline.images.decode_upright import decode_image, measure_image
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import make_plan
 from pipeline.planning.preview import PICTURES, look
-from pipeline.rle_strips import text_of_lengths
 from pipeline.settings import AccessRules, BoxFrame, BoxRules, Limits
 
 LIMITS = Limits()
@@ -227,7 +227,7 @@ def test_a_header_tells_the_sizes_that_decoding_finds(tmp_path: Path, kind: str,
 
 def test_masks_of_another_size_than_their_picture_are_warned_of(photos: Path, tmp_path: Path) -> None:
     width, height = STORED_WH
-    whole = text_of_lengths([0, width * height])
+    whole = compress_lengths([0, width * height])
     rows = [
         {"image_id": f"{i:03d}.jpg", "bbox": [1, 2, 3, 4], "prompt_mask": {"size": size, "counts": whole}}
         for i, size in (

@@ -125,7 +125,7 @@ def alone(one: dict, data: bytes, checkpoint: Path) -> tuple[str, float]:
     mask, points = one["prompt_mask"], one["points"]
     logits = None
     if mask is not None:
-        inside = rle.decode_rle(mask["counts"], decoded.size_hw).astype(np.bool_)
+        inside = rle.rle_to_mask(mask["counts"], decoded.size_hw)
         logits = mask_to_prompt(inside, side=128)[None]
     prompts = Prompts(
         boxes_xyxy=None if one["box"] is None else np.array([one["box"]]),

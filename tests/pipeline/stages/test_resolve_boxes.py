@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from model.rle import compress_lengths
 from pipeline.errors import BOX_CODES
 from pipeline.planning.suspicious_boxes import suspicions
-from pipeline.rle_strips import text_of_lengths
 from pipeline.settings import BoxRules
 from pipeline.stages.resolve_boxes import MOST_POINTS, resolve_boxes
 from pipeline.unit import ResolvedBoxes
 
 SIZE_HW = (480, 640)
-WHOLE = text_of_lengths([0, 480 * 640])
+WHOLE = compress_lengths([0, 480 * 640])
 
 
 def box(given, **rest):
@@ -275,7 +275,7 @@ def test_points_and_masks_stand_beside_or_instead_of_a_box():
         {"points_xy": [641.0, 2.0], "point_labels": [1]},
         {"prompt_mask": {"size": [640, 480], "counts": WHOLE}},
         {"prompt_mask": {"size": [], "counts": ""}},
-        {"prompt_mask": {"size": [480, 640], "counts": text_of_lengths([0, 480 * 639])}},
+        {"prompt_mask": {"size": [480, 640], "counts": compress_lengths([0, 480 * 639])}},
         {"prompt_mask": {"size": [480, 640], "counts": f"b'{WHOLE}'"}},
         {"prompt_mask": {"size": [480, 640], "counts": "\ud800"}},
         {"prompt_mask": {"size": [-480, -640], "counts": WHOLE}},
@@ -299,7 +299,7 @@ def test_points_far_out_make_the_prompt_invalid_in_every_frame(value):
 
 def test_points_that_fill_up_may_lie_anywhere_and_masks_may_be_empty_or_full():
     many = {"points_xy": [5.0, 6.0] * MOST_POINTS, "point_labels": [0] * MOST_POINTS}
-    masks = [{"size": list(SIZE_HW), "counts": text} for text in (WHOLE, text_of_lengths([480 * 640]))]
+    masks = [{"size": list(SIZE_HW), "counts": text} for text in (WHOLE, compress_lengths([480 * 640]))]
     found = resolve(
         box(None, points_xy=[5.0, 6.0, math.nan, 1e300], point_labels=[1, -1]),
         box((1, 2, 3, 4), **many),

@@ -16,9 +16,9 @@ from pycocotools import mask as coco_mask
 
 from model.checkpoints import DEMO_FOLDER, load
 from model.records import CallShape, SegmentFailure
+from model.rle import compress_lengths
 from pipeline.errors import SystemicFault
 from pipeline.images.decode_process import DecodeChild
-from pipeline.rle_strips import text_of_lengths
 from pipeline.settings import Limits, MaskSettings
 from pipeline.stages.commit import commit_unit
 from pipeline.stages.detect import MOST_RAISED
@@ -350,7 +350,7 @@ def test_a_model_that_never_works_on_an_image_stops_the_job(tmp_path, child):
 def test_a_mask_prompt_that_raises_costs_its_image_alone(tmp_path, child, monkeypatch):
     job = make_job(tmp_path, {"a.png": png(noise(1)), "b.png": png(noise(2))})
     unit = prepared(job, child)
-    mask = {"size": [48, 64], "counts": text_of_lengths([48 * 64])}
+    mask = {"size": [48, 64], "counts": compress_lengths([48 * 64])}
     unit.images[0].planned["boxes"][1]["prompt_mask"] = mask
     monkeypatch.setattr("tests.fakes.BoxSegmenter.mask_prompt", lambda *_: raise_(ValueError("odd")))
 

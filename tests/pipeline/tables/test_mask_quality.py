@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from model.records import Instances
-from pipeline import rle_strips as runs
 from pipeline.schema import UNIT_INSTANCE
 from pipeline.settings import FilterSettings
 from pipeline.tables.mask_quality import FLAGS, mark, measure, order_flags
@@ -59,31 +57,6 @@ def random_masks(seed: int, n: int, height: int, width: int) -> list[np.ndarray]
     return [rng.random((height, width)) < d for d in densities]
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 17), st.integers(1, 17))
-def test_strips_and_components_equal_plain_computation(seed: int, height: int, width: int):
-    masks = random_masks(seed, 5, height, width)
-    strips = runs.read_strips([counts_of(m) for m in masks], (height, width))
-    drawn = np.zeros((5, height, width), dtype=bool)
-    for n, x, top, bottom in zip(strips.mask, strips.x, strips.top, strips.bottom, strict=True):
-        assert not drawn[n, top:bottom, x].any()
-        drawn[n, top:bottom, x] = True
-    np.testing.assert_array_equal(drawn, masks)
-    assert runs.count_components(strips).tolist() == [plain_components(m) for m in masks]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.lists(st.floats(-3, 20), min_size=4, max_size=4))
-def test_pixels_inside_a_box_are_counted_by_their_centre(seed: int, numbers: list[float]):
-    (mask,) = random_masks(seed, 1, 11, 13)
-    x1, x2 = sorted(numbers[:2])
-    y1, y2 = sorted(numbers[2:])
-    centre_x, centre_y = np.arange(13) + 0.5, np.arange(11)[:, None] + 0.5
-    inside = (centre_x >= x1) & (centre_x <= x2) & (centre_y >= y1) & (centre_y <= y2)
-    strips = runs.read_strips([counts_of(mask)], (11, 13))
-    assert runs.count_inside(strips, np.array([[x1, y1, x2, y2]])).tolist() == [(mask & inside).sum()]
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.lists(st.tuples(st.integers(1, 17), st.integers(1, 17)), max_size=6))
 def test_masks_of_different_sizes_are_read_together_as_alone(seed: int, sizes_hw: list[tuple[int, int]]):
@@ -94,106 +67,6 @@ def test_masks_of_different_sizes_are_read_together_as_alone(seed: int, sizes_hw
         alone, part = measure([image], boxes[:1]), together.of(slice(3 * place, 3 * place + 3))
         for name, values in vars(alone).items():
             np.testing.assert_equal(getattr(part, name), values, err_msg=name)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 200_000), max_size=9), st.integers(0, 450))
-def test_steps_cover_all_strings_in_order_and_stay_small(lengths: list[int], many: int):
-    counts = ["0" * length for length in [*lengths, *[1] * many]]
-    parts = [counts[step] for step in runs.steps(counts)]
-    assert [text for part in parts for text in part] == counts
-    assert all(0 < len(part) <= runs.MASKS_PER_STEP for part in parts)
-    assert all(len(part) == 1 or sum(map(len, part)) <= runs.TEXT_PER_STEP for part in parts)
-
-
-def test_large_run_lengths_are_read_like_pycocotools():
-    mask = np.zeros((3000, 4000), bool)
-    mask[100:2900, 50:3990] = True
-    mask[5, 7] = True
-    strips = runs.read_strips([counts_of(mask)], mask.shape)
-    assert (strips.bottom - strips.top).sum() == mask.sum()
-
-
-def test_runs_of_length_zero_do_not_split_a_component():
-    # out 1, in 2, out 0, in 3, out 3: one vertical strip of a 9 x 1 image, written clumsily
-    raw = coco_mask.frPyObjects({"size": [9, 1], "counts": [1, 2, 0, 3, 3]}, 9, 1)
-    strips = runs.read_strips([raw["counts"].decode()], (9, 1))
-    assert runs.count_components(strips).tolist() == [1]
-
-
-@pytest.mark.parametrize(
-    ("counts", "words"),
-    [("", "empty"), ("\x7f", "alphabet"), ("é", "alphabet"), ("5", "runs of 5"), ("o", "inside a number"),
-     ("oooooooooo0", "too many characters"), ("O", "run of -1")],
-)  # fmt: skip
-def test_strings_that_are_no_mask_are_refused(counts: str, words: str):
-    good = counts_of(np.ones((2, 3), bool))
-    with pytest.raises(ValueError, match=f"mask 1: .*{words}"):
-        runs.read_strips([good, counts, good], (2, 3))
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.lists(st.integers(0, 40), min_size=1, max_size=9),
-    st.lists(st.tuples(st.integers(0, 99), st.sampled_from([*"0NPo\x7f é\ud800", ""])), max_size=2),
-    st.booleans(),
-)
-def test_what_has_no_fault_is_read_alike_by_pycocotools(
-    lengths: list[int], edits: list[tuple[int, str]], pad: bool
-) -> None:
-    size = [1, max(1, sum(lengths))]
-    text = str(coco_mask.frPyObjects({"size": size, "counts": lengths}, *size)["counts"], "ascii")
-    for at, piece in edits:
-        text = text[: at % (len(text) + 1)] + piece + text[at % (len(text) + 1) + pad :]
-    good = counts_of(np.ones((2, 3), bool))
-    faults = runs.faults_of([good, text, good], [[2, 3], size, [2, 3]])
-    assert (faults[0], faults[2]) == (None, None)
-    if not edits and sum(lengths):
-        assert faults[1] is None
-    if faults[1] is None:
-        strips = runs.read_strips([text], size)
-        dense = coco_mask.decode({"size": size, "counts": text.encode()})
-        assert (strips.bottom - strips.top).sum() == dense.sum()
-        assert sorted(strips.x.tolist()) == np.flatnonzero(dense[0]).tolist()
-    else:
-        with pytest.raises(ValueError, match="mask 0"):
-            runs.read_strips([text], size)
-        assert faults[1].isprintable()
-
-
-@pytest.mark.parametrize(
-    ("text", "size", "words"),
-    [
-        (b"04", [2, 2], "type bytes"), (None, [2, 2], "type NoneType"), ([0, 4], [2, 2], "type list"),
-        ("04", None, "two whole numbers"), ("04", [2], "two whole numbers"), ("04", [2.0, 2.0], "two whole"),
-        ("04", ["2", "2"], "two whole"), ("04", [True, 4], "two whole"), ("04", [2, None], "two whole"),
-        ("04", [-2, -2], "out of range"), ("04", [0, 4], "out of range"), ("04", [2**70, 1], "out of range"),
-        ("04", [2, 3], "runs of 4 pixels in all, wanted 6"), ("PPPPPPP04", [2, 2], "too many characters"),
-        ("b'04'", [2, 2], "alphabet"), ("MDQ=", [2, 2], "runs of|a run of|inside"), ("", [2, 2], "empty"),
-        ("o" * 1_000_000, [2, 2], "inside a number"), ("0" * 1_000_000, [2, 2], "runs of 0 pixels"),
-    ],
-)  # fmt: skip
-def test_faults_of_masks_that_people_bring_are_named_and_never_raised(text, size, words) -> None:
-    [fault] = runs.faults_of([text], [size])
-    assert re.search(words, fault)
-    assert len(fault) < 100
-
-
-def test_pycocotools_misreads_a_long_negative_number_and_we_refuse_it() -> None:
-    short, long = "5b6d0iloooO", "5b6d0ilooooO"  # runs 5, 210, 20, 107: the same, one character longer
-    assert runs.faults_of([short], [[18, 19]]) == [None]
-    assert int(coco_mask.area({"size": [18, 19], "counts": long.encode()})) != 210 + 107
-    assert "too many characters" in runs.faults_of([long], [[18, 19]])[0]
-
-
-def test_uncompressed_runs_become_the_text_that_pycocotools_makes_of_them() -> None:
-    lengths = [3, 0, 4, 70_000, 1, 2, 900_000]
-    text = coco_mask.frPyObjects({"size": [1, sum(lengths)], "counts": lengths}, 1, sum(lengths))["counts"]
-    assert runs.text_of_lengths(lengths).encode() == text
-    assert runs.text_of_lengths([]) == ""
-    for wrong in (-1, 1.5, "3", None, True, 2**31, 10**5000, [3]):
-        with pytest.raises(ValueError, match="run 1 is no whole number"):
-            runs.text_of_lengths([1, wrong])
 
 
 def test_thirty_thousand_runs_take_well_under_a_tenth_of_a_second():
