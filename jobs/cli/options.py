@@ -201,7 +201,7 @@ Where = Annotated[
         "--where",
         metavar="SQL",
         help='Only instances for which this holds, such as "predicted_iou > 0.8 AND area > 100". Any column '
-        "of instances/ may stand in it. Needs the extra `sql` (DuckDB).",
+        "of instances/ may stand in it.",
         show_default=False,
     ),
 ]

@@ -40,7 +40,9 @@ _FLOORS = {
     "pyarrow": (14, 0, 1),
     "pycocotools": (2, 0, 5),
 }
-_SHOWN_PACKAGES = ("ray", "torch", "pyarrow", "pillow", "numpy", "pycocotools", "fsspec", "safetensors")
+_SHOWN_PACKAGES = (
+    *("ray", "torch", "pyarrow", "pillow", "numpy", "pycocotools", "fsspec", "safetensors", "duckdb"),
+)
 _EXTRAS = {
     "s3fs": "s3",
     "gcsfs": "gcs",

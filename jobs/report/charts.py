@@ -1,4 +1,4 @@
-"""Charts of a report as inline SVG: drawn by hand, coloured by the page's style, read out by their titles."""
+"""Charts of a report as inline SVG: coloured by the page's style, read out by their titles."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _WIDTH, _HEIGHT, _FOOT = 320, 110, 16
 
 def histogram(data: Histogram, line: float | None) -> Markup:
     """Bars of all and, over them, of the accepted; `line`: the filter's bound, in the axis' unit."""
-    most = max(int(data.counts.max()), 1)
+    most = max(*data.counts, 1)
     step = _WIDTH / len(data.counts)
     marks = []
     for place, (number, accepted) in enumerate(zip(data.counts, data.accepted, strict=True)):
         if not number:
             continue
         low, high = _edges(data, place)
-        said = f"{low} to {high}: {number:,}" + (f", {accepted:,} accepted" if accepted else "")
-        marks.append(f"<g><title>{said}</title>{_bar(place * step, step, int(number), most, 'all')}")
-        marks.append((_bar(place * step, step, int(accepted), most, "kept") if accepted else "") + "</g>")
+        title = f"{low} to {high}: {number:,}" + (f", {accepted:,} accepted" if accepted else "")
+        marks.append(f"<g><title>{title}</title>{_bar(place * step, step, number, most, 'all')}")
+        marks.append((_bar(place * step, step, accepted, most, "kept") if accepted else "") + "</g>")
     if line is not None:
         at = (math.log10(max(line, 1)) if data.log else line) - data.low
         x = _WIDTH * min(max(at / (data.high - data.low), 0), 1)
         marks.append(f'<line class="bound" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{_HEIGHT}"/>')
-    name = f"Histogram of {data.name}: {int(data.counts.sum()):,} values, most in one bin {most:,}"
+    name = f"Histogram of {data.name}: {sum(data.counts):,} values, most in one bin {most:,}"
     return _svg("".join(marks), name, (_edges(data, 0)[0], _edges(data, len(data.counts) - 1)[1]))
 
 
@@ -40,8 +40,8 @@ def bars(pace: Pace) -> Markup:
     marks = []
     for place, number in enumerate(pace.counts):
         when = dt.datetime.fromtimestamp(pace.start_s + place * pace.span_s, dt.UTC)
-        said = f"{when:%Y-%m-%d %H:%M:%S} UTC: {number:,} images"
-        marks.append(f"<g><title>{said}</title>{_bar(place * step, step, number, most, 'kept')}</g>")
+        title = f"{when:%Y-%m-%d %H:%M:%S} UTC: {number:,} images"
+        marks.append(f"<g><title>{title}</title>{_bar(place * step, step, number, most, 'kept')}</g>")
     start, stop = (
         dt.datetime.fromtimestamp(at, dt.UTC)
         for at in (pace.start_s, pace.start_s + pace.span_s * len(pace.counts))

@@ -1,6 +1,6 @@
 """`hqlabel report`: one static HTML page about a job, made from its published tables; no server, no network.
 
-tables -> one pass (report_data) -> the chosen rows' masks and pictures (report_tiles) -> the template
+tables -> DuckDB (numbers) -> the chosen rows' masks and pictures (tiles) -> the template
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pycocotools import mask as coco_mask
 from jobs.config import Given
 from jobs.job_setup.saved_job import SavedJob, open_saved
 from jobs.report.charts import bars, histogram
-from jobs.report.numbers import SAMPLE_ROWS, SCORES, ReportData, gather
-from jobs.report.queries import STEPS, queries
+from jobs.report.numbers import Key, ReportData, gather
+from jobs.report.queries import SAMPLE_ROWS, SCORES, STEPS, published, queries
 from jobs.report.sections import Section, sections
-from jobs.report.tiles import Key, Pictures, draw_tiles
+from jobs.report.tiles import Pictures, draw_tiles
 from jobs.results.read_tables import ImageRows, Row, failed_examples, find_images, require_published
 from jobs.terminal import console
 from jobs.terminal.input_report import describe_detector
@@ -90,42 +90,38 @@ def page(saved: SavedJob, manifest: Manifest) -> str:
     """The whole page as HTML."""
     chosen = sections(manifest.filters, manifest.counts.rejected, masks=manifest.counts.masks)
     data = gather(saved.store, manifest, chosen)
-    keys: list[Key] = [_key(row) for section in chosen for row in data.chosen[section.key]]
-    pair_keys = [_key(row) for pair in data.overlapping for row in pair]
-    rows = find_images(saved.store, manifest, {key[0] for key in [*keys, *pair_keys]})
+    keys = [key for section in chosen for key in data.chosen[section.key]]
+    pair_keys = [key for pair in data.overlapping for key in pair]
+    rows = find_images(saved.store, manifest, {image_id for image_id, _ in [*keys, *pair_keys]})
     pairs = _disagreements(data.overlapping, rows)
-    keys += [_key(row) for pair in pairs for row in pair]
+    keys += [key for pair in pairs for key in pair]
     pictures = draw_tiles(saved.job.context, rows, keys, most_bytes=_MOST_BYTES)
-    tables = saved.store.place.uri.rstrip("/")
+    instances = published(saved.store.place.uri.rstrip("/"), "instances")
     shown = [
         ShownSection(
             section=section,
-            tiles=[_tile(_key(row), rows, pictures) for row in data.chosen[section.key]],
-            sql=section.sql(tables),
+            tiles=[_tile(key, rows, pictures) for key in data.chosen[section.key]],
+            sql=section.sql(instances),
         )
         for section in chosen
     ]
-    return _render(
-        saved, manifest, data, shown, [tuple(_tile(_key(r), rows, pictures) for r in p) for p in pairs]
-    )
-
-
-def _key(row: Row) -> Key:
-    return str(row["image_id"]), int(row["instance_index"])
+    pair_tiles = [tuple(_tile(key, rows, pictures) for key in pair) for pair in pairs]
+    return _render(saved, manifest, data, shown, pair_tiles)
 
 
 def _tile(key: Key, rows: Mapping[str, ImageRows], pictures: Mapping[Key, Pictures]) -> ShownTile:
-    of_image = rows[key[0]]
-    row = next(row for row in of_image.instances if row["instance_index"] == key[1])
-    return ShownTile(row=row, image=of_image.image, pictures=pictures[key])
+    return ShownTile(row=_row(key, rows), image=rows[key[0]].image, pictures=pictures[key])
 
 
-def _disagreements(pairs: Sequence[tuple[Row, Row]], rows: Mapping[str, ImageRows]) -> list[tuple[Row, Row]]:
-    """Of pairs whose boxes overlap, those whose masks do."""
+def _row(key: Key, rows: Mapping[str, ImageRows]) -> Row:
+    return next(row for row in rows[key[0]].instances if row["instance_index"] == key[1])
+
+
+def _disagreements(pairs: Sequence[tuple[Key, Key]], rows: Mapping[str, ImageRows]) -> list[tuple[Key, Key]]:
+    """Return, of pairs whose boxes overlap, those whose masks do."""
     found = []
     for pair in pairs:
-        of_image = {row["instance_index"]: row for row in rows[pair[0]["image_id"]].instances}
-        one, other = (of_image[row["instance_index"]]["segmentation"] for row in pair)
+        one, other = (_row(key, rows)["segmentation"] for key in pair)
         if float(coco_mask.iou([one], [other], [0])[0, 0]) > _PAIR_IOU:
             found.append(pair)
     return found[:_MOST_PAIRS]
@@ -164,9 +160,9 @@ def _render(
         failures=_failures(saved, manifest),
         retry=console.command(["hqlabel", "retry", "--output", output]),
         charts=[
-            {"name": h.name, "svg": histogram(h, _line(manifest, h.name)), "most": int(h.counts.max())}
+            {"name": h.name, "svg": histogram(h, _line(manifest, h.name)), "most": max(h.counts)}
             for h in data.histograms
-            if h.counts.sum()
+            if any(h.counts)
         ],
         lines=_lines(data),
         steps=STEPS,
@@ -176,7 +172,7 @@ def _render(
         score_names=SCORES,
         most_classes=_MOST_CLASSES,
         sample_rows=SAMPLE_ROWS,
-        queries=queries(output),
+        queries=queries(published(output, "instances"), published(output, "images")),
         made_at=dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         number=_number,
     )
@@ -261,10 +257,10 @@ def _lines(data: ReportData) -> list[tuple[str, list[str]]]:
     """For each score, the share of masks that each of STEPS would keep, from the histogram."""
     rows = []
     for one in data.histograms:
-        total = int(one.counts.sum())
+        total = sum(one.counts)
         if one.name in SCORES and total:
             first = [round((step - one.low) / (one.high - one.low) * len(one.counts)) for step in STEPS]
-            rows.append((one.name, [console.share(int(one.counts[at:].sum()), total) for at in first]))
+            rows.append((one.name, [console.share(sum(one.counts[at:]), total) for at in first]))
     return rows
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from jobs.report.numbers import Key
 from jobs.results.draw_overlays import Box, DrawnInstance, Tile, draw_overlay
 from jobs.results.read_tables import ImageRows, Row
 from jobs.results.render_images import drawn_instance, picture_decoder, upright_picture
@@ -29,8 +30,6 @@ _MARGIN = 0.25  # of the object's extent, around the close-up
 _LEAST_PX = 24
 _QUALITY = 80
 _EDGE_PX = 3  # the page shows tiles at about a third of their size, and enlarges them on demand
-
-Key = tuple[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -47,7 +47,7 @@ def selected_images(
     """Every published image in the order of the tables, with its selected instances (these columns).
 
     Raises:
-        UsageError: the condition is no SQL over the columns of `instances`, or DuckDB is not installed.
+        UsageError: the condition is no SQL over the columns of `instances`.
     """
     keep = condition(selection)
     wanted = (
@@ -76,14 +76,14 @@ def condition(selection: Selection) -> Condition | None:
         "(accepted OR reject_reason IS NOT DISTINCT FROM 'crowd')" if selection.with_crowds else "accepted"
     )
     sql = f"({selection.where}\n)" + (f" AND {accepted}" if selection.accepted_only else "")
-    connection = _duckdb().connect(":memory:", config={"enable_external_access": False, "threads": 1})
+    connection = duckdb.connect(":memory:", config={"enable_external_access": False, "threads": 1})
 
     def judge(rows: pa.Table) -> pa.Array:
         connection.register("rows", rows)
         try:
             found = connection.sql(f"SELECT coalesce(CAST({sql} AS BOOLEAN), false) AS chosen FROM rows")
             chosen = found.to_arrow_table()["chosen"].combine_chunks()
-        except _duckdb().Error as error:
+        except duckdb.Error as error:
             raise _no_condition(selection.where, str(error)) from None
         if len(chosen) != rows.num_rows:
             raise _no_condition(selection.where, "this looks at more than one row")
@@ -105,14 +105,6 @@ def _no_condition(where: str | None, why: str) -> UsageError:
         f"--where {clean_text(str(where))!r}: {first_line}; wanted an SQL condition over a row's columns: "
         + ", ".join(schema.INSTANCES.names)
     )
-
-
-def _duckdb() -> Any:
-    try:
-        import duckdb
-    except ImportError:
-        raise UsageError("--where needs DuckDB: pip install 'hqlabel[sql]'") from None
-    return duckdb
 
 
 def _chosen_rows(

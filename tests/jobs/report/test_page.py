@@ -16,6 +16,7 @@ from PIL import Image
 
 from jobs.report import page as report
 from jobs.report.numbers import gather
+from jobs.report.queries import published
 from jobs.report.sections import sections
 from jobs.results.read_tables import require_published
 from pipeline.settings import FilterSettings, Place
@@ -136,8 +137,8 @@ def test_each_section_shows_the_rows_that_its_sql_finds(output: str) -> None:
     assert len(chosen) >= 14
     empty = []
     for section in chosen:
-        rows = duckdb.sql(section.sql(output)).fetchall()
-        ours = [(row["image_id"], row["instance_index"]) for row in data.chosen[section.key]]
+        rows = duckdb.sql(section.sql(published(output, "instances"))).fetchall()
+        ours = data.chosen[section.key]
         assert ours == [row[:2] for row in rows], section.key
         empty += [] if ours else [section.key]
     assert empty == [], "every section has something to show in this output"
@@ -181,7 +182,7 @@ def test_the_queries_under_tables_give_the_numbers_of_the_tables(page: str) -> N
     for name, *shown in cells_below(page, "milliseconds an image"):
         found = dict(zip(("fetch", "decode", "detect", "segment"), times, strict=True))[name]
         assert shown == [f"{value:,.1f}" for value in found]
-    assert sum(number for _, number in answers_below(page, "SQL: images finished")) == COUNT
+    assert sum(row[-1] for row in answers_below(page, "SQL: images finished")) == COUNT
     lines = {name: shares for name, *shares in answers_below(page, "SQL: lines")}
     for name, *shares in cells_below(page, "Share of masks that a line would keep"):
         assert [float(share.strip("<>%")) for share in shares] == pytest.approx(
