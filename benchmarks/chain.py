@@ -34,7 +34,7 @@ from model.geometry import target_size_hw
 from model.records import Instances, PreparedImage, Prompts
 from pipeline.images.decode_upright import decode_image
 from pipeline.planning.make_plan import make_plan
-from pipeline.settings import MaskSettings, Weights
+from pipeline.settings import ModelSettings, Weights
 from pipeline.stages.load_model import load_model, native_dtype
 
 _ONE_MEGAPIXEL, _TWELVE_MEGAPIXELS = (864, 1152), (3000, 4000)
@@ -87,8 +87,8 @@ def measure_model(config: Config, folder: Path, interrupts: Interrupts, *, quick
     chain = run_chain(config, folder, paths, size_hw, weights, interrupts)
     dtype = native_dtype(chain.gpus > 0) if config.model.dtype == "auto" else config.model.dtype
     config = settings.with_boxes_per_call(config, settings.BOXES_PER_CALL[chain.device])
-    masks = settings.mask_settings(config, dtype)
-    begin = partial(_load_model, weights, masks, chain.device)
+    asked = config.model.model_copy(update={"dtype": dtype})
+    begin = partial(_load_model, weights, asked, chain.device)
     rate = loop_rate(loop_of_model, paths, processes=chain.actors, begin=begin)
     figures = [_figures(size_hw, chain, [rate], chain.actors)]
     processes = console.count(chain.actors, "process", "processes")
@@ -193,15 +193,19 @@ _MODELS: list[object] = []
 """The model of this process, if it is one of a loop's."""
 
 
-def _load_model(weights: Weights, masks: MaskSettings, device: str) -> None:
+def _load_model(weights: Weights, asked: ModelSettings, device: str) -> None:
     from model.device import set_cpu_threads
     from model.segmenter import Segmenter
 
-    set_cpu_threads(masks.cpu_threads)
+    set_cpu_threads(asked.cpu_threads)
     model = load_model(weights, device).model
     _MODELS.append(
         Segmenter(
-            model, call_shape=masks.call_shape, dtype=masks.dtype, device=device, compiled=masks.compiled
+            model,
+            call_shape=asked.call_shape,
+            dtype=asked.dtype,
+            device=device,
+            compiled=asked.compile,
         )
     )
 

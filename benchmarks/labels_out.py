@@ -36,7 +36,7 @@ from pipeline.settings import (
     FilterSettings,
     JobContext,
     Limits,
-    MaskSettings,
+    ModelSettings,
     Place,
     Weights,
 )
@@ -123,7 +123,7 @@ def open_output(
         images_per_unit=IMAGES_PER_UNIT,
         run_id="bench",
         weights=Weights(source="none", sha256="0" * 64, architecture="none"),
-        masks=MaskSettings(),
+        model=ModelSettings(dtype="float32", boxes_per_call=16),
         box_rules=BoxRules(),
         access=AccessRules(),
         limits=Limits(),

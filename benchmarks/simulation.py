@@ -144,7 +144,7 @@ class State:
         from pipeline.inputs.open_inputs import InputSettings
         from pipeline.job.job_file import Job, identity_of, open_job, units_per_part
         from pipeline.planning.make_plan import make_plan, write_plan
-        from pipeline.settings import BoxRules, JobContext, Limits, MaskSettings, Weights
+        from pipeline.settings import BoxRules, JobContext, Limits, ModelSettings, Weights
 
         plan = make_plan(
             InputSettings(boxes=str(self._folder / "boxes.parquet"), images_per_unit=IMAGES_PER_UNIT)
@@ -154,7 +154,8 @@ class State:
             output=self._store().place, plan_sha256=plan.sha256, images_per_unit=IMAGES_PER_UNIT,
             run_id="simulation",
             weights=Weights(source="none", sha256="0" * 64, architecture="stub", input_side=SIDE),
-            masks=MaskSettings(), box_rules=BoxRules(), access=plan.access, limits=Limits(),
+            model=ModelSettings(dtype="float32", boxes_per_call=16), box_rules=BoxRules(),
+             access=plan.access, limits=Limits(),
         )  # fmt: skip
         boxes = self._images * len(BOXES)
         job = Job(

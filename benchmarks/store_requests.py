@@ -98,7 +98,7 @@ def run(endpoint: str, counting: Counting, folder: Path, images: int) -> None:
         FilterSettings,
         JobContext,
         Limits,
-        MaskSettings,
+        ModelSettings,
         Place,
         Weights,
     )
@@ -127,7 +127,8 @@ def run(endpoint: str, counting: Counting, folder: Path, images: int) -> None:
     context = JobContext(
         output=store.place, plan_sha256=plan.sha256, images_per_unit=IMAGES_PER_UNIT, run_id="bench",
         weights=Weights(source="none", sha256="0" * 64, architecture="stub", input_side=SIDE),
-        masks=MaskSettings(), box_rules=BoxRules(), access=plan.access, limits=Limits(),
+        model=ModelSettings(dtype="float32", boxes_per_call=16), box_rules=BoxRules(),
+             access=plan.access, limits=Limits(),
         segmenter="tests.fakes:box_segmenter",
     )  # fmt: skip
     boxes = images * len(BOXES)

@@ -108,6 +108,10 @@ class ModelSettings(Section):
     cpu_threads: ChangesRows[int] = Field(default=1, ge=1)
     """Without GPUs: threads of a model process. As many processes of one thread do more, where they fit."""
 
+    def mask_settings(self) -> dict[str, Any]:
+        """Return all that changes masks but the weights, which are known by their sha256."""
+        return {name: value for name, value in self.row_settings().items() if name != "checkpoint"}
+
     @property
     def call_shape(self) -> CallShape:
         """The fixed shapes of the model's calls; `boxes_per_call` must be resolved."""
@@ -263,25 +267,6 @@ class AccessRules:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskSettings:
-    """What the model is asked for, and of what pixels. All of it changes masks, so all of it is identity.
-
-    `cpu_threads`: that a model process on a CPU computes with. PyTorch's kernels share their work out by it,
-    and round some sums otherwise: of 54,753 masks two differed by one pixel in what their stability is
-    counted from.
-    """
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    call_shape: CallShape = field(default_factory=CallShape)
-    multimask: Literal["single", "best"] = "single"
-    hq_token_only: bool = False
-    stability_offset: float = 1.0
-    compiled: bool = False
-    draft_jpeg: bool = False
-    cpu_threads: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
 class Weights:
     """The job's checkpoint: where a worker opens it, and the sha256 it must have (hex)."""
 
@@ -325,10 +310,13 @@ class JobContext:
     images_per_unit: int
     run_id: str
     weights: Weights
-    masks: MaskSettings
+    model: ModelSettings
+    """With `dtype` and `boxes_per_call` resolved."""
     box_rules: BoxRules
     access: AccessRules
     limits: Limits
+    draft_jpeg: bool = False
+    """See `InputSettings.draft_jpeg`."""
     detector: JobDetector | None = None
     """Read back from job.json it is for reading only: what a worker loads comes from this process."""
     lineage: Mapping[str, str] = field(default_factory=dict)

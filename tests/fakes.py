@@ -102,7 +102,7 @@ class BoxSegmenter:
 
 def box_segmenter(context: JobContext, use_gpu: bool) -> BoxSegmenter:
     """For `JobContext.segmenter`: "tests.fakes:box_segmenter"."""
-    return BoxSegmenter(call_shape=context.masks.call_shape, lineage=context.lineage)
+    return BoxSegmenter(call_shape=context.model.call_shape, lineage=context.lineage)
 
 
 def box_masks(image: PreparedImage) -> Instances:

@@ -28,7 +28,7 @@ from jobs.terminal import console
 from jobs.terminal.progress import Counts
 from jobs.terminal.signals import Interrupts
 from pipeline.errors import IMAGE_CODES, JobRefused, UsageError
-from pipeline.job.job_file import Job
+from pipeline.job.job_file import Job, differences, mask_settings
 from pipeline.storage.store import Store
 from pipeline.tables.manifest import Manifest, Part, read_manifest
 from pipeline.tables.publish_tables import publish
@@ -155,11 +155,14 @@ def _with_settings(saved: SavedJob) -> SavedJob:
             f"--checkpoint {config.model.checkpoint}: sha256 {weights.sha256}, the job began with "
             f"{context.weights.sha256}; a retry needs the same weights"
         )
-    dtype = context.masks.dtype if config.model.dtype == "auto" else config.model.dtype
-    config = settings.with_boxes_per_call(config, context.masks.call_shape.boxes_per_call)
-    masks = settings.mask_settings(config, dtype)
-    if masks != context.masks:
-        raise JobRefused(f"the job began with {context.masks}, now {masks}; a retry needs the same settings")
+    model = settings.with_boxes_per_call(config, context.model.boxes_per_call).model
+    if model.dtype == "auto":
+        model = model.model_copy(update={"dtype": context.model.dtype})
+    now = replace(context, model=model, draft_jpeg=config.input.draft_jpeg)
+    unlike = differences(mask_settings(context), mask_settings(now))
+    if unlike:
+        changes = "; ".join(f"{one.name} was {one.found}, now {one.wanted}" for one in unlike)
+        raise JobRefused(f"{changes}; a retry needs the settings that the job began with")
     detector = read_detector(config)
     found = detector and detector.settings.fingerprint
     began_with = context.detector and context.detector.fingerprint

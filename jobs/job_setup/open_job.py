@@ -139,7 +139,7 @@ def _dtype(config: Config, stored: Job | None, probe: Callable[[], str]) -> str:
     """The number format: as asked; for `auto` what the job began with, or by a probe."""
     if config.model.dtype != "auto":
         return config.model.dtype
-    return stored.context.masks.dtype if stored else probe()
+    return stored.context.model.dtype if stored else probe()
 
 
 def _with_boxes_per_call(config: Config, stored: Job | None, device: Callable[[], str]) -> Config:
@@ -147,7 +147,7 @@ def _with_boxes_per_call(config: Config, stored: Job | None, device: Callable[[]
     if config.model.boxes_per_call is not None:
         return config
     if stored is not None:
-        return settings.with_boxes_per_call(config, stored.context.masks.call_shape.boxes_per_call)
+        return settings.with_boxes_per_call(config, stored.context.model.boxes_per_call)
     return settings.with_boxes_per_call(config, settings.BOXES_PER_CALL[device()])
 
 
@@ -238,7 +238,8 @@ def new_context(
         images_per_unit=config.output.images_per_unit,
         run_id=_new_run_id(),
         weights=weights,
-        masks=settings.mask_settings(config, dtype),
+        model=config.model.model_copy(update={"dtype": dtype}),
+        draft_jpeg=config.input.draft_jpeg,
         detector=detector,
         box_rules=box_rules,
         access=access,

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.config import Config
-from model.records import CallShape
 from pipeline.errors import UsageError
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.settings import (
@@ -21,7 +20,6 @@ from pipeline.settings import (
     BoxFrame,
     BoxRules,
     JobDetector,
-    MaskSettings,
     Place,
 )
 from pipeline.stages.detect import HF, ZERO_SHOT
@@ -150,33 +148,10 @@ def _with_absolute_folder(name: str) -> str:
     return name
 
 
-def with_boxes_per_call(config: Config, otherwise: int) -> Config:
+def with_boxes_per_call(config: Config, otherwise: int | None) -> Config:
     """The configuration with `model.boxes_per_call` as it is given, or `otherwise` where it is null."""
     chosen = config.model.boxes_per_call or otherwise
     return config.model_copy(update={"model": config.model.model_copy(update={"boxes_per_call": chosen})})
-
-
-def mask_settings(config: Config, dtype: str) -> MaskSettings:
-    """What the model is asked for, with the resolved number format (`float32` or `bfloat16`).
-
-    `config` names its boxes a call (`with_boxes_per_call`).
-    """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype {dtype!r} is not resolved; wanted float32 or bfloat16")
-    model = config.model
-    if model.boxes_per_call is None:
-        raise ValueError("model.boxes_per_call is not resolved; see with_boxes_per_call")
-    shape = CallShape(images_per_call=model.images_per_call, boxes_per_call=model.boxes_per_call)
-    return MaskSettings(
-        dtype="float32" if dtype == "float32" else "bfloat16",
-        call_shape=shape,
-        multimask=model.multimask,
-        hq_token_only=model.hq_token_only,
-        stability_offset=model.stability_offset,
-        compiled=model.compile,
-        draft_jpeg=config.input.draft_jpeg,
-        cpu_threads=model.cpu_threads,
-    )
 
 
 def _existing_folder(path: str) -> str:

@@ -196,7 +196,7 @@ def _facts(saved: SavedJob, manifest: Manifest) -> list[tuple[str, str]]:
     filters = ", ".join(f"{name} {value}" for name, value in set_filters.items())
     facts = [
         ("run", f"{manifest.run_id}, begun {saved.job.created_at}, {manifest.state}"),
-        ("model", f"{weights.architecture}, {context.masks.dtype}, weights sha256 {weights.sha256[:16]}…"),
+        ("model", f"{weights.architecture}, {context.model.dtype}, weights sha256 {weights.sha256[:16]}…"),
         ("licence of the weights", weights.license or "unknown"),
         ("boxes", f"{context.box_rules.box_format}, {context.box_rules.box_frame} frame"),
         *describe_detector(context),

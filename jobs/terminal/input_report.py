@@ -57,7 +57,7 @@ def describe_model(context: JobContext, *, asked_dtype: str) -> list[tuple[str, 
     model = (
         f"{weights.architecture}, input side {weights.input_side}; sha256 {weights.sha256[:12]}; {licence}"
     )
-    dtype = context.masks.dtype + (" (auto)" if asked_dtype == "auto" else "")
+    dtype = context.model.dtype + (" (auto)" if asked_dtype == "auto" else "")
     notes = [("", note) for note in (weights.warning, weights.note) if note is not None]
     return [("model", model), ("numbers", dtype), *notes]
 

@@ -100,7 +100,7 @@ def run_units(
             Ray makes no progress. What is committed stays, and the rest can be done later.
         Exception: a bug in a stage, as the exception that was raised there.
     """
-    requests = check_resources(cluster, context.masks.cpu_threads)
+    requests = check_resources(cluster, context.model.cpu_threads)
     _prove_room(requests, NO_MODEL_S + NODES_GONE_S + cluster.wait_for_nodes_s)
     left = list(unit_ids)
     unfinished = len(left)
@@ -121,10 +121,10 @@ def run_units(
                         return
             left = left[len(units) :]
             if left:  # nodes may have joined
-                requests = _requests_for_what_is_left(cluster, context.masks.cpu_threads)
+                requests = _requests_for_what_is_left(cluster, context.model.cpu_threads)
         except _NodesGone:
             left = [unit_id for unit_id in left if unit_id not in finished]
-            requests = _requests_for_what_is_left(cluster, context.masks.cpu_threads)
+            requests = _requests_for_what_is_left(cluster, context.model.cpu_threads)
         # Ray ends an actor when nothing refers to it any more; one in a cycle would hold its place on.
         gc.collect()
 
@@ -226,7 +226,7 @@ def prepare(table: pa.Table, context: JobContext) -> pa.Table:
         context.weights.input_side,
         context.decoder,
         detector and detector.longest_side,
-        context.masks.draft_jpeg,
+        context.draft_jpeg,
     )
     unit, arena = prepare_unit(_named(table), context, Store(context.output), child)
     _record(context.run_id, metrics.of_prepared(unit, time.monotonic() - began))

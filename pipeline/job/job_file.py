@@ -8,7 +8,6 @@ opens the job, not from its output.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from model.records import CallShape
 from pipeline.errors import JobRefused
 from pipeline.failpoints import visit
 from pipeline.schema import SCHEMA_VERSION
@@ -27,7 +25,7 @@ from pipeline.settings import (
     JobContext,
     JobDetector,
     Limits,
-    MaskSettings,
+    ModelSettings,
     Weights,
 )
 from pipeline.storage.store import NotFound, Store
@@ -87,12 +85,27 @@ def identity_of(
         "limit": limit,
         "inputs": inputs,
         "weights": {"sha256": context.weights.sha256, "input_side": context.weights.input_side},
-        "masks": dataclasses.asdict(context.masks),
+        "masks": mask_settings(context),
         "box_rules": context.box_rules.model_dump(),
         "detector": _detector_identity(context.detector),
     }
     # As it comes back from the file: tuples become lists, keys strings.
     return dict(json.loads(json.dumps(identity, allow_nan=False)))
+
+
+def mask_settings(context: JobContext) -> dict[str, Any]:
+    """The settings that change masks, as job.json has them."""
+    masks = context.model.mask_settings()
+    shape = {name: masks.pop(name) for name in ("images_per_call", "boxes_per_call")}
+    return masks | {"call_shape": shape, "compiled": masks.pop("compile"), "draft_jpeg": context.draft_jpeg}
+
+
+def _from_mask_settings(masks: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `JobContext` from `mask_settings`."""
+    model = {**masks, **masks["call_shape"], "compile": masks["compiled"]}
+    draft_jpeg = model.pop("draft_jpeg")
+    del model["call_shape"], model["compiled"]
+    return {"model": ModelSettings(**model), "draft_jpeg": draft_jpeg}
 
 
 def _detector_identity(detector: JobDetector | None) -> dict[str, Any] | None:
@@ -236,13 +249,15 @@ def _short(value: Any) -> str:
 
 
 def _encode(job: Job) -> bytes:
-    context = to_jsonable_python(job.context)
+    context = to_jsonable_python(job.context) | {"masks": mask_settings(job.context)}
+    for name in (*_FROM_THE_PROCESS, "model", "draft_jpeg"):
+        del context[name]
     content = {
         "product": "hqlabel",
         "format": JOB_FORMAT,
         "created_at": job.created_at,
         "identity": job.identity,
-        "context": {name: value for name, value in context.items() if name not in _FROM_THE_PROCESS},
+        "context": context,
         "plan": job.plan,
         "categories": list(job.categories),
         "units_per_part": job.units_per_part,
@@ -296,10 +311,9 @@ def _job_of(stored: Mapping[str, Any], store: Store, access: AccessRules) -> Job
 
 def _context_of(stored: Mapping[str, Any], store: Store, access: AccessRules) -> JobContext:
     rest = {name: value for name, value in stored.items() if name not in _FROM_THE_PROCESS}
-    masks = {**rest["masks"], "call_shape": CallShape(**rest["masks"]["call_shape"])}
     rest |= {
+        **_from_mask_settings(rest.pop("masks")),
         "weights": Weights(**rest["weights"]),
-        "masks": MaskSettings(**masks),
         "box_rules": BoxRules(**rest["box_rules"]),
         "limits": Limits(**rest["limits"]),
     }

@@ -71,18 +71,19 @@ def load_segmenter(context: JobContext, use_gpu: bool) -> Segmenter:
         SystemicFault: `weights` as `load_model`, or `device`: no usable GPU, or one (or a CPU) that does
             not multiply the job's number format natively.
     """
-    device, masks = "cuda" if use_gpu else "cpu", context.masks
+    device, settings = "cuda" if use_gpu else "cpu", context.model
+    assert settings.dtype != "auto", "resolved when the job begins"
     if not use_gpu:
-        set_cpu_threads(masks.cpu_threads)
+        set_cpu_threads(settings.cpu_threads)
     try:
         native = probe_dtype(device)
-        if masks.dtype == "bfloat16" and native != "bfloat16":
+        if settings.dtype == "bfloat16" and native != "bfloat16":
             raise SystemicFault(
                 "device",
                 f"this job's masks are made in bfloat16, which the {device} device of this node does not "
                 "multiply natively; keep such nodes out, or start a new job with model.dtype=float32",
             )
-        if masks.compiled and not use_gpu:
+        if settings.compile and not use_gpu:
             raise SystemicFault(
                 "device",
                 "this job's masks are made by compiled calls (model.compile=true), and here is no GPU; "
@@ -90,13 +91,13 @@ def load_segmenter(context: JobContext, use_gpu: bool) -> Segmenter:
             )
         segmenter = Segmenter(
             load_model(context.weights, device).model,
-            call_shape=masks.call_shape,
-            dtype=masks.dtype,
+            call_shape=settings.call_shape,
+            dtype=settings.dtype,
             device=device,
-            multimask=masks.multimask,
-            hq_token_only=masks.hq_token_only,
-            stability_offset=masks.stability_offset,
-            compiled=masks.compiled,
+            multimask=settings.multimask,
+            hq_token_only=settings.hq_token_only,
+            stability_offset=settings.stability_offset,
+            compiled=settings.compile,
         )
     except (RuntimeError, AssertionError) as error:  # torch on a broken driver, or built without CUDA
         raise SystemicFault("device", clean_text(f"the model cannot be put on {device}: {error}")) from error

@@ -124,7 +124,7 @@ class SegmentWorker:
             if use_gpu or restarted:
                 began = time.monotonic()
                 self._prove_device()  # compiles the model, where it is to be compiled
-                logs.event("warmed_up", seconds=time.monotonic() - began, compiled=context.masks.compiled)
+                logs.event("warmed_up", seconds=time.monotonic() - began, compiled=context.model.compile)
         except SystemicFault as fault:  # kept, and said of every unit: Ray would start us again for ever
             self._fault = fault
 

@@ -102,7 +102,8 @@ def list_generations(store: Store) -> list[CommittedUnit]:
 
 def footer(context: JobContext) -> dict[str, str]:
     """The lineage that every Parquet file of a job carries, keys without the `hqlabel.` prefix."""
-    masks, shape = context.masks, context.masks.call_shape
+    masks = context.model.mask_settings()
+    masks |= {"compiled": masks.pop("compile"), "draft_jpeg": context.draft_jpeg}
     entries = {
         "schema_version": schema.SCHEMA_VERSION,
         "run_id": context.run_id,
@@ -111,15 +112,7 @@ def footer(context: JobContext) -> dict[str, str]:
         "weights_license": context.weights.license or "unknown",
         "architecture": context.weights.architecture,
         "input_side": context.weights.input_side,
-        "dtype": masks.dtype,
-        "images_per_call": shape.images_per_call,
-        "boxes_per_call": shape.boxes_per_call,
-        "multimask": masks.multimask,
-        "hq_token_only": masks.hq_token_only,
-        "compiled": masks.compiled,
-        "draft_jpeg": masks.draft_jpeg,
-        "cpu_threads": masks.cpu_threads,
-        "stability_offset": masks.stability_offset,
+        **masks,
         "box_format": context.box_rules.box_format,
         "box_frame": context.box_rules.box_frame,
         "exif_rule": "orientation applied; sizes, boxes and masks are upright",

@@ -37,14 +37,13 @@ from jobs.evaluate.evaluate import How
 from jobs.evaluate.evaluate import run as evaluate_truth
 from jobs.results.select_rows import Selection
 from model.checkpoints import load
-from model.records import CallShape
 from model.segmenter import Segmenter
 from pipeline.errors import BOX_CODES, ImageError, JobRefused, UsageError
 from pipeline.images.decode_process import DecodeChild
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import Plan, make_plan, write_plan
 from pipeline.planning.suspicious_boxes import suspicions
-from pipeline.settings import BoxRules, JobContext, Limits, MaskSettings, Place, Weights
+from pipeline.settings import BoxRules, JobContext, Limits, ModelSettings, Place, Weights
 from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.load_model import load_segmenter
@@ -524,7 +523,7 @@ class PromptStages:
             images_per_unit=64,
             run_id="fuzz",
             weights=self._weights,
-            masks=MaskSettings(call_shape=CallShape(images_per_call=2, boxes_per_call=4)),
+            model=ModelSettings(dtype="float32", images_per_call=2, boxes_per_call=4),
             box_rules=BoxRules(box_frame=plan.summary.box_frame),
             access=plan.access,
             limits=Limits(),

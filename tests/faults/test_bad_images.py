@@ -268,7 +268,7 @@ def at_another_place(made: MadeJob, folder: Path) -> MadeJob:
 def _with_threads(context: JobContext, order: list[int], threads: int) -> None:
     torch.set_num_threads(threads)
     work(context, [int(unit_id) for unit_id in order])
-    assert torch.get_num_threads() == context.masks.cpu_threads  # whatever the process began with
+    assert torch.get_num_threads() == context.model.cpu_threads  # whatever the process began with
 
 
 @pytest.mark.faults

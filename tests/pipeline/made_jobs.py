@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import Plan, make_plan, write_plan
-from pipeline.settings import BoxRules, JobContext, Limits, MaskSettings, Place, Weights
+from pipeline.settings import BoxRules, JobContext, Limits, ModelSettings, Place, Weights
 from pipeline.storage.store import Store
 
 SIDE = 64
@@ -75,7 +75,7 @@ def make_job(
         images_per_unit=images_per_unit,
         run_id="run",
         weights=Weights(source="none", sha256="0" * 64, architecture="stub", input_side=SIDE),
-        masks=MaskSettings(),
+        model=ModelSettings(dtype="float32", boxes_per_call=16),
         box_rules=BoxRules(box_format=plan.summary.box_format, box_frame=plan.summary.box_frame),
         access=plan.access,
         limits=limits or Limits(decode_timeout_s=5, segment_timeout_s=2),

@@ -14,7 +14,7 @@ from pipeline import schema
 from pipeline.inputs.arrow_lists import table_sha256
 from pipeline.job.job_file import Job, identity_of, open_job
 from pipeline.planning.make_plan import Plan, write_plan
-from pipeline.settings import AccessRules, BoxRules, JobContext, Limits, MaskSettings, Place, Weights
+from pipeline.settings import AccessRules, BoxRules, JobContext, Limits, ModelSettings, Place, Weights
 from pipeline.stages.resolve_boxes import resolve_boxes
 from pipeline.storage.store import Store
 from pipeline.tables.unit_files import ImageResult, build_unit_table, check_against_plan, commit, encode
@@ -31,7 +31,7 @@ def make_context(output: str = "/nowhere", *, images_per_unit: int = 4, run_id: 
         images_per_unit=images_per_unit,
         run_id=run_id,
         weights=Weights(source="w", sha256="5" * 64, license="apache-2.0", architecture="vit_test"),
-        masks=MaskSettings(),
+        model=ModelSettings(dtype="float32", boxes_per_call=16),
         box_rules=BoxRules(),
         access=AccessRules(),
         limits=Limits(),

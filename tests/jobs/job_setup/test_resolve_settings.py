@@ -8,7 +8,6 @@ import pytest
 
 from jobs.config import Config, load_config
 from jobs.job_setup import resolve_settings as settings
-from model.records import CallShape
 from pipeline.errors import UsageError
 
 
@@ -87,7 +86,3 @@ def test_every_setting_reaches_the_record_it_is_for(tmp_path: Path) -> None:
     assert inputs.access.roots == (str(tmp_path.resolve()),)
     assert "https" in inputs.access.schemes
     assert "s3" in inputs.access.schemes
-    masks = settings.mask_settings(given, "bfloat16")
-    assert masks.call_shape == CallShape(images_per_call=2, boxes_per_call=3)
-    assert (masks.dtype, masks.stability_offset) == ("bfloat16", 2.0)
-    assert (masks.cpu_threads, masks.compiled, masks.draft_jpeg) == (2, True, True)

@@ -166,7 +166,7 @@ def test_a_job_is_created_once_and_read_back(store: Store):
     stored = require_job(store, access=AccessRules(roots=("/mine",)))
     assert stored.context.access.roots == ("/mine",)
     assert stored.context.output == store.place
-    assert stored.context.masks == job.context.masks
+    assert stored.context.model == job.context.model
     assert stored.context.weights == job.context.weights
     assert (stored.plan, stored.units, stored.categories) == (job.plan, 3, job.categories)
 

@@ -14,13 +14,13 @@ from pycocotools import mask as coco_mask
 
 from model import checkpoints, rle
 from model.prompts import mask_to_prompt
-from model.records import PreparedImage, Prompts
+from model.records import CallShape, PreparedImage, Prompts
 from model.segmenter import Segmenter
 from pipeline.images.decode_process import DecodeChild
 from pipeline.images.decode_upright import decode_image
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import make_plan, write_plan
-from pipeline.settings import BoxRules, JobContext, Limits, MaskSettings, Place, Weights
+from pipeline.settings import BoxRules, JobContext, Limits, ModelSettings, Place, Weights
 from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.prepare import prepare_unit
@@ -100,7 +100,7 @@ def labelled(settings: InputSettings, output: Path, checkpoint: Path) -> list[di
         images_per_unit=64,
         run_id="run",
         weights=Weights(source=str(checkpoint), sha256=loaded.weights.sha256, input_side=128),
-        masks=MaskSettings(),
+        model=ModelSettings(dtype="float32", boxes_per_call=16),
         box_rules=BoxRules(box_frame=plan.summary.box_frame),
         access=plan.access,
         limits=Limits(),
@@ -120,7 +120,7 @@ def labelled(settings: InputSettings, output: Path, checkpoint: Path) -> list[di
 def alone(one: dict, data: bytes, checkpoint: Path) -> tuple[str, float]:
     """Runs and score of one prompt, straight from the model."""
     model = checkpoints.load(checkpoint).model
-    segmenter = Segmenter(model, call_shape=MaskSettings().call_shape, dtype="float32")
+    segmenter = Segmenter(model, call_shape=CallShape(), dtype="float32")
     decoded = decode_image(data, max_pixels=10**8, side=128)
     mask, points = one["prompt_mask"], one["points"]
     logits = None

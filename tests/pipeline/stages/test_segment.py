@@ -15,11 +15,11 @@ import torch
 from pycocotools import mask as coco_mask
 
 from model.checkpoints import DEMO_FOLDER, load
-from model.records import CallShape, SegmentFailure
+from model.records import SegmentFailure
 from model.rle import compress_lengths
 from pipeline.errors import SystemicFault
 from pipeline.images.decode_process import DecodeChild
-from pipeline.settings import Limits, MaskSettings
+from pipeline.settings import Limits, ModelSettings
 from pipeline.stages.commit import commit_unit
 from pipeline.stages.detect import MOST_RAISED
 from pipeline.stages.hand_over import UnitRow, pack, unpack
@@ -112,7 +112,7 @@ def test_a_unit_is_the_same_through_arrow_and_without(tmp_path, child):
 
 def test_call_shapes_of_several_images_give_the_same_as_one(tmp_path, child):
     job = make_job(tmp_path, {f"{i}.png": png(noise(i)) for i in range(7)}, images_per_unit=7)
-    several = replace(job.context, masks=MaskSettings(call_shape=CallShape(images_per_call=3)))
+    several = replace(job.context, model=ModelSettings(dtype="float32", images_per_call=3, boxes_per_call=16))
     unit = prepared(job, child)
 
     one = worker(job).run(unit)
@@ -239,8 +239,8 @@ def test_weights_that_are_not_the_jobs_stop_the_job(tmp_path, child):
 
 def test_a_job_of_compiled_calls_stops_where_there_is_no_gpu(tmp_path, child):
     job = make_job(tmp_path, {"a.png": png(noise(1))})
-    masks = replace(job.context.masks, compiled=True)
-    context = replace(job.context, masks=masks, segmenter="pipeline.stages.load_model:load_segmenter")
+    model = job.context.model.model_copy(update={"compile": True})
+    context = replace(job.context, model=model, segmenter="pipeline.stages.load_model:load_segmenter")
 
     found = SegmentWorker(context, epoch=1, use_gpu=False).run(prepared(job, child))
 
@@ -256,7 +256,7 @@ def test_a_model_on_a_cpu_computes_with_the_threads_of_the_job(tmp_path, threads
     context = replace(
         job.context,
         weights=replace(job.context.weights, source="demo", sha256=weights.sha256, input_side=512),
-        masks=replace(job.context.masks, cpu_threads=threads),
+        model=job.context.model.model_copy(update={"cpu_threads": threads}),
         segmenter="pipeline.stages.load_model:load_segmenter",
     )
     before = torch.get_num_threads()
@@ -295,11 +295,11 @@ def test_whatever_is_raised_on_an_image_costs_that_image_alone(
 ):
     pictures = {f"{i}.png": png(noise(i)) for i in range(5)} | {"2.png": png(harmful_picture("bug"))}
     job = make_job(tmp_path, pictures, images_per_unit=5)
-    masks = MaskSettings(call_shape=CallShape(images_per_call=images_per_call))
+    model = ModelSettings(dtype="float32", images_per_call=images_per_call, boxes_per_call=16)
     monkeypatch.setitem(fakes._HARM, "bug", lambda: raise_(error))
     unit = prepared(job, child)
 
-    found = SegmentWorker(replace(job.context, masks=masks), epoch=1, use_gpu=False).run(unit)
+    found = SegmentWorker(replace(job.context, model=model), epoch=1, use_gpu=False).run(unit)
 
     assert codes(found) == {"0.png": None, "1.png": None, "2.png": code, "3.png": None, "4.png": None}
     assert found.images[2].error_message.startswith(type(error).__name__)

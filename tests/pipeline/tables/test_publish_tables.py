@@ -24,6 +24,7 @@ from pycocotools import mask as coco_mask
 
 from pipeline import schema
 from pipeline.errors import DamageFound, JobRefused
+from pipeline.job.job_file import mask_settings
 from pipeline.settings import FilterSettings
 from pipeline.storage import sealed_parquet as parquet
 from pipeline.storage.store import Store
@@ -173,7 +174,7 @@ def test_the_footer_of_a_part_tells_lineage_and_filters(made: MadeJob):
 
 
 def test_the_footer_says_all_that_the_model_was_asked_for(made: MadeJob):
-    masks = dataclasses.asdict(made.job.context.masks)
+    masks = mask_settings(made.job.context)
     wanted = masks.pop("call_shape") | masks
 
     told = units.footer(made.job.context)
