@@ -19,7 +19,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.detections import Category, Detections, Detector, DetectorError
+from model.detectors import (
+    Category,
+    ClosedSetDetector,
+    Detections,
+    Detector,
+    DetectorError,
+    ZeroShotDetector,
+)
 from pipeline.errors import JobRefused, SystemicFault, clean_text
 from pipeline.settings import JobDetector
 from pipeline.stages.hand_over import Pixels, UInt8Array
@@ -55,14 +62,10 @@ def _made(settings: JobDetector, device: str) -> Detector:
     name, threshold = settings.name, settings.score_threshold
     if is_own_code(name):
         return _own(settings)
-    library = importlib.import_module("model.hf_detectors")  # brings torch along, for those who need it alone
     if name.startswith(ZERO_SHOT):
-        found: Detector = library.ZeroShotDetector(
-            name.removeprefix(ZERO_SHOT), settings.prompts, threshold=threshold, device=device
-        )
-        return found
-    closed: Detector = library.ClosedSetDetector(name.removeprefix(HF), threshold=threshold, device=device)
-    return closed
+        source = name.removeprefix(ZERO_SHOT)
+        return ZeroShotDetector(source, settings.prompts, threshold=threshold, device=device)
+    return ClosedSetDetector(name.removeprefix(HF), threshold=threshold, device=device)
 
 
 def _own(settings: JobDetector) -> Detector:

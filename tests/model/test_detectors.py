@@ -1,4 +1,4 @@
-"""Detectors of transformers say what a plain loop over the library gives; nothing else is opened."""
+"""Detectors of transformers give what a plain loop over the library gives; nothing else is opened."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
-from model.detections import DetectorError
-from model.hf_detectors import ClosedSetDetector, ZeroShotDetector
+from model.detectors import ClosedSetDetector, DetectorError, ZeroShotDetector
 from tests.model import made_detectors
 from tests.model.made_detectors import PROMPTS
 
@@ -106,7 +105,7 @@ def test_a_zero_shot_detector_says_what_a_plain_loop_says_with_our_categories(fo
 
 
 def test_a_box_of_grounding_dino_has_the_prompt_of_its_best_word(folders):
-    from model.hf_detectors import _prompt_of_each_query
+    from model.detectors import _prompt_of_each_query
 
     words = torch.tensor([[2, 7, 8, 5, 10, 11, 5, 12, 5, 3]])  # [CLS] a cat . red car . person . [SEP]
     logits = torch.full((1, 3, 12), float("-inf"))
@@ -190,10 +189,10 @@ def test_what_would_run_code_or_be_half_random_is_refused(tmp_path, spoil):
 
 def test_a_detector_of_the_other_kind_is_sent_to_its_own_name(folders):
     with pytest.raises(
-        DetectorError, match=r"grounding-dino is told by text .* hf-zero-shot:.* with --prompts"
+        DetectorError, match=r"the classes of grounding-dino are text .* hf-zero-shot:.* with --prompts"
     ):
         ClosedSetDetector(str(folders["grounding-dino"]), threshold=0.5)
-    with pytest.raises(DetectorError, match=r"d_fine has classes of its own; wanted --detector hf:"):
+    with pytest.raises(DetectorError, match=r"d_fine has its own classes; wanted --detector hf:"):
         ZeroShotDetector(str(folders["d_fine"]), PROMPTS, threshold=0.5)
 
 
