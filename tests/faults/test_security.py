@@ -477,9 +477,9 @@ KEEPING = """
     import shutil, sys
     import jobs.cluster.ray_cluster
     jobs.cluster.ray_cluster.shutil = type("keeping", (), {"rmtree": staticmethod(lambda *a, **k: None)})
-    from jobs import cli
+    from jobs.cli.main import main
     sys.argv[0] = "keeping"
-    cli.main()
+    main()
 """
 
 
