@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.labels_out import IMAGES_PER_UNIT, measured, one_image, open_output, size_of
 from pipeline.job.job_file import units_per_part
-from pipeline.tables import unit_files as units
-from pipeline.tables.unit_files import build_unit_table
+from pipeline.tables.unit_files import encode_unit, put_unit
+from pipeline.tables.unit_table import build_unit_table
 
 MASKS_PER_IMAGE = 3
 DIFFERENT_UNITS = 100
@@ -85,7 +85,7 @@ def make_units(output: Path, images: int) -> None:
         for name, values in columns.items():
             at = rows.schema.get_field_index(name)
             rows = rows.set_column(at, rows.schema.field(at), values)
-        units.commit(store, unit_id, 0, units.encode(rows, context))
+        put_unit(store, unit_id, 0, encode_unit(rows, context))
 
 
 def timed(work: Callable[[], None]) -> float:

@@ -187,7 +187,7 @@ class State:
             assert not self._pending()
 
     def _publish(self, meter: Meter) -> None:
-        from pipeline.execution.chain import map_parts
+        from pipeline.execution.ray_tasks import map_parts
         from pipeline.job.driver_lock import Owner
         from pipeline.job.job_file import require_job
         from pipeline.settings import FilterSettings
@@ -348,30 +348,30 @@ def made_unit(unit: Any, context: Any, store: Any, _child: object) -> tuple[Any,
     images = tuple(
         ImageResult(
             planned=row, size_hw=SIZE_HW, stored_size_hw=SIZE_HW, source_bytes=100_000, source_etag="made",
-            fetch_ms=1.0, decode_ms=1.0,
+            fetch_ms=1.0, decode_ms=1.0, pixels_hwc=arena.keep(picture),
         )
         for row in rows
     )  # fmt: skip
-    return replace(unit, images=images, pixels=tuple(arena.keep(picture) for _ in rows)), arena
+    return replace(unit, images=images), arena
 
 
 class UnitStub:
     """The start of every unit is noted as ever, and every image has the same masks."""
 
     def __init__(self, context: Any, *, epoch: int, **_of_a_real_model: object) -> None:
-        from pipeline.stages.crash_log import Attempts
+        from pipeline.stages.crash_log import CrashLog
         from pipeline.storage.store import Store
 
-        self._attempts = Attempts(Store(context.output), epoch=epoch)
+        self._attempts = CrashLog(Store(context.output), epoch=epoch)
 
     def run(self, unit: Any) -> Any:
         """The unit with masks and without pixels."""
         start = self._attempts.note_start(unit.unit_id, unit.generation)
         images = tuple(
-            replace(image, instances=_masks(), attempts=start.earlier + 1, segment_ms=1.0)
+            replace(image, instances=_masks(), attempts=start.earlier + 1, segment_ms=1.0, pixels_hwc=None)
             for image in unit.images
         )
-        return replace(unit, images=images, pixels=(None,) * len(images))
+        return replace(unit, images=images)
 
 
 @functools.cache

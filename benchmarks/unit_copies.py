@@ -38,7 +38,7 @@ def main() -> None:
 
     @ray.remote(num_cpus=0.5)
     def read(block):  # type: ignore[no-untyped-def]
-        return sum(int(picture[::64, ::64].sum()) for picture in unpack(block).pixels if picture is not None)
+        return sum(int(image.pixels_hwc[::64, ::64].sum()) for image in unpack(block).images)
 
     ray.get(read.remote(made_unit(1, 64)))  # the worker has started and imported
     size = table.nbytes / 2**20
@@ -65,9 +65,10 @@ def made_unit(images: int, side: int):  # type: ignore[no-untyped-def]
     arena = PixelArena(images, side)
     unit = UnitRow(
         unit_id=0,
-        images=tuple(ImageResult(planned=planned, size_hw=(side, side)) for _ in range(images)),
-        pixels=tuple(arena.keep(picture) for _ in range(images)),
-        detector_pixels=(None,) * images,
+        images=tuple(
+            ImageResult(planned=planned, size_hw=(side, side), pixels_hwc=arena.keep(picture))
+            for _ in range(images)
+        ),
     )
     return pack(unit, arena)
 

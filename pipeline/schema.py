@@ -1,9 +1,8 @@
-"""Every Arrow schema that is written or crosses a Ray stage, and the version they carry.
+"""Every Arrow schema that is written, and the version they carry.
 
-One place for a column: its type and null rule here, the record that fills it in `units.py`
-(working truth) and `publish.py` (published tables), its meaning in docs/schema.md. Plain signed
-types only: no unsigned, half, nanosecond or Arrow-dictionary types, because Spark, BigQuery and
-Trino each trip over one of them.
+One place for a column: its type, null rule and hints here, the field of `unit.ImageResult` that fills it, its
+meaning in docs/schema.md. Plain signed types only: no unsigned, half, nanosecond or Arrow-dictionary types,
+because Spark, BigQuery and Trino each trip over one of them.
 """
 
 from __future__ import annotations
@@ -15,33 +14,51 @@ SCHEMA_VERSION = 1
 
 STATUSES = ("labelled", "no_boxes", "failed")
 
-_BOX = pa.list_(pa.field("element", pa.float32(), nullable=False), 4)
+VOLATILE: set[str] = set()
+"""Columns that may differ between two runs of one job; all others are equal, byte for byte."""
+REPEATING: set[str] = set()
+"""Columns with few distinct values: Parquet writes them with a dictionary, in every table with a column of
+that name. Counts and floats are larger with a dictionary than without."""
+
+
+def _column(
+    name: str, kind: pa.DataType, *, required: bool = False, repeats: bool = False, volatile: bool = False
+) -> pa.Field:
+    """Return a column's field, null allowed unless `required`; note whether it repeats or is volatile."""
+    if repeats:
+        REPEATING.add(name)
+    if volatile:
+        VOLATILE.add(name)
+    return pa.field(name, kind, nullable=not required)
+
+
+def _list(kind: pa.DataType, length: int = -1) -> pa.DataType:
+    """Return a list whose elements are never null."""
+    return pa.list_(pa.field("element", kind, nullable=False), length)
+
+
+_BOX = _list(pa.float32(), 4)
 _RLE = pa.struct(
     [
-        pa.field("size", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
-        pa.field("counts", pa.string(), nullable=False),
+        _column("size", _list(pa.int32()), required=True, repeats=True),
+        _column("counts", pa.string(), required=True),
     ]
 )
-_STRINGS = pa.list_(pa.field("element", pa.string(), nullable=False))
+_STRINGS = _list(pa.string())
 _DOUBLES = pa.list_(pa.field("element", pa.float64()))
-
-
-def _required(name: str, kind: pa.DataType) -> pa.Field:
-    return pa.field(name, kind, nullable=False)
-
 
 # One box as the input gave it. `given` is untouched: wrong length, nulls, NaN and all.
 PLAN_BOX = pa.struct(
     [
-        pa.field("given", _DOUBLES),
-        pa.field("box_id", pa.string()),
-        pa.field("category_id", pa.int32()),
-        pa.field("category_name", pa.string()),
-        pa.field("score", pa.float64()),
-        pa.field("points_xy", _DOUBLES),  # x, y, x, y, ...
-        pa.field("point_labels", pa.list_(pa.field("element", pa.int32()))),
-        pa.field("prompt_mask", _RLE),
-        pa.field("iscrowd", pa.bool_()),  # true for a region of many objects; else null, never false
+        _column("given", _DOUBLES),
+        _column("box_id", pa.string()),
+        _column("category_id", pa.int32()),
+        _column("category_name", pa.string()),
+        _column("score", pa.float64()),
+        _column("points_xy", _DOUBLES),  # x, y, x, y, ...
+        _column("point_labels", pa.list_(pa.field("element", pa.int32()))),
+        _column("prompt_mask", _RLE),
+        _column("iscrowd", pa.bool_()),  # true for a region of many objects; else null, never false
     ]
 )
 
@@ -49,70 +66,70 @@ PLAN_BOX = pa.struct(
 # boxes: null = the input's list was null (failed, boxes_missing); empty = no boxes.
 PLAN = pa.schema(
     [
-        _required("unit_id", pa.int32()),
-        _required("image_id", pa.string()),
-        _required("image_uri", pa.string()),
-        pa.field("boxes", pa.list_(pa.field("element", PLAN_BOX, nullable=False))),
-        pa.field("error_code", pa.string()),  # found while planning, for example labels_mismatch
-        pa.field("error_message", pa.string()),
+        _column("unit_id", pa.int32(), required=True),
+        _column("image_id", pa.string(), required=True),
+        _column("image_uri", pa.string(), required=True),
+        _column("boxes", _list(PLAN_BOX)),
+        _column("error_code", pa.string()),  # found while planning, for example labels_mismatch
+        _column("error_message", pa.string()),
     ]
 )
 
 _PROMPT_COLUMNS = [
-    _required("instance_index", pa.int32()),
-    pa.field("box_id", pa.string()),
+    _column("instance_index", pa.int32(), required=True, repeats=True),
+    _column("box_id", pa.string()),
 ]
 _CATEGORY_COLUMNS = [
-    pa.field("category_id", pa.int32()),
-    pa.field("category_name", pa.string()),
-    pa.field("prompt_bbox_given", _DOUBLES),
-    pa.field("prompt_bbox", _BOX),
+    _column("category_id", pa.int32(), repeats=True),
+    _column("category_name", pa.string(), repeats=True),
+    _column("prompt_bbox_given", _DOUBLES),
+    _column("prompt_bbox", _BOX),
 ]
 _MASK_COLUMNS = [
-    pa.field("bbox", _BOX),
-    pa.field("segmentation", _RLE),
-    pa.field("area", pa.int64()),
-    pa.field("detector_score", pa.float32()),
-    pa.field("predicted_iou", pa.float32()),
-    pa.field("stability_score", pa.float32()),
-    pa.field("box_iou", pa.float32()),
-    pa.field("mask_in_box", pa.float32()),
-    pa.field("num_components", pa.int32()),
-    pa.field("touches_border", pa.bool_()),
-    _required("qc_flags", _STRINGS),
+    _column("bbox", _BOX),
+    _column("segmentation", _RLE),
+    _column("area", pa.int64()),
+    _column("detector_score", pa.float32()),
+    _column("predicted_iou", pa.float32()),
+    _column("stability_score", pa.float32()),
+    _column("box_iou", pa.float32()),
+    _column("mask_in_box", pa.float32()),
+    _column("num_components", pa.int32(), repeats=True),
+    _column("touches_border", pa.bool_()),
+    _column("qc_flags", _STRINGS, required=True, repeats=True),
 ]
 
 # One instance inside a unit row. `box_error` is one of errors.BOX_CODES, or null.
 UNIT_INSTANCE = pa.struct(
-    [*_PROMPT_COLUMNS, *_CATEGORY_COLUMNS, *_MASK_COLUMNS, pa.field("box_error", pa.string())]
+    [*_PROMPT_COLUMNS, *_CATEGORY_COLUMNS, *_MASK_COLUMNS, _column("box_error", pa.string(), repeats=True)]
 )
 
 _IMAGE_KEY = [
-    _required("image_id", pa.string()),
-    _required("image_uri", pa.string()),
-    _required("status", pa.string()),
+    _column("image_id", pa.string(), required=True),
+    _column("image_uri", pa.string(), required=True, repeats=True),
+    _column("status", pa.string(), required=True, repeats=True),
 ]
 _IMAGE_FRAME = [
-    pa.field("width", pa.int32()),
-    pa.field("height", pa.int32()),
-    pa.field("orig_width", pa.int32()),
-    pa.field("orig_height", pa.int32()),
-    pa.field("exif_orientation", pa.int32()),
+    _column("width", pa.int32()),
+    _column("height", pa.int32()),
+    _column("orig_width", pa.int32()),
+    _column("orig_height", pa.int32()),
+    _column("exif_orientation", pa.int32(), repeats=True),
 ]
 _IMAGE_REST = [
-    pa.field("source_bytes", pa.int64()),
-    pa.field("source_etag", pa.string()),
-    pa.field("error_stage", pa.string()),
-    pa.field("error_code", pa.string()),
-    pa.field("error_message", pa.string()),
-    _required("attempts", pa.int32()),
-    pa.field("fetch_ms", pa.float32()),
-    pa.field("decode_ms", pa.float32()),
-    pa.field("detect_ms", pa.float32()),
-    pa.field("segment_ms", pa.float32()),
-    _required("unit_id", pa.int32()),
-    _required("run_id", pa.string()),
-    _required("processed_at", pa.timestamp("us", tz="UTC")),
+    _column("source_bytes", pa.int64()),
+    _column("source_etag", pa.string()),
+    _column("error_stage", pa.string(), repeats=True),
+    _column("error_code", pa.string(), repeats=True),
+    _column("error_message", pa.string()),
+    _column("attempts", pa.int32(), required=True, repeats=True, volatile=True),
+    _column("fetch_ms", pa.float32(), volatile=True),
+    _column("decode_ms", pa.float32(), volatile=True),
+    _column("detect_ms", pa.float32(), volatile=True),
+    _column("segment_ms", pa.float32(), volatile=True),
+    _column("unit_id", pa.int32(), required=True, repeats=True),
+    _column("run_id", pa.string(), required=True, repeats=True, volatile=True),
+    _column("processed_at", pa.timestamp("us", tz="UTC"), required=True, repeats=True, volatile=True),
 ]
 
 # The working truth, units/<unit>.g<generation>.parquet: one row an image, instances nested.
@@ -121,21 +138,21 @@ UNIT = pa.schema(
         *_IMAGE_KEY,
         *_IMAGE_FRAME,
         *_IMAGE_REST,
-        _required("instances", pa.list_(pa.field("element", UNIT_INSTANCE, nullable=False))),
+        _column("instances", _list(UNIT_INSTANCE), required=True),
     ]
 )
 
 # Published: one row per box given, always.
 INSTANCES = pa.schema(
     [
-        _required("image_id", pa.string()),
+        _column("image_id", pa.string(), required=True),
         *_PROMPT_COLUMNS,
-        _required("image_uri", pa.string()),
+        _column("image_uri", pa.string(), required=True, repeats=True),
         *_CATEGORY_COLUMNS,
         *_MASK_COLUMNS,
-        _required("accepted", pa.bool_()),
-        pa.field("reject_reason", pa.string()),
-        _required("run_id", pa.string()),
+        _column("accepted", pa.bool_(), required=True),
+        _column("reject_reason", pa.string(), repeats=True),
+        _column("run_id", pa.string(), required=True, repeats=True, volatile=True),
     ]
 )
 
@@ -144,9 +161,9 @@ IMAGES = pa.schema(
     [
         *_IMAGE_KEY,
         *_IMAGE_FRAME,
-        _required("num_boxes", pa.int32()),
-        _required("num_instances", pa.int32()),
-        _required("num_accepted", pa.int32()),
+        _column("num_boxes", pa.int32(), required=True),
+        _column("num_instances", pa.int32(), required=True),
+        _column("num_accepted", pa.int32(), required=True),
         *_IMAGE_REST,
     ]
 )

@@ -12,6 +12,9 @@ import numpy.typing as npt
 from model.records import Instances
 
 BoolArray = npt.NDArray[np.bool_]
+UInt8Array = npt.NDArray[np.uint8]
+Pixels = UInt8Array | None
+"""uint8 RGB (h, w, 3), read-only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +43,13 @@ class ImageResult:
     """What became of one planned image. `planned`: its row of the plan (schema.PLAN) as a dict.
 
     Sizes are (height, width), None when the image was not decoded. `boxes`: the prompts of all its
-    given boxes, None when that was never worked out. `instances`: masks of the usable boxes alone, in
+    given boxes, None when they are not resolved. `instances`: masks of the usable boxes alone, in
     their order. `error_code`, `error_message`: of IMAGE_CODES, when it failed after planning.
     `attempts`: starts of this image, the successful one included. Times in milliseconds.
+    `pixels_hwc`: the picture at the model's input side, None after the model and where it has no work.
+    `detector_pixels_hwc`: the same for the detector, None also where it gets the model's own.
+
+    A field that a column of schema.UNIT is named for fills that column.
     """
 
     planned: Mapping[str, Any]
@@ -60,3 +67,5 @@ class ImageResult:
     decode_ms: float | None = None
     detect_ms: float | None = None
     segment_ms: float | None = None
+    pixels_hwc: Pixels = None
+    detector_pixels_hwc: Pixels = None

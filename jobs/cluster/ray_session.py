@@ -78,7 +78,7 @@ class Machine:
     def _requests(self) -> Requests:
         if self._joins:
             self.start()
-            from pipeline.execution.chain import check_resources
+            from pipeline.execution.node_watch import check_resources
 
             return check_resources(self._cluster, self._cpu_threads)
         cpus = float(self._config.cluster.cpus or usable_cpus())
@@ -94,7 +94,7 @@ class Machine:
         if not self._joins:
             return native_dtype(self.device() == "cuda")
         self.start()
-        from pipeline.execution.chain import run_on_model_node
+        from pipeline.execution.ray_tasks import run_on_model_node
 
         return run_on_model_node(native_dtype, self._cluster, self._cpu_threads)
 
@@ -129,6 +129,6 @@ class Machine:
         if self._info is None and size < SERIAL_BYTES:
             return map(function, tasks)
         self.start()
-        from pipeline.execution.chain import map_parts
+        from pipeline.execution.ray_tasks import map_parts
 
         return map_parts(function, tasks)

@@ -19,7 +19,7 @@ from pipeline.job.plan_files import iter_plan
 from pipeline.settings import FilterSettings
 from pipeline.tables.manifest import read_manifest
 from pipeline.tables.publish_tables import flatten_unit
-from pipeline.tables.unit_files import list_committed, read
+from pipeline.tables.unit_files import list_committed, read_committed
 
 _LONGEST_SIDE = 1600
 _SCORES = ("detector_score", "predicted_iou", "stability_score", "box_iou", "mask_in_box")
@@ -61,7 +61,7 @@ def _from_unit(saved: SavedJob, unit_id: int, image_id: str) -> ImageRows:
     committed = list_committed(saved.store)
     if unit_id not in committed:
         raise UsageError(f"{image_id!a} is planned (unit {unit_id}) and not labelled yet; see hqlabel status")
-    flat = flatten_unit(read(saved.store, committed[unit_id]), FilterSettings())
+    flat = flatten_unit(read_committed(saved.store, committed[unit_id]), FilterSettings())
     images = [row for row in flat.images.to_pylist() if row["image_id"] == image_id]
     instances = [row for row in flat.instances.to_pylist() if row["image_id"] == image_id]
     return ImageRows(image=images[0], instances=tuple(instances))

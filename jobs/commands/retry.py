@@ -32,7 +32,7 @@ from pipeline.job.job_file import Job, differences, mask_settings
 from pipeline.storage.store import Store
 from pipeline.tables.manifest import Manifest, Part, read_manifest
 from pipeline.tables.publish_tables import publish
-from pipeline.tables.unit_files import CommittedUnit, list_committed, read
+from pipeline.tables.unit_files import CommittedUnit, list_committed, read_committed
 
 _READERS = 16
 
@@ -132,7 +132,7 @@ def _concerned(part: Part, codes: Sequence[str]) -> bool:
 
 
 def _failed_in(store: Store, unit: CommittedUnit, codes: Sequence[str]) -> int:
-    found = [code for code in read(store, unit)["error_code"].to_pylist() if code is not None]
+    found = [code for code in read_committed(store, unit)["error_code"].to_pylist() if code is not None]
     return sum(code in codes for code in found) if codes else len(found)
 
 

@@ -1,16 +1,18 @@
 """What a running job counts and measures: the list of metrics, and what each finished stage adds to them.
 
-No Ray here: `graph.py` hands the samples to Ray, whose agents offer them to Prometheus with `ray_` before
-each name. docs/cluster.md explains the list; a test holds the two together. Whatever a killed worker or a
-repeated unit had done is counted again where it was done again: these are rates to watch, the tables are
-the record.
+Ray's agents offer them to Prometheus with `ray_` before each name. docs/cluster.md explains the list; a test
+holds the two together. Whatever a killed worker or a repeated unit had done is counted again where it was
+done again: these are rates to watch, the tables are the record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from ray.util import metrics as ray_metrics
 
 from pipeline.settings import UnitOutcome
 from pipeline.stages.hand_over import UnitRow
@@ -112,6 +114,29 @@ METRICS: dict[str, Metric] = {
         ),
     )
 }
+
+
+def record(run_id: str, samples: Iterable[Sample]) -> None:
+    """Pass the samples to Ray, whose agent on this node offers them to Prometheus."""
+    for sample in samples:
+        meter, tags = _meter(sample.name), {**sample.tags, RUN: run_id}
+        if isinstance(meter, ray_metrics.Counter):
+            meter.inc(sample.value, tags)
+        elif isinstance(meter, ray_metrics.Gauge):
+            meter.set(sample.value, tags)
+        else:
+            meter.observe(sample.value, tags)
+
+
+@functools.cache
+def _meter(name: str) -> ray_metrics.Counter | ray_metrics.Gauge | ray_metrics.Histogram:
+    metric = METRICS[name]
+    tags = (*metric.tags, RUN)
+    if metric.kind == "counter":
+        return ray_metrics.Counter(name, metric.meaning, tag_keys=tags)
+    if metric.kind == "gauge":
+        return ray_metrics.Gauge(name, metric.meaning, tag_keys=tags)
+    return ray_metrics.Histogram(name, metric.meaning, boundaries=list(metric.boundaries), tag_keys=tags)
 
 
 def of_prepared(unit: UnitRow, seconds: float) -> Iterator[Sample]:

@@ -1,7 +1,7 @@
 """The last stage: a unit's results -> one checked Parquet body -> one create-if-absent request.
 
-The plan is read again here and the table held against it: what is committed answers every planned box,
-or nothing is written. What goes back to the driver are counts.
+The plan is read again here and the table is checked against it: what is committed answers every planned box,
+or nothing is written. Only counts go back to the driver.
 """
 
 from __future__ import annotations
@@ -17,18 +17,11 @@ from pipeline.failpoints import visit
 from pipeline.job.plan_files import read_unit
 from pipeline.settings import JobContext, UnitOutcome
 from pipeline.stages.hand_over import UnitRow
-from pipeline.stages.prepare import earlier_generation
-from pipeline.stages.prompt_groups import resolved_boxes
+from pipeline.stages.prompt_groups import with_boxes
 from pipeline.storage.store import Store
-from pipeline.tables.unit_files import (
-    build_unit_table,
-    check_against_plan,
-    commit,
-    encode,
-    outcome_of,
-    replace_rows,
-)
-from pipeline.unit import ImageResult
+from pipeline.tables.unit_checks import check_against_plan
+from pipeline.tables.unit_files import encode_unit, outcome_of, put_unit, read_generation, replace_rows
+from pipeline.tables.unit_table import build_unit_table
 from pipeline.worker import logs
 from pipeline.worker.process_env import refuse_unsafe_env
 
@@ -43,15 +36,15 @@ OUTCOME = pa.schema(
     ]
     + [pa.field("fault_code", pa.string()), pa.field("fault_message", pa.string())]
 )
-"""What the driver is sent for a unit: the fields of UnitOutcome, or a systemic fault."""
+"""What the driver gets for a unit: the fields of UnitOutcome, or a systemic fault."""
 
 
 def commit_unit(unit: UnitRow, context: JobContext, store: Store) -> pa.Table:
-    """One row of schema OUTCOME: the unit is committed, or met a systemic fault on its way.
+    """Commit the unit; return one row of schema OUTCOME, of a systemic fault too.
 
     Raises:
         ValueError: the results do not answer the plan. A bug: nothing is written.
-        DamageFound: another file stands under the unit's name and does not verify.
+        DamageFound: there is a file of the unit's name already, and it does not verify.
     """
     try:
         outcome = _commit(unit, context, store) if unit.fault is None else None
@@ -63,16 +56,16 @@ def commit_unit(unit: UnitRow, context: JobContext, store: Store) -> pa.Table:
 def _commit(unit: UnitRow, context: JobContext, store: Store) -> UnitOutcome:
     refuse_unsafe_env()
     began = time.monotonic()
-    results = [_with_boxes(image, context) for image in unit.images]
+    results = [with_boxes(image, context.box_rules) for image in unit.images]
     table = build_unit_table(results, context)
     if unit.redo_codes is not None:
-        table = replace_rows(earlier_generation(unit, store), table)
+        table = replace_rows(read_generation(store, unit.unit_id, unit.generation - 1), table)
         visit("retry.replaced")
     planned = read_unit(store, context.plan_sha256, unit.unit_id)
     check_against_plan(table, planned, detected=context.detector is not None)
-    body = encode(table, context)
+    body = encode_unit(table, context)
     visit("unit.built")
-    created = commit(store, unit.unit_id, unit.generation, body)
+    created = put_unit(store, unit.unit_id, unit.generation, body)
     seconds = unit.seconds + time.monotonic() - began
     outcome = outcome_of(
         table, unit.unit_id, unit.generation, size=len(body), created=created, seconds=seconds
@@ -82,22 +75,15 @@ def _commit(unit: UnitRow, context: JobContext, store: Store) -> UnitOutcome:
 
 
 def _log(outcome: UnitOutcome, table: pa.Table, context: JobContext) -> None:
-    """A line for the unit and one for each image of it that failed; those of a retry are said again."""
+    """Log a line for the unit and one for each image of it that failed; those of a retry again."""
     run_id, unit_id = context.run_id, outcome.unit_id
-    said = {k: v for k, v in vars(outcome).items() if k not in ("unit_id", "begun_before")}
-    logs.event("unit_committed", run_id=run_id, unit_id=unit_id, **said)
+    fields = {k: v for k, v in vars(outcome).items() if k not in ("unit_id", "begun_before")}
+    logs.event("unit_committed", run_id=run_id, unit_id=unit_id, **fields)
     if outcome.repeated or not outcome.failed:
         return
     for row in table.select(["image_id", "error_code", "error_message"]).to_pylist():
         if row["error_code"] is not None:
             logs.image_failed(run_id, unit_id, row["image_id"], row["error_code"], row["error_message"])
-
-
-def _with_boxes(image: ImageResult, context: JobContext) -> ImageResult:
-    """The result with its resolved boxes, where the image's size is known and it has boxes at all."""
-    if image.size_hw is None or not image.planned["boxes"]:
-        return image
-    return replace(image, boxes=resolved_boxes(image, context.box_rules))
 
 
 def _pack(outcome: UnitOutcome | None, unit_id: int, fault: SystemicFault | None) -> pa.Table:
@@ -112,7 +98,7 @@ def _pack(outcome: UnitOutcome | None, unit_id: int, fault: SystemicFault | None
 
 
 def read_outcome(table: pa.Table) -> UnitOutcome:
-    """The outcome in a table of one row, schema OUTCOME.
+    """Return the outcome in a table of one row, schema OUTCOME.
 
     Raises:
         SystemicFault: the one the unit met.

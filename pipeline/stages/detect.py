@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,7 @@ from model.detectors import (
 )
 from pipeline.errors import JobRefused, SystemicFault, clean_text
 from pipeline.settings import JobDetector
-from pipeline.stages.hand_over import Pixels, UInt8Array
-from pipeline.unit import ImageResult
+from pipeline.unit import ImageResult, UInt8Array
 
 HF, ZERO_SHOT = "hf:", "hf-zero-shot:"
 WANTED = "wanted hf:ID_OR_FOLDER, hf-zero-shot:ID_OR_FOLDER or your own module:Class"
@@ -55,7 +54,7 @@ def load_detector(settings: JobDetector, device: str = "cpu") -> Detector:
     except JobRefused:
         raise
     except Exception as error:  # whatever a library or a person's own class comes to
-        raise JobRefused(f"detector {settings.name}: {_said(error)}") from error
+        raise JobRefused(f"detector {settings.name}: {_message(error)}") from error
 
 
 def _made(settings: JobDetector, device: str) -> Detector:
@@ -122,41 +121,33 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def try_out(detector: Detector, settings: JobDetector) -> None:
-    """None when the detector answers a blank picture as it should: its mistakes are cheapest before any work.
+    """Check its answer to a blank picture: a detector's mistakes are cheapest before any work.
 
     Raises:
-        JobRefused: it raised, or answered something else than a detector does.
+        JobRefused: it raised, or its answer is not a detector's.
     """
     blank = np.full((*_BLANK_HW, 3), 127, np.uint8)
     try:
         _checked(detector.detect([blank]), [blank], detector.categories)
     except Exception as error:
-        raise JobRefused(f"detector {settings.name}: on a blank picture: {_said(error)}") from error
+        raise JobRefused(f"detector {settings.name}: on a blank picture: {_message(error)}") from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Shown:
-    """One image for the detector: its place in the unit, the picture as it is shown, its upright size."""
+class CallGuard(Protocol):
+    """How the process around the models guards one unit's calls."""
 
-    place: int
-    image_id: str
-    picture: UInt8Array
-    size_hw: tuple[int, int]
+    @property
+    def image_by_image(self) -> bool:
+        """Whether an earlier process died of this unit; each image is then noted before it is tried."""
 
+    def note_image(self, image_id: str | None) -> None:
+        """Note the image that is tried from now on."""
 
-@dataclass(frozen=True, kw_only=True)
-class CallWatch:
-    """How the process around the models looks after one unit's calls.
+    def deadline(self, image_ids: Sequence[str]) -> AbstractContextManager[None]:
+        """Bound the block, a call with these images, by their time; after it the process ends."""
 
-    `one_by_one`: an earlier process died of this unit; `note` is then told of each image before it is tried.
-    `deadline`: of a call with these images, after which the process ends. `end_if_lost`: ends it when an
-    error says that the device is gone.
-    """
-
-    one_by_one: bool
-    note: Callable[[str], None]
-    deadline: Callable[[Sequence[str]], AbstractContextManager[None]]
-    end_if_lost: Callable[[BaseException], None]
+    def exit_if_device_lost(self, error: BaseException) -> None:
+        """End the process when the error shows that the device is gone."""
 
 
 class DetectStep:
@@ -170,90 +161,99 @@ class DetectStep:
         self._settings = settings
         try:
             self._detector = load_detector(settings, "cuda" if use_gpu else "cpu")
-            found = self._detector.fingerprint()
+            fingerprint = self._detector.fingerprint()
         except Exception as error:
             raise SystemicFault("weights", clean_text(str(error))) from error
-        if found != settings.fingerprint:
+        if fingerprint != settings.fingerprint:
             raise SystemicFault(
                 "weights",
-                f"detector {settings.name} has fingerprint {found}, this job began with "
+                f"detector {settings.name} has fingerprint {fingerprint}, this job began with "
                 f"{settings.fingerprint}; put the old one back, or start a new output folder",
             )
         self._record = Record()
         self._names = {category.id: category.name for category in self._detector.categories}
 
-    def run(
-        self,
-        images: list[ImageResult],
-        pixels: Sequence[Pixels],
-        shown: Sequence[Pixels],
-        watch: CallWatch,
-    ) -> None:
-        """None; every image that has pixels and no error has its boxes in `planned`, or an error."""
-        todo = [
-            _Shown(
-                place=place,
-                image_id=image.planned["image_id"],
-                picture=_picture(pixels[place], shown[place]),
-                size_hw=_known(image.size_hw),
-            )
+    def run(self, images: Sequence[ImageResult], guard: CallGuard) -> list[ImageResult]:
+        """Return the images; each with pixels and no error has its boxes in `planned` now, or an error."""
+        results = list(images)
+        places = [
+            place
             for place, image in enumerate(images)
-            if pixels[place] is not None and image.error_code is None
+            if image.pixels_hwc is not None and image.error_code is None
         ]
-        size = 1 if watch.one_by_one else self._settings.images_per_call
-        for at in range(0, len(todo), size):
-            some = todo[at : at + size]
-            if watch.one_by_one:
-                watch.note(some[0].image_id)
+        size = 1 if guard.image_by_image else self._settings.images_per_call
+        for at in range(0, len(places), size):
+            batch = [images[place] for place in places[at : at + size]]
+            if guard.image_by_image:
+                guard.note_image(_image_id(batch[0]))
             began = time.monotonic()
-            answers = self._detect(some, watch)
-            took_ms = 1000 * (time.monotonic() - began) / len(some)
-            for one, answer in zip(some, answers, strict=True):
-                image = replace(images[one.place], detect_ms=took_ms)
-                if isinstance(answer, Exception):
-                    images[one.place] = self._charged(image, answer, watch)
-                else:
-                    self._record.worked()
-                    images[one.place] = replace(image, planned={**image.planned, "boxes": answer})
+            answers = self._detect(batch, guard)
+            detect_ms = 1000 * (time.monotonic() - began) / len(batch)
+            for place, answer in zip(places[at : at + size], answers, strict=True):
+                results[place] = self._with_answer(replace(images[place], detect_ms=detect_ms), answer, guard)
+        return results
 
-    def _detect(self, some: Sequence[_Shown], watch: CallWatch) -> list[list[dict[str, Any]] | Exception]:
-        """The boxes of each, or what went wrong with it; of a call that fails each is tried alone."""
+    def _detect(
+        self, images: Sequence[ImageResult], guard: CallGuard
+    ) -> list[list[dict[str, Any]] | Exception]:
+        """Return the boxes of each, or what went wrong with it; of a call that fails each is tried alone."""
         try:
-            found = self._call(some, watch)
+            detections = self._call(images, guard)
             return [
-                planned_boxes(answer, one.picture.shape[:2], one.size_hw, self._settings, self._names)
-                for one, answer in zip(some, found, strict=True)
+                planned_boxes(one, _picture(image).shape[:2], _size_of(image), self._settings, self._names)
+                for image, one in zip(images, detections, strict=True)
             ]
         except Exception as error:
-            watch.end_if_lost(error)
-            if len(some) == 1:
+            guard.exit_if_device_lost(error)
+            if len(images) == 1:
                 return [error]
-        return [answer for one in some for answer in self._detect([one], watch)]
+        return [answer for image in images for answer in self._detect([image], guard)]
 
-    def _call(self, some: Sequence[_Shown], watch: CallWatch) -> list[Detections]:
-        """One call of the detector, filled up to its fixed size: its numbers depend on how many there are."""
-        filled = [one.picture for one in some]
+    def _call(self, images: Sequence[ImageResult], guard: CallGuard) -> list[Detections]:
+        """Call the detector once, filled up to its fixed size: its numbers depend on how many there are."""
+        filled = [_picture(image) for image in images]
         filled += filled[-1:] * (self._settings.images_per_call - len(filled))
-        with watch.deadline([one.image_id for one in some]):
-            found = self._detector.detect(filled)
-        return _checked(found, filled, self._detector.categories)[: len(some)]
+        with guard.deadline([_image_id(image) for image in images]):
+            detections = self._detector.detect(filled)
+        return _checked(detections, filled, self._detector.categories)[: len(images)]
 
-    def _charged(self, image: ImageResult, error: Exception, watch: CallWatch) -> ImageResult:
-        """The image, failed for what the detector raised on it alone.
+    def _with_answer(
+        self, image: ImageResult, answer: list[dict[str, Any]] | Exception, guard: CallGuard
+    ) -> ImageResult:
+        """Return the image with its boxes, or failed for what the detector raised on it alone.
 
         Raises:
             SystemicFault: `model`, when it raises on a blank picture too, or on every image.
         """
-        said = _said(error)
-        if is_out_of_memory(error):
-            return replace(image, error_code="out_of_memory", error_message=said)
+        if not isinstance(answer, Exception):
+            self._record.worked()
+            return replace(image, planned={**image.planned, "boxes": answer})
+        message = _message(answer)
+        if is_out_of_memory(answer):
+            return replace(image, error_code="out_of_memory", error_message=message)
         try:
-            with watch.deadline([image.planned["image_id"]]):
+            with guard.deadline([_image_id(image)]):
                 try_out(self._detector, self._settings)
         except JobRefused as refusal:
-            raise SystemicFault("model", clean_text(str(refusal))) from error
-        self._record.raised(f"detector {self._settings.name}, the last time with {said}")
-        return replace(image, error_code="detector_failed", error_message=said)
+            raise SystemicFault("model", clean_text(str(refusal))) from answer
+        self._record.raised(f"detector {self._settings.name}, the last time with {message}")
+        return replace(image, error_code="detector_failed", error_message=message)
+
+
+def _image_id(image: ImageResult) -> str:
+    return str(image.planned["image_id"])
+
+
+def _size_of(image: ImageResult) -> tuple[int, int]:
+    assert image.size_hw is not None, "an image with pixels has a size"
+    return image.size_hw
+
+
+def _picture(image: ImageResult) -> UInt8Array:
+    """Return the picture that the detector gets: its own, or the model's where that is the same."""
+    picture = image.pixels_hwc if image.detector_pixels_hwc is None else image.detector_pixels_hwc
+    assert picture is not None, "only images with pixels come here"
+    return picture
 
 
 def planned_boxes(
@@ -321,18 +321,7 @@ def _checked(
     return list(found)
 
 
-def _picture(pixels: Pixels, shown: Pixels) -> UInt8Array:
-    picture = pixels if shown is None else shown
-    assert picture is not None, "the caller has looked"
-    return picture
-
-
-def _known(size_hw: tuple[int, int] | None) -> tuple[int, int]:
-    assert size_hw is not None, "an image with pixels has a size"
-    return size_hw
-
-
-def _said(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     is_ours = isinstance(error, JobRefused | DetectorError)
     text = str(error) if is_ours else f"{type(error).__name__}: {error}"
     return clean_text(" ".join(text.split()))

@@ -11,97 +11,83 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import pyarrow as pa
-
 from pipeline.errors import ImageError, SystemicFault
 from pipeline.failpoints import visit
 from pipeline.images.decode_process import DecodeChild
 from pipeline.images.fetch import FetchOutcome, fetch_ahead, stop_if_denied, stop_if_unreachable
 from pipeline.job.plan_files import read_unit
 from pipeline.settings import JobContext, Limits
-from pipeline.stages.hand_over import PixelArena, Pixels, UnitRow
-from pipeline.stages.prompt_groups import resolved_boxes
+from pipeline.stages.hand_over import PixelArena, UnitRow
+from pipeline.stages.prompt_groups import with_boxes
 from pipeline.storage.store import Store
-from pipeline.tables.unit_files import CommittedUnit, read, unit_key
+from pipeline.tables.unit_files import read_generation
 from pipeline.unit import ImageResult
 from pipeline.worker.process_env import refuse_unsafe_env
 
 
 def prepare_unit(
-    unit: UnitRow, context: JobContext, store: Store, child: DecodeChild
+    unit: UnitRow, context: JobContext, store: Store, decoder: DecodeChild
 ) -> tuple[UnitRow, PixelArena | None]:
-    """The unit with its images, decoded where they have usable boxes, and the arena of their pixels.
+    """Return the unit with its images, decoded where they have usable boxes, and the arena of their pixels.
 
     Of a unit that is retried, the images to be done again. A systemic fault comes back inside the unit.
     """
     began = time.monotonic()
     try:
-        images, pixels, shown, arena = _prepare(unit, context, store, child)
+        images, arena = _prepare(unit, context, store, decoder)
     except SystemicFault as fault:
         return replace(unit, fault=fault), None
-    seconds = unit.seconds + time.monotonic() - began
-    unit = replace(unit, images=tuple(images), pixels=tuple(pixels), detector_pixels=tuple(shown))
-    return replace(unit, seconds=seconds), arena
+    return replace(unit, images=tuple(images), seconds=unit.seconds + time.monotonic() - began), arena
 
 
 def _prepare(
-    unit: UnitRow, context: JobContext, store: Store, child: DecodeChild
-) -> tuple[list[ImageResult], list[Pixels], list[Pixels], PixelArena]:
+    unit: UnitRow, context: JobContext, store: Store, decoder: DecodeChild
+) -> tuple[list[ImageResult], PixelArena]:
     refuse_unsafe_env()
     rows = planned_rows(unit, context, store)
     visit("unit.read")
-    images = [_counted(ImageResult(planned=row), context.limits) for row in rows]
-    pixels: list[Pixels] = [None] * len(images)
-    shown: list[Pixels] = [None] * len(images)
+    images = [_limit_boxes(ImageResult(planned=row), context.limits) for row in rows]
     detector = context.detector
-    wanted = [
+    places = [
         place
         for place, image in enumerate(images)
-        if needs_pixels(image.planned, detected=detector is not None) and image.error_code is None
+        if image.error_code is None and needs_pixels(image.planned, detected=detector is not None)
     ]
-    shown_side = None if detector is None else detector.longest_side
-    arena = PixelArena(len(wanted), context.weights.input_side, shown_side)
+    arena = PixelArena(
+        len(places), context.weights.input_side, None if detector is None else detector.longest_side
+    )
     errors: list[ImageError | None] = []
-    uris = [images[place].planned["image_uri"] for place in wanted]
-    for place, outcome in zip(wanted, fetch_ahead(uris, context.access, context.limits), strict=True):
-        errors.append(outcome.error)
-        images[place], pixels[place], shown[place] = _decode(images[place], outcome, context, child, arena)
+    uris = [images[place].planned["image_uri"] for place in places]
+    for place, fetched in zip(places, fetch_ahead(uris, context.access, context.limits), strict=True):
+        errors.append(fetched.error)
+        images[place] = _decode(images[place], fetched, context, decoder, arena)
     stop_if_denied(errors)
     if unit.redo_codes is None:  # in a retry they may well be all that is left, for good
         stop_if_unreachable(uris, errors)
-    return images, pixels, shown, arena
+    return images, arena
 
 
 def planned_rows(unit: UnitRow, context: JobContext, store: Store) -> list[dict[str, Any]]:
-    """The plan's rows of the images to work on: all of the unit, or in a retry the failed ones asked for."""
+    """Return the plan's rows of the images to work on: all of the unit, or in a retry the failed ones."""
     rows: list[dict[str, Any]] = read_unit(store, context.plan_sha256, unit.unit_id).to_pylist()
     if unit.redo_codes is None:
         return rows
-    earlier = earlier_generation(unit, store)
-    codes = dict(zip(earlier["image_id"].to_pylist(), earlier["error_code"].to_pylist(), strict=True))
-    asked = unit.redo_codes
-    return [
-        row for row in rows if (code := codes[row["image_id"]]) is not None and (not asked or code in asked)
-    ]
-
-
-def earlier_generation(unit: UnitRow, store: Store) -> pa.Table:
-    """The committed rows of the generation before the unit's own, verified; schema.UNIT."""
-    generation = unit.generation - 1
-    key = unit_key(unit.unit_id, generation)
-    return read(store, CommittedUnit(unit_id=unit.unit_id, generation=generation, key=key, size=0))
+    before = read_generation(store, unit.unit_id, unit.generation - 1)
+    codes = dict(zip(before["image_id"].to_pylist(), before["error_code"].to_pylist(), strict=True))
+    redone = unit.redo_codes or set(codes.values()) - {None}
+    return [row for row in rows if codes[row["image_id"]] in redone]
 
 
 def needs_pixels(planned: Mapping[str, Any], *, detected: bool = False) -> bool:
-    """Whether an image has to be opened: it has boxes, and nothing was wrong with it when it was planned.
+    """Return whether an image has to be opened: it has boxes, and planning found nothing wrong with it.
 
     `detected`: a detector is to find the boxes.
     """
     return planned["error_code"] is None and (detected or bool(planned["boxes"]))
 
 
-def _counted(image: ImageResult, limits: Limits) -> ImageResult:
-    """The image, failed if it has more boxes than one image may have."""
+def _limit_boxes(image: ImageResult, limits: Limits) -> ImageResult:
+    """Return the image, failed if it has more boxes than one image may have."""
     count = len(image.planned["boxes"] or ())
     if count <= limits.max_boxes_per_image or image.planned["error_code"] is not None:
         return image
@@ -110,21 +96,18 @@ def _counted(image: ImageResult, limits: Limits) -> ImageResult:
 
 
 def _decode(
-    image: ImageResult, outcome: FetchOutcome, context: JobContext, child: DecodeChild, arena: PixelArena
-) -> tuple[ImageResult, Pixels, Pixels]:
-    """The image with what fetching and decoding say of it, and its pixels if the model has work with it.
-
-    The second picture is the detector's, where it is another one.
-    """
-    image = replace(image, fetch_ms=outcome.fetch_ms)
-    if outcome.fetched is None:
-        return _failed(image, outcome.error), None, None
-    image = replace(image, source_bytes=outcome.fetched.size, source_etag=outcome.fetched.etag)
+    image: ImageResult, fetched: FetchOutcome, context: JobContext, decoder: DecodeChild, arena: PixelArena
+) -> ImageResult:
+    """Return the image with what fetching and decoding found, and its pixels if a model has work with it."""
+    image = replace(image, fetch_ms=fetched.fetch_ms)
+    if fetched.fetched is None:
+        return _failed(image, fetched.error)
+    image = replace(image, source_bytes=fetched.fetched.size, source_etag=fetched.fetched.etag)
     began = time.monotonic()
     try:
-        decoded = child.decode(outcome.fetched.data)
+        decoded = decoder.decode(fetched.fetched.data)
     except ImageError as error:
-        return _failed(replace(image, decode_ms=1000 * (time.monotonic() - began)), error), None, None
+        return _failed(replace(image, decode_ms=1000 * (time.monotonic() - began)), error)
     image = replace(
         image,
         size_hw=decoded.size_hw,
@@ -132,11 +115,13 @@ def _decode(
         exif_orientation=decoded.exif_orientation,
         decode_ms=1000 * (time.monotonic() - began),
     )
-    if arena.detector is None and not resolved_boxes(image, context.box_rules).usable.any():
-        return image, None, None
-    shown = decoded.detector_hwc
-    kept = None if arena.detector is None or shown is None else arena.detector.keep(shown)
-    return image, arena.keep(decoded.pixels_hwc), kept
+    if arena.detector is None:
+        boxes = with_boxes(image, context.box_rules).boxes
+        if boxes is None or not boxes.usable.any():
+            return image
+    elif decoded.detector_hwc is not None:
+        image = replace(image, detector_pixels_hwc=arena.detector.keep(decoded.detector_hwc))
+    return replace(image, pixels_hwc=arena.keep(decoded.pixels_hwc))
 
 
 def _failed(image: ImageResult, error: ImageError | None) -> ImageResult:

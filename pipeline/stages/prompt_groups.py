@@ -7,7 +7,7 @@ every image has boxes alone and so one group. Where kinds are mixed, the picture
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -38,16 +38,21 @@ class PromptGroup:
         return int(self.row_of.max()) + 1
 
 
-def resolved_boxes(image: ImageResult, rules: BoxRules) -> ResolvedBoxes:
-    """The prompts of a decoded image; the same in every stage, because it is arithmetic on the plan."""
-    assert image.size_hw is not None
-    return resolve_boxes(
+def with_boxes(image: ImageResult, rules: BoxRules) -> ImageResult:
+    """Return the image with its boxes resolved, where its size is known and it has boxes at all.
+
+    Prepare, segment and commit each do this anew: it is arithmetic on the plan, the same in every stage.
+    """
+    if image.size_hw is None or not image.planned["boxes"]:
+        return image
+    boxes = resolve_boxes(
         image.planned["boxes"],
         rules,
         upright_size_hw=image.size_hw,
         stored_size_hw=image.stored_size_hw,
         orientation=image.exif_orientation,
     )
+    return replace(image, boxes=boxes)
 
 
 def group_by_kind(

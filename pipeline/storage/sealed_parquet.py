@@ -18,17 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DamageFound
+from pipeline.schema import REPEATING
 
 ROW_GROUP_ROWS = 122_880  # DuckDB's own: far below what viewers scan, large enough to compress
 
-# Columns with few distinct values. Counts and floats are larger with a dictionary than without.
-_REPEATING = frozenset(
-    [
-        *("image_uri", "status", "error_stage", "error_code", "box_error", "reject_reason", "run_id"),
-        *("category_id", "category_name", "qc_flags", "size", "instance_index", "num_components"),
-        *("exif_orientation", "unit_id", "attempts", "processed_at"),
-    ]
-)
 # Extension types that Ray Data and pandas register when they are imported, and that make Python objects of
 # what a file's schema says, by unpickling it where a switch allows that.
 _TYPES_WITH_CODE = (
@@ -100,7 +93,7 @@ def encode(table: pa.Table, footer: Mapping[str, str]) -> bytes:
 
 def _dictionary_paths(schema: pa.Schema) -> list[str]:
     """Parquet's dotted paths of the columns that repeat, at any depth."""
-    return [path for path in _leaf_paths(schema) if _REPEATING & set(path.split("."))]
+    return [path for path in _leaf_paths(schema) if REPEATING & set(path.split("."))]
 
 
 def _leaf_paths(fields: Iterable[pa.Field], prefix: str = "") -> Iterable[str]:

@@ -14,7 +14,7 @@ from pipeline.job.driver_lock import Holder, current_holder
 from pipeline.job.job_file import Job
 from pipeline.storage.store import Store
 from pipeline.tables.manifest import Counts, Manifest, add_counts, finished_units, read_manifest
-from pipeline.tables.unit_files import CommittedUnit, list_committed, read
+from pipeline.tables.unit_files import CommittedUnit, list_committed, read_committed
 
 READERS = 16
 RATE_WINDOW_S = 1200.0
@@ -120,7 +120,7 @@ def _count(store: Store, wanted: Sequence[CommittedUnit], seen: Seen) -> tuple[l
 
 
 def _count_unit(store: Store, unit: CommittedUnit) -> tuple[Counts, _UnitTime]:
-    table = read(store, unit)
+    table = read_committed(store, unit)
     boxes = table["instances"].combine_chunks().flatten()
     counts = Counts(
         images=table.num_rows,

@@ -30,9 +30,8 @@ from pipeline.failpoints import visit
 from pipeline.job.driver_lock import latest_number, require_latest
 from pipeline.job.job_file import Job
 from pipeline.settings import FilterSettings, JobContext
-from pipeline.storage import sealed_parquet as parquet
+from pipeline.storage import sealed_parquet
 from pipeline.storage.store import NotFound, Store
-from pipeline.tables import unit_files as units
 from pipeline.tables.manifest import (
     CATEGORIES_KEY,
     Counts,
@@ -45,7 +44,7 @@ from pipeline.tables.manifest import (
     write_manifest,
 )
 from pipeline.tables.mask_quality import mark
-from pipeline.tables.unit_files import CommittedUnit, list_committed
+from pipeline.tables.unit_files import CommittedUnit, footer, list_committed, read_committed
 
 READERS = 8
 
@@ -170,7 +169,7 @@ def _manifest(job: Job, filters: FilterSettings, parts: Sequence[Part], *, compl
         filters=filters,
         parts=tuple(sorted(parts, key=lambda part: part.index)),
         published_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        lineage=units.footer(job.context),
+        lineage=footer(job.context),
     )
 
 
@@ -219,9 +218,9 @@ def publish_part(task: PartTask) -> Part:
         JobRefused: another driver has taken the job over.
     """
     store = Store(task.context.output)
-    footer = {**units.footer(task.context), "filters": json.dumps(task.filters.model_dump())}
-    images = parquet.ParquetSink(schema.IMAGES, footer)
-    instances = parquet.ParquetSink(schema.INSTANCES, footer)
+    lineage = {**footer(task.context), "filters": json.dumps(task.filters.model_dump())}
+    images = sealed_parquet.ParquetSink(schema.IMAGES, lineage)
+    instances = sealed_parquet.ParquetSink(schema.INSTANCES, lineage)
     counts: list[Counts] = []
     last_id: bytes | None = None
     for unit, table in _in_order(store, task.part_units):
@@ -251,10 +250,10 @@ def _in_order(store: Store, part_units: Sequence[CommittedUnit]) -> Iterator[tup
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(part_units), READERS):
             batch = part_units[start : start + READERS]
-            yield from zip(batch, pool.map(partial(units.read, store), batch), strict=True)
+            yield from zip(batch, pool.map(partial(read_committed, store), batch), strict=True)
 
 
-def _put(store: Store, driver: int, key: str, sink: parquet.ParquetSink) -> PartFile:
+def _put(store: Store, driver: int, key: str, sink: sealed_parquet.ParquetSink) -> PartFile:
     """The file of a part, put unless a later driver has the job: it may have published newer rows."""
     body = sink.finish()
     require_latest(store, driver, "publish")

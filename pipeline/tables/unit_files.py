@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -20,35 +20,9 @@ import pyarrow.compute as pc
 from pipeline import schema
 from pipeline.failpoints import visit
 from pipeline.settings import BoxRules, JobContext, UnitOutcome
-from pipeline.storage import sealed_parquet as parquet
+from pipeline.storage import sealed_parquet
 from pipeline.storage.store import Store
-from pipeline.tables.unit_checks import check_against_plan, find_faults, plan_faults
-from pipeline.tables.unit_table import build_unit_table
-from pipeline.unit import ImageResult
 
-__all__ = [
-    "CommittedUnit",
-    "ImageResult",
-    "build_unit_table",
-    "check_against_plan",
-    "commit",
-    "encode",
-    "find_faults",
-    "footer",
-    "list_committed",
-    "mask_columns_digest",
-    "outcome_of",
-    "plan_faults",
-    "read",
-    "replace_rows",
-    "unit_key",
-]
-
-# Columns that may differ between two runs of one job; all others are equal, byte for byte.
-VOLATILE = (
-    *("fetch_ms", "decode_ms", "detect_ms", "segment_ms"),
-    *("attempts", "run_id", "processed_at"),
-)
 _KEY = re.compile(r"units/(\d{8,})\.g(\d+)\.parquet")
 
 
@@ -146,12 +120,12 @@ def _box_lineage(context: JobContext) -> dict[str, object]:
     }
 
 
-def encode(table: pa.Table, context: JobContext) -> bytes:
+def encode_unit(table: pa.Table, context: JobContext) -> bytes:
     """The unit's Parquet body; equal tables and contexts give equal bytes."""
-    return parquet.encode(table, footer(context))
+    return sealed_parquet.encode(table, footer(context))
 
 
-def commit(store: Store, unit_id: int, generation: int, body: bytes) -> bool:
+def put_unit(store: Store, unit_id: int, generation: int, body: bytes) -> bool:
     """True when the store now holds this body as the unit's generation; False when it held another.
 
     "Already there" is success: the same identity makes the same masks. What stands there is read back
@@ -165,14 +139,20 @@ def commit(store: Store, unit_id: int, generation: int, body: bytes) -> bool:
     visit("commit.created")
     stored = store.read(key)
     if stored != body:
-        parquet.decode(stored, schema.UNIT, f"unit {unit_id} ({key})")
+        sealed_parquet.decode(stored, schema.UNIT, f"unit {unit_id} ({key})")
     visit("commit.done")
     return stored == body
 
 
-def read(store: Store, unit: CommittedUnit) -> pa.Table:
+def read_committed(store: Store, unit: CommittedUnit) -> pa.Table:
     """The unit's rows: seal, page checksums and the whole schema verified; DamageFound with unit and file."""
-    return parquet.decode(store.read(unit.key), schema.UNIT, f"unit {unit.unit_id} ({unit.key})")
+    return sealed_parquet.decode(store.read(unit.key), schema.UNIT, f"unit {unit.unit_id} ({unit.key})")
+
+
+def read_generation(store: Store, unit_id: int, generation: int) -> pa.Table:
+    """Return the rows of one generation of a unit, without a listing of the store; see `read`."""
+    key = unit_key(unit_id, generation)
+    return read_committed(store, CommittedUnit(unit_id=unit_id, generation=generation, key=key, size=0))
 
 
 def replace_rows(table: pa.Table, redone: pa.Table) -> pa.Table:
@@ -212,7 +192,7 @@ def outcome_of(
     )
 
 
-def mask_columns_digest(table: pa.Table, *, without: Sequence[str] = VOLATILE) -> str:
+def mask_columns_digest(table: pa.Table, *, without: Collection[str] = schema.VOLATILE) -> str:
     """sha256 (hex) of every column but those that may differ between two runs of one job.
 
     For schema.UNIT, INSTANCES and IMAGES; row order counts, chunks and metadata do not. The rows are
@@ -220,4 +200,4 @@ def mask_columns_digest(table: pa.Table, *, without: Sequence[str] = VOLATILE) -
     """
     kept = [name for name in table.schema.names if name not in without]
     plain = table.select(kept).replace_schema_metadata().combine_chunks()
-    return hashlib.sha256(parquet.encode(plain, {})).hexdigest()
+    return hashlib.sha256(sealed_parquet.encode(plain, {})).hexdigest()

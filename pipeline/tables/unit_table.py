@@ -11,7 +11,7 @@ import datetime as dt
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,7 @@ from model.records import Instances
 from pipeline import schema
 from pipeline.errors import BOX_CODES, SET_ASIDE, box_code, clean_text, stage_of
 from pipeline.settings import JobContext
-from pipeline.tables import mask_quality as quality
-from pipeline.tables.mask_quality import MaskQuality
+from pipeline.tables.mask_quality import MaskQuality, measure, order_flags
 from pipeline.unit import ImageResult, ResolvedBoxes
 
 Float64Array = npt.NDArray[np.float64]
@@ -126,7 +125,7 @@ def _measured(results: Sequence[ImageResult], outcomes: Sequence[_Outcome]) -> l
         for result, outcome in zip(results, outcomes, strict=True)
         if outcome.instances is not None and result.boxes is not None
     ]
-    of_all = quality.measure([found for found in instances if found is not None], prompts)
+    of_all = measure([found for found in instances if found is not None], prompts)
     ends = np.cumsum([0, *(0 if found is None else len(found.counts) for found in instances)]).tolist()
     return [of_all.of(slice(start, end)) for start, end in itertools.pairwise(ends)]
 
@@ -146,8 +145,8 @@ def _image_columns(
     sizes = [result.size_hw or (None, None) for result in results]
     stored = [result.stored_size_hw or (None, None) for result in results]
     lists: dict[str, list[Any]] = {
+        **{name: [getattr(r, name) for r in results] for name in _OF_RESULT},
         **{name: [r.planned[name] for r in results] for name in ("image_id", "image_uri", "unit_id")},
-        **{name: [getattr(r, name) for r in results] for name in _PLAIN_COLUMNS},
         "height": [size[0] for size in sizes],
         "width": [size[1] for size in sizes],
         "orig_height": [size[0] for size in stored],
@@ -162,10 +161,8 @@ def _image_columns(
     return {name: pa.array(values, schema.UNIT.field(name).type) for name, values in lists.items()}
 
 
-_PLAIN_COLUMNS = (
-    *("exif_orientation", "source_bytes", "source_etag", "attempts"),
-    *("fetch_ms", "decode_ms", "detect_ms", "segment_ms"),
-)
+_OF_RESULT = {f.name for f in fields(ImageResult)} & set(schema.UNIT.names) - {"instances"}
+"""Columns that a field of `ImageResult` fills as it is, unless something else here does."""
 
 
 def _instance_columns(result: ImageResult, outcome: _Outcome, measured: MaskQuality) -> dict[str, Any]:
@@ -224,7 +221,7 @@ def _mask_columns(
     if instances is None:
         nulls = {name: np.full(count, np.nan) for name in _MASK_NUMBERS}
         nothing: dict[str, Any] = {"bbox": np.full((count, 4), np.nan), "segmentation": [None] * count}
-        return nothing | nulls | {"qc_flags": [quality.order_flags(names) for names in flags]}
+        return nothing | nulls | {"qc_flags": [order_flags(names) for names in flags]}
     area = np.asarray(instances.area, dtype=np.float64)
     tight = np.where(area[:, None] > 0, np.asarray(instances.bbox_xywh, dtype=np.float64), np.nan)
     numbers = {
@@ -245,7 +242,7 @@ def _mask_columns(
         named[row] += [*measured.flags[place], *instances.flags]
     height, width = instances.size_hw
     columns["segmentation"] = [c and {"size": [height, width], "counts": c} for c in counts]
-    columns["qc_flags"] = [quality.order_flags(names) for names in named]
+    columns["qc_flags"] = [order_flags(names) for names in named]
     return columns
 
 

@@ -23,12 +23,12 @@ from pipeline import schema
 from pipeline.errors import DamageFound, HqlabelError
 from pipeline.job.job_file import Job
 from pipeline.job.plan_files import UNITS_PER_FILE, iter_plan
-from pipeline.storage import sealed_parquet as parquet
+from pipeline.storage import sealed_parquet
 from pipeline.storage.store import NotFound, Store
-from pipeline.tables import unit_files as units
 from pipeline.tables.manifest import MANIFEST_KEY, Manifest, Part, PartFile, read_manifest
 from pipeline.tables.publish_tables import foreign_parts
-from pipeline.tables.unit_files import CommittedUnit
+from pipeline.tables.unit_checks import find_faults, plan_faults
+from pipeline.tables.unit_files import CommittedUnit, list_generations, parse_key, read_committed, unit_key
 
 READERS = 8
 UNITS_AT_A_TIME = 64
@@ -94,7 +94,7 @@ def _verify_plan(store: Store, job: Job, found: Verified) -> None:
         found.plan_files += 1
         found.bytes += entry.size
         try:
-            parquet.check_seal(store.read(entry.key), entry.key)
+            sealed_parquet.check_seal(store.read(entry.key), entry.key)
         except DamageFound as error:
             found.findings.append(Finding(key=entry.key, message=_without(entry.key, error)))
 
@@ -112,12 +112,12 @@ def _verify_units(
     store: Store, job: Job, manifest: Manifest | None, found: Verified, *, all_masks: bool
 ) -> None:
     files: dict[int, list[CommittedUnit]] = {}
-    for unit in units.list_generations(store):
+    for unit in list_generations(store):
         files.setdefault(unit.unit_id, []).append(unit)
     found.findings += [
         Finding(key=entry.key, message="this is no file of a unit")
         for entry in store.list("units/")
-        if units.parse_key(entry.key) is None
+        if parse_key(entry.key) is None
     ]
     for unit_id in sorted(set(files) - set(range(job.units))):
         found.findings += [_finding(unit, "the plan has no such unit") for unit in files[unit_id]]
@@ -162,14 +162,14 @@ def _check_unit(
     store: Store, unit: CommittedUnit, planned: pa.Table | None, *, detected: bool, all_masks: bool
 ) -> tuple[CommittedUnit, list[str]]:
     try:
-        table = units.read(store, unit)
+        table = read_committed(store, unit)
     except DamageFound as error:
         return unit, [_without(f"unit {unit.unit_id} ({unit.key})", error)]
-    faults = units.find_faults(table, check_masks=all_masks)
+    faults = find_faults(table, check_masks=all_masks)
     if not all_masks and not faults and table.num_rows:
-        faults = units.find_faults(table.slice(unit.unit_id % table.num_rows, 1))
+        faults = find_faults(table.slice(unit.unit_id % table.num_rows, 1))
     if planned is not None:
-        faults += units.plan_faults(table, planned, detected=detected)
+        faults += plan_faults(table, planned, detected=detected)
     return unit, faults
 
 
@@ -181,7 +181,7 @@ def _gone(job: Job, files: Mapping[int, list[CommittedUnit]], manifest: Manifest
         for unit_id in range(part.first_unit, min(part.stop_unit, job.units)):
             generation = part.generation_of(unit_id)
             if generation not in {unit.generation for unit in files.get(unit_id, [])}:
-                key = units.unit_key(unit_id, generation)
+                key = unit_key(unit_id, generation)
                 yield Finding(key=key, unit_id=unit_id, message="the committed file is gone")
 
 
@@ -217,8 +217,8 @@ def _check_part_file(
             faults.append(f"{len(body)} bytes, the manifest says {wanted.bytes}")
         if hashlib.sha256(body).hexdigest() != wanted.sha256:
             faults.append("its sha256 is not the one in the manifest")
-        parquet.check_seal(body, wanted.key)
-        with parquet.open_body(pa.BufferReader(body), kind, wanted.key) as file:
+        sealed_parquet.check_seal(body, wanted.key)
+        with sealed_parquet.open_body(pa.BufferReader(body), kind, wanted.key) as file:
             faults += _row_faults(file, part, wanted, kind, found, sample)
     except (DamageFound, NotFound) as error:
         faults.append(_without(wanted.key, error))

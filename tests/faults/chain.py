@@ -32,7 +32,7 @@ from pipeline.storage.store import Store
 from pipeline.tables.clean_output import clean
 from pipeline.tables.manifest import finished_units, read_manifest
 from pipeline.tables.publish_tables import publish
-from pipeline.tables.unit_files import list_committed, mask_columns_digest, read
+from pipeline.tables.unit_files import list_committed, mask_columns_digest, read_committed
 from tests.fakes import troubled_decoder
 from tests.pipeline import made_jobs
 from tests.pipeline.made_jobs import noise, png
@@ -130,7 +130,7 @@ def run_job(made: SmallJob, *, until: str = "clean", codes: tuple[str, ...] = ("
             return
         made.write_broken(made.mended)
         for unit in list_committed(store).values():
-            if set(codes) & set(read(store, unit)["error_code"].to_pylist()):
+            if set(codes) & set(read_committed(store, unit)["error_code"].to_pylist()):
                 again = UnitRow(unit_id=unit.unit_id, generation=unit.generation + 1, redo_codes=codes)
                 do_unit(again, job.context, epoch=owner.number)
         publish(store, job, FilterSettings(), require_owner=owner.require)

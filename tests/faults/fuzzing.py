@@ -51,7 +51,7 @@ from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.resolve_boxes import prompt_faults, resolve_boxes
 from pipeline.stages.segment import SegmentWorker
 from pipeline.storage.store import Store
-from pipeline.tables.unit_files import list_committed, read
+from pipeline.tables.unit_files import list_committed, read_committed
 from tests.jobs.evaluate.test_ground_truth import RUNS, WRITTEN
 from tests.jobs.made_outputs import MadeImage, blob, make_output
 
@@ -534,7 +534,7 @@ class PromptStages:
         ready = unpack(pack(*prepare_unit(UnitRow(unit_id=0), context, store, self.child)))
         done = unpack(pack(SegmentWorker(context, epoch=1, use_gpu=False, end_process=_died).run(ready)))
         read_outcome(commit_unit(done, context, store))
-        found: list[dict[str, Any]] = read(store, list_committed(store)[0]).to_pylist()
+        found: list[dict[str, Any]] = read_committed(store, list_committed(store)[0]).to_pylist()
         return found
 
     def _check(self, given: list[dict[str, Any]], plan: Plan, found: list[dict[str, Any]]) -> None:

@@ -26,7 +26,7 @@ from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker, deadline_s
 from pipeline.storage.store import Store
-from pipeline.tables.unit_files import list_committed, mask_columns_digest, read
+from pipeline.tables.unit_files import list_committed, mask_columns_digest, read_committed
 from tests.e2e.scenes import picture, small_checkpoint
 from tests.fakes import harmful_picture, trouble
 from tests.faults.chain import do_unit, in_child
@@ -53,7 +53,9 @@ pytestmark = [
 def rows_of(job: MadeJob) -> dict[str, dict]:
     """Every committed row by image id, and a proof that there is one for each planned image."""
     store = Store(job.context.output)
-    found = [row for unit in list_committed(store).values() for row in read(store, unit).to_pylist()]
+    found = [
+        row for unit in list_committed(store).values() for row in read_committed(store, unit).to_pylist()
+    ]
     assert [row["image_id"] for row in found] == job.plan.table["image_id"].to_pylist()
     return {row["image_id"]: row for row in found}
 
@@ -224,7 +226,7 @@ def network_job(folder: Path, weights: Path, images: int, **options: object) -> 
 def digest(job: MadeJob) -> str:
     """Of every row, but for its unit and what names the picture's file: those differ between two jobs."""
     store = Store(job.context.output)
-    tables = [read(store, unit) for unit in list_committed(store).values()]
+    tables = [read_committed(store, unit) for unit in list_committed(store).values()]
     return mask_columns_digest(pa.concat_tables(tables).drop_columns(["unit_id", "image_uri", "source_etag"]))
 
 

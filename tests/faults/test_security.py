@@ -164,9 +164,8 @@ PARQUET_SCRIPT = """
     from pipeline.inputs.open_inputs import InputSettings
     from pipeline.planning.make_plan import make_plan
     from pipeline.settings import AccessRules, Place
-    from pipeline.storage import sealed_parquet as parquet
     from pipeline.storage.store import Store
-    from pipeline.tables.unit_files import CommittedUnit, read
+    from pipeline.tables.unit_files import CommittedUnit, read_committed
 
     folder = Path(sys.argv[1])
 
@@ -247,7 +246,7 @@ PARQUET_SCRIPT = """
             "boxes": outcome(lambda: make_plan(InputSettings(boxes=str(body_path)))),
             "images": outcome(lambda: make_plan(InputSettings(images=str(body_path)))),
             "earlier": outcome(lambda: make_plan(InputSettings(boxes=str(output)))),
-            "unit": outcome(lambda: read(store, unit)),
+            "unit": outcome(lambda: read_committed(store, unit)),
             "sealed": outcome(lambda: parquet.decode(sealed, schema.UNIT, "unit")),
             "sung": sung(name),
         }

@@ -19,7 +19,9 @@ from pipeline.settings import AccessRules, BoxRules, FilterSettings, Place
 from pipeline.stages.resolve_boxes import resolve_boxes
 from pipeline.storage.store import Store
 from pipeline.tables.publish_tables import publish
-from pipeline.tables.unit_files import ImageResult, build_unit_table, commit, encode
+from pipeline.tables.unit_files import encode_unit, put_unit
+from pipeline.tables.unit_table import build_unit_table
+from pipeline.unit import ImageResult
 from tests.pipeline.made_units import make_context, planned_box, planned_image, segment
 
 
@@ -87,7 +89,7 @@ def make_output(
     for unit in range(units):
         mine = slice(unit * images_per_unit, (unit + 1) * images_per_unit)
         results = [_result(one, row) for one, row in zip(images[mine], rows[mine], strict=True)]
-        commit(store, unit, 0, encode(build_unit_table(results, job.context), job.context))
+        put_unit(store, unit, 0, encode_unit(build_unit_table(results, job.context), job.context))
     publish(store, job, filters or FilterSettings(), require_owner=lambda what: None)
     return str(folder)
 

@@ -17,8 +17,10 @@ from pipeline.planning.make_plan import Plan, write_plan
 from pipeline.settings import AccessRules, BoxRules, JobContext, Limits, ModelSettings, Place, Weights
 from pipeline.stages.resolve_boxes import resolve_boxes
 from pipeline.storage.store import Store
-from pipeline.tables.unit_files import ImageResult, build_unit_table, check_against_plan, commit, encode
-from pipeline.unit import ResolvedBoxes
+from pipeline.tables.unit_checks import check_against_plan
+from pipeline.tables.unit_files import encode_unit, put_unit
+from pipeline.tables.unit_table import build_unit_table
+from pipeline.unit import ImageResult, ResolvedBoxes
 
 SIZE_HW = (40, 60)
 WHEN = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
@@ -134,7 +136,7 @@ def commit_units(store: Store, plan: pa.Table, context: JobContext, unit_ids, *,
     """Each unit built, checked and committed."""
     for unit_id in unit_ids:
         table = build_unit(plan, unit_id, context, failing=failing)
-        assert commit(store, unit_id, generation, encode(table, context))
+        assert put_unit(store, unit_id, generation, encode_unit(table, context))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from pipeline.planning.make_plan import make_plan
 from pipeline.settings import BoxRules, Place
 from pipeline.storage.store import Store
 from pipeline.tables.manifest import read_manifest
-from pipeline.tables.unit_files import ImageResult
+from pipeline.unit import ImageResult
 from tests.docs.markdown import blocks
 from tests.jobs.cli.test_cli import run
 from tests.jobs.made_outputs import MadeImage, blob, make_output

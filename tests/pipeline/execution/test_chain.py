@@ -19,21 +19,15 @@ from PIL import Image
 from model.geometry import resize_longest_side
 from model.records import PreparedImage, Prompts
 from pipeline.errors import SystemicFault
-from pipeline.execution import chain as graph
-from pipeline.execution.chain import (
-    Retry,
-    chain,
-    check_resources,
-    map_parts,
-    plan_operators,
-    run_on_model_node,
-    run_units,
-)
+from pipeline.execution import node_watch
+from pipeline.execution.chain import Retry, chain, run_units
+from pipeline.execution.node_watch import check_resources
 from pipeline.execution.placement import Node, Requests, fit
+from pipeline.execution.ray_tasks import map_parts, run_on_model_node
 from pipeline.settings import ClusterSettings, Limits
 from pipeline.stages.hand_over import UnitRow
 from pipeline.storage.store import Store
-from pipeline.tables.unit_files import list_committed, read
+from pipeline.tables.unit_files import list_committed, read_committed
 from tests.conftest import make_place
 from tests.fakes import box_masks, harmful_picture, trouble
 from tests.pipeline.made_jobs import SIDE, make_job, noise, png
@@ -59,9 +53,24 @@ def run(job, unit_ids=None, *, epoch=1, should_stop=lambda: False, cluster=None,
 def rows(job):
     """Every committed row by image id, and a proof that there is one for each planned image."""
     store = Store(job.context.output)
-    found = [row for unit in list_committed(store).values() for row in read(store, unit).to_pylist()]
+    found = [
+        row for unit in list_committed(store).values() for row in read_committed(store, unit).to_pylist()
+    ]
     assert [row["image_id"] for row in found] == job.plan.table["image_id"].to_pylist()
     return {row["image_id"]: row for row in found}
+
+
+def plan_operators(dataset):
+    """The names of the operators that Ray makes of a dataset, first to last, after its optimizer ran."""
+    from ray.data._internal.logical.optimizers import get_execution_plan
+
+    plan, _ = get_execution_plan(dataset._logical_plan)
+    names, operator = [], plan.dag
+    while True:
+        names.append(operator.name)
+        if not operator.input_dependencies:
+            return names[::-1]
+        (operator,) = operator.input_dependencies
 
 
 def failures(found):
@@ -305,20 +314,20 @@ def test_the_rest_is_begun_anew_when_nodes_are_gone_and_nothing_finishes(tmp_pat
     pictures = {f"{i:02}.png": png(noise(i)) for i in range(12)} | {"04.png": png(harmful_picture("until"))}
     limits = Limits(segment_timeout_s=120)
     job = make_job(tmp_path, pictures, limits=limits, lineage={"stub_until": str(gate)})
-    whole, began_anew = graph._nodes(), []
+    whole, began_anew = node_watch.live_nodes(), []
 
     def nodes():
         held = list((tmp_path / "out" / "attempts").glob("00000001.g0/*"))
         return [Node(cpus=0.1)] if held and not gate.exists() else whole
 
-    def requests_for_what_is_left(cluster):
+    def requests_for_remaining_nodes(cluster, cpu_threads):
         gate.touch()
         began_anew.append(fit(cluster, nodes()))
         return began_anew[-1]
 
-    monkeypatch.setattr(graph, "_nodes", nodes)
-    monkeypatch.setattr(graph, "_requests_for_what_is_left", requests_for_what_is_left)
-    monkeypatch.setattr(graph, "NODES_GONE_S", 2.0)
+    monkeypatch.setattr(node_watch, "live_nodes", nodes)
+    monkeypatch.setattr(node_watch, "requests_for_remaining_nodes", requests_for_remaining_nodes)
+    monkeypatch.setattr(node_watch, "NODES_GONE_S", 2.0)
 
     outcomes = run(job)
 
@@ -329,7 +338,7 @@ def test_the_rest_is_begun_anew_when_nodes_are_gone_and_nothing_finishes(tmp_pat
 
 
 def test_many_units_go_in_waves(tmp_path, monkeypatch):
-    monkeypatch.setattr(graph, "UNITS_PER_WAVE", 2)
+    monkeypatch.setattr("pipeline.execution.chain.UNITS_PER_WAVE", 2)
     job = make_job(tmp_path, {f"{i}.png": png(noise(i)) for i in range(3)}, images_per_unit=1)
 
     outcomes = run(job)
@@ -351,16 +360,24 @@ def test_what_cannot_be_placed_is_refused_before_any_work(tmp_path):
         check_resources(ClusterSettings(gpus_per_actor=1, wait_for_nodes_s=1.5))
 
 
-@pytest.mark.parametrize(("held", "asked"), [(1.5, 1.0), (1.0, 1.5)])
-def test_cores_that_somebody_else_holds_are_said_and_not_waited_for(tmp_path, monkeypatch, held, asked):
+@pytest.mark.parametrize(
+    ("held", "asked", "reason"),
+    [
+        (1.5, 1.0, r"a task of one CPU core, .* no place for 0 min; 0\.5 CPU cores and 0 GPUs of the whole"),
+        (1.0, 1.5, r"no model process .* 1\.5 CPU cores on one node"),
+    ],
+)
+def test_cores_that_somebody_else_holds_are_said_and_not_waited_for(
+    tmp_path, monkeypatch, held, asked, reason
+):
     """Before anything can begin, and when all but the model can: Ray would wait in silence, for hours."""
     job = make_job(tmp_path, {"a.png": png(noise(1))})
-    monkeypatch.setattr(graph, "NO_MODEL_S", 4.0)
-    monkeypatch.setattr(graph, "NODES_GONE_S", 4.0)
+    monkeypatch.setattr(node_watch, "NO_MODEL_S", 4.0)
+    monkeypatch.setattr(node_watch, "NODES_GONE_S", 4.0)
     other = ray.remote(num_cpus=held)(Holder).remote()
     ray.get(other.ping.remote())
     try:
-        with pytest.raises(SystemicFault, match=rf"no model process .* {asked:g} CPU cores on one") as caught:
+        with pytest.raises(SystemicFault, match=reason) as caught:
             run(job, cluster=ClusterSettings(cpus_per_actor=asked))
     finally:
         ray.kill(other)

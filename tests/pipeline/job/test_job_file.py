@@ -27,7 +27,7 @@ from pipeline.job.job_file import (
     units_per_part,
 )
 from pipeline.settings import AccessRules, JobDetector, Place
-from pipeline.stages.crash_log import Attempts
+from pipeline.stages.crash_log import CrashLog
 from pipeline.storage import object_store as buckets
 from pipeline.storage.store import Store
 from tests.pipeline.made_units import make_context
@@ -462,18 +462,18 @@ def test_the_defaults_give_a_live_driver_several_beats_before_it_is_replaced():
 
 
 # ---------------------------------------------------------------------------------------------
-# Attempts
+# CrashLog
 # ---------------------------------------------------------------------------------------------
 
 
 def test_starts_are_counted_across_processes_and_generations(store: Store):
-    first = Attempts(store, epoch=1).note_start(12)
+    first = CrashLog(store, epoch=1).note_start(12)
     assert (first.earlier, first.image_by_image, first.crashed) == (0, False, {})
-    second = Attempts(store, epoch=1).note_start(12)
+    second = CrashLog(store, epoch=1).note_start(12)
     assert (second.earlier, second.image_by_image) == (1, True)
-    assert Attempts(store, epoch=1).note_start(12).earlier == 2
-    assert Attempts(store, epoch=1).note_start(13).earlier == 0
-    assert Attempts(store, epoch=1).note_start(12, generation=1).earlier == 0
+    assert CrashLog(store, epoch=1).note_start(12).earlier == 2
+    assert CrashLog(store, epoch=1).note_start(13).earlier == 0
+    assert CrashLog(store, epoch=1).note_start(12, generation=1).earlier == 0
 
 
 def run_unit(store: Store, *, epoch: int = 1, dies_at: str = "killer", code: str = "crashed"):
@@ -481,7 +481,7 @@ def run_unit(store: Store, *, epoch: int = 1, dies_at: str = "killer", code: str
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        attempts = Attempts(store, epoch=epoch)
+        attempts = CrashLog(store, epoch=epoch)
         start = attempts.note_start(3)
         for image in ("a", "killer", "c"):
             if start.image_by_image and image not in start.crashed:
@@ -533,7 +533,7 @@ def test_a_start_that_ended_by_itself_charges_nobody(local_store):
 
 
 def test_a_first_start_writes_one_mark(local_store):
-    Attempts(local_store, epoch=1).note_start(3)
+    CrashLog(local_store, epoch=1).note_start(3)
     assert [e.key for e in local_store.list()] == ["attempts/00000003.g0/0000.start.json"]
 
 
@@ -541,4 +541,4 @@ def test_a_damaged_mark_is_named(local_store):
     local_store.put("attempts/00000003.g0/0000.start.json", b"x")
     local_store.put("attempts/00000003.g0/0000.image.json", b"x")
     with pytest.raises(HqlabelError, match=r"0000\.image\.json cannot be read"):
-        Attempts(local_store, epoch=1).note_start(3)
+        CrashLog(local_store, epoch=1).note_start(3)

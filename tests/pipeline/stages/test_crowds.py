@@ -22,7 +22,9 @@ from pipeline.settings import AccessRules, BoxRules, FilterSettings, Place
 from pipeline.stages.resolve_boxes import resolve_boxes
 from pipeline.storage.store import Store
 from pipeline.tables.publish_tables import flatten_unit, publish
-from pipeline.tables.unit_files import ImageResult, build_unit_table, check_against_plan
+from pipeline.tables.unit_checks import check_against_plan
+from pipeline.tables.unit_table import build_unit_table
+from pipeline.unit import ImageResult
 from tests.jobs.made_outputs import MadeImage, blob, make_output
 from tests.pipeline.made_formats import BOXES, FORMATS, Written, write_coco
 from tests.pipeline.made_units import SIZE_HW, labelled, make_context, plan_table, planned_box, planned_image

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -23,7 +22,7 @@ from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker
 from pipeline.storage.store import Store
-from pipeline.tables.unit_files import list_committed, read
+from pipeline.tables.unit_files import list_committed, read_committed
 from pipeline.tables.verify_output import verify
 from tests.docs.markdown import blocks
 from tests.pipeline.made_jobs import SIDE, make_job, noise, png
@@ -98,7 +97,7 @@ def worked(job, child, unit_id=0, **options):
     ready = unpack(pack(*prepare_unit(UnitRow(unit_id=unit_id), job.context, store, child)))
     done = unpack(pack(SegmentWorker(job.context, epoch=1, use_gpu=False, **options).run(ready)))
     read_outcome(commit_unit(done, job.context, store))
-    return {row["image_id"]: row for row in read(store, list_committed(store)[unit_id]).to_pylist()}
+    return {row["image_id"]: row for row in read_committed(store, list_committed(store)[unit_id]).to_pylist()}
 
 
 def plain(value, size=(48, 64)):
@@ -148,14 +147,15 @@ def test_the_detector_is_shown_the_upright_picture_never_enlarged_and_made_from_
     unit, arena = prepare_unit(UnitRow(unit_id=0), job.context, Store(job.context.output), child)
     child.close()
 
-    assert np.array_equal(unit.detector_pixels[0], resize_longest_side(np.asarray(large), LONGEST))
-    assert np.array_equal(unit.detector_pixels[1], np.asarray(small))
+    assert np.array_equal(unit.images[0].detector_pixels_hwc, resize_longest_side(np.asarray(large), LONGEST))
+    assert np.array_equal(unit.images[1].detector_pixels_hwc, np.asarray(small))
     upright = np.asarray(turned_one.transpose(Image.Transpose.ROTATE_270))
-    assert np.array_equal(unit.detector_pixels[2], resize_longest_side(upright, LONGEST))
-    assert [one.shape[:2] for one in unit.pixels] == [(38, 64), (43, 64), (64, 21)]
+    assert np.array_equal(unit.images[2].detector_pixels_hwc, resize_longest_side(upright, LONGEST))
+    assert [one.pixels_hwc.shape[:2] for one in unit.images] == [(38, 64), (43, 64), (64, 21)]
     travelled = unpack(pack(unit, arena))
-    assert all(map(np.array_equal, travelled.detector_pixels, unit.detector_pixels))
-    assert all(map(np.array_equal, travelled.pixels, unit.pixels))
+    for one, other in zip(travelled.images, unit.images, strict=True):
+        assert np.array_equal(one.detector_pixels_hwc, other.detector_pixels_hwc)
+        assert np.array_equal(one.pixels_hwc, other.pixels_hwc)
 
 
 def test_a_picture_of_the_models_own_size_is_not_kept_twice(tmp_path):
@@ -166,7 +166,7 @@ def test_a_picture_of_the_models_own_size_is_not_kept_twice(tmp_path):
     rows = worked(job, child)
     child.close()
 
-    assert unit.detector_pixels == (None,)
+    assert unit.images[0].detector_pixels_hwc is None
     assert rows["a.png"]["instances"][0]["prompt_bbox_given"] == [0, 0, 100, 30]
 
 
@@ -375,14 +375,3 @@ def test_the_documented_example_of_ones_own_detector_works(tmp_path, child, monk
 
 def child_of(asked: JobDetector) -> DecodeChild:
     return DecodeChild(Limits(decode_timeout_s=5), SIDE, detector_side=asked.longest_side)
-
-
-def test_nothing_travels_that_the_schema_does_not_say(tmp_path, child):
-    job = made(tmp_path, {"a.png": png(noise(1))})
-    unit, arena = prepare_unit(UnitRow(unit_id=0), job.context, Store(job.context.output), child)
-
-    table = pack(unit, arena)
-
-    image = table.column("images").chunk(0).flatten()
-    assert isinstance(image.field("detector_pixels"), pa.LargeBinaryArray)
-    table.validate(full=True)

@@ -1,6 +1,8 @@
-"""A unit goes through Arrow and comes out as it went in, and its pixels are not copied on the way."""
+"""A unit goes through a table and comes out as it went in, and its pixels are not copied on the way."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +10,16 @@ import pytest
 
 from model.records import Instances
 from pipeline.errors import SystemicFault
-from pipeline.stages.hand_over import TRAVEL, PixelArena, UnitRow, pack, unpack
+from pipeline.stages.hand_over import (
+    PIXEL_FIELDS,
+    UNIT,
+    UNIT_ROW,
+    PixelArena,
+    UnitRow,
+    pack,
+    unit_to_json,
+    unpack,
+)
 from pipeline.unit import ImageResult
 
 
@@ -55,7 +66,9 @@ def picture(height, width, seed):
 
 def same(found, wanted):
     for name in ImageResult.__dataclass_fields__:
-        if name != "instances":
+        if name in PIXEL_FIELDS:
+            np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+        elif name != "instances":
             assert getattr(found, name) == getattr(wanted, name), name
     if wanted.instances is None:
         assert found.instances is None
@@ -65,7 +78,7 @@ def same(found, wanted):
 
 
 def test_a_decoded_unit_comes_back_as_it_was():
-    arena = PixelArena(4, 64)
+    arena = PixelArena(4, 64, 43)
     images = (
         ImageResult(
             planned=planned("a", [box(1.0, float("inf"), None), box(score=None)]),
@@ -74,36 +87,35 @@ def test_a_decoded_unit_comes_back_as_it_was():
             exif_orientation=6,
             source_bytes=2**33,
             source_etag="e",
-            fetch_ms=1.5,
+            fetch_ms=1.1,
             decode_ms=2.5,
+            pixels_hwc=arena.keep(picture(30, 64, 1)),
+            detector_pixels_hwc=arena.detector.keep(picture(20, 43, 3)),
         ),
         ImageResult(planned=planned("b"), error_code="corrupt", error_message="damaged"),
         ImageResult(planned=planned("c", None), attempts=3),
-        ImageResult(planned=planned("ü\n'"), size_hw=(1, 1)),
+        ImageResult(planned=planned("ü\n'\ud800"), size_hw=(1, 1), pixels_hwc=arena.keep(picture(64, 64, 2))),
     )
-    pixels = (arena.keep(picture(30, 64, 1)), None, None, arena.keep(picture(64, 64, 2)))
-    unit = UnitRow(unit_id=7, generation=2, redo_codes=(), seconds=1.25, images=images, pixels=pixels)
+    unit = UnitRow(unit_id=7, generation=2, redo_codes=(), seconds=1.25, images=images)
 
     table = pack(unit, arena)
     found = unpack(table)
 
-    assert table.schema.equals(TRAVEL)
+    assert table.schema.equals(UNIT_ROW)
     table.validate(full=True)
     assert (found.unit_id, found.generation, found.redo_codes, found.seconds) == (7, 2, (), 1.25)
     for one, wanted in zip(found.images, images, strict=True):
         same(one, wanted)
-    for one, wanted in zip(found.pixels, pixels, strict=True):
-        np.testing.assert_array_equal(one, wanted)
-    assert not found.pixels[0].flags.writeable
+    assert not found.images[0].pixels_hwc.flags.writeable
 
 
 def test_pixels_are_read_where_they_were_written():
     arena = PixelArena(2, 64)
     kept = arena.keep(picture(64, 50, 1))
 
-    table = pack(UnitRow(unit_id=0, images=(ImageResult(planned=planned()),), pixels=(kept,)), arena)
+    table = pack(UnitRow(unit_id=0, images=(ImageResult(planned=planned(), pixels_hwc=kept),)), arena)
 
-    assert np.shares_memory(unpack(table).pixels[0], kept)
+    assert np.shares_memory(unpack(table).images[0].pixels_hwc, kept)
 
 
 def test_a_unit_with_another_before_it_in_a_table_reads_its_own_rows():
@@ -111,27 +123,45 @@ def test_a_unit_with_another_before_it_in_a_table_reads_its_own_rows():
     for number in range(3):
         arena = PixelArena(1, 8)
         kept = arena.keep(np.full((8, 8, 3), number, np.uint8))
-        images = (ImageResult(planned=planned(str(number))),)
-        tables.append(pack(UnitRow(unit_id=number, images=images, pixels=(kept,)), arena))
+        images = (ImageResult(planned=planned(str(number)), pixels_hwc=kept),)
+        tables.append(pack(UnitRow(unit_id=number, images=images), arena))
     together = pa.concat_tables(tables).combine_chunks()
 
     found = unpack(together.slice(1, 1))
 
     assert found.unit_id == 1
     assert found.images[0].planned["image_id"] == "1"
-    assert found.pixels[0].max() == 1
+    assert found.images[0].pixels_hwc.max() == 1
 
 
 @pytest.mark.parametrize("counts", [[], [0], [3], [2, 0, 1]])
 def test_masks_of_any_number_have_one_schema(counts):
     images = tuple(ImageResult(planned=planned(str(n)), instances=masks(n), segment_ms=4.0) for n in counts)
 
-    table = pack(UnitRow(unit_id=1, images=images, pixels=(None,) * len(images)))
+    table = pack(UnitRow(unit_id=1, images=images))
 
-    assert table.schema.equals(TRAVEL)
+    assert table.schema.equals(UNIT_ROW)
     for one, wanted in zip(unpack(table).images, images, strict=True):
         same(one, wanted)
-    assert unpack(table).pixels == (None,) * len(images)
+
+
+def test_masks_keep_their_types_and_every_bit():
+    numbers = np.array([np.nan, 0.1, np.float32(1) / 3, np.inf], np.float32)
+    one = replace(masks(4), predicted_iou=numbers, stability_score=numbers[::-1].copy())
+
+    images = (ImageResult(planned=planned(), instances=one),)
+    found = unpack(pack(UnitRow(unit_id=1, images=images))).images[0].instances
+
+    for name, values in vars(one).items():
+        if isinstance(values, np.ndarray):
+            assert getattr(found, name).dtype == values.dtype, name
+            assert getattr(found, name).tobytes() == values.tobytes(), name
+
+
+def test_a_unit_that_is_only_named_is_read_without_columns_of_pixels():
+    unit = UnitRow(unit_id=5, generation=1, redo_codes=("empty",))
+
+    assert unpack(pa.table({UNIT: [unit_to_json(unit)]})) == unit
 
 
 def test_a_fault_travels_as_a_value():

@@ -16,7 +16,7 @@ from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker
 from pipeline.storage.store import Store
-from pipeline.tables.unit_files import list_committed, mask_columns_digest, read
+from pipeline.tables.unit_files import list_committed, mask_columns_digest, read_committed
 from tests.fakes import trouble
 from tests.pipeline.made_jobs import BOXES, SIDE, make_job, noise, png
 
@@ -42,7 +42,7 @@ def work(job, child, **unit):
 
 def committed(job, unit_id=0):
     store = Store(job.context.output)
-    return read(store, list_committed(store)[unit_id])
+    return read_committed(store, list_committed(store)[unit_id])
 
 
 def test_each_unit_has_its_own_images_upright_and_resized(tmp_path, child):
@@ -51,9 +51,9 @@ def test_each_unit_has_its_own_images_upright_and_resized(tmp_path, child):
     second = prepare(job, child, unit_id=1)
 
     assert [image.planned["image_id"] for image in second.images] == ["4.png", "5.png"]
-    for number, image, pixels in zip((4, 5), second.images, second.pixels, strict=True):
+    for number, image in zip((4, 5), second.images, strict=True):
         expected = resize_longest_side(np.asarray(noise(number, 90, 70)), SIDE)
-        assert np.array_equal(pixels, expected)
+        assert np.array_equal(image.pixels_hwc, expected)
         assert (image.size_hw, image.stored_size_hw) == ((90, 70), (90, 70))
         assert image.source_bytes == len(png(noise(number, 90, 70)))
         assert image.fetch_ms > 0
@@ -72,7 +72,7 @@ def test_images_without_work_are_not_opened(tmp_path, child):
 
     assert [image.error_code for image in found.images] == [None, None, None]
     assert [image.size_hw for image in found.images] == [None, None, (48, 64)]
-    assert found.pixels == (None, None, None)
+    assert [image.pixels_hwc for image in found.images] == [None, None, None]
 
 
 def test_every_kind_of_bad_image_costs_itself_alone(tmp_path, child):
@@ -165,7 +165,7 @@ def test_results_do_not_depend_on_how_units_are_cut(tmp_path, child):
         for unit_id in job.unit_ids:
             work(job, child, unit_id=unit_id)
         store = Store(job.context.output)
-        tables = [read(store, unit) for unit in list_committed(store).values()]
+        tables = [read_committed(store, unit) for unit in list_committed(store).values()]
         rows = [row for table in tables for row in table.select(["image_id", "instances"]).to_pylist()]
         digests.append(rows)
         assert len({mask_columns_digest(table) for table in tables}) == len(tables)

@@ -6,7 +6,7 @@ import numpy as np
 
 from model.records import PreparedImage
 from pipeline.settings import BoxRules
-from pipeline.stages.prompt_groups import group_by_kind, join, resolved_boxes
+from pipeline.stages.prompt_groups import group_by_kind, join, with_boxes
 from pipeline.stages.resolve_boxes import resolve_boxes
 from pipeline.unit import ImageResult
 from tests.fakes import box_masks
@@ -108,8 +108,8 @@ def test_boxes_are_resolved_in_the_frame_of_the_decoded_image():
         exif_orientation=6,
     )
 
-    stored = resolved_boxes(image, BoxRules(box_frame="stored"))
-    upright = resolved_boxes(image, BoxRules())
+    stored = with_boxes(image, BoxRules(box_frame="stored")).boxes
+    upright = with_boxes(image, BoxRules()).boxes
 
     assert stored.prompt_xyxy.tolist() == [[0, 0, 40, 10]]
     assert upright.prompt_xyxy.tolist() == [[0, 0, 10, 40]]

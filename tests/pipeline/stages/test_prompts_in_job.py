@@ -26,7 +26,7 @@ from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker
 from pipeline.storage.store import Store
-from pipeline.tables.unit_files import list_committed, read
+from pipeline.tables.unit_files import list_committed, read_committed
 from tests.e2e.scenes import picture, small_checkpoint
 
 BOX, OTHER = [10.0, 20.0, 90.0, 110.0], [40.0, 40.0, 70.0, 130.0]
@@ -112,7 +112,7 @@ def labelled(settings: InputSettings, output: Path, checkpoint: Path) -> list[di
     child.close()
     done = unpack(pack(SegmentWorker(context, epoch=1, use_gpu=False).run(ready)))
     read_outcome(commit_unit(done, context, store))
-    [row] = read(store, list_committed(store)[0]).to_pylist()
+    [row] = read_committed(store, list_committed(store)[0]).to_pylist()
     assert row["status"] == "labelled", row["error_message"]
     return row["instances"]
 

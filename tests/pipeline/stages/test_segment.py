@@ -26,7 +26,7 @@ from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker, deadline_s, is_device_lost
 from pipeline.storage.store import Store
-from pipeline.tables.unit_files import list_committed, read
+from pipeline.tables.unit_files import list_committed, read_committed
 from tests import fakes
 from tests.fakes import box_masks, harmful_picture, trouble
 from tests.pipeline.made_jobs import BOXES, make_job, noise, png
@@ -80,7 +80,7 @@ def test_every_usable_box_has_its_mask_and_the_pixels_are_gone(tmp_path, child):
     assert first.predicted_iou[0] == pytest.approx(
         np.asarray(noise(1).resize((64, 48))).mean() / 255, abs=1e-3
     )
-    assert found.pixels == (None, None)
+    assert [image.pixels_hwc for image in found.images] == [None, None]
     assert all(image.attempts == 1 and image.segment_ms >= 0 for image in found.images)
 
 
@@ -390,7 +390,7 @@ def test_numbers_that_are_not_finite_for_one_kind_of_prompt_cost_its_boxes_alone
 
 def read_unit_rows(job):
     store = Store(job.context.output)
-    return read(store, list_committed(store)[0]).to_pylist()
+    return read_committed(store, list_committed(store)[0]).to_pylist()
 
 
 @pytest.mark.parametrize("masks", [0, 1, 3])

@@ -29,12 +29,20 @@ from pipeline.settings import FilterSettings
 from pipeline.storage import sealed_parquet as parquet
 from pipeline.storage.store import Store
 from pipeline.tables import publish_tables as publish
-from pipeline.tables import unit_files as units
 from pipeline.tables.clean_output import clean
 from pipeline.tables.job_status import status
 from pipeline.tables.manifest import MANIFEST_KEY, finished_units, read_manifest, write_manifest
 from pipeline.tables.publish_tables import flatten_unit, publish_part
-from pipeline.tables.unit_files import list_committed, mask_columns_digest
+from pipeline.tables.unit_files import (
+    CommittedUnit,
+    encode_unit,
+    footer,
+    list_committed,
+    mask_columns_digest,
+    put_unit,
+    read_committed,
+)
+from pipeline.tables.unit_table import build_unit_table
 from pipeline.tables.verify_output import verify
 from tests.pipeline.made_units import (
     WHEN,
@@ -135,7 +143,7 @@ def test_a_unit_without_any_box_publishes_tables_with_the_whole_schema(local_sto
 def test_a_box_as_given_with_nan_survives_publishing(local_store):
     odd = planned_box((float("nan"), 1.0, 2.0, 3.0))
     result = labelled(planned_image("a", [planned_box(), odd]))
-    unit = units.build_unit_table([result], make_context(), processed_at=WHEN)
+    unit = build_unit_table([result], make_context(), processed_at=WHEN)
     rows = flatten_unit(unit, NO_FILTERS).instances
     np.testing.assert_equal(rows["prompt_bbox_given"].to_pylist()[1], odd["given"])
     assert rows["reject_reason"].to_pylist() == [None, "box_not_finite"]
@@ -177,14 +185,14 @@ def test_the_footer_says_all_that_the_model_was_asked_for(made: MadeJob):
     masks = mask_settings(made.job.context)
     wanted = masks.pop("call_shape") | masks
 
-    told = units.footer(made.job.context)
+    told = footer(made.job.context)
 
     assert {name: told.get(name) for name in wanted} == {name: str(value) for name, value in wanted.items()}
 
 
 def test_row_groups_are_filled_over_units(made: MadeJob, monkeypatch):
     made.commit()
-    monkeypatch.setattr(publish.parquet.ParquetSink.__init__, "__kwdefaults__", {"row_group_rows": 5})
+    monkeypatch.setattr(publish.sealed_parquet.ParquetSink.__init__, "__kwdefaults__", {"row_group_rows": 5})
     run(made)
     file = pq.ParquetFile(io.BytesIO(made.store.read("images/part-00000.parquet")))
     assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [5, 3]
@@ -344,13 +352,13 @@ def test_a_unit_in_the_place_of_another_is_found(made: MadeJob):
 
 def test_the_units_of_a_part_are_read_several_at_a_time(made: MadeJob, monkeypatch):
     made.commit()
-    read, met = units.read, threading.Barrier(2)
+    read, met = read_committed, threading.Barrier(2)
 
-    def read_with_another(store: Store, unit: units.CommittedUnit) -> pa.Table:
+    def read_with_another(store: Store, unit: CommittedUnit) -> pa.Table:
         met.wait(timeout=20)  # raises when no second read comes
         return read(store, unit)
 
-    monkeypatch.setattr(units, "read", read_with_another)
+    monkeypatch.setattr(publish, "read_committed", read_with_another)
     (task, *_) = publish._whole_ranges(made.job, list_committed(made.store), NO_FILTERS)
     assert len(task.part_units) == 2
     publish_part(task)
@@ -463,7 +471,7 @@ def test_memory_is_bounded_by_the_part_not_by_the_job(made: MadeJob):
     """No more units are held than are read at a time, and the one before them."""
     made.commit()
     held, most = [0], [0]
-    real = units.read
+    real = read_committed
 
     def counting(store, unit):
         out = real(store, unit)
@@ -473,7 +481,7 @@ def test_memory_is_bounded_by_the_part_not_by_the_job(made: MadeJob):
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publish.units, "read", counting)
+        patch.setattr(publish, "read_committed", counting)
         patch.setattr(publish, "READERS", 2)
         task = publish._whole_ranges(
             dataclasses.replace(made.job, units_per_part=6), list_committed(made.store), NO_FILTERS
@@ -570,11 +578,11 @@ def test_a_unit_that_does_not_answer_the_plan_is_found(made: MadeJob):
 def test_a_wrong_mask_in_a_sealed_file_is_found(made: MadeJob):
     """Only the content is wrong: every checksum is right."""
     made.commit([1])
-    unit = units.read(made.store, list_committed(made.store)[1])
+    unit = read_committed(made.store, list_committed(made.store)[1])
     rows = unit.to_pylist()
     next(i for r in rows for i in r["instances"] if i["area"])["area"] += 1
     wrong = pa.Table.from_pylist(rows, schema=schema.UNIT)
-    made.store.put("units/00000001.g0.parquet", units.encode(wrong, made.context))
+    made.store.put("units/00000001.g0.parquet", encode_unit(wrong, made.context))
     found = verify(made.store, made.job, sample=None).findings
     assert "the mask has" in str(found[0])
 
@@ -750,8 +758,8 @@ def test_a_retry_after_publishing_is_counted_anew(made: MadeJob):
 def test_the_rate_comes_from_the_times_of_commits(made: MadeJob):
     for n, at in ((0, -9000), (1, 0), (2, 10), (3, 20)):  # the first long before: a pause
         when = WHEN + dt.timedelta(seconds=at)
-        body = units.encode(build_unit(made.plan, n, made.context, when=when), made.context)
-        units.commit(made.store, n, 0, body)
+        body = encode_unit(build_unit(made.plan, n, made.context, when=when), made.context)
+        put_unit(made.store, n, 0, body)
     found = status(made.store, made.job)
     assert found.images_per_s == pytest.approx(8 / 20)
     assert found.eta_s == pytest.approx(6 / (8 / 20))  # units of 4 and 2 images are left

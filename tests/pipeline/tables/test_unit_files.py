@@ -15,20 +15,19 @@ from pycocotools import mask as coco_mask
 from pipeline import schema
 from pipeline.errors import DamageFound
 from pipeline.storage import sealed_parquet as parquet
-from pipeline.tables import unit_files as units
+from pipeline.tables.unit_checks import check_against_plan, find_faults
 from pipeline.tables.unit_files import (
-    build_unit_table,
-    check_against_plan,
-    commit,
-    encode,
-    find_faults,
+    encode_unit,
     list_committed,
     mask_columns_digest,
     outcome_of,
-    read,
+    parse_key,
+    put_unit,
+    read_committed,
     replace_rows,
     unit_key,
 )
+from pipeline.tables.unit_table import build_unit_table
 from pipeline.unit import ImageResult
 from tests.pipeline.made_units import (
     SIZE_HW,
@@ -315,12 +314,12 @@ def test_the_file_reads_back_equal_with_its_whole_schema(store):
     plan = make_plan(10)
     for unit_id in range(3):
         table = build_unit(plan, unit_id, CONTEXT)
-        assert commit(store, unit_id, 0, encode(table, CONTEXT))
+        assert put_unit(store, unit_id, 0, encode_unit(table, CONTEXT))
         unit = list_committed(store)[unit_id]
         assert (unit.key, unit.generation) == (f"units/{unit_id:08d}.g0.parquet", 0)
-        assert read(store, unit).equals(table)
+        assert read_committed(store, unit).equals(table)
     empty = schema.UNIT.empty_table()
-    assert parquet.decode(encode(empty, CONTEXT), schema.UNIT, "empty").schema.equals(schema.UNIT)
+    assert parquet.decode(encode_unit(empty, CONTEXT), schema.UNIT, "empty").schema.equals(schema.UNIT)
 
 
 def test_equal_tables_give_equal_bytes_however_they_are_held():
@@ -328,7 +327,7 @@ def test_equal_tables_give_equal_bytes_however_they_are_held():
     table = build_unit(plan, 1, CONTEXT)
     again = build_unit(plan, 1, CONTEXT)
     pieces = pa.concat_tables([table.slice(0, 1), table.slice(1)])
-    assert encode(table, CONTEXT) == encode(again, CONTEXT) == encode(pieces, CONTEXT)
+    assert encode_unit(table, CONTEXT) == encode_unit(again, CONTEXT) == encode_unit(pieces, CONTEXT)
 
 
 def test_two_runs_differ_only_in_the_volatile_columns():
@@ -343,7 +342,7 @@ def test_two_runs_differ_only_in_the_volatile_columns():
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in schema.UNIT.names if n not in (*units.VOLATILE, "instances")]
+    "name", [n for n in schema.UNIT.names if n not in (*schema.VOLATILE, "instances")]
 )  # fmt: skip
 def test_every_other_column_moves_the_digest(name):
     table, _ = unit_and_plan()
@@ -358,7 +357,7 @@ def test_every_other_column_moves_the_digest(name):
 
 def test_the_footer_tells_the_lineage():
     table, _ = unit_and_plan()
-    file = pq.ParquetFile(io.BytesIO(encode(table, CONTEXT)))
+    file = pq.ParquetFile(io.BytesIO(encode_unit(table, CONTEXT)))
     entries = parquet.footer_of(file)
     wanted = {"schema_version": "1", "run_id": "run-1", "weights_sha256": "5" * 64, "dtype": "float32"}
     wanted |= {"weights_license": "apache-2.0", "box_format": "xyxy", "code_version": "test"}
@@ -368,7 +367,7 @@ def test_the_footer_tells_the_lineage():
 
 def test_pages_carry_checksums_and_an_index_and_counts_have_no_dictionary():
     table, _ = unit_and_plan()
-    body = encode(table, CONTEXT)
+    body = encode_unit(table, CONTEXT)
     group = pq.ParquetFile(io.BytesIO(body)).metadata.row_group(0)
     columns = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
     counts = columns["instances.list.element.segmentation.counts"]
@@ -383,7 +382,7 @@ def test_pages_carry_checksums_and_an_index_and_counts_have_no_dictionary():
 
 def test_any_flipped_bit_in_a_unit_is_found(local_store):
     table = build_unit(make_plan(6), 0, CONTEXT)
-    body = encode(table, CONTEXT)
+    body = encode_unit(table, CONTEXT)
     rng = np.random.default_rng(0)
     places = {*range(12), *range(len(body) - 12, len(body)), *rng.integers(0, len(body), 400).tolist()}
     for place in places:
@@ -398,19 +397,19 @@ def test_any_flipped_bit_in_a_unit_is_found(local_store):
 
 def test_a_second_commit_is_success_and_changes_nothing(store):
     plan = make_plan(4)
-    first = encode(build_unit(plan, 0, CONTEXT), CONTEXT)
-    later = encode(build_unit(plan, 0, CONTEXT, when=WHEN + dt.timedelta(1)), CONTEXT)
-    assert commit(store, 0, 0, first)
-    assert not commit(store, 0, 0, later)
+    first = encode_unit(build_unit(plan, 0, CONTEXT), CONTEXT)
+    later = encode_unit(build_unit(plan, 0, CONTEXT, when=WHEN + dt.timedelta(1)), CONTEXT)
+    assert put_unit(store, 0, 0, first)
+    assert not put_unit(store, 0, 0, later)
     assert store.read(unit_key(0, 0)) == first
-    assert commit(store, 0, 0, first)
+    assert put_unit(store, 0, 0, first)
 
 
 def test_a_commit_over_a_damaged_file_is_not_success(store):
-    body = encode(build_unit(make_plan(4), 0, CONTEXT), CONTEXT)
+    body = encode_unit(build_unit(make_plan(4), 0, CONTEXT), CONTEXT)
     store.put(unit_key(0, 0), body[:-100])
     with pytest.raises(DamageFound, match=r"unit 0 \(units/00000000\.g0\.parquet\)"):
-        commit(store, 0, 0, body)
+        put_unit(store, 0, 0, body)
 
 
 def test_the_highest_generation_counts_and_foreign_names_do_not(local_store):
@@ -429,7 +428,7 @@ def test_the_highest_generation_counts_and_foreign_names_do_not(local_store):
 
 
 def test_unit_numbers_beyond_eight_digits_have_names_of_their_own():
-    assert units.parse_key(unit_key(123_456_789, 3)) == (123_456_789, 3)
+    assert parse_key(unit_key(123_456_789, 3)) == (123_456_789, 3)
 
 
 def test_a_retry_changes_the_failed_rows_alone():
