@@ -27,6 +27,18 @@ def test_local_links_lead_somewhere(page: Path) -> None:
     assert not [t for t in targets if "://" not in t and not (page.parent / t).exists()]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_anchors_of_links_are_headings(page: Path) -> None:
+    missing = []
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text()):
+        text = (page.parent / target if target else page).read_text()
+        headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+        if anchor not in [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings]:
+            missing.append(f"{target}#{anchor}")
+
+    assert missing == []
+
+
 def test_the_make_targets_of_the_pages_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     named = {

@@ -14,6 +14,5 @@ def test_every_metric_stands_on_the_page_as_it_is() -> None:
     rows = table(section(PAGE, "Metrics"))
 
     assert [(r["name"], r["kind"], r["tags"], r["meaning"]) for r in rows] == [
-        (one.name, one.kind, ", ".join(one.tags), one.meaning)
-        for one in METRICS.values()
+        (one.name, one.kind, ", ".join(one.tags), one.meaning) for one in METRICS.values()
     ]

@@ -14,8 +14,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from tests.docs.markdown import blocks, section
-from tests.jobs.made_outputs import MadeImage, blob, make_output
 from tests.jobs.cli.test_cli import run
+from tests.jobs.made_outputs import MadeImage, blob, make_output
 
 RECIPES = section((Path(__file__).resolve().parents[2] / "docs" / "results.md").read_text(), "Recipes")
 SIZE = (30, 50)
@@ -98,7 +98,11 @@ def test_fiftyone_reads_every_mask_through_coco(beside: Path, capsys: pytest.Cap
     assert capsys.readouterr().out.splitlines()[-1] == "3 masks, 0 doubtful"
     coco = json.loads((beside / "out-coco" / "instances.json").read_text())
     names = {one["id"]: one["file_name"] for one in coco["images"]}
-    read = {(Path(one.filepath).name, mask.instance_index): mask for one in labels for mask in one.ground_truth.detections}
+    read = {
+        (Path(one.filepath).name, mask.instance_index): mask
+        for one in labels
+        for mask in one.ground_truth.detections
+    }
     assert len(read) == len(coco["annotations"]) == 3
     for one in coco["annotations"]:
         mask = read[names[one["image_id"]], one["instance_index"]]
