@@ -27,7 +27,7 @@ from jobs.terminal import console
 from pipeline import schema
 from pipeline.errors import UsageError
 from pipeline.job.job_file import Job, open_job, units_per_part
-from pipeline.storage import sealed_parquet as parquet
+from pipeline.storage import sealed_parquet
 from pipeline.storage.store import Store
 from pipeline.tables.manifest import Manifest, Part, PartFile, part_key, write_manifest
 from pipeline.tables.publish_tables import counts_of
@@ -187,8 +187,8 @@ def _write_parts(
     for index, start in enumerate(range(0, max(winners.num_rows, 1), job.units_per_part)):
         chosen = winners.slice(start, job.units_per_part)
         sinks = {
-            "images": parquet.ParquetSink(schema.IMAGES, footer),
-            "instances": parquet.ParquetSink(schema.INSTANCES, footer),
+            "images": sealed_parquet.ParquetSink(schema.IMAGES, footer),
+            "instances": sealed_parquet.ParquetSink(schema.INSTANCES, footer),
         }
         images = _rows(sources, chosen, "images", schema.IMAGES)
         instances = _renumbered(_rows(sources, chosen, "instances", schema.INSTANCES, names), new_ids)

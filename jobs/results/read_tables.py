@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline import schema
 from pipeline.errors import JobRefused
-from pipeline.storage import sealed_parquet as parquet
+from pipeline.storage import sealed_parquet
 from pipeline.storage.store import Store
 from pipeline.tables.manifest import Manifest, PartFile, read_manifest
 
@@ -113,7 +113,7 @@ def _rows_of(store: Store, file: PartFile, kind: pa.Schema, image_id: str) -> li
 
 def _rows_in(store: Store, file: PartFile, kind: pa.Schema, image_ids: Sequence[str]) -> Iterator[Row]:
     """The rows of these images (sorted by UTF-8 bytes), group by group."""
-    with store.open_parquet(file.key) as stream, parquet.open_body(stream, kind, file.key) as body:
+    with store.open_parquet(file.key) as stream, sealed_parquet.open_body(stream, kind, file.key) as body:
         for group in range(body.num_row_groups):
             held = [image_id for image_id in image_ids if _may_hold(body, group, image_id)]
             if held:
@@ -149,7 +149,7 @@ def _labelled_ids(store: Store, file: PartFile) -> list[str]:
 
 def row_groups(store: Store, file: PartFile, kind: pa.Schema, columns: Sequence[str]) -> Iterator[pa.Table]:
     """The row groups of a part one after another, with these columns of `kind`."""
-    with store.open_parquet(file.key) as stream, parquet.open_body(stream, kind, file.key) as body:
+    with store.open_parquet(file.key) as stream, sealed_parquet.open_body(stream, kind, file.key) as body:
         for group in range(body.num_row_groups):
             yield body.read_row_group(group, columns=list(columns))
 
@@ -163,7 +163,7 @@ def rows_between(
     high: str | None = None,
 ) -> Iterator[pa.Table]:
     """The row groups of a part that may hold an image_id from `low` to `high` (None: all), whole."""
-    with store.open_parquet(file.key) as stream, parquet.open_body(stream, kind, file.key) as body:
+    with store.open_parquet(file.key) as stream, sealed_parquet.open_body(stream, kind, file.key) as body:
         for group in range(body.num_row_groups):
             if low is None or high is None or _may_meet(body, group, low, high):
                 yield body.read_row_group(group, columns=list(columns))

@@ -31,7 +31,7 @@ from pipeline.planning.plan_table import (
 )
 from pipeline.schema import PLAN, SCHEMA_VERSION
 from pipeline.settings import AccessRules, BoxRules
-from pipeline.storage import sealed_parquet as parquet
+from pipeline.storage import sealed_parquet
 from pipeline.storage.store import Store
 
 WRITERS = 4  # compressing takes cores, and putting waits
@@ -144,7 +144,7 @@ def write_plan(store: Store, plan: Plan) -> None:
 
 def _file_body(rows: pa.Table, plan: Plan) -> bytes:
     footer = {"schema_version": str(SCHEMA_VERSION), "plan_sha256": plan.sha256}
-    sink = parquet.ParquetSink(PLAN, footer, row_group_rows=plan.images_per_unit)
+    sink = sealed_parquet.ParquetSink(PLAN, footer, row_group_rows=plan.images_per_unit)
     for start in range(0, rows.num_rows, plan.images_per_unit):
         sink.write(rows.slice(start, plan.images_per_unit))
     return sink.finish()

@@ -84,7 +84,7 @@ class ParquetSink:
         return seal(self._buffer.getvalue().to_pybytes())
 
 
-def encode(table: pa.Table, footer: Mapping[str, str]) -> bytes:
+def write_body(table: pa.Table, footer: Mapping[str, str]) -> bytes:
     """One table as one sealed Parquet body; `footer` keys without the `hqlabel.` prefix."""
     sink = ParquetSink(table.schema, footer)
     sink.write(table)
@@ -126,7 +126,7 @@ def check_seal(body: bytes, name: str) -> None:
     raise DamageFound(f"{name}: the file's sha256 is not the one in its footer; some bytes were changed")
 
 
-def decode(body: bytes, schema: pa.Schema, name: str) -> pa.Table:
+def read_body(body: bytes, schema: pa.Schema, name: str) -> pa.Table:
     """All rows of a file, seal and page checksums verified, with exactly `schema`.
 
     Raises:
@@ -134,7 +134,7 @@ def decode(body: bytes, schema: pa.Schema, name: str) -> pa.Table:
     """
     check_seal(body, name)
     with open_body(pa.BufferReader(body), schema, name) as file:
-        return read_all(file, name)
+        return read_rows(file, name)
 
 
 def open_closed(source: Any, **options: Any) -> pq.ParquetFile:
@@ -163,7 +163,7 @@ def open_body(source: Any, schema: pa.Schema, name: str) -> pq.ParquetFile:
     return file
 
 
-def read_all(file: pq.ParquetFile, name: str) -> pa.Table:
+def read_rows(file: pq.ParquetFile, name: str) -> pa.Table:
     """Every row, page checksums verified, footer metadata left out; DamageFound with `name`."""
     try:
         table = file.read().replace_schema_metadata()
@@ -180,13 +180,6 @@ def compressed_bytes(body: bytes) -> int:
     return sum(
         group.column(column).total_compressed_size for group in groups for column in range(group.num_columns)
     )
-
-
-def footer_of(file: pq.ParquetFile) -> dict[str, str]:
-    """The `hqlabel.` entries of a file's footer, without the prefix."""
-    entries = file.metadata.metadata or {}
-    named = {k.decode(): v.decode() for k, v in entries.items() if k.startswith(b"hqlabel.")}
-    return {key.removeprefix("hqlabel."): value for key, value in sorted(named.items())}
 
 
 def _one_line(error: BaseException) -> str:

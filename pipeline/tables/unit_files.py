@@ -122,7 +122,7 @@ def _box_lineage(context: JobContext) -> dict[str, object]:
 
 def encode_unit(table: pa.Table, context: JobContext) -> bytes:
     """The unit's Parquet body; equal tables and contexts give equal bytes."""
-    return sealed_parquet.encode(table, footer(context))
+    return sealed_parquet.write_body(table, footer(context))
 
 
 def put_unit(store: Store, unit_id: int, generation: int, body: bytes) -> bool:
@@ -139,14 +139,14 @@ def put_unit(store: Store, unit_id: int, generation: int, body: bytes) -> bool:
     visit("commit.created")
     stored = store.read(key)
     if stored != body:
-        sealed_parquet.decode(stored, schema.UNIT, f"unit {unit_id} ({key})")
+        sealed_parquet.read_body(stored, schema.UNIT, f"unit {unit_id} ({key})")
     visit("commit.done")
     return stored == body
 
 
 def read_committed(store: Store, unit: CommittedUnit) -> pa.Table:
     """The unit's rows: seal, page checksums and the whole schema verified; DamageFound with unit and file."""
-    return sealed_parquet.decode(store.read(unit.key), schema.UNIT, f"unit {unit.unit_id} ({unit.key})")
+    return sealed_parquet.read_body(store.read(unit.key), schema.UNIT, f"unit {unit.unit_id} ({unit.key})")
 
 
 def read_generation(store: Store, unit_id: int, generation: int) -> pa.Table:
@@ -200,4 +200,4 @@ def mask_columns_digest(table: pa.Table, *, without: Collection[str] = schema.VO
     """
     kept = [name for name in table.schema.names if name not in without]
     plain = table.select(kept).replace_schema_metadata().combine_chunks()
-    return hashlib.sha256(sealed_parquet.encode(plain, {})).hexdigest()
+    return hashlib.sha256(sealed_parquet.write_body(plain, {})).hexdigest()

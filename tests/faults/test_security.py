@@ -241,13 +241,13 @@ PARQUET_SCRIPT = """
             (output / part).mkdir(parents=True)
             (output / part / "part-00000.parquet").write_bytes(body)
         unit = CommittedUnit(unit_id=0, generation=0, key="units/00000000.g0.parquet", size=len(body))
-        sealed = parquet.seal(body + parquet._BLANK)
+        sealed = sealed_parquet.seal(body + sealed_parquet._BLANK)
         found[name] = {
             "boxes": outcome(lambda: make_plan(InputSettings(boxes=str(body_path)))),
             "images": outcome(lambda: make_plan(InputSettings(images=str(body_path)))),
             "earlier": outcome(lambda: make_plan(InputSettings(boxes=str(output)))),
             "unit": outcome(lambda: read_committed(store, unit)),
-            "sealed": outcome(lambda: parquet.decode(sealed, schema.UNIT, "unit")),
+            "sealed": outcome(lambda: sealed_parquet.read_body(sealed, schema.UNIT, "unit")),
             "sung": sung(name),
         }
     print(json.dumps(found))

@@ -184,3 +184,10 @@ def make_job(
     job = open_job(store, job)
     write_plan(store, plan)
     return MadeJob(store=store, job=job, plan=rows)
+
+
+def footer_of(file) -> dict[str, str]:
+    """The `hqlabel.` entries of an opened Parquet file's footer, without the prefix, by name."""
+    entries = {key.decode(): value.decode() for key, value in (file.metadata.metadata or {}).items()}
+    ours = {key: value for key, value in sorted(entries.items()) if key.startswith("hqlabel.")}
+    return {key.removeprefix("hqlabel."): value for key, value in ours.items()}

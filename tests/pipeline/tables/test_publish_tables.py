@@ -26,7 +26,7 @@ from pipeline import schema
 from pipeline.errors import DamageFound, JobRefused
 from pipeline.job.job_file import mask_settings
 from pipeline.settings import FilterSettings
-from pipeline.storage import sealed_parquet as parquet
+from pipeline.storage import sealed_parquet
 from pipeline.storage.store import Store
 from pipeline.tables import publish_tables as publish
 from pipeline.tables.clean_output import clean
@@ -48,6 +48,7 @@ from tests.pipeline.made_units import (
     WHEN,
     MadeJob,
     build_unit,
+    footer_of,
     labelled,
     make_context,
     make_job,
@@ -176,7 +177,7 @@ def test_the_footer_of_a_part_tells_lineage_and_filters(made: MadeJob):
     made.commit()
     run(made, FilterSettings(min_area_px=3))
     file = pq.ParquetFile(io.BytesIO(made.store.read("instances/part-00000.parquet")))
-    entries = parquet.footer_of(file)
+    entries = footer_of(file)
     assert entries["weights_sha256"] == "5" * 64
     assert json.loads(entries["filters"])["min_area_px"] == 3
 
@@ -445,8 +446,8 @@ def test_a_part_that_is_replaced_is_whole_for_whoever_opens_it(made: MadeJob):
         while not stop.is_set():
             with open(f"{made.store.place.uri}/{key}", "rb") as file:
                 body = file.read()
-            parquet.check_seal(body, key)
-            seen.add(parquet.decode(body, schema.INSTANCES, key).num_rows)
+            sealed_parquet.check_seal(body, key)
+            seen.add(sealed_parquet.read_body(body, schema.INSTANCES, key).num_rows)
 
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(watch)
@@ -591,8 +592,8 @@ def test_doubled_rows_in_a_sealed_part_are_found(made: MadeJob):
     made.commit()
     manifest = run(made)
     part = manifest.parts[0]
-    rows = parquet.decode(made.store.read(part.images.key), schema.IMAGES, "x")
-    body = parquet.encode(pa.concat_tables([rows, rows.slice(0, 1)]), {})
+    rows = sealed_parquet.read_body(made.store.read(part.images.key), schema.IMAGES, "x")
+    body = sealed_parquet.write_body(pa.concat_tables([rows, rows.slice(0, 1)]), {})
     made.store.put(part.images.key, body)
     text = findings(made)
     assert "stands twice or out of order" in text

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from pipeline import schema
 from pipeline.errors import DamageFound
-from pipeline.storage import sealed_parquet as parquet
+from pipeline.storage import sealed_parquet
 from pipeline.tables.unit_checks import check_against_plan, find_faults
 from pipeline.tables.unit_files import (
     encode_unit,
@@ -35,6 +35,7 @@ from tests.pipeline.made_units import (
     build_unit,
     commit_units,
     draw,
+    footer_of,
     labelled,
     make_context,
     make_plan,
@@ -319,7 +320,10 @@ def test_the_file_reads_back_equal_with_its_whole_schema(store):
         assert (unit.key, unit.generation) == (f"units/{unit_id:08d}.g0.parquet", 0)
         assert read_committed(store, unit).equals(table)
     empty = schema.UNIT.empty_table()
-    assert parquet.decode(encode_unit(empty, CONTEXT), schema.UNIT, "empty").schema.equals(schema.UNIT)
+    body = encode_unit(empty, CONTEXT)
+    assert sealed_parquet.read_body(body, schema.UNIT, "empty").schema.equals(schema.UNIT)
+        schema.UNIT
+    )
 
 
 def test_equal_tables_give_equal_bytes_however_they_are_held():
@@ -358,7 +362,7 @@ def test_every_other_column_moves_the_digest(name):
 def test_the_footer_tells_the_lineage():
     table, _ = unit_and_plan()
     file = pq.ParquetFile(io.BytesIO(encode_unit(table, CONTEXT)))
-    entries = parquet.footer_of(file)
+    entries = footer_of(file)
     wanted = {"schema_version": "1", "run_id": "run-1", "weights_sha256": "5" * 64, "dtype": "float32"}
     wanted |= {"weights_license": "apache-2.0", "box_format": "xyxy", "code_version": "test"}
     assert wanted.items() <= entries.items()
@@ -389,10 +393,10 @@ def test_any_flipped_bit_in_a_unit_is_found(local_store):
         flipped = bytearray(body)
         flipped[place] ^= 1 << int(rng.integers(8))
         with pytest.raises(DamageFound, match="unit 0"):
-            parquet.decode(bytes(flipped), schema.UNIT, "unit 0")
+            sealed_parquet.read_body(bytes(flipped), schema.UNIT, "unit 0")
     for cut in (0, 1, 100, len(body) // 2, len(body) - 1):
         with pytest.raises(DamageFound):
-            parquet.decode(body[:cut], schema.UNIT, "unit 0")
+            sealed_parquet.read_body(body[:cut], schema.UNIT, "unit 0")
 
 
 def test_a_second_commit_is_success_and_changes_nothing(store):
