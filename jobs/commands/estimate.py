@@ -21,8 +21,8 @@ from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.open_job import new_context
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupted, Interrupts
+from pipeline.arrow_lists import table_sha256
 from pipeline.errors import JobRefused
-from pipeline.inputs.arrow_lists import table_sha256
 from pipeline.job.job_file import units_per_part
 from pipeline.planning.make_plan import Plan, write_plan
 from pipeline.settings import FilterSettings, JobContext, JobDetector, Place, UnitOutcome, Weights

@@ -23,8 +23,7 @@ from pycocotools import mask as coco_mask
 
 from model.rle import MASKS_PER_BATCH, SHORT_PIXELS, compress_lengths, rle_faults
 from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.csv_jsonl import refuse_other_bytes
-from pipeline.inputs.json_stream import JsonDamage, Lines, split_arrays
+from pipeline.inputs.json_records import Lines, TextDamage, refuse_other_bytes, split_arrays
 from pipeline.settings import AccessRules
 from pipeline.storage.read_objects import open_input
 from pipeline.storage.uri_rules import options_for
@@ -111,10 +110,10 @@ def read_truth(uri: str, access: AccessRules, *, classes: bool = True) -> Truth:
     try:
         with open_input(uri, options_for(uri, access)) as stream:
             if refuse_other_bytes(stream).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                raise JsonDamage("it is a list, as COCO results are: detections, not the truth")
+                raise TextDamage("it is a list, as COCO results are: detections, not the truth")
             for block in split_arrays(stream, lists):
                 lines[block.name].append(block)
-    except JsonDamage as error:
+    except TextDamage as error:
         raise JobRefused(f"{uri}: {clean_text(str(error))}; {_WANTED}") from error
     absent = [name for name, blocks in lines.items() if not blocks]
     if absent:

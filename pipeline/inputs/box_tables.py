@@ -12,14 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.arrow_lists import (
+from pipeline.arrow_lists import (
     BoolArray,
     Int64Array,
     list_lengths,
@@ -29,18 +27,9 @@ from pipeline.inputs.arrow_lists import (
     starts_of,
     to_lists,
 )
-from pipeline.inputs.columns import (
-    CORNERS,
-    Kind,
-    called_otherwise,
-    corner_columns,
-    locate,
-    missing_column,
-    near_columns,
-    setting_of,
-    shown_names,
-)
-from pipeline.inputs.lists import (
+from pipeline.errors import JobRefused
+from pipeline.inputs.columns import CORNERS, Kind, locate
+from pipeline.inputs.image_box_lists import (
     BOX_COLUMNS,
     NUMBERS,
     TEXT,
@@ -50,36 +39,16 @@ from pipeline.inputs.lists import (
     group_rows,
     grouped_boxes,
 )
+from pipeline.inputs.propose_columns import (
+    BOX_ROWS,
+    IMAGE_ROWS,
+    KEYS,
+    missing_column,
+    missing_columns,
+    unread_note,
+)
 from pipeline.inputs.read_table import TableFile, inspect_tables, naming_values, read_batches
 from pipeline.settings import AccessRules, BoxFormat
-
-LARGEST_SHARE = 1.5  # shares of a picture reach over 1 where a detector lets its boxes reach over the edge
-KEYS = {"image_uri": Kind(0, "text"), "image_id": Kind(0, "key")}
-
-# One row an image: every list has one entry a box.
-IMAGE_ROWS: dict[str, Kind] = KEYS | {
-    "boxes": Kind(2, "number"),
-    "labels": Kind(1, "key"),
-    "scores": Kind(1, "number"),
-    "box_ids": Kind(1, "key"),
-    "points": Kind(3, "number"),
-    "point_labels": Kind(2, "integer"),
-    "prompt_mask": Kind(1, "rle"),
-    "iscrowd": Kind(1, "flag"),
-}
-
-BOX_ROWS: dict[str, Kind] = KEYS | {
-    "bbox": Kind(1, "number"),
-    **dict.fromkeys(CORNERS, Kind(0, "number")),
-    "label": Kind(0, "key"),
-    "category_id": Kind(0, "integer"),
-    "score": Kind(0, "number"),
-    "box_id": Kind(0, "key"),
-    "points": Kind(2, "number"),
-    "point_labels": Kind(1, "integer"),
-    "prompt_mask": Kind(0, "rle"),
-    "iscrowd": Kind(0, "flag"),
-}
 
 
 def read_box_tables(
@@ -93,7 +62,7 @@ def read_box_tables(
     names = inspect_tables(uris[:1], {}, mapping, access)[0].all_names
     wanted = _shape(names, mapping, uri=uris[0])
     if wanted is None or not locate(names, KEYS, mapping, uri=uris[0]):
-        raise _missing_columns(uris[0], names, mapping, access)
+        raise missing_columns(uris[0], names, mapping, access)
     files = inspect_tables(uris, wanted, mapping, access)
     for file in files:
         if not {"image_uri", "image_id"} & file.names.keys():
@@ -101,7 +70,7 @@ def read_box_tables(
     read = _read_image_rows if wanted is IMAGE_ROWS else _read_box_rows
     boxes = read(files, access, folder)
     unused = unused_columns(files[0])
-    notes = (*_partition_note(files[0], folder), *_near_note(files[0], unused, mapping))
+    notes = (*_partition_note(files[0], folder), *unread_note(files[0], unused, mapping))
     return replace(boxes, unused=unused, notes=(*boxes.notes, *notes))
 
 
@@ -126,10 +95,6 @@ def _shape(names: Sequence[str], mapping: Mapping[str, str], *, uri: str) -> dic
 # Columns that are missing, or not used
 # ---------------------------------------------------------------------------------------------
 
-_CHOICES: dict[str, list[list[str]]] = {
-    "boxes": [["scores"], ["labels"], ["box_ids"], ["iscrowd"]],
-    "bbox": [["score"], ["label"], ["category_id"], ["box_id"], ["iscrowd"]],
-}
 _INDEX = ("", "Unnamed: 0", "__index_level_0__")
 """What pandas calls the numbers of the rows."""
 
@@ -140,19 +105,6 @@ def unused_columns(file: TableFile) -> tuple[str, ...]:
     return tuple(name for name in file.all_names if name not in used)
 
 
-def _near_note(file: TableFile, unused: Sequence[str], mapping: Mapping[str, str]) -> tuple[str, ...]:
-    """A sentence where columns that are not read are called like some that the table lacks."""
-    classes = {"label", "category_id"}  # one column of classes is enough
-    there = {*file.names, *(classes if classes & file.names.keys() else ())}
-    choices = _CHOICES["boxes" if "boxes" in file.names else "bbox"]
-    lacking = [choice for choice in choices if choice[0] not in there]
-    near = near_columns(lacking, unused, mapping, exact=True)
-    if not near:
-        return ()
-    meant = ", ".join(f"{clean_text(theirs)!r} as {ours}" for ours, theirs in near.items())
-    return (f"{file.uri}: to read {meant} too: {setting_of(near, mapping)}",)
-
-
 def _partition_note(file: TableFile, folder: str) -> tuple[str, ...]:
     """A sentence where folders are called `label=cat`, as partitioned tables keep columns out of files."""
     names = re.findall(r"(?<=/)(\w+)=[^/]*(?=/)", file.uri.removeprefix(folder))
@@ -160,97 +112,6 @@ def _partition_note(file: TableFile, folder: str) -> tuple[str, ...]:
     if not lost:
         return ()
     return (f"{file.uri}: {', '.join(lost)} of its folders is not read; write it as a column of the files",)
-
-
-def _missing_columns(
-    uri: str, names: Sequence[str], mapping: Mapping[str, str], access: AccessRules
-) -> JobRefused:
-    """The error for a table that lacks columns: all of them, and one proposal for all that could be meant."""
-    lacking, near, box_format = _proposal(names, mapping, uri=uri)
-    message = f"{uri}: no column {', no column '.join(lacking)}; found {shown_names(names)}"
-    rows = _first_rows(uri, mapping, near, access) if near else None
-    if rows is None and "category_id" in near:  # `class` may hold words
-        near = {ours: theirs for ours, theirs in near.items() if ours != "category_id"}
-        rows = _first_rows(uri, mapping, near, access)
-    if not near:
-        return JobRefused(message + (_no_names(names) or called_otherwise(lacking[0])))
-    if box_format is not None and _are_shares(rows):
-        box_format = cast(BoxFormat, f"{box_format}-normalised")
-    flag = f" --box-format {box_format}" if box_format not in (None, "xyxy") else ""
-    without = [choice for choice in lacking if not set(choice.split(" or ")) & near.keys()]
-    rest = (
-        f"; nothing is called like {', nor like '.join(without)}{called_otherwise(without[0])}"
-        if without
-        else ""
-    )
-    meant = ", ".join(repr(name) for name in near.values())
-    return JobRefused(
-        f"{message}. If {meant} {'is' if len(near) == 1 else 'are'} meant: "
-        f"{setting_of(near, mapping)}{flag}{rest}"
-    )
-
-
-def _no_names(names: Sequence[str]) -> str:
-    numbers = [name for name in names if re.fullmatch(r"[+-]?[0-9.]+", name)]
-    return "; the first line holds numbers: does it lack the names of its columns?" if numbers else ""
-
-
-def _proposal(
-    names: Sequence[str], mapping: Mapping[str, str], *, uri: str
-) -> tuple[list[str], dict[str, str], BoxFormat | None]:
-    """What a table lacks; our name -> the column that could be meant; the format of such boxes, if known."""
-    there = locate(names, KEYS | IMAGE_ROWS | BOX_ROWS, mapping, uri=uri)
-    lacking: list[str] = []
-    near: dict[str, str] = {}
-    box_format: BoxFormat | None = None
-    if not there.keys() & {"boxes", "bbox"} and not set(CORNERS) <= there.keys():
-        corners = [name for name in CORNERS if name not in there]
-        lacking += corners if len(corners) < len(CORNERS) else ["boxes or bbox or x1"]
-        whole = near_columns([["boxes", "bbox"]], names, mapping, exact=True) if len(corners) == 4 else {}
-        found = None if whole else corner_columns(names, mapping)
-        near = whole or near_columns([[name] for name in corners], names, dict(mapping) | _own(there))
-        if found is not None:
-            near = {ours: theirs for ours, theirs in found[0].items() if there.get(ours) != theirs}
-            box_format = found[1]
-        elif not near and len(corners) == 4:
-            near = near_columns([["boxes", "bbox"]], names, mapping)
-    taken = dict(mapping) | _own(there) | near
-    if not there.keys() & KEYS.keys():
-        lacking.append("image_uri or image_id")
-        near |= near_columns([["image_uri", "image_id"]], names, taken)
-    shape = "boxes" if "boxes" in near.keys() | there.keys() else "bbox"
-    others = [choice for choice in _CHOICES[shape] if choice[0] not in there]
-    return (
-        lacking,
-        near | near_columns(others, names, dict(mapping) | _own(there) | near, exact=True),
-        box_format,
-    )
-
-
-def _own(there: Mapping[str, str]) -> dict[str, str]:
-    """Columns that stand for something already, but corners, which may yet turn out to be another's."""
-    return {ours: theirs for ours, theirs in there.items() if ours not in CORNERS}
-
-
-def _first_rows(
-    uri: str, mapping: Mapping[str, str], near: Mapping[str, str], access: AccessRules
-) -> pa.Table | None:
-    """The first rows of a table, read as proposed; None where they cannot be read so."""
-    kinds = IMAGE_ROWS if "boxes" in near else BOX_ROWS
-    wanted = {name: kinds[name] for name in (*CORNERS, *near) if name in kinds}
-    try:
-        (file,) = inspect_tables([uri], wanted, {**mapping, **near}, access)
-        return next(read_batches(file, access), pa.table({}))
-    except JobRefused:
-        return None
-
-
-def _are_shares(rows: pa.Table | None) -> bool:
-    """Whether the boxes of some rows lie within 0 to 1; False where there are none."""
-    if rows is None or not set(CORNERS) <= set(rows.column_names):
-        return False
-    values = np.stack([rows.column(name).to_numpy() for name in CORNERS])
-    return bool(np.isfinite(values).any()) and float(np.nanmax(np.abs(values))) <= LARGEST_SHARE
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ text, or null.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -17,13 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arrow_lists import Int64Array, null_mask, single
 from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.arrow_lists import Int64Array, null_mask, single
 from pipeline.inputs.box_tables import box_columns, crowds
-from pipeline.inputs.columns import Kind, plain
-from pipeline.inputs.csv_jsonl import read_lines, refuse_other_bytes, sampled_flag, sampled_leaf
-from pipeline.inputs.json_stream import JsonDamage, Lines, first_byte, split_arrays
-from pipeline.inputs.lists import (
+from pipeline.inputs.columns import Kind, plain, sampled_leaf
+from pipeline.inputs.image_box_lists import (
     TEXT,
     BoxList,
     ImageList,
@@ -31,6 +28,15 @@ from pipeline.inputs.lists import (
     grouped_boxes,
     refuse_repeated,
     with_all_images,
+)
+from pipeline.inputs.json_records import (
+    Lines,
+    TextDamage,
+    first_byte,
+    json_record,
+    read_lines,
+    refuse_other_bytes,
+    split_arrays,
 )
 from pipeline.inputs.read_table import naming, naming_values
 from pipeline.settings import AccessRules
@@ -140,19 +146,19 @@ def _block(lines: Lines, schema: pa.Schema) -> pa.Table:
     """Return the records of a block; flags in several spellings, which stop Arrow, are read one by one."""
     try:
         return read_lines(lines.text, lines.count, schema)
-    except JsonDamage:
+    except TextDamage:
         at = schema.get_field_index("iscrowd")
         if at < 0:
             raise
         table = read_lines(lines.text, lines.count, schema.remove(at))  # another key's fault is said here
-        flags = [_record(line).get("iscrowd") for line in lines.text.split(b"\n")]
+        flags = [json_record(line).get("iscrowd") for line in lines.text.split(b"\n")]
         texts = [None if flag is None else str(flag) for flag in flags]
         return table.add_column(at, "iscrowd", pa.array(texts, TEXT))
 
 
 def _kinds(lines: Lines) -> dict[str, Kind]:
     """The columns of an array; what its ids are written as is seen from its first records."""
-    records = [_record(line) for line in lines.text.split(b"\n", _SAMPLE_RECORDS)[:_SAMPLE_RECORDS]]
+    records = [json_record(line) for line in lines.text.split(b"\n", _SAMPLE_RECORDS)[:_SAMPLE_RECORDS]]
     kinds = {}
     for name, kind in _RECORDS[lines.name].items():
         leaf = sampled_leaf(record.get(name) for record in records)
@@ -161,7 +167,7 @@ def _kinds(lines: Lines) -> dict[str, Kind]:
         if kind.leaf == "integer" and leaf == "whole":
             kind = replace(kind, leaf=leaf)
         if kind.leaf == "flag":
-            flag = sampled_flag(record.get(name) for record in records)
+            flag = sampled_leaf((record.get(name) for record in records), "flag")
             kind = replace(kind, leaf="integer" if flag == "null" else flag)
         if leaf == "text" and name in ("width", "height"):
             continue  # only used to guess mistakes; not worth a refusal
@@ -191,24 +197,16 @@ def _whole(table: pa.Table, kinds: Mapping[str, Kind]) -> pa.Table:
     """The same, with whole numbers that are written as floats (`1.0`) as integers.
 
     Raises:
-        JsonDamage: one that is so large that a float has lost digits of it.
+        TextDamage: one that is so large that a float has lost digits of it.
     """
     for at, (name, kind) in enumerate(kinds.items()):
         if kind.leaf == "whole":
             try:
                 values = plain(single(table.column(at)), kind)
             except pa.ArrowInvalid as error:
-                raise JsonDamage(f"{name!r} {error}") from error
+                raise TextDamage(f"{name!r} {error}") from error
             table = table.set_column(at, name, values)
     return table
-
-
-def _record(line: bytes) -> Mapping[str, object]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}  # the reader says where and why
-    return value if isinstance(value, dict) else {}
 
 
 def _compact(table: pa.Table) -> pa.Table:

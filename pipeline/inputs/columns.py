@@ -9,11 +9,10 @@ because some of them run code when their values, or even their type, are made in
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,8 +22,8 @@ import pyarrow.compute as pc
 import yaml
 
 from model.rle import compress_lengths
+from pipeline.arrow_lists import list_lengths, null_mask, to_lists
 from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.arrow_lists import list_lengths, null_mask, to_lists
 from pipeline.settings import BoxFormat
 
 Leaf = Literal["text", "key", "number", "integer", "whole", "big", "flag", "rle", "null"]
@@ -65,34 +64,25 @@ _LEAF_TYPES: dict[Leaf, pa.DataType] = {
     "rle": pa.struct(_RLE_FIELDS),
 }
 
-# Other people's names for our columns, as `_bare` writes them: proposed in messages, never used without that.
-_OTHER_NAMES: dict[str, tuple[str, ...]] = {
-    "image_uri": (
-        *("imageuri", "uri", "url", "path", "filename", "file", "image", "imagepath", "filepath", "imgpath"),
-        *("imagename", "imgname", "imagefile", "img", "imageurl", "fname"),
-    ),
-    "image_id": ("imageid", "imgid", "frameid", "photoid", "frame", "id"),
-    "boxes": ("boxes", "bboxes", "detections", "objects", "predboxes", "boundingboxes"),
-    "bbox": ("bbox", "box", "boundingbox", "rect"),
-    "labels": ("labels", "classes", "categories", "categoryids", "names", "classids", "classnames", "label"),
-    "label": ("label", "name", "classname", "labelname", "categoryname", "class", "category", "objectname"),
-    "category_id": ("categoryid", "classid", "cls", "labelid", "class", "category"),
-    "scores": ("scores", "confidences", "score", "confidence", "conf", "probabilities"),
-    "score": ("score", "confidence", "conf", "probability", "prob", "scores"),
-    "box_ids": ("boxids", "annotationids"),
-    "box_id": ("boxid", "annotationid", "annid"),
-    "iscrowd": ("iscrowd", "crowd"),
-    "x1": ("x1", "xmin", "left", "x"),
-    "y1": ("y1", "ymin", "top", "y"),
-    "x2": ("x2", "xmax", "right", "w", "width"),
-    "y2": ("y2", "ymax", "bottom", "h", "height"),
+ARROW_WORDS = {
+    "array": "a list",
+    "decimal128(38, 0)": "a whole number",
+    "bool": "true, false, 1 or 0",
+    "boolean": "true or false",
+    "double": "a number",
+    "int64": "a whole number below 2**63 (larger ids as text)",
+    "number": "a number",
+    "object": "an object",
+    "string": "text",
 }
+"""What Arrow calls a type or a value in its messages -> the words of ours."""
+
 CORNERS = ("x1", "y1", "x2", "y2")
 _EXTENTS = (("w", "h"), ("width", "height"))
 _CENTRES = (("cx", "cy"), ("xc", "yc"), ("xcenter", "ycenter"), ("centerx", "centery"))
 _STARTS = (("x", "y"), ("left", "top"), ("xmin", "ymin"), ("x1", "y1"))
-# Four names, as `_bare` writes them -> how such boxes are meant.
-_CORNER_NAMES: tuple[tuple[tuple[str, ...], BoxFormat], ...] = (
+# Four names, as `bare_name` writes them -> how such boxes are meant.
+CORNER_NAMES: tuple[tuple[tuple[str, ...], BoxFormat], ...] = (
     (("x1", "y1", "x2", "y2"), "xyxy"),
     (("x0", "y0", "x1", "y1"), "xyxy"),
     (("xmin", "ymin", "xmax", "ymax"), "xyxy"),
@@ -148,64 +138,6 @@ def _name_in(names: Sequence[str], ours: str, mapping: Mapping[str, str]) -> str
     return ours if ours in names and ours not in mapping.values() else None
 
 
-def missing_column(
-    uri: str, wanted: str, names: Sequence[str], mapping: Mapping[str, str] | None = None
-) -> JobRefused:
-    """The error for a table without a column it needs: names the nearest and how to map it.
-
-    `wanted`: one of our names, or several of which one would do, parted by " or ". `mapping`: the names that
-    are mapped already, which the proposal keeps.
-    """
-    message = f"{uri}: no column {wanted}; found {shown_names(names)}"
-    near = near_columns([wanted.split(" or ")], names, mapping or {})
-    if near:
-        message += f". If {next(iter(near.values()))!r} is meant: {setting_of(near, mapping or {})}"
-    elif names:
-        message += called_otherwise(wanted)
-    return JobRefused(message)
-
-
-def called_otherwise(wanted: str) -> str:
-    """The end of a sentence on a missing column for which no other could be meant by its name."""
-    return f"; if it is called otherwise: --set input.columns.{wanted.split(' or ')[0]}=NAME"
-
-
-def shown_names(names: Sequence[str], count: int = 20) -> str:
-    """The first names of a list of columns, for a message."""
-    shown = ", ".join(clean_text(name) for name in names[:count]) or "no columns at all"
-    return shown + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def near_columns(
-    wanted: Sequence[Sequence[str]], names: Sequence[str], mapping: Mapping[str, str], *, exact: bool = False
-) -> dict[str, str]:
-    """Our name -> the column that could be meant, one for each choice of our names for which there is one.
-
-    `exact`: known other names alone, none that is merely spelled alike. No column is proposed twice.
-    """
-    free = [name for name in names if name not in mapping.values() and _can_be_pasted(name)]
-    found: dict[str, str] = {}
-    for choice in wanted:
-        known = [(ours, name) for ours in choice if (name := _known(ours, free)) is not None]
-        alike = [] if exact else [(ours, name) for ours in choice if (name := _alike(ours, free)) is not None]
-        for ours, name in (known or alike)[:1]:
-            found[ours] = name
-            free.remove(name)
-    return found
-
-
-def corner_columns(
-    names: Sequence[str], mapping: Mapping[str, str]
-) -> tuple[dict[str, str], BoxFormat] | None:
-    """Our corners -> four columns that hold boxes by their names, and in which format; None without."""
-    free = {_bare(name): name for name in reversed(names) if name not in mapping.values()}
-    for four, box_format in _CORNER_NAMES:
-        if all(name in free and _can_be_pasted(free[name]) for name in four):
-            found = {ours: free[name] for ours, name in zip(CORNERS, four, strict=True)}
-            return found, box_format
-    return None
-
-
 def setting_of(columns: Mapping[str, str], mapping: Mapping[str, str]) -> str:
     """The option that maps these columns and keeps those mapped already, as a shell takes it."""
     if len(columns) == 1 and (name := next(iter(columns.values()))) == _yaml_word(name):
@@ -221,7 +153,7 @@ def _yaml_word(name: str) -> str:
     return name if plain_word else json.dumps(name, ensure_ascii=not name.isprintable())
 
 
-def _can_be_pasted(name: str) -> bool:
+def can_be_pasted(name: str) -> bool:
     """Whether `_yaml_word` comes back as it was: JSON's escapes of signs over 16 bits are not YAML's."""
     return (
         bool(name)
@@ -230,22 +162,51 @@ def _can_be_pasted(name: str) -> bool:
     )
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
     """A name without case, signs and the word for a box before it: `Bbox_X1` is `x1`."""
     word = re.sub(r"[^a-z0-9]", "", name.lower())
     return re.sub(r"\A(bbox|bndbox|box|bb|rect)(?=[xycwhlrtbms])", "", word)
 
 
-def _known(ours: str, names: Sequence[str]) -> str | None:
-    bare = {_bare(name): name for name in reversed(names)}
-    others = (re.sub("_", "", ours), *_OTHER_NAMES.get(ours, ()))
-    return next((bare[other] for other in others if other in bare), None)
+def sampled_leaf(values: Iterable[Any], wanted: Leaf = "key") -> Leaf:
+    """Return the leaf of a column of UNSETTLED ones by its first rows' values; any other is as wanted.
+
+    Of a `key` it is text or a kind of whole number, by the first value that is one; `null` for none. Of
+    numbers all that are sampled count: `whole` when one is written as a float, `big` when int64 cannot hold
+    one, else `integer`. A wanted `integer` is always read as `whole`: pandas writes 1.0 where a column has
+    gaps, however late. A flag is as the first one is written: true, 1, 1.0 or "1".
+    """
+    if wanted == "integer":
+        return "whole"
+    if wanted == "flag":
+        leaves = (leaf for one in _scalars(values) for kind, leaf in _FLAG_LEAVES if isinstance(one, kind))
+        return next(leaves, "null")
+    if wanted != "key":
+        return wanted
+    found: set[Leaf] = set()
+    for value in _scalars(values):
+        if isinstance(value, str) and not found:
+            return "text"
+        if isinstance(value, float) and value == value:  # pandas' gap among words is NaN
+            found.add("whole")
+        elif isinstance(value, int) and not isinstance(value, bool):
+            found.add("integer" if -(2**63) <= value < 2**63 else "big")
+    return next((leaf for leaf in _INTEGERS if leaf in found), "null")
 
 
-def _alike(ours: str, names: Sequence[str]) -> str | None:
-    lowered = {name.lower(): name for name in reversed(names)}
-    near = difflib.get_close_matches(ours, lowered, n=1, cutoff=0.75)
-    return lowered[near[0]] if near else None
+def _scalars(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list):
+            yield from _scalars(value)
+        else:
+            yield value
+
+
+# bool first: it is an int too.
+_FLAG_LEAVES: tuple[tuple[type, Leaf], ...] = (
+    *((bool, "flag"), (int, "integer")),
+    *((float, "number"), (str, "text")),
+)
 
 
 def check_type(field: pa.Field, wanted: Kind, *, uri: str, ours: str) -> Kind:
@@ -353,10 +314,10 @@ def _corner_fields(kind: pa.DataType) -> tuple[str, ...] | None:
     """The fields of a struct that is a box, in the order x1, y1, x2, y2; None for other types."""
     if not pa.types.is_struct(kind) or kind.num_fields != len(CORNERS):
         return None
-    names = {_bare(field.name): field.name for field in kind}
+    names = {bare_name(field.name): field.name for field in kind}
     if any(_leaf_of(field.type) not in ("number", "integer", "big", "null") for field in kind):
         return None
-    for four, box_format in _CORNER_NAMES:
+    for four, box_format in CORNER_NAMES:
         if box_format == "xyxy" and names.keys() == set(four):
             return tuple(names[name] for name in four)
     return None
@@ -475,18 +436,19 @@ def _plain_rle(array: pa.Array) -> pa.Array:
     return pa.StructArray.from_arrays([size, counts], fields=_RLE_FIELDS, mask=mask)
 
 
-def plain_mask(value: Any) -> Any:
-    """Return a mask out of JSON as {"size": [h, w], "counts": text}.
+def plain_masks(value: Any, depth: int = 0) -> Any:
+    """Return a mask out of JSON, or lists of them `depth` deep, as {"size": [h, w], "counts": text}.
 
     Uncompressed runs become text, whole sides written as 480.0 become whole. What is no mask becomes one
     that no picture has, so that its row alone has no mask (`prompt_invalid`); null stays.
     """
+    if depth:
+        return [plain_masks(one, depth - 1) for one in value] if isinstance(value, list) else value
     if value is None:
         return None
     size, counts = (value.get("size"), value.get("counts")) if isinstance(value, dict) else (None, None)
     sides = [_side(side) for side in size] if isinstance(size, list | tuple) else []
-    text = _text(counts)
-    return {"size": sides, "counts": text}
+    return {"size": sides, "counts": _text(counts)}
 
 
 def _side(side: Any) -> int:

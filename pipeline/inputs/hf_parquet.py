@@ -20,11 +20,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arrow_lists import list_lengths, null_mask, to_lists
 from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.arrow_lists import list_lengths, null_mask, to_lists
 from pipeline.inputs.box_tables import boxes_of_rows
 from pipeline.inputs.columns import Kind, check_type, plain
-from pipeline.inputs.lists import TEXT, BoxList, ImageList
+from pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList
 from pipeline.inputs.read_table import naming, naming_values
 from pipeline.settings import AccessRules
 from pipeline.storage.archive_uris import check_column

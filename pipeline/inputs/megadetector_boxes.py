@@ -17,12 +17,11 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arrow_lists import list_lengths, null_mask, to_lists
 from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.arrow_lists import list_lengths, null_mask, to_lists
 from pipeline.inputs.box_tables import boxes_of_rows
-from pipeline.inputs.csv_jsonl import read_lines
-from pipeline.inputs.json_stream import BLOCK_BYTES, first_byte, split_arrays
-from pipeline.inputs.lists import NUMBERS, TEXT, BoxList
+from pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList
+from pipeline.inputs.json_records import CUT_BYTES, first_byte, read_lines, split_arrays
 from pipeline.inputs.read_table import naming
 from pipeline.settings import AccessRules
 from pipeline.storage.read_objects import open_input
@@ -113,7 +112,7 @@ def _first_null(column: pa.Array) -> int:
 def _categories(uri: str, stream: BinaryIO) -> dict[int, str]:
     """Number -> name from `detection_categories`, wherever it stands; empty where there is none."""
     before = b""
-    while block := stream.read(BLOCK_BYTES):
+    while block := stream.read(CUT_BYTES):
         match = _CATEGORIES.search(before + block)
         if match is not None:
             return _named(uri, match.group(1))

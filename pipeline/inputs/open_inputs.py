@@ -13,14 +13,11 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arrow_lists import single
 from pipeline.errors import ImageError, JobRefused, UsageError, clean_text
-from pipeline.inputs.arrow_lists import single
-from pipeline.inputs.box_tables import BOX_ROWS, IMAGE_ROWS, image_keys, read_box_tables, unused_columns
+from pipeline.inputs.box_tables import image_keys, read_box_tables, unused_columns
 from pipeline.inputs.coco_boxes import is_results, read_coco_images, read_instances, read_results
-from pipeline.inputs.columns import missing_column
-from pipeline.inputs.hf_parquet import NAMES as HF_NAMES
-from pipeline.inputs.hf_parquet import holds_pictures, read_hf_boxes, read_hf_images
-from pipeline.inputs.image_files import (
+from pipeline.inputs.find_files import (
     Named,
     absolute,
     is_json,
@@ -31,9 +28,12 @@ from pipeline.inputs.image_files import (
     pointed_at,
     states_ending,
 )
-from pipeline.inputs.lists import TEXT, BoxList, ImageList, has_picture_name, is_picture
+from pipeline.inputs.hf_parquet import NAMES as HF_NAMES
+from pipeline.inputs.hf_parquet import holds_pictures, read_hf_boxes, read_hf_images
+from pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, has_picture_name, is_picture
 from pipeline.inputs.megadetector_boxes import is_megadetector, read_megadetector
 from pipeline.inputs.previous_job import EarlierParts, find_parts, read_earlier_boxes, read_earlier_images
+from pipeline.inputs.propose_columns import BOX_ROWS, IMAGE_ROWS, missing_column
 from pipeline.inputs.read_table import inspect_tables, read_batches
 from pipeline.inputs.webdataset import TarIds, read_tar_boxes, read_tar_images
 from pipeline.inputs.yolo_boxes import read_yolo

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arrow_lists import Int64Array, single, starts_of
 from pipeline.errors import JobRefused
-from pipeline.inputs.arrow_lists import Int64Array, single, starts_of
 from pipeline.inputs.box_tables import box_columns
-from pipeline.inputs.columns import Kind, missing_column
-from pipeline.inputs.lists import (
+from pipeline.inputs.columns import Kind
+from pipeline.inputs.image_box_lists import (
     NUMBERS,
     BoxList,
     ImageList,
@@ -28,6 +28,7 @@ from pipeline.inputs.lists import (
     refuse_repeated,
     with_all_images,
 )
+from pipeline.inputs.propose_columns import missing_column
 from pipeline.inputs.read_table import inspect_tables, naming, naming_values, read_batches
 from pipeline.settings import AccessRules, BoxFormat, BoxFrame, BoxRules
 from pipeline.storage.read_objects import Entry, open_input

@@ -11,23 +11,16 @@ import contextlib
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import pyarrow as pa
 
 from pipeline.errors import HqlabelError, JobRefused, clean_text
-from pipeline.inputs.columns import UNSETTLED, Kind, check_type, locate, plain, settle
-from pipeline.inputs.csv_jsonl import (
-    BLOCK_BYTES,
-    csv_batches,
-    csv_header,
-    jsonl_batches,
-    jsonl_sample,
-    settled_leaf,
-)
-from pipeline.inputs.json_stream import JsonDamage
+from pipeline.inputs.columns import UNSETTLED, Kind, check_type, locate, plain, sampled_leaf, settle
+from pipeline.inputs.csv_table import csv_batches, csv_header
+from pipeline.inputs.json_records import BLOCK_BYTES, TextDamage, jsonl_batches, jsonl_sample
 from pipeline.settings import AccessRules
 from pipeline.storage.read_objects import open_input
 from pipeline.storage.sealed_parquet import open_closed
@@ -35,17 +28,9 @@ from pipeline.storage.uri_rules import options_for
 
 TableFormat = Literal["parquet", "csv", "jsonl"]
 TABLE_SUFFIXES: dict[str, TableFormat] = {
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".parq": "parquet",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv.gz": "csv",
-    ".tsv.gz": "csv",
-    ".jsonl.gz": "jsonl",
-    ".ndjson.gz": "jsonl",
+    **dict.fromkeys((".parquet", ".pq", ".parq"), "parquet"),
+    **dict.fromkeys((".csv", ".tsv", ".csv.gz", ".tsv.gz"), "csv"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"), "jsonl"),
 }
 BATCH_ROWS = 8192
 BATCH_BYTES = 64 * 2**20
@@ -121,7 +106,7 @@ def _check_same_columns(file: TableFile, first: TableFile) -> None:
 
 
 @contextlib.contextmanager
-def _opened(uri: str, access: AccessRules) -> Iterator[BinaryIO]:
+def _unpacked(uri: str, access: AccessRules) -> Iterator[BinaryIO]:
     """A table's file, unpacked on the way where its name ends in `.gz`."""
     with open_input(uri, options_for(uri, access)) as stream:
         if uri.lower().endswith(".gz"):
@@ -140,9 +125,9 @@ def read_batches(file: TableFile, access: AccessRules) -> Iterator[pa.Table]:
 def _batches(file: TableFile, access: AccessRules) -> Iterator[pa.RecordBatch]:
     columns = {theirs: file.kinds[ours] for ours, theirs in file.names.items()}
     if file.file_format == "csv":
-        yield from csv_batches(lambda: _opened(file.uri, access), columns, file.all_names)
+        yield from csv_batches(lambda: _unpacked(file.uri, access), columns, file.all_names)
         return
-    with _opened(file.uri, access) as stream:
+    with _unpacked(file.uri, access) as stream:
         if file.file_format == "jsonl":
             yield from jsonl_batches(stream, columns)
         else:
@@ -181,7 +166,7 @@ def naming(uri: str, what: str) -> Iterator[None]:
         yield
     except HqlabelError:
         raise
-    except JsonDamage as error:
+    except TextDamage as error:
         raise JobRefused(f"{uri}: not a sound {what} file: {clean_text(str(error))}") from error
     except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError, RecursionError) as error:
         text = str(error)
@@ -205,51 +190,31 @@ def _inspect(
     file_format = table_format(uri)
     if file_format is None:
         raise JobRefused(f"{uri}: no known table; wanted a name ending in {', '.join(TABLE_SUFFIXES)}")
-    with naming(uri, file_format), _opened(uri, access) as stream:
+    samples: dict[str, list[Any]] = {}
+    with naming(uri, file_format), _unpacked(uri, access) as stream:
         if not stream.read(1):
             raise JobRefused(f"{uri}: the file is empty (0 bytes)")
         stream.seek(0)
-        names, kind_of = _FIELDS[file_format](stream, uri)
-    found = locate(names, wanted, mapping, uri=uri)
-    kinds = {ours: kind_of(theirs, ours, wanted[ours]) for ours, theirs in found.items()}
-    return TableFile(uri=uri, file_format=file_format, names=found, kinds=kinds, all_names=tuple(names))
+        if file_format == "parquet":
+            schema = open_closed(stream).schema_arrow
+            names = schema.names
+        elif file_format == "csv":
+            names, samples = csv_header(stream)
+        else:
+            samples = jsonl_sample(stream)
+            names = list(samples)
+    columns = locate(names, wanted, mapping, uri=uri)
+    kinds = {
+        ours: check_type(schema.field(theirs), wanted[ours], uri=uri, ours=ours)
+        if file_format == "parquet"
+        else _kind_of_text(file_format, wanted[ours], samples.get(theirs, []))
+        for ours, theirs in columns.items()
+    }
+    return TableFile(uri=uri, file_format=file_format, names=columns, kinds=kinds, all_names=tuple(names))
 
 
-KindOf = Callable[[str, str, Kind], Kind]
-"""(the file's column, our name for it, the kind we want) -> the kind it has."""
-
-
-def _parquet_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
-    schema = open_closed(stream).schema_arrow
-
-    def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
-        return check_type(schema.field(theirs), wanted, uri=uri, ours=ours)
-
-    return schema.names, kind_of
-
-
-def _csv_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
-    del uri
-    names, samples = csv_header(stream)
-
-    def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
-        del ours
-        if not wanted.depth:
-            return replace(wanted, leaf="text") if wanted.leaf in UNSETTLED else wanted
-        return replace(wanted, leaf=settled_leaf(samples.get(theirs, []), wanted.leaf))
-
-    return names, kind_of
-
-
-def _jsonl_fields(stream: BinaryIO, uri: str) -> tuple[list[str], KindOf]:
-    del uri
-    samples = jsonl_sample(stream)
-
-    def kind_of(theirs: str, ours: str, wanted: Kind) -> Kind:
-        del ours
-        return replace(wanted, leaf=settled_leaf(samples[theirs], wanted.leaf))
-
-    return list(samples), kind_of
-
-
-_FIELDS = {"parquet": _parquet_fields, "csv": _csv_fields, "jsonl": _jsonl_fields}
+def _kind_of_text(file_format: TableFormat, wanted: Kind, values: Sequence[Any]) -> Kind:
+    """Return the kind of a column of CSV or JSONL by its first values; CSV has no types outside lists."""
+    if file_format == "csv" and not wanted.depth:
+        return replace(wanted, leaf="text") if wanted.leaf in UNSETTLED else wanted
+    return replace(wanted, leaf=sampled_leaf(values, wanted.leaf))

@@ -23,11 +23,11 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 
 from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.box_tables import IMAGE_ROWS, KEYS, boxes_of_rows
-from pipeline.inputs.columns import Kind, locate, missing_column, plain, settle
-from pipeline.inputs.csv_jsonl import SAMPLE_ROWS, jsonl_batches, settled_leaf, word_of
-from pipeline.inputs.json_stream import JsonDamage
-from pipeline.inputs.lists import TEXT, BoxList, ImageList, examples, has_picture_name
+from pipeline.inputs.box_tables import boxes_of_rows
+from pipeline.inputs.columns import Kind, locate, plain, sampled_leaf, settle
+from pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, examples, has_picture_name
+from pipeline.inputs.json_records import SAMPLE_ROWS, TextDamage, json_word, jsonl_batches
+from pipeline.inputs.propose_columns import IMAGE_ROWS, KEYS, missing_column
 from pipeline.inputs.read_table import naming, naming_values
 from pipeline.settings import AccessRules
 from pipeline.storage.archive_uris import TarMember
@@ -130,7 +130,7 @@ def _batches(
         return []
     try:
         return list(jsonl_batches(io.BytesIO(b"\n".join(lines)), kinds))
-    except (pa.ArrowException, JsonDamage):
+    except (pa.ArrowException, TextDamage):
         for sample, line in zip(samples, lines, strict=True):
             what = uri if sample.data is None else f"{uri}: {clean_text(sample.data.name)}"
             with naming(what, "JSON"):
@@ -171,7 +171,7 @@ def _object(stream: BinaryIO, member: TarMember) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise JobRefused(f"{what} is no JSON: {clean_text(str(error))}") from error
     if not isinstance(found, dict):
-        raise JobRefused(f"{what} holds {word_of(found)}; wanted an object with `boxes`")
+        raise JobRefused(f"{what} holds {json_word(found)}; wanted an object with `boxes`")
     return found
 
 
@@ -191,7 +191,7 @@ def _columns(
     columns = {}
     for ours, theirs in found.items():
         wanted = IMAGE_ROWS[ours]
-        leaf = settled_leaf(values[theirs], wanted.leaf)
+        leaf = sampled_leaf(values[theirs], wanted.leaf)
         columns[ours] = (theirs, settle(ours, {uri: Kind(wanted.depth, leaf)}, wanted))
     return columns, tuple(values)
 

@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
+from pipeline.arrow_lists import to_lists
 from pipeline.errors import ImageError, JobRefused, clean_text
-from pipeline.inputs.arrow_lists import to_lists
 from pipeline.inputs.box_tables import box_columns
-from pipeline.inputs.lists import NUMBERS, TEXT, BoxList, Groups, grouped_boxes
+from pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList, Groups, grouped_boxes
 from pipeline.settings import AccessRules
 from pipeline.storage.read_objects import Entry, read_object
 from pipeline.storage.uri_rules import options_for

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arrow_lists import BoolArray, Int64Array, positions
 from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.arrow_lists import BoolArray, Int64Array, positions
-from pipeline.inputs.lists import BoxList, ImageList, examples
+from pipeline.inputs.image_box_lists import BoxList, ImageList, examples
 from pipeline.inputs.open_inputs import resolve_uris
 
 _LOOK_AT = 20_000  # ids looked at to find out why nothing matches

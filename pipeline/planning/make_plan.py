@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arrow_lists import table_sha256
 from pipeline.errors import UsageError
 from pipeline.failpoints import visit
-from pipeline.inputs.arrow_lists import table_sha256
-from pipeline.inputs.lists import BoxList, ImageList
+from pipeline.inputs.image_box_lists import BoxList, ImageList
 from pipeline.inputs.open_inputs import InputSettings, allowed_access, check_columns, read_boxes, read_images
 from pipeline.job.plan_files import UNITS_PER_FILE, plan_key
 from pipeline.planning.join import images_of, join

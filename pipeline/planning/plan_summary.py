@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arrow_lists import Int64Array, list_lengths, null_mask, single
 from pipeline.errors import clean_text
-from pipeline.inputs.arrow_lists import Int64Array, list_lengths, null_mask, single
-from pipeline.inputs.lists import BoxList, ImageList
+from pipeline.inputs.image_box_lists import BoxList, ImageList
 from pipeline.inputs.open_inputs import InputSettings, allowed_access
 from pipeline.planning.join import Joined, Unmatched
 from pipeline.planning.suspicious_boxes import SUSPICIOUS_SHARE, suspicions

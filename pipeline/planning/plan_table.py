@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arrow_lists import Int64Array, list_lengths, null_mask, single, to_lists
 from pipeline.errors import ImageError, JobRefused, clean_text
-from pipeline.inputs.arrow_lists import Int64Array, list_lengths, null_mask, single, to_lists
-from pipeline.inputs.lists import BOX_COLUMNS, TEXT, BoxList, examples
+from pipeline.inputs.image_box_lists import BOX_COLUMNS, TEXT, BoxList, examples
 from pipeline.planning.join import Joined
 from pipeline.schema import PLAN, PLAN_BOX
 from pipeline.settings import AccessRules

@@ -20,8 +20,8 @@ from pipeline.errors import ImageError, SystemicFault, clean_text
 from pipeline.images.decode_process import DecodeChild
 from pipeline.images.decode_upright import DecodedImage
 from pipeline.images.fetch import fetch_ahead
-from pipeline.inputs.box_tables import LARGEST_SHARE
-from pipeline.inputs.lists import examples
+from pipeline.inputs.image_box_lists import examples
+from pipeline.inputs.propose_columns import LARGEST_SHARE
 from pipeline.planning.suspicious_boxes import suspicions_of_place
 from pipeline.settings import AccessRules, BoxRules, Limits
 

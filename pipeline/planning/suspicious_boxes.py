@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from model.geometry import BoxFormat as PlainFormat
 from model.geometry import boxes_to_xyxy
-from pipeline.inputs.box_tables import LARGEST_SHARE
+from pipeline.inputs.propose_columns import LARGEST_SHARE
 from pipeline.settings import BoxFormat, BoxRules
 from pipeline.stages.resolve_boxes import NORMALISED, any_of_row
 

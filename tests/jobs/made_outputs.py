@@ -12,7 +12,7 @@ import pyarrow as pa
 from pycocotools import mask as coco_mask
 
 from pipeline import schema
-from pipeline.inputs.arrow_lists import table_sha256
+from pipeline.arrow_lists import table_sha256
 from pipeline.job.job_file import Job, identity_of, open_job
 from pipeline.planning.make_plan import Plan, write_plan
 from pipeline.settings import AccessRules, BoxRules, FilterSettings, Place

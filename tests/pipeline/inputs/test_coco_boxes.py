@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import JobRefused
-from pipeline.inputs import json_stream as json_arrays
+from pipeline.inputs import json_records as json_arrays
 from pipeline.inputs.coco_boxes import is_results, read_coco_images, read_instances, read_results
-from pipeline.inputs.lists import BoxList
+from pipeline.inputs.image_box_lists import BoxList
 from pipeline.settings import AccessRules
 
 ACCESS = AccessRules()

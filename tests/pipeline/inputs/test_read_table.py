@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import JobRefused
-from pipeline.inputs import csv_jsonl as text_tables
+from pipeline.inputs import csv_table as text_tables
 from pipeline.inputs.columns import Kind
 from pipeline.inputs.read_table import inspect_tables, read_batches
 from pipeline.settings import AccessRules
@@ -351,7 +351,7 @@ def test_a_csv_that_is_not_sound_is_refused(tmp_path, content, reason):
 
 
 def test_a_csv_of_many_blocks_reads_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.inputs.csv_jsonl.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("pipeline.inputs.csv_table.BLOCK_BYTES", 1000)
     rows = 2000
     pa_csv.write_csv(
         pa.table({"image_uri": [f"{i}.jpg" for i in range(rows)], "score": [i / 8 for i in range(rows)]}),
@@ -365,7 +365,8 @@ def test_a_csv_of_many_blocks_reads_whole(tmp_path, monkeypatch):
 
 
 def test_a_row_longer_than_a_block_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.inputs.csv_jsonl.BLOCK_BYTES", 1000)
+    for module in ("csv_table", "json_records"):
+        monkeypatch.setattr(f"pipeline.inputs.{module}.BLOCK_BYTES", 1000)
     long = "x" * 5000
 
     assert "longer than" in refusal(text(tmp_path / "a.csv", f"image_uri\na\n{long}\n"))

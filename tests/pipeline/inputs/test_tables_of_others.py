@@ -28,8 +28,8 @@ from jobs.config import load_config
 from jobs.job_setup.resolve_settings import input_settings
 from jobs.terminal.input_report import describe_inputs
 from pipeline.errors import JobRefused
-from pipeline.inputs.csv_jsonl import read_list
-from pipeline.inputs.json_stream import JsonDamage
+from pipeline.inputs.csv_table import read_list
+from pipeline.inputs.json_records import TextDamage
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import Plan, make_plan
 from tests.pipeline.made_formats import tar_of
@@ -286,8 +286,8 @@ def test_numbers_that_could_be_two_are_refused(tmp_path: Path, line: str, parts:
 
 def test_a_late_odd_field_costs_no_row_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrow has given out blocks before it meets the first field that it does not take."""
-    monkeypatch.setattr("pipeline.inputs.csv_jsonl.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("pipeline.inputs.csv_jsonl.SAMPLE_BYTES", 500)
+    monkeypatch.setattr("pipeline.inputs.csv_table.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("pipeline.inputs.csv_table.SAMPLE_BYTES", 500)
     rows = [f'"{i}.jpg","{i}","0","{i + 9}","9","{i}{".0" if i > 900 else ""}"' for i in range(1000)]
     body = "\n".join([*rows, '"none.jpg","","","","",""'])
     path = written(tmp_path / "t.csv", f'"image_id","x1","y1","x2","y2","category_id"\n{body}\n')
@@ -306,8 +306,8 @@ def test_a_late_odd_field_costs_no_row_before_it(tmp_path: Path, monkeypatch: py
 def test_quoted_empty_fields_are_null_in_every_column_however_late_numbers_show_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: int
 ) -> None:
-    monkeypatch.setattr("pipeline.inputs.csv_jsonl.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("pipeline.inputs.csv_jsonl.SAMPLE_BYTES", sample)
+    monkeypatch.setattr("pipeline.inputs.csv_table.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("pipeline.inputs.csv_table.SAMPLE_BYTES", sample)
     early = "".join(f'"{i}.jpg","1","2","3","4","{"" if sample > 500 else "cat"}"\n' for i in range(100))
     path = written(
         tmp_path / "t.csv", f'"image_uri","x1","y1","x2","y2","label"\n{early}"none.jpg","","","","",""\n'
@@ -390,7 +390,7 @@ def test_what_python_and_numpy_print_is_read_back(seed: int) -> None:
     ],
 )
 def test_what_is_no_list_is_named(text: str, hint: str) -> None:
-    with pytest.raises(JsonDamage, match=re.escape(hint)):
+    with pytest.raises(TextDamage, match=re.escape(hint)):
         read_list(text, "boxes")
 
 
@@ -399,7 +399,7 @@ def test_what_is_no_list_is_named(text: str, hint: str) -> None:
 def test_any_text_is_a_list_or_named(text: str) -> None:
     try:
         values = read_list(text)
-    except JsonDamage:
+    except TextDamage:
         return
     assert values is None or repr(values) == repr(read_list(repr(values)))
     with contextlib.suppress(ValueError, SyntaxError, MemoryError):
@@ -453,7 +453,7 @@ def test_lists_in_a_csv_of_pandas(tmp_path: Path) -> None:
         ("t.feather", "x", ["no known kind", "write it as Parquet"]),
         ("t.jsonl", '[{"image_uri": "a"}]', ["line 1 holds a list", "jq -c '.[]'"]),
         ("t.jsonl", '[\n {"image_uri": "a"}\n]', ["one JSON list", "jq -c '.[]'"]),
-        ("t.jsonl", '{\n "image_uri": "a"\n}\n', ["must stand on one line", "jq -c ."]),
+        ("t.jsonl", '{\n "image_uri": "a"\n}\n', ["must be on one line", "jq -c ."]),
         ("t.jsonl", '{"image_uri": "a", "boxes": [], "labels": ["x"]}\n{"labels": [NaN]}', ["not NaN"]),
         ("t.json", '{"image_uri": "a"}\n{"image_uri": "b"}\n', ["named .jsonl"]),
         ("t.json", '[{"image_uri": "a", "bbox": [1, 2, 3, 4]}]', ["no image_id", "jq -c '.[]'"]),

@@ -914,7 +914,7 @@ def test_damage_in_a_plan_file_is_found(tmp_path):
 def test_a_large_plan_is_cut_into_slices_without_a_seam(tmp_path, monkeypatch):
     whole = many(tmp_path, count=97, per_unit=10)
     monkeypatch.setattr("pipeline.planning.plan_table.SLICE_ROWS", 7)
-    monkeypatch.setattr("pipeline.inputs.arrow_lists.HASH_ROWS", 97)
+    monkeypatch.setattr("pipeline.arrow_lists.HASH_ROWS", 97)
 
     cut = many(tmp_path, count=97, per_unit=10)
 

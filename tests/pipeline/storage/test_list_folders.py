@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ImageError, JobRefused
 from pipeline.images.fetch import fetch_object
-from pipeline.inputs.image_files import pointed_at
+from pipeline.inputs.find_files import pointed_at
 from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import Plan, make_plan, write_plan
 from pipeline.settings import AccessRules, Limits, Place

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.inputs import json_stream as json_arrays
-from pipeline.inputs.json_stream import JsonDamage, Lines, first_byte, split_arrays
+from pipeline.inputs import json_records
+from pipeline.inputs.json_records import Lines, TextDamage, first_byte, split_arrays
 
 keys = st.text(max_size=6) | st.sampled_from(['"', "\\", "]}", "a,b"])
 values = st.recursive(
@@ -39,7 +39,7 @@ def test_a_list_comes_back_record_by_record_for_any_block_size(wanted, indent, a
     text = json.dumps(wanted, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_arrays, "BLOCK_BYTES", block)
+        patch.setattr(json_records, "CUT_BYTES", block)
         lines = split(text)
 
     texts = [part.text.decode("utf-8", "surrogatepass") for part in lines if part.count]
@@ -55,7 +55,7 @@ def test_the_wanted_arrays_of_an_object_are_found_wherever_they_stand(tree, bloc
     tree = {key: value for key, value in tree.items() if key in ("info", 'a"b', "x") or _is_records(value)}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_arrays, "BLOCK_BYTES", block)
+        patch.setattr(json_records, "CUT_BYTES", block)
         lines = split(json.dumps(tree, indent=1).encode(), "images", "annotations")
 
     assert {part.name for part in lines} <= {"images", "annotations"}
@@ -84,9 +84,9 @@ def _is_records(value: Any) -> bool:
 )
 @pytest.mark.parametrize("block", [1, 2, 2**20])
 def test_damage_is_named(text, reason, block, monkeypatch):
-    monkeypatch.setattr(json_arrays, "BLOCK_BYTES", block)
+    monkeypatch.setattr(json_records, "CUT_BYTES", block)
 
-    with pytest.raises(JsonDamage, match=reason):
+    with pytest.raises(TextDamage, match=reason):
         split(text)
 
 
@@ -101,21 +101,21 @@ def test_damage_is_named(text, reason, block, monkeypatch):
     ],
 )
 def test_damage_in_an_object_is_named(text, reason):
-    with pytest.raises(JsonDamage, match=reason):
+    with pytest.raises(TextDamage, match=reason):
         split(text, "images", "annotations")
 
 
 def test_a_comma_at_the_end_counts_as_a_record_that_no_reader_finds(monkeypatch):
     assert [2] == [part.count for part in split(b"[{},]")]
-    monkeypatch.setattr(json_arrays, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(json_records, "CUT_BYTES", 1)
     assert 2 == sum(part.count for part in split(b"[{} , ]"))
 
 
 def test_a_record_of_any_length_is_refused_before_it_fills_memory(monkeypatch):
-    monkeypatch.setattr(json_arrays, "MAX_RECORD_BYTES", 1000)
-    monkeypatch.setattr(json_arrays, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(json_records, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(json_records, "CUT_BYTES", 100)
 
-    with pytest.raises(JsonDamage, match="longer than"):
+    with pytest.raises(TextDamage, match="longer than"):
         split(b'[{"a": "' + b"x" * 2000 + b'"}]')
 
 

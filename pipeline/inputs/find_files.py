@@ -14,7 +14,7 @@ from typing import Literal
 
 from pipeline.errors import JobRefused, clean_text
 from pipeline.images.decode_upright import SIGNATURE_BYTES, signature
-from pipeline.inputs.lists import examples, has_picture_name, is_picture
+from pipeline.inputs.image_box_lists import examples, has_picture_name, is_picture
 from pipeline.inputs.read_table import TABLE_SUFFIXES, TableFormat, instead_of, table_format
 from pipeline.inputs.yolo_boxes import label_files
 from pipeline.settings import AccessRules

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arrow_lists import BoolArray, Int64Array, positions, ranges, starts_of
 from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.arrow_lists import BoolArray, Int64Array, positions, ranges, starts_of
 from pipeline.settings import BoxFormat, BoxFrame
 
 TEXT = pa.large_string()

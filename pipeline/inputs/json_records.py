@@ -1,0 +1,447 @@
+"""JSON records as Arrow reads them: one object a line (JSONL), or the arrays of one big file (COCO).
+
+JSONL: a missing key is null; NaN and Infinity are read as Python writes them. Types are stated beforehand:
+nothing is guessed from what the rows look like.
+
+A COCO file is one JSON value of any size: a list (results), or an object with lists `images`, `annotations`,
+`categories` (instances). `split_arrays` finds where its records begin and end, by the depth of brackets
+outside strings, and gives blocks with one record a line for Arrow's reader. It does not parse a record. 0.1 s
+for 10 MB, about 20 MB of memory. Why not ijson: a file of nested brackets, 400 kB long, made its C parser
+take more than 20 GB (measured, 3.6.0), it refuses the NaN that Python's own `json.dump` writes, and it makes
+a dict of every box.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.json as pa_json
+
+from pipeline.inputs.columns import ARROW_WORDS, Kind, plain_masks
+
+BLOCK_BYTES = 32 * 2**20
+"""The longest row; a longer one is refused."""
+SAMPLE_BYTES = 4 * 2**20
+SAMPLE_ROWS = 1000
+HEAD_BYTES = 2**16
+BOM = b"\xef\xbb\xbf"
+
+_OTHER_BYTES = (
+    (b"\xff\xfe", "UTF-16 text; wanted UTF-8: iconv -f UTF-16 -t UTF-8 IN > OUT"),
+    (b"\xfe\xff", "UTF-16 text; wanted UTF-8: iconv -f UTF-16 -t UTF-8 IN > OUT"),
+    (b"\x1f\x8b", "compressed by gzip; unpack it, or name it so if it is a table (.csv.gz, .jsonl.gz)"),
+    (b"PK\x03\x04", "a zip or an Excel workbook; wanted plain text: save it as CSV (UTF-8)"),
+    (b"PAR1", "Parquet; name it .parquet"),
+)
+
+
+class TextDamage(ValueError):
+    """The text is not of the wanted form; the message names what is there and what is wanted."""
+
+
+def refuse_other_bytes(stream: BinaryIO) -> bytes:
+    """Return the beginning of a text file, and rewind it.
+
+    Raises:
+        TextDamage: it begins as something else does.
+    """
+    head = stream.read(HEAD_BYTES)
+    stream.seek(0)
+    for start, what in _OTHER_BYTES:
+        if head.startswith(start):
+            raise TextDamage(f"it is {what}")
+    if b"\0" in head:
+        raise TextDamage("it holds zero bytes, as UTF-16 does; wanted UTF-8 text")
+    return head
+
+
+# ---------------------------------------------------------------------------------------------
+# One object a line
+# ---------------------------------------------------------------------------------------------
+
+
+def jsonl_sample(stream: BinaryIO) -> dict[str, list[Any]]:
+    """Return the values of the first rows by key, in the order in which the keys appear.
+
+    Raises:
+        TextDamage: a line that is no JSON object.
+    """
+    refuse_other_bytes(stream)
+    head = stream.read(SAMPLE_BYTES)
+    is_whole = len(head) < SAMPLE_BYTES
+    text = head.removeprefix(BOM)
+    lines = text.split(b"\n")
+    if text.lstrip()[:1] == b"[" and not _is_json(lines[0]):
+        raise TextDamage("it is one JSON list; wanted one object a line: jq -c '.[]' IN > OUT")
+    values: dict[str, list[Any]] = {}
+    for number, line in enumerate(lines if is_whole else lines[:-1], start=1):
+        if line.strip():
+            for key, value in _object(line, number).items():
+                values.setdefault(key, []).append(value)
+    return values
+
+
+def _object(line: bytes, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        many = "; an object must be on one line: jq -c . IN > OUT" if line.strip() in (b"{", b"[") else ""
+        raise TextDamage(f"line {number} is no JSON: {error}{many}") from error
+    if not isinstance(row, dict):
+        raise TextDamage(
+            f"line {number} holds {json_word(row)}; wanted an object (a file that is one JSON value, such as "
+            "COCO, must be named .json; a list of rows becomes lines by jq -c '.[]' IN > OUT)"
+        )
+    return row
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def json_word(value: object) -> str:
+    """Return what a value of JSON is called there."""
+    if value is None or isinstance(value, bool):
+        return str(json.dumps(value))
+    words = ((list, "a list"), (str, "text"), (dict, "an object"))
+    return next((word for kind, word in words if isinstance(value, kind)), "a number")
+
+
+class _Lines(io.BufferedIOBase):
+    """A stream of JSON lines for Arrow, each mask made plain on the way.
+
+    A record that is `null` is refused: one at the start of a block ends the process of Arrow's reader.
+    """
+
+    def __init__(self, stream: BinaryIO, mask_depths: Mapping[str, int]) -> None:
+        self._stream, self._mask_depths = stream, mask_depths
+        self._ready = b""  # whole lines, not yet read
+        self._rest = b""  # the beginning of a line
+        self._ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        size = sys.maxsize if size is None or size < 0 else size
+        blocks = [self._ready]
+        length = len(self._ready)
+        while length < size and not self._ended:
+            blocks.append(self._next_lines(min(size, SAMPLE_BYTES)))
+            length += len(blocks[-1])
+        data = b"".join(blocks)
+        self._ready = data[size:]
+        return data[:size]
+
+    def _next_lines(self, size: int) -> bytes:
+        chunk = self._stream.read(size)
+        self._ended = not chunk
+        lines, newline, self._rest = (self._rest + chunk).rpartition(b"\n")
+        if self._ended:
+            lines, newline, self._rest = lines + newline + self._rest, b"", b""
+        if len(self._rest) > BLOCK_BYTES:
+            raise TextDamage(f"a row is longer than {BLOCK_BYTES >> 20} MiB")
+        _refuse_null(lines)
+        if self._mask_depths:
+            lines = b"\n".join(_with_plain_masks(line, self._mask_depths) for line in lines.split(b"\n"))
+        return lines + newline
+
+
+_NULL_LINE = re.compile(rb"\n[ \t\r]*null")
+
+
+def _refuse_null(text: bytes) -> None:
+    if text.lstrip().startswith(b"null") or _NULL_LINE.search(text):
+        raise TextDamage("a record is null; wanted an object")
+
+
+def _with_plain_masks(line: bytes, depths: Mapping[str, int]) -> bytes:
+    """Return a line with its masks made plain; one that is no JSON object is for the reader to refuse."""
+    row = json_record(line)
+    found = {name: row[name] for name in depths if name in row}
+    masks = {name: plain_masks(value, depths[name]) for name, value in found.items()}
+    # Compared as text: 480.0 equals 480, and is no whole number to the reader.
+    same = json.dumps(masks, sort_keys=True) == json.dumps(found, sort_keys=True)
+    return line if same else json.dumps({**row, **masks}).encode()
+
+
+def json_record(line: bytes) -> Mapping[str, Any]:
+    """Return the object on a line; an empty one for other text, which Arrow's reader refuses."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def jsonl_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of the named keys, typed by their kinds; other keys are not parsed.
+
+    Raises:
+        pa.ArrowInvalid, TextDamage: as `read_lines`.
+    """
+    schema = pa.schema([(name, kind.arrow_type()) for name, kind in columns.items()])
+    mask_depths = {name: kind.depth for name, kind in columns.items() if kind.leaf == "rle"}
+    options = pa_json.ReadOptions(block_size=BLOCK_BYTES)
+    with _naming_keys(schema):
+        lines = _Lines(stream, mask_depths)
+        yield from pa_json.open_json(lines, read_options=options, parse_options=_typed(schema))
+
+
+def read_lines(text: bytes, count: int, schema: pa.Schema) -> pa.Table:
+    """Return `count` JSON objects, one a line, as a table of `schema`; keys that it lacks are not parsed.
+
+    Raises:
+        pa.ArrowInvalid: no JSON.
+        TextDamage: a value of another type (the message names the key, what was found and what was wanted),
+            another number of objects than `count`, or a null among them.
+    """
+    if not count:
+        return schema.empty_table()
+    _refuse_null(text)
+    options = pa_json.ReadOptions(block_size=len(text) + 1)
+    with _naming_keys(schema):
+        table = pa_json.read_json(io.BytesIO(text), read_options=options, parse_options=_typed(schema))
+    if table.num_rows != count:
+        raise TextDamage(f"{count} records were counted, {table.num_rows} can be read")
+    table.validate(full=True)  # Arrow's reader lets text through that is not UTF-8
+    return table
+
+
+def _typed(schema: pa.Schema) -> pa_json.ParseOptions:
+    return pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+
+
+_OTHER_TYPE = re.compile(r"Column\(/(?P<path>.*)\) changed from (?P<wanted>\w+) to (?P<found>\w+)")
+_OTHER_NUMBER = re.compile(
+    r"Failed to convert JSON to (?P<wanted>\w+(?:\([^)]*\))?), couldn't parse:\s*(?P<found>.*)", re.DOTALL
+)
+_NOT_WHOLE = re.compile(r"Failed to convert JSON to (?P<wanted>decimal128\(38, 0\)): (?P<found>\S+) requires")
+_OTHER_HINTS = {
+    ("a number", "text"): " (a missing value is null, not NaN)",
+    ("text", "a list"): " (text that looks like a list is read from CSV alone)",
+}
+
+
+@contextlib.contextmanager
+def _naming_keys(schema: pa.Schema) -> Iterator[None]:
+    """Reword what Arrow reports of a value of another type, without the number of its row in the block."""
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        if (match := _OTHER_TYPE.search(str(error))) is not None:
+            key = match["path"].replace("/[]", "[]").replace("/", ".")
+            found, wanted = (ARROW_WORDS.get(match[name], match[name]) for name in ("found", "wanted"))
+            hint = _OTHER_HINTS.get((found, wanted), "")
+            raise TextDamage(f"{key!r} holds {found}; wanted {wanted}{hint}") from error
+        if (match := _OTHER_NUMBER.search(str(error)) or _NOT_WHOLE.search(str(error))) is not None:
+            keys = [repr(field.name) for field in schema if _leaf_type(field.type) == match["wanted"]]
+            wanted = ARROW_WORDS.get(match["wanted"], match["wanted"])
+            raise TextDamage(f"{' or '.join(keys)} holds {match['found'][:40]}; wanted {wanted}") from error
+        raise
+
+
+def _leaf_type(kind: pa.DataType) -> str:
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return str(kind)
+
+
+# ---------------------------------------------------------------------------------------------
+# The arrays of one big file
+# ---------------------------------------------------------------------------------------------
+
+CUT_BYTES = 2 * 2**20
+MAX_RECORD_BYTES = 64 * 2**20
+MAX_DEPTH = 64
+
+_DELTA = np.zeros(256, dtype=np.int8)
+_DELTA[[ord("["), ord("{")]] = 1
+_DELTA[[ord("]"), ord("}")]] = -1
+_STRUCTURAL = np.zeros(256, dtype=np.bool_)
+_STRUCTURAL[[ord(c) for c in '"[]{},']] = True
+_KEY = re.compile(rb'"((?:[^"\\]|\\.)*)"\s*:\s*\Z')
+_KEY_BYTES = 4096
+_CLOSER = {b"[": ord("]"), b"{": ord("}")}
+
+_AFTER = "there is text after its end (a file with one object a line must be named .jsonl)"
+
+Positions = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines:
+    """Records of the top-level array `name` ("" when the file is one array): `count` of them in `text`.
+
+    One record a line, the last line without its newline.
+    """
+
+    name: str
+    text: bytes
+    count: int
+
+
+def first_byte(file: BinaryIO) -> str:
+    """The first character that is not white space ("" in an empty file); the file is rewound."""
+    file.seek(0)
+    start = file.read(CUT_BYTES).removeprefix(BOM).lstrip()
+    file.seek(0)
+    return start[:1].decode("latin-1")
+
+
+def split_arrays(file: BinaryIO, names: Collection[str]) -> Iterator[Lines]:
+    """The records of the wanted arrays, in the order of the file, in blocks of about CUT_BYTES.
+
+    An array without records gives one block of none, so that it can be told from no array.
+
+    `names`: keys of the top-level object; {""} for a file that is one array.
+
+    Raises:
+        TextDamage: cut short, trailing text, brackets that do not match, an array given twice, nested
+            deeper than MAX_DEPTH, or a record of more than MAX_RECORD_BYTES.
+    """
+    cutter = _Cutter(names)
+    while block := file.read(CUT_BYTES):
+        yield from cutter.feed(block)
+    cutter.finish()
+
+
+class _Cutter:
+    """Where we are in the file between two blocks."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+        self._level = 1 if "" in names else 2  # the depth at which commas part the records
+        self._opener = b""  # the file's first character
+        self._over = False  # its last bracket has been read
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False  # the block before ended within an escape
+        self._seen: set[str] = set()
+        self._current: str | None = None  # the wanted array we are in
+        self._carry = b""  # its unfinished record
+        self._parted = False  # it had a comma already
+        self._tail = b""  # the text before the present block, where a key may stand
+
+    def feed(self, block: bytes) -> Iterator[Lines]:
+        """The records that end in this block."""
+        if not self._opener:
+            block = block.removeprefix(BOM)
+        position, char, depth = self._structure(block)
+        self._check_outer(block, position, char, depth)
+        text = np.frombuffer(block, dtype=np.uint8).copy()
+        text[(text == 10) | (text == 13)] = 32  # from here on a newline parts two records
+        text[position[(char == ord(",")) & (depth == self._level)]] = 10
+        opens = (char == ord("[")) & (depth == self._level)
+        edges = opens | (char == ord("]")) & (depth == self._level - 1)
+        start = 0
+        for at, is_open in zip(position[edges].tolist(), opens[edges].tolist(), strict=True):
+            if is_open:
+                self._enter(block, at)
+                start = at + 1
+            elif self._current is not None:
+                yield from self._close(text[start:at].tobytes())
+        if self._current is not None:
+            yield from self._extend(text[start:].tobytes())
+        self._tail = (self._tail + block[-_KEY_BYTES:])[-_KEY_BYTES:]
+
+    def finish(self) -> None:
+        """None when the file was one whole JSON value; else TextDamage."""
+        if not self._opener:
+            raise TextDamage("it is empty; wanted a JSON list or object")
+        if not self._over:
+            raise TextDamage("it ends early: a bracket or a string is not closed")
+
+    def _structure(self, block: bytes) -> tuple[Positions, Bytes, Positions]:
+        """Position and byte of every bracket and comma outside strings, and the depth after it."""
+        plain = self._without_escapes(block)
+        position = np.flatnonzero(_STRUCTURAL[plain])
+        char = plain[position]
+        quotes = char == ord('"')
+        inside = (np.cumsum(quotes) + self._in_string) % 2 == 1
+        if len(inside):
+            self._in_string = bool(inside[-1])
+        outside = ~quotes & ~inside
+        position, char = position[outside], char[outside]
+        depth = self._depth + np.cumsum(_DELTA[char], dtype=np.int64)
+        if len(depth):
+            self._depth = int(depth[-1])
+        if depth.max(initial=0) > MAX_DEPTH:
+            raise TextDamage(f"its brackets are nested more than {MAX_DEPTH} deep")
+        return position, char, depth
+
+    def _without_escapes(self, block: bytes) -> Bytes:
+        """The block with escaped quotes and backslashes blanked, byte for byte in place."""
+        if self._escaped:
+            block = b"_" + block[1:]
+        if b"\\" in block:
+            block = block.replace(b"\\\\", b"__").replace(b'\\"', b"__")
+        self._escaped = block.endswith(b"\\")
+        return np.frombuffer(block, dtype=np.uint8)
+
+    def _check_outer(self, block: bytes, position: Positions, char: Bytes, depth: Positions) -> None:
+        """The file is one value: its first bracket, its last one, and nothing around them."""
+        wanted = b"[" if self._level == 1 else b"{"
+        self._opener = self._opener or block.lstrip()[:1]
+        if self._opener not in (b"", wanted):
+            opener = self._opener.decode("ascii", "backslashreplace")
+            raise TextDamage(f"it begins with '{opener}'; wanted '{wanted.decode()}'")
+        if self._over and block.strip():
+            raise TextDamage(_AFTER)
+        ends = np.flatnonzero(depth == 0)
+        if not len(ends):
+            return
+        if block[int(position[ends[0]]) + 1 :].strip():
+            raise TextDamage(_AFTER)
+        if int(char[ends[0]]) != _CLOSER[wanted] or self._in_string:
+            raise TextDamage("its brackets do not match")
+        self._over = True
+
+    def _enter(self, block: bytes, at: int) -> None:
+        """Begins the array that opens at `at`; the key before it is its name."""
+        if self._current is not None:
+            raise TextDamage(f"its brackets do not match: {self._current!r} is not closed")
+        name = "" if self._level == 1 else self._key_before(block, at)
+        if name in self._seen:
+            raise TextDamage(f"{name!r} is given twice")
+        self._seen.add(name)
+        self._current = name if name in self._names else None
+        self._carry, self._parted = b"", False
+
+    def _key_before(self, block: bytes, at: int) -> str:
+        match = _KEY.search((self._tail + block[max(0, at - _KEY_BYTES) : at])[-_KEY_BYTES:])
+        if match is None:
+            raise TextDamage("a list stands where a key was expected")
+        return match.group(1).decode("utf-8", errors="replace")
+
+    def _extend(self, text: bytes) -> Iterator[Lines]:
+        """More of the current array, which goes on: its whole records."""
+        name = self._current or ""
+        whole, comma, self._carry = (self._carry + text).rpartition(b"\n")
+        if len(self._carry) > MAX_RECORD_BYTES:
+            raise TextDamage(f"a record of {name!r} is longer than {MAX_RECORD_BYTES >> 20} MiB")
+        if comma:
+            self._parted = True
+            yield Lines(name=name, text=whole, count=whole.count(b"\n") + 1)
+
+    def _close(self, text: bytes) -> Iterator[Lines]:
+        """The last records of the current array. A blank one (after a comma) is counted, as no JSON."""
+        name, last = self._current or "", self._carry + text
+        self._current, self._carry = None, b""
+        has_records = bool(last.strip()) or self._parted
+        yield Lines(name=name, text=last, count=last.count(b"\n") + 1 if has_records else 0)
