@@ -164,6 +164,7 @@ PARQUET_SCRIPT = """
     from pipeline.inputs.open_inputs import InputSettings
     from pipeline.planning.make_plan import make_plan
     from pipeline.settings import AccessRules, Place
+    from pipeline.storage import sealed_parquet
     from pipeline.storage.store import Store
     from pipeline.tables.unit_files import CommittedUnit, read_committed
 

@@ -322,8 +322,6 @@ def test_the_file_reads_back_equal_with_its_whole_schema(store):
     empty = schema.UNIT.empty_table()
     body = encode_unit(empty, CONTEXT)
     assert sealed_parquet.read_body(body, schema.UNIT, "empty").schema.equals(schema.UNIT)
-        schema.UNIT
-    )
 
 
 def test_equal_tables_give_equal_bytes_however_they_are_held():
