@@ -30,8 +30,7 @@ from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.checkpoint import read_checkpoint
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
-from model.geometry import target_size_hw
-from model.records import Instances, PreparedImage, Prompts
+from model.records import Instances, PreparedImage, Prompts, target_size_hw
 from pipeline.images.decode_upright import decode_image
 from pipeline.planning.make_plan import make_plan
 from pipeline.settings import ModelSettings, Weights

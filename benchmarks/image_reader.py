@@ -21,7 +21,7 @@ from benchmarks.made_inputs import write_pictures
 from jobs.cluster.ray_cluster import running_ray, usable_cpus
 from jobs.config import Config
 from jobs.terminal.signals import Interrupts
-from model.geometry import target_size_hw
+from model.records import target_size_hw
 
 SIZE_HW = (864, 1152)
 SIDE = 1024

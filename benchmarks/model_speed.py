@@ -43,8 +43,7 @@ from torch.profiler import ProfilerActivity, profile
 from model.checkpoints import save_transformers
 from model.config import PUBLISHED
 from model.device import Dtype
-from model.geometry import scale_boxes, target_size_hw
-from model.records import CallShape, Instances
+from model.records import CallShape, Instances, scale_boxes, target_size_hw
 from model.rle import rle_to_mask
 from model.sam_hq import SamHQ
 from model.segmenter import Segmenter

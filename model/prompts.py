@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from model.config import PATCH_SIZE
-from model.geometry import scale_boxes, scale_points, target_size_hw
 from model.prompt_encoder import BACKGROUND, FOREGROUND, PADDING
-from model.records import Prompts
+from model.records import Prompts, scale_boxes, scale_points, target_size_hw
 
 SizeHW = tuple[int, int]
 

@@ -1,8 +1,11 @@
-"""The frozen records that pass between the files of `model/`, and out of it.
+"""The frozen records of images, prompts and masks, and the step between their two frames: the one resize.
 
-Nothing here computes. Frames: "upright" pixels are the pixels of the picture as a person sees it
-(EXIF orientation applied, full size); "model" pixels are those of the same picture after the one
-resize to the checkpoint's input side. x runs right, y runs down; a box is (x1, y1, x2, y2).
+Frames: "upright" pixels are the pixels of the image as it is viewed (EXIF orientation applied, full size);
+"model" pixels are those of the same image after the one resize to the checkpoint's input side. x runs right,
+y runs down; a box is (x1, y1, x2, y2). Coordinates are continuous: pixel (0, 0) covers [0, 1) x [0, 1), and a
+box that covers a W x H image is (0, 0, W, H).
+
+CPU workers import this file: torch would cost them 200 MB each.
 
 Letters: B images, N prompts (all images of a call together), M masks a prompt, P points a prompt,
 C channels, G the side of the encoder's token grid (64 for the published models), S = 16 G the input side.
@@ -15,12 +18,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
+from PIL import Image
 
-if TYPE_CHECKING:  # CPU workers of the pipeline import these records; torch would cost them 200 MB each
+if TYPE_CHECKING:
     import torch
 
+Float32Array = npt.NDArray[np.float32]
+UInt8Array = npt.NDArray[np.uint8]
+
 MODEL_PROTOCOL = 3
-"""Moves when equal weights and settings give other masks or scores than before; part of a job's identity."""
+"""Changes when equal weights and settings give other masks or scores; part of a job's identity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +67,7 @@ class Prompts:
     as well as arrays.
     `boxes_xyxy`: (N, 4). `points_xy`: (N, P, 2), P from 1, with `point_labels` (N, P): 1 foreground,
     0 background, -1 padding. `mask_logits`: (N, 4G, 4G) float low-resolution logits in the padded model
-    frame (what `mask_to_prompt` makes from a person's mask).
+    frame (what `mask_to_prompt` makes from a user's mask).
     """
 
     boxes_xyxy: np.ndarray | None = None
@@ -90,8 +98,8 @@ class Instances:
     `size_hw`: upright (height, width), the frame of every mask. `counts`: N COCO compressed RLE
     strings (ASCII, column-major). `area`: int64 (N,), mask pixels. `bbox_xywh`: float32 (N, 4), tight
     box of the mask, end-exclusive integers, zeros for an empty mask. `predicted_iou`,
-    `stability_score`: float32 (N,); a NaN says that the model's numbers for this prompt are not finite, and
-    that its mask, an empty one, is none. `flags`: names of what was out of the ordinary for the whole image
+    `stability_score`: float32 (N,); NaN means that the model's numbers for this prompt are not finite, and
+    its mask, an empty one, is none. `flags`: names of what was out of the ordinary for the whole image
     (`reduced_call_shape` after an out-of-memory), empty when nothing was.
     """
 
@@ -106,9 +114,9 @@ class Instances:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedImage:
-    """One upright picture, already resized once to the model's input side, with its boxes.
+    """One upright image, already resized once to the model's input side, with its boxes.
 
-    `pixels_hwc`: uint8 RGB (h, w, 3), max(h, w) == S, as `geometry.resize_longest_side` makes it.
+    `pixels_hwc`: uint8 RGB (h, w, 3), max(h, w) == S, as `resize_longest_side` makes it.
     `size_hw`: the upright size before that resize. `prompts`: in upright pixels.
     """
 
@@ -150,7 +158,7 @@ class WeightsInfo:
 
     `layout`: `original` or `transformers`. `architecture`: such as `vit_b` or `vit_192x6`.
     `ignored_keys`: tensors that were read and are known not to matter (`pixel_mean`, TinyViT's classifier).
-    `warnings`: sentences on what was found beside the weights and not followed.
+    `warnings`: sentences on what was found next to the weights and not followed.
     """
 
     sha256: str
@@ -160,3 +168,81 @@ class WeightsInfo:
     source: str = ""
     ignored_keys: Sequence[str] = field(default=())
     warnings: Sequence[str] = field(default=())
+
+
+def target_size_hw(size_hw: tuple[int, int], side: int) -> tuple[int, int]:
+    """Return the (height, width) in model pixels of an image of `size_hw` whose long side becomes `side`.
+
+    Each side is `int(x * side / max(h, w) + 0.5)`, as in the original predictor; floor differs from it
+    in more than half of all sizes and moves every mask. The long side always comes out as `side`.
+
+    Raises:
+        ValueError: a side is below 1, or (`too_elongated`) the short side would round to 0.
+    """
+    height, width = size_hw
+    if height < 1 or width < 1 or side < 1:
+        raise ValueError(f"image size {height}x{width} with input side {side}: each must be at least 1")
+    scale = side / max(height, width)
+    resized_hw = (int(height * scale + 0.5), int(width * scale + 0.5))
+    if min(resized_hw) < 1:
+        raise ValueError(
+            f"too_elongated: an image of height {height} and width {width}, resized so that its long side "
+            f"is {side}, would have a side of 0 pixels; cut it into pieces of at most {2 * side} to 1"
+        )
+    return resized_hw
+
+
+def resize_longest_side(image_hwc: UInt8Array, side: int) -> UInt8Array:
+    """Return a new uint8 RGB image (h, w, 3) whose long side is `side`: the only resize in the product.
+
+    Pillow's bilinear filter on uint8, which averages over the whole footprint when it shrinks; the
+    original predictor was trained and published with it. An image that has the size already is copied.
+
+    Raises:
+        ValueError: not uint8 (H, W, 3), or `too_elongated` (see `target_size_hw`).
+    """
+    if image_hwc.dtype != np.uint8 or image_hwc.ndim != 3 or image_hwc.shape[2] != 3:
+        raise ValueError(
+            f"image has dtype {image_hwc.dtype} and shape {image_hwc.shape}; wanted uint8 RGB, "
+            "shape (height, width, 3)"
+        )
+    if target_size_hw(image_hwc.shape[:2], side) == image_hwc.shape[:2]:
+        return image_hwc.copy()
+    return resize_picture(Image.fromarray(np.ascontiguousarray(image_hwc)), side)
+
+
+def resize_picture(picture: Image.Image, side: int, *, full_hw: tuple[int, int] | None = None) -> UInt8Array:
+    """Return the same of a Pillow image, mode RGB: at 12 megapixels two copies of 36 MB less.
+
+    `full_hw`: its size before it was loaded reduced, from which the new one follows; None: as it is.
+
+    Raises:
+        ValueError: another mode, or `too_elongated`.
+    """
+    if picture.mode != "RGB":
+        raise ValueError(f"picture has mode {picture.mode}; wanted RGB")
+    height, width = target_size_hw(full_hw or (picture.height, picture.width), side)
+    if (width, height) != picture.size:
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    # np.array, not asarray: the result must own its memory and be writable (torch warns otherwise).
+    return np.array(picture)
+
+
+def scale_points(
+    points_xy: npt.ArrayLike, size_hw: tuple[int, int], resized_hw: tuple[int, int]
+) -> Float32Array:
+    """Return points (..., 2) as (x, y) in upright pixels in model pixels, float32.
+
+    Two separate factors from the rounded sizes (they differ by up to half a pixel in the short side),
+    multiplied in float64 and rounded once, as the original's `apply_coords` does.
+    """
+    factors_xy = np.array([resized_hw[1] / size_hw[1], resized_hw[0] / size_hw[0]], dtype=np.float64)
+    return (np.asarray(points_xy, dtype=np.float64) * factors_xy).astype(np.float32)
+
+
+def scale_boxes(
+    boxes_xyxy: npt.ArrayLike, size_hw: tuple[int, int], resized_hw: tuple[int, int]
+) -> Float32Array:
+    """Return boxes (N, 4) as xyxy in upright pixels in model pixels, float32. See `scale_points`."""
+    corners_xy = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 2, 2)
+    return scale_points(corners_xy, size_hw, resized_hw).reshape(-1, 4)

@@ -21,12 +21,18 @@ from torch import nn
 
 from model.config import PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
 from model.device import to_device
-from model.geometry import resize_longest_side, target_size_hw
 from model.image_encoder import ImageEncoderViT
 from model.mask_decoder import MaskDecoder, SharedImages, TokenMasks
 from model.prompt_encoder import PromptEncoder
 from model.prompts import PromptBatch, box_rows, check_prompts, group_prompts
-from model.records import EncoderFeatures, ImageEmbedding, MaskLogits, Prompts
+from model.records import (
+    EncoderFeatures,
+    ImageEmbedding,
+    MaskLogits,
+    Prompts,
+    resize_longest_side,
+    target_size_hw,
+)
 from model.tiny_vit import TinyViT
 
 Multimask = Literal["single", "best", "three"]
@@ -162,7 +168,7 @@ class SamHQ(nn.Module):
 
     @torch.no_grad()
     def encode_prepared(self, pixels: Sequence[UInt8Array], sizes_hw: Sequence[SizeHW]) -> ImageEmbedding:
-        """Return the embedding of pictures resized by `geometry.resize_longest_side`, in one encoder call.
+        """Return the embedding of pictures resized by `records.resize_longest_side`, in one encoder call.
 
         `sizes_hw`: the upright (height, width) of each before that resize.
 

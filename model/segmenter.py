@@ -20,10 +20,18 @@ import torch
 
 from model.compiled import compile_calls
 from model.device import Dtype, HostThread, is_out_of_memory, use_full_precision
-from model.geometry import resize_longest_side, target_size_hw
 from model.masks import TracedMasks, trace_masks
 from model.prompts import box_rows, check_prompts, mask_to_prompt
-from model.records import CallShape, ImageEmbedding, Instances, PreparedImage, Prompts, SegmentFailure
+from model.records import (
+    CallShape,
+    ImageEmbedding,
+    Instances,
+    PreparedImage,
+    Prompts,
+    SegmentFailure,
+    resize_longest_side,
+    target_size_hw,
+)
 from model.rle import rle_to_mask
 from model.sam_hq import SamHQ, check_picture, tokens_needed
 

@@ -17,7 +17,7 @@ from PIL import Image
 from jobs.results.draw_overlays import Box, DrawnInstance, Tile, contact_sheet, draw_overlay, png_bytes
 from jobs.results.read_tables import ImageRows, Row, sample_labelled
 from jobs.terminal import console
-from model.geometry import BoxFormat, boxes_to_xyxy
+from pipeline.boxes import PixelFormat, boxes_to_xyxy
 from pipeline.errors import HqlabelError
 from pipeline.images.decode_process import DecodeChild
 from pipeline.images.fetch import fetch_object
@@ -150,7 +150,7 @@ def shown_box(row: Row, box_format: str) -> Box | None:
         or not all(v is not None and math.isfinite(v) for v in given)
     ):
         return None
-    x1, y1, x2, y2 = boxes_to_xyxy(np.array([given], np.float64), cast(BoxFormat, box_format))[0].tolist()
+    x1, y1, x2, y2 = boxes_to_xyxy(np.array([given], np.float64), cast(PixelFormat, box_format))[0].tolist()
     return x1, y1, x2, y2
 
 

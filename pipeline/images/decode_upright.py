@@ -45,7 +45,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from model.geometry import resize_picture, target_size_hw
+from model.records import resize_picture, target_size_hw
 from pipeline.errors import ImageError
 
 UInt8Array = npt.NDArray[np.uint8]

@@ -7,8 +7,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from model.geometry import BoxFormat as PlainFormat
-from model.geometry import boxes_to_xyxy
+from pipeline.boxes import PixelFormat, boxes_to_xyxy
 from pipeline.inputs.propose_columns import LARGEST_SHARE
 from pipeline.settings import BoxFormat, BoxRules
 from pipeline.stages.resolve_boxes import NORMALISED, any_of_row
@@ -56,7 +55,7 @@ def suspicions_of_place(
     upright = upright_size_hw[finite]
     stored = None if stored_size_hw is None else stored_size_hw[finite]
     with np.errstate(over="ignore", invalid="ignore"):
-        xyxy_N4 = boxes_to_xyxy(given_N4[finite], cast(PlainFormat, base))
+        xyxy_N4 = boxes_to_xyxy(given_N4[finite], cast(PixelFormat, base))
         found = _too_far(xyxy_N4, base, upright) or _wrong_frame(xyxy_N4, rules, upright, stored)
     return (found,) if found else ()
 

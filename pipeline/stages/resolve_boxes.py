@@ -16,9 +16,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from model.geometry import BoxFormat as PlainFormat
-from model.geometry import box_iou, boxes_to_xyxy, clip_boxes, denormalise_boxes
 from model.rle import rle_faults
+from pipeline.boxes import PixelFormat, box_iou, boxes_to_xyxy, clip_boxes, denormalise_boxes
 from pipeline.settings import BoxFormat, BoxFrame, BoxRules
 from pipeline.unit import ResolvedBoxes
 
@@ -159,7 +158,7 @@ def _in_frame(given_N4: Float64Array, box_format: BoxFormat, size_hw: tuple[int,
     """Boxes as given -> xyxy in pixels of the frame they were given in."""
     if box_format.endswith(NORMALISED):
         given_N4 = denormalise_boxes(given_N4, size_hw)
-    return boxes_to_xyxy(given_N4, cast(PlainFormat, box_format.removesuffix(NORMALISED)))
+    return boxes_to_xyxy(given_N4, cast(PixelFormat, box_format.removesuffix(NORMALISED)))
 
 
 def _frame(

@@ -14,7 +14,7 @@ import torch
 import transformers
 from PIL import Image
 
-from model.geometry import resize_longest_side
+from model.records import resize_longest_side
 from pipeline.images.decode_upright import decode_image
 from tests.docs.markdown import blocks
 from tests.e2e import commands

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from model import masks, rle
-from model.geometry import target_size_hw
+from model.records import target_size_hw
 from tests.model import plain_masks
 
 LOW_SIDE = 256

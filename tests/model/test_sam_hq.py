@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from model.config import vit_config
-from model.geometry import resize_longest_side
-from model.records import Prompts
+from model.records import Prompts, resize_longest_side
 from model.sam_hq import SamHQ, choose_masks, tokens_needed
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, boxes_in, lively, photo
 

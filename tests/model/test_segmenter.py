@@ -13,8 +13,15 @@ import torch
 from model import rle, segmenter
 from model.config import vit_config
 from model.device import Dtype, HostThread
-from model.geometry import resize_longest_side, target_size_hw
-from model.records import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
+from model.records import (
+    CallShape,
+    Instances,
+    PreparedImage,
+    Prompts,
+    SegmentFailure,
+    resize_longest_side,
+    target_size_hw,
+)
 from model.sam_hq import PromptDecoder, SamHQ
 from model.segmenter import Segmenter
 from tests.model.plain_masks import coco_counts, plain_masks

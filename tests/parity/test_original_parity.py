@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from model.config import PUBLISHED, vit_config
-from model.geometry import resize_longest_side
 from model.masks import upsample_logits
-from model.records import Prompts
+from model.records import Prompts, resize_longest_side
 from model.sam_hq import SamHQ
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, TINY, boxes_in, lively, photo
 from tests.parity.oracle import original_of, predict_boxes, predictor_of

@@ -17,8 +17,7 @@ from transformers.models.sam_hq import modeling_sam_hq
 
 from model.checkpoints import load, save_transformers
 from model.config_json import config_to_json
-from model.geometry import scale_boxes
-from model.records import Prompts
+from model.records import Prompts, scale_boxes
 from tests.parity.lively import SMALL_VITS, boxes_in, lively, photo
 
 DROPPED = "point_embedding, iou_token_out = self.transformer("

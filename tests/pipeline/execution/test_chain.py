@@ -16,8 +16,7 @@ import pytest
 import ray
 from PIL import Image
 
-from model.geometry import resize_longest_side
-from model.records import PreparedImage, Prompts
+from model.records import PreparedImage, Prompts, resize_longest_side
 from pipeline.errors import SystemicFault
 from pipeline.execution import node_watch
 from pipeline.execution.chain import Retry, chain, run_units

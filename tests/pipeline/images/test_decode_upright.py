@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from model.geometry import resize_longest_side
+from model.records import resize_longest_side
 from pipeline.errors import ImageError
 from pipeline.images.decode_upright import decode_image
 

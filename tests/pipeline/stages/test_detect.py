@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from model.detectors import Category, Detections
-from model.geometry import resize_longest_side
+from model.records import resize_longest_side
 from pipeline.errors import JobRefused, SystemicFault
 from pipeline.images.decode_process import DecodeChild
 from pipeline.job.job_file import Job

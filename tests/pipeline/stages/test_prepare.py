@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from model.geometry import resize_longest_side
+from model.records import resize_longest_side
 from pipeline.errors import ImageError, SystemicFault
 from pipeline.images.decode_process import DecodeChild
 from pipeline.settings import Limits

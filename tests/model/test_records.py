@@ -1,4 +1,4 @@
-"""Sizes, the one resize, boxes and points: against the original predictor's arithmetic, written out here."""
+"""Sizes, the one resize, prompts in model pixels: against the original predictor's arithmetic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from model import geometry
+from model import records
 
 SIZES_HW = [
     (97, 140),
@@ -46,7 +46,7 @@ def gradient_with_noise(height: int, width: int) -> np.ndarray:
     ],
 )
 def test_target_size_rounds_half_up(size_hw: tuple[int, int], expected_hw: tuple[int, int]) -> None:
-    assert geometry.target_size_hw(size_hw, 1024) == expected_hw
+    assert records.target_size_hw(size_hw, 1024) == expected_hw
 
 
 @given(height=sides, width=sides, side=st.sampled_from([64, 256, 1024]))
@@ -54,7 +54,7 @@ def test_long_side_is_the_input_side_and_the_short_side_within_half_a_pixel(
     height: int, width: int, side: int
 ) -> None:
     try:
-        resized_hw = geometry.target_size_hw((height, width), side)
+        resized_hw = records.target_size_hw((height, width), side)
     except ValueError:
         assert min(height, width) * side / max(height, width) < 0.5
         return
@@ -65,16 +65,16 @@ def test_long_side_is_the_input_side_and_the_short_side_within_half_a_pixel(
 
 def test_a_side_that_would_vanish_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"too_elongated.*height 1 and width 3000"):
-        geometry.target_size_hw((1, 3000), 1024)
+        records.target_size_hw((1, 3000), 1024)
     with pytest.raises(ValueError, match="at least 1"):
-        geometry.target_size_hw((0, 10), 1024)
+        records.target_size_hw((0, 10), 1024)
 
 
 @pytest.mark.parametrize("size_hw", SIZES_HW)
 def test_resize_is_pillow_bilinear_on_uint8(size_hw: tuple[int, int]) -> None:
     image = gradient_with_noise(*size_hw)
-    resized = geometry.resize_longest_side(image, 1024)
-    height, width = geometry.target_size_hw(size_hw, 1024)
+    resized = records.resize_longest_side(image, 1024)
+    height, width = records.target_size_hw(size_hw, 1024)
     expected = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(resized, expected)
     assert resized.dtype == np.uint8
@@ -85,7 +85,7 @@ def test_resize_is_pillow_bilinear_on_uint8(size_hw: tuple[int, int]) -> None:
 def test_resize_averages_over_the_footprint_when_it_shrinks() -> None:
     stripes = np.zeros((1024, 4096, 3), dtype=np.uint8)
     stripes[:, ::4] = 255
-    resized = geometry.resize_longest_side(stripes, 1024)
+    resized = records.resize_longest_side(stripes, 1024)
     # Every fourth column is white: antialiased, all is near 64; sampled, it would be black or white.
     assert abs(int(resized[100:150, 100:900].min()) - 64) <= 1
     assert abs(int(resized[100:150, 100:900].max()) - 64) <= 1
@@ -96,13 +96,13 @@ def test_resize_averages_over_the_footprint_when_it_shrinks() -> None:
     [((427, 640), "b317093fda8ddd8e"), ((333, 500), "a26c7c58a9ab71db"), ((2000, 333), "847886a85849d1cb")],
 )
 def test_resized_pixels_do_not_change_between_releases(size_hw: tuple[int, int], sha256_start: str) -> None:
-    resized = geometry.resize_longest_side(gradient_with_noise(*size_hw), 1024)
+    resized = records.resize_longest_side(gradient_with_noise(*size_hw), 1024)
     assert hashlib.sha256(resized.tobytes()).hexdigest()[:16] == sha256_start
 
 
 def test_an_image_of_the_right_size_is_copied_untouched() -> None:
     image = gradient_with_noise(64, 40)
-    resized = geometry.resize_longest_side(image, 64)
+    resized = records.resize_longest_side(image, 64)
     np.testing.assert_array_equal(resized, image)
     assert not np.shares_memory(resized, image)
 
@@ -112,13 +112,13 @@ def test_an_image_of_the_right_size_is_copied_untouched() -> None:
 )
 def test_anything_but_rgb_bytes_is_refused(image: np.ndarray) -> None:
     with pytest.raises(ValueError, match="wanted uint8 RGB"):
-        geometry.resize_longest_side(image, 64)
+        records.resize_longest_side(image, 64)
 
 
 def test_boxes_scale_by_two_factors_of_the_rounded_sizes() -> None:
     size_hw, resized_hw = (333, 500), (682, 1024)
     boxes = np.array([[10.25, 20.5, 400.75, 300.125], [0, 0, 500, 333]], dtype=np.float32)
-    scaled = geometry.scale_boxes(boxes, size_hw, resized_hw)
+    scaled = records.scale_boxes(boxes, size_hw, resized_hw)
     expected = boxes.astype(np.float64)
     expected[:, 0::2] *= 1024 / 500
     expected[:, 1::2] *= 682 / 333
@@ -132,73 +132,22 @@ def test_boxes_scale_by_two_factors_of_the_rounded_sizes() -> None:
 def test_boxes_go_to_model_pixels_and_back(height: int, width: int, data: st.DataObject) -> None:
     if max(height, width) > 2000 * min(height, width):
         return
-    resized_hw = geometry.target_size_hw((height, width), 1024)
+    resized_hw = records.target_size_hw((height, width), 1024)
     x = sorted(data.draw(st.tuples(st.floats(0, width), st.floats(0, width))))
     y = sorted(data.draw(st.tuples(st.floats(0, height), st.floats(0, height))))
     box = np.array([[x[0], y[0], x[1], y[1]]])
-    there = geometry.scale_boxes(box, (height, width), resized_hw)
-    back = geometry.scale_boxes(there, resized_hw, (height, width))
+    there = records.scale_boxes(box, (height, width), resized_hw)
+    back = records.scale_boxes(there, resized_hw, (height, width))
     np.testing.assert_allclose(back, box, rtol=1e-6, atol=1e-6)
 
 
 def test_points_scale_as_the_corners_of_boxes_do() -> None:
     points = np.array([[[3.5, 9.0], [0.0, 1.0]]])
-    scaled = geometry.scale_points(points, (100, 50), (64, 32))
+    scaled = records.scale_points(points, (100, 50), (64, 32))
     assert scaled.shape == (1, 2, 2)
     np.testing.assert_allclose(scaled, points * 0.64, rtol=1e-6)
 
 
 def test_no_boxes_stay_no_boxes() -> None:
     for empty in ([], np.zeros((0, 4))):
-        assert geometry.scale_boxes(empty, (10, 10), (64, 64)).shape == (0, 4)
-        assert geometry.clip_boxes(empty, (10, 10)).shape == (0, 4)
-        assert geometry.boxes_to_xyxy(empty, "xywh").shape == (0, 4)
-        assert geometry.boxes_are_valid(empty).shape == (0,)
-
-
-@pytest.mark.parametrize("box_format", ["xyxy", "xywh", "cxcywh"])
-def test_every_format_describes_the_same_box(box_format: geometry.BoxFormat) -> None:
-    in_format = {"xyxy": [10, 20, 40, 26], "xywh": [10, 20, 30, 6], "cxcywh": [25, 23, 30, 6]}[box_format]
-    np.testing.assert_array_equal(geometry.boxes_to_xyxy([in_format], box_format), [[10, 20, 40, 26]])
-
-
-@given(box=st.tuples(*[st.integers(-1000, 1000)] * 4))
-def test_formats_return_what_they_were_given(box: tuple[int, int, int, int]) -> None:
-    np.testing.assert_array_equal(geometry.xywh_to_xyxy(geometry.xyxy_to_xywh([box])), [box])
-    np.testing.assert_array_equal(geometry.cxcywh_to_xyxy(geometry.xyxy_to_cxcywh([box])), [box])
-
-
-def test_an_unknown_format_is_an_error() -> None:
-    with pytest.raises(ValueError, match="'yxyx' is not known"):
-        geometry.boxes_to_xyxy([[0, 0, 1, 1]], "yxyx")  # type: ignore[arg-type]
-
-
-def test_normalised_boxes_become_pixels() -> None:
-    boxes = geometry.denormalise_boxes([[0.5, 0.25, 1.0, 0.75]], (200, 400))
-    np.testing.assert_array_equal(boxes, [[200, 50, 400, 150]])
-
-
-def test_clipping_keeps_what_lies_in_the_picture() -> None:
-    boxes = [[-5, -5, 5, 5], [90, 40, 200, 200], [10, 10, 20, 20]]
-    np.testing.assert_array_equal(
-        geometry.clip_boxes(boxes, (50, 100)), [[0, 0, 5, 5], [90, 40, 100, 50], [10, 10, 20, 20]]
-    )
-
-
-def test_validity_and_touching() -> None:
-    nan, inf = float("nan"), float("inf")
-    boxes = [[0, 0, 1, 1], [1, 0, 0, 1], [0, 0, 0, 1], [nan, 0, 1, 1], [0, 0, inf, 1], [100, 0, 110, 5]]
-    assert geometry.boxes_are_valid(boxes).tolist() == [True, False, False, False, False, True]
-    # The last one only shares its left edge with the 50 x 100 picture.
-    assert geometry.boxes_touch_image(boxes, (50, 100)).tolist() == [True, False, False, False, True, False]
-
-
-def test_box_iou_of_overlap_containment_distance_and_nothing() -> None:
-    boxes_a = [[0, 0, 2, 2], [0, 0, 4, 4], [0, 0, 1, 1], [3, 3, 3, 3]]
-    boxes_b = [[1, 0, 3, 2], [1, 1, 3, 3], [5, 5, 6, 6], [3, 3, 3, 3]]
-    np.testing.assert_allclose(geometry.box_iou(boxes_a, boxes_b), [1 / 3, 0.25, 0, 0])
-
-
-def test_a_wrong_last_axis_is_named() -> None:
-    with pytest.raises(ValueError, match=r"boxes_xywh has shape \(2, 3\)"):
-        geometry.xywh_to_xyxy(np.zeros((2, 3)))
+        assert records.scale_boxes(empty, (10, 10), (64, 64)).shape == (0, 4)
