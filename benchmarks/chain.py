@@ -28,11 +28,11 @@ from jobs.commands.estimate import Measured, measure
 from jobs.config import Config, load_config
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.checkpoint import read_checkpoint
+from jobs.job_setup.open_job import plan_inputs
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
 from model.records import Instances, PreparedImage, Prompts, target_size_hw
 from pipeline.images.decode_upright import decode_image
-from pipeline.planning.make_plan import make_plan
 from pipeline.settings import ModelSettings, Weights
 from pipeline.stages.load_model import load_model, native_dtype
 
@@ -108,7 +108,7 @@ def run_chain(
     given = config.input.model_copy(update={"images": None, "boxes": str(boxes)})
     output = config.output.model_copy(update={"uri": str(folder / "out")})
     config = config.model_copy(update={"input": given, "output": output})
-    plan = make_plan(settings.input_settings(config))
+    plan = plan_inputs(config)
     found = measure(config, plan, weights, interrupts, sample=len(paths), segmenter=segmenter)
     assert not found.failed, f"{found.failed} of {found.images} pictures failed"
     return found

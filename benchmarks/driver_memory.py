@@ -50,11 +50,11 @@ def measure(images: int, images_per_unit: int) -> str:
     import ray
 
     from pipeline.execution.chain import run_units
-    from pipeline.inputs.open_inputs import InputSettings
     from pipeline.planning.make_plan import make_plan, write_plan
     from pipeline.settings import (
         BoxRules,
         ClusterSettings,
+        InputSettings,
         JobContext,
         Limits,
         ModelSettings,
@@ -67,7 +67,7 @@ def measure(images: int, images_per_unit: int) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_inputs(folder, images)
-        plan = make_plan(InputSettings(boxes=str(folder / "boxes.parquet"), images_per_unit=images_per_unit))
+        plan = make_plan(InputSettings(boxes=str(folder / "boxes.parquet")), images_per_unit=images_per_unit)
         context = JobContext(
             output=Place(uri=str(folder / "out")),
             plan_sha256=plan.sha256,

@@ -47,10 +47,9 @@ def main() -> None:
 
 def measure(kind: str, images: int, folder: Path) -> None:
     """One line of figures."""
-    from pipeline.inputs.open_inputs import InputSettings
     from pipeline.job.plan_files import iter_plan
     from pipeline.planning.make_plan import make_plan, write_plan
-    from pipeline.settings import Place
+    from pipeline.settings import InputSettings, Place
     from pipeline.storage.store import Store
 
     if kind == "coco":

@@ -141,13 +141,12 @@ class State:
         pq.write_table(pa.table({"image_uri": names, "boxes": boxes}), self._folder / "boxes.parquet")
 
     def _plan(self, meter: Meter) -> None:
-        from pipeline.inputs.open_inputs import InputSettings
         from pipeline.job.job_file import Job, identity_of, open_job, units_per_part
         from pipeline.planning.make_plan import make_plan, write_plan
-        from pipeline.settings import BoxRules, JobContext, Limits, ModelSettings, Weights
+        from pipeline.settings import BoxRules, InputSettings, JobContext, Limits, ModelSettings, Weights
 
         plan = make_plan(
-            InputSettings(boxes=str(self._folder / "boxes.parquet"), images_per_unit=IMAGES_PER_UNIT)
+            InputSettings(boxes=str(self._folder / "boxes.parquet")), images_per_unit=IMAGES_PER_UNIT
         )
         meter.figures["made s"] = meter.seconds()
         context = JobContext(

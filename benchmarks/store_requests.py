@@ -88,7 +88,6 @@ def main() -> None:
 
 def run(endpoint: str, counting: Counting, folder: Path, images: int) -> None:
     """All steps of one job, each with its requests printed."""
-    from pipeline.inputs.open_inputs import InputSettings
     from pipeline.job.driver_lock import Owner
     from pipeline.job.job_file import Job, identity_of, open_job, require_job, units_per_part
     from pipeline.planning.make_plan import make_plan, write_plan
@@ -96,6 +95,7 @@ def run(endpoint: str, counting: Counting, folder: Path, images: int) -> None:
         AccessRules,
         BoxRules,
         FilterSettings,
+        InputSettings,
         JobContext,
         Limits,
         ModelSettings,
@@ -117,9 +117,9 @@ def run(endpoint: str, counting: Counting, folder: Path, images: int) -> None:
     access = AccessRules(options={"s3": options})
     where = f"s3://{BUCKET}/photos"
     plan = make_plan(
-        InputSettings(
-            images=where, boxes=str(folder / "boxes.parquet"), images_per_unit=IMAGES_PER_UNIT, access=access
-        )
+        InputSettings(images=where, boxes=str(folder / "boxes.parquet")),
+        access,
+        images_per_unit=IMAGES_PER_UNIT,
     )
     units = plan.summary.units
     say("list and plan", counting, images, units)

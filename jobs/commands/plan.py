@@ -16,13 +16,13 @@ from jobs.config import Config
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.checkpoint import read_checkpoint
 from jobs.job_setup.job_detector import FoundDetector, read_detector
-from jobs.job_setup.open_job import before_work
+from jobs.job_setup.open_job import before_work, plan_inputs
 from jobs.terminal import console
 from jobs.terminal import input_report as understood
 from jobs.terminal.signals import Interrupts
 from pipeline.errors import JobRefused, UsageError
 from pipeline.job.job_file import read_job
-from pipeline.planning.make_plan import Plan, make_plan
+from pipeline.planning.make_plan import Plan
 from pipeline.settings import Weights
 from pipeline.storage.store import Store
 from pipeline.tables.manifest import finished_units, read_manifest
@@ -38,7 +38,7 @@ def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> i
         UsageError: a sample is wanted and no checkpoint is named.
     """
     with before_work():
-        made, detected = make_plan(settings.input_settings(config)), config.detector.name is not None
+        made, detected = plan_inputs(config), config.detector.name is not None
         plan = understood.with_a_look(made, config.limits, detected=detected)
         weights = read_checkpoint(config) if config.model.checkpoint else None
         detector = read_detector(config)

@@ -23,11 +23,11 @@ from jobs.job_setup.job_detector import FoundDetector, read_detector
 from jobs.terminal.input_report import with_a_look
 from model.records import MODEL_PROTOCOL
 from pipeline.errors import JobRefused, SystemicFault, UsageError
-from pipeline.inputs.open_inputs import InputSettings, allowed_access
+from pipeline.inputs.open_inputs import allowed_access
 from pipeline.job.job_file import Job, identity_of, open_job, read_job, units_per_part
 from pipeline.job.plan_files import UNITS_PER_FILE
 from pipeline.planning.make_plan import Plan, make_plan
-from pipeline.settings import AccessRules, BoxRules, JobContext, JobDetector, Place, Weights
+from pipeline.settings import AccessRules, BoxRules, InputSettings, JobContext, JobDetector, Place, Weights
 from pipeline.storage.read_objects import fingerprint
 from pipeline.storage.store import Store
 from pipeline.storage.uri_rules import options_for
@@ -52,7 +52,6 @@ class _Wanted:
     """What a job is asked to be; of a stored plan only its sha256 is known."""
 
     config: Config
-    inputs: InputSettings
     weights: Weights
     dtype: str
     detector: FoundDetector | None
@@ -91,7 +90,7 @@ def _open_or_create(
     config: Config, check_inputs: bool, probe_dtype: Callable[[], str], device: Callable[[], str]
 ) -> Opened:
     place = settings.output_place(config)
-    inputs = settings.input_settings(config)
+    access = allowed_access(config.input, settings.check_inputs(config))
     weights = read_checkpoint(config)
     detector = read_detector(config)
     config = settings.resolved(config)
@@ -99,24 +98,33 @@ def _open_or_create(
     stored = read_job(store)
     config = _with_boxes_per_call(config, stored, device)
     _refuse_compiling_for_a_cpu(config, device)
-    plan = None if stored and not check_inputs and _plan_holds(store, stored, inputs) else make_plan(inputs)
+    plan = (
+        None
+        if stored and not check_inputs and _plan_holds(store, stored, config.input)
+        else plan_inputs(config)
+    )
     if plan is not None and stored is None:
         plan = with_a_look(plan, config.limits, detected=detector is not None)
     wanted = _Wanted(
         config=config,
-        inputs=inputs,
         weights=weights,
         dtype=_dtype(config, stored, probe_dtype),
         detector=detector,
         box_rules=_box_rules(config, plan, stored),
         plan_sha256=plan.sha256 if plan else _stored(stored).context.plan_sha256,
-        files=plan.summary.input_files if plan else _fingerprints(_stored(stored), allowed_access(inputs)),
-        access=plan.access if plan else allowed_access(inputs),
+        files=plan.summary.input_files if plan else _fingerprints(_stored(stored), access),
+        access=plan.access if plan else access,
     )
     asked = _job(wanted, store, plan, stored)
     return Opened(
         config=config, store=store, job=open_job(store, asked), plan=plan, resumed=stored is not None
     )
+
+
+def plan_inputs(config: Config) -> Plan:
+    """Return the plan of the configured inputs; see `make_plan`."""
+    access = settings.check_inputs(config)
+    return make_plan(config.input, access, images_per_unit=config.output.images_per_unit)
 
 
 def _refuse_compiling_for_a_cpu(config: Config, device: Callable[[], str]) -> None:
@@ -210,7 +218,7 @@ def _job(wanted: _Wanted, store: Store, plan: Plan | None, stored: Job | None) -
     return Job(
         identity=identity,
         context=context,
-        plan={**asdict(summary), "asked": _asked(wanted.inputs)},
+        plan={**asdict(summary), "asked": _asked(given)},
         categories=wanted.detector.categories if wanted.detector else plan.categories,
         units_per_part=units_per_part(
             images=summary.images,

@@ -12,7 +12,6 @@ from typing import Any
 
 from jobs.config import Config
 from pipeline.errors import UsageError
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.settings import (
     DEMO,
     AccessRules,
@@ -84,35 +83,26 @@ def require(value: str | None, flag: str, wanted: str) -> str:
     return value
 
 
-def input_settings(config: Config) -> InputSettings:
-    """What to label and how to read it, with local places as they were written (the reader resolves them)."""
-    given = config.input
-    if config.detector.name and given.boxes:
+def check_inputs(config: Config) -> AccessRules:
+    """Return what image uris may point at, besides the folders that the inputs imply.
+
+    Raises:
+        UsageError: inputs that are missing or contradict each other, a folder that does not exist, a secret.
+    """
+    inputs = config.input
+    if config.detector.name and inputs.boxes:
         raise UsageError(
             "--boxes and --detector are both given; the boxes come from one of them: leave one out"
         )
-    if config.detector.name and not given.images:
+    if config.detector.name and not inputs.images:
         raise UsageError("--images is missing: a detector needs pictures to look at")
-    if not given.images and not given.boxes:
+    if not inputs.images and not inputs.boxes:
         raise UsageError("--images and --boxes are missing: name images, boxes, or both")
-    schemes = [*AccessRules().schemes, *given.allow_schemes]
     storage_options(config, "")
-    return InputSettings(
-        images=given.images,
-        boxes=given.boxes,
-        box_format=given.box_format,
-        box_frame=given.box_frame,
-        columns=given.columns,
-        image_root=given.image_root,
-        limit=given.limit,
-        allow_unmatched=given.allow_unmatched,
-        tar_ids=given.tar_ids,
-        access=AccessRules(
-            roots=tuple(os.path.realpath(_existing_folder(root)) for root in given.allow_roots),
-            schemes=tuple(dict.fromkeys(schemes)),
-            options=config.storage,
-        ),
-        images_per_unit=config.output.images_per_unit,
+    return AccessRules(
+        roots=tuple(os.path.realpath(_existing_folder(root)) for root in inputs.allow_roots),
+        schemes=tuple(dict.fromkeys((*AccessRules().schemes, *inputs.allow_schemes))),
+        options=config.storage,
     )
 
 

@@ -40,8 +40,8 @@ def open_saved(given: Given) -> SavedJob:
     _refuse_code_of_the_output(alone, config)
     # The output is where it was found now, wherever it lay when the configuration was saved.
     config = config.model_copy(update={"output": config.output.model_copy(update={"uri": place.uri})})
-    inputs = config.input.images or config.input.boxes
-    access = allowed_access(settings.input_settings(config)) if inputs else None
+    has_inputs = config.input.images or config.input.boxes
+    access = allowed_access(config.input, settings.check_inputs(config)) if has_inputs else None
     return SavedJob(config=config, store=store, job=require_job(store, access=access))
 
 

@@ -7,8 +7,8 @@ by a look at their beginning. The content is checked by the reader. No image is 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,58 +35,38 @@ from pipeline.inputs.megadetector_boxes import is_megadetector, read_megadetecto
 from pipeline.inputs.previous_job import EarlierParts, find_parts, read_earlier_boxes, read_earlier_images
 from pipeline.inputs.propose_columns import BOX_ROWS, IMAGE_ROWS, missing_column
 from pipeline.inputs.read_table import inspect_tables, read_batches
-from pipeline.inputs.webdataset import TarIds, read_tar_boxes, read_tar_images
+from pipeline.inputs.webdataset import read_tar_boxes, read_tar_images
 from pipeline.inputs.yolo_boxes import read_yolo
-from pipeline.settings import AccessRules, BoxFormat, BoxFrame
+from pipeline.settings import AccessRules, InputSettings
 from pipeline.storage.uri_rules import check_uri, split_scheme
 
 _COLUMN_NAMES = frozenset(IMAGE_ROWS) | frozenset(BOX_ROWS) | frozenset(HF_NAMES)
 
 
-@dataclass(frozen=True, kw_only=True)
-class InputSettings:
-    """What to label, and how to read it.
-
-    `images`, `boxes`: paths or uris, at least one of them. `columns`: our column name to the table's.
-    `image_root`: folder or prefix that relative uris and COCO file names start from; None: the folder of
-    the table that names them. `limit`: the first N images in the order of their ids. `tar_ids`: what images
-    in tars are called. `access`: further local roots, allowed schemes, storage options.
-    """
-
-    images: str | None = None
-    boxes: str | None = None
-    box_format: BoxFormat | None = None
-    box_frame: BoxFrame = "upright"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    image_root: str | None = None
-    limit: int | None = None
-    allow_unmatched: bool = False
-    tar_ids: TarIds = "member"
-    access: AccessRules = field(default_factory=AccessRules)
-    images_per_unit: int = 64
-
-
-def allowed_access(settings: InputSettings) -> AccessRules:
-    """`settings.access` with the local folders that the inputs imply: image root and tables' folders.
+def allowed_access(settings: InputSettings, access: AccessRules | None = None) -> AccessRules:
+    """Return `access` with the local folders that the inputs imply: image root and tables' folders.
 
     Planning and workers must use the same rules, so a job keeps these in its context. Absolute, links
     resolved.
     """
+    access = access or AccessRules()
     named = settings.images if settings.images is not None else settings.boxes
-    roots = [os.path.realpath(split_scheme(root)[1]) for root in settings.access.roots]
+    roots = [os.path.realpath(split_scheme(root)[1]) for root in access.roots]
     roots += pointed_at(absolute(settings.image_root)) if settings.image_root is not None else []
     roots += pointed_at(absolute(named)) if named is not None else []
-    return replace(settings.access, roots=tuple(dict.fromkeys(roots)))
+    return replace(access, roots=tuple(dict.fromkeys(roots)))
 
 
-def read_images(settings: InputSettings) -> ImageList:
+def read_images(settings: InputSettings, access: AccessRules) -> ImageList:
     """The images that `settings.images` lists, with uris that can be opened.
+
+    `access`: as `allowed_access` gives it.
 
     Raises:
         JobRefused: nothing there, no pictures, an unreadable table, an image without a uri.
     """
     assert settings.images is not None, "the caller asks only for what is given"
-    uri, access = absolute(settings.images), allowed_access(settings)
+    uri = absolute(settings.images)
     if is_json(uri) and not is_pattern(uri):
         _refuse_results(uri, access)
         if is_megadetector(uri, access):
@@ -105,34 +85,35 @@ def read_images(settings: InputSettings) -> ImageList:
     tables = named.tables()
     if holds_pictures(tables[0], settings.columns, access):
         return read_hf_images(tables, settings.columns, access, root=named.root)
-    return _resolved(_read_image_tables(tables, settings, named.root), settings)
+    return _resolved(_read_image_tables(tables, settings, access, named.root), settings)
 
 
-def read_boxes(settings: InputSettings) -> BoxList:
+def read_boxes(settings: InputSettings, access: AccessRules) -> BoxList:
     """The boxes of `settings.boxes`; their uris are as written (see `resolve_uris`).
+
+    `access`: as `allowed_access` gives it.
 
     Raises:
         JobRefused: nothing there, no table of boxes, or one that is not sound.
     """
     assert settings.boxes is not None, "the caller asks only for what is given"
-    uri, access = absolute(settings.boxes), allowed_access(settings)
+    uri = absolute(settings.boxes)
     if is_json(uri) and not is_pattern(uri):
         return _json_reader(uri, access)(uri, access, folder=_root(settings, parent_of(uri)))
     named = Named.of(uri, access)
     parts = find_parts(uri, named.entries)
     if parts is not None:
-        return _earlier_boxes(parts, settings)
+        return _earlier_boxes(parts, settings, access)
     if tars := named.tars():
         return read_tar_boxes(tars, settings.columns, access, root=named.root, ids=settings.tar_ids)
-    boxes = _boxes_of(named, settings)
+    boxes = _boxes_of(named, settings, access)
     return replace(boxes, notes=(*boxes.notes, *named.notes))
 
 
-def _boxes_of(named: Named, settings: InputSettings) -> BoxList:
+def _boxes_of(named: Named, settings: InputSettings, access: AccessRules) -> BoxList:
     """Return the boxes of label files or tables."""
-    access = allowed_access(settings)
     if labels := named.label_files():
-        return _yolo_boxes(labels, named, settings)
+        return _yolo_boxes(labels, named, settings, access)
     tables = named.tables()
     if holds_pictures(tables[0], settings.columns, access):
         return read_hf_boxes(tables, settings.columns, access, root=named.root)
@@ -145,13 +126,13 @@ def _json_reader(uri: str, access: AccessRules) -> Callable[..., BoxList]:
     return read_megadetector if is_megadetector(uri, access) else read_instances
 
 
-def _yolo_boxes(labels: Sequence[str], named: Named, settings: InputSettings) -> BoxList:
+def _yolo_boxes(labels: Sequence[str], named: Named, settings: InputSettings, access: AccessRules) -> BoxList:
     if settings.images is None:
         raise JobRefused(
             f"{named.root}: YOLO label files, such as {labels[0]}, name no pictures; say with --images where "
             f"they are"
         )
-    return read_yolo(named.root, named.entries, settings.access)
+    return read_yolo(named.root, named.entries, access)
 
 
 def resolve_uris(uris: pa.Array, folder: str) -> pa.Array:
@@ -253,16 +234,18 @@ def _refuse_results(uri: str, access: AccessRules) -> None:
         )
 
 
-def _read_image_tables(uris: Sequence[str], settings: InputSettings, folder: str) -> ImageList:
+def _read_image_tables(
+    uris: Sequence[str], settings: InputSettings, access: AccessRules, folder: str
+) -> ImageList:
     """The images that tables name; `image_uri` as written."""
     wanted = {name: BOX_ROWS[name] for name in ("image_uri", "image_id")}
-    files = inspect_tables(uris, wanted, settings.columns, settings.access)
+    files = inspect_tables(uris, wanted, settings.columns, access)
     batches: list[pa.Table] = []
     for file in files:
         if "image_uri" not in file.names:
             raise missing_column(file.uri, "image_uri", file.all_names, settings.columns)
         row = 0
-        for batch in read_batches(file, settings.access):
+        for batch in read_batches(file, access):
             batches.append(pa.table(image_keys(batch, file.uri, row)))
             row += batch.num_rows
     nothing = pa.table({name: pa.array([], TEXT) for name in files[0].names})
@@ -286,9 +269,9 @@ def _root(settings: InputSettings, otherwise: str) -> str:
     return otherwise if settings.image_root is None else absolute(settings.image_root)
 
 
-def _earlier_boxes(parts: EarlierParts, settings: InputSettings) -> BoxList:
+def _earlier_boxes(parts: EarlierParts, settings: InputSettings, access: AccessRules) -> BoxList:
     """An earlier job's prompts say themselves how they are to be read."""
-    boxes = read_earlier_boxes(parts, settings.access)
+    boxes = read_earlier_boxes(parts, access)
     if settings.box_format not in (None, boxes.box_format):
         raise UsageError(
             f"--box-format {settings.box_format}: the boxes of {parts.folder} are {boxes.box_format}; "

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -29,13 +29,12 @@ from pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, examples, 
 from pipeline.inputs.json_records import SAMPLE_ROWS, TextDamage, json_word, jsonl_batches
 from pipeline.inputs.propose_columns import IMAGE_ROWS, KEYS, missing_column
 from pipeline.inputs.read_table import naming, naming_values
-from pipeline.settings import AccessRules
+from pipeline.settings import AccessRules, TarIds
 from pipeline.storage.archive_uris import TarMember
 from pipeline.storage.list_folders import is_hidden_path
 from pipeline.storage.read_objects import open_input
 from pipeline.storage.uri_rules import options_for, split_scheme
 
-TarIds = Literal["member", "key", "shard"]
 READERS = 16
 JSON_BYTES = 64 * 2**20
 """The longest `.json` of a sample."""

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from pipeline.arrow_lists import table_sha256
 from pipeline.errors import UsageError
 from pipeline.failpoints import visit
-from pipeline.inputs.image_box_lists import BoxList, ImageList
-from pipeline.inputs.open_inputs import InputSettings, allowed_access, check_columns, read_boxes, read_images
+from pipeline.inputs.image_box_lists import BoxList
+from pipeline.inputs.open_inputs import allowed_access, check_columns, read_boxes, read_images
 from pipeline.job.plan_files import UNITS_PER_FILE, plan_key
 from pipeline.planning.join import images_of, join
 from pipeline.planning.plan_summary import PlanSummary, Understood, summarise
@@ -30,7 +30,7 @@ from pipeline.planning.plan_table import (
     refuse_if_a_flag_is_missing,
 )
 from pipeline.schema import PLAN, SCHEMA_VERSION
-from pipeline.settings import AccessRules, BoxRules
+from pipeline.settings import AccessRules, BoxRules, InputSettings
 from pipeline.storage import sealed_parquet
 from pipeline.storage.store import Store
 
@@ -53,8 +53,12 @@ class Plan:
     access: AccessRules
 
 
-def make_plan(settings: InputSettings) -> Plan:
+def make_plan(
+    settings: InputSettings, access: AccessRules | None = None, *, images_per_unit: int = 64
+) -> Plan:
     """The plan of the inputs; nothing is written and no image is opened.
+
+    `access`: further local roots, allowed schemes and storage options, besides what the inputs imply.
 
     Raises:
         UsageError: settings that contradict each other. JobRefused: inputs that are unreadable, do not fit
@@ -62,13 +66,14 @@ def make_plan(settings: InputSettings) -> Plan:
     """
     if settings.images is None and settings.boxes is None:
         raise UsageError("neither images nor boxes: say with --images or --boxes what to label")
-    inputs = _understand(settings)
+    access = allowed_access(settings, access)
+    inputs = _understand(settings, access, images_per_unit)
     boxes, categories = _numbered(inputs)
     inputs = replace(inputs, boxes=boxes)
-    joined, access = inputs.joined, allowed_access(settings)
+    joined = inputs.joined
     order = pc.sort_indices(joined.image_id)[: settings.limit]
     table = plan_table(
-        joined, order, boxes, access, doubted=inputs.images.doubted, images_per_unit=settings.images_per_unit
+        joined, order, boxes, access, doubted=inputs.images.doubted, images_per_unit=images_per_unit
     )
     refuse_if_a_flag_is_missing(table, access)
     return Plan(
@@ -76,29 +81,27 @@ def make_plan(settings: InputSettings) -> Plan:
         summary=summarise(inputs, table, joined.mention[order.to_numpy()]),
         categories=categories,
         sha256=table_sha256(table),
-        images_per_unit=settings.images_per_unit,
+        images_per_unit=images_per_unit,
         access=access,
     )
 
 
-def _understand(settings: InputSettings) -> Understood:
-    boxes = None if settings.boxes is None else read_boxes(settings)
-    images = _images(settings, boxes)
+def _understand(settings: InputSettings, access: AccessRules, images_per_unit: int) -> Understood:
+    boxes = None if settings.boxes is None else read_boxes(settings, access)
+    if settings.images is not None:
+        images = read_images(settings, access)
+    else:
+        assert boxes is not None, "images or boxes were given"
+        images = images_of(boxes)
     check_columns(settings, [*images.columns, *(boxes.columns if boxes else ())])
     return Understood(
-        settings=settings,
+        access=access,
+        images_per_unit=images_per_unit,
         images=images,
         boxes=boxes,
         joined=join(images, boxes, allow_unmatched=settings.allow_unmatched),
         rules=_rules(settings, boxes),
     )
-
-
-def _images(settings: InputSettings, boxes: BoxList | None) -> ImageList:
-    if settings.images is not None:
-        return read_images(settings)
-    assert boxes is not None, "images or boxes were given"
-    return images_of(boxes)
 
 
 def _rules(settings: InputSettings, boxes: BoxList | None) -> BoxRules:

@@ -14,10 +14,9 @@ import pyarrow.compute as pc
 from pipeline.arrow_lists import Int64Array, list_lengths, null_mask, single
 from pipeline.errors import clean_text
 from pipeline.inputs.image_box_lists import BoxList, ImageList
-from pipeline.inputs.open_inputs import InputSettings, allowed_access
 from pipeline.planning.join import Joined, Unmatched
 from pipeline.planning.suspicious_boxes import SUSPICIOUS_SHARE, suspicions
-from pipeline.settings import BoxFormat, BoxFrame, BoxRules
+from pipeline.settings import AccessRules, BoxFormat, BoxFrame, BoxRules
 from pipeline.stages.resolve_boxes import MOST_POINTS, PROMPT_COLUMNS, prompt_faults
 from pipeline.storage.list_folders import counted
 from pipeline.storage.read_objects import fingerprint
@@ -68,7 +67,8 @@ class PlanSummary:
 class Understood:
     """The inputs, read and joined. `boxes`: None when there is no box file."""
 
-    settings: InputSettings
+    access: AccessRules
+    images_per_unit: int
     images: ImageList
     boxes: BoxList | None
     joined: Joined
@@ -81,12 +81,12 @@ def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanS
     refused = _count(table, "uri_refused")
     mismatched = _count(table, "labels_mismatch")
     files = dict.fromkeys((*inputs.images.files, *(inputs.boxes.files if inputs.boxes else ())))
-    access = allowed_access(inputs.settings)
+    access = inputs.access
     invalid, why = _invalid_prompts(inputs, table)
     return PlanSummary(
         images=table.num_rows,
         boxes=int(lengths.sum()),
-        units=-(-table.num_rows // inputs.settings.images_per_unit),
+        units=-(-table.num_rows // inputs.images_per_unit),
         listed_images=len(inputs.joined.image_id),
         without_boxes=int(((lengths == 0) & ~null).sum()),
         listed_without_boxes=int((mention < 0).sum()),

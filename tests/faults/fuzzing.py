@@ -40,10 +40,9 @@ from model.checkpoints import load
 from model.segmenter import Segmenter
 from pipeline.errors import BOX_CODES, ImageError, JobRefused, UsageError
 from pipeline.images.decode_process import DecodeChild
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import Plan, make_plan, write_plan
 from pipeline.planning.suspicious_boxes import suspicions
-from pipeline.settings import BoxRules, JobContext, Limits, ModelSettings, Place, Weights
+from pipeline.settings import BoxRules, InputSettings, JobContext, Limits, ModelSettings, Place, Weights
 from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.load_model import load_segmenter

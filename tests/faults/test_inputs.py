@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import SystemicFault
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import make_plan
-from pipeline.settings import AccessRules, Limits, Place
+from pipeline.settings import AccessRules, InputSettings, Limits, Place
 from pipeline.storage.store import Store
 from pipeline.tables.unit_files import list_committed
 from tests.conftest import MotoS3
@@ -85,7 +84,7 @@ def plain(moto_s3: MotoS3, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pl
 
 def make_job(images: Place, boxes: Path, endpoint: str, out: Path) -> SmallJob:
     access = AccessRules(options={"s3": {"endpoint_url": endpoint}})
-    plan = make_plan(InputSettings(images=images.uri, boxes=str(boxes), images_per_unit=4, access=access))
+    plan = make_plan(InputSettings(images=images.uri, boxes=str(boxes)), access, images_per_unit=4)
     base = chain.make_small_job(out.parent / f"base-{uuid.uuid4().hex}")
     context = replace(
         base.context, output=Place(uri=str(out)), plan_sha256=plan.sha256, images_per_unit=4,

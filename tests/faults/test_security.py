@@ -161,7 +161,7 @@ PARQUET_SCRIPT = """
     import ray.cloudpickle as cloudpickle
     from pipeline import schema
     from pipeline.errors import HqlabelError
-    from pipeline.inputs.open_inputs import InputSettings
+    from pipeline.settings import InputSettings
     from pipeline.planning.make_plan import make_plan
     from pipeline.settings import AccessRules, Place
     from pipeline.storage import sealed_parquet
@@ -382,7 +382,7 @@ def test_refused_uris_open_no_file_and_call_no_host(tmp_path: Path) -> None:
 PLANNING_SCRIPT = """
     import json, sys
     from pipeline.errors import JobRefused
-    from pipeline.inputs.open_inputs import InputSettings
+    from pipeline.settings import InputSettings
     from pipeline.planning.make_plan import make_plan
     found = []
     for inputs in json.loads(sys.argv[1]):

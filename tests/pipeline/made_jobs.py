@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import Plan, make_plan, write_plan
-from pipeline.settings import BoxRules, JobContext, Limits, ModelSettings, Place, Weights
+from pipeline.settings import BoxRules, InputSettings, JobContext, Limits, ModelSettings, Place, Weights
 from pipeline.storage.store import Store
 
 SIDE = 64
@@ -65,10 +64,8 @@ def make_job(
     columns = {"image_id": list(given), "boxes": list(given.values())}
     kinds = pa.schema([("image_id", pa.string()), ("boxes", pa.list_(pa.list_(pa.float64())))])
     pq.write_table(pa.Table.from_pydict(columns, schema=kinds), folder / "boxes.parquet")
-    settings = InputSettings(
-        images=str(root), boxes=str(folder / "boxes.parquet"), images_per_unit=images_per_unit
-    )
-    plan = make_plan(settings)
+    settings = InputSettings(images=str(root), boxes=str(folder / "boxes.parquet"))
+    plan = make_plan(settings, images_per_unit=images_per_unit)
     made = JobContext(
         output=place or Place(uri=str(folder / "out")),
         plan_sha256=plan.sha256,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jobs.commands.estimate import Measured, carry_over, sampled_plan
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import make_plan
+from pipeline.settings import InputSettings
 from tests.e2e import commands
 from tests.e2e.scenes import DataSet, make_data_set
 from tests.jobs.cli.test_cli import run
@@ -27,7 +27,7 @@ def arguments(data: DataSet, checkpoint: Path) -> list[str]:
 
 def test_a_sample_is_spread_over_the_plan_in_units_for_every_actor(data_set: DataSet) -> None:
     plan = make_plan(
-        InputSettings(images=str(data_set.images), boxes=str(data_set.boxes), images_per_unit=64)
+        InputSettings(images=str(data_set.images), boxes=str(data_set.boxes)), images_per_unit=64
     )
 
     small = sampled_plan(plan, 7, actors=1)
@@ -45,7 +45,7 @@ def test_a_sample_is_spread_over_the_plan_in_units_for_every_actor(data_set: Dat
 
 
 def test_hours_money_and_bytes_follow_from_what_was_measured(data_set: DataSet) -> None:
-    plan = make_plan(InputSettings(images=str(data_set.images), boxes=str(data_set.boxes), images_per_unit=2))
+    plan = make_plan(InputSettings(images=str(data_set.images), boxes=str(data_set.boxes)), images_per_unit=2)
     measured = Measured(
         images=10,
         images_per_unit=5,

@@ -58,7 +58,7 @@ def test_storage_options_go_by_scheme() -> None:
 def test_a_secret_in_the_configuration_is_refused_and_not_shown(name: str) -> None:
     value = "{aws_secret_access_key: hunter2}" if name == "client_kwargs" else "hunter2"
     given = config(f"storage.s3={{{name}: {value}}}", "output.uri=/out", "input.images=/in")
-    for make in (settings.output_place, settings.input_settings):
+    for make in (settings.output_place, settings.check_inputs):
         with pytest.raises(UsageError, match=r"storage\.s3") as caught:
             make(given)
         assert "hunter2" not in str(caught.value)
@@ -68,21 +68,17 @@ def test_what_is_missing_is_named_with_its_flag() -> None:
     with pytest.raises(UsageError, match="--output is missing"):
         settings.output_place(config())
     with pytest.raises(UsageError, match="--images and --boxes are missing"):
-        settings.input_settings(config())
+        settings.check_inputs(config())
     with pytest.raises(UsageError, match="--allow-root /no/such: there is no such folder"):
-        settings.input_settings(config("input.images=/in", "input.allow_roots=[/no/such]"))
+        settings.check_inputs(config("input.images=/in", "input.allow_roots=[/no/such]"))
 
 
-def test_every_setting_reaches_the_record_it_is_for(tmp_path: Path) -> None:
+def test_access_has_the_folders_schemes_and_options_of_the_configuration(tmp_path: Path) -> None:
     given = config(
-        "input.boxes=/b.csv", "input.columns={image_uri: path}", f"input.allow_roots=[{tmp_path}]",
-        "input.allow_schemes=[https]", "input.limit=5", "output.images_per_unit=7", "model.images_per_call=2",
-        "model.boxes_per_call=3", "model.stability_offset=2", "model.cpu_threads=2", "model.compile=true",
-        "input.draft_jpeg=true",
+        "input.boxes=/b.csv", f"input.allow_roots=[{tmp_path}]", "input.allow_schemes=[https]",
+        "storage.s3={endpoint_url: 'http://x'}",
     )  # fmt: skip
-    inputs = settings.input_settings(given)
-    assert (inputs.boxes, inputs.limit, inputs.images_per_unit) == ("/b.csv", 5, 7)
-    assert inputs.columns == {"image_uri": "path"}
-    assert inputs.access.roots == (str(tmp_path.resolve()),)
-    assert "https" in inputs.access.schemes
-    assert "s3" in inputs.access.schemes
+    access = settings.check_inputs(given)
+    assert access.roots == (str(tmp_path.resolve()),)
+    assert {"s3", "https"} <= set(access.schemes)
+    assert access.options == {"s3": {"endpoint_url": "http://x"}}

@@ -14,9 +14,8 @@ import pytest
 from jobs.commands.end_summary import describe_counts
 from jobs.commands.estimate import Measured, carry_over, describe
 from pipeline.execution.metrics import _masks
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import make_plan
-from pipeline.settings import BoxRules, Place
+from pipeline.settings import BoxRules, InputSettings, Place
 from pipeline.storage.store import Store
 from pipeline.tables.manifest import read_manifest
 from pipeline.unit import ImageResult

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,8 @@ import pytest
 
 from pipeline.errors import JobRefused, UsageError
 from pipeline.images.fetch import fetch_object
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import make_plan
-from pipeline.settings import BoxRules, Limits
+from pipeline.settings import BoxRules, InputSettings, Limits
 from pipeline.stages.resolve_boxes import resolve_boxes
 from tests.pipeline import made_formats
 from tests.pipeline.made_formats import BOXES, FORMATS, NAMES, PICTURES, SIZE_HW, sample, tar_of
@@ -113,7 +111,7 @@ def test_images_alone_are_read_from_tars_and_data_sets_too(tmp_path):
     ("ids", "wanted"), [("key", "a/1"), ("shard", "0.tar/a/1.png"), ("member", "a/1.png")]
 )
 def test_images_of_tars_are_called_as_asked(tmp_path, ids, wanted):
-    settings = replace(made_formats.write_tars(tmp_path).settings, boxes=None, tar_ids=ids)
+    settings = made_formats.write_tars(tmp_path).settings.model_copy(update={"boxes": None, "tar_ids": ids})
 
     assert make_plan(settings).table["image_id"][0].as_py() == wanted
 
@@ -153,9 +151,9 @@ def test_columns_of_tars_and_data_sets_are_mapped(tmp_path):
     assert make_plan(tar).table["boxes"].to_pylist()[0][0]["category_name"] == "cat"
     assert make_plan(hf).summary.boxes == 5
     with pytest.raises(JobRefused, match="no table has a column 'nowhere'"):
-        make_plan(replace(tar, columns={"boxes": "found", "labels": "nowhere"}))
+        make_plan(tar.model_copy(update={"columns": {"boxes": "found", "labels": "nowhere"}}))
     with pytest.raises(UsageError, match="'picture' is no column of ours"):
-        make_plan(replace(hf, columns={"picture": "image", "image": "picture"}))
+        make_plan(hf.model_copy(update={"columns": {"picture": "image", "image": "picture"}}))
 
 
 def test_a_picture_that_megadetector_could_not_read_has_missing_boxes(tmp_path):

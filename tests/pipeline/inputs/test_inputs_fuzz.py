@@ -11,11 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import JobRefused
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.inputs.propose_columns import IMAGE_ROWS
 from pipeline.inputs.read_table import inspect_tables, read_batches
 from pipeline.planning.make_plan import make_plan
-from pipeline.settings import AccessRules
+from pipeline.settings import AccessRules, InputSettings
 
 BOX = [1.0, 2.0, 3.0, 4.0]
 

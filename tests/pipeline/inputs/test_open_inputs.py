@@ -7,15 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import JobRefused
-from pipeline.inputs.open_inputs import (
-    InputSettings,
-    absolute,
-    allowed_access,
-    read_boxes,
-    read_images,
-    resolve_uris,
-)
-from pipeline.settings import AccessRules
+from pipeline.inputs.open_inputs import absolute, allowed_access, read_boxes, read_images, resolve_uris
+from pipeline.settings import AccessRules, InputSettings
 
 
 @pytest.mark.parametrize(
@@ -83,7 +76,7 @@ def test_the_inputs_imply_the_folders_that_may_be_read(tmp_path):
 def test_rules_given_by_a_person_stay():
     access = AccessRules(roots=("/",), schemes=("https",), options={"s3": {"anon": True}})
 
-    found = allowed_access(InputSettings(images="s3://b/x", access=access))
+    found = allowed_access(InputSettings(images="s3://b/x"), access)
 
     assert access == found
 
@@ -93,24 +86,24 @@ def test_a_folder_of_tables_of_several_kinds_is_refused(tmp_path):
     (tmp_path / "b.csv").write_text("image_uri,x1,y1,x2,y2\na,1,2,3,4\n")
 
     with pytest.raises(JobRefused, match=r"several kinds: 1 parquet .* 1 csv"):
-        read_boxes(InputSettings(boxes=str(tmp_path)))
+        read_boxes(InputSettings(boxes=str(tmp_path)), AccessRules())
 
 
 @pytest.mark.parametrize("name", ["b.parquet", "b.csv", "b.jsonl", "b.json", "nothing"])
 def test_a_missing_box_file_is_named(tmp_path, name):
     with pytest.raises(JobRefused, match=name):
-        read_boxes(InputSettings(boxes=str(tmp_path / name)))
+        read_boxes(InputSettings(boxes=str(tmp_path / name)), AccessRules())
 
 
 def test_boxes_in_a_folder_of_pictures_are_not_looked_for(tmp_path):
     (tmp_path / "a.jpg").touch()
 
     with pytest.raises(JobRefused, match="no pictures or tables"):
-        read_boxes(InputSettings(boxes=str(tmp_path)))
+        read_boxes(InputSettings(boxes=str(tmp_path)), AccessRules())
 
 
 def test_endings_are_read_in_any_case(tmp_path):
     for name in ("a.JPG", "b.Jpeg", "c.TIFF"):
         (tmp_path / name).touch()
 
-    assert 3 == len(read_images(InputSettings(images=str(tmp_path))).image_uri)
+    assert 3 == len(read_images(InputSettings(images=str(tmp_path)), AccessRules()).image_uri)

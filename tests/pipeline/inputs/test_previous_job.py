@@ -7,9 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import JobRefused, UsageError
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import Plan, make_plan
-from pipeline.settings import AccessRules, FilterSettings, Place
+from pipeline.settings import AccessRules, FilterSettings, InputSettings, Place
 from pipeline.storage.store import Store
 from pipeline.tables.publish_tables import publish
 from tests.pipeline.made_units import make_job
@@ -28,7 +27,7 @@ def output(tmp_path) -> tuple[Store, Plan, str]:
 
 
 def again(folder: str, **settings) -> Plan:
-    return make_plan(InputSettings(boxes=folder, access=ROOMY, images_per_unit=4, **settings))
+    return make_plan(InputSettings(boxes=folder, **settings), ROOMY, images_per_unit=4)
 
 
 def test_the_plan_of_an_earlier_output_is_the_plan_it_was_made_from(output):

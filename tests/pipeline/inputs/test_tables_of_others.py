@@ -25,13 +25,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.config import load_config
-from jobs.job_setup.resolve_settings import input_settings
 from jobs.terminal.input_report import describe_inputs
 from pipeline.errors import JobRefused
 from pipeline.inputs.csv_table import read_list
 from pipeline.inputs.json_records import TextDamage
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import Plan, make_plan
+from pipeline.settings import InputSettings
 from tests.pipeline.made_formats import tar_of
 
 Box = tuple[list[float | None] | None, int | None, str | None, float | None]
@@ -674,7 +673,7 @@ def pasted(path: Path, message: str) -> InputSettings:
     sets = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
     formats = [words[at + 1].rstrip(";") for at, word in enumerate(words) if word == "--box-format"]
     flags = {"input.boxes": str(path), "input.box_format": formats[0] if formats else None}
-    return input_settings(load_config(None, flags=flags, sets=[text.rstrip(";") for text in sets]))
+    return load_config(None, flags=flags, sets=[text.rstrip(";") for text in sets]).input
 
 
 XYXY, XYWH, CXCYWH = [8.0, 0.0, 40.0, 30.0], [8.0, 0.0, 32.0, 30.0], [24.0, 15.0, 32.0, 30.0]

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import JobRefused
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import Plan, make_plan
+from pipeline.settings import InputSettings
 from tests.pipeline.made_formats import tar_of
 from tests.pipeline.made_jobs import noise, png
 

@@ -11,12 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DamageFound, JobRefused, UsageError
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.job.plan_files import iter_plan, plan_key, read_unit
 from pipeline.planning import make_plan as plan_module
 from pipeline.planning.make_plan import Plan, make_plan, write_plan
 from pipeline.schema import PLAN
-from pipeline.settings import AccessRules, Place
+from pipeline.settings import AccessRules, InputSettings, Place
 from pipeline.stages.resolve_boxes import prompt_faults
 from pipeline.storage.store import NotFound, Store
 
@@ -43,10 +42,9 @@ def as_json(path, tree):
     return str(path)
 
 
-def planned(**settings) -> Plan:
-    return make_plan(
-        InputSettings(**{key: str(v) if key in ("images", "boxes") else v for key, v in settings.items()})
-    )
+def planned(access: AccessRules | None = None, images_per_unit: int = 64, **settings) -> Plan:
+    inputs = {key: str(v) if key in ("images", "boxes") else v for key, v in settings.items()}
+    return make_plan(InputSettings(**inputs), access, images_per_unit=images_per_unit)
 
 
 def boxes_of(plan: Plan) -> dict[str, list | None]:

@@ -16,10 +16,9 @@ from jobs.terminal.input_report import with_a_look
 from model.rle import compress_lengths
 from pipeline.errors import JobRefused
 from pipeline.images.decode_upright import decode_image, measure_image
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import make_plan
 from pipeline.planning.preview import PICTURES, look
-from pipeline.settings import AccessRules, BoxFrame, BoxRules, Limits
+from pipeline.settings import AccessRules, BoxFrame, BoxRules, InputSettings, Limits
 
 LIMITS = Limits()
 STORED_WH = (320, 200)
@@ -156,7 +155,7 @@ def test_pictures_of_which_half_are_missing_are_said_before_work(
             (tmp_path / name).symlink_to(photos / f"{i % 40:03d}.jpg")
     path = tmp_path / "i.parquet"
     pq.write_table(pa.table({"image_uri": names, "boxes": [[[9.0, 9.0, 99.0, 99.0]]] * listed}), path)
-    plan = make_plan(InputSettings(boxes=str(path), access=AccessRules(roots=(str(photos),))))
+    plan = make_plan(InputSettings(boxes=str(path)), AccessRules(roots=(str(photos),)))
 
     found = " ".join(look(plan.table, BoxRules(), plan.access, LIMITS))
 

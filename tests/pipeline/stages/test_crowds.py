@@ -15,10 +15,9 @@ import pytest
 
 from jobs.terminal import input_report as understood
 from pipeline.errors import JobRefused
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.job.job_file import require_job
 from pipeline.planning.make_plan import Plan, make_plan
-from pipeline.settings import AccessRules, BoxRules, FilterSettings, Place
+from pipeline.settings import AccessRules, BoxRules, FilterSettings, InputSettings, Place
 from pipeline.stages.resolve_boxes import resolve_boxes
 from pipeline.storage.store import Store
 from pipeline.tables.publish_tables import flatten_unit, publish
@@ -256,7 +255,7 @@ def test_an_earlier_output_gives_its_crowds_back(tmp_path):
     )
     output = make_output(tmp_path / "out", [image])
 
-    plan = make_plan(InputSettings(boxes=output, access=AccessRules(roots=(str(tmp_path),))))
+    plan = make_plan(InputSettings(boxes=output), AccessRules(roots=(str(tmp_path),)))
 
     assert crowds_of(plan) == [True, None]
 

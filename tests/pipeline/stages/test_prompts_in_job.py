@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,8 @@ from model.records import CallShape, PreparedImage, Prompts
 from model.segmenter import Segmenter
 from pipeline.images.decode_process import DecodeChild
 from pipeline.images.decode_upright import decode_image
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import make_plan, write_plan
-from pipeline.settings import BoxRules, JobContext, Limits, ModelSettings, Place, Weights
+from pipeline.settings import BoxRules, InputSettings, JobContext, Limits, ModelSettings, Place, Weights
 from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.prepare import prepare_unit
@@ -184,7 +182,7 @@ def test_points_of_a_turned_picture_are_turned_with_its_boxes_and_its_masks_are_
     table = write_rows(tmp_path, stored_prompts, "boxes.jsonl")
     settings = InputSettings(images=str(images), boxes=str(table))
 
-    rows = labelled(replace(settings, box_frame="stored"), tmp_path / "out", checkpoint)
+    rows = labelled(settings.model_copy(update={"box_frame": "stored"}), tmp_path / "out", checkpoint)
 
     assert rows[0]["segmentation"]["counts"] == alone(turned, (images / "a.png").read_bytes(), checkpoint)[0]
     assert [row["box_error"] for row in rows] == [None, "prompt_invalid"]

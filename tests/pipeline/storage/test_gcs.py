@@ -16,10 +16,9 @@ import pytest
 
 from pipeline.errors import ImageError, JobRefused
 from pipeline.images.fetch import fetch_object
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.job.job_file import open_job
 from pipeline.planning.make_plan import make_plan
-from pipeline.settings import AccessRules, Limits, Place
+from pipeline.settings import AccessRules, InputSettings, Limits, Place
 from pipeline.storage.read_objects import fingerprint
 from pipeline.storage.store import NotFound, Store
 from tests.pipeline.job.test_job_file import make_job
@@ -77,9 +76,9 @@ def test_inputs_are_planned_and_read(options):
     access = AccessRules(options={"gs": options})
 
     plan = make_plan(
-        InputSettings(images="gs://bucket/in/photos", boxes="gs://bucket/in/boxes.jsonl", access=access)
+        InputSettings(images="gs://bucket/in/photos", boxes="gs://bucket/in/boxes.jsonl"), access
     )
-    tars = make_plan(InputSettings(boxes="gs://bucket/in/shards", access=access))
+    tars = make_plan(InputSettings(boxes="gs://bucket/in/shards"), access)
 
     found = [fetch_object(uri, access, Limits()).data for uri in plan.table["image_uri"].to_pylist()]
     assert found == list(PICTURES.values())

@@ -11,9 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from pipeline.errors import ImageError, JobRefused
 from pipeline.images.fetch import fetch_object
-from pipeline.inputs.open_inputs import InputSettings
-from pipeline.planning.make_plan import make_plan
-from pipeline.settings import AccessRules, Limits
+from pipeline.planning.make_plan import Plan, make_plan
+from pipeline.settings import AccessRules, InputSettings, Limits
 from pipeline.storage import read_objects as objects
 from pipeline.storage.read_objects import fingerprint, head_object, open_input
 from pipeline.storage.retries import classify
@@ -34,13 +33,13 @@ def hub():
         yield serving
 
 
-def settings(hub: Hub, **inputs: str) -> InputSettings:
+def planned(hub: Hub, **inputs: str) -> Plan:
     places = {name: f"{hub.uri}/{place}" for name, place in inputs.items()}
-    return InputSettings(**places, access=AccessRules(options={"hf": hub.options}))
+    return make_plan(InputSettings(**places), AccessRules(options={"hf": hub.options}))
 
 
 def test_a_folder_of_pictures_and_a_table_are_planned_and_read(hub):
-    plan = make_plan(settings(hub, images="photos", boxes="boxes.jsonl"))
+    plan = planned(hub, images="photos", boxes="boxes.jsonl")
 
     uris = plan.table["image_uri"].to_pylist()
     assert uris == [f"{hub.uri}/photos/{name}.png" for name in sorted(PICTURES)]
@@ -51,7 +50,7 @@ def test_a_folder_of_pictures_and_a_table_are_planned_and_read(hub):
 
 @pytest.mark.parametrize("place", ["data", "data/*.parquet", "shards"])
 def test_data_sets_and_tars_of_the_hub_are_read_by_place(hub, place):
-    plan = make_plan(settings(hub, boxes=place))
+    plan = planned(hub, boxes=place)
 
     found = [fetch_object(uri, plan.access, LIMITS).data for uri in plan.table["image_uri"].to_pylist()]
     assert found == ([PICTURES["a/1"]] if place == "shards" else list(PICTURES.values()))
@@ -66,7 +65,7 @@ def test_what_is_not_there_is_said_as_of_any_store(hub):
         fetch_object(f"{hub.uri}/photos/gone.png", access, LIMITS)
     assert caught.value.code == "not_found"
     with pytest.raises(JobRefused, match="repository not found"):
-        make_plan(InputSettings(images="hf://datasets/no/where/data", access=access))
+        make_plan(InputSettings(images="hf://datasets/no/where/data"), access)
 
 
 def test_the_hubs_own_version_of_a_file_is_its_fingerprint(hub):

@@ -25,9 +25,8 @@ from hypothesis import strategies as st
 from pipeline.errors import ImageError, JobRefused
 from pipeline.images.fetch import fetch_object
 from pipeline.inputs.find_files import pointed_at
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import Plan, make_plan, write_plan
-from pipeline.settings import AccessRules, Limits, Place
+from pipeline.settings import AccessRules, InputSettings, Limits, Place
 from pipeline.storage.list_folders import Pattern, allow_root
 from pipeline.storage.read_objects import list_inputs
 from pipeline.storage.store import Store
@@ -49,7 +48,7 @@ def put(root: Path, *names: str, data: bytes = PICTURE) -> Path:
 def planned(images: object, *, boxes: object = None, roots: tuple[object, ...] = (), **more: object) -> Plan:
     access = AccessRules(roots=tuple(map(str, roots)), options=more.pop("options", {}))
     boxes = None if boxes is None else str(boxes)
-    return make_plan(InputSettings(images=str(images), boxes=boxes, access=access, **more))
+    return make_plan(InputSettings(images=str(images), boxes=boxes, **more), access)
 
 
 def ids(plan: Plan) -> list[str]:
@@ -456,7 +455,7 @@ def test_linked_tables_labels_and_tars_that_leave_are_refused_and_named_ones_are
     assert f"{folder}/1.{ending} is a link to {store}/1.{ending}" in str(caught.value)
 
     roots = named_roots(str(caught.value))
-    plan = make_plan(InputSettings(images=images, boxes=str(folder), access=AccessRules(roots=roots)))
+    plan = make_plan(InputSettings(images=images, boxes=str(folder)), AccessRules(roots=roots))
     assert plan.summary.boxes > 0
     assert {"read"} == set(codes(plan).values())
     if ending != "txt":

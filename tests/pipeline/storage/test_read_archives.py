@@ -13,10 +13,9 @@ import pytest
 
 from pipeline.errors import ImageError
 from pipeline.images.fetch import fetch_ahead, fetch_object
-from pipeline.inputs.open_inputs import InputSettings
 from pipeline.planning.make_plan import make_plan
 from pipeline.planning.plan_table import refused_uris
-from pipeline.settings import AccessRules, Limits
+from pipeline.settings import AccessRules, InputSettings, Limits
 from pipeline.storage.archive_uris import ParquetRow, TarMember, container_of, split_member
 from pipeline.storage.read_archives import GROUP_BYTES
 from pipeline.storage.store import Store
@@ -75,10 +74,10 @@ def test_members_and_rows_are_read_whole_from_a_store(kind, tmp_path, request):
     store.put("d/rows.parquet", rows.getvalue())
 
     for settings in (
-        InputSettings(images=f"{root}/d/*.tar", access=access),
-        InputSettings(images=f"{root}/d/rows.parquet", access=access),
+        InputSettings(images=f"{root}/d/*.tar"),
+        InputSettings(images=f"{root}/d/rows.parquet"),
     ):
-        plan = make_plan(settings)
+        plan = make_plan(settings, access)
         uris = plan.table["image_uri"].to_pylist()
         found = [fetch_object(uri, access, LIMITS) for uri in uris]
         wanted = [PICTURES["a/1"], PICTURES["b/3"]] if "*" in settings.images else list(PICTURES.values())
