@@ -98,13 +98,11 @@ def _open_or_create(
     stored = read_job(store)
     config = _with_boxes_per_call(config, stored, device)
     _refuse_compiling_for_a_cpu(config, device)
-    plan = (
-        None
-        if stored and not check_inputs and _plan_holds(store, stored, config.input)
-        else plan_inputs(config)
-    )
-    if plan is not None and stored is None:
-        plan = with_a_look(plan, config.limits, detected=detector is not None)
+    plan = None
+    if stored is None:
+        plan = with_a_look(plan_inputs(config), config.limits, detected=detector is not None)
+    elif check_inputs or not _plan_holds(store, stored, config.input):
+        plan = plan_inputs(config)
     wanted = _Wanted(
         config=config,
         weights=weights,
