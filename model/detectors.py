@@ -37,7 +37,7 @@ _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 
 
 class DetectorError(ValueError):
-    """A detector that cannot be found, loaded or used, or returns what none may; the message says which."""
+    """A detector that cannot be found, loaded or used, or that returns an invalid result."""
 
 
 @dataclass(frozen=True, kw_only=True)

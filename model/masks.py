@@ -165,7 +165,7 @@ def _trace_step(low_NLL: torch.Tensor, grid: TileGrid, offset: float) -> tuple[I
 
 
 def _whole_frame_masks(crossed_NXY: torch.Tensor) -> list[int]:
-    """Return the masks of which so many tiles are crossed that the whole frame is cheaper."""
+    """Return the masks with more than `WHOLE_FRAME_SHARE` of their tiles crossed; none on a GPU."""
     if crossed_NXY.device.type != "cpu":
         return []
     crossed_share_N = crossed_NXY.float().mean((1, 2))

@@ -208,10 +208,10 @@ def resize_longest_side(image_hwc: UInt8Array, side: int) -> UInt8Array:
         )
     if target_size_hw(image_hwc.shape[:2], side) == image_hwc.shape[:2]:
         return image_hwc.copy()
-    return resize_picture(Image.fromarray(np.ascontiguousarray(image_hwc)), side)
+    return resize_image(Image.fromarray(np.ascontiguousarray(image_hwc)), side)
 
 
-def resize_picture(picture: Image.Image, side: int, *, full_hw: tuple[int, int] | None = None) -> UInt8Array:
+def resize_image(image: Image.Image, side: int, *, full_hw: tuple[int, int] | None = None) -> UInt8Array:
     """Return the same of a Pillow image, mode RGB: at 12 megapixels two copies of 36 MB less.
 
     `full_hw`: its size before it was loaded reduced, from which the new one follows; None: as it is.
@@ -219,13 +219,13 @@ def resize_picture(picture: Image.Image, side: int, *, full_hw: tuple[int, int] 
     Raises:
         ValueError: another mode, or `too_elongated`.
     """
-    if picture.mode != "RGB":
-        raise ValueError(f"picture has mode {picture.mode}; wanted RGB")
-    height, width = target_size_hw(full_hw or (picture.height, picture.width), side)
-    if (width, height) != picture.size:
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    if image.mode != "RGB":
+        raise ValueError(f"image has mode {image.mode}; wanted RGB")
+    height, width = target_size_hw(full_hw or (image.height, image.width), side)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
     # np.array, not asarray: the result must own its memory and be writable (torch warns otherwise).
-    return np.array(picture)
+    return np.array(image)
 
 
 def scale_points(

@@ -139,7 +139,7 @@ def compress_lengths(lengths: Sequence[object]) -> str:
     """Return the compressed text of one mask's uncompressed runs, as COCO's crowds have them.
 
     Raises:
-        ValueError: a run that is no whole number from 0 to `SHORT_PIXELS`; says which.
+        ValueError: a run that is no whole number from 0 to `SHORT_PIXELS`; names it.
     """
     for place, run in enumerate(lengths):
         if type(run) is not int or not 0 <= run < SHORT_PIXELS:
@@ -333,7 +333,7 @@ def parse_strips(counts: Sequence[str], sizes_hw: npt.ArrayLike) -> Strips:
     """Return the strips of N compressed texts; `sizes_hw`: (2,) of all masks, or (N, 2).
 
     Raises:
-        ValueError: a text is not the runs of a mask of its size; says which and why.
+        ValueError: a text is not the runs of a mask of its size; names it and the fault.
     """
     sizes_hw = np.broadcast_to(np.asarray(sizes_hw, np.int64), (len(counts), 2))
     pixels = sizes_hw[:, 0] * sizes_hw[:, 1]

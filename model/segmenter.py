@@ -101,7 +101,7 @@ class Segmenter:
         return self.model.config.image_size
 
     def mask_prompt(self, counts: str, size_hw: tuple[int, int]) -> Float32Array:
-        """Return a mask of the upright picture, compressed COCO runs, as a row of `Prompts.mask_logits`."""
+        """Return a mask of the upright image, compressed COCO runs, as a row of `Prompts.mask_logits`."""
         return mask_to_prompt(rle_to_mask(counts, size_hw), side=self.input_side)
 
     def segment(

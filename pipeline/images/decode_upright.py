@@ -45,7 +45,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from model.records import resize_picture, target_size_hw
+from model.records import resize_image, target_size_hw
 from pipeline.errors import ImageError
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -125,8 +125,8 @@ def decode_image(
         size_hw = stored_hw[::-1] if swapped else stored_hw
     shown = None if detector_side is None else min(detector_side, max(size_hw))
     return DecodedImage(
-        pixels_hwc=resize_picture(upright, side, full_hw=size_hw),
-        detector_hwc=None if shown in (None, side) else resize_picture(upright, shown, full_hw=size_hw),
+        pixels_hwc=resize_image(upright, side, full_hw=size_hw),
+        detector_hwc=None if shown in (None, side) else resize_image(upright, shown, full_hw=size_hw),
         size_hw=size_hw,
         stored_size_hw=size_hw[::-1] if swapped else size_hw,
         exif_orientation=orientation,
