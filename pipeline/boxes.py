@@ -1,4 +1,4 @@
-"""Boxes as arrays: formats, clipping, overlap.
+"""Boxes as arrays: formats, clipping, overlap, and which of overlapping objects is the better one.
 
 Coordinates are continuous: pixel (0, 0) covers [0, 1) x [0, 1), and a box that covers a W x H image is
 (0, 0, W, H). x runs right, y runs down. xyxy is (x1, y1, x2, y2), xywh is (x1, y1, width, height), cxcywh is
@@ -7,6 +7,7 @@ Coordinates are continuous: pixel (0, 0) covers [0, 1) x [0, 1), and a box that 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 PixelFormat = Literal["xyxy", "xywh", "cxcywh"]
 Float64Array = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
 
 
 def boxes_to_xyxy(boxes: npt.ArrayLike, box_format: PixelFormat) -> Float64Array:
@@ -71,6 +73,42 @@ def box_iou(boxes_a_xyxy: npt.ArrayLike, boxes_b_xyxy: npt.ArrayLike) -> Float64
     overlap = box_areas(np.concatenate([low, high], axis=-1))
     union = box_areas(boxes_a) + box_areas(boxes_b) - overlap
     return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+
+
+def best_first(*scores: Float64Array) -> Int64Array:
+    """Return the places of N objects, the highest score first; the second score decides between equal ones.
+
+    NaN, no score, comes last; of objects that are still equal the earlier one comes first.
+    """
+    keys = [-np.nan_to_num(one, nan=-np.inf) for one in scores]
+    return np.lexsort((np.arange(len(keys[0])), *keys[::-1]))
+
+
+def suppress(
+    ranked: Int64Array,
+    kinds: Sequence[Hashable],
+    iou: Callable[[int, Int64Array], Float64Array],
+    max_iou: float,
+) -> list[tuple[int, int]]:
+    """Return (loser, winner) pairs of greedy non-maximum suppression; every loser once.
+
+    `ranked`: the places that take part, the best first. `kinds`: of each place; objects of unlike kinds do
+    not compete. `iou(winner, rivals)`: the overlaps; a rival loses by more than `max_iou`.
+    """
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    kind_N = np.array([numbers[kind] for kind in kinds], np.int64)
+    free_N = np.zeros(len(kinds), np.bool_)
+    free_N[ranked] = True
+    pairs: list[tuple[int, int]] = []
+    for winner in ranked.tolist():
+        if not free_N[winner]:
+            continue
+        free_N[winner] = False
+        rivals = np.flatnonzero(free_N & (kind_N == kind_N[winner]))
+        losers = rivals[iou(winner, rivals) > max_iou]
+        free_N[losers] = False
+        pairs += [(loser, winner) for loser in losers.tolist()]
+    return pairs
 
 
 def _rows_of_four(boxes: npt.ArrayLike) -> Float64Array:

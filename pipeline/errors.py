@@ -132,7 +132,7 @@ BOX_CODES: dict[str, str] = {
 }
 
 
-SET_ASIDE = ("crowd", "box_small", "box_score", "box_rank", "nms")
+SKIP_CODES = ("crowd", "box_small", "box_score", "box_rank", "nms")
 """Of these, the reasons that say nothing against a box: it is wanted without a mask, by its own flag or the
 job's rules."""
 

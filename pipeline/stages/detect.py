@@ -27,6 +27,7 @@ from model.detectors import (
     DetectorError,
     ZeroShotDetector,
 )
+from pipeline.boxes import best_first
 from pipeline.errors import JobRefused, SystemicFault, clean_text
 from pipeline.settings import JobDetector
 from pipeline.unit import ImageResult, UInt8Array
@@ -270,7 +271,7 @@ def planned_boxes(
     scores = np.full(len(found.category_ids), np.nan) if found.scores is None else np.asarray(found.scores)
     scores = scores.astype(np.float64)
     kept = np.flatnonzero(~(scores <= settings.score_threshold))
-    order = kept[np.lexsort((kept, -np.nan_to_num(scores[kept], nan=-np.inf)))][: settings.max_detections]
+    order = kept[best_first(scores[kept])][: settings.max_detections]
     scale = np.array([size_hw[1] / picture_hw[1], size_hw[0] / picture_hw[0]] * 2)
     with np.errstate(over="ignore"):  # infinite boxes are rows without a mask (box_not_finite)
         boxes = np.asarray(found.boxes_xyxy, np.float64).reshape(-1, 4) * scale

@@ -17,7 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from model.rle import rle_faults
-from pipeline.boxes import PixelFormat, box_iou, boxes_to_xyxy, clip_boxes, denormalise_boxes
+from pipeline.boxes import (
+    PixelFormat,
+    best_first,
+    box_iou,
+    boxes_to_xyxy,
+    clip_boxes,
+    denormalise_boxes,
+    suppress,
+)
 from pipeline.settings import BoxFormat, BoxFrame, BoxRules
 from pipeline.unit import ResolvedBoxes
 
@@ -83,7 +91,7 @@ def resolve_boxes(
     codes[without] = 0
     _mark(codes, np.array([not extra.sound for extra in extras], dtype=np.bool_), "prompt_invalid")
     error = [_CODES[code] for code in codes.tolist()]
-    set_aside(boxes, prompt_N4, has_box, rules, error)
+    _skip_by_rules(boxes, prompt_N4, has_box, rules, error)
     usable = np.array([reason is None for reason in error], dtype=np.bool_)
     region = (codes == 0) & np.array([reason == "crowd" for reason in error], dtype=np.bool_)
     shown = (usable | region) & has_box
@@ -278,72 +286,51 @@ def _extra(box: Mapping[str, Any], fault: str | None, frame: _Frame) -> _Extra:
 # ---------------------------------------------------------------------------------------------
 
 
-def set_aside(
+def _skip_by_rules(
     boxes: Sequence[Mapping[str, Any]],
     prompt_N4: npt.NDArray[np.float32],
     has_box: BoolArray,
     rules: BoxRules,
     error: list[str | None],
 ) -> None:
-    """None; boxes that a rule leaves without a mask have its reason in `error`.
+    """Write into `error` the reason of each box that a rule of the job skips.
 
     In this order: a crowd (whatever else is wrong with its box), too small, score too low, over `top_k`,
-    `nms:<row of the better box>`. A rule looks only at the usable boxes that the ones before it left. Better
+    `nms:<row of the better box>`. A rule sees only the boxes that the ones before it left usable. Better
     is the higher score (none last), then the earlier row.
     """
     scores = np.array([_score(box) for box in boxes], dtype=np.float64)
 
-    def left() -> npt.NDArray[np.int64]:
+    def usable() -> npt.NDArray[np.int64]:
         return np.flatnonzero([reason is None for reason in error])
 
-    def leave_out(rows: npt.NDArray[np.int64], reason: str) -> None:
+    def skip(rows: npt.NDArray[np.int64], reason: str) -> None:
         for row in rows.tolist():
             error[row] = reason
 
-    crowds = np.array([bool(box.get("iscrowd")) for box in boxes], dtype=np.bool_)
-    leave_out(np.flatnonzero(crowds), "crowd")
+    def ranked(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return rows[best_first(scores[rows])]
+
+    def iou(winner: int, rivals: npt.NDArray[np.int64]) -> Float64Array:
+        return box_iou(prompt_N4[winner : winner + 1], prompt_N4[rivals])
+
+    skip(np.flatnonzero([bool(box.get("iscrowd")) for box in boxes]), "crowd")
     if rules.min_side_px:
         sides = np.where(has_box, (prompt_N4[:, 2:] - prompt_N4[:, :2]).min(axis=1), np.inf)
-        leave_out(left()[sides[left()] < rules.min_side_px], "box_small")
+        skip(usable()[sides[usable()] < rules.min_side_px], "box_small")
     if rules.min_score is not None:
-        leave_out(left()[scores[left()] < rules.min_score], "box_score")  # NaN, no score, is below nothing
+        skip(usable()[scores[usable()] < rules.min_score], "box_score")  # NaN, no score, is below nothing
     if rules.top_k is not None:
-        leave_out(_ranked(left(), scores)[rules.top_k :], "box_rank")
+        skip(ranked(usable())[rules.top_k :], "box_rank")
     if rules.nms_mode != "none":
-        rows = left()[has_box[left()]]
-        kinds = [_kind(boxes[row]) if rules.nms_mode == "class" else None for row in range(len(boxes))]
-        for loser, winner in _overlapping(_ranked(rows, scores), prompt_N4, kinds, rules.nms_iou):
+        kinds: list[Any] = [None] * len(boxes)
+        if rules.nms_mode == "class":
+            kinds = [(box.get("category_id"), box.get("category_name")) for box in boxes]
+        rows = usable()[has_box[usable()]]
+        for loser, winner in suppress(ranked(rows), kinds, iou, rules.nms_iou):
             error[loser] = f"nms:{winner}"
 
 
 def _score(box: Mapping[str, Any]) -> float:
     score = box.get("score")
     return float("nan") if score is None or not np.isfinite(score) else float(score)
-
-
-def _kind(box: Mapping[str, Any]) -> tuple[Any, Any]:
-    return box.get("category_id"), box.get("category_name")
-
-
-def _ranked(rows: npt.NDArray[np.int64], scores: Float64Array) -> npt.NDArray[np.int64]:
-    """The rows, best first."""
-    return rows[np.lexsort((rows, -np.nan_to_num(scores[rows], nan=-np.inf)))]
-
-
-def _overlapping(
-    ranked: npt.NDArray[np.int64], boxes_N4: npt.NDArray[np.float32], kinds: Sequence[Any], most_iou: float
-) -> list[tuple[int, int]]:
-    """(loser, winner) pairs: greedy, the best first; every loser once."""
-    pairs: list[tuple[int, int]] = []
-    while len(ranked):
-        winner, rest = int(ranked[0]), ranked[1:]
-        same = np.array([kinds[row] == kinds[winner] for row in rest.tolist()], dtype=np.bool_)
-        lost = same & (box_iou(boxes_N4[winner : winner + 1], boxes_N4[rest]).reshape(-1) > most_iou)
-        pairs += [(row, winner) for row in rest[lost].tolist()]
-        ranked = rest[~lost]
-    return pairs
-
-
-# ---------------------------------------------------------------------------------------------
-# Likely mistakes, found before any work
-# ---------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 
 from model import rle
 from model.records import Instances
+from pipeline.boxes import best_first, box_iou, boxes_to_xyxy, suppress
 from pipeline.settings import FilterSettings
 
 Float64Array = npt.NDArray[np.float64]
@@ -78,7 +79,8 @@ def measure(images: Sequence[Instances], prompts_xyxy: Sequence[npt.ArrayLike]) 
     area = np.concatenate([np.zeros(0, np.int64), *[np.asarray(i.area, np.int64) for i in images]])
     empty = area == 0
     tight = _rows_of_four([image.bbox_xywh for image in images])
-    box_iou = np.where(no_box, np.nan, np.where(empty, 0.0, _box_iou(boxes, tight)))
+    overlap = box_iou(boxes, boxes_to_xyxy(tight, "xywh"))
+    overlap = np.where(no_box, np.nan, np.where(empty, 0.0, overlap))
     mask_in_box = np.where(no_box | empty, np.nan, inside / np.maximum(area, 1))
     rules = {
         "empty": empty,
@@ -89,7 +91,7 @@ def measure(images: Sequence[Instances], prompts_xyxy: Sequence[npt.ArrayLike]) 
     }
     named = {name: np.asarray(rule, dtype=np.bool_) for name, rule in rules.items()}
     return MaskQuality(
-        box_iou=box_iou,
+        box_iou=overlap,
         mask_in_box=mask_in_box,
         num_components=components,
         touches_border=~empty & _touches_border(tight, sizes_hw),
@@ -122,15 +124,6 @@ def _count(
         inside.append(rle.count_inside(strips, boxes[step]))
         components.append(rle.count_components(strips))
     return np.concatenate(inside), np.concatenate(components)
-
-
-def _box_iou(xyxy: Float64Array, xywh: Float64Array) -> Float64Array:
-    corner = xywh[:, :2] + xywh[:, 2:]
-    overlap = np.minimum(xyxy[:, 2:], corner) - np.maximum(xyxy[:, :2], xywh[:, :2])
-    both = np.clip(overlap, 0, None).prod(axis=1)
-    union = (xyxy[:, 2:] - xyxy[:, :2]).prod(axis=1) + xywh[:, 2:].prod(axis=1) - both
-    iou: Float64Array = np.divide(both, union, out=np.zeros_like(both), where=union > 0)
-    return iou
 
 
 def _box_pixels(xyxy: Float64Array) -> Float64Array:
@@ -210,39 +203,21 @@ def _mark_overlaps(table: pa.Table, settings: FilterSettings, reasons: list[str 
 
 
 def _suppressed(table: pa.Table, settings: FilterSettings) -> list[tuple[int, int]]:
-    """(loser, winner) pairs of one image's candidates: greedy, the best first; every loser once.
-
-    Better is the higher detector score (null last), then predicted_iou, then the earlier prompt.
-    """
+    """Return (loser, winner) pairs of one image's candidates."""
     masks: list[Any] = table["segmentation"].to_pylist()
-    kinds = _kinds(table, settings.nms_mode)
-    boxes = np.array(table["bbox"].to_pylist(), dtype=np.float64)
-    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    free = np.ones(len(masks), dtype=np.bool_)
-    pairs: list[tuple[int, int]] = []
-    for winner in _ranking(table):
-        if not free[winner]:
-            continue
-        free[winner] = False
-        meets = (low < high[winner]).all(axis=1) & (high > low[winner]).all(axis=1)
-        rivals = np.flatnonzero(free & (kinds == kinds[winner]) & meets)
-        overlap = coco_mask.iou([masks[r] for r in rivals], [masks[winner]], [0]) if len(rivals) else []
-        losers = rivals[np.asarray(overlap).reshape(-1) > settings.nms_iou]
-        free[losers] = False
-        pairs += [(int(loser), int(winner)) for loser in losers]
-    return pairs
+    xyxy = boxes_to_xyxy(np.array(table["bbox"].to_pylist()), "xywh")
+    low, high = xyxy[:, :2], xyxy[:, 2:]
 
+    def mask_iou(winner: int, rivals: npt.NDArray[np.int64]) -> Float64Array:
+        iou = np.zeros(len(rivals))
+        meets = (low[rivals] < high[winner]).all(axis=1) & (high[rivals] > low[winner]).all(axis=1)
+        if meets.any():
+            met = [masks[rival] for rival in rivals[meets].tolist()]
+            iou[meets] = np.asarray(coco_mask.iou(met, [masks[winner]], [0])).reshape(-1)
+        return iou
 
-def _ranking(table: pa.Table) -> npt.NDArray[np.int64]:
-    detector = np.nan_to_num(_numbers(table, "detector_score"), nan=-np.inf)
-    predicted = np.nan_to_num(_numbers(table, "predicted_iou"), nan=-np.inf)
-    return np.lexsort((np.arange(len(detector)), -predicted, -detector))
-
-
-def _kinds(table: pa.Table, mode: str) -> npt.NDArray[np.int64]:
-    """A number for each row's category; one for all rows when classes do not count."""
-    if mode == "all":
-        return np.zeros(table.num_rows, dtype=np.int64)
-    names = list(zip(table["category_id"].to_pylist(), table["category_name"].to_pylist(), strict=True))
-    ranks = {name: rank for rank, name in enumerate(dict.fromkeys(names))}
-    return np.array([ranks[name] for name in names], dtype=np.int64)
+    kinds: list[Any] = [None] * len(masks)
+    if settings.nms_mode == "class":
+        kinds = list(zip(table["category_id"].to_pylist(), table["category_name"].to_pylist(), strict=True))
+    ranked = best_first(_numbers(table, "detector_score"), _numbers(table, "predicted_iou"))
+    return suppress(ranked, kinds, mask_iou, settings.nms_iou)

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 
 from model import rle
 from pipeline import schema
-from pipeline.errors import BOX_CODES, IMAGE_CODES, SET_ASIDE, box_code
+from pipeline.errors import BOX_CODES, IMAGE_CODES, SKIP_CODES, box_code
 
 
 def check_against_plan(table: pa.Table, planned: pa.Table, *, detected: bool = False) -> None:
@@ -114,15 +114,15 @@ def _status_faults(row: Mapping[str, Any]) -> Iterator[str]:
     masks = sum(instance["segmentation"] is not None for instance in row["instances"])
     if (status == "labelled") != (masks > 0):
         yield f"status {status} with {masks} masks"
-    if status == "no_boxes" and row["instances"] and not _set_aside(row["instances"]):
+    if status == "no_boxes" and row["instances"] and not _has_skipped(row["instances"]):
         yield f"status no_boxes with {len(row['instances'])} boxes"
     if status == "labelled" and None in (row["width"], row["height"]):
         yield "labelled without a size"
 
 
-def _set_aside(instances: Sequence[Mapping[str, Any]]) -> bool:
+def _has_skipped(instances: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the job's own rules left boxes of the image without a mask, and none has one."""
-    return any(box_code(one["box_error"]) in SET_ASIDE for one in instances if one["box_error"])
+    return any(box_code(one["box_error"]) in SKIP_CODES for one in instances if one["box_error"])
 
 
 def _instance_faults(row: Mapping[str, Any]) -> Iterator[str]:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from model.records import Instances
 from pipeline import schema
-from pipeline.errors import BOX_CODES, SET_ASIDE, box_code, clean_text, stage_of
+from pipeline.errors import BOX_CODES, SKIP_CODES, box_code, clean_text, stage_of
 from pipeline.settings import JobContext
 from pipeline.tables.mask_quality import MaskQuality, measure, order_flags
 from pipeline.unit import ImageResult, ResolvedBoxes
@@ -84,7 +84,7 @@ def _outcome(result: ImageResult) -> _Outcome:
         )
     usable = int(np.count_nonzero(result.boxes.usable))
     if not usable:
-        if any(box_code(reason) in SET_ASIDE for reason in result.boxes.error if reason):
+        if any(box_code(reason) in SKIP_CODES for reason in result.boxes.error if reason):
             return _Outcome(status="no_boxes")  # nothing is wrong: the job's rules want no mask here
         return _failed("no_usable_box", _reasons(result.boxes.error))
     return _outcome_of_masks(result, usable)

@@ -52,3 +52,30 @@ def test_box_iou_of_overlap_containment_distance_and_nothing() -> None:
 def test_a_wrong_last_axis_is_named() -> None:
     with pytest.raises(ValueError, match=r"boxes have shape \(2, 3\)"):
         boxes.boxes_to_xyxy(np.zeros((2, 3)), "xyxy")
+
+
+def test_the_best_come_first_then_the_second_score_then_the_earlier() -> None:
+    first = np.array([0.5, np.nan, 0.9, 0.5, 0.5, np.nan])
+    second = np.array([0.1, 0.2, 0.0, 0.3, 0.1, np.nan])
+
+    assert boxes.best_first(first).tolist() == [2, 0, 3, 4, 1, 5]
+    assert boxes.best_first(first, second).tolist() == [2, 3, 0, 4, 1, 5]
+    assert boxes.best_first(np.zeros(0)).tolist() == []
+
+
+def test_suppression_is_greedy_within_a_kind_and_a_loser_takes_no_other_with_it() -> None:
+    """Places 0, 1, 2 overlap like a chain; 3 lies where 0 lies, and is of another kind; 4 takes no part."""
+    overlaps = np.eye(5)
+    for one, other in ((0, 1), (1, 2), (0, 3), (0, 4)):
+        overlaps[one, other] = overlaps[other, one] = 0.8
+    ranked = np.array([1, 0, 3, 2])
+    kinds = [(1, "a"), (1, "a"), (1, "a"), (1, None), (1, "a")]
+
+    def iou(winner, rivals):
+        return overlaps[winner, rivals]
+
+    assert boxes.suppress(ranked, kinds, iou, 0.7) == [(0, 1), (2, 1)]
+    assert boxes.suppress(ranked[1:], kinds, iou, 0.7) == []
+    assert boxes.suppress(ranked[1:], [None] * 5, iou, 0.7) == [(3, 0)]
+    assert boxes.suppress(ranked, kinds, iou, 0.8) == []
+    assert boxes.suppress(np.zeros(0, np.int64), [], iou, 0.7) == []

@@ -386,7 +386,7 @@ def test_crowds_stay_crowds_however_the_tables_are_marked_anew(tmp_path):
 
     store = Store(Place(uri=output))
     marked = publish(
-        store, require_job(store), FilterSettings(min_predicted_iou=2.0), require_owner=lambda what: None
+        store, require_job(store), FilterSettings(min_area_px=10**6), require_owner=lambda what: None
     )
 
-    assert dict(marked.counts.rejected) == {"crowd": 1, "predicted_iou": 1}
+    assert dict(marked.counts.rejected) == {"crowd": 1, "area": 1}
