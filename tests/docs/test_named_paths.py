@@ -63,8 +63,9 @@ def test_every_file_of_the_source_tree_exists() -> None:
 
 
 def test_the_source_tree_lists_every_package_and_every_file_next_to_one() -> None:
-    listed = {entry for entry, _ in tree()}
+    listed = [entry for entry, _ in tree()]
     packages = {init.parent for top in PRODUCT for init in (ROOT / top).rglob("__init__.py")}
     files = {path for top in ("jobs", "pipeline") for path in (ROOT / top).glob("[!_]*.py")}
 
-    assert (packages | files) - listed == set()
+    assert (packages | files) - set(listed) == set()
+    assert len(listed) == len(set(listed))
