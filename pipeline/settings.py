@@ -47,7 +47,10 @@ DEMO = "demo"
 class Section(BaseModel):
     """A section of the configuration: frozen, checked strictly, an unknown name is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    # A worker gets its settings ready: `defer_build` saves it the making of validators, 30 ms of CPU.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, defer_build=True
+    )
 
     def row_settings(self) -> dict[str, Any]:
         """Return the settings that can change a row."""

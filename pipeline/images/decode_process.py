@@ -27,13 +27,15 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.errors import ImageError, SystemicFault, clean_text
 from pipeline.images.decode_upright import DecodedImage
-from pipeline.settings import Limits
+
+if TYPE_CHECKING:  # the child reads no settings, and pydantic would cost it 14 MB
+    from pipeline.settings import Limits
 
 MAX_DEATHS = 3
 START_TIMEOUT_S = 60.0
