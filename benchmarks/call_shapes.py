@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.made_inputs import boxes_of
 from jobs.config import Config, load_config
-from jobs.job_setup.checkpoint import read_checkpoint
+from jobs.job_setup.check_models import read_checkpoint
 from jobs.terminal import console
 from model.config import PUBLISHED, SamHQConfig
 from model.device import Dtype, probe_dtype

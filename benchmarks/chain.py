@@ -27,7 +27,7 @@ from jobs.cluster.ray_cluster import usable_cpus
 from jobs.commands.estimate import Measured, measure
 from jobs.config import Config, load_config
 from jobs.job_setup import resolve_settings as settings
-from jobs.job_setup.checkpoint import read_checkpoint
+from jobs.job_setup.check_models import read_checkpoint
 from jobs.job_setup.open_job import plan_inputs
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts

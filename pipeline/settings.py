@@ -17,9 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from model.records import CallShape
 
 T = TypeVar("T")
-CHANGES_ROWS = "changes rows"
+CHANGES_ROWS, IDENTITY = "changes rows", "identity"
 ChangesRows = Annotated[T, CHANGES_ROWS]
-"""The mark of a setting that can change a row of the job: its masks, its values, or whether it failed."""
+"""The mark of a setting that can change a row: its masks, its values, or whether the image failed."""
+Identity = Annotated[T, IDENTITY]
+"""The same of a setting that belongs to the job's identity: a resume with another value is refused."""
 
 
 @dataclass(frozen=True)
@@ -52,34 +54,34 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, defer_build=True
     )
 
-    def row_settings(self) -> dict[str, Any]:
-        """Return the settings that can change a row."""
-        names = {name for name, info in type(self).model_fields.items() if CHANGES_ROWS in info.metadata}
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that belong to a job's identity."""
+        names = {name for name, info in type(self).model_fields.items() if IDENTITY in info.metadata}
         return self.model_dump(include=names)
 
 
 class InputSettings(Section):
     """Which images, which boxes, and how the boxes are to be read."""
 
-    images: ChangesRows[str | None] = None
+    images: Identity[str | None] = None
     """Folder, prefix, glob, table of uris, COCO instances, tars or Hugging Face Parquet (docs/inputs.md)."""
-    boxes: ChangesRows[str | None] = None
+    boxes: Identity[str | None] = None
     """Table, COCO, MegaDetector or YOLO boxes, tars, Hugging Face Parquet, or an earlier output."""
-    box_format: ChangesRows[BoxFormat | None] = None
+    box_format: Identity[BoxFormat | None] = None
     """Default: what the kind of file means (docs/inputs.md): xyxy for tables, xywh for COCO files."""
-    box_frame: ChangesRows[BoxFrame] = "upright"
+    box_frame: Identity[BoxFrame] = "upright"
     """`upright`: boxes are in the picture as users see it (EXIF applied); `stored`: as the file has it."""
-    columns: ChangesRows[dict[str, str]] = {}
+    columns: Identity[dict[str, str]] = {}
     """Where a table has other column names: our name (such as image_uri) to the table's."""
-    image_root: ChangesRows[str | None] = None
+    image_root: Identity[str | None] = None
     """Folder or prefix that relative uris and COCO file names start from; null: the folder of their table."""
-    limit: ChangesRows[int | None] = Field(default=None, ge=1)
+    limit: Identity[int | None] = Field(default=None, ge=1)
     """Only the first N images in the order of their ids."""
-    draft_jpeg: ChangesRows[bool] = False
+    draft_jpeg: Identity[bool] = False
     """Decode a JPEG at half, quarter or eighth size where that is still enough: quicker, other masks."""
-    tar_ids: ChangesRows[TarIds] = "member"
+    tar_ids: Identity[TarIds] = "member"
     """What images in tars are called: their name in the tar, that up to its first dot, or tar and name."""
-    allow_unmatched: ChangesRows[bool] = False
+    allow_unmatched: Identity[bool] = False
     """Skip boxes whose image is not listed, instead of refusing the job."""
     allow_roots: ChangesRows[list[str]] = []
     """Further local folders that image uris may point into."""
@@ -90,30 +92,30 @@ class InputSettings(Section):
 class ModelSettings(Section):
     """The checkpoint, and what the model is asked for; all of it changes masks."""
 
-    checkpoint: ChangesRows[str | None] = None
+    checkpoint: Identity[str | None] = None
     """File, folder, uri, hub id, or `demo` for the small model that comes with hqlabel."""
-    dtype: ChangesRows[Literal["auto", "float32", "bfloat16"]] = "auto"
+    dtype: Identity[Literal["auto", "float32", "bfloat16"]] = "auto"
     """auto: bfloat16 where the hardware multiplies it natively, else float32; resolved once per job."""
-    images_per_call: ChangesRows[int] = Field(default=1, ge=1)
+    images_per_call: Identity[int] = Field(default=1, ge=1)
     """Images in one encoder call."""
-    boxes_per_call: ChangesRows[int | None] = Field(default=None, ge=1)
+    boxes_per_call: Identity[int | None] = Field(default=None, ge=1)
     """Boxes in one decoder call, the last one padded; null: 2 on a CPU, 16 on a GPU, chosen once per job."""
-    multimask: ChangesRows[Literal["single", "best"]] = "single"
+    multimask: Identity[Literal["single", "best"]] = "single"
     """single: SAM's single-mask output, as HQ-SAM was measured; best: the best-scored of three."""
-    hq_token_only: ChangesRows[bool] = False
+    hq_token_only: Identity[bool] = False
     """True leaves SAM's own mask logits out of the sum."""
-    stability_offset: ChangesRows[Number] = Field(default=1.0, gt=0)
+    stability_offset: Identity[Number] = Field(default=1.0, gt=0)
     """Logit offset of stability_score."""
-    compile: ChangesRows[bool] = False
+    compile: Identity[bool] = False
     """On GPUs: compile the model's calls and record them as CUDA graphs; a process begins minutes later."""
     # PyTorch's kernels split their work by it and round some sums differently: of 54,753 masks two differed
     # by one pixel in what their stability is counted from.
-    cpu_threads: ChangesRows[int] = Field(default=1, ge=1)
+    cpu_threads: Identity[int] = Field(default=1, ge=1)
     """Without GPUs: threads of a model process. As many processes of one thread do more, where they fit."""
 
     def mask_settings(self) -> dict[str, Any]:
         """Return all that changes masks but the weights, which are known by their sha256."""
-        return {name: value for name, value in self.row_settings().items() if name != "checkpoint"}
+        return {name: value for name, value in self.identity().items() if name != "checkpoint"}
 
     @property
     def call_shape(self) -> CallShape:
@@ -126,36 +128,36 @@ class ModelSettings(Section):
 class DetectorSettings(Section):
     """The detector that finds the boxes, where none are given (docs/detectors.md)."""
 
-    name: ChangesRows[str | None] = None
+    name: Identity[str | None] = None
     """`hf:ID_OR_FOLDER`, `hf-zero-shot:ID_OR_FOLDER`, or your own class as `module:Class`."""
-    prompts: ChangesRows[dict[str, str]] = {}
+    prompts: Identity[dict[str, str]] = {}
     """What a zero-shot detector searches for: text to the name of its category."""
-    longest_side: ChangesRows[Pixels] = Field(default=1333, ge=16)
+    longest_side: Identity[Pixels] = Field(default=1333, ge=16)
     """The detector gets the upright picture with no side longer than this; none is enlarged."""
-    score_threshold: ChangesRows[Share] = 0.3
+    score_threshold: Identity[Share] = 0.3
     """Only boxes that score over this count; the others leave no row."""
-    max_detections: ChangesRows[int] = Field(default=100, ge=1)
+    max_detections: Identity[int] = Field(default=100, ge=1)
     """The best that many boxes of an image count."""
-    images_per_call: ChangesRows[int] = Field(default=1, ge=1)
+    images_per_call: Identity[int] = Field(default=1, ge=1)
     """Pictures in one call; the last call is filled up to it."""
-    options: ChangesRows[dict[str, Any]] = {}
+    options: Identity[dict[str, Any]] = {}
     """Keyword arguments for your own class; no secrets."""
 
 
 class BoxSettings(Section):
     """Which boxes, given or detected, get no mask; each keeps its row with the reason."""
 
-    min_score: ChangesRows[Number | None] = None
+    min_score: Identity[Number | None] = None
     """Boxes with a lower score get none (box_score); one without a score does."""
-    top_k: ChangesRows[int | None] = Field(default=None, ge=1)
+    top_k: Identity[int | None] = Field(default=None, ge=1)
     """Only the best-scored that many of an image get one (else box_rank)."""
-    nms_mode: ChangesRows[Overlap] = "none"
+    nms_mode: Identity[Overlap] = "none"
     """Of two boxes that overlap the lower-scored gets none (nms): within one class, or over all classes."""
-    nms_iou: ChangesRows[Share] = 0.7
+    nms_iou: Identity[Share] = 0.7
     """IoU of two boxes over which `nms_mode` skips one."""
-    min_side_px: ChangesRows[Annotated[Number, Unit("pixels")]] = Field(default=0.0, ge=0)
+    min_side_px: Identity[Annotated[Number, Unit("pixels")]] = Field(default=0.0, ge=0)
     """Boxes with a shorter side get none (box_small); upright pixels, before `expand`."""
-    expand: ChangesRows[Number] = Field(default=0.0, ge=0, le=1)
+    expand: Identity[Number] = Field(default=0.0, ge=0, le=1)
     """Each side of a prompt is moved out by this share of the box's width or height, inside the picture."""
 
 
@@ -183,7 +185,7 @@ class OutputSettings(Section):
 
     uri: str | None = None
     """A folder or prefix that belongs to this job alone."""
-    images_per_unit: ChangesRows[int] = Field(default=64, ge=1, le=4096)
+    images_per_unit: Identity[int] = Field(default=64, ge=1, le=4096)
     """Images a unit of work and a commit; a decoded unit near 150 MB is good."""
 
 
@@ -288,8 +290,8 @@ class Weights:
 class BoxRules(BoxSettings):
     """How boxes become prompts: the settings, with the boxes' format and frame as planning found them."""
 
-    box_format: BoxFormat = "xyxy"
-    box_frame: BoxFrame = "upright"
+    box_format: Identity[BoxFormat] = "xyxy"
+    box_frame: Identity[BoxFrame] = "upright"
 
 
 class JobDetector(DetectorSettings):
@@ -298,8 +300,8 @@ class JobDetector(DetectorSettings):
     `fingerprint`: what it must state in every process. `title`, `license`: for users.
     """
 
-    name: str
-    fingerprint: str = ""
+    name: Identity[str]
+    fingerprint: Identity[str] = ""
     title: str = ""
     license: str | None = None
 

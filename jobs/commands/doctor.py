@@ -21,8 +21,7 @@ import torch
 from jobs.cluster.ray_cluster import running_ray, usable_cpus
 from jobs.cluster.ray_session import memory_bytes
 from jobs.config import Config
-from jobs.job_setup.checkpoint import read_checkpoint
-from jobs.job_setup.job_detector import read_detector
+from jobs.job_setup.check_models import read_checkpoint, read_detector
 from jobs.job_setup.resolve_settings import is_local, output_place
 from jobs.terminal import console
 from jobs.terminal.environment import REFUSED, dangerous_switches

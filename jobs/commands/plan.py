@@ -14,8 +14,7 @@ from pydantic_core import to_jsonable_python
 from jobs.commands.estimate import carry_over, describe, measure
 from jobs.config import Config
 from jobs.job_setup import resolve_settings as settings
-from jobs.job_setup.checkpoint import read_checkpoint
-from jobs.job_setup.job_detector import FoundDetector, read_detector
+from jobs.job_setup.check_models import CheckedDetector, read_checkpoint, read_detector
 from jobs.job_setup.open_job import before_work, plan_inputs
 from jobs.terminal import console
 from jobs.terminal import input_report as understood
@@ -91,7 +90,7 @@ def _done(config: Config, plan: Plan) -> int:
 
 
 def _rows(
-    config: Config, plan: Plan, weights: Weights | None, done: int | None, detector: FoundDetector | None
+    config: Config, plan: Plan, weights: Weights | None, done: int | None, detector: CheckedDetector | None
 ) -> list[tuple[str, str]]:
     rows = understood.describe_inputs(config, _facts(plan))
     if detector is not None:

@@ -18,8 +18,7 @@ from jobs.cluster.run_units import Work, images_in, new_progress, run_pending
 from jobs.commands import end_summary as ending
 from jobs.config import Given
 from jobs.job_setup import resolve_settings as settings
-from jobs.job_setup.checkpoint import read_checkpoint
-from jobs.job_setup.job_detector import read_detector
+from jobs.job_setup.check_models import read_checkpoint, read_detector
 from jobs.job_setup.open_job import Opened
 from jobs.job_setup.saved_job import SavedJob, open_saved
 from jobs.results.read_tables import failed_units

@@ -1,9 +1,8 @@
 """From a configuration to an opened job: planned anew, or found in the output and proved to be the same.
 
-A new job looks at a few pictures, to warn of likely mistakes. A resume opens no image and lists no folder:
-the weights and the box and table files are fingerprinted again, and with everything else compared to what
-`job.json` holds. The stored plan is then the plan;
-`--check-inputs` makes it anew and compares that too.
+A new job opens a few pictures, to warn of likely mistakes. A resume opens no image and lists no folder: the
+weights and the box and table files are fingerprinted again, and with everything else compared to what
+`job.json` holds. The stored plan is then the plan; `--check-inputs` makes it anew and compares that too.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import contextlib
 import datetime as dt
 import importlib.metadata
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from jobs.config import Config
 from jobs.job_setup import resolve_settings as settings
-from jobs.job_setup.checkpoint import read_checkpoint
-from jobs.job_setup.job_detector import FoundDetector, read_detector
+from jobs.job_setup.check_models import CheckedDetector, read_checkpoint, read_detector
 from jobs.terminal.input_report import with_a_look
 from model.records import MODEL_PROTOCOL
 from pipeline.errors import JobRefused, SystemicFault, UsageError
@@ -31,6 +30,9 @@ from pipeline.settings import AccessRules, BoxRules, InputSettings, JobContext, 
 from pipeline.storage.read_objects import fingerprint
 from pipeline.storage.store import Store
 from pipeline.storage.uri_rules import options_for
+
+_ELSEWHERE = ("limit", "box_format", "box_frame", "draft_jpeg")
+"""Settings of the section `input` that other parts of the identity hold, as what they were resolved to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,20 +47,6 @@ class Opened:
     job: Job
     plan: Plan | None
     resumed: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Wanted:
-    """What a job is asked to be; of a stored plan only its sha256 is known."""
-
-    config: Config
-    weights: Weights
-    dtype: str
-    detector: FoundDetector | None
-    box_rules: BoxRules
-    plan_sha256: str
-    files: tuple[Mapping[str, Any], ...]
-    access: AccessRules
 
 
 def open_or_create(
@@ -79,7 +67,7 @@ def open_or_create(
 
 @contextlib.contextmanager
 def before_work() -> Iterator[None]:
-    """Makes a fault of the surroundings a refusal: nothing was begun, so there is nothing to go on with."""
+    """Turn a fault of the surroundings into a refusal: nothing was begun, so there is nothing to resume."""
     try:
         yield
     except SystemicFault as fault:
@@ -89,12 +77,11 @@ def before_work() -> Iterator[None]:
 def _open_or_create(
     config: Config, check_inputs: bool, probe_dtype: Callable[[], str], device: Callable[[], str]
 ) -> Opened:
-    place = settings.output_place(config)
+    output = settings.output_place(config)
     access = allowed_access(config.input, settings.check_inputs(config))
-    weights = read_checkpoint(config)
-    detector = read_detector(config)
+    weights, detector = read_checkpoint(config), read_detector(config)
     config = settings.resolved(config)
-    store = Store(place)
+    store = Store(output)
     stored = read_job(store)
     config = _with_boxes_per_call(config, stored, device)
     _refuse_compiling_for_a_cpu(config, device)
@@ -103,20 +90,20 @@ def _open_or_create(
         plan = with_a_look(plan_inputs(config), config.limits, detected=detector is not None)
     elif check_inputs or not _plan_holds(store, stored, config.input):
         plan = plan_inputs(config)
-    wanted = _Wanted(
-        config=config,
+    context = partial(
+        new_context,
+        config,
+        output=output,
         weights=weights,
         dtype=_dtype(config, stored, probe_dtype),
-        detector=detector,
-        box_rules=_box_rules(config, plan, stored),
-        plan_sha256=plan.sha256 if plan else _stored(stored).context.plan_sha256,
-        files=plan.summary.input_files if plan else _fingerprints(_stored(stored), access),
-        access=plan.access if plan else access,
+        detector=detector.settings if detector else None,
     )
-    asked = _job(wanted, store, plan, stored)
-    return Opened(
-        config=config, store=store, job=open_job(store, asked), plan=plan, resumed=stored is not None
-    )
+    if plan is not None:
+        job = _planned_job(plan, context, config, detector)
+    else:
+        assert stored is not None, "without a stored job a plan was made"
+        job = _stored_job(stored, context, config, access)
+    return Opened(config=config, store=store, job=open_job(store, job), plan=plan, resumed=stored is not None)
 
 
 def plan_inputs(config: Config) -> Plan:
@@ -168,61 +155,49 @@ def _plan_holds(store: Store, stored: Job, inputs: InputSettings) -> bool:
     return stored.plan.get("asked") == _asked(inputs) and len(files) == -(-stored.units // UNITS_PER_FILE)
 
 
-def _box_rules(config: Config, plan: Plan | None, stored: Job | None) -> BoxRules:
-    understood = plan.summary if plan else _stored(stored).context.box_rules
-    return settings.box_rules(config, understood.box_format, understood.box_frame)
-
-
-def _fingerprints(stored: Job, access: AccessRules) -> tuple[Mapping[str, Any], ...]:
-    """The box and table files of the stored job as they are now."""
-    uris = [file["uri"] for file in stored.identity["inputs"]["files"]]
-    return tuple(fingerprint(uri, options_for(uri, access), roots=access.roots) for uri in uris)
-
-
-def _stored(job: Job | None) -> Job:
-    assert job is not None, "without a stored job a plan was made"
-    return job
-
-
-def _job(wanted: _Wanted, store: Store, plan: Plan | None, stored: Job | None) -> Job:
-    config, given = wanted.config, wanted.config.input
-    context = new_context(
-        config,
-        output=store.place,
-        plan_sha256=wanted.plan_sha256,
-        weights=wanted.weights,
-        dtype=wanted.dtype,
-        detector=None if wanted.detector is None else wanted.detector.settings,
-        box_rules=wanted.box_rules,
-        access=wanted.access,
-    )
-    arguments = {
-        "images": given.images,
-        "boxes": given.boxes,
-        "image_root": given.image_root,
-        "columns": given.columns,
-        "allow_unmatched": given.allow_unmatched,
-        "tar_ids": given.tar_ids,
-    }
-    identity = identity_of(
-        context,
-        inputs={"arguments": arguments, "files": [dict(file) for file in wanted.files]},
-        limit=given.limit,
-        protocol=MODEL_PROTOCOL,
-    )
-    if plan is None:
-        return replace(_stored(stored), identity=identity, context=context)
+def _planned_job(
+    plan: Plan, new_context: Callable[..., JobContext], config: Config, detector: CheckedDetector | None
+) -> Job:
+    """The job that a plan made just now describes."""
     summary = plan.summary
+    rules = settings.box_rules(config, summary.box_format, summary.box_frame)
+    context = new_context(plan_sha256=plan.sha256, box_rules=rules, access=plan.access)
     return Job(
-        identity=identity,
+        identity=_identity(context, config.input, summary.input_files),
         context=context,
-        plan={**asdict(summary), "asked": _asked(given)},
-        categories=wanted.detector.categories if wanted.detector else plan.categories,
+        plan={**asdict(summary), "asked": _asked(config.input)},
+        categories=detector.categories if detector else plan.categories,
         units_per_part=units_per_part(
             images=summary.images,
-            boxes=None if wanted.detector else summary.boxes,
+            boxes=None if detector else summary.boxes,
             images_per_unit=plan.images_per_unit,
         ),
+    )
+
+
+def _stored_job(
+    stored: Job, new_context: Callable[..., JobContext], config: Config, access: AccessRules
+) -> Job:
+    """The stored job with the settings of now, and the box and table files as they are now."""
+    rules = settings.box_rules(
+        config, stored.context.box_rules.box_format, stored.context.box_rules.box_frame
+    )
+    context = new_context(plan_sha256=stored.context.plan_sha256, box_rules=rules, access=access)
+    uris = [file["uri"] for file in stored.identity["inputs"]["files"]]
+    files = [fingerprint(uri, options_for(uri, access), roots=access.roots) for uri in uris]
+    return replace(stored, identity=_identity(context, config.input, files), context=context)
+
+
+def _identity(
+    context: JobContext, inputs: InputSettings, files: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """`identity_of` a job of this code: `files` are fingerprints of box and table files."""
+    arguments = {name: value for name, value in inputs.identity().items() if name not in _ELSEWHERE}
+    return identity_of(
+        context,
+        inputs={"arguments": arguments, "files": [dict(file) for file in files]},
+        limit=inputs.limit,
+        protocol=MODEL_PROTOCOL,
     )
 
 

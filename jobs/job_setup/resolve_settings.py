@@ -1,4 +1,4 @@
-"""From the configuration, which people write, to the records that the pipeline is given.
+"""What a configuration means on this machine: absolute places, image access, values chosen for `null`.
 
 Local places become absolute here, because a worker has another working folder; uris stay as written.
 """
@@ -12,15 +12,7 @@ from typing import Any
 
 from jobs.config import Config
 from pipeline.errors import UsageError
-from pipeline.settings import (
-    DEMO,
-    AccessRules,
-    BoxFormat,
-    BoxFrame,
-    BoxRules,
-    JobDetector,
-    Place,
-)
+from pipeline.settings import DEMO, AccessRules, BoxFormat, BoxFrame, BoxRules, JobDetector, Place
 from pipeline.stages.detect import HF, ZERO_SHOT
 from pipeline.storage.uri_rules import refuse_secrets
 
@@ -40,27 +32,43 @@ def absolute(uri: str) -> str:
     return os.path.abspath(uri.removeprefix("file://")) if is_local(uri) else uri
 
 
+def absolute_if_there(checkpoint: str) -> str:
+    """The path of a checkpoint that exists, absolute; a hub id, a uri, `demo` or another path as it is."""
+    if checkpoint == DEMO or not os.path.exists(absolute(checkpoint)):
+        return checkpoint
+    return absolute(checkpoint)
+
+
 def resolved(config: Config) -> Config:
     """The configuration with every local place absolute: what `config.yaml` in the output holds."""
-    given, model = config.input, config.model
-    places = {name: getattr(given, name) for name in ("images", "boxes", "image_root")}
-    inputs: dict[str, Any] = {name: absolute(place) for name, place in places.items() if place}
-    inputs["allow_roots"] = [os.path.realpath(root) for root in given.allow_roots]
-    checkpoint = model.checkpoint
-    may_be_path = checkpoint not in (None, DEMO) and is_local(str(checkpoint))
-    if checkpoint and may_be_path and os.path.exists(absolute(checkpoint)):
-        checkpoint = absolute(checkpoint)
-    uri, detector = config.output.uri, detector_settings(config)
-    return config.model_copy(
-        update={
-            "input": given.model_copy(update=inputs),
-            "detector": config.detector.model_copy(update={"name": detector and detector.name}),
-            "model": model.model_copy(update={"checkpoint": checkpoint}),
-            "output": config.output.model_copy(update={"uri": absolute(uri) if uri else uri}),
-            # A cluster is joined when one is named in a command, never because an earlier run did.
-            "cluster": config.cluster.model_copy(update={"ray_address": None}),
-        }
+    inputs: dict[str, Any] = {
+        name: absolute(place)
+        for name, place in config.input.model_dump(include={"images", "boxes", "image_root"}).items()
+        if place
+    }
+    inputs["allow_roots"] = [os.path.realpath(root) for root in config.input.allow_roots]
+    checkpoint, uri, detector = config.model.checkpoint, config.output.uri, config.detector.name
+    return _with(
+        config,
+        input=inputs,
+        model={"checkpoint": checkpoint and absolute_if_there(checkpoint)},
+        detector={"name": detector and _with_absolute_folder(detector)},
+        output={"uri": uri and absolute(uri)},
+        # A cluster is joined when one is named in a command, never because an earlier run did.
+        cluster={"ray_address": None},
     )
+
+
+def _with(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """The configuration with some settings of some sections replaced."""
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    )
+
+
+def with_boxes_per_call(config: Config, otherwise: int | None) -> Config:
+    """The configuration with `model.boxes_per_call` as it is given, or `otherwise` where it is null."""
+    return _with(config, model={"boxes_per_call": config.model.boxes_per_call or otherwise})
 
 
 def storage_options(config: Config, uri: str) -> Mapping[str, Any]:
@@ -89,45 +97,48 @@ def check_inputs(config: Config) -> AccessRules:
     Raises:
         UsageError: inputs that are missing or contradict each other, a folder that does not exist, a secret.
     """
-    inputs = config.input
-    if config.detector.name and inputs.boxes:
+    inputs, detector = config.input, config.detector.name
+    if detector and inputs.boxes:
         raise UsageError(
             "--boxes and --detector are both given; the boxes come from one of them: leave one out"
         )
-    if config.detector.name and not inputs.images:
+    if detector and not inputs.images:
         raise UsageError("--images is missing: a detector needs pictures to look at")
     if not inputs.images and not inputs.boxes:
         raise UsageError("--images and --boxes are missing: name images, boxes, or both")
+    for root in inputs.allow_roots:
+        if not os.path.isdir(root):
+            raise UsageError(f"--allow-root {root}: there is no such folder")
     storage_options(config, "")
     return AccessRules(
-        roots=tuple(os.path.realpath(_existing_folder(root)) for root in inputs.allow_roots),
+        roots=tuple(map(os.path.realpath, inputs.allow_roots)),
         schemes=tuple(dict.fromkeys((*AccessRules().schemes, *inputs.allow_schemes))),
         options=config.storage,
     )
 
 
 def box_rules(config: Config, box_format: BoxFormat, box_frame: BoxFrame) -> BoxRules:
-    """How the boxes become prompts; format and frame are what planning has understood."""
+    """How the boxes become prompts; format and frame are what planning found."""
     return BoxRules(box_format=box_format, box_frame=box_frame, **config.boxes.model_dump())
 
 
 def detector_settings(config: Config) -> JobDetector | None:
-    """The detector as asked for, not yet looked at; None without one.
+    """The configured detector, not loaded yet; None without one.
 
     Raises:
         UsageError: prompts for a detector that takes none, or none for one that needs them.
     """
-    given = config.detector
-    if given.name is None:
+    name, prompts, options = config.detector.name, config.detector.prompts, config.detector.options
+    if name is None:
         return None
-    is_zero_shot = given.name.startswith(ZERO_SHOT)
-    if is_zero_shot != bool(given.prompts):
+    is_zero_shot = name.startswith(ZERO_SHOT)
+    if is_zero_shot != bool(prompts):
         wrong = "--prompts are missing" if is_zero_shot else "it takes no --prompts"
         raise UsageError(
-            f"--detector {given.name}: {wrong}; hf-zero-shot: detectors take them, such as 'person; red car'"
+            f"--detector {name}: {wrong}; hf-zero-shot: detectors take them, such as 'person; red car'"
         )
-    refuse_secrets(given.options, where="detector.options")
-    return JobDetector(**(given.model_dump() | {"name": _with_absolute_folder(given.name)}))
+    refuse_secrets(options, where="detector.options")
+    return JobDetector(**(config.detector.model_dump() | {"name": _with_absolute_folder(name)}))
 
 
 def _with_absolute_folder(name: str) -> str:
@@ -136,15 +147,3 @@ def _with_absolute_folder(name: str) -> str:
         if name.startswith(kind) and os.path.isdir(name.removeprefix(kind)):
             return kind + os.path.abspath(name.removeprefix(kind))
     return name
-
-
-def with_boxes_per_call(config: Config, otherwise: int | None) -> Config:
-    """The configuration with `model.boxes_per_call` as it is given, or `otherwise` where it is null."""
-    chosen = config.model.boxes_per_call or otherwise
-    return config.model_copy(update={"model": config.model.model_copy(update={"boxes_per_call": chosen})})
-
-
-def _existing_folder(path: str) -> str:
-    if not os.path.isdir(path):
-        raise UsageError(f"--allow-root {path}: there is no such folder")
-    return path

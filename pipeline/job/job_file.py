@@ -86,8 +86,8 @@ def identity_of(
         "inputs": inputs,
         "weights": {"sha256": context.weights.sha256, "input_side": context.weights.input_side},
         "masks": mask_settings(context),
-        "box_rules": context.box_rules.model_dump(),
-        "detector": _detector_identity(context.detector),
+        "box_rules": context.box_rules.identity(),
+        "detector": _detector_identity(context.detector) if context.detector else None,
     }
     # As it comes back from the file: tuples become lists, keys strings.
     return dict(json.loads(json.dumps(identity, allow_nan=False)))
@@ -108,14 +108,12 @@ def _from_mask_settings(masks: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": ModelSettings(**model), "draft_jpeg": draft_jpeg}
 
 
-def _detector_identity(detector: JobDetector | None) -> dict[str, Any] | None:
-    """All of a detector but where its files lie and what it is called."""
-    if detector is None:
-        return None
-    fields = detector.model_dump()
-    del fields["license"], fields["title"]
-    kind, colon, _ = fields.pop("name").partition(":")
-    return {"kind": kind + colon if colon and kind in ("hf", "hf-zero-shot") else detector.name, **fields}
+def _detector_identity(detector: JobDetector) -> dict[str, Any]:
+    """Return all of a detector but where its files are, which may change."""
+    fields = detector.identity()
+    name = fields.pop("name")
+    kind, colon, _ = name.partition(":")
+    return {"kind": kind + colon if kind in ("hf", "hf-zero-shot") else name, **fields}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from pipeline import schema
 from pipeline.failpoints import visit
-from pipeline.settings import BoxRules, JobContext, UnitOutcome
+from pipeline.settings import JobContext, UnitOutcome
 from pipeline.storage import sealed_parquet
 from pipeline.storage.store import Store
 
@@ -102,11 +102,8 @@ def footer(context: JobContext) -> dict[str, str]:
 def _box_lineage(context: JobContext) -> dict[str, object]:
     """Where the boxes come from, and the rules by which some have no mask."""
     detector, rules = context.detector, context.box_rules
-    entries: dict[str, object] = {
-        f"box_{name}": value
-        for name, value in vars(rules).items()
-        if name not in ("box_format", "box_frame") and value != getattr(BoxRules(), name)
-    }
+    changed = rules.model_dump(exclude={"box_format", "box_frame"}, exclude_defaults=True)
+    entries: dict[str, object] = {f"box_{name}": value for name, value in changed.items()}
     if detector is None:
         return entries
     return entries | {

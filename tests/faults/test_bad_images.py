@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from jobs.config import load_config
-from jobs.job_setup.checkpoint import read_checkpoint
+from jobs.job_setup.check_models import read_checkpoint
 from model.records import SegmentFailure
 from model.segmenter import Segmenter
 from pipeline.errors import SystemicFault

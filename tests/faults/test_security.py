@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jobs.config import Config
-from jobs.job_setup.checkpoint import read_checkpoint
+from jobs.job_setup.check_models import read_checkpoint
 from pipeline.errors import JobRefused, SystemicFault
 from pipeline.settings import Weights
 from pipeline.stages.load_model import load_model

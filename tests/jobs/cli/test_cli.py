@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from jobs.cli import main as cli
 from jobs.config import Config
-from jobs.job_setup.checkpoint import read_checkpoint
+from jobs.job_setup.check_models import read_checkpoint
 from jobs.terminal.input_report import describe_model
 from pipeline.errors import DamageFound, JobRefused, SystemicFault, UsageError
 from tests.e2e.scenes import DataSet

@@ -1,0 +1,115 @@
+"""A job's checkpoint and detector, read, checked and tried once on this machine, before any work.
+
+A missing file, another model, a damaged tensor or a detector that raises ends the job with exit code 4 here,
+and not as a thousand workers with a traceback each, or a failure of every image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.config import Config
+from jobs.job_setup.resolve_settings import (
+    absolute,
+    absolute_if_there,
+    detector_settings,
+    is_local,
+    require,
+    storage_options,
+)
+from jobs.terminal import console
+from model.checkpoints import CheckpointError, LoadedModel, load
+from model.config import ConfigError
+from model.weight_files import ENDINGS
+from pipeline.errors import HqlabelError, JobRefused, clean_text
+from pipeline.settings import DEMO, JobDetector, Weights
+from pipeline.stages.detect import load_detector, try_out
+from pipeline.stages.load_model import open_weights
+
+DEMO_NOTE = (
+    "made with the demo checkpoint: for trying the pipeline and for its tests, not for labelling your data"
+)
+
+
+def read_checkpoint(config: Config) -> Weights:
+    """The record by which workers open the configured checkpoint, after reading it whole.
+
+    Raises:
+        UsageError: none is named.
+        JobRefused: nothing there, not SAM-HQ, damaged, or not readable.
+    """
+    name = require(config.model.checkpoint, "--checkpoint", "SAM-HQ weights, or demo for a first try")
+    source = absolute_if_there(name)
+    _refuse_missing_path(name, source)
+    options = {} if is_local(source) else storage_options(config, source)
+    loaded = _load(name, source, options)
+    return Weights(
+        source=source,
+        sha256=loaded.weights.sha256,
+        options=options,
+        license=clean_text(loaded.weights.license or "") or None,
+        architecture=loaded.weights.architecture,
+        input_side=loaded.model.config.image_size,
+        note=DEMO_NOTE if source == DEMO else None,
+        warning=clean_text("; ".join(loaded.weights.warnings)) or None,
+    )
+
+
+def _refuse_missing_path(name: str, source: str) -> None:
+    """Asking the hub for what was meant as a path takes half a minute and ends in a misleading answer."""
+    if name == DEMO or not is_local(name) or os.path.exists(source):
+        return
+    in_a_folder = os.path.isdir(os.path.dirname(absolute(name))) and os.sep in name
+    looks_like_a_file = name.count("/") < 2 and name.endswith(ENDINGS)
+    if os.path.isabs(name) or in_a_folder or looks_like_a_file:
+        raise JobRefused(f"--checkpoint {name}: there is no such file or folder")
+
+
+def _load(name: str, source: str, options: Mapping[str, Any]) -> LoadedModel:
+    try:
+        return load(open_weights(source, options))
+    except (CheckpointError, ConfigError, OSError) as error:
+        message = clean_text(str(error)).removeprefix(f"{name}: ")
+        raise JobRefused(f"--checkpoint {name}: {message}") from error
+    except HqlabelError as error:
+        raise JobRefused(f"--checkpoint {name}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedDetector:
+    """A detector that works here. `settings`: with its own fingerprint. `categories`: {"id", "name"}."""
+
+    settings: JobDetector
+    categories: tuple[dict[str, Any], ...]
+
+    def __str__(self) -> str:
+        licence = f"licence {self.settings.license}" if self.settings.license else "licence unknown"
+        classes = console.count(len(self.categories), "category", "categories")
+        fingerprint = console.fingerprint(self.settings.fingerprint)
+        return f"{self.settings.title}; {classes}; fingerprint {fingerprint}; {licence}"
+
+
+def read_detector(config: Config) -> CheckedDetector | None:
+    """The configured detector, loaded and tried on a blank picture on this machine's CPU; None without one.
+
+    Raises:
+        UsageError: prompts that do not go with it.
+        JobRefused: it cannot be loaded, or does not do what a detector does.
+    """
+    settings = detector_settings(config)
+    if settings is None:
+        return None
+    detector = load_detector(settings)
+    try_out(detector, settings)
+    fingerprint = detector.fingerprint()
+    if not isinstance(fingerprint, str) or not fingerprint:
+        raise JobRefused(f"detector {settings.name}: its fingerprint is {fingerprint!r}; wanted a text")
+    categories = sorted(detector.categories, key=lambda category: category.id)
+    facts = {"fingerprint": fingerprint, "title": detector.name, "license": detector.license}
+    return CheckedDetector(
+        settings=settings.model_copy(update=facts),
+        categories=tuple({"id": int(category.id), "name": category.name} for category in categories),
+    )
