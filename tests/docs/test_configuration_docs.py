@@ -1,4 +1,4 @@
-"""docs/configuration.md is what the configuration's fields say of themselves."""
+"""docs/configuration.md is generated from the fields of the configuration."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def test_the_page_is_up_to_date() -> None:
     assert fresh.stdout == PAGE.read_text(), "run tools/configuration.py"
 
 
-def test_every_field_says_what_it_means() -> None:
-    silent = [
+def test_every_field_has_a_meaning() -> None:
+    without_meaning = [
         line for line in PAGE.read_text().splitlines() if line.startswith("| `") and line.endswith("|  |")
     ]
 
-    assert silent == []
+    assert without_meaning == []
 
 
 def test_the_example_is_a_configuration(tmp_path: Path) -> None:

@@ -10,25 +10,25 @@ from tests.docs.markdown import column, section, table
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "errors.md").read_text()
 
 
-def test_every_image_code_stands_on_the_page_with_stage_and_meaning() -> None:
+def test_every_image_code_is_on_the_page_with_stage_and_meaning() -> None:
     rows = table(section(PAGE, "Image codes"))
 
     assert {row["code"]: (row["stage"], row["meaning"]) for row in rows} == errors.IMAGE_CODES
 
 
-def test_every_box_code_stands_on_the_page_with_its_meaning() -> None:
+def test_every_box_code_is_on_the_page_with_its_meaning() -> None:
     rows = table(section(PAGE, "Box codes"))
 
     assert {row["code"]: row["meaning"] for row in rows} == errors.BOX_CODES
 
 
-def test_every_systemic_code_stands_on_the_page_with_its_meaning() -> None:
+def test_every_systemic_code_is_on_the_page_with_its_meaning() -> None:
     rows = table(section(PAGE, "Systemic codes"))
 
     assert {row["code"]: row["meaning"] for row in rows} == errors.SYSTEMIC_CODES
 
 
-def test_every_code_says_what_to_do() -> None:
+def test_every_code_has_advice() -> None:
     for heading in ("Image codes", "Box codes", "Systemic codes"):
         assert all(row["what to do"] for row in table(section(PAGE, heading)))
 

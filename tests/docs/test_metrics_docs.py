@@ -10,7 +10,7 @@ from tests.docs.markdown import section, table
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text()
 
 
-def test_every_metric_stands_on_the_page_as_it_is() -> None:
+def test_every_metric_is_on_the_page() -> None:
     rows = table(section(PAGE, "Metrics"))
 
     assert [(r["name"], r["kind"], r["tags"], r["meaning"]) for r in rows] == [

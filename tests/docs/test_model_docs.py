@@ -33,7 +33,7 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_the_examples_run_and_give_what_their_comments_say(place, number):
+def test_the_examples_run_and_return_what_their_comments_state(place, number):
     names: dict[str, object] = {}
     exec(EXAMPLES[number], names)
     answer = names["answer"]
@@ -48,7 +48,7 @@ def test_the_examples_run_and_give_what_their_comments_say(place, number):
         assert names["mask"].shape == (1200, 1800)
 
 
-def test_each_example_is_ten_lines_of_code_or_fewer_beside_its_imports():
+def test_each_example_is_ten_lines_of_code_or_fewer_without_imports():
     for code in EXAMPLES:
         lines = [line for line in code.splitlines() if line and not re.match(r"(import|from) ", line)]
         assert len(lines) <= 10

@@ -1,4 +1,4 @@
-"""The recipes of docs/results.md run as they stand, and give what a person would expect."""
+"""The recipes of docs/results.md run unchanged and return what a user expects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PYTHON = {"polars": 0, "datasets": 1, "torch": 2, "fiftyone": 3}
 
 
 @pytest.fixture
-def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder_with_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with `out`: images of 0, 1 and 2 masks, one turned by EXIF, one failed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -47,13 +47,13 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_python(name: str) -> dict[str, Any]:
-    """What the recipe's names stand for after it ran."""
+    """Return the variables of the recipe after it ran."""
     names: dict[str, Any] = {"__name__": "recipe"}
     exec(compile(blocks(RECIPES, "python")[PYTHON[name]], f"recipe of {name}", "exec"), names)
     return names
 
 
-def test_the_queries_answer(beside: Path) -> None:
+def test_the_queries_answer(folder_with_out: Path) -> None:
     kept, failures = (duckdb.sql(query).fetchall() for query in blocks(RECIPES, "sql"))
 
     assert kept == [("cat", 3, 3)]
@@ -61,18 +61,18 @@ def test_the_queries_answer(beside: Path) -> None:
 
 
 def test_polars_lists_the_images_whose_masks_are_all_good(
-    beside: Path, capsys: pytest.CaptureFixture[str]
+    folder_with_out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_python("polars")
 
     assert capsys.readouterr().out.strip() == str(
-        [str(beside / "photos" / name) for name in ("1.jpg", "2.jpg")]
+        [str(folder_with_out / "photos" / name) for name in ("1.jpg", "2.jpg")]
     )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="datasets is not installed")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_datasets_streams_the_tables(beside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_datasets_streams_the_tables(folder_with_out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_python("datasets")
 
     lines = capsys.readouterr().out.splitlines()
@@ -80,7 +80,7 @@ def test_datasets_streams_the_tables(beside: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_torch_loader_gives_pictures_with_masks_of_their_size(
-    beside: Path, capsys: pytest.CaptureFixture[str]
+    folder_with_out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_python("torch")
 
@@ -89,14 +89,16 @@ def test_a_torch_loader_gives_pictures_with_masks_of_their_size(
 
 @pytest.mark.skipif(importlib.util.find_spec("fiftyone") is None, reason="fiftyone is not installed")
 @pytest.mark.filterwarnings("ignore")
-def test_fiftyone_reads_every_mask_through_coco(beside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fiftyone_reads_every_mask_through_coco(
+    folder_with_out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, _, err = run("export", "coco", "--output", "out", "--to", "out-coco")
     assert code == 0, err
 
     labels = run_python("fiftyone")["labels"]
 
     assert capsys.readouterr().out.splitlines()[-1] == "3 masks, 0 doubtful"
-    coco = json.loads((beside / "out-coco" / "instances.json").read_text())
+    coco = json.loads((folder_with_out / "out-coco" / "instances.json").read_text())
     names = {one["id"]: one["file_name"] for one in coco["images"]}
     read = {
         (Path(one.filepath).name, mask.instance_index): mask

@@ -1,4 +1,4 @@
-"""docs/schema.md is the code's own schema, and its snippets run as they stand."""
+"""docs/schema.md is the code's own schema, and its snippets run unchanged."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def written(kind: pa.DataType) -> str:
     return str(kind)
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("instances", schema.INSTANCES), ("images", schema.IMAGES)])
-def test_the_page_lists_every_column_in_order_with_type_and_null_rule(name: str, wanted: pa.Schema) -> None:
+@pytest.mark.parametrize(("name", "expected"), [("instances", schema.INSTANCES), ("images", schema.IMAGES)])
+def test_the_page_lists_every_column_in_order_with_type_and_null_rule(name: str, expected: pa.Schema) -> None:
     rows = table(section(PAGE, name))
 
-    assert column(rows, "column") == wanted.names
-    assert column(rows, "type") == [written(field.type) for field in wanted]
-    assert [not row["null"].startswith("never") for row in rows] == [field.nullable for field in wanted]
+    assert column(rows, "column") == expected.names
+    assert column(rows, "type") == [written(field.type) for field in expected]
+    assert [not row["null"].startswith("never") for row in rows] == [field.nullable for field in expected]
     assert all(row["meaning"] and row["example"] for row in rows)
 
 
@@ -134,10 +134,10 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             schema.IMAGES,
         ),
     }
-    for name, (rows, wanted) in tables.items():
+    for name, (rows, expected) in tables.items():
         (tmp_path / "out" / name).mkdir(parents=True)
         part = tmp_path / "out" / name / "part-00000.parquet"
-        pq.write_table(pa.Table.from_pylist(rows, schema=wanted), part)
+        pq.write_table(pa.Table.from_pylist(rows, schema=expected), part)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
