@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils import benchmark
 
-from model.attention import (
+from model.kernels import (
     blocked_attention,
     fold,
     folded_attention,
@@ -32,7 +32,7 @@ from model.attention import (
     offset_terms,
     plain_attention,
 )
-from model.config import PUBLISHED, VisionConfig
+from model.sam_config import PUBLISHED, VisionConfig
 
 Road = Callable[..., torch.Tensor]
 

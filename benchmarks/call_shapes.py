@@ -24,9 +24,9 @@ from benchmarks.made_inputs import boxes_of
 from jobs.config import Config, load_config
 from jobs.job_setup.check_models import read_checkpoint
 from jobs.terminal import console
-from model.config import PUBLISHED, SamHQConfig
 from model.device import Dtype, probe_dtype
 from model.records import CallShape, Instances, PreparedImage, Prompts
+from model.sam_config import PUBLISHED, SamHQConfig
 from model.sam_hq import SamHQ
 from model.segmenter import Segmenter
 from pipeline.errors import UsageError
@@ -125,12 +125,12 @@ def flops(config: SamHQConfig, boxes: int) -> int:
         shared = decoder.share(
             embedding_BCGG=embedding,
             hq_features_BCHW=hq,
-            dense_BCGG=model.prompt_encoder.no_mask.view(1, -1, 1, 1),
+            dense_BCGG=model.prompt_encoder.no_mask(),
             image_pe_1CGG=model.prompt_encoder.image_pe(),
         )
-    tokens = torch.empty(1, decoder.tokens_of_a_box, decoder.mask_tokens.shape[1], device="meta")
+    tokens = torch.empty(1, decoder.tokens_of_a_box, decoder.mask_tokens.embedding_dim, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as box:
-        decoder.answer(tokens, shared.first, shared.terms, (0,))
+        decoder.decode_tokens(tokens, shared.first_layer, shared.terms, (0,))
     return int(image.get_total_flops() + boxes * box.get_total_flops())
 
 

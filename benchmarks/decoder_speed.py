@@ -19,8 +19,8 @@ from collections.abc import Callable
 
 import torch
 
-from model.config import PATCH_SIZE, vit_config
 from model.records import CallShape, Instances
+from model.sam_config import PATCH_SIZE, vit_config
 from model.sam_hq import SamHQ
 from model.segmenter import Segmenter
 from tests.model.plain_decoder import plain_decode

@@ -41,13 +41,13 @@ from pycocotools import mask as coco_mask
 from torch.profiler import ProfilerActivity, profile
 
 from model.checkpoints import save_transformers
-from model.config import PUBLISHED
 from model.device import Dtype
 from model.records import CallShape, Instances, scale_boxes, target_size_hw
 from model.rle import rle_to_mask
+from model.sam_config import PUBLISHED
 from model.sam_hq import SamHQ
 from model.segmenter import Segmenter
-from tests.parity.lively import boxes_in, lively, photo
+from tests.parity.lively import boxes_in, lively, photo, pixels_of
 from tests.parity.oracle import predictor_of
 
 SIZE_HW = (1536, 2048)
@@ -94,7 +94,7 @@ def transformers(model: SamHQ, dtype: torch.dtype, image: np.ndarray, boxes: np.
 
     @torch.no_grad()
     def road() -> list[str]:
-        pixels = model.normalise_images([image]).to(dtype)
+        pixels = pixels_of(model, [image]).to(dtype)
         low = theirs(pixel_values=pixels, input_boxes=scaled, multimask_output=False).pred_masks[0].float()
         padded = F.interpolate(low, (1024, 1024), mode="bilinear", align_corners=False)
         fitted = padded[..., : resized_hw[0], : resized_hw[1]]

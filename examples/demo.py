@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from model.checkpoints import DEMO_FOLDER, save_transformers
-from model.config import vit_config
+from model.sam_config import vit_config
 from model.sam_hq import SamHQ
 
 PHOTOS = Path(os.path.relpath(Path(__file__).resolve().parent / "photos"))

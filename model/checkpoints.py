@@ -1,54 +1,130 @@
-"""Weights in and out: where they come from, what they are, whether they are whole.
+"""Weights in and out: read safely, named, checked to be whole, and put into a `SamHQ`.
 
     bytes of a file, folder or hub id  ->  SHA-256  ->  tensors  ->  our names  ->  architecture  ->  SamHQ
 
+A file is read into memory, hashed and parsed from there, so that the hash is of the very bytes in use. The
+price is about twice the file's size while it loads. A `.pth` goes through torch's restricted unpickler only:
+no file is unpickled beyond tensors, whatever the environment asks for.
+
 Strict on tensors. The original loader only prints what is missing or left over, so that a file of plain SAM
-gives HQ-SAM with random HQ weights; here each such tensor is an error by name.
-The tensors decide the architecture. A `config.json` beside them is held against them; what it holds beyond
-what is known here is a warning, so that the files of the next release of transformers can be read.
-No file is unpickled beyond tensors, whatever the environment says.
+gives HQ-SAM with random HQ weights; here each such tensor is an error by name. The tensors decide the
+architecture. A `config.json` next to them is checked against them; its unknown keys are a warning, so that
+the files of the next release of transformers can be read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import os
+import pickletools
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO
 
+import huggingface_hub
 import safetensors.torch
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from model.architecture import config_from_shapes, deciding_shapes
-from model.config import ConfigError, SamHQConfig, VisionConfig
-from model.config_json import config_to_json, disagreements, part_of, stated_side, unknown_keys
-from model.layouts import (
+from model.records import WeightsInfo
+from model.sam_config import (
+    ConfigError,
+    SamHQConfig,
+    TinyVisionConfig,
+    VisionConfig,
+    check_config_json,
+    config_to_json,
+    json_part,
+    stated_side,
+)
+from model.sam_hq import SamHQ
+from model.weight_names import (
     IGNORED,
-    TIED_PE,
+    PARTS,
+    POSITIONS,
+    SHARED_POSITIONS,
+    TIED_POSITIONS,
+    WRAPPED,
     Layout,
+    config_from_shapes,
+    deciding_shapes,
     decoder_alone,
     detect_layout,
     foreign_model,
     prefixes,
     rename,
-    without_wrappers,
 )
-from model.records import WeightsInfo
-from model.sam_hq import SamHQ
-from model.weight_files import CONFIG, SINGLE, CheckpointError, Source, read_weights, write_atomically
-
-__all__ = ["DEMO_FOLDER", "CheckpointError", "LoadedModel", "load", "save_original", "save_transformers"]
 
 DEMO_FOLDER = Path(__file__).parent / "weights" / "hqlabel-demo"
 """The small model that comes with the package, in the transformers layout."""
 
+Source = str | Path | bytes | BinaryIO | Mapping[str, bytes | BinaryIO]
+Tensors = dict[str, torch.Tensor]
+Read = Callable[[str], bytes | None]
+"""Returns the bytes of a file of a folder by name, None when the folder has no such file."""
+
+SINGLE, CONFIG = "model.safetensors", "config.json"
+IN_FOLDER = (SINGLE, f"{SINGLE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""The names under which transformers keeps the weights of a folder, in order of preference."""
+ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+OF_SAM = ("iou_prediction_head.", "hf_token.", "hq_token.")
+"""Parts of the names of every model of this family in every layout, also of a decoder or its HQ layers."""
+DEEPEST_WRAPPER = 4
+OF_TENSORS = re.compile(
+    r"torch\.(?:\w+Storage|Size|device|_utils\.\w+|storage\.\w+|_tensor\.\w+)|collections\.OrderedDict"
+)
+"""What a pickle of tensors is made of."""
+PACKED = {
+    b"\x1f\x8b": "gunzip",
+    b"\xfd7zXZ\x00": "unxz",
+    b"BZh": "bunzip2",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"7z\xbc\xaf": "7z x",
+    b"Rar!": "unrar x",
+}
+"""How packed files begin, and what unpacks them."""
+SHORTEST = 10_000
+"""Fewer bytes than any weights have: such a text is a server's answer."""
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+))?")
+PUBLISHED_LICENSES = {
+    "lkeab/hq-sam": "Apache-2.0",
+    "syscv-community/sam-hq-vit-base": "Apache-2.0",
+    "syscv-community/sam-hq-vit-large": "Apache-2.0",
+    "syscv-community/sam-hq-vit-huge": "Apache-2.0",
+}
+
+
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FP16_MAX = 65504.0
-NAMES_SHOWN = 8
+NAMES_LISTED = 8
+ADAPTER = re.compile(r"\.(?:lora_|base_layer\.|modules_to_save\.|original_module\.)")
+"""In the names that PEFT gives to what it adds to a model's own layers."""
+
+
+class CheckpointError(ValueError):
+    """Weights that cannot be found, read or used. The message names the file or the tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """What was read: tensors under the file's own names, and where they came from.
+
+    `sha256`: hex, of the file's bytes, or of all shards' one after another in name order. `config`: the
+    parsed `config.json` next to them, if any. `license`: as the file or the publisher states it.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    sha256: str
+    source: str
+    config: Mapping[str, Any] | None = None
+    license: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +156,10 @@ def load(
         ConfigError: a `config.json` of another model, or that asks for what is not done here.
     """
     files = read_weights(source, revision=revision)
-    layout, native, ignored = to_native(files.tensors)
-    unknown = unknown_keys(files.config or {})
-    config = read_config(native, files.config or {}, layout)
-    model = build(config, native, layout)
+    layout, tensors, ignored = original_names(files.tensors)
+    values = files.config or {}
+    config = read_config(tensors, values, layout)
+    unknown = check_config_json(values, config)
     info = WeightsInfo(
         sha256=files.sha256,
         layout=layout,
@@ -91,86 +167,82 @@ def load(
         license=files.license,
         source=files.source,
         ignored_keys=tuple(sorted(ignored)),
-        warnings=(f"config.json: {shown(unknown)}: not known here, not followed",) if unknown else (),
+        warnings=(f"config.json: {listed(unknown)}: not known here, not followed",) if unknown else (),
     )
-    return LoadedModel(model=model.cast(dtype).to(device), weights=info)
+    return LoadedModel(model=build(config, tensors, layout).cast(dtype).to(device), weights=info)
 
 
-_ADAPTER = re.compile(r"\.(?:lora_|base_layer\.|modules_to_save\.|original_module\.)")
-"""In the names that PEFT gives to what it put beside and around a model's own layers."""
+# Which tensors they are
 
 
-def to_native(tensors: Mapping[str, torch.Tensor]) -> tuple[Layout, dict[str, torch.Tensor], list[str]]:
-    """Return the layout, the tensors under our names, and the names that are known not to matter."""
+def original_names(tensors: Tensors) -> tuple[Layout, Tensors, list[str]]:
+    """Return the layout, the tensors under the model's names, and the names that are known not to matter."""
     tensors = without_prefix(tensors)
-    foreign = foreign_model(tensors)
-    if foreign is not None:
+    foreign, decoder, layout = foreign_model(tensors), decoder_alone(tensors), detect_layout(tensors)
+    if foreign:
         raise CheckpointError(
             f"the file holds {foreign}, not SAM-HQ: there is no HQ token in it. Use a SAM-HQ checkpoint, "
             "such as sam_hq_vit_b.pth or syscv-community/sam-hq-vit-base"
         )
-    whose = decoder_alone(tensors)
-    if whose is not None:
-        raise CheckpointError(
-            f"the file holds the mask decoder of {whose} alone{what_to_merge(whose, tensors)}"
+    if decoder:
+        advice = (
+            how_to_merge(tensors)
+            if decoder == "SAM-HQ"
+            else (", from which the training of SAM-HQ begins; it is not SAM-HQ")
         )
-    layout = detect_layout(tensors)
+        raise CheckpointError(f"the file holds the mask decoder of {decoder} alone{advice}")
     if layout is None:
         raise CheckpointError(
             f"the file holds {len(tensors)} tensors, none of an image encoder; it is not SAM-HQ "
-            f"(first names: {shown(sorted(tensors))})"
+            f"(first names: {listed(sorted(tensors))})"
         )
-    native: dict[str, torch.Tensor] = {}
-    ignored, left_over = [], []
+    named, ignored, left_over = Tensors(), list[str](), list[str]()
     for name, tensor in tensors.items():
-        ours = rename(name, layout, "native")
-        if ours is not None:
-            native[ours] = tensor
-        elif name == TIED_PE and layout == "transformers":
-            add_tied_matrix(native, tensor, tensors)
-        elif IGNORED.fullmatch(name):
-            ignored.append(name)
+        if layout == "transformers" and name == TIED_POSITIONS:
+            if not torch.equal(tensors.get(SHARED_POSITIONS, tensor), tensor):
+                raise CheckpointError(f"{TIED_POSITIONS} differs from {SHARED_POSITIONS}")
+            named[POSITIONS] = tensor
+        elif original := rename(name, layout, "original"):
+            named[original] = tensor
         else:
-            left_over.append(name)
+            (ignored if IGNORED.fullmatch(name) else left_over).append(name)
     if left_over:
         # Without its adapters such a model is another one: to save the rest alone would be wrong advice.
         advice = (
             "adapters such as LoRA's must be merged first: save what PEFT's model.merge_and_unload() returns"
-            if any(_ADAPTER.search(name) for name in left_over)
+            if any(ADAPTER.search(name) for name in left_over)
             else "save the model's own alone"
         )
         raise CheckpointError(
-            f"{tensors_are(len(left_over))} left over: {shown(sorted(left_over))}; {advice}"
+            f"{tensors_are(len(left_over))} left over: {listed(sorted(left_over))}; {advice}"
         )
-    return layout, native, ignored
+    return layout, named, ignored
 
 
-def what_to_merge(whose: Literal["SAM", "SAM-HQ"], tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return what to do with a decoder alone."""
-    if whose == "SAM":
-        return ", from which the training of SAM-HQ begins; it is not SAM-HQ"
+def how_to_merge(tensors: Tensors) -> str:
+    """Return what to do with SAM-HQ's mask decoder alone."""
     if any("hq_token." in name for name in tensors):
         return "; save the whole model: model.save_pretrained('sam_hq')"
-    named = next((name for name in tensors if name.endswith("hf_token.weight")), "")
-    ours = "hq" if named.startswith("mask_decoder.") else "{'mask_decoder.' + k: hq[k] for k in hq}"
+    whole = "mask_decoder.hf_token.weight" in tensors
+    merged = "hq" if whole else "{'mask_decoder.' + k: hq[k] for k in hq}"
     return (
         ", as training saves it after each epoch. Name the sam_hq_epoch_*.pth that it saves at its end, or "
         "merge it with its SAM: sam = torch.load('sam_vit_l.pth', weights_only=True); "
         "hq = torch.load('epoch_11.pth', weights_only=True); "
-        f"sam.update({ours}); torch.save(sam, 'sam_hq.pth')"
+        f"sam.update({merged}); torch.save(sam, 'sam_hq.pth')"
     )
 
 
-def without_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors under the model's own names, without what training code had it wrapped in."""
-    bare = {name: without_wrappers(name) for name in tensors}
-    found = sorted(prefixes(bare.values()))
+def without_prefix(tensors: Tensors) -> Tensors:
+    """Return the tensors under the names inside the model, whatever training code had wrapped it in."""
+    bare = {name: WRAPPED.sub("", name) for name in tensors}
+    found = prefixes(bare.values())
     if len(found) > 1:
         raise CheckpointError(
-            f"the parts of the model stand under {len(found)} prefixes, {shown([repr(x) for x in found])}; "
+            f"the parts of the model are under {len(found)} prefixes, {listed([repr(x) for x in found])}; "
             "wanted one model: save the tensors of one prefix alone"
         )
-    result: dict[str, torch.Tensor] = {}
+    result = Tensors()
     for name, tensor in tensors.items():
         short = bare[name].removeprefix(found[0] if found else "")
         if short in result:
@@ -182,111 +254,65 @@ def without_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     return result
 
 
-def add_tied_matrix(
-    native: dict[str, torch.Tensor], tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Take transformers' second copy of the positional matrix; it must equal the first if that is there."""
-    first = tensors.get("shared_image_embedding.positional_embedding")
-    if first is not None and not torch.equal(first, tensor):
-        raise CheckpointError(f"{TIED_PE} differs from shared_image_embedding.positional_embedding")
-    native["prompt_encoder.pe_matrix"] = tensor
-
-
-def read_config(
-    native: Mapping[str, torch.Tensor], values: Mapping[str, Any] | None, layout: Layout
-) -> SamHQConfig:
-    """Return the architecture of the tensors, after holding a `config.json` against it if there is one."""
+def read_config(tensors: Tensors, values: Mapping[str, Any], layout: Layout) -> SamHQConfig:
+    """Return the architecture of the tensors; `config.json` adds what they do not tell."""
     try:
         config = config_from_shapes(
-            {name: tuple(tensor.shape) for name, tensor in native.items()},
-            image_size=stated_side(values or {}),
+            {name: tuple(tensor.shape) for name, tensor in tensors.items()}, image_size=stated_side(values)
         )
     except ConfigError as error:
         raise CheckpointError(in_file_names(str(error), layout)) from error
-    if not early_block_is_told(values or {}, config):
-        grid = config.prompt_encoder.grid
+    vision, grid = config.vision, config.vision.grid
+    # Every block may be global, as in a ViT-B at 224 pixels, whose grid of 14 is as wide as its windows.
+    if (
+        isinstance(vision, VisionConfig)
+        and len(vision.global_attn_indexes) == vision.num_hidden_layers > 1
+        and json_part(values, "vision_config").get("global_attn_indexes") is None
+    ):
         raise CheckpointError(
             f"the table of every block covers the whole grid of {grid}x{grid} tokens, so that blocks with "
             f"windows of {grid} cannot be told from global ones, the first of which gives the early feature; "
-            "put a config.json with vision_config.global_attn_indexes beside the weights, in a folder"
+            "put a config.json with vision_config.global_attn_indexes next to the weights, in a folder"
         )
-    if differing := disagreements(values or {}, config):
-        raise CheckpointError(f"config.json and tensors disagree: {', '.join(differing)} by the tensors")
     return config
 
 
-def early_block_is_told(values: Mapping[str, Any], config: SamHQConfig) -> bool:
-    """Return whether it is known which block is the first global one.
-
-    It is not where all may be: a ViT-B at 224 pixels has a grid of 14, as wide as its windows.
-    """
-    vision = config.vision
-    return (
-        not isinstance(vision, VisionConfig)
-        or len(vision.global_attn_indexes) < vision.num_hidden_layers
-        or vision.num_hidden_layers == 1
-        or part_of(values, "vision_config").get("global_attn_indexes") is not None
-    )
-
-
-def build(config: SamHQConfig, native: Mapping[str, torch.Tensor], layout: Layout) -> SamHQ:
+def build(config: SamHQConfig, tensors: Tensors, layout: Layout) -> SamHQ:
     """Return the model with exactly these tensors, as fp32, for evaluation; errors use the file's names."""
     with torch.device("meta"):
         model = SamHQ(config)
     expected = model.state_dict()
-    tensors = dict(native)
-    for name in expected:
-        # BatchNorm's counter of training steps: some files leave it out, and inference does not read it.
-        if name.endswith("num_batches_tracked"):
-            tensors.setdefault(name, torch.tensor(0))
-    check_names("missing", set(expected) - set(tensors), layout)
-    check_names("left over", set(tensors) - set(expected), layout)
-    check_shapes(tensors, expected, layout)
-    for name in expected:
-        tensors[name] = checked(file_name(name, layout), tensors[name], expected[name])
-    model.load_state_dict(tensors, strict=True, assign=True)
+    # BatchNorm's counter of training steps: some files leave it out, and inference does not read it.
+    counters = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}
+    tensors = counters | tensors
+    for what, names in ("missing", set(expected) - set(tensors)), ("left over", set(tensors) - set(expected)):
+        if names:
+            in_file = sorted(in_file_names(name, layout) for name in names)
+            raise CheckpointError(f"{tensors_are(len(names))} {what}: {listed(in_file)}")
+    shapes = {name: tuple(tensors[name].shape) for name in expected}
+    wrong = [
+        f"tensor {name} has shape {shapes[name]}; wanted {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if shapes[name] != tuple(tensor.shape)
+    ]
+    if wrong:
+        # Of several, the wrong one may be one of those that the expected shapes follow from: list these too.
+        reason = f" (the model was {deciding_shapes(shapes)})" if len(wrong) > 1 else ""
+        raise CheckpointError(in_file_names(listed(wrong) + reason, layout))
+    checked = {
+        name: checked_tensor(in_file_names(name, layout), tensors[name], expected[name]) for name in expected
+    }
+    model.load_state_dict(checked, strict=True, assign=True)
     return model.eval()
 
 
-def file_name(name: str, layout: Layout) -> str:
-    """Return what a tensor of ours is called in a file of this layout."""
-    found = rename(name, "native", layout)
-    assert found is not None, name
-    return found
-
-
 def in_file_names(message: str, layout: Layout) -> str:
-    """Return an error message with the names of tensors as a file of this layout has them."""
-    ours = re.compile(r"\b(?:image_encoder|prompt_encoder|mask_decoder)[\w.]*\w")
-    return ours.sub(lambda name: rename(name[0], "native", layout) or name[0], message)
+    """Return a message, or a name, with the model's names of tensors as a file of this layout has them."""
+    names = re.compile(r"\b(?:image_encoder|prompt_encoder|mask_decoder)[\w.]*\w")
+    return names.sub(lambda name: rename(name[0], "original", layout) or name[0], message)
 
 
-def check_names(what: str, names: set[str], layout: Layout) -> None:
-    """Raise `CheckpointError` when there are such tensors, naming them as the file does."""
-    if names:
-        found = sorted(file_name(name, layout) for name in names)
-        raise CheckpointError(f"{tensors_are(len(names))} {what}: {shown(found)}")
-
-
-def check_shapes(
-    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], layout: Layout
-) -> None:
-    """Raise `CheckpointError` naming every tensor of another shape.
-
-    Where several are, the wrong one may be one of those that the expected shapes follow from: these too.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = [
-        f"tensor {file_name(name, layout)} has shape {shapes[name]}; wanted {tuple(wanted.shape)}"
-        for name, wanted in expected.items()
-        if shapes[name] != tuple(wanted.shape)
-    ]
-    if wrong:
-        reason = f" (the model was {deciding_shapes(shapes)})" if len(wrong) > 1 else ""
-        raise CheckpointError(shown(wrong) + in_file_names(reason, layout))
-
-
-def checked(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+def checked_tensor(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Return the tensor as fp32 (a counter as int64), or raise `CheckpointError` naming it."""
     if tensor.layout != torch.strided or tensor.is_meta:
         raise CheckpointError(f"tensor {name} is sparse or without data; wanted plain numbers")
@@ -298,21 +324,390 @@ def checked(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> torch.Te
         )
     tensor = tensor.detach().to(torch.float32).contiguous()
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
-        tensor = tensor.clone()  # a part of something larger would keep all of it alive
+        tensor = tensor.clone()  # a view would keep all of a larger tensor alive
     if not bool(torch.isfinite(tensor).all()):
         raise CheckpointError(f"tensor {name} holds values that are not finite")
     return tensor
 
 
 def tensors_are(number: int) -> str:
-    """Return the number in words that go on."""
+    """Return the number as the start of a sentence."""
     return "1 tensor is" if number == 1 else f"{number} tensors are"
 
 
-def shown(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return some names or complaints, and how many more there are."""
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - NAMES_LISTED
+    return ", ".join(names[:NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+# Files
+
+
+def read_weights(source: Source, *, revision: str | None = None) -> WeightFiles:
+    """Return the tensors in `source`; see `load` for what it may be.
+
+    Raises:
+        CheckpointError: nothing there, or not a weights file.
+    """
+    if isinstance(source, Mapping):
+        there = [name for name in sorted(source) if name.endswith(ENDINGS)]
+        return read_folder(
+            lambda name: as_bytes(source[name]) if name in source else None, "given files", there=there
+        )
+    if not isinstance(source, (str, Path)):
+        return read_single(as_bytes(source), name=str(getattr(source, "name", "given bytes")))
+    path = Path(source)
+    if path.is_dir():
+        there = [] if any((path / name).is_file() for name in IN_FOLDER) else near(path)
+        return read_folder(lambda name: read_if_there(path / name), str(path), there=there)
+    if path.name in IN_FOLDER and path.exists():
+        return read_folder(lambda name: read_if_there(path.parent / name), str(path), names=(path.name,))
+    if path.name == CONFIG and path.exists():
+        raise CheckpointError(f"{source}: describes a model and holds no weights; name the folder it is in")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{source}: a pipe or device; wanted a file, which every worker can open again")
+    if path.exists():
+        return read_single(path.read_bytes(), name=str(path))
+    hub_id = HUB_ID.fullmatch(str(source))
+    if hub_id is None:
+        raise CheckpointError(
+            f"{source}: no such file or folder, nor a hub id (org/name or org/name/file.pth)"
+        )
+    return read_hub(hub_id["repo"], hub_id["file"], revision)
+
+
+def near(folder: Path) -> list[str]:
+    """Return what may be meant in a folder without weights of a known name: files, and folders with some.
+
+    Such as `checkpoint-500` of a trainer, or `snapshots/<commit>` in the hub's cache.
+    """
+    files = [x for x in sorted(folder.iterdir()) if x.name.endswith(ENDINGS) and x.is_file()]
+    deeper = (
+        x for depth in ("*", "*/*") for name in IN_FOLDER for x in sorted(folder.glob(f"{depth}/{name}"))
+    )
+    return [str(x.relative_to(folder)) for x in files] + [str(x.parent.relative_to(folder)) for x in deeper]
+
+
+def read_single(data: bytes, *, name: str, license: str | None = None) -> WeightFiles:
+    """Return the tensors of one file."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    tensors = parse_tensors(data, name=name)
+    return WeightFiles(tensors=tensors, sha256=sha256, source=name, license=license or stated_license(data))
+
+
+def read_folder(
+    read: Read,
+    source: str,
+    *,
+    names: Sequence[str] = IN_FOLDER,
+    there: Sequence[str] = (),
+    license: str | None = None,
+) -> WeightFiles:
+    """Return the tensors of a folder as transformers writes it: one file, or an index of shards.
+
+    `names`: of files that may hold the weights; the first that is there counts. `there`: the folder's files
+    that may be weights under other names, for the message.
+    """
+    first = next(((name, data) for name in names if (data := read(name)) is not None), None)
+    if first is None:
+        hint = f"; it holds {', '.join(there[:8])}: name one of them" if there else ""
+        raise CheckpointError(f"{source}: neither {' nor '.join(names)} is there{hint}")
+    name, data = first
+    config = read(CONFIG)
+    if name.endswith(".json"):
+        files = read_shards(read, data, source, name, license)
+    else:
+        files = read_single(data, name=f"{source}: {name}", license=license)
+    values = None if config is None else parse_json(config, name=f"{source}: {CONFIG}")
+    return replace(files, source=source, config=values)
+
+
+def read_shards(read: Read, index: bytes, source: str, name: str, license: str | None) -> WeightFiles:
+    """Return the tensors of all shards, after checking that each holds just what the index `name` says."""
+    weight_map = parse_json(index, name=f"{source}: {name}").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{source}: {name} has no weight_map")
+    odd = [x for x in weight_map.values() if not isinstance(x, str) or not re.fullmatch(r"[\w-][\w.-]*", x)]
+    if odd:
+        raise CheckpointError(f"{source}: {name} names a shard {odd[0]!r}; wanted a plain file name")
+    tensors: dict[str, torch.Tensor] = {}
+    digest = hashlib.sha256()
+    for shard in sorted(set(weight_map.values())):
+        data = read(shard)
+        if data is None:
+            raise CheckpointError(f"{source}: {name} names {shard}, which is not there")
+        digest.update(data)
+        found = parse_tensors(data, name=f"{source}: {shard}")
+        license = license or stated_license(data)
+        wanted = {tensor for tensor, place in weight_map.items() if place == shard}
+        if set(found) != wanted:
+            raise CheckpointError(
+                f"{source}: {shard} and {name} disagree on {', '.join(sorted(set(found) ^ wanted)[:8])}"
+            )
+        tensors.update(found)
+    return WeightFiles(tensors=tensors, sha256=digest.hexdigest(), source=source, license=license)
+
+
+def read_hub(repo: str, file: str | None, revision: str | None) -> WeightFiles:
+    """Return the tensors of a Hugging Face hub repository, or of one file in it; from its cache if there."""
+    commits: list[str] = []
+    reasons: list[str] = []
+    unreached: list[str] = []
+
+    def read(name: str) -> bytes | None:
+        try:
+            # One commit for all files, also while somebody pushes to the branch.
+            commit = commits[0] if commits else revision
+            # A hub that once did not answer is not asked again, 20 s for each name: then the cache alone.
+            path = Path(
+                huggingface_hub.hf_hub_download(repo, name, revision=commit, local_files_only=bool(unreached))
+            )
+        except LocalEntryNotFoundError:
+            unreached.append(f"the hub was not asked for {name}: it does not answer")
+            return None
+        except EntryNotFoundError as error:
+            reasons.append(str(error).splitlines()[0])
+            return None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{repo}: {name} could not be fetched from the hub: {error}") from error
+        commits.append(commit_of(path))
+        return path.read_bytes()
+
+    license = PUBLISHED_LICENSES.get(repo)
+    try:
+        if file is None:
+            files = read_folder(read, repo, license=license)
+        else:
+            data = read(file)
+            if data is None:
+                raise CheckpointError(f"{repo}: {file} is not there")
+            files = read_single(data, name=f"{repo}/{file}", license=license)
+    except CheckpointError as error:
+        if unreached and not commits:
+            raise CheckpointError(
+                f"{repo}: the hub does not answer, and {file or 'a file of the model'} is not in "
+                f"the cache of this machine: connect it, or fetch the weights elsewhere (hf download {repo} "
+                f"--local-dir FOLDER) and name {f'FOLDER/{file}' if file else 'FOLDER'}"
+            ) from error
+        hint = "; name a file of it, as in lkeab/hq-sam/sam_hq_vit_b.pth" if file is None else ""
+        raise CheckpointError("; ".join([str(error) + hint, *unreached[-1:], *reasons[:1]])) from error
+    return replace(files, source=f"{files.source}@{commits[0]}")
+
+
+def commit_of(path: Path) -> str:
+    """Return the commit of a file in the hub's cache, `.../snapshots/<commit>/<name>`."""
+    # The last such folder: the cache itself may lie in one of that name.
+    last = len(path.parts) - 1 - path.parts[::-1].index("snapshots")
+    return path.parts[last + 1]
+
+
+def parse_tensors(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a PyTorch or safetensors file, told apart by its first bytes."""
+    if data[8:9] == b"{" and len(data) > 9:
+        return parse_safetensors(data, name=name)
+    if data[:2] == b"PK" or data[:1] == b"\x80":
+        return parse_pth(data, name=name)
+    raise CheckpointError(
+        f"{name}: neither a .pth nor a safetensors file ({len(data)} bytes, starting "
+        f"{data[:16]!r}){what_else(data)}"
+    )
+
+
+def what_else(data: bytes) -> str:
+    """Return what a file is that is no weights, and what to do, where its first bytes tell; else nothing."""
+    if not data:
+        return "; it is empty: fetch it again"
+    if data.startswith(b"version https://git-lfs"):
+        return "; it is a Git LFS pointer, fetch the file itself with `git lfs pull`"
+    packed = next((tool for start, tool in PACKED.items() if data.startswith(start)), None)
+    if packed:
+        return f"; it is a packed file: unpack it with `{packed}`"
+    if data[257:262] == b"ustar":
+        return "; it is a tar archive: unpack it, and name the file in it"
+    if data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
+        return "; it is a web page saved under this name: the address led to no file, fetch it again"
+    if len(data) < SHORTEST and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in data):
+        return "; it is a text, perhaps what a server answered instead of the file: read it, fetch it again"
+    return ""
+
+
+def parse_safetensors(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file."""
+    try:
+        return safetensors.torch.load(data)
+    except Exception as error:
+        raise CheckpointError(f"{name}: damaged safetensors file ({error}): fetch it again") from error
+
+
+def parse_pth(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a PyTorch file, from whatever dicts they are wrapped in.
+
+    `weights_only` is written out: only then does torch not let TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, if someone
+    has set it, turn the load into an execution of whatever the file holds.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch asks for a report of what the refusals below explain
+            values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{name}: {why_unread(data, str(error))}") from error
+    found = list(tensor_dicts(values))
+    if not found:
+        held = f" of {', '.join(map(repr, list(values)[:8]))}" if isinstance(values, dict) and values else ""
+        raise CheckpointError(
+            f"{name}: holds a {type(values).__name__}{held} without tensors by name; wanted a state dict"
+        )
+    models = [
+        (path, tensors) for path, tensors in found if any(part in key for key in tensors for part in OF_SAM)
+    ]
+    if not models:
+        return max((tensors for _, tensors in found), key=len)
+    (path, tensors), *others = models
+    other = next((path for path, other in others if not same_tensors(tensors, other)), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{name}: holds two models, {path or 'at the top'} and {other}, which give other masks; save the "
+            f"one you want alone: torch.save(torch.load(FILE, weights_only=True){other}, 'weights.pth')"
+        )
+    return tensors
+
+
+def tensor_dicts(values: object) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yield every dict, at any depth of wrapping, that holds tensors by name, and the subscripts to it."""
+    seen, waiting = set(), [("", values, 0)]
+    for path, value, depth in waiting:
+        if not isinstance(value, dict) or id(value) in seen:  # a pickle may hold a dict in itself
+            continue
+        seen.add(id(value))
+        parts = {key: value[key] for key in PARTS if isinstance(value.get(key), dict)}
+        tensors = tensors_of(value)
+        for part, held in parts.items():  # each part saved on its own
+            tensors |= {f"{part}.{key}": tensor for key, tensor in tensors_of(held).items()}
+        if tensors:
+            yield path, tensors
+        if depth < DEEPEST_WRAPPER:
+            inner = [(key, one) for key, one in value.items() if isinstance(one, dict) and key not in parts]
+            waiting += [(f"{path}[{key!r}]", one, depth + 1) for key, one in inner]
+
+
+def tensors_of(values: Mapping[object, object]) -> dict[str, torch.Tensor]:
+    """Return the tensors by name that stand in a dict itself."""
+    return {k: v for k, v in values.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+
+
+def same_tensors(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether two dicts hold equal tensors under equal names."""
+    return one.keys() == other.keys() and all(
+        tensor.dtype == other[name].dtype
+        and tensor.layout == other[name].layout == torch.strided
+        and not (tensor.is_meta or other[name].is_meta)
+        and torch.equal(tensor, other[name])
+        for name, tensor in one.items()
+    )
+
+
+def why_unread(data: bytes, said: str) -> str:
+    """Return why torch did not read a file. Of its own words, which advise to lift the restriction, only
+    the name of a class or function is taken.
+    """
+    alone = (
+        "in the program that made it, save the weights alone: torch.save(model.state_dict(), 'sam_hq.pth')"
+    )
+    foreign = re.search(r"GLOBAL ([\w.]+)", said)
+    if foreign:
+        return (
+            f"not a file of plain tensors: {foreign[1]} is in it, and what could run code is not read; "
+            f"{alone}"
+        )
+    if "TorchScript" in said:
+        return f"a TorchScript archive, which holds code; {alone}"
+    pickled = data
+    with contextlib.suppress(Exception):  # of a torn or hostile archive zipfile raises errors of many kinds
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        names = archive.namelist()
+        inner = [name for name in names if name.endswith(ENDINGS)]
+        pickles = [name for name in names if name.endswith("/data.pkl")]
+        if not pickles:
+            what = f"a zip archive of {', '.join(inner or names[:8]) or 'nothing'}"
+            return f"{what}: unpack it, and name the file in it" if inner else f"{what}; {alone}"
+        pickled = archive.read(pickles[0])
+    if pickled[:2] in (b"\x80\x04", b"\x80\x05"):
+        name = foreign_class(pickled)
+        held = f" with {name} in it" if name else ""
+        return f"a pickle of protocol {pickled[1]}{held}, which is not read (torch.save writes 2); {alone}"
+    return f"damaged, or more than plain tensors; fetch it again, or {alone}"
+
+
+def foreign_class(pickled: bytes) -> str | None:
+    """Return the first class or function in a pickle of protocol 4 or 5 that belongs to no tensor."""
+    strings: list[str] = []
+    memo: list[str] = []
+    with contextlib.suppress(Exception):  # of a torn or hostile pickle; nothing of it is run
+        for op, value, _ in pickletools.genops(pickled):
+            name = None
+            if "UNICODE" in op.name:
+                strings.append(str(value))
+            elif op.name == "MEMOIZE":  # of whatever came last; only names are looked up again
+                memo.append(strings[-1] if strings else "")
+            elif op.name in ("BINGET", "LONG_BINGET"):
+                strings.append(memo[int(value or 0)])
+            elif op.name == "STACK_GLOBAL":
+                name = ".".join(strings[-2:])
+            elif op.name == "GLOBAL":
+                name = str(value).replace(" ", ".")
+            if name and not OF_TENSORS.fullmatch(name):
+                return name
+    return None
+
+
+def parse_json(data: bytes, *, name: str) -> dict[str, Any]:
+    """Return a JSON object, or raise `CheckpointError` naming the file."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: not JSON ({error}){what_else(data)}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{name}: holds a {type(values).__name__}; wanted a JSON object")
+    return values
+
+
+def stated_license(data: bytes) -> str | None:
+    """Return the licence in a safetensors file's metadata (`save_transformers` writes it there), if any."""
+    if data[8:9] != b"{":
+        return None
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    license = (header.get("__metadata__") or {}).get("license")  # null is allowed, and is none
+    return license if isinstance(license, str) else None
+
+
+def as_bytes(file: bytes | BinaryIO) -> bytes:
+    """Return the bytes, or what is left to read of an open binary file."""
+    data = file if isinstance(file, (bytes, bytearray, memoryview)) else file.read()
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise CheckpointError(f"{file!r} gives {type(data).__name__}; open it in binary mode")
+    return bytes(data)
+
+
+def read_if_there(path: Path) -> bytes | None:
+    """Return the file's bytes, None when there is none."""
+    return path.read_bytes() if path.is_file() else None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary name in the same folder, synced, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# Writing
 
 
 def save_transformers(
@@ -324,8 +719,10 @@ def save_transformers(
     it the round trip through `load` is bit-exact. `license`: an SPDX name, kept in the file.
 
     Raises:
-        CheckpointError: weights that are not fp32 (cast down before), or too large for fp16.
+        CheckpointError: weights that are not fp32 (cast down before), or too large for fp16; a TinyViT.
     """
+    if isinstance(model.config.vision, TinyVisionConfig):
+        raise CheckpointError("transformers has no TinyViT; save the model with save_original")
     tensors = stored_tensors(model, "transformers")
     if half:
         tensors = {name: to_half(name, tensor) for name, tensor in tensors.items()}
@@ -356,7 +753,7 @@ def stored_tensors(model: SamHQ, layout: Layout) -> dict[str, torch.Tensor]:
     """Return the model's tensors under the layout's names, on the host."""
     tensors = {}
     for ours, tensor in model.state_dict().items():
-        name = file_name(ours, layout)
+        name = in_file_names(ours, layout)
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise CheckpointError(f"tensor {name} is {tensor.dtype}; save the model before casting it")
         tensors[name] = tensor.detach().cpu().contiguous()

@@ -1,8 +1,8 @@
 """torch.compile and CUDA graphs, for a model whose calls have one shape: one switch, for GPUs.
 
-`compile_calls` puts two functions of a model in the place of its own: `SamHQ.embed` (pictures to their
-embeddings) and `MaskDecoder.answer` (the tokens of some prompts to their masks). Each is compiled as a whole;
-what it tells the GPU is recorded once as a CUDA graph, and played back from then on.
+`compile_calls` replaces two functions of a model: `SamHQ.embed` (pictures to their embeddings) and
+`MaskDecoder.decode_tokens` (the tokens of some prompts to their masks). Each is compiled as a whole; its
+work on the GPU is recorded once as a CUDA graph, and played back from then on.
 
 Only calls of the shape that was named go that way. All others (points, an image that memory did not suffice
 for) go the model's own, whose last bits may differ. Which way a call goes is a matter of its shape alone, so
@@ -52,10 +52,10 @@ def compile_calls(
     keep = record or partial(record_cuda_graph, device=model.device)
     side, decoder = model.config.image_size, model.mask_decoder
     pictures = (call_shape.images_per_call, 3, side, side)
-    tokens = (call_shape.boxes_per_call, decoder.tokens_of_a_box, decoder.mask_tokens.shape[1])
+    tokens = (call_shape.boxes_per_call, decoder.tokens_of_a_box, decoder.mask_tokens.embedding_dim)
     roads: tuple[tuple[Any, str, tuple[int, ...], tuple[Any, ...]], ...] = (
         (model, "embed", pictures, ()),
-        (decoder, "answer", tokens, (mask_tokens,)),
+        (decoder, "decode_tokens", tokens, (mask_tokens,)),
     )
     for owner, name, shape, constants in roads:
         own = getattr(owner, name)

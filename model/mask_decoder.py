@@ -19,28 +19,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.config import MaskDecoderConfig
+from model import kernels
 from model.device import to_device
-from model.layers import LayerNorm2d, ReluMLP
+from model.kernels import LayerNorm2d
 from model.records import EncoderFeatures
-from model.transformer import ImageSide, PositionTerms, TwoWayTransformer
+from model.sam_config import MaskDecoderConfig
+from model.transformer import ImageTokens, PositionTerms, TwoWayTransformer
 
 ALL_MASK_TOKENS = (0, 1, 2, 3)
 """Mask token 0 is the answer to an unambiguous prompt (a box); 1 to 3 are alternatives for a single point."""
 
-STRIP_PIXELS = 16384
-"""Pixels of the HQ branch's 64 channels that are worked through together on a CPU: 2 MiB in bfloat16."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMasks:
-    """What each output token says of N prompts, before any choice or sum. All fp32.
+    """What each output token gives for N prompts, before any choice or sum. All fp32.
 
     `sam_NKHW`: logits (N, K, 4G, 4G) of the mask tokens asked for, in their order. `hq_NHW`: the HQ
     token's, (N, 4G, 4G). `predicted_iou_N4`: SAM's estimate for mask tokens 0 to 3; there is none for HQ.
@@ -58,89 +56,39 @@ class SharedImages:
     `hq_features_BLU`: fp32, (B, H * W, U).
     """
 
-    first: ImageSide
+    first_layer: ImageTokens
     terms: PositionTerms
     hq_features_BLU: torch.Tensor
 
 
-class Upscale(nn.Module):
-    """Two 2x2 transposed convolutions of stride 2 with norm and GELU between: G to 4G."""
+class MLP(nn.Module):
+    """Linear layers with ReLU between them: hypernetworks, the IoU head and the HQ token's head.
 
-    def __init__(self, channels: int, hidden: int, out: int) -> None:
+    `widths` are those of input, hidden layers and output, so that three layers need four numbers.
+    """
+
+    def __init__(self, *widths: int) -> None:
         super().__init__()
-        self.conv1 = nn.ConvTranspose2d(channels, hidden, 2, 2)
-        self.norm = LayerNorm2d(hidden)
-        self.conv2 = nn.ConvTranspose2d(hidden, out, 2, 2)
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
 
-    def forward(self, x_BCGG: torch.Tensor) -> torch.Tensor:
-        """Return the plain definition, (B, out, 4G, 4G), without a last activation."""
-        out: torch.Tensor = self.conv2(F.gelu(self.norm(self.conv1(x_BCGG))))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., widths[-1]) from (..., widths[0])."""
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = F.relu(layer(x))
+        out: torch.Tensor = last(x)
         return out
 
-    def cells(self, x_RC: torch.Tensor) -> torch.Tensor:
-        """Return (R, 2, 2, 2, 2, out): each token's 4 x 4 pixels, as row, column, row, column.
 
-        At stride 2 the 2x2 patches do not overlap, so each convolution is one matrix product of tokens, and
-        norm and activation in between care for no order of pixels. `cells_to_map` puts them in place.
-        """
-        hidden = F.gelu(F.layer_norm(self._product(self.conv1, x_RC), *norm_of(self.norm)))
-        return self._product(self.conv2, hidden.flatten(0, 2)).view(len(x_RC), 2, 2, 2, 2, -1)
-
-    @staticmethod
-    def _product(conv: nn.ConvTranspose2d, x_RC: torch.Tensor) -> torch.Tensor:
-        channels, out = conv.weight.shape[:2]
-        weight = conv.weight.permute(2, 3, 1, 0).reshape(4 * out, channels)
-        return F.linear(x_RC, weight, cast(torch.Tensor, conv.bias).repeat(4)).view(-1, 2, 2, out)
-
-
-def norm_of(norm: nn.LayerNorm) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor, float]:
-    """Return the arguments of `F.layer_norm` after its first."""
-    return norm.normalized_shape, norm.weight, norm.bias, norm.eps
-
-
-def cells_to_map(cells: torch.Tensor, grid: int) -> torch.Tensor:
-    """Return (B, U, 4G, 4G), channels last in memory, of the cells of B images' tokens in rows."""
-    cells = cells.view(-1, grid, grid, *cells.shape[1:]).permute(0, 1, 3, 5, 2, 4, 6, 7)
-    return cells.reshape(-1, 4 * grid, 4 * grid, cells.shape[-1]).permute(0, 3, 1, 2)
-
-
-class MaskFeature(nn.Module):
-    """The two 3x3 convolutions that make the decoder's upscaled map into the HQ token's map."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 2 * channels, 3, padding=1)
-        self.norm = LayerNorm2d(2 * channels)
-        self.conv2 = nn.Conv2d(2 * channels, channels, 3, padding=1)
-
-    def forward(self, upscaled_NUHW: torch.Tensor) -> torch.Tensor:
-        """Return the plain definition, (N, U, 4G, 4G). The decoder itself uses `dot`."""
-        out: torch.Tensor = self.conv2(F.gelu(self.norm(self.conv1(upscaled_NUHW))))
-        return out
-
-    def dot(self, upscaled_NUHW: torch.Tensor, vector_NU: torch.Tensor) -> torch.Tensor:
-        """Return vector . forward(upscaled) in fp32, (N, 4G, 4G), without making the U-channel map.
-
-        vector . conv2 is a 3x3 convolution with one output channel and its own kernel for each prompt: nine
-        products a pixel and prompt, then nine shifted sums. `fold` adds at the place the tap looks from,
-        a convolution takes from where it looks to, hence the flip.
-        """
-        N, _, H, W = upscaled_NUHW.shape
-        kernel, bias = self.conv2.weight.float().flip(2, 3), cast(torch.Tensor, self.conv2.bias).float()
-        taps_N9C = torch.einsum("nu,ucyx->nyxc", vector_NU, kernel).reshape(N, 9, -1)
-        # Like the pixels; oneDNN is a tenth slower with a kernel in PyTorch's own order.
-        kernel_3x3 = self.conv1.weight.contiguous(memory_format=torch.channels_last)
-        hidden = F.conv2d(upscaled_NUHW, kernel_3x3, self.conv1.bias, padding=1)
-        hidden_NLC = hidden.permute(0, 2, 3, 1).flatten(1, 2)
-        # In strips that a CPU's inner caches hold: what follows is otherwise a matter of memory, not of sums.
-        strips = torch.split(hidden_NLC, STRIP_PIXELS if hidden_NLC.device.type == "cpu" else H * W, dim=1)
-        products = [taps_N9C @ self._activate(strip).float().transpose(1, 2) for strip in strips]
-        products_N9L = torch.cat(products, dim=2)
-        bias_N = vector_NU @ bias
-        return F.fold(products_N9L, (H, W), 3, padding=1)[:, 0] + bias_N[:, None, None]
-
-    def _activate(self, hidden_NLC: torch.Tensor) -> torch.Tensor:
-        return F.gelu(F.layer_norm(hidden_NLC, *norm_of(self.norm)))
+def upscaling(channels: int, hidden: int, out: int, *last: nn.Module) -> nn.Sequential:
+    """Return two 2x2 transposed convolutions of stride 2 with norm and GELU between: G to 4G."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(channels, hidden, 2, 2),
+        LayerNorm2d(hidden),
+        nn.GELU(),
+        nn.ConvTranspose2d(hidden, out, 2, 2),
+        *last,
+    )
 
 
 class MaskDecoder(nn.Module):
@@ -150,29 +98,44 @@ class MaskDecoder(nn.Module):
         super().__init__()
         width, upscaled = config.hidden_size, config.hidden_size // 8
         masks = config.num_multimask_outputs + 1
-        self.iou_token = nn.Parameter(torch.randn(1, width))
-        self.mask_tokens = nn.Parameter(torch.randn(masks, width))
-        self.hq_token = nn.Parameter(torch.randn(1, width))
+        self.iou_token = nn.Embedding(1, width)
+        self.mask_tokens = nn.Embedding(masks, width)
+        self.hf_token = nn.Embedding(1, width)
         self.transformer = TwoWayTransformer(config)
-        self.up = Upscale(width, width // 4, upscaled)
-        self.hyper = nn.ModuleList(ReluMLP(width, width, width, upscaled) for _ in range(masks))
-        self.hyper_hq = ReluMLP(width, width, width, upscaled)
-        self.iou_head = ReluMLP(width, config.iou_head_hidden_dim, config.iou_head_hidden_dim, masks)
-        self.hq_vit = Upscale(config.vit_dim, width, upscaled)
-        self.hq_emb = Upscale(width, width // 4, upscaled)
-        self.hq_mask = MaskFeature(upscaled)
+        self.output_upscaling = upscaling(width, width // 4, upscaled, nn.GELU())
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            MLP(width, width, width, upscaled) for _ in range(masks)
+        )
+        self.hf_mlp = MLP(width, width, width, upscaled)
+        hidden = config.iou_head_hidden_dim
+        self.iou_prediction_head = MLP(width, hidden, hidden, masks)
+        self.compress_vit_feat = upscaling(config.vit_dim, width, upscaled)
+        self.embedding_encoder = upscaling(width, width // 4, upscaled)
+        self.embedding_maskfeature = nn.Sequential(
+            nn.Conv2d(upscaled, 2 * upscaled, 3, padding=1),
+            LayerNorm2d(2 * upscaled),
+            nn.GELU(),
+            nn.Conv2d(2 * upscaled, upscaled, 3, padding=1),
+        )
 
     @property
     def tokens_of_a_box(self) -> int:
         """The tokens T of a prompt that is a box: predicted IoU, mask tokens, HQ token, two corners."""
-        return 1 + len(self.mask_tokens) + 1 + 2
+        return len(self.output_tokens()) + 2
+
+    def output_tokens(self) -> torch.Tensor:
+        """Return the learned tokens in their order: predicted IoU, mask tokens, HQ token."""
+        return torch.cat([self.iou_token.weight, self.mask_tokens.weight, self.hf_token.weight])
 
     def hq_features(self, features: EncoderFeatures) -> torch.Tensor:
-        """Return the HQ features of B images, (B, U, 4G, 4G), from the embedding and the early feature."""
+        """Return the HQ features of B images, (B, U, 4G, 4G): the sum of two upscaled maps.
+
+        They are of the embedding and of the early feature; the paper's fusion of global and local features.
+        """
         embedding_BGGC = features.embedding_BCGG.permute(0, 2, 3, 1)
-        cells = self.hq_emb.cells(embedding_BGGC.flatten(0, 2))
-        cells = cells + self.hq_vit.cells(features.early_BGGC.flatten(0, 2))
-        return cells_to_map(cells, embedding_BGGC.shape[1])
+        cells = kernels.upscale_cells(self.embedding_encoder, embedding_BGGC.flatten(0, 2))
+        cells = cells + kernels.upscale_cells(self.compress_vit_feat, features.early_BGGC.flatten(0, 2))
+        return kernels.cells_to_map(cells, embedding_BGGC.shape[1])
 
     def share(
         self,
@@ -193,7 +156,7 @@ class MaskDecoder(nn.Module):
         pe_1LC = image_pe_1CGG.to(dtype).flatten(2).transpose(1, 2)
         terms = self.transformer.position_terms(pe_1LC)
         return SharedImages(
-            first=self.transformer.project_first(keys_BLC, terms),
+            first_layer=self.transformer.project_first(keys_BLC, terms),
             terms=terms,
             hq_features_BLU=hq_features_BCHW.permute(0, 2, 3, 1).flatten(1, 2).float(),
         )
@@ -209,56 +172,49 @@ class MaskDecoder(nn.Module):
     ) -> TokenMasks:
         """Return the masks of N prompts.
 
-        `key_index_N`, `hq_index_N`: int64 on the host, the row of `shared.first` and of
+        `key_index_N`, `hq_index_N`: int64 on the host, the row of `shared.first_layer` and of
         `shared.hq_features_BLU` that belongs to each prompt (they differ only with mask prompts).
         Equal neighbours in `hq_index_N` are worked together. `mask_tokens`: which of 0 to 3 to compute.
         """
         N = sparse_NTC.shape[0]
-        dtype, device = shared.first.keys_NLC.dtype, shared.first.keys_NLC.device
-        output_tokens = torch.cat([self.iou_token, self.mask_tokens, self.hq_token])
-        tokens = torch.cat([output_tokens.expand(N, -1, -1), sparse_NTC.to(dtype)], dim=1)
-        image = shared.first.select(to_device(key_index_N, device))
-        sam, hq, hq_vector_NU, ious = self.answer(tokens, image, shared.terms, tuple(mask_tokens))
+        dtype, device = shared.first_layer.keys_NLC.dtype, shared.first_layer.keys_NLC.device
+        tokens = torch.cat([self.output_tokens().expand(N, -1, -1), sparse_NTC.to(dtype)], dim=1)
+        image = shared.first_layer.select(to_device(key_index_N, device))
+        sam, hq, hq_vector_NU, ious = self.decode_tokens(tokens, image, shared.terms, tuple(mask_tokens))
         of_image = image_products(hq_vector_NU, shared.hq_features_BLU, hq_index_N)
         return TokenMasks(sam_NKHW=sam, hq_NHW=hq + of_image.view_as(hq), predicted_iou_N4=ious)
 
-    def answer(
-        self, tokens_NTC: torch.Tensor, image: ImageSide, terms: PositionTerms, mask_tokens: tuple[int, ...]
+    def decode_tokens(
+        self, tokens_NTC: torch.Tensor, image: ImageTokens, terms: PositionTerms, mask_tokens: tuple[int, ...]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what the tokens of N prompts say of their images; shapes in, shapes out, and no waiting.
+        """Return what the tokens of N prompts give for their images; all on the device, nothing waited for.
 
         That is: the masks of `mask_tokens` (N, K, 4G, 4G); the HQ token's (N, 4G, 4G) but for the HQ
         features; its vector (N, U) for these; and the predicted IoU (N, 4). All fp32. `image`: one row a
         prompt.
         """
         out_NTC, keys_NLC = self.transformer(tokens_NTC, image, terms)
-        hq_vector_NU = self.hyper_hq(out_NTC[:, 1 + len(self.hyper)]).float()
+        hq_vector_NU = self.hf_mlp(out_NTC[:, 1 + len(self.output_hypernetworks_mlps)]).float()
         sam_NKU = self._mask_vectors(out_NTC, mask_tokens)
-        N, device = len(tokens_NTC), tokens_NTC.device
-        # On a CPU the maps of one prompt stay in its caches, those of all do not.
-        step = 1 if device.type == "cpu" and not torch.is_grad_enabled() else N
-        parts = [
-            self._masks(keys_NLC[n : n + step], sam_NKU[n : n + step], hq_vector_NU[n : n + step])
-            for n in range(0, N, step)
-        ]
-        sam, hq = (torch.cat(part) for part in zip(*parts, strict=True))
-        return sam, hq, hq_vector_NU, self.iou_head(out_NTC[:, 0]).float()
+        sam, hq = kernels.prompt_by_prompt(self._masks, keys_NLC, sam_NKU, hq_vector_NU)
+        return sam, hq, hq_vector_NU, self.iou_prediction_head(out_NTC[:, 0]).float()
 
     def _mask_vectors(self, out_NTC: torch.Tensor, mask_tokens: Sequence[int]) -> torch.Tensor:
         if not mask_tokens:
             return torch.zeros(len(out_NTC), 0, out_NTC.shape[2] // 8, device=out_NTC.device)
-        return torch.stack([self.hyper[k](out_NTC[:, 1 + k]) for k in mask_tokens], dim=1).float()
+        vectors = [self.output_hypernetworks_mlps[k](out_NTC[:, 1 + k]) for k in mask_tokens]
+        return torch.stack(vectors, dim=1).float()
 
     def _masks(
         self, keys_NLC: torch.Tensor, sam_NKU: torch.Tensor, hq_NU: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The masks of mask tokens (N, K, H, W), and of the HQ token (N, H, W) but for the HQ features."""
-        grid = math.isqrt(keys_NLC.shape[1])
-        upscaled_NUHW = cells_to_map(F.gelu(self.up.cells(keys_NLC.flatten(0, 1))), grid)
+        """Return masks of mask tokens (N, K, H, W), and of the HQ token (N, H, W) but for the HQ features."""
+        cells = kernels.upscale_cells(self.output_upscaling, keys_NLC.flatten(0, 1))
+        upscaled_NUHW = kernels.cells_to_map(cells, math.isqrt(keys_NLC.shape[1]))
         N, _, H, W = upscaled_NUHW.shape
         upscaled_NLU = upscaled_NUHW.permute(0, 2, 3, 1).flatten(1, 2).float()
         sam_NKHW = (sam_NKU @ upscaled_NLU.transpose(1, 2)).view(N, -1, H, W)
-        return sam_NKHW, self.hq_mask.dot(upscaled_NUHW, hq_NU)
+        return sam_NKHW, kernels.dot_maskfeature(self.embedding_maskfeature, upscaled_NUHW, hq_NU)
 
     def forward(
         self,

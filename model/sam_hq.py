@@ -19,12 +19,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from model.config import PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
 from model.device import to_device
-from model.image_encoder import ImageEncoderViT
+from model.image_encoder import ImageEncoderViT, TinyViT
 from model.mask_decoder import MaskDecoder, SharedImages, TokenMasks
-from model.prompt_encoder import PromptEncoder
-from model.prompts import PromptBatch, box_rows, check_prompts, group_prompts
+from model.prompt_encoder import PromptBatch, PromptEncoder, box_rows, check_prompts, group_prompts
 from model.records import (
     EncoderFeatures,
     ImageEmbedding,
@@ -33,7 +31,7 @@ from model.records import (
     resize_longest_side,
     target_size_hw,
 )
-from model.tiny_vit import TinyViT
+from model.sam_config import PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
 
 Multimask = Literal["single", "best", "three"]
 """`single`: mask token 0. `best`: of tokens 1 to 3 the one with the highest predicted IoU (the original's
@@ -96,7 +94,7 @@ class SamHQ(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What the encoder and the decoder multiply in."""
-        return self.mask_decoder.iou_token.dtype
+        return self.mask_decoder.iou_token.weight.dtype
 
     def cast(self, dtype: torch.dtype) -> SamHQ:
         """Return self with encoder and decoder weights in `dtype`: float32 or bfloat16.
@@ -140,18 +138,6 @@ class SamHQ(nn.Module):
             values = to_device(picture_hwc, self.device).permute(2, 0, 1)
             row[:, :height, :width] = (values - mean) / std
         return batch.to(self.dtype)
-
-    def normalise_images(self, images: Sequence[UInt8Array]) -> torch.Tensor:
-        """Return the encoder's input (B, 3, S, S) for upright RGB uint8 (H, W, 3) pictures of any sizes."""
-        return self.normalise([resize_longest_side(image, self.config.image_size) for image in images])
-
-    @torch.no_grad()
-    def vision_features(self, images: Sequence[UInt8Array]) -> EncoderFeatures:
-        """Return the image encoder's two outputs for upright RGB uint8 (H, W, 3) pictures of any sizes."""
-        self._check_ready()
-        with self._own_precision():
-            features: EncoderFeatures = self.image_encoder(self.normalise_images(images))
-        return features
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[UInt8Array]) -> ImageEmbedding:
@@ -347,7 +333,7 @@ class PromptDecoder:
     @cached_property
     def shared(self) -> SharedImages:
         """The images' work, without mask prompts."""
-        return self._share(self.embedding.embedding_BCGG, self.model.prompt_encoder.no_mask.view(1, -1, 1, 1))
+        return self._share(self.embedding.embedding_BCGG, self.model.prompt_encoder.no_mask())
 
     def decode(self, chunk: PromptBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mask logits (N, M, 4G, 4G) and predicted IoU (N, M) of a chunk."""

@@ -21,7 +21,7 @@ import torch
 from model.compiled import compile_calls
 from model.device import Dtype, HostThread, is_out_of_memory, use_full_precision
 from model.masks import TracedMasks, trace_masks
-from model.prompts import box_rows, check_prompts, mask_to_prompt
+from model.prompt_encoder import box_rows, check_prompts, mask_to_prompt
 from model.records import (
     CallShape,
     ImageEmbedding,

@@ -21,9 +21,8 @@ from jobs.job_setup.resolve_settings import (
     storage_options,
 )
 from jobs.terminal import console
-from model.checkpoints import CheckpointError, LoadedModel, load
-from model.config import ConfigError
-from model.weight_files import ENDINGS
+from model.checkpoints import ENDINGS, CheckpointError, LoadedModel, load
+from model.sam_config import ConfigError
 from pipeline.errors import HqlabelError, JobRefused, clean_text
 from pipeline.settings import DEMO, JobDetector, Weights
 from pipeline.stages.detect import load_detector, try_out

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from model.checkpoints import DEMO_FOLDER, CheckpointError, LoadedModel, load
-from model.config import ConfigError
+from model.checkpoints import DEMO_FOLDER, ENDINGS, CheckpointError, LoadedModel, Source, load
 from model.device import probe_dtype, set_cpu_threads
+from model.sam_config import ConfigError
 from model.segmenter import Segmenter
-from model.weight_files import ENDINGS, Source
 from pipeline.errors import JobRefused, SystemicFault, clean_text
 from pipeline.settings import DEMO, JobContext, Weights
 from pipeline.storage.read_objects import list_objects, open_input

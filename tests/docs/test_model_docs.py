@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from model.checkpoints import save_transformers
-from model.config import PUBLISHED
+from model.sam_config import PUBLISHED
 from model.sam_hq import SamHQ
 from tests.docs.markdown import blocks, column, section, table
 from tests.parity.lively import SMALL_VITS, lively, photo
@@ -66,10 +66,9 @@ def test_every_name_of_ours_in_the_table_of_compatibility_exists():
     text = " ".join(column(table(section(PAGE, "What others can be asked, and its name here")), "here"))
     modules = (
         "checkpoints",
-        "config",
-        "config_json",
         "masks",
-        "prompts",
+        "prompt_encoder",
+        "sam_config",
         "sam_hq",
         "segmenter",
         "records",
@@ -81,7 +80,7 @@ def test_every_name_of_ours_in_the_table_of_compatibility_exists():
     called = re.findall(r"\bmodel\.([a-z_]+)\(", text)
     assert called
     assert all(hasattr(model, name) for name in called)
-    of_modules = re.findall(r"\b(?:masks|checkpoints|config|config_json)\.(\w+)", text)
+    of_modules = re.findall(r"\b(?:masks|checkpoints|sam_config|records)\.(\w+)", text)
     of_modules += re.findall(
         r"\b(Prompts|MaskLogits|ImageEmbedding|Segmenter|save_\w+|mask_to_prompt)\b", text
     )

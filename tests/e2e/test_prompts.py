@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from model import checkpoints, rle
-from model.prompts import mask_to_prompt
+from model.prompt_encoder import mask_to_prompt
 from model.records import CallShape, Instances, PreparedImage, Prompts
 from model.segmenter import Segmenter
 from pipeline.images.decode_upright import decode_image

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from model import attention
-from model.attention import blocked_attention, folded_attention, plain_attention
+from model import kernels
 from model.image_encoder import from_windows, to_windows, window_rows
+from model.kernels import blocked_attention, folded_attention, plain_attention
 from tests.parity.lively import SMALL_VITS, lively
 
 # Squares, heads, side, width of a head: small sides are folded, large ones go strip by strip.
@@ -37,7 +37,7 @@ def test_every_road_gives_the_plain_definition(road, shape):
 @pytest.mark.parametrize("logits", [1, 3000, 100_000])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_strips_of_any_size_give_the_plain_definition(monkeypatch, logits, shape):
-    monkeypatch.setattr(attention, "STRIP_LOGITS", logits)
+    monkeypatch.setattr(kernels, "STRIP_LOGITS", logits)
     given = squares(shape)
 
     assert torch.allclose(blocked(*given), plain_attention(*given), atol=2e-5)

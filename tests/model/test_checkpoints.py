@@ -14,12 +14,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from model import checkpoints, weight_files
-from model.architecture import DECIDING
+from model import checkpoints
 from model.checkpoints import CheckpointError, load, save_original, save_transformers
-from model.config import ConfigError, SamHQConfig, TinyVisionConfig, vit_config
-from model.layouts import TIED_PE
+from model.sam_config import ConfigError, SamHQConfig, TinyVisionConfig, vit_config
 from model.sam_hq import SamHQ
+from model.weight_names import DECIDING, POSITIONS, TIED_POSITIONS, rename
 
 VIT = vit_config(
     embed_dim=32, depth=3, num_heads=2, global_attn_indexes=(1, 2), window_size=3, image_size=64,
@@ -82,9 +81,8 @@ def edited_folder(folder: Path, edit) -> None:
 # Where weights may lie
 
 
-@pytest.mark.parametrize("config", [VIT, TINY], ids=["vit", "tiny"])
-def test_both_layouts_come_back_bit_for_bit(config, tmp_path):
-    model = SamHQ.from_config(config, 0, position_std=0.5)
+def test_both_layouts_come_back_bit_for_bit(tmp_path):
+    model = SamHQ.from_config(VIT, 0, position_std=0.5)
     written = [save_transformers(model, tmp_path / "folder"), save_original(model, tmp_path / "model.pth")]
     loaded = [load(tmp_path / "folder"), load(tmp_path / "model.pth")]
 
@@ -92,7 +90,21 @@ def test_both_layouts_come_back_bit_for_bit(config, tmp_path):
         assert same_weights(after.model, model)
         assert (after.weights.layout, after.weights.sha256) == (before.layout, before.sha256)
         assert not after.model.training
-    assert loaded[0].model.config == config
+    assert loaded[0].model.config == VIT
+
+
+def test_light_hq_sam_comes_back_bit_for_bit_from_the_original_layout_alone(tmp_path):
+    model = SamHQ.from_config(TINY, 0, position_std=0.5)
+    save_original(model, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text('{"vision_config": {"image_size": 128}}')
+
+    assert same_weights(load(tmp_path).model, model)
+    assert load(tmp_path).model.config == TINY
+    assert load(tmp_path / "pytorch_model.bin").model.config == TINY
+    assert load((tmp_path / "pytorch_model.bin").read_bytes()).model.config.image_size == 1024
+    with pytest.raises(CheckpointError, match="transformers has no TinyViT"):
+        save_transformers(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def test_the_record_says_what_was_loaded(folder, pth):
@@ -116,9 +128,9 @@ def test_bytes_are_hashed_before_anything_reads_them(folder, pth, monkeypatch):
     def noted(name, function):
         return lambda *args, **options: (events.append(name), function(*args, **options))[1]
 
-    monkeypatch.setattr(weight_files.hashlib, "sha256", noted("hash", hashlib.sha256))
-    monkeypatch.setattr(weight_files.torch, "load", noted("parse", torch.load))
-    monkeypatch.setattr(weight_files.safetensors.torch, "load", noted("parse", safetensors.torch.load))
+    monkeypatch.setattr(checkpoints.hashlib, "sha256", noted("hash", hashlib.sha256))
+    monkeypatch.setattr(checkpoints.torch, "load", noted("parse", torch.load))
+    monkeypatch.setattr(checkpoints.safetensors.torch, "load", noted("parse", safetensors.torch.load))
     for source in (pth, folder):
         load(source)
 
@@ -375,16 +387,16 @@ def all_shapes_but(shape: torch.Size):
 def test_a_tensor_that_decides_the_architecture_is_named_as_the_file_does(config, layout):
     """What defines the model cannot be compared to it; it must not end as another model or a stray error."""
     tensors = checkpoints.stored_tensors(SamHQ.from_config(config, 0), layout)
-    deciding = {checkpoints.rename(name, "native", layout) for name in DECIDING} & set(tensors)
+    deciding = {rename(name, "original", layout) for name in DECIDING} & set(tensors)
     assert len(deciding) == {VIT: 8, TINY: 9}[config]
     for name in deciding:
         for value in (None, *all_shapes_but(tensors[name].shape)):
             edited = {n: t for n, t in tensors.items() if n != name}
             if value is not None:
                 edited[name] = value
-            found, native, _ = checkpoints.to_native(edited)
+            found, named, _ = checkpoints.original_names(edited)
             with pytest.raises(CheckpointError, match=re.escape(name)):
-                checkpoints.build(checkpoints.read_config(native, None, found), native, found)
+                checkpoints.build(checkpoints.read_config(named, {}, found), named, found)
 
 
 def test_a_tensor_that_stands_in_a_file_twice_is_refused(pth):
@@ -396,13 +408,17 @@ def test_swapping_two_layers_of_an_mlp_would_be_seen(model, pth):
     """`layers.1` of one layout is `layers.0` of the other: the middle layer must stay the middle layer."""
     tensors = torch.load(pth, weights_only=True)
 
-    assert torch.equal(tensors["mask_decoder.hf_mlp.layers.0.weight"], model.mask_decoder.hyper_hq[0].weight)
-    assert torch.equal(tensors["mask_decoder.hf_mlp.layers.1.weight"], model.mask_decoder.hyper_hq[1].weight)
+    assert torch.equal(
+        tensors["mask_decoder.hf_mlp.layers.0.weight"], model.mask_decoder.hf_mlp.layers[0].weight
+    )
+    assert torch.equal(
+        tensors["mask_decoder.hf_mlp.layers.1.weight"], model.mask_decoder.hf_mlp.layers[1].weight
+    )
 
 
 def test_the_middle_layer_is_layers_0_in_transformers(model, folder):
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    ours = model.mask_decoder.hyper_hq
+    ours = model.mask_decoder.hf_mlp.layers
 
     assert torch.equal(tensors["mask_decoder.hq_mask_mlp.proj_in.weight"], ours[0].weight)
     assert torch.equal(tensors["mask_decoder.hq_mask_mlp.layers.0.weight"], ours[1].weight)
@@ -426,11 +442,11 @@ def test_what_nothing_reads_is_ignored_by_name(pth):
 
 
 def test_the_positional_matrix_may_stand_under_either_name_or_both(model, folder):
-    edited_folder(folder, lambda t: t.update({TIED_PE: t[SHARED_PE].clone()}))
+    edited_folder(folder, lambda t: t.update({TIED_POSITIONS: t[SHARED_PE].clone()}))
     assert same_weights(load(folder).model, model)
     edited_folder(folder, lambda t: t.pop(SHARED_PE))
     assert same_weights(load(folder).model, model)
-    edited_folder(folder, lambda t: t.update({SHARED_PE: t[TIED_PE] + 1}))
+    edited_folder(folder, lambda t: t.update({SHARED_PE: t[TIED_POSITIONS] + 1}))
     with pytest.raises(CheckpointError, match=r"shared_embedding\.positional_embedding differs from"):
         load(folder)
 
@@ -473,9 +489,7 @@ def test_a_config_that_contradicts_the_tensors_is_refused(folder):
     config["vision_config"]["window_size"] = 2
     (folder / "config.json").write_text(json.dumps(config))
 
-    with pytest.raises(
-        CheckpointError, match=r"config\.json and tensors disagree: .*window_size is 2, but 3"
-    ):
+    with pytest.raises(ConfigError, match=r"config\.json and tensors disagree: .*window_size is 2, but 3"):
         load(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
@@ -496,15 +510,13 @@ def test_half_precision_files_load_as_float32_with_whole_positions(model, tmp_pa
     full, stored = model.state_dict(), loaded.state_dict()
 
     assert {t.dtype for t in stored.values()} == {torch.float32}
-    assert torch.equal(stored["prompt_encoder.pe_matrix"], full["prompt_encoder.pe_matrix"])
-    assert all(
-        torch.equal(stored[n], t.half().float()) for n, t in full.items() if n != "prompt_encoder.pe_matrix"
-    )
+    assert torch.equal(stored[POSITIONS], full[POSITIONS])
+    assert all(torch.equal(stored[n], t.half().float()) for n, t in full.items() if n != POSITIONS)
 
 
 def test_a_value_too_large_for_half_precision_is_named(tmp_path):
     model = SamHQ.from_config(VIT, 0)
-    model.mask_decoder.up.conv1.bias.data[0] = 1e5
+    model.mask_decoder.output_upscaling[0].bias.data[0] = 1e5
 
     with pytest.raises(CheckpointError, match=r"upscale_conv1\.bias holds 100000"):
         save_transformers(model, tmp_path, half=True)

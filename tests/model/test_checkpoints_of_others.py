@@ -27,7 +27,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from model.checkpoints import CheckpointError, load, save_transformers
-from model.config import ConfigError, vit_config
+from model.sam_config import ConfigError, vit_config
 from model.sam_hq import SamHQ
 from tests.parity.oracle import original_of
 
@@ -133,7 +133,7 @@ def test_keys_of_a_release_to_come_are_a_warning(folder, saved_model):
         ("vision_config__hidden_act", "gelu_new", "hidden_act is 'gelu_new'; only 'gelu' is known"),
         ("vision_config__layer_norm_eps", 1e-5, "layer_norm_eps is 1e-05"),
         ("vision_config__use_rel_pos", False, "use_rel_pos is False"),
-        ("vision_config__model_type", "sam_vision_model", "wanted 'sam_hq_vision_model'"),
+        ("vision_config__model_type", "sam_vision_model", "'sam_vision_model', but 'sam_hq_vision_model'"),
         ("vision_config__model_type", "sam_hq_tiny_vit", "vision_config.model_type is 'sam_hq_tiny_vit'"),
         ("mask_decoder_config__vit_dim", 1024, "mask_decoder_config.vit_dim is 1024, but 64"),
         ("mask_decoder_config__num_multimask_outputs", 4, "num_multimask_outputs is 4, but 3"),
@@ -216,7 +216,7 @@ def test_windows_as_wide_as_the_grid_are_not_taken_for_global_blocks(tmp_path):
     with pytest.raises(CheckpointError, match=r"whole grid of 4x4 tokens.*cannot be told from global ones"):
         load(saved(original_of(model).state_dict()))
     text = (tmp_path / "config.json").read_text()
-    with pytest.raises(CheckpointError, match=r"global_attn_indexes is \[1\], but \[0, 1\] by the tensors"):
+    with pytest.raises(ConfigError, match=r"global_attn_indexes is \[1\], but \[0, 1\] by the tensors"):
         load(
             with_config(tmp_path, text, vision_config__window_size=4, vision_config__global_attn_indexes=[1])
         )

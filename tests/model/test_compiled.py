@@ -1,4 +1,4 @@
-"""The roads that only a GPU takes, as far as a machine without one can walk them, and on one the rest."""
+"""The paths that only a GPU takes, as far as a machine without one can test them, and on one the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model import image_encoder
 from model.compiled import Recorded, compile_calls
 from model.records import CallShape, Instances, Prompts
 from model.segmenter import Segmenter
-from model.transformer import ImageSide
+from model.transformer import ImageTokens
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, boxes_in, lively, photo
 
 CONFIGS = {**SMALL_VITS, "tiny": SMALL_TINY}
@@ -39,15 +39,15 @@ def answer(model, boxes=4, mask_tokens=(0,)):
     shared = model.mask_decoder.share(
         embedding_BCGG=embedding,
         hq_features_BCHW=hq,
-        dense_BCGG=model.prompt_encoder.no_mask.view(1, -1, 1, 1),
+        dense_BCGG=model.prompt_encoder.no_mask(),
         image_pe_1CGG=model.prompt_encoder.image_pe(),
     )
     sparse, _ = model.prompt_encoder(boxes_N4=torch.zeros(boxes, 4, device=device))
-    image = shared.first.select(torch.zeros(boxes, dtype=torch.int64, device=device))
-    width = model.mask_decoder.mask_tokens.shape[1]
+    image = shared.first_layer.select(torch.zeros(boxes, dtype=torch.int64, device=device))
+    width = model.mask_decoder.mask_tokens.embedding_dim
     tokens = torch.zeros(boxes, model.mask_decoder.tokens_of_a_box, width, dtype=model.dtype, device=device)
     assert tokens.shape[1] == 6 + sparse.shape[1]
-    return embedding, hq, *model.mask_decoder.answer(tokens, image, shared.terms, mask_tokens)
+    return embedding, hq, *model.mask_decoder.decode_tokens(tokens, image, shared.terms, mask_tokens)
 
 
 class OneDevice(TorchDispatchMode):
@@ -107,7 +107,7 @@ def segment(segmenter, counts):
 def test_compiled_calls_give_the_masks_of_the_others(pair, monkeypatch):
     plain, compiled = pair
     own: list[Any] = []
-    for road in (compiled.model, "embed"), (compiled.model.mask_decoder, "answer"):
+    for road in (compiled.model, "embed"), (compiled.model.mask_decoder, "decode_tokens"):
         fixed = getattr(*road)
         monkeypatch.setattr(fixed, "_own", lambda *_, name=road[1]: own.append(name))
 
@@ -118,7 +118,7 @@ def test_compiled_calls_give_the_masks_of_the_others(pair, monkeypatch):
 
 def test_calls_of_another_shape_go_the_models_own_way(pair, monkeypatch):
     plain, compiled = pair
-    fixed = compiled.model.mask_decoder.answer
+    fixed = compiled.model.mask_decoder.decode_tokens
     monkeypatch.setattr(fixed, "_fast", lambda *_: pytest.fail("compiled for another shape"))
     embedding = [one.model.encode_images([photo(100, 200)]) for one in pair]
     prompts = Prompts(points_xy=np.full((4, 1, 2), 50.0), point_labels=np.ones((4, 1)))
@@ -138,7 +138,7 @@ def test_what_was_played_back_is_the_callers_own():
     ones = torch.ones(1, 2, 3)
 
     def call(value):
-        side = ImageSide(keys_NLC=ones * value, k_NLI=ones, v_NLI=ones)
+        side = ImageTokens(keys_NLC=ones * value, k_NLI=ones, v_NLI=ones)
         return recorded(side, (ones * value,))
 
     first = call(1)

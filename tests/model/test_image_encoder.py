@@ -1,11 +1,9 @@
 import pytest
 import torch
 
-from model.attention import plain_attention
-from model.config import vit_config
-from model.image_encoder import Attention, from_windows, to_windows
-from model.layers import TORCH_NORM_EPS
-from model.tiny_vit import WindowAttention
+from model.image_encoder import Attention, WindowAttention, from_windows, to_windows
+from model.kernels import TORCH_NORM_EPS, plain_attention
+from model.sam_config import vit_config
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, lively
 
 

@@ -1,8 +1,15 @@
 import pytest
 import torch
 
-from model.layers import TORCH_NORM_EPS, VIT_NORM_EPS, LayerNorm2d
-from model.mask_decoder import MaskFeature, Upscale, cells_to_map, image_products
+from model.kernels import (
+    TORCH_NORM_EPS,
+    VIT_NORM_EPS,
+    LayerNorm2d,
+    cells_to_map,
+    dot_maskfeature,
+    upscale_cells,
+)
+from model.mask_decoder import image_products, upscaling
 from model.transformer import Attention
 from tests.model.plain_decoder import plain_decode
 from tests.parity.lively import SMALL_VITS, lively
@@ -57,32 +64,32 @@ def test_masks_not_asked_for_are_not_made_and_change_nothing(model):
 
 @torch.no_grad()
 def test_upscaling_by_matrix_products_is_upscaling_by_transposed_convolutions():
-    upscale = Upscale(12, 8, 5)
     x_BGGC = torch.randn(3, 6, 6, 12)
-    mapped = cells_to_map(upscale.cells(x_BGGC.flatten(0, 2)), 6)
+    for layers in (upscaling(12, 8, 5), upscaling(12, 8, 5, torch.nn.GELU())):
+        mapped = cells_to_map(upscale_cells(layers, x_BGGC.flatten(0, 2)), 6)
 
-    assert torch.allclose(mapped, upscale(x_BGGC.permute(0, 3, 1, 2)), atol=1e-5)
+        assert torch.allclose(mapped, layers(x_BGGC.permute(0, 3, 1, 2)), atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 23])
 @torch.no_grad()
 def test_few_tokens_asked_by_many_give_what_attention_gives(tokens):
     layer = Attention(32, 16, 4)
-    torch.nn.init.normal_(layer.out.bias)
+    torch.nn.init.normal_(layer.out_proj.bias)
     x, pe = torch.randn(3, 50, 32), torch.randn(1, 50, 16)
     k, v = torch.randn(2, 3, tokens, 16)
-    plain = layer.attend(torch.nn.functional.linear(x, layer.q.weight) + pe, k, v)
+    plain = layer.attend(torch.nn.functional.linear(x, layer.q_proj.weight) + pe, k, v)
 
     assert torch.allclose(layer.add_attended_few(x, pe, k, v), x + plain, atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_contracted_convolution_is_the_dot_product_with_its_output():
-    feature = MaskFeature(8)
-    x, vector = torch.randn(3, 8, 12, 10), torch.randn(3, 8)
+    feature = lively(SMALL_VITS["grid14-window7"]).mask_decoder.embedding_maskfeature
+    x, vector = torch.randn(3, 16, 12, 10), torch.randn(3, 16)
     plain = torch.einsum("nu,nuhw->nhw", vector, feature(x))
 
-    assert torch.allclose(feature.dot(x, vector), plain, atol=1e-5)
+    assert torch.allclose(dot_maskfeature(feature, x, vector), plain, atol=1e-4)
 
 
 def test_image_products_are_those_of_gathered_features():
@@ -132,7 +139,7 @@ def test_losses_on_mask_iou_and_hq_reach_every_weight(model):
     untouched = {
         n
         for n, p in model.mask_decoder.named_parameters()
-        if p.grad is None and not n.startswith(("hq_vit", "hq_emb"))
+        if p.grad is None and not n.startswith(("compress_vit_feat", "embedding_encoder"))
     }
     assert untouched == set()
     assert given["embedding_BCGG"].grad is not None

@@ -24,7 +24,7 @@ def test_corners_are_encoded_at_pixel_centres_to_a_hundred_thousandth(encoder):
     boxes = np.random.default_rng(0).random((50, 4)) * encoder.side
     tokens = encoder.embed_boxes(torch.tensor(boxes, dtype=torch.float32))
     expected = exact_encoding(encoder, boxes.astype(np.float32).reshape(50, 2, 2))
-    corners = torch.cat([encoder.point_embed[2], encoder.point_embed[3]]).numpy()
+    corners = torch.cat([embedding.weight for embedding in encoder.point_embeddings[2:]]).numpy()
 
     assert tokens.shape == (50, 2, 256)
     assert np.abs(tokens.numpy() - (expected + corners)).max() < 1e-5
@@ -61,7 +61,7 @@ def test_a_box_has_two_tokens_and_points_come_before_it(encoder):
     assert box_alone.shape == (3, 2, 256)
     assert points_alone.shape == (3, 3, 256)  # without a box a padding point follows
     assert torch.equal(both, torch.cat([points_alone[:, :2], box_alone], dim=1))
-    assert torch.equal(points_alone[:, 2], encoder.not_a_point.expand(3, -1))
+    assert torch.equal(points_alone[:, 2], encoder.not_a_point_embed.weight.expand(3, -1))
     assert dense.shape == (1, 256, 1, 1)
 
 
@@ -69,11 +69,11 @@ def test_a_box_has_two_tokens_and_points_come_before_it(encoder):
 def test_labels_choose_the_embedding_and_a_padding_point_has_no_place(encoder):
     point = torch.full((1, 3, 2), 40.0)
     tokens = encoder.embed_points(point, torch.tensor([[1, 0, -1]]), pad=False)[0]
-    place = encoder.encode_unit((point[0, 0] + 0.5) / encoder.side)
+    place = encoder.pe_layer((point[0, 0] + 0.5) / encoder.side)
 
-    assert torch.equal(tokens[0], place + encoder.point_embed[1][0])
-    assert torch.equal(tokens[1], place + encoder.point_embed[0][0])
-    assert torch.equal(tokens[2], encoder.not_a_point[0])
+    assert torch.equal(tokens[0], place + encoder.point_embeddings[1].weight[0])
+    assert torch.equal(tokens[1], place + encoder.point_embeddings[0].weight[0])
+    assert torch.equal(tokens[2], encoder.not_a_point_embed.weight[0])
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.prompts import check_prompts, group_prompts, mask_to_prompt
+from model.prompt_encoder import check_prompts, group_prompts, mask_to_prompt
 from model.records import Prompts
 from tests.parity.lively import SMALL_VITS, lively, photo
 

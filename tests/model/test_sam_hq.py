@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import vit_config
 from model.records import Prompts, resize_longest_side
+from model.sam_config import vit_config
 from model.sam_hq import SamHQ, choose_masks, tokens_needed
-from tests.parity.lively import SMALL_TINY, SMALL_VITS, boxes_in, lively, photo
+from tests.parity.lively import SMALL_TINY, SMALL_VITS, boxes_in, lively, photo, pixels_of
 
 SIZES = [(97, 140), (60, 60), (200, 70)]
 COUNTS = [2, 0, 5]
@@ -106,7 +106,7 @@ def test_prepared_pictures_give_what_whole_pictures_give(model, images, embeddin
 
 
 def test_padding_is_zero_after_normalising(model):
-    pixels = model.normalise_images([photo(50, 100)])
+    pixels = pixels_of(model, [photo(50, 100)])
     S = model.config.image_size
 
     assert pixels.shape == (1, 3, S, S)
@@ -155,7 +155,7 @@ def test_best_is_the_alternative_with_the_highest_score_and_three_are_sorted(mod
 @torch.no_grad()
 def test_every_answer_is_a_sum_of_the_tokens_masks(model, multimask, hq_token_only):
     sparse, dense = model.prompt_encoder(boxes_N4=torch.tensor([[10.0, 20, 90, 100], [5, 5, 50, 60]]))
-    features = model.vision_features([photo(97, 140)])
+    features = model.image_encoder(pixels_of(model, [photo(97, 140)]))
     tokens = model.mask_decoder(
         embedding_BCGG=features.embedding_BCGG,
         hq_features_BCHW=model.mask_decoder.hq_features(features),
@@ -203,9 +203,10 @@ def test_light_hq_sam_keeps_its_batch_norms_whole_in_bfloat16(images):
     exact = model.decode_boxes(model.encode_images(images[:1]), boxes).low_res_NMHW
     model.cast(torch.bfloat16)
     rounded = model.decode_boxes(model.encode_images(images[:1]), boxes).low_res_NMHW
-    norm = model.image_encoder.stem1.bn
+    stem = model.image_encoder.patch_embed.seq[0]
+    norm = stem.bn
 
-    assert model.image_encoder.stem1.conv.weight.dtype == torch.bfloat16
+    assert stem.c.weight.dtype == torch.bfloat16
     assert norm.weight.dtype == norm.running_var.dtype == torch.float32
     assert ((exact > 0) & (rounded > 0)).sum() / ((exact > 0) | (rounded > 0)).sum() > 0.95
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from model import rle, segmenter
-from model.config import vit_config
 from model.device import Dtype, HostThread
 from model.records import (
     CallShape,
@@ -22,6 +21,7 @@ from model.records import (
     resize_longest_side,
     target_size_hw,
 )
+from model.sam_config import vit_config
 from model.sam_hq import PromptDecoder, SamHQ
 from model.segmenter import Segmenter
 from tests.model.plain_masks import coco_counts, plain_masks
@@ -313,7 +313,10 @@ def test_every_call_has_the_configured_shape_and_ends_in_runs_before_the_next(
     monkeypatch.setattr(segmenter, "trace_masks", record_trace)
     with (
         hooked(model.image_encoder, lambda _, args, __: events.append(f"encode {len(args[0])}")),
-        hooked(model.mask_decoder.iou_head, lambda _, args, __: events.append(f"decode {len(args[0])}")),
+        hooked(
+            model.mask_decoder.iou_prediction_head,
+            lambda _, args, __: events.append(f"decode {len(args[0])}"),
+        ),
     ):
         segment_all.segment_prepared([prepared((97, 140), 5, 0), prepared((240, 200), 6, 1)])
     assert events == [
@@ -392,7 +395,7 @@ def test_memory_that_runs_out_while_decoding_is_redone_with_fewer_boxes(
         if len(args[0]) == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with hooked(model.mask_decoder.iou_head, hook):
+    with hooked(model.mask_decoder.iou_prediction_head, hook):
         results = segment_all.segment_prepared(images)
     for i, result in enumerate(results):
         assert isinstance(result, Instances)

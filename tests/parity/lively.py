@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from model.config import SamHQConfig, TinyVisionConfig, vit_config
+from model.records import resize_longest_side
+from model.sam_config import SamHQConfig, TinyVisionConfig, vit_config
 from model.sam_hq import SamHQ
 
 TABLES = ("rel_pos_h", "rel_pos_w", "attention_biases")
@@ -65,6 +66,11 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
     smooth = np.stack([sum(waves[i::3]) for i in range(3)], axis=-1)
     noisy = 128 + 40 * smooth + rng.normal(0, 12, (height, width, 3))
     return noisy.clip(0, 255).astype(np.uint8)
+
+
+def pixels_of(model: SamHQ, images: list[np.ndarray]) -> torch.Tensor:
+    """The encoder's input (B, 3, S, S) of upright pictures of any sizes."""
+    return model.normalise([resize_longest_side(image, model.config.image_size) for image in images])
 
 
 def boxes_in(height: int, width: int, count: int, seed: int = 0) -> np.ndarray:

@@ -5,21 +5,15 @@ from functools import partial
 import numpy as np
 import torch
 
-from model.config import PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
-from model.layouts import rename
+from model.sam_config import PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
 from model.sam_hq import SamHQ
 from tests.parity.stand_ins import import_original
-
-
-def original_state(model: SamHQ) -> dict[str, torch.Tensor]:
-    """The model's tensors under the original's names."""
-    return {rename(name, "native", "original"): tensor for name, tensor in model.state_dict().items()}
 
 
 def original_of(model: SamHQ) -> torch.nn.Module:
     """The original `Sam` with the same architecture and a copy of the same weights, in evaluation mode."""
     sam = build_original(model.config)
-    result = sam.load_state_dict(original_state(model), strict=False)
+    result = sam.load_state_dict(model.state_dict(), strict=False)
     assert not result.unexpected_keys
     assert all(name.split(".")[1] in ("head", "norm_head") for name in result.missing_keys), (
         result.missing_keys

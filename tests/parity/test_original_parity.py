@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import PUBLISHED, vit_config
 from model.masks import upsample_logits
 from model.records import Prompts, resize_longest_side
+from model.sam_config import PUBLISHED, vit_config
 from model.sam_hq import SamHQ
-from tests.parity.lively import SMALL_TINY, SMALL_VITS, TINY, boxes_in, lively, photo
+from tests.parity.lively import SMALL_TINY, SMALL_VITS, TINY, boxes_in, lively, photo, pixels_of
 from tests.parity.oracle import original_of, predict_boxes, predictor_of
 
 LOGITS = 2e-5  # of the largest reference logit
@@ -184,11 +184,12 @@ def test_a_mask_alone_gives_the_originals_mask(small):
     close(ours.low_res_NMHW[0], torch.from_numpy(low))
 
 
+@torch.no_grad()
 def test_the_encoders_two_outputs_are_the_originals(small):
     model, predictor = small
     image = photo(333, 200)
     predictor.set_image(image)
-    ours = model.vision_features([image])
+    ours = model.image_encoder(pixels_of(model, [image]))
 
     close(ours.embedding_BCGG, predictor.features)
     close(ours.early_BGGC, predictor.interm_features[0])
@@ -220,24 +221,26 @@ def test_light_hq_sam_gives_the_originals_masks(light, size_hw):
     compare(model, predictor, photo(*size_hw), boxes_in(*size_hw, 2))
 
 
+@torch.no_grad()
 def test_light_hq_sams_early_feature_is_stage_1_after_its_downsampling(light):
     model, predictor = light
     predictor.set_image(photo(97, 140))
-    ours = model.vision_features([photo(97, 140)])
+    ours = model.image_encoder(pixels_of(model, [photo(97, 140)]))
 
     close(ours.early_BGGC, predictor.interm_features[0])
     close(ours.embedding_BCGG, predictor.features)
 
 
+@torch.no_grad()
 def test_attention_biases_of_light_hq_sam_are_read_from_the_weights():
     """The original keeps a copy of them from before loading; ours must not."""
     model = lively(SMALL_TINY)
     image = photo(97, 140)
-    before = model.vision_features([image]).embedding_BCGG
+    before = model.image_encoder(pixels_of(model, [image])).embedding_BCGG
     biases = {n: torch.zeros_like(t) for n, t in model.state_dict().items() if n.endswith("attention_biases")}
     model.load_state_dict(biases, strict=False)
 
-    assert (model.vision_features([image]).embedding_BCGG - before).abs().max() > 0.1
+    assert (model.image_encoder(pixels_of(model, [image])).embedding_BCGG - before).abs().max() > 0.1
 
 
 @pytest.mark.slow

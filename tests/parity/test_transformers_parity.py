@@ -16,9 +16,9 @@ from transformers import SamHQModel
 from transformers.models.sam_hq import modeling_sam_hq
 
 from model.checkpoints import load, save_transformers
-from model.config_json import config_to_json
 from model.records import Prompts, scale_boxes
-from tests.parity.lively import SMALL_VITS, boxes_in, lively, photo
+from model.sam_config import config_to_json
+from tests.parity.lively import SMALL_VITS, boxes_in, lively, photo, pixels_of
 
 DROPPED = "point_embedding, iou_token_out = self.transformer("
 RESTORED = "point_embedding, image_embeddings = self.transformer("
@@ -56,7 +56,7 @@ def restore_assignment(monkeypatch) -> None:
 
 @torch.no_grad()
 def their_answer(model, ours, image, boxes, **options):
-    pixels = ours.normalise_images([image])
+    pixels = pixels_of(ours, [image])
     resized_hw = ours.encode_images([image]).resized_hw[0]
     model_boxes = torch.from_numpy(scale_boxes(boxes, image.shape[:2], resized_hw))[None]
     out = model(pixel_values=pixels, input_boxes=model_boxes, **{"multimask_output": False, **options})
@@ -132,7 +132,7 @@ def test_points_with_labels_go_the_same_way(ours, folder, monkeypatch):
     scaled = points * [embedding.resized_hw[0][1] / SIZE[1], embedding.resized_hw[0][0] / SIZE[0]]
     with torch.no_grad():
         out = theirs(folder)(
-            pixel_values=ours.normalise_images([image]),
+            pixel_values=pixels_of(ours, [image]),
             input_points=torch.tensor(scaled, dtype=torch.float32)[None],
             input_labels=torch.from_numpy(labels)[None],
             multimask_output=False,

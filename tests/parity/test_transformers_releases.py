@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from model.checkpoints import load
-from model.layouts import TIED_PE, rename
+from model.weight_names import TIED_POSITIONS, rename
 
 SCRIPT = Path(__file__).with_name("save_with_transformers.py")
 CONFIGS = Path(__file__).parents[1] / "model" / "saved_configs"
@@ -43,7 +43,9 @@ def test_every_way_of_saving_gives_the_tensors_of_the_model(saved):
     folder, _ = saved
     state = torch.load(folder / "state.pth", weights_only=True)
     wanted = {
-        rename(name, "transformers", "native"): tensor for name, tensor in state.items() if name != TIED_PE
+        rename(name, "transformers", "original"): tensor
+        for name, tensor in state.items()
+        if name != TIED_POSITIONS
     }
     ways = sorted(folder.iterdir())
     assert len(ways) in (3, 5)

@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.checkpoints import load
-from model.config import SamHQConfig, vit_config
 from model.image_encoder import ImageEncoderViT
 from model.mask_decoder import MaskDecoder
 from model.prompt_encoder import PromptEncoder
+from model.sam_config import SamHQConfig, vit_config
 from tools.demo_model.batches import FINE, PATCH, PIXEL_MEAN, PIXEL_STD, Batch
 from tools.demo_model.cache import SceneCache
 
 AFFINITY_WIDTH, FINE_AFFINITY_WIDTH = 64, 16
-HQ_PARTS = ("hq_token", "hyper_hq", "hq_vit", "hq_emb", "hq_mask")
+HQ_PARTS = ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
 
 
 def demo_config(side: int) -> SamHQConfig:
@@ -68,14 +68,14 @@ class DemoNetwork(nn.Module):
         prompts, decoder = self.prompt_encoder, self.mask_decoder
         with torch.no_grad():
             for token in (
-                *prompts.point_embed,
-                prompts.no_mask,
+                *prompts.point_embeddings,
+                prompts.no_mask_embed,
                 decoder.iou_token,
                 decoder.mask_tokens,
-                decoder.hq_token,
+                decoder.hf_token,
             ):
-                token.mul_(0.2)
-            self.image_encoder.neck.norm2.weight.fill_(0.2)
+                token.weight.mul_(0.2)
+            self.image_encoder.neck[3].weight.fill_(0.2)
             prompts.pe_matrix.copy_(position_frequencies())
 
     def load_checkpoint(self, folder: Path) -> None:
@@ -106,7 +106,7 @@ class DemoNetwork(nn.Module):
         sample = torch.from_numpy(np.concatenate(patches)).double()
         spread = torch.cov(sample.T)
         strength, direction = torch.linalg.eigh(spread)
-        projection = self.image_encoder.patch_embed
+        projection = self.image_encoder.patch_embed.proj
         width = projection.weight.shape[0]
         kept = (direction[:, -width:] / (strength[-width:] + 0.05).sqrt()).T.float()
         projection.weight.copy_(kept.reshape(projection.weight.shape))
@@ -161,14 +161,15 @@ class DemoNetwork(nn.Module):
             dense_BCGG=dense,
             image_pe_1CGG=self.prompt_encoder.image_pe(),
         )
-        fixed = torch.cat([decoder.iou_token, decoder.mask_tokens, decoder.hq_token])
-        tokens = torch.cat([fixed.expand(len(sparse), -1, -1), sparse], dim=1)
-        out, keys = decoder.transformer(tokens, shared.first.select(image_index_N), shared.terms)
+        tokens = torch.cat([decoder.output_tokens().expand(len(sparse), -1, -1), sparse], dim=1)
+        out, keys = decoder.transformer(tokens, shared.first_layer.select(image_index_N), shared.terms)
         grid = embedding.shape[-1]
-        upscaled = F.gelu(decoder.up(keys.transpose(1, 2).unflatten(2, (grid, grid))))
-        vectors = torch.stack([mlp(out[:, 1 + k]) for k, mlp in enumerate(decoder.hyper)], dim=1)
+        upscaled = decoder.output_upscaling(keys.transpose(1, 2).unflatten(2, (grid, grid)))
+        vectors = torch.stack(
+            [mlp(out[:, 1 + k]) for k, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1
+        )
         logits = (vectors @ upscaled.flatten(2)).unflatten(2, upscaled.shape[2:])
-        return logits, decoder.iou_head(out[:, 0])
+        return logits, decoder.iou_prediction_head(out[:, 0])
 
     def hq_forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits (N, 4G, 4G) of mask 0 and of the HQ token, and the predicted IoU (N,) of mask 0."""

@@ -18,7 +18,7 @@ from torch import nn
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 4
 WIDEST = 1024  # a matrix with a longer side costs more to orthogonalise than it gains
-NOT_MATRICES = ("rel_pos", "embed", "hyper", "iou_head", "token")
+NOT_MATRICES = ("rel_pos", "embed", "_mlp", "iou_prediction_head", "iou_token", "mask_tokens", "hf_token")
 
 
 def native_bf16() -> bool:

@@ -1,14 +1,20 @@
-"""The architecture of a SAM-HQ model as typed values, and the transformers `config.json` that says the same.
+"""The architecture of a SAM-HQ model as typed values, and transformers' `config.json` of the same.
 
 Only what a checkpoint can vary is a field. What all of them share (8 heads in the decoder, two-fold
-narrower cross attention, exact GELU, biases, the epsilons) is written once here as a constant, and a file
-that says otherwise is refused: a value that is read and then not followed is a silent wrong answer.
+narrower cross attention, exact GELU, biases, the epsilons) is a constant, and a file that states otherwise is
+refused: a value that is read and then not followed is a silent wrong answer.
+
+The tensors decide the architecture; a `config.json` is checked against them. A key is known by name and then
+checked, or listed as without effect, or unknown. An unknown one is a warning, as each release of transformers
+brings some.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 PATCH_SIZE = 16
 DECODER_HEADS = 8
@@ -265,3 +271,155 @@ PUBLISHED: Mapping[str, SamHQConfig] = {
     "vit_tiny": SamHQConfig.around(TinyVisionConfig()),
 }
 """The published sizes, by the names of the original."""
+
+
+# Transformers' config.json
+
+JSON_PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+
+# fmt: off
+WITHOUT_EFFECT = frozenset({
+    "architectures", "transformers_version", "torch_dtype", "dtype", "initializer_range",
+    "tie_word_embeddings", "attention_dropout", "scale", "_name_or_path", "_attn_implementation",
+    "_attn_implementation_autoset", "output_attentions", "output_hidden_states", "return_dict",
+    "use_return_dict", "torchscript", "use_bfloat16", "chunk_size_feed_forward", "is_encoder_decoder",
+    "is_decoder", "id2label", "label2id", "problem_type", "tf_legacy_loss", "pruned_heads",
+    "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "max_length",
+    "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+    "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
+    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+    "begin_suppress_tokens", "finetuning_task", "tokenizer_class", "prefix", "bos_token_id",
+    "pad_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "task_specific_params",
+})
+# fmt: on
+"""Keys that transformers of some version writes into every part; none of them changes a mask."""
+
+FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "vision_config": {
+        "num_channels": (3,),
+        "hidden_act": ("gelu",),
+        "layer_norm_eps": (1e-6,),
+        "qkv_bias": (True,),
+        "use_abs_pos": (True,),
+        "use_rel_pos": (True,),
+    },
+    "prompt_encoder_config": {
+        "num_point_embeddings": (4,),
+        "hidden_act": ("gelu",),
+        "layer_norm_eps": (1e-6,),
+    },
+    "mask_decoder_config": {
+        "hidden_act": ("relu",),
+        "iou_head_depth": (3,),
+        # The published files have 1e-6, the port's default. The weights were trained with 1e-5, and both are
+        # computed with 1e-5 here; masks differ by 1e-4 of the largest logit.
+        "layer_norm_eps": (1e-5, 1e-6),
+    },
+}
+"""The values known for what no tensor tells; the first is written."""
+
+
+def config_to_json(config: SamHQConfig) -> dict[str, Any]:
+    """Return the values of a `config.json` from which transformers builds this model.
+
+    The decoder's `layer_norm_eps` is written as the 1e-5 that is computed with. Transformers has no TinyViT:
+    of one's vision part only the two values that have a name there are returned.
+    """
+    vision, prompt, decoder = config.vision, config.prompt_encoder, config.mask_decoder
+    sizes: dict[str, Any] = {"image_size": vision.image_size, "output_channels": vision.output_channels}
+    if isinstance(vision, VisionConfig):
+        sizes = {
+            **_json_fields(vision),
+            "mlp_ratio": vision.mlp_dim / vision.hidden_size,
+            "num_pos_feats": vision.output_channels // 2,
+        }
+    parts = (
+        {"model_type": "sam_hq_vision_model" if isinstance(vision, VisionConfig) else "TinyViT", **sizes},
+        {
+            "model_type": "sam_hq_prompt_encoder",
+            **_json_fields(prompt),
+            "image_embedding_size": prompt.grid,
+        },
+        {"model_type": "sam_hq_mask_decoder", **_json_fields(decoder)},
+    )
+    fixed = ({key: values[0] for key, values in FIXED[name].items()} for name in JSON_PARTS)
+    return {
+        "architectures": ["SamHQModel"],
+        "model_type": "sam_hq",
+        **{name: part | rest for name, part, rest in zip(JSON_PARTS, parts, fixed, strict=True)},
+    }
+
+
+def _json_fields(part: VisionConfig | PromptEncoderConfig | MaskDecoderConfig) -> dict[str, Any]:
+    values = {f.name: getattr(part, f.name) for f in fields(part)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def check_config_json(values: Mapping[str, Any], config: SamHQConfig) -> tuple[str, ...]:
+    """Return the keys of a parsed `config.json` that are not known here, those of a part with its name.
+
+    A key left out, or null, is not compared.
+
+    Raises:
+        ConfigError: another model's file, or one that does not describe this model, or asks for what is not
+            done here.
+    """
+    if "vision_encoder_dim" in values:
+        raise ConfigError(
+            "config.json is of a SAM-HQ port with its own remote code (key vision_encoder_dim); not read"
+        )
+    expected = config_to_json(config)
+    if not _is_same("model_type", values.get("model_type"), (expected["model_type"],)):
+        raise ConfigError(f"config.json: model_type {values['model_type']!r}; wanted 'sam_hq'")
+    unknown, wrong = sorted(set(values) - set(expected) - WITHOUT_EFFECT), []
+    for name in JSON_PARTS:
+        part = json_part(values, name)
+        unknown += sorted(f"{name}.{key}" for key in set(part) - set(expected[name]) - WITHOUT_EFFECT)
+        for key in sorted(set(part) & set(expected[name])):
+            known = FIXED[name].get(key, (expected[name][key],))
+            if not _is_same(key, part[key], known) and not _has_no_effect(key, part, config):
+                values_known = " or ".join(map(repr, known))
+                reason = f"; only {values_known} is known" if key in FIXED[name] else f", but {values_known}"
+                wrong.append(f"{name}.{key} is {part[key]!r}{reason}")
+    if wrong:
+        raise ConfigError(f"config.json and tensors disagree: {', '.join(wrong)} by the tensors")
+    return tuple(unknown)
+
+
+def json_part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return one of the three parts; empty when it is left out or null."""
+    part = values.get(name)
+    if part is not None and not isinstance(part, Mapping):
+        raise ConfigError(f"config.json: {name} is {part!r}; wanted an object")
+    return part or {}
+
+
+def stated_side(values: Mapping[str, Any]) -> int | None:
+    """Return the input side that a `config.json` states, if it is a whole number."""
+    side = json_part(values, "vision_config").get("image_size")
+    side = side[0] if isinstance(side, list) and side else side  # sizes may be written as pairs
+    return int(side) if isinstance(side, int | float) and side == side // 1 else None
+
+
+def _is_same(key: str, value: Any, known: tuple[Any, ...]) -> bool:
+    """Return whether a value is one of the known, or is left to them."""
+    if key == "model_type":  # the first copies on the hub have sam-hq; transformers 4 writes empty ones
+        return not value or str(value).replace("-", "_") in known
+    if isinstance(value, float) and isinstance(known[0], float):  # perhaps through float32: 9.99999997e-07
+        return any(math.isclose(value, one, rel_tol=1e-6) for one in known)
+    return value is None or value in known or value in ([one, one] for one in known)
+
+
+def _has_no_effect(key: str, part: Mapping[str, Any], config: SamHQConfig) -> bool:
+    """Return whether nothing follows from this key of a part, next to its other keys."""
+    vision = config.vision
+    if not isinstance(vision, VisionConfig):
+        return False
+    if key == "mlp_ratio":  # where mlp_dim is given, transformers does not read it, else it rounds down
+        ratio = part[key]
+        return part.get("mlp_dim") is not None or (
+            isinstance(ratio, int | float) and abs(ratio * vision.hidden_size - vision.mlp_dim) < 1
+        )
+    return key == "window_size" and len(vision.global_attn_indexes) == vision.num_hidden_layers

@@ -1,0 +1,302 @@
+"""The names and shapes of SAM-HQ's tensors: in the original's files, in transformers', and what they tell.
+
+The model's own names are the original's (`segment-anything-hq`), so a published `.pth` loads as it is.
+`NAMES` lists those of transformers' `SamHQModel` next to them. No tensor is reshaped or transposed between
+the two. A name is renamed whole, in one pass: the middle layer of an MLP is `layers.1` in one layout and
+`layers.0` in the other, so that replacing parts one after another would swap layers without an error.
+
+Depth, widths, heads, window, grid and which blocks attend over the whole grid all follow from shapes, so that
+a checkpoint of any size loads without being told what it is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Literal
+
+from model.sam_config import (
+    PATCH_SIZE,
+    ConfigError,
+    MaskDecoderConfig,
+    PromptEncoderConfig,
+    SamHQConfig,
+    TinyVisionConfig,
+    VisionConfig,
+)
+
+Layout = Literal["original", "transformers"]
+Shapes = Mapping[str, tuple[int, ...]]
+
+POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+SHARED_POSITIONS = "shared_image_embedding.positional_embedding"
+TIED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
+"""The first and the second name under which transformers keeps the positional matrix."""
+
+ATTENTIONS = (
+    "layers.#.self_attn",
+    "layers.#.cross_attn_token_to_image",
+    "layers.#.cross_attn_image_to_token",
+    "final_attn_token_to_image",
+)
+MLPS = {
+    "output_hypernetworks_mlps.#": "output_hypernetworks_mlps.#",
+    "hf_mlp": "hq_mask_mlp",
+    "iou_prediction_head": "iou_prediction_head",
+}
+CONVOLUTIONS = {
+    "output_upscaling": ("upscale_conv1", "upscale_layer_norm", "upscale_conv2"),
+    "compress_vit_feat": ("compress_vit_conv1", "compress_vit_norm", "compress_vit_conv2"),
+    "embedding_encoder": ("encoder_conv1", "encoder_norm", "encoder_conv2"),
+    "embedding_maskfeature": ("mask_conv1", "mask_norm", "mask_conv2"),
+}
+BLOCK = ("attn.qkv", "attn.proj", "attn.rel_pos_h", "attn.rel_pos_w", "mlp.lin1", "mlp.lin2")
+NECK = {0: "conv1", 1: "layer_norm1", 2: "conv2", 3: "layer_norm2"}
+MASK_EMBED = {0: "conv1", 1: "layer_norm1", 3: "conv2", 4: "layer_norm2", 6: "conv3"}
+PROMPTS, DECODER = "prompt_encoder", "mask_decoder"
+TRANSFORMER = "mask_decoder.transformer"
+
+NAMES: tuple[tuple[str, str], ...] = (
+    ("image_encoder.pos_embed", "vision_encoder.pos_embed"),
+    ("image_encoder.patch_embed.proj", "vision_encoder.patch_embed.projection"),
+    ("image_encoder.blocks.#.norm#", "vision_encoder.layers.#.layer_norm#"),
+    *((f"image_encoder.blocks.#.{x}", f"vision_encoder.layers.#.{x}") for x in BLOCK),
+    *((f"image_encoder.neck.{i}", f"vision_encoder.neck.{x}") for i, x in NECK.items()),
+    (POSITIONS, SHARED_POSITIONS),
+    ("prompt_encoder.point_embeddings.#", "prompt_encoder.point_embed.#"),
+    ("prompt_encoder.not_a_point_embed", "prompt_encoder.not_a_point_embed"),
+    ("prompt_encoder.no_mask_embed", "prompt_encoder.no_mask_embed"),
+    *((f"{PROMPTS}.mask_downscaling.{i}", f"{PROMPTS}.mask_embed.{x}") for i, x in MASK_EMBED.items()),
+    *((f"{TRANSFORMER}.{x}.{y}_proj",) * 2 for x in ATTENTIONS for y in ("q", "k", "v", "out")),
+    (f"{TRANSFORMER}.layers.#.norm#", f"{TRANSFORMER}.layers.#.layer_norm#"),
+    (f"{TRANSFORMER}.layers.#.mlp.lin#", f"{TRANSFORMER}.layers.#.mlp.lin#"),
+    (f"{TRANSFORMER}.norm_final_attn", f"{TRANSFORMER}.layer_norm_final_attn"),
+    (f"{DECODER}.iou_token", f"{DECODER}.iou_token"),
+    (f"{DECODER}.mask_tokens", f"{DECODER}.mask_tokens"),
+    (f"{DECODER}.hf_token", f"{DECODER}.hq_token"),
+    *(
+        (f"{DECODER}.{mlp}.layers.{i}", f"{DECODER}.{theirs}.{layer}")
+        for mlp, theirs in MLPS.items()
+        for i, layer in enumerate(("proj_in", "layers.0", "proj_out"))
+    ),
+    *(
+        (f"{DECODER}.{layers}.{i}", f"{DECODER}.{layer}")
+        for layers, theirs in CONVOLUTIONS.items()
+        for i, layer in zip((0, 1, 3), theirs, strict=True)
+    ),
+)  # fmt: skip
+"""Original and transformers, without `weight` and `bias`; `#` is a number, in order the same in both."""
+
+LEAF = r"(\.(?:weight|bias|running_mean|running_var|num_batches_tracked))?"
+TINY = re.compile(
+    r"image_encoder\.(?:patch_embed\.seq\.\d+\.(?:c|bn)"
+    r"|layers\.\d\.(?:downsample\.conv\d|blocks\.\d+\.(?:conv\d|local_conv))\.(?:c|bn)"
+    r"|layers\.\d\.blocks\.\d+\.(?:attn\.(?:norm|qkv|proj|attention_biases)|mlp\.(?:norm|fc1|fc2)))" + LEAF
+)
+"""Names of TinyViT, which transformers does not have."""
+
+IGNORED = re.compile(
+    r"pixel_mean|pixel_std|n_averaged"
+    r"|image_encoder\.(?:head|norm_head)\.(?:weight|bias)"
+    r"|image_encoder\.layers\.\d\.blocks\.\d+\.attn\.(?:attention_bias_idxs|ab)"
+)
+"""Names in some files that nothing reads: TinyViT's ImageNet classifier, constants, the counter of PyTorch's
+`AveragedModel`."""
+
+WRAPPED = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What DDP, FSDP, checkpointing and `torch.compile` put into names: at the front, or in the middle where one
+part was wrapped."""
+
+PARTS = ("image_encoder", "vision_encoder", "prompt_encoder", "mask_decoder", "shared_image_embedding")
+"""The parts of a model, in either layout."""
+
+BEFORE_PARTS = re.compile(rf"((?:[^.]+\.)*?)(?:{'|'.join(PARTS)})\.")
+
+
+@cache
+def patterns(column: int) -> tuple[tuple[re.Pattern[str], tuple[str, str]], ...]:
+    """Return a pattern for each pair of `NAMES` that matches its names in one column."""
+    return tuple(
+        (re.compile(re.escape(pair[column]).replace(r"\#", r"(\d+)") + LEAF), pair) for pair in NAMES
+    )
+
+
+def rename(name: str, source: Layout, target: Layout) -> str | None:
+    """Return the name in layout `target` of a tensor called `name` in `source`; None: it is not known."""
+    columns: dict[Layout, int] = {"original": 0, "transformers": 1}
+    for pattern, pair in patterns(columns[source]):
+        if match := pattern.fullmatch(name):
+            *numbers, leaf = match.groups(default="")
+            parts = pair[columns[target]].split("#")
+            return "".join(map("".join, zip(parts, [*numbers, leaf], strict=True)))
+    return name if source == target == "original" and TINY.fullmatch(name) else None
+
+
+def prefixes(names: Iterable[str]) -> list[str]:
+    """Return what is before the model's own names: `["model."]` where it was kept as `self.model`."""
+    return sorted({match[1] for match in map(BEFORE_PARTS.match, names) if match})
+
+
+def detect_layout(names: Iterable[str]) -> Layout | None:
+    """Return the layout that the names are of, None when of neither."""
+    first = {name.split(".")[0] for name in names}
+    if "vision_encoder" in first:
+        return "transformers"
+    return "original" if "image_encoder" in first else None
+
+
+def decoder_alone(names: Iterable[str]) -> Literal["SAM-HQ", "SAM"] | None:
+    """Return whose mask decoder the names are of, when there is no image encoder next to it; else None.
+
+    Of SAM-HQ's it may be the HQ layers alone, which are all that its training changes.
+    """
+    if detect_layout(names):
+        return None
+    if any(name.endswith(("hf_token.weight", "hq_token.weight")) for name in names):
+        return "SAM-HQ"
+    return "SAM" if any("iou_prediction_head." in name for name in names) else None
+
+
+def foreign_model(names: Iterable[str]) -> str | None:
+    """Return which related model the names are of, when not SAM-HQ; None when nothing speaks against it."""
+
+    def have(*starts: str) -> bool:
+        return any(name.startswith(starts) for name in names)
+
+    if have("sam_mask_decoder.", "sam_prompt_encoder.", "image_encoder.trunk."):
+        hq = any(".hf_" in name or ".compress_vit_feat" in name for name in names)
+        return "HQ-SAM 2" if hq else "SAM 2"
+    if have("vision_encoder.backbone.", "mask_decoder.conv_s0"):
+        return "SAM 2"
+    if have("mask_decoder.") and not have("mask_decoder.hf_token", "mask_decoder.hq_token"):
+        return "MobileSAM" if any(".patch_embed.seq." in name for name in names) else "plain SAM"
+    return None
+
+
+# The architecture
+
+DECIDING = (
+    "image_encoder.patch_embed.proj.weight",
+    "image_encoder.pos_embed",
+    "image_encoder.blocks.0.attn.rel_pos_h",
+    "image_encoder.patch_embed.seq.2.c.weight",
+    *(f"image_encoder.layers.{i}.downsample.conv1.c.weight" for i in range(3)),
+    "image_encoder.neck.0.weight",
+    "prompt_encoder.no_mask_embed.weight",
+    "prompt_encoder.mask_downscaling.3.weight",
+    "mask_decoder.iou_token.weight",
+    "mask_decoder.compress_vit_feat.0.weight",
+)
+"""Tensors whose sides must agree with one another. Which of two is wrong cannot be told, so all are named."""
+
+
+def config_from_shapes(shapes: Shapes, *, image_size: int | None = None) -> SamHQConfig:
+    """Return the architecture that tensors of these shapes, under the original's names, belong to.
+
+    `image_size`: input side of a TinyViT, which its tensors do not tell (1024 for None); a ViT's is that of
+    its position table, and `image_size` is not used.
+
+    Raises:
+        ConfigError: a tensor that the architecture is read from is missing or has an impossible shape, or
+            such tensors contradict each other; the message names them.
+    """
+    try:
+        return _config(shapes, image_size)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({deciding_shapes(shapes)})") from error
+
+
+def deciding_shapes(shapes: Shapes) -> str:
+    """Return as text what an architecture was read from."""
+    return "read from the shapes of " + ", ".join(f"{x} {shapes[x]}" for x in DECIDING if x in shapes)
+
+
+def _config(shapes: Shapes, image_size: int | None) -> SamHQConfig:
+    tiny = "image_encoder.patch_embed.seq.0.c.weight" in shapes
+    vision = _tiny_vit(shapes, image_size or 1024) if tiny else _vit(shapes)
+    layers = f"{TRANSFORMER}.layers"
+    return SamHQConfig(
+        vision=vision,
+        prompt_encoder=PromptEncoderConfig(
+            hidden_size=_side(shapes, "prompt_encoder.no_mask_embed.weight", 1, of=2),
+            image_size=vision.image_size,
+            mask_input_channels=_side(shapes, "prompt_encoder.mask_downscaling.3.weight", 0, of=4),
+        ),
+        mask_decoder=MaskDecoderConfig(
+            hidden_size=_side(shapes, "mask_decoder.iou_token.weight", 1, of=2),
+            mlp_dim=_side(shapes, f"{layers}.0.mlp.lin1.weight", 0, of=2),
+            num_hidden_layers=_count(shapes, layers),
+            iou_head_hidden_dim=_side(shapes, "mask_decoder.iou_prediction_head.layers.0.weight", 0, of=2),
+            vit_dim=_side(shapes, "mask_decoder.compress_vit_feat.0.weight", 0, of=4),
+        ),
+    )
+
+
+def _vit(shapes: Shapes) -> VisionConfig:
+    """Return the ViT of these tensors. A block is global when its table covers the whole grid."""
+    positions, blocks = "image_encoder.pos_embed", "image_encoder.blocks"
+    width, grid = _side(shapes, positions, 3, of=4), _side(shapes, positions, 1, of=4)
+    tables = [f"{blocks}.{i}.attn.rel_pos_h" for i in range(_count(shapes, blocks))]
+    sides = [(_side(shapes, table, 0, of=2) + 1) // 2 for table in tables]
+    head_width = _side(shapes, tables[0], 1, of=2)
+    if width % head_width:
+        raise ConfigError(
+            f"tensor {tables[0]} has shape {shapes[tables[0]]}: heads {head_width} wide do not divide the "
+            f"encoder's width {width}"
+        )
+    windows = sorted({side for side in sides if side != grid})
+    if len(windows) > 1:
+        raise ConfigError(
+            f"windows of {windows} tokens in one encoder on a grid of {grid}; only one size is known"
+        )
+    return VisionConfig(
+        hidden_size=width,
+        num_hidden_layers=len(tables),
+        num_attention_heads=width // head_width,
+        mlp_dim=_side(shapes, f"{blocks}.0.mlp.lin1.weight", 0, of=2),
+        window_size=windows[0] if windows else min(14, grid - 1),  # without a windowed block: any
+        global_attn_indexes=tuple(i for i, side in enumerate(sides) if side == grid),
+        image_size=grid * PATCH_SIZE,
+        patch_size=_side(shapes, "image_encoder.patch_embed.proj.weight", 2, of=4),
+        output_channels=_side(shapes, "image_encoder.neck.0.weight", 0, of=4),
+    )
+
+
+def _tiny_vit(shapes: Shapes, image_size: int) -> TinyVisionConfig:
+    layers = "image_encoder.layers"
+    stem = _side(shapes, "image_encoder.patch_embed.seq.2.c.weight", 0, of=4)
+    one, two, three = (_side(shapes, f"{layers}.{i}.downsample.conv1.c.weight", 0, of=4) for i in range(3))
+    biases = [f"{layers}.{i}.blocks.0.attn.attention_biases" for i in (1, 2, 3)]
+    heads = [_side(shapes, name, 0, of=2) for name in biases]
+    windows = [math.isqrt(_side(shapes, name, 1, of=2)) for name in biases]
+    depths = [_count(shapes, f"{layers}.{i}.blocks") for i in range(4)]
+    return TinyVisionConfig(
+        embed_dims=(stem, one, two, three),
+        depths=(depths[0], depths[1], depths[2], depths[3]),
+        num_heads=(heads[0], heads[1], heads[2]),
+        window_sizes=(windows[0], windows[1], windows[2]),
+        image_size=image_size,
+        output_channels=_side(shapes, "image_encoder.neck.0.weight", 0, of=4),
+    )
+
+
+def _side(shapes: Shapes, name: str, axis: int, *, of: int) -> int:
+    """Return one side of a tensor of `of` axes, or raise `ConfigError` naming the tensor."""
+    if name not in shapes:
+        raise ConfigError(f"the architecture cannot be read: tensor {name} is missing")
+    if len(shapes[name]) != of or shapes[name][axis] < 1:
+        raise ConfigError(
+            f"the architecture cannot be read: tensor {name} has shape {shapes[name]}; wanted {of} axes"
+        )
+    return shapes[name][axis]
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
+    """Return how many blocks `prefix.0`, `prefix.1`, ... there are, or raise `ConfigError` naming a gap."""
+    numbers = {int(name[len(prefix) + 1 :].split(".")[0]) for name in shapes if name.startswith(prefix + ".")}
+    gap = next((i for i in range(len(numbers) + 1) if i not in numbers), 0)
+    if not numbers or gap < len(numbers):
+        raise ConfigError(f"the architecture cannot be read: no tensor of {prefix}.{gap}")
+    return len(numbers)
