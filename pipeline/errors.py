@@ -148,6 +148,13 @@ def stage_of(code: str) -> str:
     return IMAGE_CODES[code][0]
 
 
+def count(number: int, noun: str = "", plural: str | None = None) -> str:
+    """Return a count, with its noun in the right number: `1 image`, `12,000 images`, `2 boxes`."""
+    if not noun:
+        return f"{number:,}"
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def clean_text(text: str) -> str:
     """Text with control characters escaped and at most MAX_MESSAGE_CHARS characters, one line."""
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

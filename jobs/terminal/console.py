@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from pipeline.errors import clean_text
+from pipeline.errors import count as count
 
 _stdout_for_data: list[TextIO] = []  # the real one, while `sys.stdout` is something else
 
@@ -94,13 +95,6 @@ def visible(text: str) -> str:
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
-def count(number: int, noun: str = "", plural: str | None = None) -> str:
-    """A count with thousands separated, and its noun in the right number: `1 image`, `12,000 images`."""
-    if not noun:
-        return f"{number:,}"
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def with_a_mask(masks: int, empty: int) -> str:

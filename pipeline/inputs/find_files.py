@@ -19,10 +19,10 @@ from pipeline.inputs.read_table import TABLE_SUFFIXES, TableFormat, instead_of, 
 from pipeline.inputs.yolo_boxes import label_files
 from pipeline.settings import AccessRules
 from pipeline.storage.archive_uris import TAR
+from pipeline.storage.backend import Entry
 from pipeline.storage.list_folders import allow_root
 from pipeline.storage.read_objects import (
     LABEL_SUFFIXES,
-    Entry,
     head_object,
     is_no_utf8,
     list_inputs,

@@ -31,7 +31,8 @@ from pipeline.inputs.image_box_lists import (
 from pipeline.inputs.propose_columns import missing_column
 from pipeline.inputs.read_table import inspect_tables, naming, naming_values, read_batches
 from pipeline.settings import AccessRules, BoxFormat, BoxFrame, BoxRules
-from pipeline.storage.read_objects import Entry, open_input
+from pipeline.storage.backend import Entry
+from pipeline.storage.read_objects import open_input
 from pipeline.storage.sealed_parquet import open_closed
 from pipeline.storage.uri_rules import options_for
 

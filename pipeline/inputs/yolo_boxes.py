@@ -26,7 +26,8 @@ from pipeline.errors import ImageError, JobRefused, clean_text
 from pipeline.inputs.box_tables import box_columns
 from pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList, Groups, grouped_boxes
 from pipeline.settings import AccessRules
-from pipeline.storage.read_objects import Entry, read_object
+from pipeline.storage.backend import Entry
+from pipeline.storage.read_objects import read_object
 from pipeline.storage.uri_rules import options_for
 
 READERS = 16

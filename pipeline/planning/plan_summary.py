@@ -12,13 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.arrow_lists import Int64Array, list_lengths, null_mask, single
-from pipeline.errors import clean_text
+from pipeline.errors import clean_text, count
 from pipeline.inputs.image_box_lists import BoxList, ImageList
 from pipeline.planning.join import Joined, Unmatched
 from pipeline.planning.suspicious_boxes import SUSPICIOUS_SHARE, suspicions
 from pipeline.settings import AccessRules, BoxFormat, BoxFrame, BoxRules
 from pipeline.stages.resolve_boxes import MOST_POINTS, PROMPT_COLUMNS, prompt_faults
-from pipeline.storage.list_folders import counted
 from pipeline.storage.read_objects import fingerprint
 from pipeline.storage.uri_rules import options_for, without_credentials
 
@@ -208,9 +207,9 @@ def _notes(inputs: Understood) -> list[str]:
     notes = [*inputs.images.notes, *(inputs.boxes.notes if inputs.boxes else ())]
     lost = inputs.joined.unmatched
     if lost.boxes:
-        boxes = "1 box" if lost.boxes == 1 else f"{lost.boxes:,} boxes"
+        boxes = count(lost.boxes, "box", "boxes")
         hint = f". {inputs.joined.hint.rstrip('. ')}" if inputs.joined.hint else ""
-        notes.append(f"{boxes} of {counted(lost.images, 'unlisted image')}: left out{hint}")
+        notes.append(f"{boxes} of {count(lost.images, 'unlisted image')}: left out{hint}")
     return notes
 
 

@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.arrow_lists import Int64Array, list_lengths, null_mask, single, to_lists
-from pipeline.errors import ImageError, JobRefused, clean_text
+from pipeline.errors import ImageError, JobRefused, clean_text, count
 from pipeline.inputs.image_box_lists import BOX_COLUMNS, TEXT, BoxList, examples
 from pipeline.planning.join import Joined
 from pipeline.schema import PLAN, PLAN_BOX
 from pipeline.settings import AccessRules
 from pipeline.storage.archive_uris import PLACE, container_of
-from pipeline.storage.list_folders import allow_root, counted
+from pipeline.storage.list_folders import allow_root
 from pipeline.storage.uri_rules import check_uri, is_inside, split_scheme, without_credentials
 
 SLICE_ROWS = 65_536
@@ -358,7 +358,7 @@ def _no_ids(names: list[str]) -> str:
 
 def _no_names(ids: list[int]) -> str:
     return (
-        f"{counted(len(ids), 'category id')} of the boxes without a name, such as "
+        f"{count(len(ids), 'category id')} of the boxes without a name, such as "
         f"{', '.join(map(str, ids[:3]))}, while others have one: is the list of categories that of these "
         "boxes? The tables keep the ids"
     )

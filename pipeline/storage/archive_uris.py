@@ -1,14 +1,12 @@
-"""Pictures that lie inside other files, and the uris that name them: a member of a tar, a row of a Parquet
-file.
+"""Uris of pictures inside other files: a member of a tar, a row of a Parquet file.
 
     s3://bucket/shards/0001.tar#1536:40231/cat/0001.jpg
         40,231 bytes from byte 1,536 of the tar on: the member `cat/0001.jpg`
     /data/train.parquet#image:3:12/000000039769.jpg
-        row 12 of row group 3, the bytes of column `image`; the name is the file's own word, and may be empty
+        row 12 of row group 3, the bytes of column `image`; the name is as the file has it, and may be empty
 
 Planning writes such a uri, so that a worker reads one picture with one request, and no index. The rules on
-uris
-look at the file that holds the picture. The name behind the place is for people; nothing is opened by it.
+uris check the file that holds the picture. The name behind the place is for readers; nothing is opened by it.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ class ParquetRow:
 
 
 def split_member(uri: str) -> TarMember | ParquetRow | None:
-    """What a uri names inside another file; None for a file of its own."""
+    """Return what a uri names inside another file; None for a file by itself."""
     if (match := _TAR_MEMBER.fullmatch(uri)) is not None:
         container, start, size, name = match.groups()
         return TarMember(container=container, start=int(start), size=int(size), name=name)
@@ -69,16 +67,15 @@ def split_member(uri: str) -> TarMember | ParquetRow | None:
 
 
 def container_of(uri: str) -> str:
-    """The file that has to be opened for a uri."""
+    """Return the file that has to be opened for a uri."""
     member = split_member(uri)
     return uri if member is None else member.container
 
 
 def check_column(uri: str, column: str) -> None:
-    """None for a column that a uri can name; JobRefused for one with other characters."""
+    """Raise JobRefused unless a uri can name the column."""
     if COLUMN.fullmatch(column) is None:
         raise JobRefused(
             f"{uri}: column {clean_text(column)!r} holds the pictures; wanted a name of letters, digits, _ "
-            f"and -: "
-            "rename it"
+            "and -: rename it"
         )

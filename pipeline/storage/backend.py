@@ -18,10 +18,13 @@ CHUNK = 4 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """One listed object: its path as the driver takes it, size in bytes, and a version tag if known."""
+class Entry:
+    """One listed object: size in bytes, and a version tag where known.
 
-    path: str
+    `key`: its path as the backend takes it; above the backends its uri, or its name below a store's place.
+    """
+
+    key: str
     size: int
     etag: str | None = None
 
@@ -44,10 +47,10 @@ class Backend(Protocol):
 
     def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject: ...  # noqa: D102
     def get_range(self, path: str, start: int, stop: int, *, timeout_s: float) -> bytes: ...  # noqa: D102
-    def stat(self, path: str, *, timeout_s: float) -> Found | None: ...  # noqa: D102
+    def stat(self, path: str, *, timeout_s: float) -> Entry | None: ...  # noqa: D102
     def create(self, path: str, data: bytes, *, timeout_s: float) -> None: ...  # noqa: D102
     def replace(self, path: str, data: bytes, *, timeout_s: float) -> None: ...  # noqa: D102
-    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Found]: ...  # noqa: D102
+    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]: ...  # noqa: D102
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None: ...  # noqa: D102
     def abort_stale(self, prefix: str, *, timeout_s: float) -> int: ...  # noqa: D102
 

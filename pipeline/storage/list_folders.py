@@ -19,8 +19,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.errors import clean_text
-from pipeline.storage.backend import Found
+from pipeline.errors import clean_text, count
+from pipeline.storage.backend import Entry
 from pipeline.storage.uri_rules import is_inside
 
 LEFT_OUT = frozenset(
@@ -56,7 +56,7 @@ class Listed:
     `dead`: links to what is not there.
     """
 
-    found: list[Found] = field(default_factory=list)
+    found: list[Entry] = field(default_factory=list)
     links: dict[str, str] = field(default_factory=dict)
     odd: list[str] = field(default_factory=list)
     hidden_folders: Counter[str] = field(default_factory=Counter)
@@ -70,29 +70,22 @@ class Listed:
         """Return sentences on what is left out of `place`."""
         sentences = []
         if self.hidden_folders:
-            number, names = (
-                self.hidden_folders.total(),
-                ", ".join(map(clean_text, list(self.hidden_folders)[:5])),
-            )
+            names = ", ".join(map(clean_text, list(self.hidden_folders)[:5]))
             more = ", …" if len(self.hidden_folders) > 5 else ""
-            sentences.append(f"{counted(number, 'hidden folder')} ({names}{more}) in {place}: left out")
+            folders = count(self.hidden_folders.total(), "hidden folder")
+            sentences.append(f"{folders} ({names}{more}) in {place}: left out")
         if self.hidden_files:
-            sentences.append(f"{counted(self.hidden_files, 'hidden file')} in {place}: left out")
+            sentences.append(f"{count(self.hidden_files, 'hidden file')} in {place}: left out")
         if self.again:
-            links, first = counted(len(self.again), "link"), clean_text(self.again[0])
+            links, first = count(len(self.again), "link"), clean_text(self.again[0])
             sentences.append(f"{links} to folders that are listed already, such as {first}: left out")
         if self.dead:
             first = min(self.dead)
             sentences.append(
-                f"{counted(len(self.dead), 'link')} to what is not there, such as {clean_text(first)}, "
+                f"{count(len(self.dead), 'link')} to what is not there, such as {clean_text(first)}, "
                 f"a link to {clean_text(self.links[first])}"
             )
         return sentences
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun in the right form: `1 link`, `1,200 links`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def is_hidden(name: str) -> bool:
@@ -177,12 +170,12 @@ def allow_root(targets: Iterable[str]) -> str:
     return flags if common != "/" or len(known) <= len(named) else f"{flags} …"
 
 
-def shown_of(found: Sequence[Found], prefix: str, pattern: Pattern | None) -> Listed:
+def shown_of(found: Sequence[Entry], prefix: str, pattern: Pattern | None) -> Listed:
     """Return what of a store's objects below `prefix` is meant."""
     listed, folders = Listed(), dict[str, str]()
     hides = pattern.hides if pattern else _hides
     for one in found:
-        path = one.path.removeprefix(prefix)
+        path = one.key.removeprefix(prefix)
         names = path.split("/")
         at = next((at for at, name in enumerate(names) if hides(name, at)), None)
         if at is None:
@@ -287,12 +280,12 @@ class _Walk:
             # Dangling, a circle, or closed: listed, so that its reader can say what is wrong.
             if is_link and isinstance(error, FileNotFoundError):
                 self.listed.dead.append(entry.path)
-            self.listed.found.append(Found(path=entry.path, size=0))
+            self.listed.found.append(Entry(key=entry.path, size=0))
             return
         if not stat.S_ISREG(status.st_mode):
             self.listed.odd.append(entry.path)
         tag = f"mtime-{status.st_mtime_ns}"
-        self.listed.found.append(Found(path=entry.path, size=status.st_size, etag=tag))
+        self.listed.found.append(Entry(key=entry.path, size=status.st_size, etag=tag))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -310,5 +303,5 @@ def walk(top: str, roots: Sequence[str], pattern: Pattern | None) -> Listed:
     """
     walking = _Walk(roots, pattern)
     walking.run(top)
-    walking.listed.found.sort(key=lambda one: one.path)
+    walking.listed.found.sort(key=lambda one: one.key)
     return walking.listed

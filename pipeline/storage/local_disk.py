@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.errors import ImageError, UsageError
 from pipeline.failpoints import visit
-from pipeline.storage.backend import CHUNK, FetchedObject, Found, too_many_bytes
+from pipeline.storage.backend import CHUNK, Entry, FetchedObject, too_many_bytes
 from pipeline.storage.uri_rules import check_regular
 
 STALE_TEMPORARY_S = 3600.0
@@ -46,7 +46,7 @@ class LocalBackend:
             file.seek(start)
             return file.read(stop - start)
 
-    def stat(self, path: str, *, timeout_s: float) -> Found | None:
+    def stat(self, path: str, *, timeout_s: float) -> Entry | None:
         """Size and tag of a regular file; None when there is none."""
         del timeout_s
         try:
@@ -55,7 +55,7 @@ class LocalBackend:
             return None
         if not stat.S_ISREG(status.st_mode):
             return None
-        return Found(path=path, size=status.st_size, etag=_local_tag(status))
+        return Entry(key=path, size=status.st_size, etag=_local_tag(status))
 
     def create(self, path: str, data: bytes, *, timeout_s: float) -> None:
         """The file, whole and synced, or FileExistsError: a hard link decides who was first."""
@@ -100,11 +100,11 @@ class LocalBackend:
                 os.unlink(temporary)
         _sync_folder(folder)
 
-    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Found]:
+    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]:
         """Every file whose path begins with `prefix`, temporary ones left out. Links to folders are files."""
         del timeout_s
         folder = prefix if prefix.endswith("/") else os.path.dirname(prefix)
-        found = (one for one in _walk_folder(folder.rstrip("/") or "/") if one.path.startswith(prefix))
+        found = (one for one in _walk_folder(folder.rstrip("/") or "/") if one.key.startswith(prefix))
         return list(itertools.islice(found, limit))
 
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:
@@ -168,7 +168,7 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _walk_folder(folder: str) -> Iterator[Found]:
+def _walk_folder(folder: str) -> Iterator[Entry]:
     try:
         entries = list(os.scandir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -180,11 +180,11 @@ def _walk_folder(folder: str) -> Iterator[Found]:
             yield from _walk_file(entry)
 
 
-def _walk_file(entry: os.DirEntry[str]) -> Iterator[Found]:
+def _walk_file(entry: os.DirEntry[str]) -> Iterator[Entry]:
     try:
         status = entry.stat()
     except OSError:
         if entry.is_symlink():  # dangling or looping: listed, so that its reader can say what is wrong
-            yield Found(path=entry.path, size=0)
+            yield Entry(key=entry.path, size=0)
         return
-    yield Found(path=entry.path, size=status.st_size, etag=_local_tag(status))
+    yield Entry(key=entry.path, size=status.st_size, etag=_local_tag(status))

@@ -17,7 +17,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
 from pipeline.errors import ImageError, UsageError
-from pipeline.storage.backend import CHUNK, Backend, FetchedObject, Found, check_complete, too_many_bytes
+from pipeline.storage.backend import CHUNK, Backend, Entry, FetchedObject, check_complete, too_many_bytes
 from pipeline.storage.local_disk import LocalBackend
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
@@ -92,7 +92,7 @@ class FsspecBackend:
         data: bytes = self._call("cat_file", path, start=start, end=stop, timeout_s=timeout_s)
         return data
 
-    def stat(self, path: str, *, timeout_s: float) -> Found | None:
+    def stat(self, path: str, *, timeout_s: float) -> Entry | None:
         """Size and tag of an object; None when there is none."""
         try:
             info = self._call("info", path, timeout_s=timeout_s)
@@ -108,12 +108,12 @@ class FsspecBackend:
         """The object with new bytes, whole."""
         self._call("pipe_file", path, data, timeout_s=timeout_s)
 
-    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Found]:
+    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]:
         """Every object whose path begins with `prefix`."""
         folder = prefix.rpartition("/")[0]
         infos = self._call("find", folder, detail=True, timeout_s=timeout_s).values()
         found = [_found(info) for info in infos if info["type"] != "directory"]
-        return [one for one in found if one.path.startswith(prefix)][:limit]
+        return [one for one in found if one.key.startswith(prefix)][:limit]
 
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:
         """Nothing; an object that is already gone is no error."""
@@ -127,12 +127,12 @@ class FsspecBackend:
         return 0
 
 
-def _found(info: Mapping[str, Any]) -> Found:
+def _found(info: Mapping[str, Any]) -> Entry:
     tag = next(
         (info[k] for k in ("ETag", "etag", "md5Hash", "blob_id", "created", "mtime") if info.get(k)), None
     )
     text = None if tag is None else str(tag).strip('"')
-    return Found(path=str(info["name"]).lstrip("/"), size=int(info.get("size") or 0), etag=text)
+    return Entry(key=str(info["name"]).lstrip("/"), size=int(info.get("size") or 0), etag=text)
 
 
 _MEMORY_LOCK = threading.RLock()  # one global store, whose files share their read position
@@ -239,13 +239,13 @@ class S3Backend:
         fetched = sync(self._fs.loop, self._get, bucket, key, None, Range=span, timeout=timeout_s)
         return fetched.data  # type: ignore[no-any-return]
 
-    def stat(self, path: str, *, timeout_s: float) -> Found | None:
+    def stat(self, path: str, *, timeout_s: float) -> Entry | None:
         """Size and tag by HEAD; None when there is no object (or no bucket: HEAD cannot tell)."""
         try:
             head = self._call("head_object", path, timeout_s=timeout_s)
         except FileNotFoundError:
             return None
-        return Found(path=path, size=head["ContentLength"], etag=_s3_tag(head))
+        return Entry(key=path, size=head["ContentLength"], etag=_s3_tag(head))
 
     def create(self, path: str, data: bytes, *, timeout_s: float) -> None:
         """One PUT with `If-None-Match: *`; FileExistsError on 412."""
@@ -265,17 +265,17 @@ class S3Backend:
         _check_one_put(data)
         self._call("put_object", path, Body=data, timeout_s=timeout_s)
 
-    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Found]:
+    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]:
         """Every object whose path begins with `prefix`, 1,000 a request; S3 lists what was put."""
         bucket, _, key = prefix.partition("/")
-        found: list[Found] = []
+        found: list[Entry] = []
         more: dict[str, Any] = {}
         while True:
             page = self._call(
                 "list_objects_v2", bucket, Prefix=key, MaxKeys=self.page_size, timeout_s=timeout_s, **more
             )
             for one in page.get("Contents", []):
-                found.append(Found(path=f"{bucket}/{one['Key']}", size=one["Size"], etag=_s3_tag(one)))
+                found.append(Entry(key=f"{bucket}/{one['Key']}", size=one["Size"], etag=_s3_tag(one)))
             if not page.get("IsTruncated") or (limit is not None and len(found) >= limit):
                 return found[:limit]
             more = {"ContinuationToken": page["NextContinuationToken"]}

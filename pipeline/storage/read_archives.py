@@ -1,8 +1,8 @@
-"""Reading one picture out of a tar or a Parquet file, with the rules of `objects.read_object`.
+"""Read one picture out of a tar or a Parquet file, with the rules of `read_objects.read_object`.
 
-A member of a tar is one range, its header included, which must still say the planned size. Rows of a Parquet
-file are read a row group at a time, because pages cannot be cut; the last row groups are kept, so the images
-of a unit, which stand side by side, cost one reading.
+A member of a tar is one range, its header included, which must still state the planned size. Rows of a
+Parquet file are read a row group at a time, because pages cannot be cut; the last row groups are kept, so the
+images of a unit, which are neighbours, cost one read.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import ImageError
 from pipeline.storage.archive_uris import ParquetRow, TarMember
-from pipeline.storage.backend import Backend, FetchedObject, too_many_bytes
-from pipeline.storage.object_store import backend_for
-from pipeline.storage.read_objects import READ_TRIES, blockwise, raise_for_image
-from pipeline.storage.retries import StorageFault, with_retries
+from pipeline.storage.backend import FetchedObject, too_many_bytes
+from pipeline.storage.read_objects import Source, blockwise, call_for_image
 from pipeline.storage.sealed_parquet import open_closed
-from pipeline.storage.uri_rules import split_scheme
 
 KEPT_GROUPS = 2
 GROUP_BYTES = 2**30
@@ -35,66 +33,54 @@ HEADER = 512
 def read_contained(
     member: TarMember | ParquetRow, options: Mapping[str, Any], *, max_bytes: int, deadline_monotonic: float
 ) -> FetchedObject:
-    """The bytes of one picture; the rules on uris have passed its container.
+    """Return the bytes of one picture; the rules on uris have passed its container.
 
     Raises:
         ImageError, SystemicFault: as `read_object`; `changed` where the tar is not what was planned.
     """
-    source = _Source(member.container, options, deadline_monotonic)
+    archive = _Archive(source=Source(uri=member.container, options=options), deadline=deadline_monotonic)
     if isinstance(member, TarMember):
         too_many_bytes(member.size, max_bytes)
-        data = _tar_bytes(source, member)
+        data = _tar_bytes(archive, member)
     else:
-        data = _row_bytes(source, member)
+        data = _row_bytes(archive, member)
         too_many_bytes(len(data), max_bytes)
     return FetchedObject(data=data, size=len(data), etag=None)
 
 
-class _Source:
+@dataclass(frozen=True, kw_only=True)
+class _Archive:
     """A container's ranges, tried again within one deadline; raises as `read_object` does."""
 
-    def __init__(self, uri: str, options: Mapping[str, Any], deadline: float) -> None:
-        self.uri, self._options, self._deadline = uri, options, deadline
-        scheme, rest = split_scheme(uri)
-        self._scheme, self._path = scheme, uri if scheme in ("http", "https") else rest
+    source: Source
+    deadline: float
 
     @property
     def key(self) -> str:
-        return json.dumps([self.uri, self._options], sort_keys=True, default=str)
-
-    def _backend(self) -> Backend:
-        return backend_for(self._scheme, self._options)
+        return json.dumps([self.source.uri, self.source.options], sort_keys=True, default=str)
 
     def size(self) -> int:
-        try:
-            found = with_retries(
-                lambda left: self._backend().stat(self._path, timeout_s=left),
-                deadline=self._deadline,
-                what="look up",
-                max_tries=READ_TRIES,
-            )
-        except StorageFault as fault:
-            raise_for_image(fault)
-        if found is None:
+        source = self.source
+        entry = call_for_image(
+            "look up", lambda left: source.backend.stat(source.path, timeout_s=left), self.deadline
+        )
+        if entry is None:
             raise ImageError("not_found", "the file that holds the picture is gone")
-        return found.size
+        return entry.size
 
     def range(self, start: int, stop: int) -> bytes:
-        try:
-            return with_retries(
-                lambda left: self._backend().get_range(self._path, start, stop, timeout_s=left),
-                deadline=self._deadline,
-                what="read",
-                max_tries=READ_TRIES,
-            )
-        except StorageFault as fault:
-            raise_for_image(fault)
+        source = self.source
+        return call_for_image(
+            "read",
+            lambda left: source.backend.get_range(source.path, start, stop, timeout_s=left),
+            self.deadline,
+        )
 
 
-def _tar_bytes(source: _Source, member: TarMember) -> bytes:
+def _tar_bytes(archive: _Archive, member: TarMember) -> bytes:
     if member.start < HEADER:
         raise ImageError("changed", f"no member of a tar begins at byte {member.start}")
-    block = source.range(member.start - HEADER, member.start + member.size)
+    block = archive.range(member.start - HEADER, member.start + member.size)
     try:
         found = tarfile.TarInfo.frombuf(block[:HEADER], "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
@@ -105,14 +91,13 @@ def _tar_bytes(source: _Source, member: TarMember) -> bytes:
         raise ImageError(
             "changed",
             f"the member at byte {member.start} of the tar has {found.size} bytes, planned {member.size}; "
-            f"plan "
-            "the changed tar as a new job",
+            "plan the changed tar as a new job",
         )
     return block[HEADER:]
 
 
-def _row_bytes(source: _Source, member: ParquetRow) -> bytes:
-    rows = _groups.get(source, member)
+def _row_bytes(archive: _Archive, member: ParquetRow) -> bytes:
+    rows = _groups.get(archive, member)
     if member.row >= len(rows):
         raise ImageError(
             "changed", f"row group {member.group} has {len(rows)} rows, planned row {member.row}"
@@ -130,14 +115,14 @@ class _RowGroups:
         self._kept: OrderedDict[tuple[str, str, int], pa.ChunkedArray] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, source: _Source, member: ParquetRow) -> pa.ChunkedArray:
-        """The pictures of one row group."""
-        key = (source.key, member.column, member.group)
+    def get(self, archive: _Archive, member: ParquetRow) -> pa.ChunkedArray:
+        """Return the pictures of one row group."""
+        key = (archive.key, member.column, member.group)
         with self._lock:  # also while reading: the other threads want the same group, and memory is bounded
             if key not in self._kept:
                 while len(self._kept) >= KEPT_GROUPS:
                     self._kept.popitem(last=False)
-                self._kept[key] = _read_group(source, member)
+                self._kept[key] = _read_group(archive, member)
             self._kept.move_to_end(key)
             return self._kept[key]
 
@@ -145,11 +130,11 @@ class _RowGroups:
 _groups = _RowGroups()
 
 
-def _read_group(source: _Source, member: ParquetRow) -> pa.ChunkedArray:
-    size = source.size()
+def _read_group(archive: _Archive, member: ParquetRow) -> pa.ChunkedArray:
+    size = archive.size()
     began = time.monotonic()
     try:
-        file = open_closed(blockwise(source.range, size), page_checksum_verification=True)
+        file = open_closed(blockwise(archive.range, size), page_checksum_verification=True)
         if member.group >= file.num_row_groups:
             raise ImageError(
                 "changed", f"the file has {file.num_row_groups} row groups, planned {member.group}"
@@ -158,8 +143,7 @@ def _read_group(source: _Source, member: ParquetRow) -> pa.ChunkedArray:
             raise ImageError(
                 "too_many_bytes",
                 f"row groups of {size // file.num_row_groups} bytes, wanted at most {GROUP_BYTES}; write the "
-                f"file "
-                "again with smaller ones",
+                "file again with smaller ones",
             )
         table = file.read_row_group(member.group, columns=[f"{member.column}.bytes"])
         return pa.chunked_array(

@@ -1,8 +1,8 @@
-"""What people point at: images, tables, box files and weights, read by uri.
+"""Images, tables, box files and weights, read by uri: what users name, as against the job's own store.
 
-An image's fault is that image's (`ImageError`), unless it is one that every request would meet
-(credentials, clock, no bucket: `SystemicFault`). A fault of a file that the whole job needs refuses the
-job before any work. Product code imports these from `pipeline.storage.store`, the one door.
+An image's fault is that image's (`ImageError`), unless it is one that every request would meet (credentials,
+clock, no bucket: `SystemicFault`). A fault of a file that the whole job needs refuses the job before any
+work.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO, TypeVar
 
-from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError, clean_text
+from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError, clean_text, count
 from pipeline.storage import list_folders
-from pipeline.storage.backend import Backend, FetchedObject, Found
+from pipeline.storage.backend import Backend, Entry, FetchedObject
 from pipeline.storage.object_store import backend_for
 from pipeline.storage.retries import StorageFault, with_retries
 from pipeline.storage.uri_rules import check_regular, split_scheme
@@ -29,15 +29,6 @@ INPUT_BUDGET_S = 120.0
 READ_TRIES = 8
 FINGERPRINT_THREADS = 16
 BLOCK = 4 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One object of a store: key relative to the place, size in bytes, version tag where known."""
-
-    key: str
-    size: int
-    etag: str | None = None
 
 
 class _BlockReader(io.RawIOBase):
@@ -79,16 +70,16 @@ class _BlockReader(io.RawIOBase):
 
 
 def blockwise(read_range: Callable[[int, int], bytes], size: int, *, block: int = BLOCK) -> BinaryIO:
-    """A seekable file of `size` bytes, read in blocks by a function that reads ranges."""
+    """Return a seekable file of `size` bytes, read in blocks by a function that reads ranges."""
     return io.BufferedReader(_BlockReader(read_range, size), buffer_size=block)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Target:
-    """What a uri points at. The driver is made inside a try, because that can fail for what passes.
+class Source:
+    """What a uri points at. The backend is made inside a try, because that can fail for what passes.
 
     A local path is opened as it is written: to fold `link/..` away would open another file than the
-    one `check_uri` has looked at.
+    one `check_uri` has checked.
     """
 
     uri: str
@@ -96,15 +87,12 @@ class _Target:
 
     @property
     def backend(self) -> Backend:
+        """The kind of store that the uri's scheme names."""
         return backend_for(split_scheme(self.uri)[0], self.options)
 
     @property
-    def is_there(self) -> bool:
-        """Whether a local path exists, whatever it is."""
-        return split_scheme(self.uri)[0] == "file" and os.path.lexists(self.path)
-
-    @property
     def path(self) -> str:
+        """The object's path as the backend takes it."""
         scheme, rest = split_scheme(self.uri)
         return self.uri if scheme in ("http", "https") else rest
 
@@ -112,37 +100,37 @@ class _Target:
 def read_object(
     uri: str, options: Mapping[str, Any], *, max_bytes: int | None, deadline_monotonic: float
 ) -> FetchedObject:
-    """The bytes of one object with size and version tag; `check_uri` has already passed it.
+    """Return the bytes of one object with size and version tag; `check_uri` has already passed it.
 
     Raises:
         ImageError: not_found, denied, too_many_bytes, changed, unreachable, fetch_timeout, uri_refused.
         SystemicFault: credentials, clock, store (no such bucket), disk.
     """
-    target = _Target(uri=uri, options=options)
+    source = Source(uri=uri, options=options)
 
     def get(left: float) -> FetchedObject:
-        return target.backend.get(target.path, max_bytes=max_bytes, timeout_s=left)
+        return source.backend.get(source.path, max_bytes=max_bytes, timeout_s=left)
 
+    return call_for_image("read", get, deadline_monotonic)
+
+
+def call_for_image(what: str, call: Callable[[float], T], deadline: float) -> T:
+    """Return `call(seconds_left)`, tried again; raise what its fault means in reading one image."""
     try:
-        return with_retries(get, deadline=deadline_monotonic, what="read", max_tries=READ_TRIES)
+        return with_retries(call, deadline=deadline, what=what, max_tries=READ_TRIES)
     except StorageFault as fault:
-        raise_for_image(fault)
+        verdict = fault.verdict
+        if verdict.kind == "image":
+            raise ImageError(verdict.code, fault.message) from fault
+        if verdict.kind == "retry":
+            raise ImageError("fetch_timeout" if fault.timed_out else "unreachable", fault.message) from fault
+        if verdict.code == "denied":  # one object may be forbidden; the job judges a window of them
+            raise ImageError("denied", fault.message) from fault
+        raise SystemicFault(verdict.code, fault.message) from fault
 
 
-def raise_for_image(fault: StorageFault) -> NoReturn:
-    """Never comes back: raises what a fault in reading one image means."""
-    verdict = fault.verdict
-    if verdict.kind == "image":
-        raise ImageError(verdict.code, fault.message) from fault
-    if verdict.kind == "retry":
-        raise ImageError("fetch_timeout" if fault.timed_out else "unreachable", fault.message) from fault
-    if verdict.code == "denied":  # one object may be forbidden; the job judges a window of them
-        raise ImageError("denied", fault.message) from fault
-    raise SystemicFault(verdict.code, fault.message) from fault
-
-
-def _for_input(uri: str, what: str, call: Callable[[float], T]) -> T:
-    """`call`, for a file the whole job needs: what fails here refuses the job before any work."""
+def _call_for_input(uri: str, what: str, call: Callable[[float], T]) -> T:
+    """Return `call(seconds_left)` for a file that the whole job needs: a fault refuses the job."""
     try:
         return with_retries(call, deadline=time.monotonic() + INPUT_BUDGET_S, what=f"{what} {uri}")
     except StorageFault as fault:
@@ -152,39 +140,45 @@ def _for_input(uri: str, what: str, call: Callable[[float], T]) -> T:
 
 
 def head_object(uri: str, options: Mapping[str, Any]) -> Entry | None:
-    """Size and version tag of one object (`key` is the uri), or None when there is none."""
-    target = _Target(uri=uri, options=options)
-    found = _for_input(uri, "look up", lambda left: target.backend.stat(target.path, timeout_s=left))
-    return None if found is None else Entry(key=uri, size=found.size, etag=found.etag)
+    """Return size and version tag of one object (`key` is the uri), or None when there is none."""
+    source = Source(uri=uri, options=options)
+    entry = _call_for_input(uri, "look up", lambda left: source.backend.stat(source.path, timeout_s=left))
+    return None if entry is None else replace(entry, key=uri)
 
 
 def list_objects(uri: str, options: Mapping[str, Any]) -> list[Entry]:
-    """Every object below a folder or prefix, at any depth, hidden ones too, sorted by uri (`key` is the uri).
+    """Return every object below a folder or prefix, at any depth, hidden ones too, sorted by uri (the `key`).
 
-    For the folder of a program, such as a checkpoint; what a person points at is listed by `list_inputs`.
+    For the folder of a program, such as a checkpoint; what a user names is listed by `list_inputs`.
     """
+    source = _folder(uri, options)
+    found = _call_for_input(
+        uri, "list", lambda left: source.backend.walk(source.path, timeout_s=left, limit=None)
+    )
+    return _entries(found, source)
+
+
+def _folder(uri: str, options: Mapping[str, Any]) -> Source:
     if not uri.strip("/") and uri != "/":
         raise UsageError(f"{uri!r} names no folder")
-    target = _Target(uri=uri.rstrip("/") + "/", options=options)
-    found = _for_input(uri, "list", lambda left: target.backend.walk(target.path, timeout_s=left, limit=None))
-    return _entries(found, target.path, target.uri)
+    return Source(uri=uri.rstrip("/") + "/", options=options)
 
 
-def _entries(found: Sequence[Found], prefix: str, base: str) -> list[Entry]:
+def _entries(found: Sequence[Entry], source: Source) -> list[Entry]:
     entries = [
-        Entry(key=base + one.path.removeprefix(prefix), size=one.size, etag=one.etag)
+        replace(one, key=source.uri + one.key.removeprefix(source.path))
         for one in found
-        if not one.path.endswith("/")  # the empty objects that S3 consoles make for list_folders
+        if not one.key.endswith("/")  # the empty objects that S3 consoles make for folders
     ]
     return sorted(entries, key=lambda entry: entry.key)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What lies below a place that a person points at, sorted by uri.
+    """What lies below a place that a user names, sorted by uri.
 
     `links`: uris of linked files -> the paths they lead to. `odd`: uris of pipes, devices and the like.
-    `unnameable`: names that are not UTF-8, escaped; no entries. `notes`: what was left out, in sentences.
+    `unnameable`: names that are not UTF-8, escaped; no entries. `notes`: what is skipped, in sentences.
     """
 
     entries: tuple[Entry, ...]
@@ -209,28 +203,37 @@ def list_inputs(
         JobRefused: The place cannot be listed, or a part of it whose content would be lost: a folder that is
             closed, or one that a link leads to outside `roots`.
     """
-    if not uri.strip("/") and uri != "/":
-        raise UsageError(f"{uri!r} names no folder")
-    target = _Target(uri=uri.rstrip("/") + "/", options=options)
-    wanted = None if pattern is None else list_folders.Pattern(pattern)
+    source = _folder(uri, options)
+    names = None if pattern is None else list_folders.Pattern(pattern)
 
-    def look(left: float) -> list_folders.Listed:
+    def listed_by(left: float) -> list_folders.Listed:
         if split_scheme(uri)[0] == "file":
-            return list_folders.walk(target.path, (*roots, os.path.realpath(target.path)), wanted)
-        found = target.backend.walk(target.path, timeout_s=left, limit=None)
-        return list_folders.shown_of(found, target.path, wanted)
+            return list_folders.walk(source.path, (*roots, os.path.realpath(source.path)), names)
+        found = source.backend.walk(source.path, timeout_s=left, limit=None)
+        return list_folders.shown_of(found, source.path, names)
 
-    listed = _for_input(uri, "list", look)
+    listed = _call_for_input(uri, "list", listed_by)
     _refuse_lost(listed)
-    return _listing(listed, target)
+    unnameable = {one.key for one in listed.found if not one.key.isprintable() and is_no_utf8(one.key)}
+
+    def uri_of(path: str) -> str:
+        return source.uri + path.removeprefix(source.path)
+
+    return Listing(
+        entries=tuple(_entries([one for one in listed.found if one.key not in unnameable], source)),
+        links={uri_of(path): real for path, real in listed.links.items() if path not in unnameable},
+        odd=tuple(uri_of(path) for path in listed.odd if path not in unnameable),
+        unnameable=tuple(sorted(clean_text(path) for path in unnameable)),
+        notes=tuple(listed.notes(clean_text(source.uri.rstrip("/")))),
+    )
 
 
 def _refuse_lost(listed: list_folders.Listed) -> None:
-    """Raise JobRefused where nobody knows what a folder holds."""
+    """Raise JobRefused for folders whose content is not known."""
     if listed.leading_out:
         link, real = next(iter(listed.leading_out.items()))
         others = len(listed.leading_out) - 1
-        more = f", one of {list_folders.counted(others + 1, 'linked folder')}" if others else ""
+        more = f", one of {count(others + 1, 'linked folder')}" if others else ""
         flags = list_folders.allow_root(listed.leading_out.values())
         raise JobRefused(
             f"{clean_text(link)} is a link to {clean_text(real)}{more}: outside what may be read, and the "
@@ -245,29 +248,13 @@ def _refuse_lost(listed: list_folders.Listed) -> None:
         )
 
 
-def _listing(listed: list_folders.Listed, target: _Target) -> Listing:
-    there = listed.found
-    bad = {one.path for one in there if not one.path.isprintable() and is_no_utf8(one.path)}
-
-    def uri(path: str) -> str:
-        return target.uri + path.removeprefix(target.path)
-
-    return Listing(
-        entries=tuple(_entries([one for one in there if one.path not in bad], target.path, target.uri)),
-        links={uri(path): real for path, real in listed.links.items() if path not in bad},
-        odd=tuple(uri(path) for path in listed.odd if path not in bad),
-        unnameable=tuple(sorted(clean_text(path) for path in bad)),
-        notes=tuple(listed.notes(clean_text(target.uri.rstrip("/")))),
-    )
-
-
 def is_no_utf8(path: str) -> bool:
     """Return whether a local name is bytes that are not UTF-8, as Python spells them."""
     return any("\ud800" <= c <= "\udfff" for c in path)
 
 
 def what_is(path: str) -> str:
-    """Return in words what a local path is that is no file."""
+    """Return what a local path is that is no file, as text."""
     try:
         check_regular(os.stat(path).st_mode)
     except ImageError as error:
@@ -278,28 +265,29 @@ def what_is(path: str) -> str:
 
 
 def open_input(uri: str, options: Mapping[str, Any], *, block: int = BLOCK) -> BinaryIO:
-    """A seekable binary file over one object, read in blocks; JobRefused when it is absent or refused.
+    """Return a seekable binary file over one object, read in blocks; JobRefused when it is absent or refused.
 
-    For tables, box files and weights: streams of any size in bounded memory. `block`: what one read asks for.
+    For tables, box files and weights: streams of any size in bounded memory. `block`: bytes of one read.
     """
-    target = _Target(uri=uri, options=options)
-    found = _for_input(uri, "look up", lambda left: target.backend.stat(target.path, timeout_s=left))
-    if found is None:
-        raise JobRefused(f"{uri}: {what_is(target.path) if target.is_there else 'there is no such file'}")
+    source = Source(uri=uri, options=options)
+    entry = _call_for_input(uri, "look up", lambda left: source.backend.stat(source.path, timeout_s=left))
+    if entry is None:
+        is_there = split_scheme(uri)[0] == "file" and os.path.lexists(source.path)
+        raise JobRefused(f"{uri}: {what_is(source.path) if is_there else 'there is no such file'}")
 
     def read_range(start: int, stop: int) -> bytes:
-        return _for_input(
-            uri, "read", lambda left: target.backend.get_range(target.path, start, stop, timeout_s=left)
+        return _call_for_input(
+            uri, "read", lambda left: source.backend.get_range(source.path, start, stop, timeout_s=left)
         )
 
-    return blockwise(read_range, found.size, block=block)
+    return blockwise(read_range, entry.size, block=block)
 
 
 LABEL_SUFFIXES = (".txt", ".yaml", ".yml")
 
 
 def _folder_fingerprint(uri: str, options: Mapping[str, Any], roots: Sequence[str]) -> dict[str, str | int]:
-    """One figure for a folder of many small files: names, and what `fingerprint` says of each."""
+    """Return one sha256 for a folder of many small files: over their names and versions."""
     listing = list_inputs(uri, options, roots=roots)
     entries = [one for one in listing.entries if one.key.lower().endswith(LABEL_SUFFIXES)]
     with ThreadPoolExecutor(FINGERPRINT_THREADS) as pool:
@@ -317,10 +305,10 @@ def _version(entry: Entry, options: Mapping[str, Any]) -> str | int:
 
 
 def fingerprint(uri: str, options: Mapping[str, Any], *, roots: Sequence[str] = ()) -> dict[str, str | int]:
-    """What tells one version of an input file from another: uri, size and sha256, or the store's etag.
+    """Return what tells one version of an input file from another: uri, size and sha256, or the store's etag.
 
     Local files are hashed, because a copy or a checkout changes their times; remote ones have etags. A folder
-    (its uri ends in "/") stands for all label files in it; `roots`: where links of it may lead.
+    (its uri ends in "/") means all label files in it; `roots`: where its links may lead.
     """
     if uri.endswith("/"):
         return _folder_fingerprint(uri, options, roots)

@@ -9,16 +9,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import BinaryIO, NoReturn, TypeVar
 
 from pipeline.errors import SystemicFault, UsageError
 from pipeline.settings import Place
-from pipeline.storage.backend import Backend
+from pipeline.storage.backend import Backend, Entry
 from pipeline.storage.object_store import backend_for
-from pipeline.storage.read_objects import (
-    Entry,
-    blockwise,
-)
+from pipeline.storage.read_objects import blockwise
 from pipeline.storage.retries import StorageFault, with_retries
 from pipeline.storage.uri_rules import refuse_secrets, split_scheme
 
@@ -123,14 +121,14 @@ class Store:
         found = self._try(
             f"list {prefix}", lambda left: self._backend.walk(start, timeout_s=left, limit=limit)
         )
-        entries = [Entry(key=f.path.removeprefix(self._base), size=f.size, etag=f.etag) for f in found]
+        entries = [replace(one, key=one.key.removeprefix(self._base)) for one in found]
         return sorted(entries, key=lambda entry: entry.key)
 
     def head(self, key: str) -> Entry | None:
         """Size and tag of `key`, or None when it is absent."""
         path = self._path(key)
-        found = self._try(f"look up {key}", lambda left: self._backend.stat(path, timeout_s=left))
-        return None if found is None else Entry(key=key, size=found.size, etag=found.etag)
+        entry = self._try(f"look up {key}", lambda left: self._backend.stat(path, timeout_s=left))
+        return None if entry is None else replace(entry, key=key)
 
     def delete(self, keys: Sequence[str]) -> None:
         """None; the keys are gone. Only `hqlabel clean` calls this: no other command needs the right."""

@@ -208,7 +208,7 @@ def test_a_row_group_is_read_once_for_the_images_of_a_unit(tmp_path, monkeypatch
     pq.write_table(table, tmp_path / "rows.parquet", row_group_size=32)
     reads = []
     read = contained._read_group
-    monkeypatch.setattr(contained, "_read_group", lambda s, m: reads.append(m.group) or read(s, m))
+    monkeypatch.setattr(contained, "_read_group", lambda a, m: reads.append(m.group) or read(a, m))
     plan = make_plan(InputSettings(images=str(tmp_path / "rows.parquet")))
 
     found = list(fetch_ahead(plan.table["image_uri"].to_pylist(), plan.access, LIMITS))
