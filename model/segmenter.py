@@ -204,7 +204,7 @@ class Segmenter:
         no_prompts = Prompts(boxes_xyxy=np.zeros((0, 4)))
         prompts = [*[image.prompts for image in images], *[no_prompts] * num_padding]
         pending: list[list[Future[Instances]]] = [[] for _ in images]
-        for index, logits_NLL, iou_N in self._decode(embedding, prompts, shape.boxes_per_call):
+        for index, logits_NLL, iou_N in self._logits_by_image(embedding, prompts, shape.boxes_per_call):
             pending[index].append(
                 self._finish(logits_NLL, iou_N, embedding.resized_hw[index], images[index].size_hw)
             )
@@ -213,10 +213,10 @@ class Segmenter:
             for parts, image in zip(pending, images, strict=True)
         ]
 
-    def _decode(
+    def _logits_by_image(
         self, embedding: ImageEmbedding, prompts: Sequence[Prompts], boxes_per_call: int
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Image, logits (n, 4G, 4G) and predicted IoU (n,), call by call, each image's prompts in order."""
+        """Yield image index, logits (n, 4G, 4G) and predicted IoU (n,), an image's prompts in order."""
         for call in self.model.decode_calls(
             embedding,
             prompts,
