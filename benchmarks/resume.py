@@ -83,7 +83,7 @@ def measure(
         _write_pictures(folder, int(_DONE * units) * config.output.images_per_unit, rows)
         watch.lap("(stand-ins for the committed units)")
         opened = open_job()
-        pending = pending_units(opened, WHOLE)
+        pending = pending_units(opened.store, opened.job, WHOLE)
         assert opened.resumed
         watch.lap("resume: open, compare, list, subtract")
         machine.start()

@@ -1,6 +1,6 @@
 """The frame of the command line: the application, and how a command ends.
 
-Stdout is data, stderr is for people. Exit codes: 0 complete, 1 a bug, 2 usage or configuration,
+Stdout is data, stderr is for the user. Exit codes: 0 complete, 1 a bug, 2 usage or configuration,
 3 complete but over the failure budget, 4 refused before work, 5 stopped by a fault of the
 surroundings, 6 damage found, 130 interrupted. After 5 and 130 the same command goes on.
 """
@@ -8,20 +8,20 @@ surroundings, 6 damage found, 130 interrupted. After 5 and 130 the same command 
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import traceback
-from collections.abc import Callable
-from typing import Any, ParamSpec
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import typer
 
+from jobs.cli.options import SHARED, Flag
 from jobs.config import Given
 from jobs.terminal import console
-from jobs.terminal.environment import refuse_dangerous_switches
 from jobs.terminal.signals import Interrupted, Interrupts, end_now
 from pipeline.errors import HqlabelError
-
-P = ParamSpec("P")
+from pipeline.worker.process_env import refuse_to_start
 
 EXIT_BUG = 1
 _EPILOG = (
@@ -43,28 +43,50 @@ app = typer.Typer(
 interrupts = Interrupts()
 
 
-def command(function: Callable[P, int]) -> Callable[P, None]:
-    """A command whose result is its exit code, with every error turned into a sentence and a code."""
+def command(*flags: Flag) -> Callable[[Callable[..., int]], Callable[..., None]]:
+    """Make a command of a function whose result is its exit code, called with `given` and `json` first.
 
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        verbose = bool(kwargs.get("verbose"))
-        try:
-            refuse_dangerous_switches(os.environ)
-            code = function(*args, **kwargs)
-        except Interrupted:
-            end_interrupted()
-        except HqlabelError as error:
-            code = _explain(error, verbose)
-        except Exception as error:
-            code = _report_bug(error)
-        raise typer.Exit(code)
+    `flags` go into `given`, besides them the command has the function's further parameters and the options of
+    every command. Every error becomes a sentence and a code.
+    """
 
-    return run
+    def decorate(function: Callable[..., int]) -> Callable[..., None]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[2:]
+        parameters = [*(flag.parameter for flag in flags), *own, *(flag.parameter for flag in SHARED)]
+
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            verbose = values.pop("verbose")
+            try:
+                refuse_to_start(os.environ)
+                given = _given(flags, values)
+                code = function(given, values.pop("json"), **values)
+            except Interrupted:
+                end_interrupted()
+            except HqlabelError as error:
+                code = _explain(error, verbose)
+            except Exception as error:
+                code = _report_bug(error)
+            raise typer.Exit(code)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def _given(flags: Sequence[Flag], values: dict[str, Any]) -> Given:
+    """Take what belongs to these flags, `--config` and `--set` out of `values`."""
+    found = {}
+    for flag in flags:
+        value = values.pop(flag.parameter.name)
+        found[flag.setting] = flag.read(value) if flag.read else value
+    return Given(path=values.pop("config"), flags=found, sets=tuple(values.pop("set") or ()))
 
 
 def end_interrupted() -> None:
-    """Never comes back: says that the job was interrupted, lets go of its mark, ends with 130."""
+    """Report that the job was interrupted, release its lock, and end this process with 130."""
     interrupts.give_back()
     console.say("interrupted; what is committed is safe, the same command goes on from there")
     end_now()
@@ -83,9 +105,3 @@ def _report_bug(error: Exception) -> int:
     traceback.print_exception(error)
     console.say("hqlabel: this is a bug in hqlabel; what is committed is safe. Please report the lines above")
     return EXIT_BUG
-
-
-def given_of(path: str | None, sets: list[str] | None, **flags: Any) -> Given:
-    """What was given, with flags named by their setting, `__` in place of the dot."""
-    named = {name.replace("__", "."): value for name, value in flags.items()}
-    return Given(path=path, flags=named, sets=tuple(sets or ()))

@@ -2,152 +2,183 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
 
-from jobs.config import BOX_FORMATS, BOX_FRAMES
+from jobs.config import BOX_FORMATS, BOX_FRAMES, parse_prompts
 
 _INPUT, _RUN, _SHARED = "Input and output", "Running", "Every command"
 
-Images = Annotated[
-    str | None,
-    typer.Option(
-        "--images",
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """An option for a setting. `name`: of the option; `setting`: dotted; `read`: from its text to a value."""
+
+    name: str
+    setting: str = ""
+    help: str
+    metavar: str | None = None
+    kind: Any = str | None
+    panel: str = _INPUT
+    short: tuple[str, ...] = ()
+    least: int | None = None
+    read: Callable[[str | None], Any] | None = None
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        """The parameter of a command that Typer makes the option of."""
+        option = typer.Option(
+            self.name,
+            *self.short,
+            metavar=self.metavar,
+            min=self.least,
+            help=self.help,
+            rich_help_panel=self.panel,
+            show_default=False,
+        )
+        return inspect.Parameter(
+            self.name.removeprefix("--").replace("-", "_"),
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False if self.kind is bool else None,
+            annotation=Annotated[self.kind, option],
+        )
+
+
+OUTPUT = Flag(
+    name="--output",
+    short=("-o",),
+    setting="output.uri",
+    metavar="PLACE",
+    help="Folder or prefix (s3://bucket/labels/) that belongs to this job alone.",
+)
+CHECKPOINT = Flag(
+    name="--checkpoint",
+    setting="model.checkpoint",
+    metavar="WEIGHTS",
+    help="SAM-HQ weights: a file (.pth, .safetensors), a folder, an s3:// uri, a hub id such as "
+    "syscv-community/sam-hq-vit-base, or demo for the small model that comes with hqlabel.",
+)
+RAY_ADDRESS = Flag(
+    name="--ray-address",
+    setting="cluster.ray_address",
+    metavar="HOST:PORT",
+    panel=_RUN,
+    help="host:port of a running Ray cluster (RAY_ADDRESS does the same), or local. "
+    "Without it: a private Ray on this machine.",
+)
+DETECTOR = (
+    Flag(
+        name="--detector",
+        setting="detector.name",
+        metavar="NAME",
+        help="Instead of --boxes: find them in the same job. hf:ID_OR_FOLDER (RT-DETR, D-FINE, DETR ...), "
+        "hf-zero-shot:ID_OR_FOLDER with --prompts (Grounding DINO ...), or your own module:Class.",
+    ),
+    Flag(
+        name="--prompts",
+        setting="detector.prompts",
+        metavar="TEXT",
+        help="What a zero-shot detector searches for, such as 'person; red car' (with other category names: "
+        "--set 'detector.prompts={red car: vehicle}').",
+        read=parse_prompts,
+    ),
+)
+JOB = (
+    Flag(
+        name="--images",
+        setting="input.images",
         metavar="PLACE",
         help="Folder, prefix (s3://bucket/photos/), glob in quotes, one picture, table of uris "
         "(Parquet, CSV, JSONL), COCO instances JSON, WebDataset tars or Hugging Face Parquet. May be left "
         "out when the boxes name the images.",
-        rich_help_panel=_INPUT,
-        show_default=False,
     ),
-]
-Boxes = Annotated[
-    str | None,
-    typer.Option(
-        "--boxes",
+    Flag(
+        name="--boxes",
+        setting="input.boxes",
         metavar="PLACE",
         help="A detector's boxes: table (Parquet, CSV, JSONL; one row an image or a box), COCO results or "
         "instances, MegaDetector JSON, YOLO folder, tars, Hugging Face Parquet, or an earlier output.",
-        rich_help_panel=_INPUT,
-        show_default=False,
     ),
-]
-Detector = Annotated[
-    str | None,
-    typer.Option(
-        "--detector",
-        metavar="NAME",
-        help="Instead of --boxes: find them in the same job. hf:ID_OR_FOLDER (RT-DETR, D-FINE, DETR ...), "
-        "hf-zero-shot:ID_OR_FOLDER with --prompts (Grounding DINO ...), or your own module:Class.",
-        rich_help_panel=_INPUT,
-        show_default=False,
+    *DETECTOR,
+    CHECKPOINT,
+    OUTPUT,
+    Flag(
+        name="--limit",
+        setting="input.limit",
+        metavar="N",
+        kind=int | None,
+        least=1,
+        help="Only the first N images in the order of their ids: a cheap first look.",
     ),
-]
-Prompts = Annotated[
-    str | None,
-    typer.Option(
-        "--prompts",
-        metavar="TEXT",
-        help="What a zero-shot detector looks for, such as 'person; red car' (with other category names: "
-        "--set 'detector.prompts={red car: vehicle}').",
-        rich_help_panel=_INPUT,
-        show_default=False,
-    ),
-]
-BoxFormatOption = Annotated[
-    str | None,
-    typer.Option(
-        "--box-format",
+    Flag(
+        name="--box-format",
+        setting="input.box_format",
         metavar="FORMAT",
         help=f"How four numbers are meant: {', '.join(BOX_FORMATS)}. Default: xyxy in tables, xywh in COCO.",
-        rich_help_panel=_INPUT,
-        show_default=False,
     ),
-]
-BoxFrameOption = Annotated[
-    str | None,
-    typer.Option(
-        "--box-frame",
+    Flag(
+        name="--box-frame",
+        setting="input.box_frame",
         metavar="FRAME",
-        help=f"{' or '.join(BOX_FRAMES)}: is the box measured in the picture as people see it (EXIF rotation "
+        help=f"{' or '.join(BOX_FRAMES)}: is the box measured in the picture as it is viewed (EXIF rotation "
         "applied; default), or as the file stores it?",
-        rich_help_panel=_INPUT,
-        show_default=False,
     ),
-]
-AllowRoot = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow-root",
+    Flag(
+        name="--allow-root",
+        setting="input.allow_roots",
         metavar="FOLDER",
+        kind=list[str] | None,
         help="A further local folder that image uris may point into. May be repeated.",
-        rich_help_panel=_INPUT,
-        show_default=False,
     ),
-]
-AllowScheme = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow-scheme",
+    Flag(
+        name="--allow-scheme",
+        setting="input.allow_schemes",
         metavar="SCHEME",
+        kind=list[str] | None,
         help="A further kind of uri, such as https. May be repeated.",
-        rich_help_panel=_INPUT,
-        show_default=False,
     ),
-]
-AllowUnmatched = Annotated[
-    bool,
-    typer.Option(
-        "--allow-unmatched",
-        help="Leave out boxes whose image is not listed, instead of refusing the job.",
-        rich_help_panel=_INPUT,
+    Flag(
+        name="--allow-unmatched",
+        setting="input.allow_unmatched",
+        kind=bool | None,
+        help="Skip boxes whose image is not listed, instead of refusing the job.",
     ),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        "--limit",
-        min=1,
-        metavar="N",
-        help="Only the first N images in the order of their ids: a cheap first look.",
-        rich_help_panel=_INPUT,
-        show_default=False,
+    RAY_ADDRESS,
+)
+"""The flags of `label` and `plan`."""
+FILTERS = tuple(
+    Flag(
+        name=f"--{name}",
+        setting=f"filter.{name.replace('-', '_')}",
+        kind=float | None,
+        panel="Options",
+        help="Mark masks with a lower score.",
+    )
+    for name in ("min-predicted-iou", "min-stability-score")
+)
+SHARED = (
+    Flag(
+        name="--config",
+        short=("-c",),
+        metavar="FILE",
+        panel=_SHARED,
+        help="YAML file with settings; flags and --set go before it. docs/configuration.md lists them.",
     ),
-]
-Checkpoint = Annotated[
-    str | None,
-    typer.Option(
-        "--checkpoint",
-        metavar="WEIGHTS",
-        help="SAM-HQ weights: a file (.pth, .safetensors), a folder, an s3:// uri, a hub id such as "
-        "syscv-community/sam-hq-vit-base, or demo for the small model that comes with hqlabel.",
-        rich_help_panel=_INPUT,
-        show_default=False,
+    Flag(
+        name="--set",
+        metavar="NAME=VALUE",
+        kind=list[str] | None,
+        panel=_SHARED,
+        help="name=value for any setting, such as model.dtype=float32. May be repeated.",
     ),
-]
-Output = Annotated[
-    str | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="PLACE",
-        help="Folder or prefix (s3://bucket/labels/) that belongs to this job alone.",
-        rich_help_panel=_INPUT,
-        show_default=False,
-    ),
-]
-RayAddress = Annotated[
-    str | None,
-    typer.Option(
-        "--ray-address",
-        metavar="HOST:PORT",
-        help="host:port of a running Ray cluster (RAY_ADDRESS does the same), or local. "
-        "Without it: a private Ray on this machine.",
-        rich_help_panel=_RUN,
-        show_default=False,
-    ),
-]
+    Flag(name="--json", kind=bool, panel=_SHARED, help="One JSON object on stdout."),
+    Flag(name="--verbose", short=("-v",), kind=bool, panel=_SHARED, help="Show where an error arose."),
+)
+"""The flags of every command, which stand for no setting."""
 Slice = Annotated[
     str | None,
     typer.Option(
@@ -169,39 +200,13 @@ CheckInputs = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
-ConfigFile = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        "-c",
-        metavar="FILE",
-        help="YAML file with settings; flags and --set go before it. docs/configuration.md lists them.",
-        rich_help_panel=_SHARED,
-        show_default=False,
-    ),
-]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        help="name=value for any setting, such as model.dtype=float32. May be repeated.",
-        rich_help_panel=_SHARED,
-        show_default=False,
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=_SHARED)]
-Verbose = Annotated[
-    bool,
-    typer.Option("--verbose", "-v", help="Show where an error arose.", rich_help_panel=_SHARED),
-]
 Where = Annotated[
     str | None,
     typer.Option(
         "--where",
         metavar="SQL",
         help='Only instances for which this holds, such as "predicted_iou > 0.8 AND area > 100". Any column '
-        "of instances/ may stand in it.",
+        "of instances/ may be used.",
         show_default=False,
     ),
 ]

@@ -1,9 +1,8 @@
-"""The commands over what a job has made: tables, checks, pictures, exports, figures.
+"""The commands over what a job has made: tables, checks, pictures, exports, figures; and `doctor`.
 
 A command reads its options and calls the module of its name, which is imported when the command runs: Ray
-and torch cost seconds, `--help` must not. `verbose` is read by the decorator (`app.command`).
+and torch cost seconds, `--help` must not.
 """
-# ruff: noqa: ARG001 - `verbose` is read by the decorator
 
 from __future__ import annotations
 
@@ -12,25 +11,21 @@ from typing import Annotated
 import typer
 
 from jobs.cli import options
-from jobs.cli.app import app, command, given_of, interrupts
+from jobs.cli.app import app, command, interrupts
+from jobs.cli.options import CHECKPOINT, DETECTOR, FILTERS, OUTPUT, RAY_ADDRESS
+from jobs.config import Given
 from pipeline.errors import UsageError
 
 
 @app.command(rich_help_panel="Results")
-@command
+@command(OUTPUT, *FILTERS)
 def publish(
+    given: Given,
+    json: bool,
+    *,
     more: Annotated[
         list[str] | None,
         typer.Argument(metavar="[OUTPUT]...", help="With --merge: further outputs.", show_default=False),
-    ] = None,
-    output: options.Output = None,
-    min_predicted_iou: Annotated[
-        float | None,
-        typer.Option("--min-predicted-iou", help="Mark masks with a lower score.", show_default=False),
-    ] = None,
-    min_stability_score: Annotated[
-        float | None,
-        typer.Option("--min-stability-score", help="Mark masks with a lower score.", show_default=False),
     ] = None,
     merge: Annotated[
         list[str] | None,
@@ -42,10 +37,6 @@ def publish(
             show_default=False,
         ),
     ] = None,
-    config: options.ConfigFile = None,
-    set_: options.Sets = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
 ) -> int:
     """Write the tables again with other filters, or merge outputs; no model runs.
 
@@ -55,41 +46,33 @@ def publish(
 
     Nothing is deleted: a filter marks rows (accepted, reject_reason). All filters: --set filter.NAME=VALUE.
     """
-    given = given_of(
-        config,
-        set_,
-        output__uri=output,
-        filter__min_predicted_iou=min_predicted_iou,
-        filter__min_stability_score=min_stability_score,
-    )
-    given.load()  # what is wrong with the call is said before the imports below
+    given.load()  # report what is wrong with the call before the slow imports below
     if merge:
-        if min_predicted_iou is not None or min_stability_score is not None:
+        if any(given.flags[flag.setting] is not None for flag in FILTERS):
             raise UsageError("--merge takes the marks as they are; publish each output with the filter first")
-        from jobs.commands import merge as merging
+        from jobs.commands.merge import run as merge_outputs
 
-        return merging.run(given, [*merge, *(more or ())], json=json)
+        return merge_outputs(given, [*merge, *(more or ())], json=json)
     if more:
         raise UsageError(
             f"publish {' '.join(more)}: wanted --output OUTPUT, or --merge before several outputs"
         )
-    from jobs.commands import publish as job
+    from jobs.commands.publish import run
 
-    return job.run(given, interrupts, json=json)
+    return run(given, interrupts, json=json)
 
 
 @app.command(rich_help_panel="Results")
-@command
+@command(OUTPUT)
 def validate(
-    output: options.Output = None,
+    given: Given,
+    json: bool,
+    *,
     sample: Annotated[
-        int, typer.Option("--sample", min=0, help="Decode this many masks in every part, besides all sums.")
+        int,
+        typer.Option("--sample", min=0, help="Decode this many masks of every part; all sums are checked."),
     ] = 64,
     all_masks: Annotated[bool, typer.Option("--all-masks", help="Decode every mask.")] = False,
-    config: options.ConfigFile = None,
-    set_: options.Sets = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
 ) -> int:
     """Read everything again and check it; finds one flipped bit.
 
@@ -97,19 +80,19 @@ def validate(
 
     Example:  hqlabel validate --output out
     """
-    settings = given_of(config, set_, output__uri=output).load()
-    from jobs.commands import validate as job
+    settings = given.load()
+    from jobs.commands.validate import run
 
-    return job.run(settings, sample=None if all_masks else sample, json=json)
+    return run(settings, sample=None if all_masks else sample, json=json)
 
 
 @app.command(rich_help_panel="Results")
-@command
+@command(OUTPUT)
 def inspect(
-    image_id: Annotated[
-        str, typer.Argument(help="The image_id as it stands in the tables.", show_default=False)
-    ],
-    output: options.Output = None,
+    given: Given,
+    json: bool,
+    *,
+    image_id: Annotated[str, typer.Argument(help="The image_id as in the tables.", show_default=False)],
     picture: Annotated[
         str | None,
         typer.Option(
@@ -118,24 +101,22 @@ def inspect(
             show_default=False,
         ),
     ] = None,
-    config: options.ConfigFile = None,
-    set_: options.Sets = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
 ) -> int:
     """Show one image: its rows, and a picture with boxes and masks.
 
     Example:  hqlabel inspect street/0001.jpg --output out
     """
-    from jobs.commands import inspect_image as job
+    from jobs.commands.inspect_image import run
 
-    return job.run(given_of(config, set_, output__uri=output), image_id, picture=picture, json=json)
+    return run(given, image_id, picture=picture, json=json)
 
 
 @app.command(rich_help_panel="Results")
-@command
+@command(OUTPUT)
 def report(
-    output: options.Output = None,
+    given: Given,
+    json: bool,
+    *,
     to: Annotated[
         str | None,
         typer.Option(
@@ -145,25 +126,24 @@ def report(
             show_default=False,
         ),
     ] = None,
-    config: options.ConfigFile = None,
-    set_: options.Sets = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
 ) -> int:
-    """Make one HTML page to look at: totals, failures, scores, best and worst masks.
+    """Make one HTML page: totals, failures, scores, best and worst masks.
 
     It is made from the published tables and the images, holds its pictures inside, and needs no server.
 
     Example:  hqlabel report --output out
     """
-    from jobs.report import page as job
+    from jobs.report.page import run
 
-    return job.run(given_of(config, set_, output__uri=output), to=to, as_json=json)
+    return run(given, to=to, as_json=json)
 
 
 @app.command(rich_help_panel="Results")
-@command
+@command(OUTPUT)
 def export(
+    given: Given,
+    json: bool,
+    *,
     format_: Annotated[
         str,
         typer.Argument(
@@ -176,7 +156,6 @@ def export(
             "--to", metavar="PLACE", help="A new folder or prefix for the files.", show_default=False
         ),
     ],
-    output: options.Output = None,
     where: options.Where = None,
     accepted_only: options.AcceptedOnly = False,
     per_file: Annotated[
@@ -184,7 +163,7 @@ def export(
         typer.Option(
             "--per-file",
             min=1,
-            help="Begin a new file after so many masks (Label Studio: tasks). Bounds the memory.",
+            help="Begin a new file after that many masks (Label Studio: tasks). Bounds the memory.",
             show_default=False,
         ),
     ] = None,
@@ -210,21 +189,17 @@ def export(
             help="coco: number the categories anew from 1, for tools that take 0 for no label (CVAT).",
         ),
     ] = False,
-    config: options.ConfigFile = None,
-    set_: options.Sets = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
 ) -> int:
     """Write the masks for a trainer or an annotation tool.
 
     Example:  hqlabel export coco --output out --to out-coco --accepted-only
 
-    Every format says what it leaves out and what it loses: coco, label-studio and hf keep each mask whole.
+    Every format reports what it skips and what it loses: coco, label-studio and hf keep each mask whole.
     """
-    from jobs.export import export as job
+    from jobs.export.export import ExportOptions, run
     from jobs.results.select_rows import Selection
 
-    how = job.How(
+    chosen = ExportOptions(
         format=format_,
         to=to,
         selection=Selection(accepted_only=accepted_only, where=where),
@@ -234,12 +209,15 @@ def export(
         categories_from_1=categories_from_1,
         json=json,
     )
-    return job.run(given_of(config, set_, output__uri=output), how)
+    return run(given, chosen)
 
 
 @app.command(rich_help_panel="Results")
-@command
+@command(OUTPUT)
 def evaluate(
+    given: Given,
+    json: bool,
+    *,
     truth: Annotated[
         str,
         typer.Option(
@@ -249,7 +227,6 @@ def evaluate(
             show_default=False,
         ),
     ],
-    output: options.Output = None,
     score: Annotated[
         str,
         typer.Option(
@@ -265,10 +242,6 @@ def evaluate(
     ] = 100,
     where: options.Where = None,
     accepted_only: options.AcceptedOnly = False,
-    config: options.ConfigFile = None,
-    set_: options.Sets = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
 ) -> int:
     """Measure the masks against ground truth: AP, boundary AP, mean IoU.
 
@@ -277,10 +250,10 @@ def evaluate(
 
     Example:  hqlabel evaluate --truth instances_val.json --output out
     """
-    from jobs.evaluate import evaluate as job
+    from jobs.evaluate.evaluate import EvaluateOptions, run
     from jobs.results.select_rows import Selection
 
-    how = job.How(
+    chosen = EvaluateOptions(
         truth=truth,
         selection=Selection(accepted_only=accepted_only, where=where),
         score=score,
@@ -288,18 +261,16 @@ def evaluate(
         max_per_image=max_per_image,
         json=json,
     )
-    return job.run(given_of(config, set_, output__uri=output), how)
+    return run(given, chosen)
 
 
 @app.command(rich_help_panel="Results")
-@command
+@command(OUTPUT)
 def clean(
-    output: options.Output = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
-    config: options.ConfigFile = None,
-    set_: options.Sets = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
+    given: Given,
+    json: bool,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only list what would go.")] = False,
 ) -> int:
     """Delete the working files of a finished job; the tables stay.
 
@@ -308,7 +279,25 @@ def clean(
     Afterwards the tables can be read and validated, but no longer be retried or published anew.
     Needs the right to delete; no other command does.
     """
-    settings = given_of(config, set_, output__uri=output).load()
-    from jobs.commands import clean as job
+    settings = given.load()
+    from jobs.commands.clean import run
 
-    return job.run(settings, interrupts, sure=yes, json=json)
+    return run(settings, interrupts, sure=yes, json=json)
+
+
+@app.command(rich_help_panel="This machine")
+@command(CHECKPOINT, *DETECTOR, OUTPUT, RAY_ADDRESS)
+def doctor(
+    given: Given,
+    json: bool,
+    *,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="Do not start or join Ray.")] = False,
+) -> int:
+    """Check this machine: versions, devices, weights, rights, Ray.
+
+    Example:  hqlabel doctor --checkpoint demo --output s3://bucket/labels
+    """
+    settings = given.load()
+    from jobs.commands.doctor import run
+
+    return run(settings, with_ray=not no_ray, json=json)

@@ -1,4 +1,4 @@
-"""The driver's mark on a job: taken when there is something to write, given back however the command ends."""
+"""The driver's lock on a job: taken when there is something to write, released however the command ends."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from pipeline.job.driver_lock import Owner
 from pipeline.storage.store import Store
 
 
-class Ownership:
+class JobLock:
     """At most one `Owner`, taken at the first `take` or `require`; a context manager that releases it.
 
-    The drivers of several slices have a mark each, below the job's own: they must not shut each other
-    out. Publishing is for the one that holds the job's own mark.
+    The drivers of several slices have a lock each, below the job's own: they must not shut each other out.
+    Publishing is for the one that holds the job's own lock.
     """
 
     def __init__(self, store: Store, interrupts: Interrupts, part: Slice = WHOLE) -> None:
-        self._store = store if part == WHOLE else _store_of_slice(store, part)
+        if part != WHOLE:
+            folder = f"{store.place.uri.rstrip('/')}/owner/slice-{part.index}-of-{part.count}"
+            store = Store(replace(store.place, uri=folder))
+        self._store = store
         self._interrupts = interrupts
         self._owner: Owner | None = None
 
     def take(self) -> Owner:
-        """The owner, from now on; raises `JobRefused` naming another driver that is alive."""
+        """Return the owner, from now on; raises `JobRefused` naming another driver that is alive."""
         if self._owner is None:
             self._owner = Owner.take(self._store)
             self._interrupts.give_back_on_exit(self._owner.release)
         return self._owner
 
     def require(self, what: str) -> None:
-        """None when the job is ours (taken now if it was not yet); `JobRefused` when another has it."""
+        """Take the job if it is not ours yet; raises `JobRefused` when another has it. Call before `what`."""
         self.take().require(what)
 
     def __enter__(self) -> Self:
@@ -43,8 +46,3 @@ class Ownership:
     ) -> None:
         if self._owner is not None:
             self._interrupts.give_back()
-
-
-def _store_of_slice(store: Store, part: Slice) -> Store:
-    folder = f"{store.place.uri.rstrip('/')}/owner/slice-{part.index}-of-{part.count}"
-    return Store(replace(store.place, uri=folder))

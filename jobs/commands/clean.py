@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from jobs.cluster.job_lock import Ownership
+from jobs.cluster.job_lock import JobLock
 from jobs.config import Config
 from jobs.job_setup import resolve_settings as settings
 from jobs.terminal import console
@@ -22,8 +22,8 @@ def run(config: Config, interrupts: Interrupts, *, sure: bool, json: bool) -> in
     require_job(store)
     if not sure:
         return _say_what_would_go(store, json=json)
-    with Ownership(store, interrupts) as ownership:
-        done = clean(store, require_owner=ownership.require)
+    with JobLock(store, interrupts) as lock:
+        done = clean(store, require_owner=lock.require)
     console.say(
         f"{store.place.uri}: {console.count(done.files, 'file')} removed ({console.size(done.bytes)}), "
         f"{console.count(done.uploads, 'unfinished upload')} dropped; the tables are as they were"

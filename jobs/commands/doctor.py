@@ -24,10 +24,10 @@ from jobs.config import Config
 from jobs.job_setup.check_models import read_checkpoint, read_detector
 from jobs.job_setup.resolve_settings import is_local, output_place
 from jobs.terminal import console
-from jobs.terminal.environment import REFUSED, dangerous_switches
 from model.device import probe_dtype
 from pipeline.errors import HqlabelError, clean_text
 from pipeline.storage.store import Store
+from pipeline.worker.process_env import REFUSED, loosening_in
 
 State = Literal["ok", "note", "fail"]
 
@@ -124,7 +124,7 @@ def versions() -> Iterator[Finding]:
 
 def environment() -> Iterator[Finding]:
     """The environment variables that a job refuses to start with."""
-    found = dangerous_switches(os.environ)
+    found = loosening_in(os.environ, REFUSED)
     for name, why in found.items():
         yield Finding(area="environment", name=name, state="fail", text=f"is set: it {why}; unset it")
     if not found:

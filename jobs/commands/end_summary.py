@@ -1,4 +1,4 @@
-"""What a job came to: the summary for people on stderr, the object for programs, and the exit code."""
+"""The outcome of a job: the summary for users on stderr, the object for programs, and the exit code."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs.job_setup.open_job import Opened
+from jobs.config import Config
 from jobs.job_setup.slices import Slice
 from jobs.results.read_tables import Row, failed_examples
-from jobs.terminal import console
-from jobs.terminal import input_report as understood
+from jobs.terminal import console, input_report
 from jobs.terminal.progress import Counts
 from pipeline.errors import SystemicFault
+from pipeline.job.job_file import Job
 from pipeline.settings import Limits
+from pipeline.storage.store import Store
 from pipeline.tables.manifest import Manifest
 
 EXIT_OVER_BUDGET = 3
@@ -23,13 +24,24 @@ _MOST_CODES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """A job at the end of a command. `counts`: what this process did; `manifest`: None for a slice."""
+    """A job at the end of a command. `counts`: what this process did; `manifest`: None for a slice.
 
-    opened: Opened
+    `redone`: images that a retry did again, of the units in `counts`, whose other rows it copied.
+    """
+
+    config: Config
+    store: Store
+    job: Job
     counts: Counts
     seconds: float
     manifest: Manifest | None = None
     picture: str | None = None
+    redone: int | None = None
+
+    @property
+    def images(self) -> int:
+        """The images that this process has done."""
+        return self.counts.images if self.redone is None else self.redone
 
 
 def over_budget(limits: Limits, *, images: int, failed: int) -> str | None:
@@ -42,7 +54,7 @@ def over_budget(limits: Limits, *, images: int, failed: int) -> str | None:
         return None
     return (
         f"over the failure budget: {failed:,} of {console.count(images, 'image')} failed "
-        f"({console.share(failed, images)}), limits.max_failure_rate is {limits.max_failure_rate:g}; mend "
+        f"({console.share(failed, images)}), limits.max_failure_rate is {limits.max_failure_rate:g}; fix "
         f"the cause and retry, or allow more: --set limits.max_failure_rate={_next_tenth(failed / images):g} "
         f"(exit code {EXIT_OVER_BUDGET})"
     )
@@ -52,27 +64,27 @@ def _next_tenth(rate: float) -> float:
     return math.ceil(10 * rate) / 10
 
 
-def say_done(end: Ending, *, json: bool) -> int:
+def report_done(end: Ending, *, json: bool) -> int:
     """Print the summary of a whole job; its exit code.
 
     Raises:
         SystemicFault: the tables do not hold what the plan does, although every unit is committed.
     """
     manifest = _whole_manifest(end)
-    counts, limits = manifest.counts, end.opened.job.context.limits
+    counts, limits = manifest.counts, end.job.context.limits
     failed = counts.status.get("failed", 0)
     over = over_budget(limits, images=counts.images, failed=failed)
     code = 0 if over is None else EXIT_OVER_BUDGET
-    examples = failed_examples(end.opened.store, manifest) if failed else {}
+    examples = failed_examples(end.store, manifest) if failed else {}
     console.say("\n".join(_lines(end, manifest, examples, over)))
     if json:
         console.data_json(_as_json(end, manifest, examples, code))
     return code
 
 
-def say_slice_done(end: Ending, part: Slice, *, json: bool) -> int:
+def report_slice_done(end: Ending, part: Slice, *, json: bool) -> int:
     """Print that this slice is done while others are not; exit code 0."""
-    output = end.opened.store.place.uri
+    output = end.store.place.uri
     console.say(
         f"slice {part.text} is done: {_this_run(end)}; other slices are not, so nothing was published"
     )
@@ -96,7 +108,7 @@ def describe_counts(manifest: Manifest) -> list[tuple[str, str]]:
     rows = [("images", " · ".join(images)), ("boxes", boxes)]
     rejected = dict(counts.rejected)
     if crowds := rejected.pop("crowd", 0):
-        rows.append(("", understood.crowd_sentence(crowds)))
+        rows.append(("", input_report.crowd_sentence(crowds)))
     if rejected:
         worst = sorted(rejected.items(), key=lambda item: -item[1])
         rows.append(("", "not accepted: " + ", ".join(f"{name} {number:,}" for name, number in worst)))
@@ -122,7 +134,7 @@ def next_commands(output: str, *, failed: int, limited: bool) -> list[str]:
     place = ["--output", output]
     commands = []
     if failed:
-        commands.append(console.command(["hqlabel", "retry", *place]) + "   # once the cause is mended")
+        commands.append(console.command(["hqlabel", "retry", *place]) + "   # once the cause is fixed")
     if limited:
         commands.append("the same command without --limit and with another --output, for all images")
     commands.append(console.command(["hqlabel", "report", *place]))
@@ -131,7 +143,7 @@ def next_commands(output: str, *, failed: int, limited: bool) -> list[str]:
 
 
 def _whole_manifest(end: Ending) -> Manifest:
-    manifest, planned = end.manifest, int(end.opened.job.plan["images"])
+    manifest, planned = end.manifest, int(end.job.plan["images"])
     if manifest is None or manifest.state != "complete" or manifest.counts.images != planned:
         found = "nothing" if manifest is None else f"{manifest.counts.images} images, {manifest.state}"
         raise SystemicFault("store", f"the tables hold {found}; the plan has {planned} images")
@@ -139,7 +151,7 @@ def _whole_manifest(end: Ending) -> Manifest:
 
 
 def _lines(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], over: str | None) -> list[str]:
-    output, counts = end.opened.store.place.uri.rstrip("/"), manifest.counts
+    output, counts = end.store.place.uri.rstrip("/"), manifest.counts
     failed = counts.status.get("failed", 0)
     head = _this_run(end) if end.counts.units else "nothing was left to do, and nothing was changed"
     size = sum(part.images.bytes + part.instances.bytes for part in manifest.parts)
@@ -147,9 +159,9 @@ def _lines(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], o
     rows.append(("tables", f"{output}/instances/*.parquet, {output}/images/*.parquet ({console.size(size)})"))
     if end.picture:
         rows.append(("picture", f"{output}/{end.picture}"))
-    if end.opened.job.context.weights.note:
-        rows.append(("note", end.opened.job.context.weights.note))
-    limited = end.opened.config.input.limit is not None
+    if end.job.context.weights.note:
+        rows.append(("note", end.job.context.weights.note))
+    limited = end.config.input.limit is not None
     for place, text in enumerate(next_commands(output, failed=failed, limited=limited)):
         rows.append(("next" if place == 0 else "", text))
     lines = [f"done: {console.count(counts.images, 'image')} in {output}; {head}", console.pairs(rows)]
@@ -158,25 +170,26 @@ def _lines(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], o
 
 def _this_run(end: Ending) -> str:
     counts = end.counts
-    done = f"{console.count(counts.images, 'image')} in this run, {console.duration(end.seconds)}"
-    images_per_s, boxes_per_s = counts.images / end.seconds, counts.instances / end.seconds
-    rates = f"{console.rate(images_per_s)} images/s, {console.rate(boxes_per_s)} boxes/s"
+    done = f"{console.count(end.images, 'image')} in this run, {console.duration(end.seconds)}"
+    rates = f"{console.rate(end.images / end.seconds)} images/s"
+    if end.redone is None:
+        rates += f", {console.rate(counts.instances / end.seconds)} boxes/s"
     repeated = f", {counts.repeated:,} of them done before by another" if counts.repeated else ""
     again = f", {counts.begun_before:,} of them begun before and done again" if counts.begun_before else ""
     return f"{done} ({rates}){repeated}{again}"
 
 
 def _as_json(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], code: int) -> dict[str, Any]:
-    output, job = end.opened.store.place.uri, end.opened.job
+    output, job = end.store.place.uri, end.job
     counts = manifest.counts
     failed = counts.status.get("failed", 0)
-    limited = end.opened.config.input.limit is not None
+    limited = end.config.input.limit is not None
     return {
         "output": output,
         "state": manifest.state,
         "exit_code": code,
         "run_id": job.context.run_id,
-        "understood": understood.as_json(end.opened.config, job.plan),
+        "understood": input_report.as_json(end.config, job.plan),
         "model": {**asdict(job.context.weights), "dtype": job.context.model.dtype},
         "counts": asdict(counts),
         "failed_examples": examples,
@@ -188,5 +201,6 @@ def _as_json(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]],
 
 
 def _run_json(end: Ending) -> dict[str, Any]:
-    rate = end.counts.images / end.seconds if end.seconds else None
-    return {"this_run": {**asdict(end.counts), "seconds": end.seconds, "images_per_s": rate}}
+    rate = end.images / end.seconds if end.seconds else None
+    counts = {**asdict(end.counts), "images": end.images}
+    return {"this_run": {**counts, "seconds": end.seconds, "images_per_s": rate}}

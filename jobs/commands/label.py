@@ -1,7 +1,7 @@
 """`hqlabel label`: the main job, from inputs to published tables, and back from wherever it ended.
 
-    check -> open or create the job -> say what was understood -> own it -> run what is pending
-    -> publish -> say what came out
+    check -> open or create the job -> report what was understood -> lock it -> run what is pending
+    -> publish -> report what came out
 
 Done means that the committed set equals the planned set. A job that is done is not touched: no image
 is read, Ray is not started, no byte changes.
@@ -13,30 +13,29 @@ import contextlib
 import time
 from dataclasses import dataclass
 
-from jobs.cluster.job_lock import Ownership
+from jobs.cluster.job_lock import JobLock
 from jobs.cluster.ray_session import Machine
-from jobs.cluster.run_units import Work, images_in, new_progress, run_pending, save_config
-from jobs.commands import end_summary as ending
+from jobs.cluster.run_units import Work, images_in, run_pending, save_config
+from jobs.commands.end_summary import Ending, report_done, report_slice_done
 from jobs.config import CONFIG_KEY, Config
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.open_job import Opened, code_version, open_or_create
 from jobs.job_setup.slices import WHOLE, Slice
 from jobs.results.render_images import write_contact_sheet
-from jobs.terminal import console
-from jobs.terminal import input_report as understood
+from jobs.terminal import console, input_report
 from jobs.terminal.progress import Counts
 from jobs.terminal.signals import Interrupts
 from pipeline.errors import UsageError
-from pipeline.job.job_file import read_job
-from pipeline.planning.make_plan import write_plan
+from pipeline.job.job_file import Job, read_job
+from pipeline.planning.make_plan import Plan, write_plan
 from pipeline.storage.store import Store
-from pipeline.tables.manifest import Manifest, finished_units, read_manifest
+from pipeline.tables.manifest import finished_units, read_manifest
 from pipeline.tables.publish_tables import publish
 from pipeline.tables.unit_files import list_committed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class LabelOptions:
     """How one call of the command works; nothing here changes what comes out."""
 
     part: Slice = WHOLE
@@ -45,42 +44,68 @@ class Run:
     json: bool = False
 
 
-def run(config: Config, how: Run, interrupts: Interrupts) -> int:
+def run(config: Config, options: LabelOptions, interrupts: Interrupts) -> int:
     """Label what is pending, publish when nothing is left, and return the exit code."""
     began = time.monotonic()
-    _hint_at_saved_settings(config)
+    _refuse_missing_inputs(config)
     with Machine(config, interrupts) as machine, contextlib.ExitStack() as stack:
         machine.check()
         opened = open_or_create(
             config,
-            check_inputs=how.check_inputs,
+            check_inputs=options.check_inputs,
             probe_dtype=machine.native_dtype,
             device=machine.device,
         )
-        pending = pending_units(opened, how.part)
-        _say_understood(config, opened, machine, how.part, mine=len(pending))
-        whole = stack.enter_context(Ownership(opened.store, interrupts))
-        mine = whole if how.part == WHOLE else Ownership(opened.store, interrupts, how.part)
-        stack.enter_context(mine)
-        counts = _work(opened, machine, mine, pending, how, interrupts)
-        end = ending.Ending(opened=opened, counts=counts, seconds=time.monotonic() - began)
-        if pending_units(opened, WHOLE):
-            return ending.say_slice_done(end, how.part, json=how.json)
-        manifest = _publish(config, opened, machine, whole)
-        picture = write_contact_sheet(opened.store, opened.job, manifest, again=counts.units > 0)
-        seconds = time.monotonic() - began
-        end = ending.Ending(opened=opened, counts=counts, seconds=seconds, manifest=manifest, picture=picture)
-        return ending.say_done(end, json=how.json)
+        store, job = opened.store, opened.job
+        pending = pending_units(store, job, options.part)
+        _report_understood(config, opened, machine, options.part, mine=len(pending))
+        job_lock = slice_lock = stack.enter_context(JobLock(store, interrupts))
+        if options.part != WHOLE:
+            slice_lock = stack.enter_context(JobLock(store, interrupts, options.part))
+        counts = Counts()
+        if pending:
+            work = Work(
+                config=opened.config,
+                store=store,
+                job=job,
+                machine=machine,
+                owner=slice_lock.take(),
+                interrupts=interrupts,
+                show_progress=options.progress,
+            )
+            counts = _label_pending(work, opened.plan, options.part, pending)
+        manifest = picture = None
+        if not pending_units(store, job, WHOLE):
+            manifest = publish(
+                store,
+                job,
+                config.filter,
+                require_owner=job_lock.require,
+                mapper=machine.map_parts,
+            )
+            picture = write_contact_sheet(store, job, manifest, again=counts.units > 0)
+        end = Ending(
+            config=opened.config,
+            store=store,
+            job=job,
+            counts=counts,
+            seconds=time.monotonic() - began,
+            manifest=manifest,
+            picture=picture,
+        )
+        if manifest is None:
+            return report_slice_done(end, options.part, json=options.json)
+        return report_done(end, json=options.json)
 
 
-def pending_units(opened: Opened, part: Slice) -> list[int]:
-    """The units of this slice that are not committed, by what the store lists now."""
-    done = finished_units(list(list_committed(opened.store)), read_manifest(opened.store))
-    return [unit for unit in part.units(opened.job.units) if unit not in done]
+def pending_units(store: Store, job: Job, part: Slice) -> list[int]:
+    """Return the units of this slice that are not committed, by what the store lists now."""
+    done = finished_units(list(list_committed(store)), read_manifest(store))
+    return [unit for unit in part.units(job.units) if unit not in done]
 
 
-def _hint_at_saved_settings(config: Config) -> None:
-    """Refuse a call without inputs over an existing job, naming the settings that would go on with it."""
+def _refuse_missing_inputs(config: Config) -> None:
+    """Raise UsageError for a call without inputs over an existing job, naming the settings to go on with."""
     if config.input.images or config.input.boxes:
         return
     store = Store(settings.output_place(config))
@@ -92,62 +117,36 @@ def _hint_at_saved_settings(config: Config) -> None:
         )
 
 
-def _say_understood(config: Config, opened: Opened, machine: Machine, part: Slice, *, mine: int) -> None:
+def _report_understood(config: Config, opened: Opened, machine: Machine, part: Slice, *, mine: int) -> None:
     job = opened.job
-    left = mine if part == WHOLE else len(pending_units(opened, WHOLE))
+    left = mine if part == WHOLE else len(pending_units(opened.store, job, WHOLE))
     word = "going on with the job in" if opened.resumed else "new job in"
     console.say(f"hqlabel {code_version()}: {word} {opened.store.place.uri}")
-    work = understood.describe_work(job, done_units=job.units - left, pending_units=mine, part=part.text)
+    work = input_report.describe_work(job, done_units=job.units - left, pending_units=mine, part=part.text)
     rows = [
-        *understood.describe_inputs(opened.config, job.plan),
-        *understood.describe_detector(job.context),
-        *understood.describe_model(job.context, asked_dtype=config.model.dtype),
+        *input_report.describe_inputs(opened.config, job.plan),
+        *input_report.describe_detector(job.context),
+        *input_report.describe_model(job.context, asked_dtype=config.model.dtype),
         *([("machine", machine.describe(mine))] if mine else []),
         work,
     ]
     console.say(console.pairs(rows))
-    for line in understood.warnings(opened.config, job.plan):
+    for line in input_report.warnings(opened.config, job.plan):
         console.say(line)
 
 
-def _work(
-    opened: Opened,
-    machine: Machine,
-    ownership: Ownership,
-    pending: list[int],
-    how: Run,
-    interrupts: Interrupts,
-) -> Counts:
-    """Run the pending units of this slice until none is left; what this process did."""
-    if not pending:
-        return Counts()
-    owner = ownership.take()
-    if opened.plan is not None:
-        write_plan(opened.store, opened.plan)
-    save_config(opened.store, opened.config)
-    work = Work(
-        config=opened.config,
-        store=opened.store,
-        job=opened.job,
-        machine=machine,
-        owner=owner,
-        interrupts=interrupts,
-        show_progress=how.progress,
-    )
-    mine = how.part.units(opened.job.units)
-    total = images_in(opened.job, mine)
-    done = total - images_in(opened.job, pending)
-    machine.start()
-    with new_progress(work, total_images=total, done_images=done) as progress:
-        run_pending(work, lambda: pending_units(opened, how.part), progress)
-    return progress.counts()
+def _label_pending(work: Work, plan: Plan | None, part: Slice, pending: list[int]) -> Counts:
+    """Run the pending units of this slice until none is left; return what this process did.
 
-
-def _publish(config: Config, opened: Opened, machine: Machine, ownership: Ownership) -> Manifest:
-    return publish(
-        opened.store,
-        opened.job,
-        config.filter,
-        require_owner=ownership.require,
-        mapper=machine.map_parts,
+    `plan`: of a new job, written first.
+    """
+    if plan is not None:
+        write_plan(work.store, plan)
+    save_config(work.store, work.config)
+    total = images_in(work.job, part.units(work.job.units))
+    return run_pending(
+        work,
+        lambda: pending_units(work.store, work.job, part),
+        total_images=total,
+        done_images=total - images_in(work.job, pending),
     )

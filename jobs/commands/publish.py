@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from jobs.cluster.job_lock import Ownership
+from jobs.cluster.job_lock import JobLock
 from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import save_config
-from jobs.commands import end_summary as ending
+from jobs.commands.end_summary import EXIT_OVER_BUDGET, describe_counts, over_budget
 from jobs.config import Given
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.saved_job import SavedJob, open_saved
@@ -23,10 +23,10 @@ def run(given: Given, interrupts: Interrupts, *, json: bool) -> int:
     filters = saved.config.filter
     with (
         Machine(saved.config, interrupts) as machine,
-        Ownership(saved.store, interrupts) as ownership,
+        JobLock(saved.store, interrupts) as lock,
     ):
         manifest = publish(
-            saved.store, saved.job, filters, require_owner=ownership.require, mapper=machine.map_parts
+            saved.store, saved.job, filters, require_owner=lock.require, mapper=machine.map_parts
         )
         config = settings.resolved(saved.config)
         # A hub id is not looked for among the folders of where this command happens to run.
@@ -34,11 +34,11 @@ def run(given: Given, interrupts: Interrupts, *, json: bool) -> int:
     uri = saved.store.place.uri
     asked = ", ".join(f"{name} {value}" for name, value in filters.model_dump().items() if value is not None)
     console.say(f"published {manifest.published_units:,} of {console.count(manifest.units, 'unit')} in {uri}")
-    console.say(console.pairs([*ending.describe_counts(manifest), ("filters", asked)]))
+    console.say(console.pairs([*describe_counts(manifest), ("filters", asked)]))
     over = _over_budget(saved, manifest)
     if over is not None:
         console.say(over)
-    code = 0 if over is None else ending.EXIT_OVER_BUDGET
+    code = 0 if over is None else EXIT_OVER_BUDGET
     if json:
         console.data_json(
             {
@@ -59,4 +59,4 @@ def _over_budget(saved: SavedJob, manifest: Manifest) -> str | None:
         return None
     counts = manifest.counts
     limits, failed = saved.config.limits, counts.status.get("failed", 0)
-    return ending.over_budget(limits, images=counts.images, failed=failed)
+    return over_budget(limits, images=counts.images, failed=failed)

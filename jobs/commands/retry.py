@@ -1,6 +1,6 @@
-"""`hqlabel retry`: the failed images again, once the cause is mended.
+"""`hqlabel retry`: the failed images again, once the cause is fixed.
 
-A unit with failed images is written once more as its next generation: redone rows beside good rows
+A unit with failed images is written once more as its next generation: redone rows next to good rows
 that keep every value. Then the parts concerned are published again.
 """
 
@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from jobs.cluster.job_lock import Ownership
+from jobs.cluster.job_lock import JobLock
 from jobs.cluster.ray_session import Machine
-from jobs.cluster.run_units import Work, images_in, new_progress, run_pending
-from jobs.commands import end_summary as ending
+from jobs.cluster.run_units import Work, images_in, run_pending
+from jobs.commands.end_summary import Ending, report_done
 from jobs.config import Given
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.check_models import read_checkpoint, read_detector
-from jobs.job_setup.open_job import Opened
 from jobs.job_setup.saved_job import SavedJob, open_saved
 from jobs.results.read_tables import failed_units
 from jobs.results.render_images import write_contact_sheet
@@ -37,7 +36,7 @@ _READERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RetryOptions:
     """How one call works. `codes`: which failures to do again; empty: all."""
 
     codes: tuple[str, ...] = ()
@@ -53,34 +52,41 @@ class _Target:
     images: int
 
 
-def run(given: Given, how: Run, interrupts: Interrupts) -> int:
+def run(given: Given, options: RetryOptions, interrupts: Interrupts) -> int:
     """Do the failed images again, publish, and return the exit code."""
     began = time.monotonic()
-    _check_codes(how.codes)
+    _check_codes(options.codes)
     saved = _with_settings(open_saved(given))
-    targets = find_targets(saved.store, saved.job, how.codes)
+    targets = find_targets(saved.store, saved.job, options.codes)
     images = sum(target.images for target in targets.values())
-    what = " or ".join(how.codes) or "any code"
+    what = " or ".join(options.codes) or "any code"
     console.say(f"{saved.store.place.uri}: {console.count(images, 'image')} failed with {what}")
     with Machine(saved.config, interrupts) as machine, contextlib.ExitStack() as stack:
         if targets:
             machine.check()
-        ownership = stack.enter_context(Ownership(saved.store, interrupts))
-        counts = _redo(saved, targets, machine, ownership, how, interrupts) if targets else Counts()
+        lock = stack.enter_context(JobLock(saved.store, interrupts))
+        counts = _redo(saved, targets, machine, lock, options, interrupts) if targets else Counts()
         manifest = publish(
             saved.store,
             saved.job,
             saved.config.filter,
-            require_owner=ownership.require,
+            require_owner=lock.require,
             mapper=machine.map_parts,
         )
         picture = write_contact_sheet(saved.store, saved.job, manifest, again=counts.units > 0)
         if targets:
-            console.say(_mended(saved.store, targets, manifest, how.codes, images))
-        opened = Opened(config=saved.config, store=saved.store, job=saved.job, plan=None, resumed=True)
-        seconds = time.monotonic() - began
-        end = ending.Ending(opened=opened, counts=counts, seconds=seconds, manifest=manifest, picture=picture)
-        return ending.say_done(end, json=how.json)
+            console.say(_describe_redone(saved.store, targets, manifest, options.codes, images))
+        end = Ending(
+            config=saved.config,
+            store=saved.store,
+            job=saved.job,
+            counts=counts,
+            seconds=time.monotonic() - began,
+            manifest=manifest,
+            picture=picture,
+            redone=images,
+        )
+        return report_done(end, json=options.json)
 
 
 def find_targets(store: Store, job: Job, codes: Sequence[str]) -> dict[int, _Target]:
@@ -183,33 +189,33 @@ def _redo(
     saved: SavedJob,
     targets: Mapping[int, _Target],
     machine: Machine,
-    ownership: Ownership,
-    how: Run,
+    lock: JobLock,
+    options: RetryOptions,
     interrupts: Interrupts,
 ) -> Counts:
+    """Write the targets again; return what was done, whole units counted."""
+    generations = {unit_id: target.generation for unit_id, target in targets.items()}
+
+    def pending() -> list[int]:
+        committed = list_committed(saved.store)
+        return [unit for unit, generation in generations.items() if committed[unit].generation < generation]
+
     work = Work(
         config=saved.config,
         store=saved.store,
         job=saved.job,
         machine=machine,
-        owner=ownership.take(),
+        owner=lock.take(),
         interrupts=interrupts,
-        show_progress=how.progress,
+        show_progress=options.progress,
     )
-    wanted = {unit_id: target.generation for unit_id, target in targets.items()}
-
-    def pending() -> list[int]:
-        committed = list_committed(saved.store)
-        return [unit for unit, generation in wanted.items() if committed[unit].generation < generation]
-
-    machine.start()
-    total = images_in(saved.job, list(wanted))
-    with new_progress(work, total_images=total, done_images=0) as progress:
-        run_pending(work, pending, progress, generations=wanted, codes=how.codes)
-    return progress.counts()
+    total = images_in(saved.job, list(generations))
+    return run_pending(
+        work, pending, total_images=total, done_images=0, generations=generations, codes=options.codes
+    )
 
 
-def _mended(
+def _describe_redone(
     store: Store, targets: Mapping[int, _Target], manifest: Manifest, codes: Sequence[str], before: int
 ) -> str:
     """How many of the images that were done again failed again, with one of the same codes or another."""

@@ -57,7 +57,7 @@ Naming = Callable[[Row], str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class How:
+class EvaluateOptions:
     """What was asked: where the truth is, which rows, which of SCORE_COLUMNS, and whether classes count."""
 
     truth: str
@@ -96,27 +96,29 @@ class Classes:
     one: bool = False
 
 
-def run(given: Given, how: How) -> int:
+def run(given: Given, options: EvaluateOptions) -> int:
     """Judge the tables, keep the figures in the output (report/evaluation.json), print them, return 0."""
     require_library()
-    if how.score not in SCORE_COLUMNS:
-        raise UsageError(f"--score {how.score!r}: wanted one of {', '.join(SCORE_COLUMNS)}")
+    if options.score not in SCORE_COLUMNS:
+        raise UsageError(f"--score {options.score!r}: wanted one of {', '.join(SCORE_COLUMNS)}")
     saved = open_saved(given)
     access = AccessRules(options=saved.config.storage)
-    truth = read_truth(how.truth, access, classes=not how.class_agnostic)
-    matched = match_truth(saved, truth, how)
+    truth = read_truth(options.truth, access, classes=not options.class_agnostic)
+    matched = match_truth(saved, truth, options)
     # All that a file can be refused for has been looked at: from here on it costs minutes.
     pairs = [pair for image in matched.images for pair in pair_up(image, matched.match)]
     classes = list(matched.categories)
     by_name = {
-        name: average_precision(matched.images, classes, boundary=boundary, max_per_image=how.max_per_image)
+        name: average_precision(
+            matched.images, classes, boundary=boundary, max_per_image=options.max_per_image
+        )
         for name, boundary in (("mask_ap", False), ("boundary_ap", True))
     }
-    figures = _figures(how, matched, by_name, pairs)
+    figures = _figures(options, matched, by_name, pairs)
     body = console.json_line(figures)
-    console.data(body if how.json else _text(matched, by_name, figures))
+    console.data(body if options.json else _text(matched, by_name, figures))
     saved.store.put(EVALUATION_KEY, (json_text.dumps(json_text.loads(body), indent=1) + "\n").encode())
-    if not how.json:
+    if not options.json:
         console.say(f"kept in {saved.store.place.uri.rstrip('/')}/{EVALUATION_KEY}; the report shows it")
     return 0
 
@@ -126,7 +128,7 @@ def run(given: Given, how: How) -> int:
 # ---------------------------------------------------------------------------------------------
 
 
-def match_truth(saved: SavedJob, truth: Truth, how: How) -> Matched:
+def match_truth(saved: SavedJob, truth: Truth, options: EvaluateOptions) -> Matched:
     """The truth's images that the job has published, with its masks of them.
 
     An image that failed counts, as one without masks; one that the job never had does not.
@@ -135,17 +137,17 @@ def match_truth(saved: SavedJob, truth: Truth, how: How) -> Matched:
         UsageError: no image or no class is known to both, or the scores asked for are missing.
     """
     manifest = require_published(saved.store)
-    published = selected_images(saved.store, manifest, how.selection, _COLUMNS)
+    published = selected_images(saved.store, manifest, options.selection, _COLUMNS)
     image_words, images, unknown = _match_images(published, truth)
     crowds = sum(_is_crowd(row) for one, _ in images for row in one.instances)
     rows = [row for one, _ in images for row in one.instances if not _is_crowd(row)]
-    classes = _match_classes(rows, truth, how)
-    score_words, score = _score_rule(rows, how.score)
+    classes = _match_classes(rows, truth, options)
+    score_words, score = _score_rule(rows, options.score)
     same_size = [(one, image) for one, image in images if _size_agrees(one.image, image)]
     if not same_size:
         raise UsageError(
-            f"{how.truth}: all {len(images)} images that the job has too are of another size there, so its "
-            "masks are in another frame (EXIF rotation?)"
+            f"{options.truth}: all {len(images)} images that the job has too are of another size there, so "
+            "its masks are in another frame (EXIF rotation?)"
         )
     judged = [
         EvaluatedImage(
@@ -223,7 +225,7 @@ def _found(row: Row, image: TruthImage, category_id: int | None, score: float) -
 def _match_images(
     published: Iterable[ImageRows], truth: Truth
 ) -> tuple[str, list[tuple[ImageRows, TruthImage]], int]:
-    """How the truth's images were found, and each with our rows: by the rule that finds the most.
+    """EvaluateOptions the truth's images were found, and each with our rows: by the rule that finds the most.
 
     And how many of ours are none of the truth's.
     """
@@ -278,14 +280,14 @@ def _no_image(ours: Sequence[str], truth: Truth, hint: str) -> UsageError:
     return UsageError(clean_text(f"{said.rstrip()} {wanted}".rstrip()))
 
 
-def _match_classes(rows: Sequence[Row], truth: Truth, how: How) -> Classes:
+def _match_classes(rows: Sequence[Row], truth: Truth, options: EvaluateOptions) -> Classes:
     """The truth's classes, and how ours are found among them: by name where a name fits, else by id.
 
     Raises:
         UsageError: no class is known to both, or a name that two categories have could be either.
     """
     any_class = {ANY_CLASS: "any"}
-    if how.class_agnostic:
+    if options.class_agnostic:
         return Classes(names=any_class, words="do not count (--class-agnostic)", number_of=_any, one=True)
     if all(row["category_id"] is None and row["category_name"] is None for row in rows):
         return Classes(names=any_class, words="do not count: the boxes have none", number_of=_any, one=True)
@@ -429,15 +431,15 @@ def mean_iou(pairs: Sequence[Pair]) -> dict[str, float | int | None]:
 
 
 def _figures(
-    how: How, matched: Matched, by_name: Mapping[str, Precision], pairs: Sequence[Pair]
+    options: EvaluateOptions, matched: Matched, by_name: Mapping[str, Precision], pairs: Sequence[Pair]
 ) -> dict[str, Any]:
     objects = [one for image in matched.images for one in image.objects]
     masks = [mask for image in matched.images for mask in image.masks]
     return {
-        "truth": how.truth,
+        "truth": options.truth,
         "matched": dict(matched.words),
-        "selection": asdict(how.selection),
-        "max_per_image": how.max_per_image,
+        "selection": asdict(options.selection),
+        "max_per_image": options.max_per_image,
         "images": len(matched.images),
         "objects": sum(not one.is_crowd for one in objects),
         "prompts": len(masks),

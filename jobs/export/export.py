@@ -35,7 +35,7 @@ _EXPECTED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class How:
+class ExportOptions:
     """What was asked. `per_file`: masks (tasks for Label Studio) a file; None: the format's own number.
 
     `categories_from_1`: COCO's categories are numbered anew.
@@ -51,55 +51,55 @@ class How:
     json: bool = False
 
 
-def run(given: Given, how: How) -> int:
+def run(given: Given, options: ExportOptions) -> int:
     """Write the files into an empty folder or prefix, say what was left out and lost, and return 0."""
-    if how.format not in FORMATS:
-        raise UsageError(f"export {how.format!r}: wanted one of {', '.join(FORMATS)}")
+    if options.format not in FORMATS:
+        raise UsageError(f"export {options.format!r}: wanted one of {', '.join(FORMATS)}")
     saved = open_saved(given)
-    uri = settings.absolute(how.to)
+    uri = settings.absolute(options.to)
     if os.path.lexists(uri) and not os.path.isdir(uri):
-        raise UsageError(f"--to {how.to}: this is a file; wanted a new folder or prefix")
+        raise UsageError(f"--to {options.to}: this is a file; wanted a new folder or prefix")
     place = Store(Place(uri=uri, options=settings.storage_options(saved.config, uri)))
     if place.list(limit=1):
         raise UsageError(
-            f"--to {how.to}: there are files already; choose a new folder, so that none is mixed"
+            f"--to {options.to}: there are files already; choose a new folder, so that none is mixed"
         )
-    selection = replace(how.selection, with_crowds=how.format == "coco")
+    selection = replace(options.selection, with_crowds=options.format == "coco")
     source = open_source(saved.store, saved.job, require_published(saved.store), selection)
     loss = Loss()
-    keys = list(_write(source, place, loss, how))
-    _say(how, source, loss, keys)
+    keys = list(_write(source, place, loss, options))
+    _say(options, source, loss, keys)
     return 0
 
 
-def _write(source: Source, place: Store, loss: Loss, how: How) -> Iterator[str]:
-    per_file = how.per_file or _PER_FILE.get(how.format, 0)
-    if how.format == "coco":
-        return write_coco(source, place, per_file=per_file, categories_from_1=how.categories_from_1)
-    if how.format == "yolo-seg":
-        return write_yolo(source, place, loss, tolerance_px=how.tolerance_px)
-    if how.format == "hf":
+def _write(source: Source, place: Store, loss: Loss, options: ExportOptions) -> Iterator[str]:
+    per_file = options.per_file or _PER_FILE.get(options.format, 0)
+    if options.format == "coco":
+        return write_coco(source, place, per_file=per_file, categories_from_1=options.categories_from_1)
+    if options.format == "yolo-seg":
+        return write_yolo(source, place, loss, tolerance_px=options.tolerance_px)
+    if options.format == "hf":
         return write_hf(source, place, per_file=per_file)
-    return write_label_studio(source, place, per_file=per_file, image_prefix=how.image_prefix)
+    return write_label_studio(source, place, per_file=per_file, image_prefix=options.image_prefix)
 
 
-def _numbers(how: How, source: Source) -> dict[int, int] | None:
+def _numbers(options: ExportOptions, source: Source) -> dict[int, int] | None:
     """Return the number of each class in the files, by its id; None where classes are names alone."""
-    if how.format == "coco":
-        return category_numbers(source.classes, from_1=how.categories_from_1)
-    return None if how.format == "label-studio" else source.classes.places()
+    if options.format == "coco":
+        return category_numbers(source.classes, from_1=options.categories_from_1)
+    return None if options.format == "label-studio" else source.classes.places()
 
 
-def _say(how: How, source: Source, loss: Loss, keys: list[str]) -> None:
+def _say(options: ExportOptions, source: Source, loss: Loss, keys: list[str]) -> None:
     tally, files = source.tally, len(keys)
     left_out = {what: number for what, number in tally.items() if number and what not in _EXPECTED}
-    notes = list(_notes(how, source, loss))
-    if how.json:
-        lost = None if how.format != "yolo-seg" else {"mean_iou": loss.mean, "least_iou": loss.least}
+    notes = list(_notes(options, source, loss))
+    if options.json:
+        lost = None if options.format != "yolo-seg" else {"mean_iou": loss.mean, "least_iou": loss.least}
         console.data_json(
             {
-                "to": how.to,
-                "format": how.format,
+                "to": options.to,
+                "format": options.format,
                 "files": files,
                 "images": tally["images"],
                 "masks": tally["masks"],
@@ -109,20 +109,20 @@ def _say(how: How, source: Source, loss: Loss, keys: list[str]) -> None:
                 "without_class": tally["masks without a class"],
                 "turned_by_exif": tally["images turned by EXIF"],
                 "classes": {str(number): name for number, name in source.classes.names.items()},
-                "numbers": _numbers(how, source),
+                "numbers": _numbers(options, source),
                 "loss": lost,
                 "notes": [f"{name}: {text}" for name, text in notes],
             }
         )
     masks, images = console.count(tally["masks"], "mask"), console.count(tally["images"], "image")
-    console.say(f"{how.format}: {masks} of {images} in {console.count(files, 'file')} below {how.to}")
+    console.say(f"{options.format}: {masks} of {images} in {console.count(files, 'file')} below {options.to}")
     lines = [("left out", f"{number:,} {what}") for what, number in left_out.items()]
     lines += notes
     if lines:
         console.say(console.pairs(lines))
 
 
-def _notes(how: How, source: Source, loss: Loss) -> Iterator[tuple[str, str]]:
+def _notes(options: ExportOptions, source: Source, loss: Loss) -> Iterator[tuple[str, str]]:
     tally = source.tally
     if tally["masks that the filters did not accept"]:
         number = tally["masks that the filters did not accept"]
@@ -142,15 +142,15 @@ def _notes(how: How, source: Source, loss: Loss) -> Iterator[tuple[str, str]]:
             "note",
             f"{inside} inside tars or Parquet files, which readers of pictures do not open: unpack them",
         )
-    for sentence in _class_notes(how, source):
+    for sentence in _class_notes(options, source):
         yield "note", sentence
-    if not how.selection.is_all:
+    if not options.selection.is_all:
         yield "note", "images may show objects that were not selected: they are no full annotation"
-    if how.format == "label-studio":
-        yield from (("note", sentence) for sentence in _prefix_notes(how.image_prefix, source.folder))
-    if how.format == "yolo-seg":
+    if options.format == "label-studio":
+        yield from (("note", sentence) for sentence in _prefix_notes(options.image_prefix, source.folder))
+    if options.format == "yolo-seg":
         yield "loss", loss.sentence()
-        yield from _yolo_steps(how, source)
+        yield from _yolo_steps(options, source)
 
 
 def _prefix_notes(prefix: str | None, folder: str) -> Iterator[str]:
@@ -176,8 +176,8 @@ _LOCAL_PATHS = (
 )
 
 
-def _class_notes(how: How, source: Source) -> Iterator[str]:
-    classes, numbers = source.classes, _numbers(how, source)
+def _class_notes(options: ExportOptions, source: Source) -> Iterator[str]:
+    classes, numbers = source.classes, _numbers(options, source)
 
     def named(number: int) -> str:
         name = f"`{console.shown(classes.names[number], 40)}`"
@@ -194,8 +194,8 @@ def _class_notes(how: How, source: Source) -> Iterator[str]:
     if doubled := classes.doubled():
         shown = ", ".join(f"`{console.shown(name, 40)}`" for name in doubled[:3])
         names = console.count(len(doubled), "name stands", "names stand")
-        yield f"{names} for several ids: {shown}{_DOUBLED[how.format]}"
-    if how.format == "coco" and numbers is not None and 0 in numbers.values():
+        yield f"{names} for several ids: {shown}{_DOUBLED[options.format]}"
+    if options.format == "coco" and numbers is not None and 0 in numbers.values():
         zero = next(number for number, new_number in numbers.items() if new_number == 0)
         yield f"{named(zero)}: CVAT takes category 0 for no label; --categories-from-1 numbers them anew"
 
@@ -208,7 +208,7 @@ _DOUBLED = {
 }
 
 
-def _yolo_steps(how: How, source: Source) -> Iterator[tuple[str, str]]:
+def _yolo_steps(options: ExportOptions, source: Source) -> Iterator[tuple[str, str]]:
     """Yield where the pictures must stand, and how they get there."""
     if over := source.tally[PASSED_OVER]:
         images = console.count(over, "image", "images")
@@ -218,7 +218,7 @@ def _yolo_steps(how: How, source: Source) -> Iterator[tuple[str, str]]:
         )
     if not source.tally["images"]:
         return
-    to = settings.absolute(how.to).rstrip("/")
+    to = settings.absolute(options.to).rstrip("/")
     yield "next", f"the pictures alone go into {to}/images/, under their names in images.txt"
     root = next(iter(source.roots)) if len(source.roots) == 1 else None
     if root is not None and _is_local(root) and _is_local(to):

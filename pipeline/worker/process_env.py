@@ -1,7 +1,8 @@
-"""Environment variables of a worker process: those that switch a protection off, and those PyTorch reads.
+"""Environment variables of a process: those that switch a protection off, and those that PyTorch reads.
 
-The command line checks its own environment before it starts (`jobs.terminal.environment`); a cluster's
-workers have the environment of their nodes, so each stage checks again before it opens anything.
+Some variables switch off a protection of a library silently. A command checks its own environment before it
+starts; a cluster's workers have the environment of their nodes, so each stage checks again before it opens
+anything.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, MutableMapping
 
-from pipeline.errors import SystemicFault
+from pipeline.errors import JobRefused, SystemicFault
 
 LOOSENING: dict[str, str] = {
     "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR": "lets a Parquet file run code when Ray Data is loaded",
@@ -17,6 +18,12 @@ LOOSENING: dict[str, str] = {
     "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE": "lets a Parquet file run code when Ray Data is loaded",
     "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "lets a checkpoint run code when it is loaded",
 }
+REFUSED: dict[str, str] = {
+    **LOOSENING,
+    "HQLABEL_FAILPOINT": "ends or stops the job at a named place; it is there for tests",
+    "PYTHONSTARTUP": "runs a file in every Python that a job may start",
+}
+"""What a command refuses to start with, and why."""
 _OFF = ("", "0", "false", "no", "off")
 
 
@@ -33,12 +40,24 @@ def refuse_unsafe_env() -> None:
     """
     found = loosening_in(os.environ)
     if found:
-        reasons = "; ".join(f"{name} {why}" for name, why in found.items())
         raise SystemicFault(
             "environment",
-            f"a worker on {os.uname().nodename} refuses to work with its environment: {reasons}. Unset "
-            f"{' '.join(found)} on that node, restart Ray there and start again",
+            f"a worker on {os.uname().nodename} refuses to work with its environment: {_reasons(found)}. "
+            f"Unset {' '.join(found)} on that node, restart Ray there and start again",
         )
+
+
+def refuse_to_start(environ: Mapping[str, str]) -> None:
+    """Raise JobRefused naming every variable of REFUSED that is set; every command calls it first."""
+    found = loosening_in(environ, REFUSED)
+    if found:
+        raise JobRefused(
+            f"refused to start with this environment: {_reasons(found)}. Unset: {' '.join(found)}"
+        )
+
+
+def _reasons(found: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} {why}" for name, why in found.items())
 
 
 def prepare_for_torch(environ: MutableMapping[str, str]) -> None:

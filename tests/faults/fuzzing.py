@@ -32,8 +32,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from jobs.cli.app import given_of
-from jobs.evaluate.evaluate import How
+from jobs.config import Given
+from jobs.evaluate.evaluate import EvaluateOptions
 from jobs.evaluate.evaluate import run as evaluate_truth
 from jobs.results.select_rows import Selection
 from model.checkpoints import load
@@ -772,8 +772,8 @@ class TruthJudge:
 
 def _judge_truths(folder: Path, pipe: Any) -> None:
     """The process of a TruthJudge: for each word, (outcome, message or traceback, MiB that it grew by)."""
-    given = given_of(None, None, output__uri=str(folder / "out"))
-    how = How(truth=str(folder / "truth.json"), selection=Selection(), json=True)
+    given = Given(flags={"output.uri": str(folder / "out")})
+    options = EvaluateOptions(truth=str(folder / "truth.json"), selection=Selection(), json=True)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # of pycocotools 2.0.11
     pipe.send("ready")
@@ -786,7 +786,7 @@ def _judge_truths(folder: Path, pipe: Any) -> None:
         outcome, words = "judged", ""
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                evaluate_truth(given, how)
+                evaluate_truth(given, options)
         except (JobRefused, UsageError) as error:
             outcome, words = "refused", str(error)
         except BaseException:

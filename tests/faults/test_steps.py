@@ -14,7 +14,6 @@ import boto3
 import pyarrow as pa
 import pytest
 
-from jobs.terminal.environment import REFUSED
 from pipeline import failpoints, schema
 from pipeline.errors import SystemicFault
 from pipeline.job.job_file import read_job
@@ -23,6 +22,7 @@ from pipeline.storage import sealed_parquet
 from pipeline.storage.sealed_parquet import ParquetSink
 from pipeline.storage.store import Store
 from pipeline.tables.verify_output import verify
+from pipeline.worker.process_env import REFUSED
 from tests.conftest import MotoS3, make_place
 from tests.faults import chain
 from tests.faults.chain import SmallJob, in_child, look, lost_and_doubled, run_job

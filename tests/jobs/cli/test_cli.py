@@ -19,13 +19,14 @@ import typer
 from typer.testing import CliRunner
 
 from jobs.cli import main as cli
-from jobs.config import Config
+from jobs.config import Config, Given
 from jobs.job_setup.check_models import read_checkpoint
 from jobs.terminal.input_report import describe_model
 from pipeline.errors import DamageFound, JobRefused, SystemicFault, UsageError
 from tests.e2e.scenes import DataSet
 
 ROOT = Path(__file__).parents[3]
+NO_OPTIONS = {"config": None, "set": None, "json": False, "verbose": False}
 COMMANDS = (
     "label",
     "plan",
@@ -140,12 +141,12 @@ def test_a_dangerous_environment_is_refused_by_every_command(monkeypatch: pytest
 def test_every_kind_of_error_has_its_exit_code(
     error: Exception, code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    @cli.command
-    def fail() -> int:
+    @cli.command()
+    def fail(given: Given, json: bool) -> int:
         raise error
 
     with pytest.raises(typer.Exit) as caught:
-        fail()
+        fail(**NO_OPTIONS)
     assert caught.value.exit_code == code
     shown = capsys.readouterr()
     assert said in shown.err
@@ -155,12 +156,12 @@ def test_every_kind_of_error_has_its_exit_code(
 
 
 def test_verbose_shows_where_an_error_arose(capsys: pytest.CaptureFixture[str]) -> None:
-    @cli.command
-    def fail(*, verbose: bool) -> int:
+    @cli.command()
+    def fail(given: Given, json: bool) -> int:
         raise JobRefused("another job")
 
     with pytest.raises(typer.Exit):
-        fail(verbose=True)
+        fail(**NO_OPTIONS | {"verbose": True})
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -203,7 +204,7 @@ def test_keys_of_a_config_that_are_not_known_are_told_wherever_the_weights_are_d
         assert "not known here" not in quiet[1]
     weights = read_checkpoint(Config.model_validate({"model": {"checkpoint": str(folder)}}))
     rows = describe_model(
-        SimpleNamespace(weights=weights, masks=SimpleNamespace(dtype="float32")), asked_dtype="auto"
+        SimpleNamespace(weights=weights, model=SimpleNamespace(dtype="float32")), asked_dtype="auto"
     )
     assert rows[-1] == ("", said)
 

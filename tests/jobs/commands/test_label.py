@@ -68,7 +68,7 @@ def test_a_run_says_what_it_understood_and_what_came_out(
     assert "11 labelled · 2 without boxes · 1 failed (7.1%)" in after
     assert "failed   truncated 1\n" in after
     assert f"such as {broken_image(data_set)}: " in after
-    assert f"next     hqlabel retry --output {output}   # once the cause is mended" in after
+    assert f"next     hqlabel retry --output {output}   # once the cause is fixed" in after
     assert f"picture  {output}/report/contact_sheet.png" in after
     assert f"hqlabel validate --output {output}" in after
     assert "Traceback" not in said

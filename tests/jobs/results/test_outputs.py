@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from jobs.commands import end_summary as ending
+from jobs.commands import end_summary
 from jobs.commands.retry import find_targets
 from jobs.results.read_tables import failed_examples, find_image, sample_labelled
 from jobs.terminal import console
@@ -254,32 +254,32 @@ def test_retry_wants_a_finished_job(tmp_path: Path) -> None:
 def test_the_failure_budget_is_judged_whatever_the_size_and_a_share_at_the_limit_is_within(
     rate: float, images: int, failed: int, over: bool
 ) -> None:
-    said = ending.over_budget(Limits(max_failure_rate=rate), images=images, failed=failed)
+    said = end_summary.over_budget(Limits(max_failure_rate=rate), images=images, failed=failed)
     assert over == (said is not None)
 
 
 def test_the_sentence_on_the_budget_says_what_would_allow_it() -> None:
     limits = Limits()
-    said = ending.over_budget(limits, images=8, failed=1) or ""
+    said = end_summary.over_budget(limits, images=8, failed=1) or ""
     assert said.startswith(
         "over the failure budget: 1 of 8 images failed (12.5%), limits.max_failure_rate is 0.05;"
     )
     assert said.count("\n") == 0
     for images, failed in ((8, 1), (3, 1), (1, 1), (1000, 999), (10, 7)):
-        said = ending.over_budget(limits, images=images, failed=failed) or ""
+        said = end_summary.over_budget(limits, images=images, failed=failed) or ""
         allowed = float(said.partition("--set limits.max_failure_rate=")[2].split()[0])
-        assert ending.over_budget(Limits(max_failure_rate=allowed), images=images, failed=failed) is None
+        assert end_summary.over_budget(Limits(max_failure_rate=allowed), images=images, failed=failed) is None
         assert allowed <= 1
 
 
 def test_a_number_of_images_to_judge_from_can_still_be_set() -> None:
     limits = Limits(failure_rate_from_images=1000)
-    assert ending.over_budget(limits, images=999, failed=999) is None
-    assert ending.over_budget(limits, images=1000, failed=999) is not None
+    assert end_summary.over_budget(limits, images=999, failed=999) is None
+    assert end_summary.over_budget(limits, images=1000, failed=999) is not None
 
 
 def test_the_next_command_can_be_pasted() -> None:
-    commands = ending.next_commands("s3://b/o u t", failed=1, limited=False)
+    commands = end_summary.next_commands("s3://b/o u t", failed=1, limited=False)
     assert commands[0].startswith("hqlabel retry --output 's3://b/o u t'")
     assert console.command(["hqlabel", "validate", "--output", "s3://b/o u t"]) in commands
 

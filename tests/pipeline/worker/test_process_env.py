@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import SystemicFault
+from pipeline.errors import JobRefused, SystemicFault
 from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prepare import prepare_unit
@@ -130,3 +130,16 @@ def test_a_switch_that_is_off_is_no_reason(monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0")
 
     process_env.refuse_unsafe_env()
+
+
+@pytest.mark.parametrize("name", sorted(process_env.REFUSED))
+def test_each_dangerous_switch_is_refused_by_name_and_reason(name: str) -> None:
+    with pytest.raises(JobRefused) as caught:
+        process_env.refuse_to_start({name: "1", "PATH": "/bin"})
+    assert name in str(caught.value)
+    assert process_env.REFUSED[name] in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", " No "])
+def test_a_command_starts_with_a_switch_that_is_off(value: str) -> None:
+    assert process_env.loosening_in({"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": value}) == {}
