@@ -8,7 +8,7 @@
     └── DamageFound       what was written does not verify                          exit 6
 
 Unknown exceptions are bugs and end the job with 1. Messages name the thing, the value found, the
-value wanted and the next step. `clean_text` bounds and escapes whatever comes from outside.
+expected value and the next step. `clean_text` bounds and escapes whatever comes from outside.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SystemicFault(HqlabelError):
 
 
 class DamageFound(HqlabelError):
-    """Stored files are not what the plan or the manifest says they are."""
+    """Stored files are not what the plan or the manifest describes."""
 
     exit_code = 6
 
@@ -133,18 +133,17 @@ BOX_CODES: dict[str, str] = {
 
 
 SKIP_CODES = ("crowd", "box_small", "box_score", "box_rank", "nms")
-"""Of these, the reasons that say nothing against a box: it is wanted without a mask, by its own flag or the
-job's rules."""
+"""Of these, the reasons that are no fault of a box: its own flag or the job's rules skip it."""
 
 
 def box_code(reason: str) -> str:
-    """The kind of a box's reason: `nms` for `nms:<instance_index of the box it lost to>`, else itself."""
+    """Return the kind of a box's reason: `nms` for `nms:<instance_index of the better box>`, else itself."""
     kind, colon, winner = reason.partition(":")
     return "nms" if colon and kind == "nms" and winner.isascii() and winner.isdigit() else reason
 
 
 def stage_of(code: str) -> str:
-    """The stage in which an image error code arises, as written to images.error_stage."""
+    """Return the stage in which an image error code arises, as written to images.error_stage."""
     return IMAGE_CODES[code][0]
 
 
@@ -156,6 +155,6 @@ def count(number: int, noun: str = "", plural: str | None = None) -> str:
 
 
 def clean_text(text: str) -> str:
-    """Text with control characters escaped and at most MAX_MESSAGE_CHARS characters, one line."""
+    """Return text with control characters escaped and at most MAX_MESSAGE_CHARS characters, one line."""
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     return safe if len(safe) <= MAX_MESSAGE_CHARS else safe[: MAX_MESSAGE_CHARS - 1] + "…"

@@ -18,29 +18,29 @@ ACTIONS = ("kill", "stop", "raise")
 
 # Every place there is, in the order in which a job meets them; a test visits each one.
 NAMES = (
-    "job.created",  # job.json stands, the store's honesty is not yet proved
-    "owner.created",  # the mark stands, its heart has not begun
+    "job.created",  # job.json is stored, the store is not yet proved
+    "owner.created",  # the mark is stored, its heart has not begun
     "owner.taken",  # the first beat is written
-    "plan.file",  # one file of the plan stands, others may not
+    "plan.file",  # one file of the plan is stored, others may not be
     "plan.written",
     "unit.read",  # the plan's rows are read, nothing is fetched
     "attempt.started",  # the start is noted, the model has not begun
     "attempt.image",  # an image is noted as the one in work
     "unit.segmented",  # masks are made, nothing is built
     "unit.built",  # the table is checked, nothing is written
-    "retry.replaced",  # redone rows stand beside the kept ones, in memory
+    "retry.replaced",  # redone rows are next to the kept ones, in memory
     "disk.written",  # bytes are in a temporary file, not yet synced
     "disk.synced",  # the temporary file is safe, the name is not there
     "disk.named",  # the file has its name, its folder is not yet synced
-    "commit.created",  # the unit's file was sent, nobody has read it back
+    "commit.created",  # the unit's file was sent and not yet read back
     "commit.done",
-    "publish.begun",  # the manifest says "publishing"
+    "publish.begun",  # the manifest is "publishing"
     "publish.images",  # a part has its images, not its instances
-    "publish.part",  # both files of a part stand
-    "publish.parts",  # all parts stand, the manifest does not name them
+    "publish.part",  # both files of a part are stored
+    "publish.parts",  # all parts are stored, the manifest does not name them
     "publish.categories",
     "publish.done",
-    "clean.marked",  # the manifest says "cleaned", nothing is deleted
+    "clean.marked",  # the manifest is "cleaned", nothing is deleted
     "disk.deleting",  # some files are deleted, others not
     "clean.deleted",  # files are deleted, open uploads are not yet dropped
     "owner.releasing",  # the work is over, the mark is still ours
@@ -59,7 +59,7 @@ class _Armed:
 
 
 def parse(text: str) -> _Armed:
-    """What a value of the variable arms. Raises ValueError naming what was wanted."""
+    """Return the place that a value of the variable arms; ValueError with what is allowed."""
     name, _, rest = text.partition("=")
     action, _, visit = rest.partition("@")
     if name not in NAMES or action not in ACTIONS or not (visit or "1").isdecimal() or visit == "0":
@@ -69,13 +69,13 @@ def parse(text: str) -> _Armed:
 
 
 def arm(environ: Mapping[str, str]) -> None:
-    """None; the place that the environment names is armed, or none is. Run at import."""
+    """Arm the place that the environment names, or none. Run at import."""
     global _armed
     _armed = parse(environ[VARIABLE]) if environ.get(VARIABLE) else None
 
 
 def visit(name: str) -> None:
-    """None, unless this very place is armed and it is its turn."""
+    """Act when this very place is armed and it is its turn."""
     if _armed is None:
         return
     if name not in NAMES:

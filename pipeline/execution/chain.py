@@ -155,7 +155,7 @@ def _first_row(unit_id: int, retry: Retry | None) -> UnitRow:
 def chain(
     units: Sequence[UnitRow], context: JobContext, requests: Requests, *, epoch: int
 ) -> ray.data.Dataset:
-    """Return the three stages over these units, not yet started; rows that come out are commit.OUTCOME."""
+    """Return the three stages over these units, not yet started; what comes out is read by read_outcome."""
     rows: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     grows = requests.actors_max > requests.actors_min
     actors = ray.data.ActorPoolStrategy(
@@ -249,7 +249,7 @@ class Segment:
 
 
 def commit(table: pa.Table, context: JobContext) -> pa.Table:
-    """Stage three: put the unit's file into the store; the outcome, schema commit.OUTCOME."""
+    """Stage three: put the unit's file into the store; what read_outcome reads."""
     logs.keep_in_this_process()
     began = time.monotonic()
     unit = unpack(table)

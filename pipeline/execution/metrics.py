@@ -140,7 +140,7 @@ def _meter(name: str) -> ray_metrics.Counter | ray_metrics.Gauge | ray_metrics.H
 
 
 def of_prepared(unit: UnitRow, seconds: float) -> Iterator[Sample]:
-    """What a unit adds after it was fetched and decoded in so many seconds."""
+    """Yield what a unit adds after it was fetched and decoded in that many seconds."""
     yield _stage("prepare", seconds)
     if read := sum(image.source_bytes or 0 for image in unit.images):
         yield Sample(name="hqlabel_read_bytes", value=read)
@@ -150,7 +150,7 @@ def of_prepared(unit: UnitRow, seconds: float) -> Iterator[Sample]:
 
 
 def of_segmented(unit: UnitRow, seconds: float) -> Iterator[Sample]:
-    """What a unit adds after it left the model."""
+    """Yield what a unit adds after it left the model."""
     yield _stage("segment", seconds)
     if busy := sum(image.segment_ms or 0.0 for image in unit.images):
         yield Sample(name="hqlabel_device_busy_seconds", value=busy / 1000)
@@ -159,7 +159,7 @@ def of_segmented(unit: UnitRow, seconds: float) -> Iterator[Sample]:
 
 
 def of_committed(unit: UnitRow, outcome: UnitOutcome, seconds: float) -> Iterator[Sample]:
-    """What a unit adds after its commit; one that was there before adds no images."""
+    """Yield what a unit adds after its commit; one that was there before adds no images."""
     yield _stage("commit", seconds)
     if outcome.repeated:
         yield Sample(name="hqlabel_repeated_units", value=1)
@@ -178,12 +178,12 @@ def of_committed(unit: UnitRow, outcome: UnitOutcome, seconds: float) -> Iterato
 
 
 def of_fault(code: str) -> Iterator[Sample]:
-    """What a unit adds that met a systemic fault."""
+    """Yield what a unit adds that met a systemic fault."""
     yield Sample(name="hqlabel_faults", value=1, tags={"code": code})
 
 
 def of_queues(waiting: Mapping[str, int], processes: Mapping[str, int]) -> Iterator[Sample]:
-    """What the driver sees: units before each stage, model processes in each state."""
+    """Yield what the driver sees: units before each stage, model processes in each state."""
     for stage, units in waiting.items():
         yield Sample(name="hqlabel_queue_units", value=units, tags={"stage": stage})
     for state, number in processes.items():
@@ -191,7 +191,7 @@ def of_queues(waiting: Mapping[str, int], processes: Mapping[str, int]) -> Itera
 
 
 def of_progress(units_left: int) -> Iterator[Sample]:
-    """What the driver sees after each commit."""
+    """Yield what the driver sees after each commit."""
     yield Sample(name="hqlabel_units_left", value=units_left)
 
 

@@ -1,6 +1,6 @@
 """Whether the cluster can hold what a job requests: checked before work begins, and watched while it runs.
 
-Ray says neither that nothing can be placed nor that what was lost does not come back; it waits in silence.
+Ray reports neither that nothing can be placed nor that lost nodes do not come back; it waits in silence.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.execution.placement import Node, Requests, fit, still_fits
 from pipeline.settings import ClusterSettings
 
 NODES_GONE_S = 60.0
-"""How long nodes may be gone and nothing finish, before the rest is begun anew on those that are left."""
+"""How long nodes may be gone and nothing finish, before the rest is begun anew on the remaining ones."""
 NO_MODEL_S = 600.0
 """How long no model process may run and nothing finish; weights take less to load."""
 _POLL_S = 1.0
@@ -201,7 +201,7 @@ def _queues(executor: Any) -> _Queues:
 
 
 def _no_model(requests: Requests, seconds: float) -> str:
-    """Why nothing moves, for users: what one model process asks for, and what Ray has left of it."""
+    """Return why nothing moves, for users: what one model process requests, and what of it is free."""
     gpus = f" and {requests.gpus_per_actor:g} GPUs" if requests.gpus_per_actor else ""
     return (
         f"no model process has been running for {seconds / 60:.0f} min; each asks for "

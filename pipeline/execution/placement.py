@@ -1,7 +1,7 @@
 """How many processes of which kind a cluster can hold: arithmetic on nodes, without Ray.
 
 Ray places what fits and lets the rest wait in silence, for ever: a pool of actors that takes every
-core leaves none for the tasks that feed it, and the job stands still without a message. So the
+core leaves none for the tasks that feed it, and the job stops without a message. So the
 requests are worked out here, and refused with a reason, before anything starts.
 """
 
@@ -49,22 +49,22 @@ class Requests:
     decode_cpus: float
     commit_cpus: float = COMMIT_CPUS
     commit_tasks: int = _COMMIT_TASKS_AT_LEAST
-    """Without a bound Ray Data sets a sixth of all cores aside for commits, and on two cores that is what the
+    """Without a bound Ray Data reserves a sixth of all cores for commits, and on two cores that is what the
     second decode task would have needed."""
 
     def for_units(self, units: int) -> Requests:
-        """The same without model processes that none of so many units would ever reach."""
+        """Return the same without model processes that none of that many units would ever reach."""
         most, least = min(self.actors_max, units), min(self.actors_min, units)
         return replace(self, actors_max=most, actors_min=least)
 
 
 def fit(settings: ClusterSettings, nodes: Sequence[Node], cpu_threads: int = 1) -> Requests:
-    """The requests for these nodes; however Ray packs the actors, some node keeps room for a task.
+    """Return the requests for these nodes; however Ray packs the actors, some node keeps room for a task.
 
     `cpu_threads`: of a model process on a CPU (`model.cpu_threads`).
 
     Raises:
-        SystemicFault: `resources`, naming what is asked for, what there is, and what to set.
+        SystemicFault: `resources`, with what is requested, what there is, and what to set.
     """
     largest = max((node.cpus for node in nodes), default=0.0)
     if largest < 1:
@@ -80,8 +80,8 @@ def fit(settings: ClusterSettings, nodes: Sequence[Node], cpu_threads: int = 1) 
         )
     actor_cpus = settings.cpus_per_actor or (_ACTOR_CPUS_OF_ONE if largest < 2 else 1.0)
     if not gpus and settings.cpus_per_actor is None:
-        wanted = actor_cpus if cpu_threads == 1 else float(cpu_threads)
-        actor_cpus = min(wanted, _share_of_actor(nodes, settings.actors, cpu_threads))
+        cores = actor_cpus if cpu_threads == 1 else float(cpu_threads)
+        actor_cpus = min(cores, _share_of_actor(nodes, settings.actors, cpu_threads))
     least = settings.decode_cpus or _DECODE_CPUS_AT_LEAST
     placing = _Placing(nodes=tuple(nodes), actor_cpus=actor_cpus, gpus=gpus, decode_cpus=least)
     actors = settings.actors or _default_actors(placing, cpu_threads)
@@ -103,11 +103,11 @@ def fit(settings: ClusterSettings, nodes: Sequence[Node], cpu_threads: int = 1) 
 
 
 def still_fits(requests: Requests, before: Sequence[Node], now: Sequence[Node]) -> bool:
-    """Whether the nodes of now hold the actors that those of before held, and a task that feeds them."""
-    then, left = _placing_of(requests, before), _placing_of(requests, now)
-    wanted = min(requests.actors_max, then.places())
-    room = left.most_actors_with_room()
-    return wanted <= left.places() and (room is None or wanted <= room)
+    """Return whether the nodes of now hold the actors of those before, and a task that feeds them."""
+    actors = min(requests.actors_max, _placing_of(requests, before).places())
+    placing = _placing_of(requests, now)
+    room = placing.most_actors_with_room()
+    return actors <= placing.places() and (room is None or actors <= room)
 
 
 def _placing_of(requests: Requests, nodes: Sequence[Node]) -> _Placing:
@@ -129,7 +129,7 @@ class _Placing:
     decode_cpus: float
 
     def actors_on(self, node: Node) -> int:
-        """How many actors fit on an empty node."""
+        """Return how many actors fit on an empty node."""
         by_cpus = math.floor(node.cpus / self.actor_cpus + _EPSILON)
         return min(by_cpus, math.floor(node.gpus / self.gpus + _EPSILON)) if self.gpus else by_cpus
 
@@ -137,7 +137,7 @@ class _Placing:
         return sum(self.actors_on(node) for node in self.nodes)
 
     def most_actors_with_room(self) -> int | None:
-        """The largest pool that cannot crowd out a decode task on every node; None when no pool can.
+        """Return the largest pool that cannot crowd out a decode task on every node; None when no pool can.
 
         The worst packing puts on each node just enough actors to leave less than a task's request.
         """
@@ -154,15 +154,15 @@ class _Placing:
 
 
 def _commit_tasks(actors: int, gpus: float) -> int:
-    """How many commits may run: a model on the CPU is too slow to need more than a few."""
+    """Return how many commits may run: a model on the CPU is too slow to need more than a few."""
     return max(_COMMIT_TASKS_AT_LEAST, _COMMIT_TASKS_PER_GPU_ACTOR * actors if gpus else 0)
 
 
 def _with_more_for_decoding(placing: _Placing, actors: int) -> _Placing:
-    """A core a decode task; where less is left beside actors and commits, a bit less than half of it, so
+    """Give each decode task a core; where actors and commits leave less, a bit less than half of that, so
     that two tasks run: with one alone, an image that does not arrive would hold up every other unit."""
-    asked = actors * placing.actor_cpus + _commit_tasks(actors, placing.gpus) * COMMIT_CPUS
-    half = (sum(node.cpus for node in placing.nodes) - asked) / 2
+    requested = actors * placing.actor_cpus + _commit_tasks(actors, placing.gpus) * COMMIT_CPUS
+    half = (sum(node.cpus for node in placing.nodes) - requested) / 2
     share = (math.floor(100 * half + _EPSILON) - 1) / 100
     more = replace(placing, decode_cpus=min(_DECODE_CPUS, share))
     room = more.most_actors_with_room()
@@ -171,12 +171,12 @@ def _with_more_for_decoding(placing: _Placing, actors: int) -> _Placing:
 
 
 def _share_of_actor(nodes: Sequence[Node], actors: int | None, threads: int) -> float:
-    """What two decode tasks and some commits leave for each of so many actors, in steps of 0.05: people who
+    """Return what two decode tasks and some commits leave for each of the actors, in steps of 0.05: users who
     ask for two model processes on two cores mean two slower ones. Never below a tenth of a core.
 
-    None: one for each so many cores, on every node, as a model has threads. Decoding takes a tenth of what a
-    model on the CPU takes, so a core kept free for it would mostly wait: on two cores that cost three eighths
-    of the rate.
+    `actors` None: on every node one for as many cores as a model has threads. Decoding takes a tenth of what
+    a model on the CPU takes, so a core kept free for it would mostly wait: on two cores that cost three
+    eighths of the rate.
     """
     others = 2 * _DECODE_CPUS_AT_LEAST + _COMMIT_TASKS_AT_LEAST * COMMIT_CPUS
     if actors is None:
@@ -193,7 +193,7 @@ def _actors_by_threads(node: Node, threads: int) -> int:
 
 
 def _default_actors(placing: _Placing, threads: int) -> int:
-    """One actor for every place there is, as long as decoding keeps room and memory lasts (on the CPU)."""
+    """Return one actor for every place, as long as decoding keeps room and memory lasts (on the CPU)."""
     room = placing.most_actors_with_room()
     places = placing.places() if room is None else min(placing.places(), room)
     if not placing.gpus:
@@ -216,10 +216,10 @@ def _check(placing: _Placing, actors: int, actors_min: int) -> None:
         )
     room = placing.most_actors_with_room()
     if room is not None and min(actors, placing.places()) > room:
-        mend = f"set cluster.actors to {room}, or lower" if room else "lower"
+        fix = f"set cluster.actors to {room}, or lower" if room else "lower"
         raise _refused(
             f"{actors} model processes of {one} each can leave no node with the {placing.decode_cpus:g} CPU "
-            f"cores that decoding needs (nodes: {offers}); {mend} cluster.cpus_per_actor"
+            f"cores that decoding needs (nodes: {offers}); {fix} cluster.cpus_per_actor"
         )
 
 

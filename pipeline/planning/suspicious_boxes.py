@@ -1,4 +1,4 @@
-"""Likely mistakes in boxes, found before any work: another format, or another frame, than was said."""
+"""Likely mistakes in boxes, seen before any work: another format, or another frame, than was set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.stages.resolve_boxes import NORMALISED, any_of_row
 Float64Array = npt.NDArray[np.float64]
 
 SUSPICIOUS_SHARE = 0.1
-"""Of the boxes looked at; real detectors stay far below, a wrong format far above."""
+"""Of the checked boxes; real detectors stay far below, a wrong format far above."""
 
 
 def suspicions(
@@ -25,20 +25,20 @@ def suspicions(
     upright_size_hw: npt.NDArray[np.int64] | None = None,
     stored_size_hw: npt.NDArray[np.int64] | None = None,
 ) -> tuple[str, ...]:
-    """Sentences on boxes that look as if they were read in the wrong format or frame, with the flag to set.
+    """Return sentences on boxes that seem to be read in the wrong format or frame, with the flag to set.
 
-    `given_N4`: boxes as given, of any images; rows with NaN or infinity are left out. `upright_size_hw`,
+    `given_N4`: boxes as given, of any images; rows with NaN or infinity are skipped. `upright_size_hw`,
     `stored_size_hw`: int64 (N, 2), the sizes of the pictures they lie in, where known; 0 where not.
     """
     boxes_N4 = given_N4[np.isfinite(given_N4).all(axis=1)]
     if not len(boxes_N4):
         return ()
     base = rules.box_format.removesuffix(NORMALISED)
-    with np.errstate(over="ignore", invalid="ignore"):  # boxes of 1e308 are as wrong as they look
-        found = _wrong_format(boxes_N4, rules.box_format, base)
+    with np.errstate(over="ignore", invalid="ignore"):  # boxes of 1e308 are as wrong as they seem
+        sentences = _wrong_format(boxes_N4, rules.box_format, base)
     if upright_size_hw is None:
-        return tuple(found)
-    return (*found, *suspicions_of_place(given_N4, rules, upright_size_hw, stored_size_hw))
+        return tuple(sentences)
+    return (*sentences, *suspicions_of_place(given_N4, rules, upright_size_hw, stored_size_hw))
 
 
 def suspicions_of_place(
@@ -47,7 +47,7 @@ def suspicions_of_place(
     upright_size_hw: npt.NDArray[np.int64],
     stored_size_hw: npt.NDArray[np.int64] | None,
 ) -> tuple[str, ...]:
-    """Of the sentences of `suspicions` those that the sizes of the pictures show; arguments as there."""
+    """Return those sentences of `suspicions` that the sizes of the pictures give; arguments as there."""
     finite = np.isfinite(given_N4).all(axis=1)
     base = rules.box_format.removesuffix(NORMALISED)
     if rules.box_format != base or not finite.any():
@@ -56,35 +56,35 @@ def suspicions_of_place(
     stored = None if stored_size_hw is None else stored_size_hw[finite]
     with np.errstate(over="ignore", invalid="ignore"):
         xyxy_N4 = boxes_to_xyxy(given_N4[finite], cast(PixelFormat, base))
-        found = _too_far(xyxy_N4, base, upright) or _wrong_frame(xyxy_N4, rules, upright, stored)
-    return (found,) if found else ()
+        sentence = _too_far(xyxy_N4, base, upright) or _wrong_frame(xyxy_N4, rules, upright, stored)
+    return (sentence,) if sentence else ()
 
 
 def _wrong_format(boxes_N4: Float64Array, box_format: BoxFormat, base: str) -> list[str]:
-    """What the numbers alone show; both sentences name the one format that mends both."""
+    """Return what the numbers alone give; both sentences name the one format that fixes both."""
     largest_N = np.abs(boxes_N4).max(axis=1)
     shares = float((largest_N <= LARGEST_SHARE).mean())
     ends_early = float((boxes_N4[:, 2:] <= boxes_N4[:, :2]).any(axis=1).mean()) if base == "xyxy" else 0.0
     is_wrong_corners = ends_early > SUSPICIOUS_SHARE
     right_base = "xywh" if is_wrong_corners else base
-    found = []
+    sentences = []
     if box_format == base and shares > 0.9:
-        found.append(
+        sentences.append(
             f"{shares:.0%} of the boxes lie within 0 to 1, which as pixels is a corner of one pixel; "
             f"if they are shares of the picture: --box-format {right_base}{NORMALISED}"
         )
     if box_format != base and np.median(largest_N) > 2:
-        found.append(
+        sentences.append(
             f"the boxes are read as shares of the picture, but reach {largest_N.max():g}; "
             f"if they are pixels: --box-format {right_base}"
         )
     if is_wrong_corners:
-        unit = NORMALISED if (box_format != base) != bool(found) else ""
-        found.append(
+        unit = NORMALISED if (box_format != base) != bool(sentences) else ""
+        sentences.append(
             f"{ends_early:.0%} of the boxes, read as x1, y1, x2, y2, end before they begin; "
             f"if they are x, y, width, height: --box-format xywh{unit}"
         )
-    return found
+    return sentences
 
 
 def _too_far(xyxy_N4: Float64Array, base: str, size_hw: npt.NDArray[np.int64]) -> str | None:

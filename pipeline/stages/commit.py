@@ -6,9 +6,9 @@ or nothing is written. Only counts go back to the driver.
 
 from __future__ import annotations
 
+import json
 import time
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 import pyarrow as pa
 
@@ -25,22 +25,12 @@ from pipeline.tables.unit_table import build_unit_table
 from pipeline.worker import logs
 from pipeline.worker.process_env import refuse_unsafe_env
 
-_COUNTS = pa.list_(
-    pa.struct([pa.field("code", pa.string(), nullable=False), pa.field("count", pa.int64(), nullable=False)])
-)
-_PLAIN = {"bool": pa.bool_(), "float": pa.float64(), "int": pa.int64()}
-OUTCOME = pa.schema(
-    [
-        pa.field(f.name, _COUNTS if f.name == "failed_by_code" else _PLAIN[str(f.type)], nullable=False)
-        for f in fields(UnitOutcome)
-    ]
-    + [pa.field("fault_code", pa.string()), pa.field("fault_message", pa.string())]
-)
-"""What the driver gets for a unit: the fields of UnitOutcome, or a systemic fault."""
+OUTCOME = "outcome"
+"""The one column of what the driver gets for a unit: JSON of a UnitOutcome, or of a systemic fault."""
 
 
 def commit_unit(unit: UnitRow, context: JobContext, store: Store) -> pa.Table:
-    """Commit the unit; return one row of schema OUTCOME, of a systemic fault too.
+    """Commit the unit; return a table of one OUTCOME, of a systemic fault too.
 
     Raises:
         ValueError: the results do not answer the plan. A bug: nothing is written.
@@ -49,8 +39,8 @@ def commit_unit(unit: UnitRow, context: JobContext, store: Store) -> pa.Table:
     try:
         outcome = _commit(unit, context, store) if unit.fault is None else None
     except SystemicFault as fault:
-        return _pack(None, unit.unit_id, fault)
-    return _pack(outcome, unit.unit_id, unit.fault)
+        return _pack(None, fault)
+    return _pack(outcome, unit.fault)
 
 
 def _commit(unit: UnitRow, context: JobContext, store: Store) -> UnitOutcome:
@@ -86,26 +76,18 @@ def _log(outcome: UnitOutcome, table: pa.Table, context: JobContext) -> None:
             logs.image_failed(run_id, unit_id, row["image_id"], row["error_code"], row["error_message"])
 
 
-def _pack(outcome: UnitOutcome | None, unit_id: int, fault: SystemicFault | None) -> pa.Table:
-    row: dict[str, Any] = dict.fromkeys(OUTCOME.names, 0) | {"repeated": False, "failed_by_code": []}
-    row["unit_id"] = unit_id
-    if outcome is not None:
-        row |= vars(outcome)
-        row["failed_by_code"] = [{"code": c, "count": n} for c, n in outcome.failed_by_code.items()]
-    row["fault_code"] = fault and fault.code
-    row["fault_message"] = fault and fault.message
-    return pa.Table.from_pylist([row], schema=OUTCOME)
+def _pack(outcome: UnitOutcome | None, fault: SystemicFault | None) -> pa.Table:
+    content = vars(fault) if outcome is None else vars(outcome)
+    return pa.table({OUTCOME: [json.dumps(content)]})
 
 
 def read_outcome(table: pa.Table) -> UnitOutcome:
-    """Return the outcome in a table of one row, schema OUTCOME.
+    """Return the outcome in a table of one.
 
     Raises:
         SystemicFault: the one the unit met.
     """
-    row = table.to_pylist()[0]
-    code, message = row.pop("fault_code"), row.pop("fault_message")
-    if code is not None:
-        raise SystemicFault(code, message)
-    row["failed_by_code"] = {one["code"]: one["count"] for one in row["failed_by_code"]}
-    return UnitOutcome(**row)
+    content = json.loads(table[OUTCOME][0].as_py())
+    if "code" in content:
+        raise SystemicFault(**content)
+    return UnitOutcome(**content)

@@ -1,7 +1,7 @@
-"""Where a job's boxes come from when none are given: the registry of detectors, and the step that runs one.
+"""Where a job's boxes come from when it has none: the registry of detectors, and the step that runs one.
 
 The detector shares the process of the masks' model (docs/decisions.md), so what holds there holds for it: its
-pictures arrive once, a picture that kills it or takes too long is found out and failed, alone.
+pictures arrive once, and a picture that kills it or takes too long is failed, alone.
 
 A detector's boxes become the boxes of the image as if a table had given them: xyxy, upright pixels.
 """
@@ -40,48 +40,47 @@ MOST_RAISED = 32
 
 
 def is_own_code(name: str) -> bool:
-    """Whether a detector's name is a person's own `module:Class`, which is imported and so is code."""
+    """Return whether a detector's name is a user's own `module:Class`, which is imported and so is code."""
     return not name.startswith((HF, ZERO_SHOT))
 
 
 def load_detector(settings: JobDetector, device: str = "cpu") -> Detector:
-    """The named detector, ready to work on `device`.
+    """Return the detector of the settings, ready to work on `device`.
 
     Raises:
         JobRefused: no such detector, or one that cannot be loaded.
     """
     try:
-        return _made(settings, device)
+        return _new_detector(settings, device)
     except JobRefused:
         raise
-    except Exception as error:  # whatever a library or a person's own class comes to
+    except Exception as error:  # whatever a library or a user's own class raises
         raise JobRefused(f"detector {settings.name}: {_message(error)}") from error
 
 
-def _made(settings: JobDetector, device: str) -> Detector:
+def _new_detector(settings: JobDetector, device: str) -> Detector:
     name, threshold = settings.name, settings.score_threshold
     if is_own_code(name):
-        return _own(settings)
+        return _new_own_detector(settings)
     if name.startswith(ZERO_SHOT):
         source = name.removeprefix(ZERO_SHOT)
         return ZeroShotDetector(source, settings.prompts, threshold=threshold, device=device)
     return ClosedSetDetector(name.removeprefix(HF), threshold=threshold, device=device)
 
 
-def _own(settings: JobDetector) -> Detector:
+def _new_own_detector(settings: JobDetector) -> Detector:
     module, colon, attribute = settings.name.partition(":")
     if not colon or not module or not attribute.isidentifier():
         raise JobRefused(f"detector {settings.name!r}: no such kind of detector; {WANTED}")
-    made: Detector = getattr(_imported(module), attribute)(**settings.options)
-    missing = [
-        name for name in ("name", "license", "categories", "fingerprint", "detect") if not hasattr(made, name)
-    ]
+    detector: Detector = getattr(_import(module), attribute)(**settings.options)
+    wanted = ("name", "license", "categories", "fingerprint", "detect")
+    missing = [name for name in wanted if not hasattr(detector, name)]
     if missing:
         raise JobRefused(f"detector {settings.name}: it has no {missing[0]!r}; see docs/detectors.md")
-    return made
+    return detector
 
 
-def _imported(module: str) -> ModuleType:
+def _import(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -117,7 +116,7 @@ class Record:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whichever device."""
+    """Return whether memory ran out, on whichever device."""
     return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
 
 
@@ -258,30 +257,31 @@ def _picture(image: ImageResult) -> UInt8Array:
 
 
 def planned_boxes(
-    found: Detections,
+    detections: Detections,
     picture_hw: tuple[int, ...],
     size_hw: tuple[int, int],
     settings: JobDetector,
     names: dict[int, str | None],
 ) -> list[dict[str, Any]]:
-    """The detections that count, best first, as the `boxes` of a row of schema.PLAN: xyxy, upright pixels.
+    """Return the detections that count, best first, as `boxes` of a schema.PLAN row: xyxy, upright pixels.
 
     Equal scores, and boxes without one, keep the detector's order. A score that is no number counts as none.
     """
-    scores = np.full(len(found.category_ids), np.nan) if found.scores is None else np.asarray(found.scores)
-    scores = scores.astype(np.float64)
+    scores = np.full(len(detections.category_ids), np.nan)
+    if detections.scores is not None:
+        scores = np.asarray(detections.scores).astype(np.float64)
     kept = np.flatnonzero(~(scores <= settings.score_threshold))
     order = kept[best_first(scores[kept])][: settings.max_detections]
     scale = np.array([size_hw[1] / picture_hw[1], size_hw[0] / picture_hw[0]] * 2)
     with np.errstate(over="ignore"):  # infinite boxes are rows without a mask (box_not_finite)
-        boxes = np.asarray(found.boxes_xyxy, np.float64).reshape(-1, 4) * scale
-    ids = None if found.box_ids is None else list(found.box_ids)
+        boxes = np.asarray(detections.boxes_xyxy, np.float64).reshape(-1, 4) * scale
+    ids = None if detections.box_ids is None else list(detections.box_ids)
     return [
         {
             "given": boxes[row].tolist(),
             "box_id": _utf8(None if ids is None else ids[row]),
-            "category_id": int(found.category_ids[row]),
-            "category_name": _utf8(names.get(int(found.category_ids[row]))),
+            "category_id": int(detections.category_ids[row]),
+            "category_name": _utf8(names.get(int(detections.category_ids[row]))),
             "score": float(scores[row]) if np.isfinite(scores[row]) else None,
             "points_xy": None,
             "point_labels": None,
@@ -293,18 +293,18 @@ def planned_boxes(
 
 
 def _utf8(value: object) -> str | None:
-    """The value as text; UnicodeEncodeError for one that no table can hold."""
+    """Return the value as text; UnicodeEncodeError for one that no table can hold."""
     return None if value is None else str(value).encode("utf-8").decode("utf-8")
 
 
 def _checked(
-    found: Sequence[Detections], images: Sequence[npt.NDArray[np.uint8]], categories: Sequence[Category]
+    answers: Sequence[Detections], images: Sequence[npt.NDArray[np.uint8]], categories: Sequence[Category]
 ) -> list[Detections]:
-    """The answers, when there is one a picture and each is in itself sound; else DetectorError."""
-    if len(found) != len(images):
-        raise DetectorError(f"it gave {len(found)} results for {len(images)} pictures; wanted one for each")
+    """Return the answers; DetectorError unless there is one a picture and each is sound in itself."""
+    if len(answers) != len(images):
+        raise DetectorError(f"it gave {len(answers)} results for {len(images)} pictures; wanted one for each")
     known = {category.id for category in categories}
-    for one in found:
+    for one in answers:
         boxes, ids = np.asarray(one.boxes_xyxy), np.asarray(one.category_ids)
         if boxes.ndim != 2 or boxes.shape[1] != 4:
             raise DetectorError(f"boxes_xyxy has shape {boxes.shape}; wanted (N, 4)")
@@ -319,7 +319,7 @@ def _checked(
         unknown = set(ids.tolist()) - known
         if unknown:
             raise DetectorError(f"category_ids holds {min(unknown)}, which is not among its categories")
-    return list(found)
+    return list(answers)
 
 
 def _message(error: BaseException) -> str:

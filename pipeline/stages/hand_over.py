@@ -143,7 +143,7 @@ def pack(unit: UnitRow, arena: PixelArena | None = None) -> pa.Table:
 def unpack(table: pa.Table) -> UnitRow:
     """Return the unit in a table of one row; its pixels are views of the table's memory.
 
-    At the start of the chain a unit is only named, and the table has no column but UNIT.
+    At the start of the chain a unit has no images, and the table has no column but UNIT.
     """
     document = json.loads(table.column(UNIT)[0].as_py())
     images, fault, sizes_hw = (document.pop(name) for name in ("images", "fault", "sizes_hw"))

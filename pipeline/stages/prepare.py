@@ -62,7 +62,7 @@ def _prepare(
         errors.append(fetched.error)
         images[place] = _decode(images[place], fetched, context, decoder, arena)
     stop_if_denied(errors)
-    if unit.redo_codes is None:  # in a retry they may well be all that is left, for good
+    if unit.redo_codes is None:  # in a retry they may well be all that there is, for good
         stop_if_unreachable(uris, errors)
     return images, arena
 
@@ -79,7 +79,7 @@ def planned_rows(unit: UnitRow, context: JobContext, store: Store) -> list[dict[
 
 
 def needs_pixels(planned: Mapping[str, Any], *, detected: bool = False) -> bool:
-    """Return whether an image has to be opened: it has boxes, and planning found nothing wrong with it.
+    """Return whether an image has to be opened: it has boxes, and planning saw nothing wrong with it.
 
     `detected`: a detector is to find the boxes.
     """
@@ -91,14 +91,14 @@ def _limit_boxes(image: ImageResult, limits: Limits) -> ImageResult:
     count = len(image.planned["boxes"] or ())
     if count <= limits.max_boxes_per_image or image.planned["error_code"] is not None:
         return image
-    wanted = f"wanted at most {limits.max_boxes_per_image} (limits.max_boxes_per_image)"
-    return _failed(image, ImageError("too_many_boxes", f"{count} boxes, {wanted}"))
+    reason = f"{count} boxes, wanted at most {limits.max_boxes_per_image} (limits.max_boxes_per_image)"
+    return _failed(image, ImageError("too_many_boxes", reason))
 
 
 def _decode(
     image: ImageResult, fetched: FetchOutcome, context: JobContext, decoder: DecodeChild, arena: PixelArena
 ) -> ImageResult:
-    """Return the image with what fetching and decoding found, and its pixels if a model has work with it."""
+    """Return the image with the results of fetching and decoding, and its pixels if a model needs them."""
     image = replace(image, fetch_ms=fetched.fetch_ms)
     if fetched.fetched is None:
         return _failed(image, fetched.error)

@@ -58,7 +58,7 @@ def with_boxes(image: ImageResult, rules: BoxRules) -> ImageResult:
 def group_by_kind(
     boxes: ResolvedBoxes, size_hw: tuple[int, int], mask_prompt: MaskPrompt
 ) -> list[PromptGroup]:
-    """The usable prompts in groups of one kind; together they are every usable box once."""
+    """Return the usable prompts in groups of one kind; together they are every usable box once."""
     rows = np.flatnonzero(boxes.usable)
     kinds: dict[tuple[bool, int, bool], list[int]] = {}
     for place, row in enumerate(rows):
@@ -92,7 +92,7 @@ def _kind(boxes: ResolvedBoxes, row: int) -> tuple[bool, int, bool]:
 
 
 def without_numbers(group: PromptGroup, size_hw: tuple[int, int]) -> Instances:
-    """What a group of prompts has for which the model gave no finite number: empty masks, no scores."""
+    """Return empty masks without scores, for a group of prompts without a finite number from the model."""
     count = len(group)
     empty = compress_lengths([size_hw[0] * size_hw[1]])
     return Instances(
@@ -106,7 +106,7 @@ def without_numbers(group: PromptGroup, size_hw: tuple[int, int]) -> Instances:
 
 
 def join(groups: list[PromptGroup], answers: list[Instances]) -> Instances:
-    """The masks of all groups of one image, one a usable box, in order; flags of any are kept."""
+    """Return the masks of all groups of one image, one a usable box, in order; flags of any are kept."""
     first, *others = groups
     if not others and np.array_equal(first.row_of, np.arange(len(answers[0].counts))):
         return answers[0]

@@ -36,9 +36,9 @@ Codes = npt.NDArray[np.int8]
 
 NORMALISED = "-normalised"
 PROMPT_COLUMNS = ("points_xy", "point_labels", "prompt_mask")
-"""Of a planned box, what may stand beside or instead of its four numbers."""
+"""Of a planned box, what it may have with or instead of its four numbers."""
 MOST_POINTS = 256
-"""Of one prompt. Each is a token that all of the picture looks at: on the demo model (input side 512, calls
+"""Of one prompt. Each is a token that all of the picture attends to: on the demo model (input side 512, calls
 of 16) 256 took 0.5 GiB more than one, 1,000 took 2, and 3,000 took 6."""
 
 
@@ -73,7 +73,7 @@ def resolve_boxes(
     stored_size_hw: tuple[int, int] | None = None,
     orientation: int | None = None,
 ) -> ResolvedBoxes:
-    """The prompts of one image from its planned boxes (the `boxes` of a row of schema.PLAN).
+    """Return the prompts of one image from its planned boxes (the `boxes` of a row of schema.PLAN).
 
     `orientation`: EXIF, 1 to 8, None for a picture without; `stored_size_hw`: before it is applied. Both
     matter only for boxes in the stored frame.
@@ -94,15 +94,15 @@ def resolve_boxes(
     _skip_by_rules(boxes, prompt_N4, has_box, rules, error)
     usable = np.array([reason is None for reason in error], dtype=np.bool_)
     region = (codes == 0) & np.array([reason == "crowd" for reason in error], dtype=np.bool_)
-    shown = (usable | region) & has_box
+    is_kept = (usable | region) & has_box
     if rules.expand:
         expanded_N4 = _expanded(prompt_N4, rules.expand, upright_size_hw)
         prompt_N4 = np.where(region[:, None], prompt_N4, expanded_N4)
     return ResolvedBoxes(
-        prompt_xyxy=np.where(shown[:, None], prompt_N4, np.float32("nan")).astype(np.float32),
+        prompt_xyxy=np.where(is_kept[:, None], prompt_N4, np.float32("nan")).astype(np.float32),
         usable=usable,
         error=tuple(error),
-        flags=tuple(("box_clipped",) if cut else () for cut in (shown & clipped).tolist()),
+        flags=tuple(("box_clipped",) if cut else () for cut in (is_kept & clipped).tolist()),
         points_xy=tuple(extra.points_xy for extra in extras),
         point_labels=tuple(extra.point_labels for extra in extras),
         prompt_mask=tuple(extra.mask for extra in extras),
@@ -126,14 +126,14 @@ def _mark(codes: Codes, where: BoolArray, code: str) -> None:
 
 
 def any_of_row(where_NK: BoolArray) -> BoolArray:
-    """True for the rows that have a True; bool (N,)."""
+    """Return True for the rows that have a True; bool (N,)."""
     return np.asarray(where_NK.any(axis=1))
 
 
 def _judge(
     given: Sequence[Sequence[float | None] | None], box_format: BoxFormat, frame: _Frame
 ) -> tuple[npt.NDArray[np.float32], BoolArray, Codes]:
-    """Boxes (N, 4) in the upright picture, whether each was cut to it, and each one's code."""
+    """Return boxes (N, 4) in the upright picture, whether each was cut to it, and each one's code."""
     sound = np.array([box is not None and len(box) == 4 and None not in box for box in given], dtype=np.bool_)
     given_N4 = np.full((len(given), 4), np.nan)
     given_N4[sound] = np.array([box for box, good in zip(given, sound, strict=True) if good]).reshape(-1, 4)
@@ -149,21 +149,21 @@ def _judge(
     _mark(codes, any_of_row(xyxy_N4[:, 2:] < xyxy_N4[:, :2]), "box_inverted")
     _mark(codes, any_of_row(xyxy_N4[:, 2:] == xyxy_N4[:, :2]), "box_empty")
     _mark(codes, any_of_row(inside_N4[:, 2:] <= inside_N4[:, :2]), "box_outside")
-    _mark(codes, any_of_row(prompt_N4[:, 2:] <= prompt_N4[:, :2]), "box_empty")  # float32 cannot tell
+    _mark(codes, any_of_row(prompt_N4[:, 2:] <= prompt_N4[:, :2]), "box_empty")  # not in float32
     return prompt_N4, any_of_row(inside_N4 != turned_N4), codes
 
 
 def _expanded(
     prompt_N4: npt.NDArray[np.float32], share: float, size_hw: tuple[int, int]
 ) -> npt.NDArray[np.float32]:
-    """Boxes with each side moved out by a share of the box's width or height, inside the picture."""
+    """Return boxes with each side moved out by a share of the box's width or height, inside the picture."""
     margin = share * (prompt_N4[:, 2:] - prompt_N4[:, :2]).astype(np.float64)
     wide_N4 = np.concatenate([prompt_N4[:, :2] - margin, prompt_N4[:, 2:] + margin], axis=1)
     return clip_boxes(wide_N4, size_hw).astype(np.float32)
 
 
 def _in_frame(given_N4: Float64Array, box_format: BoxFormat, size_hw: tuple[int, int]) -> Float64Array:
-    """Boxes as given -> xyxy in pixels of the frame they were given in."""
+    """Return boxes as given as xyxy in pixels of the frame they were given in."""
     if box_format.endswith(NORMALISED):
         given_N4 = denormalise_boxes(given_N4, size_hw)
     return boxes_to_xyxy(given_N4, cast(PixelFormat, box_format.removesuffix(NORMALISED)))
@@ -191,7 +191,7 @@ def _frame(
 
 
 def _turn_boxes(xyxy_N4: Float64Array, frame: _Frame) -> Float64Array:
-    """Boxes in the frame -> in the upright picture, each with its corners in order again."""
+    """Return boxes of the frame in the upright picture, each with its corners in order again."""
     if frame.orientation == 1:
         return xyxy_N4
     corners = _turn_points(xyxy_N4.reshape(-1, 2), frame).reshape(-1, 2, 2)
@@ -199,7 +199,7 @@ def _turn_boxes(xyxy_N4: Float64Array, frame: _Frame) -> Float64Array:
 
 
 def _turn_points(points_xy: Float64Array, frame: _Frame) -> Float64Array:
-    """Points (P, 2) in the frame -> in the upright picture.
+    """Return points (P, 2) of the frame in the upright picture.
 
     EXIF 2.32, tag 0x0112: 2 mirrored left to right, 3 upside down, 4 mirrored top to bottom, 6 and 8 to be
     turned clockwise and anticlockwise by a quarter, 5 and 7 the same mirrored.
@@ -221,20 +221,20 @@ def _turn_points(points_xy: Float64Array, frame: _Frame) -> Float64Array:
 
 
 def prompt_faults(boxes: Sequence[Mapping[str, Any]]) -> list[str | None]:
-    """Return what is wrong with the points or the mask of each box, in words; None where nothing is.
+    """Return what is wrong with the points or the mask of each box, as text; None where nothing is.
 
-    What can be told without the picture: planning counts these, and each gets no mask (`prompt_invalid`).
-    Nothing is raised, whatever stands there.
+    Only what is known without the picture: planning counts these, and each gets no mask (`prompt_invalid`).
+    Nothing is raised, whatever the values are.
     """
-    found = [_points_fault(box.get("points_xy") or [], box.get("point_labels") or []) for box in boxes]
+    faults = [_points_fault(box.get("points_xy") or [], box.get("point_labels") or []) for box in boxes]
     masks = [(place, box["prompt_mask"]) for place, box in enumerate(boxes) if box.get("prompt_mask")]
-    faults = rle_faults([mask["counts"] for _, mask in masks], [mask["size"] for _, mask in masks])
-    for (place, _), fault in zip(masks, faults, strict=True):
-        if fault is not None and found[place] is None:
+    mask_faults = rle_faults([mask["counts"] for _, mask in masks], [mask["size"] for _, mask in masks])
+    for (place, _), fault in zip(masks, mask_faults, strict=True):
+        if fault is not None and faults[place] is None:
             mask = boxes[place]["prompt_mask"]
             is_mask = mask["size"] and mask["counts"]  # else it was read from something else
-            found[place] = f"its mask: {fault}" if is_mask else _NO_MASK
-    return found
+            faults[place] = f"its mask: {fault}" if is_mask else _NO_MASK
+    return faults
 
 
 _NO_MASK = (
@@ -251,31 +251,31 @@ def _points_fault(flat: Sequence[float | None], labels: Sequence[int | None]) ->
         return f"{len(labels)} points; wanted at most {MOST_POINTS}"
     if not all(label in (1, 0, -1) for label in labels):
         return "a point label that is not 1, 0 or -1"
-    if None in flat or not np.isfinite(np.array(flat, np.float64).reshape(-1, 2)[_shown(labels)]).all():
+    if None in flat or not np.isfinite(np.array(flat, np.float64).reshape(-1, 2)[_is_point(labels)]).all():
         return "a point that is not two finite numbers"
     return None
 
 
-def _shown(labels: Sequence[int | None]) -> BoolArray:
-    """Which points are points: those labelled -1 fill up, and lie nowhere."""
+def _is_point(labels: Sequence[int | None]) -> BoolArray:
+    """Return which points are points: those labelled -1 are padding, and lie nowhere."""
     return np.array([label != -1 for label in labels], dtype=np.bool_)
 
 
 def _extra(box: Mapping[str, Any], fault: str | None, frame: _Frame) -> _Extra:
-    """The points and the mask beside, or instead of, a box, in the upright picture."""
+    """Return the points and the mask of a box's prompt, in the upright picture."""
     if fault is not None:
         return _Extra(sound=False)
     flat, labels, mask = box.get("points_xy"), box.get("point_labels"), box.get("prompt_mask")
     # A mask in another frame would have to be turned by its pixels; only upright ones are taken.
     fits = not mask or (tuple(mask["size"]) == frame.upright_size_hw and frame.orientation == 1)
     points = _turn_points(np.array(flat or [], dtype=np.float64).reshape(-1, 2), frame)
-    shown = _shown(labels or [])
+    is_point = _is_point(labels or [])
     height, width = frame.upright_size_hw
     inside = ((points >= 0) & (points <= [width, height])).all(axis=1)
-    if not fits or not np.asarray(inside)[shown].all():
+    if not fits or not np.asarray(inside)[is_point].all():
         return _Extra(sound=False)
     return _Extra(
-        points_xy=np.where(shown[:, None], points, 0).astype(np.float32) if labels else None,
+        points_xy=np.where(is_point[:, None], points, 0).astype(np.float32) if labels else None,
         point_labels=np.array(labels, dtype=np.int32) if labels else None,
         mask=mask["counts"] if mask else None,
     )

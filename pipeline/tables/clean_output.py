@@ -1,8 +1,8 @@
-"""`hqlabel clean`: removes the working files that published parts have replaced. Nothing else deletes.
+"""`hqlabel clean`: remove the working files that published parts have replaced. Nothing else deletes.
 
-What may go is what this job made, by its exact names, and what the manifest has replaced, proved by
-reading every part again. The manifest says `cleaned` before the first file goes: however it ends, the
-job's state can be told, and a later clean finishes the work.
+Only files of this job go, by their exact names, that the manifest has replaced, proved by reading every
+part again. The manifest is marked `cleaned` before the first file goes: however a clean ends, the job's
+state is known, and a later clean finishes the work.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Cleaned:
 
 
 def clean(store: Store, *, require_owner: Callable[[str], None]) -> Cleaned:
-    """What was removed. A job that is not finished, or not fully published, is left as it is.
+    """Remove the files and return what was removed. A job that is not fully published stays as it is.
 
     Raises:
-        JobRefused: something is not published yet; says what to do. DamageFound: a part does not verify.
+        JobRefused: something is not published yet; with what to do. DamageFound: a part does not verify.
     """
     manifest = read_manifest(store)
     if manifest is None or manifest.state != "complete":
@@ -59,7 +59,7 @@ def clean(store: Store, *, require_owner: Callable[[str], None]) -> Cleaned:
 
 
 def _replaced(store: Store, manifest: Manifest) -> list[CommittedUnit]:
-    """Every file of a unit that the parts hold; JobRefused when there is something newer than a part."""
+    """Return every file of a unit that the parts hold; JobRefused when something is newer than a part."""
     published = {
         unit_id: part.generation_of(unit_id)
         for part in manifest.parts

@@ -1,9 +1,8 @@
-"""How far a job is, told by its store alone: no cluster, no driver, no file of this machine."""
+"""How far a job is, from its store alone: no cluster, no driver, no file of this machine."""
 
 from __future__ import annotations
 
 import datetime as dt
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,7 +12,14 @@ import pyarrow.compute as pc
 from pipeline.job.driver_lock import Holder, current_holder
 from pipeline.job.job_file import Job
 from pipeline.storage.store import Store
-from pipeline.tables.manifest import Counts, Manifest, add_counts, finished_units, read_manifest
+from pipeline.tables.manifest import (
+    Counts,
+    Manifest,
+    add_counts,
+    count_masks,
+    finished_units,
+    read_manifest,
+)
 from pipeline.tables.unit_files import CommittedUnit, list_committed, read_committed
 
 READERS = 16
@@ -23,12 +29,12 @@ UNITS_READ_AT_MOST = 20_000
 
 @dataclass(frozen=True, kw_only=True)
 class JobStatus:
-    """`images`, `units`: planned. `counts`: of the units that were counted; `units_counted` says how
-    many, all of them unless there were more unpublished ones than status reads.
+    """`images`, `units`: planned. `counts`: of the `units_counted` units that were counted, which are
+    all of them unless there were more unpublished ones than status reads.
 
     `images_per_s`: over the last 20 minutes of commits, None when there were fewer than two. `eta_s`:
     what is left at that rate. `last_commit_at`: None when it is not known. `holder`: the driver that
-    took the job last, with its number; whether it lives cannot be told without waiting for its heart.
+    took the job last, with its number; whether it lives is not known without waiting for its heart.
     """
 
     images: int
@@ -57,13 +63,13 @@ class _UnitTime:
 
 
 Seen = dict[str, tuple[Counts, _UnitTime]]
-"""What `status` has read of units, by key. Given again, it spares the reading: a unit never changes."""
+"""What `status` has read of units, by key. Passed again, it spares the reading: a unit never changes."""
 
 
 def status(
     store: Store, job: Job, *, read_at_most: int = UNITS_READ_AT_MOST, seen: Seen | None = None
 ) -> JobStatus:
-    """The status of a job. Published parts are taken from the manifest; other units are read, unless `seen`.
+    """Return the status of a job: published parts by the manifest; other units are read, unless `seen`.
 
     Raises:
         DamageFound: a unit or the manifest does not verify.
@@ -78,7 +84,7 @@ def status(
     rate, last = _rate(times)
     images = int(job.plan["images"])
     per_unit = job.context.images_per_unit
-    left = sum(min(per_unit, images - u * per_unit) for u in range(job.units) if u not in finished)
+    unfinished = sum(min(per_unit, images - u * per_unit) for u in range(job.units) if u not in finished)
     return JobStatus(
         images=images,
         units=job.units,
@@ -87,7 +93,7 @@ def status(
         units_published=manifest.published_units if manifest else 0,
         counts=add_counts([*(counts for _, counts in known), *counted]),
         images_per_s=rate,
-        eta_s=left / rate if rate and left else None,
+        eta_s=unfinished / rate if rate and unfinished else None,
         last_commit_at=last,
         holder=current_holder(store),
     )
@@ -96,7 +102,7 @@ def status(
 def _split(
     committed: dict[int, CommittedUnit], manifest: Manifest | None
 ) -> tuple[list[tuple[int, Counts]], list[CommittedUnit]]:
-    """(units, counts) of the parts that still hold, and the committed units beside them."""
+    """Return (units, counts) of the parts that still hold, and the committed units outside them."""
     known: list[tuple[int, Counts]] = []
     rest = dict(committed)
     for part in manifest.parts if manifest else ():
@@ -110,31 +116,24 @@ def _split(
     return known, list(rest.values())
 
 
-def _count(store: Store, wanted: Sequence[CommittedUnit], seen: Seen) -> tuple[list[Counts], list[_UnitTime]]:
-    unread = [unit for unit in wanted if unit.key not in seen]
+def _count(store: Store, units: Sequence[CommittedUnit], seen: Seen) -> tuple[list[Counts], list[_UnitTime]]:
+    unread = [unit for unit in units if unit.key not in seen]
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda unit: _count_unit(store, unit), unread)
-        seen.update(zip((unit.key for unit in unread), found, strict=True))
-    read_units = [seen[unit.key] for unit in wanted]
+        counted = pool.map(lambda unit: _count_unit(store, unit), unread)
+        seen.update(zip((unit.key for unit in unread), counted, strict=True))
+    read_units = [seen[unit.key] for unit in units]
     return [counts for counts, _ in read_units], [time for _, time in read_units]
 
 
 def _count_unit(store: Store, unit: CommittedUnit) -> tuple[Counts, _UnitTime]:
     table = read_committed(store, unit)
     boxes = table["instances"].combine_chunks().flatten()
-    counts = Counts(
-        images=table.num_rows,
-        boxes=len(boxes),
-        masks=pc.sum(pc.greater(boxes.field("area"), 0)).as_py() or 0,
-        empty=pc.sum(pc.equal(boxes.field("area"), 0)).as_py() or 0,
-        status=dict(Counter(table["status"].to_pylist())),
-        failed=dict(Counter(code for code in table["error_code"].to_pylist() if code is not None)),
-    )
-    return counts, _UnitTime(at=pc.max(table["processed_at"]).as_py(), images=table.num_rows)
+    at = pc.max(table["processed_at"]).as_py()
+    return count_masks(table, boxes.field("area")), _UnitTime(at=at, images=table.num_rows)
 
 
 def _rate(times: Sequence[_UnitTime]) -> tuple[float | None, dt.datetime | None]:
-    """(images a second, time of the last commit) of the newest commits."""
+    """Return (images a second, time of the last commit) of the newest commits."""
     if not times:
         return None, None
     newest = max(time.at for time in times)

@@ -1,7 +1,7 @@
 """manifest.json: which parts are published, from which units, with which filters, and their sums.
 
 It is written before the first part is replaced, without the parts in question (`publishing`), and
-again when all stand. So a part that the manifest names is always the one it describes, however a
+again when all are stored. So a part that the manifest names is always the one it describes, however a
 publish ends, and what is uncertain is published again.
 """
 
@@ -13,6 +13,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import DamageFound
 from pipeline.settings import FilterSettings
@@ -51,7 +54,7 @@ class Counts:
 
 
 def add_counts(many: Sequence[Counts]) -> Counts:
-    """The sum."""
+    """Return the sum."""
 
     def by_name(name: str) -> dict[str, int]:
         total: Counter[str] = Counter()
@@ -71,6 +74,19 @@ def add_counts(many: Sequence[Counts]) -> Counts:
     )
 
 
+def count_masks(images: pa.Table, areas: pa.Array) -> Counts:
+    """Return the counts of images (`status`, `error_code`) and of the masks of all their boxes by `areas`."""
+    failed = Counter(code for code in images["error_code"].to_pylist() if code is not None)
+    return Counts(
+        images=images.num_rows,
+        boxes=len(areas),
+        masks=pc.sum(pc.greater(areas, 0)).as_py() or 0,
+        empty=pc.sum(pc.equal(areas, 0)).as_py() or 0,
+        status=dict(sorted(Counter(images["status"].to_pylist()).items())),
+        failed=dict(sorted(failed.items())),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """The two files of one range of units, first to stop (end-exclusive).
@@ -87,7 +103,7 @@ class Part:
     counts: Counts
 
     def generation_of(self, unit_id: int) -> int:
-        """The generation of a unit of this part that its rows come from."""
+        """Return the generation of a unit of this part that its rows come from."""
         return self.generations.get(unit_id, 0)
 
 
@@ -120,12 +136,12 @@ class Manifest:
 
 
 def part_key(table: Literal["images", "instances"], index: int) -> str:
-    """The only name of a published file."""
+    """Return the only name of a published file."""
     return f"{table}/part-{index:05d}.parquet"
 
 
 def write_manifest(store: Store, manifest: Manifest) -> None:
-    """None; the store's manifest is this one."""
+    """Write the manifest into the store."""
     content = {
         "product": "hqlabel",
         "format": MANIFEST_FORMAT,
@@ -139,7 +155,7 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
 
 
 def read_manifest(store: Store) -> Manifest | None:
-    """The store's manifest, None when nothing was published. DamageFound when it cannot be read."""
+    """Return the store's manifest, None when nothing was published; DamageFound when it cannot be read."""
     try:
         body = store.read(MANIFEST_KEY)
     except NotFound:
@@ -191,7 +207,7 @@ def _counts_of(content: Mapping[str, Any]) -> Counts:
 
 
 def finished_units(committed: Sequence[int], manifest: Manifest | None) -> set[int]:
-    """The units that need no work: committed ones, and published ones whose working files were cleaned."""
+    """Return the units that need no work: committed ones, and published ones whose files were cleaned."""
     finished = set(committed)
     if manifest is not None and manifest.cleaned:
         for part in manifest.parts:

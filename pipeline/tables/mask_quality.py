@@ -1,4 +1,4 @@
-"""What is measured on finished masks, and what is marked: nothing here ever drops a row.
+"""What is measured on finished masks, and which rows are marked: nothing here ever drops a row.
 
 `measure` runs once, when a unit is built. `mark` runs at every publish, from stored columns alone, so
 that new thresholds cost no model time.
@@ -28,7 +28,7 @@ FILLS_BOX_SHARE = 0.98
 LEAKS_BOX_SHARE = 0.80
 FRAGMENTED_FROM = 5
 
-# Every flag that can stand in qc_flags, in the order in which they stand there.
+# Every flag that qc_flags can hold, in its order.
 FLAGS: dict[str, str] = {
     "empty": "the mask has no pixel",
     "tiny": f"the mask has fewer than {TINY_PX} pixels",
@@ -58,12 +58,12 @@ class MaskQuality:
     flags: tuple[tuple[str, ...], ...]
 
     def of(self, part: slice) -> MaskQuality:
-        """The same of some of the masks."""
+        """Return the measurements of some of the masks."""
         return MaskQuality(**{name: values[part] for name, values in vars(self).items()})
 
 
 def measure(images: Sequence[Instances], prompts_xyxy: Sequence[npt.ArrayLike]) -> MaskQuality:
-    """The quality of the masks of all these images, one after the other, against their prompt boxes.
+    """Return the quality of the masks of all these images, one after the other, against their prompt boxes.
 
     `prompts_xyxy`: for each image (n, 4) in its upright pixels, a row a mask; NaN: no box.
 
@@ -89,15 +89,15 @@ def measure(images: Sequence[Instances], prompts_xyxy: Sequence[npt.ArrayLike]) 
         "leaks_box": ~empty & ~no_box & (mask_in_box < LEAKS_BOX_SHARE),
         "fragmented": components >= FRAGMENTED_FROM,
     }
-    named = {name: np.asarray(rule, dtype=np.bool_) for name, rule in rules.items()}
+    flags = {name: np.asarray(rule, dtype=np.bool_) for name, rule in rules.items()}
     return MaskQuality(
         box_iou=overlap,
         mask_in_box=mask_in_box,
         num_components=components,
         touches_border=~empty & _touches_border(tight, sizes_hw),
         flags=tuple(
-            tuple(name for name, holds in zip(named, row, strict=True) if holds)
-            for row in np.stack(list(named.values()), axis=1).tolist()
+            tuple(name for name, holds in zip(flags, row, strict=True) if holds)
+            for row in np.stack(list(flags.values()), axis=1).tolist()
         ),
     )
 
@@ -108,7 +108,7 @@ def _rows_of_four(parts: Sequence[npt.ArrayLike]) -> Float64Array:
 
 
 def order_flags(names: Sequence[str]) -> list[str]:
-    """The flags without repeats, in the order of FLAGS. Raises ValueError for a name not in the list."""
+    """Return the flags without repeats, in the order of FLAGS; ValueError for a name not in the list."""
     unknown = set(names) - set(FLAGS)
     if unknown:
         raise ValueError(f"unknown qc flags {sorted(unknown)}; add them to pipeline/tables/mask_quality.py")
@@ -127,7 +127,7 @@ def _count(
 
 
 def _box_pixels(xyxy: Float64Array) -> Float64Array:
-    """The pixels whose centre lies in each box, at least 1: what `inside` is counted against."""
+    """Return the pixels whose centre lies in each box, at least 1: what `inside` is counted against."""
     low, high = np.ceil(xyxy[:, :2] - 0.5), np.floor(xyxy[:, 2:] - 0.5) + 1
     pixels: Float64Array = np.maximum((high - low).prod(axis=1), 1)
     return pixels
@@ -145,7 +145,7 @@ def _touches_border(xywh: Float64Array, sizes_hw: npt.NDArray[np.int64]) -> Bool
 
 
 def mark(instances: pa.Table, settings: FilterSettings) -> tuple[list[bool], list[str | None]]:
-    """(accepted, reject_reason) of every row, from the stored columns of schema.UNIT_INSTANCE.
+    """Return (accepted, reject_reason) of every row, from the stored columns of schema.UNIT_INSTANCE.
 
     `instances`: those columns and `image_index`, an integer that is equal within an image and does
     not fall; rows of an image in prompt order. The reason is the first of: the box's own error or
@@ -176,15 +176,15 @@ def _threshold_rules(table: pa.Table, settings: FilterSettings) -> list[tuple[st
 
 
 def _below(table: pa.Table, name: str, bound: float) -> BoolArray:
-    """Rows under a bound. The bound is rounded to the column's float32, or 0.9 would reject 0.9."""
+    """Return the rows under a bound, which is rounded to the column's float32, or 0.9 would reject 0.9."""
     values = _numbers(table, name)
     rounded = float(np.float32(bound)) if pa.types.is_float32(table.schema.field(name).type) else bound
-    below: BoolArray = values < rounded  # NaN, which stands for null, is below nothing
+    below: BoolArray = values < rounded  # NaN, here null, is below nothing
     return below
 
 
 def _numbers(table: pa.Table, name: str) -> Float64Array:
-    """A column as float64, null as NaN."""
+    """Return a column as float64, null as NaN."""
     column = table[name].cast(pa.float64()).combine_chunks()
     return np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64)
 

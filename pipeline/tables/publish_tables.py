@@ -1,9 +1,9 @@
-"""Committed units -> the tables people query: fixed ranges of units, flat, in image order.
+"""Committed units -> the tables that users query: fixed ranges of units, flat, in image order.
 
-A part is one atomic put under a name that says its range, so a plain glob reads whole, undoubled rows
+A part is one atomic put under the name of its range, so a plain glob reads whole, undoubled rows
 at any time. Only ranges whose units are all committed are published. Filters are applied here: they
-mark rows, and a new threshold is one publish. Equal inputs give equal bytes, and parts that stand
-already are left alone.
+mark rows, and a new threshold is one publish. Equal inputs give equal bytes, and parts that are
+stored already are not written again.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from pipeline.tables.manifest import (
     Part,
     PartFile,
     add_counts,
+    count_masks,
     part_key,
     read_manifest,
     write_manifest,
@@ -51,7 +52,7 @@ READERS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class PartTask:
-    """All that a worker needs to make one part; small and picklable. `part_units`: every unit, in order.
+    """All that a worker needs to write one part; small and picklable. `part_units`: every unit, in order.
 
     `driver`: the number of the driver that publishes; a part is not put once a later one has the job.
     """
@@ -74,15 +75,15 @@ def publish(
     require_owner: Callable[[str], None],
     mapper: Mapper = map,
 ) -> Manifest:
-    """The manifest after every range whose units are all committed stands published with `filters`.
+    """Publish every range whose units are all committed, marked by `filters`; return the manifest.
 
-    `require_owner`: raises when another driver has the job; asked before each write. `mapper`: runs the
+    `require_owner`: raises when another driver has the job; called before each write. `mapper`: runs the
     parts, in any order (serial by default, Ray tasks in a job). When nothing is new, nothing is written.
 
     Raises:
         JobRefused: not the owner, files of something else among the tables, or working files that
             were cleaned and would be needed.
-        DamageFound: a unit does not verify; names it.
+        DamageFound: a unit does not verify; with its name.
     """
     committed = list_committed(store)
     before = read_manifest(store)
@@ -90,10 +91,9 @@ def publish(
         return _already_cleaned(before, filters)
     _refuse_foreign_parts(store, job)
     tasks = _whole_ranges(job, committed, filters)
-    standing = _standing_parts(store, before, job, filters)
-    kept = [standing[task.index] for task in tasks if _same_units(standing.get(task.index), task)]
+    stored = _stored_parts(store, before, job, filters)
+    kept = [stored[task.index] for task in tasks if _same_units(stored.get(task.index), task)]
     due = [task for task in tasks if task.index not in {part.index for part in kept}]
-    wanted = _manifest(job, filters, kept, complete=False)
     if not due and before is not None and _same(before, _manifest(job, filters, kept, complete=True)):
         return before
     require_owner("publish")  # may take the job now
@@ -101,7 +101,8 @@ def publish(
     require_owner("publish")  # so `driver` is ours: whoever comes after it is after us
     due = [dataclasses.replace(task, driver=driver) for task in due]
     if due:
-        write_manifest(store, dataclasses.replace(wanted, state="publishing"))
+        manifest = _manifest(job, filters, kept, complete=False)
+        write_manifest(store, dataclasses.replace(manifest, state="publishing"))
         visit("publish.begun")
     made = list(mapper(publish_part, due))
     visit("publish.parts")
@@ -135,10 +136,10 @@ def _whole_ranges(
     return tasks
 
 
-def _standing_parts(
+def _stored_parts(
     store: Store, before: Manifest | None, job: Job, filters: FilterSettings
 ) -> dict[int, Part]:
-    """Parts of the last manifest, by index, whose files are there and were made with these filters."""
+    """Return the parts of the last manifest, by index, whose files exist and were made with these filters."""
     if before is None or (before.filters, before.plan_sha256) != (filters, job.context.plan_sha256):
         return {}
     sizes = {entry.key: entry.size for entry in [*store.list("images/"), *store.list("instances/")]}
@@ -174,11 +175,11 @@ def _manifest(job: Job, filters: FilterSettings, parts: Sequence[Part], *, compl
 
 
 def foreign_parts(store: Store, job: Job) -> list[str]:
-    """Keys below images/ and instances/ that are no part of this job; a glob would read them too."""
+    """Return keys below images/ and instances/ that are no part of this job; a glob would read them too."""
     count = -(-job.units // job.units_per_part)
     ours = {part_key(table, index) for table in _TABLES for index in range(count)}
-    found = [entry.key for table in _TABLES for entry in store.list(f"{table}/")]
-    return [key for key in found if key not in ours]
+    keys = [entry.key for table in _TABLES for entry in store.list(f"{table}/")]
+    return [key for key in keys if key not in ours]
 
 
 _TABLES: tuple[Literal["images", "instances"], ...] = ("images", "instances")
@@ -209,7 +210,7 @@ def _write_categories(store: Store, job: Job) -> None:
 
 
 def publish_part(task: PartTask) -> Part:
-    """The part, now standing in the store: units are read a few at a time, both files put whole.
+    """Write one part: units are read a few at a time, both files put whole.
 
     Memory: the two compressed files, one row group of rows each, and `READERS` units.
 
@@ -246,7 +247,7 @@ def publish_part(task: PartTask) -> Part:
 
 
 def _in_order(store: Store, part_units: Sequence[CommittedUnit]) -> Iterator[tuple[CommittedUnit, pa.Table]]:
-    """Each unit with its rows. A bucket makes every read wait, so some are under way at once."""
+    """Yield each unit with its rows. A bucket makes every read wait, so some are under way at once."""
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(part_units), READERS):
             batch = part_units[start : start + READERS]
@@ -254,7 +255,7 @@ def _in_order(store: Store, part_units: Sequence[CommittedUnit]) -> Iterator[tup
 
 
 def _put(store: Store, driver: int, key: str, sink: sealed_parquet.ParquetSink) -> PartFile:
-    """The file of a part, put unless a later driver has the job: it may have published newer rows."""
+    """Put the file of a part unless a later driver has the job: it may have published newer rows."""
     body = sink.finish()
     require_latest(store, driver, "publish")
     store.put(key, body)
@@ -262,7 +263,7 @@ def _put(store: Store, driver: int, key: str, sink: sealed_parquet.ParquetSink) 
 
 
 def _follows(unit: CommittedUnit, table: pa.Table, last_id: bytes | None) -> bytes | None:
-    """The last image id of the unit, in UTF-8; DamageFound when ids do not rise or are of another unit."""
+    """Return the unit's last image id, in UTF-8; DamageFound when ids do not rise or are another unit's."""
     for image_id, unit_id in zip(table["image_id"].to_pylist(), table["unit_id"].to_pylist(), strict=True):
         risen = last_id is None or image_id.encode() > last_id
         if not risen or unit_id != unit.unit_id:
@@ -283,7 +284,7 @@ class FlatUnit:
 
 
 def flatten_unit(table: pa.Table, filters: FilterSettings) -> FlatUnit:
-    """A unit's table (schema.UNIT) as published rows, marked by `filters`."""
+    """Return a unit's table (schema.UNIT) as published rows, marked by `filters`."""
     nested = table["instances"].combine_chunks()
     image_row = np.asarray(pc.list_parent_indices(nested), dtype=np.int64)
     values = nested.flatten()
@@ -324,14 +325,8 @@ def counts_of(images: pa.Table, instances: pa.Table) -> Counts:
     """Return the sums over published rows: schema.IMAGES, and schema.INSTANCES of the same images."""
     reasons = instances["reject_reason"].to_pylist()
     rejected = Counter(reason.split(":")[0] for reason in reasons if reason is not None)
-    failed = Counter(code for code in images["error_code"].to_pylist() if code is not None)
-    return Counts(
-        images=images.num_rows,
-        boxes=instances.num_rows,
-        masks=pc.sum(pc.greater(instances["area"], 0)).as_py() or 0,
-        empty=pc.sum(pc.equal(instances["area"], 0)).as_py() or 0,
+    return dataclasses.replace(
+        count_masks(images, instances["area"]),
         accepted=pc.sum(instances["accepted"]).as_py() or 0,
-        status=dict(sorted(Counter(images["status"].to_pylist()).items())),
-        failed=dict(sorted(failed.items())),
         rejected=dict(sorted(rejected.items())),
     )

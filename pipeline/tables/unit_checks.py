@@ -16,7 +16,7 @@ from pipeline.errors import BOX_CODES, IMAGE_CODES, SKIP_CODES, box_code
 
 
 def check_against_plan(table: pa.Table, planned: pa.Table, *, detected: bool = False) -> None:
-    """None when the unit's table is sound and answers its plan rows; else ValueError with the faults.
+    """Raise ValueError unless the unit's table is sound and answers its plan rows.
 
     `detected`: the boxes are a detector's, and the plan does not know how many. The table was built by this
     process, so a fault is a bug here, and nothing must be committed.
@@ -28,26 +28,25 @@ def check_against_plan(table: pa.Table, planned: pa.Table, *, detected: bool = F
 
 
 def plan_faults(table: pa.Table, planned: pa.Table, *, detected: bool = False) -> list[str]:
-    """How a unit's table differs from its plan rows: count, order, ids, uris, and boxes unless `detected`."""
+    """Return how a unit's table differs from its plan: count, order, ids, uris, boxes unless `detected`."""
     if table.num_rows != planned.num_rows:
         return [f"{table.num_rows} rows, planned {planned.num_rows}"]
     faults = []
     for name in ("image_id", "image_uri", "unit_id"):
         pairs = zip(table[name].to_pylist(), planned[name].to_pylist(), strict=True)
-        faults += [f"{name} {found!a}, planned {wanted!a}" for found, wanted in pairs if found != wanted][:3]
+        faults += [f"{name} {one!a}, planned {plan!a}" for one, plan in pairs if one != plan][:3]
     if detected:
         return faults
-    found_counts = pc.list_value_length(table["instances"]).to_pylist()
-    wanted_counts = pc.fill_null(pc.list_value_length(planned["boxes"]), 0).to_pylist()
-    ids = table["image_id"].to_pylist()
-    for image_id, found, wanted in zip(ids, found_counts, wanted_counts, strict=True):
-        if found != wanted:
-            faults.append(f"{image_id!a}: {found} boxes, planned {wanted}")
+    boxes = pc.list_value_length(table["instances"]).to_pylist()
+    planned_boxes = pc.fill_null(pc.list_value_length(planned["boxes"]), 0).to_pylist()
+    for image_id, count, plan in zip(table["image_id"].to_pylist(), boxes, planned_boxes, strict=True):
+        if count != plan:
+            faults.append(f"{image_id!a}: {count} boxes, planned {plan}")
     return faults
 
 
 def find_faults(table: pa.Table, *, check_masks: bool = True) -> list[str]:
-    """Everything that is wrong with a unit's table by itself, as sentences; empty when it is sound.
+    """Return everything that is wrong with a unit's table by itself, as sentences; empty when it is sound.
 
     `check_masks`: read every run-length string, which costs about 0.1 ms a mask.
     """
@@ -59,16 +58,16 @@ def find_faults(table: pa.Table, *, check_masks: bool = True) -> list[str]:
     rows = table.to_pylist()
     problems = [[*_status_faults(row), *_instance_faults(row)] for row in rows]
     if check_masks:
-        sound = [place for place, found in enumerate(problems) if not found]
+        sound = [place for place, faulty in enumerate(problems) if not faulty]
         for place, fault in _mask_faults(rows, sound):
             problems[place].append(fault)
-    for row, found in zip(rows, problems, strict=True):
-        faults += [f"{row['image_id']!a}: {problem}" for problem in found]
+    for row, of_row in zip(rows, problems, strict=True):
+        faults += [f"{row['image_id']!a}: {problem}" for problem in of_row]
     return faults
 
 
 def _leaves(name: str, array: pa.Array) -> Iterator[tuple[str, pa.Field, pa.Array]]:
-    """Every child array of a nested one with its field; only values that are present."""
+    """Yield every child array of a nested one with its field; only values that are present."""
     kind = array.type
     if pa.types.is_struct(kind):
         for field, child in zip(kind, array.flatten(), strict=True):
@@ -88,14 +87,14 @@ def _all_columns(table: pa.Table) -> Iterator[tuple[str, pa.Field, pa.Array]]:
 
 
 def _null_faults(table: pa.Table) -> Iterator[str]:
-    """Nulls where the schema allows none: Arrow itself does not look."""
+    """Yield nulls where the schema allows none: Arrow itself does not check."""
     for name, field, array in _all_columns(table):
         if not field.nullable and array.null_count:
             yield f"{name} has {array.null_count} nulls, and may have none"
 
 
 def _number_faults(table: pa.Table) -> Iterator[str]:
-    """NaN and infinity anywhere but in the boxes as given."""
+    """Yield NaN and infinity anywhere but in the boxes as given."""
     for name, _, array in _all_columns(table):
         if pa.types.is_floating(array.type) and "prompt_bbox_given" not in name:
             bad = len(array) - array.null_count - (pc.sum(pc.is_finite(array)).as_py() or 0)
@@ -121,7 +120,7 @@ def _status_faults(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _has_skipped(instances: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the job's own rules left boxes of the image without a mask, and none has one."""
+    """Return whether the job's rules skipped boxes of the image."""
     return any(box_code(one["box_error"]) in SKIP_CODES for one in instances if one["box_error"])
 
 
@@ -144,7 +143,7 @@ def _instance_faults(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _mask_faults(rows: Sequence[Mapping[str, Any]], places: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """Masks of these rows whose string, size, area and box do not agree: the row's place and what is wrong.
+    """Yield the masks whose string, size, area and box do not agree: the row's place and what is wrong.
 
     Judged by pycocotools and by rle.py, all masks together.
     """
@@ -157,8 +156,8 @@ def _mask_faults(rows: Sequence[Mapping[str, Any]], places: Sequence[int]) -> It
         if odd is None:
             masks += [(place, one) for one in mine]
         else:
-            index, found = odd["instance_index"], odd["segmentation"]["size"]
-            yield place, f"instance {index}: mask of size {found}, image of {size}"
+            index, mask_size = odd["instance_index"], odd["segmentation"]["size"]
+            yield place, f"instance {index}: mask of size {mask_size}, image of {size}"
     for step in rle.batches([one["segmentation"]["counts"] for _, one in masks]):
         yield from _run_faults(masks[step])
 
@@ -169,7 +168,7 @@ def _run_faults(masks: Sequence[tuple[int, Mapping[str, Any]]]) -> Iterator[tupl
         rle.parse_strips([rle["counts"] for rle in rles], [rle["size"] for rle in rles])
         areas, boxes = coco_mask.area(rles), coco_mask.toBbox(rles)
     except ValueError as error:
-        if len(masks) > 1:  # one by one, to say which
+        if len(masks) > 1:  # one by one, to name it
             for one in masks:
                 yield from _run_faults([one])
         else:

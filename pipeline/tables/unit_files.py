@@ -1,8 +1,8 @@
-"""The working truth: one Parquet file a unit, written once, whole, under a name that says what it is.
+"""The working truth: one Parquet file a unit, written once, whole, under the name of unit and generation.
 
-`units/00001234.g0.parquet` is a pure function of unit and generation. It is created if absent and
+`units/00001234.g0.parquet` is created if absent and
 never replaced: a retry writes the next generation, and the highest one counts. What is committed is
-what a listing shows; there are no markers beside it.
+what a listing shows; there are no other markers.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class CommittedUnit:
 
 
 def unit_key(unit_id: int, generation: int) -> str:
-    """The only name of a unit's file."""
+    """Return the only name of a unit's file."""
     return f"units/{unit_id:08d}.g{generation}.parquet"
 
 
 def parse_key(key: str) -> tuple[int, int] | None:
-    """(unit, generation) of a unit's file name, None for any other name."""
+    """Return (unit, generation) of a unit's file name, None for any other name."""
     match = _KEY.fullmatch(key)
     if match is None:
         return None
@@ -52,16 +52,13 @@ def parse_key(key: str) -> tuple[int, int] | None:
 
 
 def list_committed(store: Store) -> dict[int, CommittedUnit]:
-    """The highest generation of every committed unit, by unit id, ascending; from one listing."""
-    found: dict[int, CommittedUnit] = {}
-    for unit in list_generations(store):
-        if unit.unit_id not in found or found[unit.unit_id].generation < unit.generation:
-            found[unit.unit_id] = unit
-    return dict(sorted(found.items()))
+    """Return the highest generation of every committed unit, by unit id, ascending; from one listing."""
+    newest = {unit.unit_id: unit for unit in sorted(list_generations(store), key=lambda one: one.generation)}
+    return dict(sorted(newest.items()))
 
 
 def list_generations(store: Store) -> list[CommittedUnit]:
-    """Every unit's file, older generations too, in order of their keys."""
+    """Return every unit's file, older generations too, in order of their keys."""
     units = []
     for entry in store.list("units/"):
         parsed = parse_key(entry.key)
@@ -75,7 +72,7 @@ def list_generations(store: Store) -> list[CommittedUnit]:
 
 
 def footer(context: JobContext) -> dict[str, str]:
-    """The lineage that every Parquet file of a job carries, keys without the `hqlabel.` prefix."""
+    """Return the lineage that every Parquet file of a job carries, keys without the `hqlabel.` prefix."""
     masks = context.model.mask_settings()
     masks |= {"compiled": masks.pop("compile"), "draft_jpeg": context.draft_jpeg}
     entries = {
@@ -100,7 +97,7 @@ def footer(context: JobContext) -> dict[str, str]:
 
 
 def _box_lineage(context: JobContext) -> dict[str, object]:
-    """Where the boxes come from, and the rules by which some have no mask."""
+    """Return where the boxes come from, and the rules by which some have no mask."""
     detector, rules = context.detector, context.box_rules
     changed = rules.model_dump(exclude={"box_format", "box_frame"}, exclude_defaults=True)
     entries: dict[str, object] = {f"box_{name}": value for name, value in changed.items()}
@@ -118,18 +115,18 @@ def _box_lineage(context: JobContext) -> dict[str, object]:
 
 
 def encode_unit(table: pa.Table, context: JobContext) -> bytes:
-    """The unit's Parquet body; equal tables and contexts give equal bytes."""
+    """Return the unit's Parquet body; equal tables and contexts give equal bytes."""
     return sealed_parquet.write_body(table, footer(context))
 
 
 def put_unit(store: Store, unit_id: int, generation: int, body: bytes) -> bool:
-    """True when the store now holds this body as the unit's generation; False when it held another.
+    """Put the unit's generation into the store; return True when it holds this body, False for another.
 
-    "Already there" is success: the same identity makes the same masks. What stands there is read back
+    "Already there" is success: the same identity makes the same masks. What is stored there is read back
     and verified before the unit counts as done.
 
     Raises:
-        DamageFound: what stands under the unit's name does not verify.
+        DamageFound: what is stored under the unit's name does not verify.
     """
     key = unit_key(unit_id, generation)
     store.put_if_absent(key, body)
@@ -142,7 +139,7 @@ def put_unit(store: Store, unit_id: int, generation: int, body: bytes) -> bool:
 
 
 def read_committed(store: Store, unit: CommittedUnit) -> pa.Table:
-    """The unit's rows: seal, page checksums and the whole schema verified; DamageFound with unit and file."""
+    """Return the unit's rows: seal, page checksums, whole schema verified; DamageFound with unit and file."""
     return sealed_parquet.read_body(store.read(unit.key), schema.UNIT, f"unit {unit.unit_id} ({unit.key})")
 
 
@@ -153,7 +150,7 @@ def read_generation(store: Store, unit_id: int, generation: int) -> pa.Table:
 
 
 def replace_rows(table: pa.Table, redone: pa.Table) -> pa.Table:
-    """The unit's table with the rows of `redone` in the place of those with their image_id.
+    """Return the unit's table with the rows of `redone` in the place of those with their image_id.
 
     For a retry: rows that were good keep every value, times and run_id too. ValueError when `redone`
     has an image that the unit has not.
@@ -171,7 +168,7 @@ def replace_rows(table: pa.Table, redone: pa.Table) -> pa.Table:
 def outcome_of(
     table: pa.Table, unit_id: int, generation: int, *, size: int, created: bool, seconds: float
 ) -> UnitOutcome:
-    """What the driver is told of a committed unit."""
+    """Return what the driver learns of a committed unit."""
     statuses = Counter(table["status"].to_pylist())
     codes = Counter(code for code in table["error_code"].to_pylist() if code is not None)
     return UnitOutcome(
@@ -190,7 +187,7 @@ def outcome_of(
 
 
 def mask_columns_digest(table: pa.Table, *, without: Collection[str] = schema.VOLATILE) -> str:
-    """sha256 (hex) of every column but those that may differ between two runs of one job.
+    """Return the sha256 (hex) of every column but those that may differ between two runs of one job.
 
     For schema.UNIT, INSTANCES and IMAGES; row order counts, chunks and metadata do not. The rows are
     written as plain Parquet and hashed: that form does not know how Arrow held them.

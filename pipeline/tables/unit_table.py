@@ -49,7 +49,7 @@ class _Outcome:
 def build_unit_table(
     results: Sequence[ImageResult], context: JobContext, *, processed_at: dt.datetime | None = None
 ) -> pa.Table:
-    """The unit's table, schema.UNIT, one row a result in the order given; measures every mask.
+    """Return the unit's table, schema.UNIT, one row a result in the order given; measures every mask.
 
     Raises:
         ValueError: a result that contradicts itself, such as masks for other boxes than the usable
@@ -93,9 +93,9 @@ def _outcome(result: ImageResult) -> _Outcome:
 def _outcome_of_masks(result: ImageResult, usable: int) -> _Outcome:
     instances = result.instances
     if instances is None or len(instances.counts) != usable:
-        found = "none" if instances is None else len(instances.counts)
-        raise ValueError(f"{result.planned['image_id']!a}: {usable} usable boxes, masks: {found}")
-    assert result.boxes is not None, "the caller has looked"
+        masks = "none" if instances is None else len(instances.counts)
+        raise ValueError(f"{result.planned['image_id']!a}: {usable} usable boxes, masks: {masks}")
+    assert result.boxes is not None, "the caller has checked"
     rows = np.flatnonzero(result.boxes.usable)
     sound = np.isfinite(np.stack([instances.predicted_iou, instances.stability_score])).all(axis=0)
     if not sound.any():
@@ -104,7 +104,7 @@ def _outcome_of_masks(result: ImageResult, usable: int) -> _Outcome:
 
 
 def _only(instances: Instances, sound: BoolArray) -> Instances:
-    """Some of the masks of an image."""
+    """Return some of the masks of an image."""
     if sound.all():
         return instances
     return replace(
@@ -118,15 +118,15 @@ def _only(instances: Instances, sound: BoolArray) -> Instances:
 
 
 def _measured(results: Sequence[ImageResult], outcomes: Sequence[_Outcome]) -> list[MaskQuality]:
-    """The quality of each image's masks, of none where it has none; all masks of the unit read together."""
+    """Return the quality of each image's masks, none where it has none; all of the unit are read together."""
     instances = [outcome.instances for outcome in outcomes]
     prompts = [
         result.boxes.prompt_xyxy[outcome.rows]
         for result, outcome in zip(results, outcomes, strict=True)
         if outcome.instances is not None and result.boxes is not None
     ]
-    of_all = measure([found for found in instances if found is not None], prompts)
-    ends = np.cumsum([0, *(0 if found is None else len(found.counts) for found in instances)]).tolist()
+    of_all = measure([masks for masks in instances if masks is not None], prompts)
+    ends = np.cumsum([0, *(0 if masks is None else len(masks.counts) for masks in instances)]).tolist()
     return [of_all.of(slice(start, end)) for start, end in itertools.pairwise(ends)]
 
 
@@ -166,7 +166,7 @@ _OF_RESULT = {f.name for f in fields(ImageResult)} & set(schema.UNIT.names) - {"
 
 
 def _instance_columns(result: ImageResult, outcome: _Outcome, measured: MaskQuality) -> dict[str, Any]:
-    """Every column of schema.UNIT_INSTANCE for one image; arrays (n,) with NaN for null, or lists."""
+    """Return every column of schema.UNIT_INSTANCE for one image; arrays (n,) with NaN for null, or lists."""
     given = result.planned["boxes"] or []
     columns: dict[str, Any] = {
         "instance_index": np.arange(len(given), dtype=np.float64),
@@ -185,7 +185,7 @@ def _instance_columns(result: ImageResult, outcome: _Outcome, measured: MaskQual
 
 
 def _scores(given: Sequence[Mapping[str, Any]]) -> tuple[Float64Array, npt.NDArray[np.bool_]]:
-    """Detector scores with NaN for null, and where one was given that is no float32 number."""
+    """Return detector scores with NaN for null, and where one was given that is no float32 number."""
     raw = [box["score"] for box in given]
     with np.errstate(over="ignore"):
         scores = np.array([np.nan if s is None else s for s in raw], dtype=np.float64).astype(np.float32)
@@ -201,7 +201,7 @@ def _prompt_xywh(boxes: ResolvedBoxes | None, count: int) -> Float64Array:
 
 
 def _box_errors(boxes: ResolvedBoxes | None, outcome: _Outcome, count: int) -> list[str | None]:
-    """Each box's own reason first; `image_failed` where the image is to blame; None with a mask."""
+    """Return each box's own reason first; `image_failed` where the image is to blame; None with a mask."""
     lost = set(outcome.lost.tolist())
     own: Sequence[str | None] = [None] * count if boxes is None else boxes.error
     unknown = {box_code(code) for code in own if code} - set(BOX_CODES)
@@ -216,7 +216,7 @@ def _mask_columns(
     measured: MaskQuality,
     flags: Sequence[Sequence[str]],
 ) -> dict[str, Any]:
-    """Columns of the masks, spread over the given boxes; null where a box has none."""
+    """Return the columns of the masks, spread over the given boxes; null where a box has none."""
     count, instances, rows = len(flags), outcome.instances, outcome.rows
     if instances is None:
         nulls = {name: np.full(count, np.nan) for name in _MASK_NUMBERS}
@@ -236,13 +236,13 @@ def _mask_columns(
     columns: dict[str, Any] = {name: _spread(values, rows, count) for name, values in numbers.items()}
     columns["bbox"] = _spread(tight, rows, count)
     counts: list[str | None] = [None] * count
-    named = [list(names) for names in flags]
+    all_flags = [list(names) for names in flags]
     for place, row in enumerate(rows):
         counts[row] = instances.counts[place]
-        named[row] += [*measured.flags[place], *instances.flags]
+        all_flags[row] += [*measured.flags[place], *instances.flags]
     height, width = instances.size_hw
     columns["segmentation"] = [c and {"size": [height, width], "counts": c} for c in counts]
-    columns["qc_flags"] = [order_flags(names) for names in named]
+    columns["qc_flags"] = [order_flags(names) for names in all_flags]
     return columns
 
 
@@ -253,7 +253,7 @@ _MASK_NUMBERS = (
 
 
 def _spread(values: Any, rows: Int64Array, count: int) -> Float64Array:
-    """`values` (M, ...) at their rows of (count, ...), NaN elsewhere."""
+    """Return `values` (M, ...) at their rows of (count, ...), NaN elsewhere."""
     values = np.asarray(values, dtype=np.float64)
     full = np.full((count, *values.shape[1:]), np.nan)
     full[rows] = values
@@ -276,7 +276,7 @@ def _struct_array(per_image: Sequence[Mapping[str, Any]]) -> pa.StructArray:
 
 
 def _box_array(boxes: Float64Array, kind: pa.DataType) -> pa.Array:
-    """(n, 4) boxes as fixed-size lists of float32; a row with NaN is null, and zero below the null."""
+    """Return (n, 4) boxes as fixed-size lists of float32; a row with NaN is null, and zero below the null."""
     missing = np.asarray(np.isnan(boxes).any(axis=1), dtype=np.bool_)
     values = np.where(missing[:, None], 0, boxes).astype(np.float32).reshape(-1)
     return pa.FixedSizeListArray.from_arrays(pa.array(values), type=kind, mask=pa.array(missing))

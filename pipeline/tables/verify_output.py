@@ -1,4 +1,4 @@
-"""`hqlabel validate`: everything that was written is read again, and every fault is named.
+"""`hqlabel validate`: read everything that was written again, and name every fault.
 
 Seals find any flipped bit in a file by itself, the manifest's sha256 finds a whole file put in the place
 of another, the plan finds what is missing or doubled, and masks are decoded: a sample, or all.
@@ -63,40 +63,40 @@ class Verified:
 
 
 def verify(store: Store, job: Job, *, sample: int | None = 64) -> Verified:
-    """Everything below a job's folder, read and checked.
+    """Read and check everything below a job's folder.
 
     `sample`: masks to decode in each published file, and one image's in each unit; None: all of them.
     A job that is not finished is sound when what there is, is.
     """
-    found = Verified()
-    manifest = _manifest(store, found)
-    _verify_plan(store, job, found)
-    _verify_units(store, job, manifest, found, all_masks=sample is None)
+    result = Verified()
+    manifest = _manifest(store, result)
+    _verify_plan(store, job, result)
+    _verify_units(store, job, manifest, result, all_masks=sample is None)
     if manifest is not None:
-        _verify_parts(store, job, manifest, found, sample)
-    return found
+        _verify_parts(store, job, manifest, result, sample)
+    return result
 
 
-def _manifest(store: Store, found: Verified) -> Manifest | None:
+def _manifest(store: Store, result: Verified) -> Manifest | None:
     try:
         manifest = read_manifest(store)
     except DamageFound as error:
-        found.findings.append(Finding(key=MANIFEST_KEY, message=str(error)))
+        result.findings.append(Finding(key=MANIFEST_KEY, message=str(error)))
         return None
     if manifest is not None and manifest.state == "publishing":
         message = "a publish was interrupted; run publish again"
-        found.findings.append(Finding(key=MANIFEST_KEY, message=message))
+        result.findings.append(Finding(key=MANIFEST_KEY, message=message))
     return manifest
 
 
-def _verify_plan(store: Store, job: Job, found: Verified) -> None:
+def _verify_plan(store: Store, job: Job, result: Verified) -> None:
     for entry in store.list(f"plan/{job.context.plan_sha256[:16]}/"):
-        found.plan_files += 1
-        found.bytes += entry.size
+        result.plan_files += 1
+        result.bytes += entry.size
         try:
             sealed_parquet.check_seal(store.read(entry.key), entry.key)
         except DamageFound as error:
-            found.findings.append(Finding(key=entry.key, message=_without(entry.key, error)))
+            result.findings.append(Finding(key=entry.key, message=_without(entry.key, error)))
 
 
 def _without(name: str, error: HqlabelError) -> str:
@@ -109,23 +109,23 @@ def _without(name: str, error: HqlabelError) -> str:
 
 
 def _verify_units(
-    store: Store, job: Job, manifest: Manifest | None, found: Verified, *, all_masks: bool
+    store: Store, job: Job, manifest: Manifest | None, result: Verified, *, all_masks: bool
 ) -> None:
     files: dict[int, list[CommittedUnit]] = {}
     for unit in list_generations(store):
         files.setdefault(unit.unit_id, []).append(unit)
-    found.findings += [
+    result.findings += [
         Finding(key=entry.key, message="this is no file of a unit")
         for entry in store.list("units/")
         if parse_key(entry.key) is None
     ]
     for unit_id in sorted(set(files) - set(range(job.units))):
-        found.findings += [_finding(unit, "the plan has no such unit") for unit in files[unit_id]]
-    found.findings += _gone(job, files, manifest)
-    found.units_left = len(set(range(job.units)) - set(files)) if not (manifest and manifest.cleaned) else 0
-    if not files and manifest is None and found.plan_files < -(-job.units // UNITS_PER_FILE):
+        result.findings += [_finding(unit, "the plan has no such unit") for unit in files[unit_id]]
+    result.findings += _gone(job, files, manifest)
+    result.units_left = len(set(range(job.units)) - set(files)) if not (manifest and manifest.cleaned) else 0
+    if not files and manifest is None and result.plan_files < -(-job.units // UNITS_PER_FILE):
         return  # ended while its plan was written, which the next start of label goes on with
-    planned, detected = _planned_units(store, job, found), job.context.detector is not None
+    planned, detected = _planned_units(store, job, result), job.context.detector is not None
     with ThreadPoolExecutor(READERS) as pool:
         # In batches, or the plan of millions of images would wait in memory for its turn.
         while batch := list(islice(planned, UNITS_AT_A_TIME)):
@@ -134,17 +134,17 @@ def _verify_units(
                 lambda one: _check_unit(store, *one, detected=detected, all_masks=all_masks), work
             )
             for unit, faults in checks:
-                found.units += 1
-                found.bytes += unit.size
-                found.findings += [_finding(unit, fault) for fault in faults]
+                result.units += 1
+                result.bytes += unit.size
+                result.findings += [_finding(unit, fault) for fault in faults]
 
 
 def _finding(unit: CommittedUnit, message: str) -> Finding:
     return Finding(key=unit.key, message=message, unit_id=unit.unit_id)
 
 
-def _planned_units(store: Store, job: Job, found: Verified) -> Iterator[tuple[int, pa.Table | None]]:
-    """Every planned unit with its rows; without them from where on the plan cannot be read."""
+def _planned_units(store: Store, job: Job, result: Verified) -> Iterator[tuple[int, pa.Table | None]]:
+    """Yield every planned unit with its rows; without them from where on the plan cannot be read."""
     rows = iter_plan(store, job.context.plan_sha256)
     read = 0
     try:
@@ -153,8 +153,8 @@ def _planned_units(store: Store, job: Job, found: Verified) -> Iterator[tuple[in
         if read != job.units:
             raise DamageFound(f"plan: {read} units, job.json says {job.units}")
     except (DamageFound, NotFound) as error:
-        if not any(finding.key.startswith("plan/") for finding in found.findings):
-            found.findings.append(Finding(key="plan/", message=str(error)))
+        if not any(finding.key.startswith("plan/") for finding in result.findings):
+            result.findings.append(Finding(key="plan/", message=str(error)))
         yield from ((later, None) for later in range(read, job.units))
 
 
@@ -174,7 +174,7 @@ def _check_unit(
 
 
 def _gone(job: Job, files: Mapping[int, list[CommittedUnit]], manifest: Manifest | None) -> Iterator[Finding]:
-    """Units that were published from a file that is no longer there."""
+    """Yield the units that were published from a file that is no longer there."""
     if manifest is None or manifest.cleaned:
         return
     for part in manifest.parts:
@@ -190,63 +190,68 @@ def _gone(job: Job, files: Mapping[int, list[CommittedUnit]], manifest: Manifest
 # ---------------------------------------------------------------------------------------------
 
 
-def _verify_parts(store: Store, job: Job, manifest: Manifest, found: Verified, sample: int | None) -> None:
-    named = {file.key for part in manifest.parts for file in (part.images, part.instances)}
+def _verify_parts(store: Store, job: Job, manifest: Manifest, result: Verified, sample: int | None) -> None:
+    part_keys = {file.key for part in manifest.parts for file in (part.images, part.instances)}
     extra = foreign_parts(store, job)
     if manifest.state != "publishing":
-        there = [entry.key for table in ("images/", "instances/") for entry in store.list(table)]
-        extra = [key for key in there if key not in named]
+        stored = [entry.key for table in ("images/", "instances/") for entry in store.list(table)]
+        extra = [key for key in stored if key not in part_keys]
     message = "the manifest does not name this file, and queries over the folder read it"
-    found.findings += [Finding(key=key, message=message) for key in extra]
+    result.findings += [Finding(key=key, message=message) for key in extra]
     for part in manifest.parts:
-        found.parts += 1
-        found.images += part.images.rows
+        result.parts += 1
+        result.images += part.images.rows
         for file, kind in ((part.images, schema.IMAGES), (part.instances, schema.INSTANCES)):
-            found.bytes += file.bytes
-            faults = _check_part_file(store, part, file, kind, found, sample)
-            found.findings += [Finding(key=file.key, part=part.index, message=fault) for fault in faults]
+            result.bytes += file.bytes
+            faults = _check_part_file(store, part, file, kind, result, sample)
+            result.findings += [Finding(key=file.key, part=part.index, message=fault) for fault in faults]
 
 
 def _check_part_file(
-    store: Store, part: Part, wanted: PartFile, kind: pa.Schema, found: Verified, sample: int | None
+    store: Store, part: Part, expected: PartFile, kind: pa.Schema, result: Verified, sample: int | None
 ) -> list[str]:
     faults: list[str] = []
     try:
-        body = store.read(wanted.key)
-        if len(body) != wanted.bytes:
-            faults.append(f"{len(body)} bytes, the manifest says {wanted.bytes}")
-        if hashlib.sha256(body).hexdigest() != wanted.sha256:
+        body = store.read(expected.key)
+        if len(body) != expected.bytes:
+            faults.append(f"{len(body)} bytes, the manifest says {expected.bytes}")
+        if hashlib.sha256(body).hexdigest() != expected.sha256:
             faults.append("its sha256 is not the one in the manifest")
-        sealed_parquet.check_seal(body, wanted.key)
-        with sealed_parquet.open_body(pa.BufferReader(body), kind, wanted.key) as file:
-            faults += _row_faults(file, part, wanted, kind, found, sample)
+        sealed_parquet.check_seal(body, expected.key)
+        with sealed_parquet.open_body(pa.BufferReader(body), kind, expected.key) as file:
+            faults += _row_faults(file, part, expected, kind, result, sample)
     except (DamageFound, NotFound) as error:
-        faults.append(_without(wanted.key, error))
+        faults.append(_without(expected.key, error))
     return faults
 
 
 def _row_faults(
-    file: pq.ParquetFile, part: Part, wanted: PartFile, kind: pa.Schema, found: Verified, sample: int | None
+    file: pq.ParquetFile,
+    part: Part,
+    expected: PartFile,
+    kind: pa.Schema,
+    result: Verified,
+    sample: int | None,
 ) -> Iterator[str]:
-    """Faults of the rows: their number, order, sums, and masks. One row group in memory at a time."""
-    if file.metadata.num_rows != wanted.rows:
-        yield f"{file.metadata.num_rows} rows, the manifest says {wanted.rows}"
+    """Yield faults of the rows: their number, order, sums, and masks. One row group in memory at a time."""
+    if file.metadata.num_rows != expected.rows:
+        yield f"{file.metadata.num_rows} rows, the manifest says {expected.rows}"
     last: tuple[bytes, int] | None = None
     accepted, status = 0, Counter[str]()
     for group in range(file.num_row_groups):
-        table = _read_group(file, group, wanted.key)
+        table = _read_group(file, group, expected.key)
         place = table["instance_index"].to_pylist() if kind is schema.INSTANCES else []
         ids = [image_id.encode() for image_id in table["image_id"].to_pylist()]
         for key in zip(ids, place or [0] * len(ids), strict=True):
             if last is not None and key <= last:
-                yield f"image {key[0]!r}, instance {key[1]} stands twice or out of order"
+                yield f"image {key[0]!r}, instance {key[1]} is there twice or out of order"
             last = key
         if kind is schema.IMAGES:
             status.update(table["status"].to_pylist())
             accepted += pc.sum(table["num_accepted"]).as_py() or 0
         else:
             accepted += pc.sum(table["accepted"]).as_py() or 0
-            yield from _mask_faults(table, found, sample)
+            yield from _mask_faults(table, result, sample)
     if accepted != part.counts.accepted:
         yield f"{accepted} accepted masks, the manifest says {part.counts.accepted}"
     if kind is schema.IMAGES and dict(status) != dict(part.counts.status):
@@ -260,19 +265,19 @@ def _read_group(file: pq.ParquetFile, group: int, name: str) -> pa.Table:
         raise DamageFound(f"{name}: row group {group} cannot be read back ({error})") from error
 
 
-def _mask_faults(table: pa.Table, found: Verified, sample: int | None) -> Iterator[str]:
-    """Masks that do not decode to their size and area, of `sample` rows spread evenly (None: all)."""
+def _mask_faults(table: pa.Table, result: Verified, sample: int | None) -> Iterator[str]:
+    """Yield masks that do not have their size and area, of `sample` rows spread evenly (None: all)."""
     masks = table.filter(table["segmentation"].is_valid())
     step = 1 if sample is None else -(-masks.num_rows // max(sample, 1)) or 1
     rows = range(0, 0 if sample == 0 else masks.num_rows, step)
     for row in masks.take(pa.array(rows, pa.int64())).to_pylist():
-        found.masks_decoded += 1
-        fault = _decode_fault(row)
+        result.masks_decoded += 1
+        fault = _mask_fault(row)
         if fault:
             yield f"image {row['image_id']!a}, instance {row['instance_index']}: {fault}"
 
 
-def _decode_fault(row: Mapping[str, Any]) -> str | None:
+def _mask_fault(row: Mapping[str, Any]) -> str | None:
     try:
         mask = coco_mask.decode(row["segmentation"])
     except ValueError as error:

@@ -596,7 +596,7 @@ def test_doubled_rows_in_a_sealed_part_are_found(made: MadeJob):
     body = sealed_parquet.write_body(pa.concat_tables([rows, rows.slice(0, 1)]), {})
     made.store.put(part.images.key, body)
     text = findings(made)
-    assert "stands twice or out of order" in text
+    assert "is there twice or out of order" in text
     assert "9 rows, the manifest says 8" in text
 
 
