@@ -170,6 +170,16 @@ class WeightsInfo:
     warnings: Sequence[str] = field(default=())
 
 
+def check_image(image: UInt8Array) -> None:
+    """Raise ValueError unless the array is a uint8 RGB image, (H, W, 3)."""
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"an image is a {type(image).__name__}; wanted a numpy array, (H, W, 3) uint8 RGB")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"an image has shape {image.shape} and dtype {image.dtype}; wanted (H, W, 3) uint8 RGB"
+        )
+
+
 def target_size_hw(size_hw: tuple[int, int], side: int) -> tuple[int, int]:
     """Return the (height, width) in model pixels of an image of `size_hw` whose long side becomes `side`.
 
@@ -201,11 +211,7 @@ def resize_longest_side(image_hwc: UInt8Array, side: int) -> UInt8Array:
     Raises:
         ValueError: not uint8 (H, W, 3), or `too_elongated` (see `target_size_hw`).
     """
-    if image_hwc.dtype != np.uint8 or image_hwc.ndim != 3 or image_hwc.shape[2] != 3:
-        raise ValueError(
-            f"image has dtype {image_hwc.dtype} and shape {image_hwc.shape}; wanted uint8 RGB, "
-            "shape (height, width, 3)"
-        )
+    check_image(image_hwc)
     if target_size_hw(image_hwc.shape[:2], side) == image_hwc.shape[:2]:
         return image_hwc.copy()
     return resize_image(Image.fromarray(np.ascontiguousarray(image_hwc)), side)

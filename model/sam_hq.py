@@ -28,6 +28,7 @@ from model.records import (
     ImageEmbedding,
     MaskLogits,
     Prompts,
+    check_image,
     resize_longest_side,
     target_size_hw,
 )
@@ -130,7 +131,7 @@ class SamHQ(nn.Module):
         batch = torch.zeros(len(pixels), 3, S, S, device=self.device)
         mean, std = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
         for row, picture in zip(batch, pixels, strict=True):
-            check_picture(picture)
+            check_image(picture)
             height, width = picture.shape[:2]
             if max(height, width) != S:
                 raise ValueError(f"a prepared picture is {height}x{width}; its long side must be {S}")
@@ -147,8 +148,6 @@ class SamHQ(nn.Module):
             ValueError: no picture, one that is not uint8 (H, W, 3), or one so elongated that its short
                 side would be resized to nothing.
         """
-        for image in images:
-            check_picture(image)
         prepared = [resize_longest_side(image, self.config.image_size) for image in images]
         return self.encode_prepared(prepared, [(x.shape[0], x.shape[1]) for x in images])
 
@@ -395,15 +394,3 @@ def choose_masks(
         return hq_N1HW.expand(-1, M, -1, -1), ious[:, :M]
     index = order_N3[:, :M, None, None].expand(-1, -1, *hq_N1HW.shape[2:])
     return tokens.sam_NKHW.gather(1, index) + hq_N1HW, ious[:, :M]
-
-
-def check_picture(picture: UInt8Array) -> None:
-    """Raise `ValueError` unless the array is a uint8 RGB picture, (H, W, 3)."""
-    if not isinstance(picture, np.ndarray):
-        raise ValueError(
-            f"a picture is a {type(picture).__name__}; wanted a numpy array, (H, W, 3) uint8 RGB"
-        )
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise ValueError(
-            f"a picture has shape {picture.shape} and dtype {picture.dtype}; wanted (H, W, 3) uint8 RGB"
-        )

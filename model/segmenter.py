@@ -29,11 +29,12 @@ from model.records import (
     PreparedImage,
     Prompts,
     SegmentFailure,
+    check_image,
     resize_longest_side,
     target_size_hw,
 )
 from model.rle import rle_to_mask
-from model.sam_hq import SamHQ, check_picture, tokens_needed
+from model.sam_hq import SamHQ, tokens_needed
 
 UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
@@ -117,14 +118,9 @@ class Segmenter:
         """
         prepared = []
         for image, boxes in zip(images, boxes_xyxy, strict=True):
-            check_picture(image)
-            prepared.append(
-                PreparedImage(
-                    pixels_hwc=resize_longest_side(image, self.input_side),
-                    size_hw=(image.shape[0], image.shape[1]),
-                    prompts=Prompts(boxes_xyxy=box_rows(boxes)),
-                )
-            )
+            pixels = resize_longest_side(image, self.input_side)
+            size_hw, prompts = (image.shape[0], image.shape[1]), Prompts(boxes_xyxy=box_rows(boxes))
+            prepared.append(PreparedImage(pixels_hwc=pixels, size_hw=size_hw, prompts=prompts))
         return self.segment_prepared(prepared)
 
     def segment_prepared(self, images: Sequence[PreparedImage]) -> list[Instances | SegmentFailure]:
@@ -152,7 +148,7 @@ class Segmenter:
 
     def _check(self, image: PreparedImage, index: int) -> int:
         """Return the number of an image's prompts. Raises ValueError as `segment_prepared`."""
-        check_picture(image.pixels_hwc)
+        check_image(image.pixels_hwc)
         resized_hw = target_size_hw(image.size_hw, self.input_side)
         if image.pixels_hwc.shape[:2] != resized_hw:
             raise ValueError(

@@ -111,7 +111,7 @@ def test_an_image_of_the_right_size_is_copied_untouched() -> None:
     "image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.float32)]
 )
 def test_anything_but_rgb_bytes_is_refused(image: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="wanted uint8 RGB"):
+    with pytest.raises(ValueError, match=r"wanted \(H, W, 3\) uint8 RGB"):
         records.resize_longest_side(image, 64)
 
 

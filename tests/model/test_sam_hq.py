@@ -268,8 +268,8 @@ def test_training_mode_is_refused(images):
         (np.zeros((4, 5), np.uint8), r"shape \(4, 5\)"),
         (np.zeros((4, 5, 4), np.uint8), r"shape \(4, 5, 4\)"),
         (np.zeros((4, 5, 3), np.float32), "float32"),
-        ([[[0, 0, 0]]], "a picture is a list; wanted a numpy array"),
-        (torch.zeros(4, 5, 3, dtype=torch.uint8), "a picture is a Tensor"),
+        ([[[0, 0, 0]]], "an image is a list; wanted a numpy array"),
+        (torch.zeros(4, 5, 3, dtype=torch.uint8), "an image is a Tensor"),
         (np.zeros((1, 3000, 3), np.uint8), "too_elongated"),
     ],
 )
