@@ -1,14 +1,21 @@
-"""The device that the model computes on: its number format, its precision, and the host's work next to it."""
+"""The device that the model computes on: number format, precision, host threads, compiled calls."""
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from model.records import CallShape
+    from model.sam_hq import SamHQ
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -103,3 +110,136 @@ class HostThread:
         future = self._pool.submit(task, *args, **kwargs)
         self._pending.append(future)
         return future
+
+
+# Compiled calls, for a GPU and a model whose calls have one shape
+
+Outputs = tuple[torch.Tensor, ...]
+Record = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], None]]]
+"""Runs a function of fixed tensors; returns its results, and a function that computes them anew in place."""
+
+_RUNS_BEFORE_RECORDING = 3
+"""Compiling, and what libraries choose and allocate at their first calls, must not be recorded."""
+
+
+def compile_calls(
+    model: SamHQ,
+    call_shape: CallShape,
+    mask_tokens: tuple[int, ...],
+    *,
+    backend: str = "inductor",
+    record: Record | None = None,
+) -> None:
+    """Compile the calls of `call_shape` with boxes alone that ask for `mask_tokens`.
+
+    Two functions of the model are replaced: `SamHQ.embed` (pictures to their embeddings) and
+    `MaskDecoder.decode_tokens` (the tokens of some prompts to their masks). Each is compiled as a whole; its
+    work on the GPU is recorded once as a CUDA graph, and played back from then on. Calls of any other shape
+    (points, an image that memory did not suffice for) run the model's own functions, whose last bits may
+    differ. Which of the two a call runs depends on its shape alone, so equal inputs still give equal bytes.
+
+    torch.compile can record graphs by itself (`mode="reduce-overhead"`), but these belong to the thread that
+    compiled, and a job calls its model from several.
+
+    The first call of each kind takes minutes. `backend`: one of torch.compile's. `record`: how calls are
+    recorded; None: as CUDA graphs on the model's device.
+    """
+    # Without `deterministic`, each process would time kernels and take the faster ones, whose sums differ.
+    options: dict[str, Any] = {"options": {"deterministic": True}} if backend == "inductor" else {}
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend, **options)
+    keep = record or partial(record_cuda_graph, device=model.device)
+    side, decoder = model.config.image_size, model.mask_decoder
+    pictures = (call_shape.images_per_call, 3, side, side)
+    tokens = (call_shape.boxes_per_call, decoder.tokens_of_a_box, decoder.mask_tokens.embedding_dim)
+    functions: tuple[tuple[Any, str, tuple[int, ...], tuple[Any, ...]], ...] = (
+        (model, "embed", pictures, ()),
+        (decoder, "decode_tokens", tokens, (mask_tokens,)),
+    )
+    for owner, name, shape, constants in functions:
+        own = getattr(owner, name)
+        setattr(owner, name, OneShape(own, Recorded(compiled(own), keep), shape, constants))
+
+
+class OneShape:
+    """A function with a fast path for first arguments of one shape and some constants as its last."""
+
+    def __init__(
+        self,
+        own: Callable[..., Outputs],
+        fast: Callable[..., Outputs],
+        shape: tuple[int, ...],
+        constants: tuple[Any, ...],
+    ) -> None:
+        self._own, self._fast, self._shape, self._constants = own, fast, shape, constants
+
+    def __call__(self, first: torch.Tensor, *others: Any) -> Outputs:
+        """Return the function's tensors."""
+        last = others[len(others) - len(self._constants) :]
+        fits = tuple(first.shape) == self._shape and last == self._constants
+        return (self._fast if fits else self._own)(first, *others)
+
+
+class Recorded:
+    """A function of tensors that is recorded at its first call and played back at every later one.
+
+    The tensors may lie in tuples and dataclasses; all else among the arguments must stay as it was at the
+    first call. The inputs and outputs of the recording are kept for good, and the caller gets copies.
+    """
+
+    def __init__(self, function: Callable[..., Outputs], record: Record) -> None:
+        self._function, self._record = function, record
+        self._lock = threading.Lock()
+        self._recording: tuple[Any, Outputs, Callable[[], None]] | None = None
+
+    def __call__(self, *arguments: Any) -> Outputs:
+        """Return the function's tensors, new ones at every call."""
+        with self._lock:
+            if self._recording is None:
+                inputs = _with_each_tensor(arguments, torch.clone)
+                self._recording = inputs, *self._record(lambda: self._function(*inputs))
+            inputs, outputs, play = self._recording
+            for kept, new in zip(_tensors(inputs), _tensors(arguments), strict=True):
+                kept.copy_(new)
+            play()
+            return tuple(output.clone() for output in outputs)
+
+
+def record_cuda_graph(
+    run: Callable[[], Outputs], *, device: torch.device
+) -> tuple[Outputs, Callable[[], None]]:
+    """Return the results of `run`, and a function that has the GPU compute them anew. See `Record`."""
+    with torch.cuda.device(device):
+        # On another stream than the usual, see https://docs.pytorch.org/docs/stable/notes/cuda.html.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_RUNS_BEFORE_RECORDING):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = run()
+    return outputs, graph.replay
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def _with_each_tensor(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return the same tuples and dataclasses around other tensors."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_with_each_tensor(part, change) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: _with_each_tensor(getattr(value, field.name), change) for field in fields(value)}
+        return replace(value, **parts)
+    return value

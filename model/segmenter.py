@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.compiled import compile_calls
-from model.device import Dtype, HostThread, is_out_of_memory, use_full_precision
+from model.device import Dtype, HostThread, compile_calls, is_out_of_memory, use_full_precision
 from model.masks import TracedMasks, trace_masks
 from model.prompt_encoder import box_rows, check_prompts, mask_to_prompt
 from model.records import (
@@ -71,8 +70,8 @@ class Segmenter:
                 highest predicted IoU.
             hq_token_only: take the HQ token's logits alone, not the sum with SAM's.
             stability_offset: distance of the two thresholds of the stability score, greater than 0.
-            compiled: calls of `call_shape` run compiled and recorded (`compiled.py`), on a CUDA device alone;
-                the first ones take minutes.
+            compiled: compile and record calls of `call_shape` (`compile_calls`), on a CUDA device alone; the
+                first ones take minutes.
 
         Raises:
             ValueError: a setting outside its range.

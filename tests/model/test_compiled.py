@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import image_encoder
-from model.compiled import Recorded, compile_calls
+from model.device import Recorded, compile_calls
 from model.records import CallShape, Instances, Prompts
 from model.segmenter import Segmenter
 from model.transformer import ImageTokens
