@@ -1,10 +1,10 @@
-"""Masks and RLE from low-resolution logits: the traced road against two-step upsampling plus pycocotools.
+"""Masks and RLE from low-resolution logits: tracing against two-step upsampling plus pycocotools.
 
     python -m benchmarks.masks_rle [--masks 16] [--rounds 7]
 
-One thread, in CPU time, so that other work on the machine disturbs little. Both roads get the same logits
+One thread, in CPU time, so that other work on the machine disturbs little. Both ways get the same logits
 (256 x 256, of objects with wavy outlines and some noise) in alternation; a figure is the median over the
-rounds, in ms a mask. The traced road also counts stability, area and box; the other only makes the string.
+rounds, in ms a mask. Tracing also counts stability, area and box; the other only makes the string.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def traced(low: torch.Tensor, resized_hw: tuple[int, int], size_hw: tuple[int, i
     return runs.counts()
 
 
-def seconds(road: Callable[[], tuple[str, ...]]) -> tuple[float, tuple[str, ...]]:
+def seconds(encode: Callable[[], tuple[str, ...]]) -> tuple[float, tuple[str, ...]]:
     start = time.process_time()
-    counts = road()
+    counts = encode()
     return time.process_time() - start, counts
 
 

@@ -72,7 +72,7 @@ def families(names):
 
 
 @pytest.mark.parametrize("family", families(CLOSED))
-def test_a_closed_set_detector_says_what_a_plain_loop_says(folders, family):
+def test_a_closed_set_detector_gives_what_a_plain_loop_gives(folders, family):
     threshold = 0.0 if family == "rf_detr" else 0.2  # its random weights are sure of nothing
     detector = ClosedSetDetector(str(folders[family]), threshold=threshold)
 
@@ -89,7 +89,7 @@ def test_a_closed_set_detector_says_what_a_plain_loop_says(folders, family):
 
 
 @pytest.mark.parametrize("family", families(ZERO_SHOT))
-def test_a_zero_shot_detector_says_what_a_plain_loop_says_with_our_categories(folders, family):
+def test_a_zero_shot_detector_gives_what_a_plain_loop_gives_with_our_categories(folders, family):
     detector = ZeroShotDetector(str(folders[family]), PROMPTS, threshold=0.0)
 
     assert [(one.id, one.name) for one in detector.categories] == [(1, "cat"), (2, "person"), (3, "vehicle")]

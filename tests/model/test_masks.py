@@ -123,7 +123,7 @@ def assert_traced_is_plain(low: torch.Tensor, size_hw: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size_hw", [*SIZES_HW, *SMALL_SIZES_HW])
-def test_plain_road_is_the_two_bilinear_steps(size_hw: tuple[int, int]) -> None:
+def test_upsampling_is_the_two_bilinear_steps(size_hw: tuple[int, int]) -> None:
     low = blobs(size_hw, 2)
     logits = masks.upsample_logits(low, target_size_hw(size_hw, 1024), size_hw)
     reference = plain(low, size_hw)
@@ -210,7 +210,7 @@ def test_no_masks() -> None:
     assert plain(low, (427, 640)).masks_NHW.shape == (0, 427, 640)
 
 
-def test_a_mask_has_the_same_bytes_whatever_stands_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_has_the_same_bytes_whatever_else_is_in_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     size_hw = (427, 640)
     low = torch.cat([blobs(size_hw, 6), torch.stack(list(difficult_logits(size_hw).values()))])
     together = traced_bytes(trace(low, size_hw))

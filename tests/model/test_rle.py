@@ -134,7 +134,7 @@ def test_a_mask_is_encoded_alike_whatever_else_is_encoded() -> None:
         ("d0\n", "outside the alphabet"),
         ("dé", "outside the alphabet"),
         ("d\ud800", "outside the alphabet"),
-        ("dP", "ends inside a number"),  # the last character says that another follows
+        ("dP", "ends inside a number"),  # the last character has 32 set: another follows
         ("PPPPPPPPP0", "too many characters"),
         ("d0", "runs of 20 pixels"),  # of a mask of 4 x 5, not of 5 x 5: pycocotools reads stray memory
         ("0d0d0", "runs of 40 pixels"),
