@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the configuration's own fields and docstrings.
+"""Write docs/configuration.md from the settings' own declarations.
 
 .venv/bin/python tools/configuration.py
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from jobs.config import Config
+from pipeline.settings import CHANGES_ROWS, IDENTITY, Unit
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """# Configuration
@@ -23,7 +24,11 @@ Written by `tools/configuration.py`; do not edit.
 
 Flags and `--set section.name=value` go before the file; an unknown name is an error and proposes the nearest.
 Secrets have no setting: they come from the environment, a profile or a role of the machine.
-`null` means "not given"; the resolved configuration of a job lies beside its tables as `config.yaml`.
+`null` means "not given"; the resolved configuration of a job is next to its tables as `config.yaml`.
+
+*Rows*: `identity` settings change masks or rows, and a job is resumed with the same ones or refused; of the
+checkpoint and the detector the content counts, not the place. `yes`: can change whether an image fails, and
+may change between resumes. The others change no row of a job.
 
 ```yaml
 input:
@@ -37,6 +42,8 @@ storage:
   s3: {endpoint_url: https://minio.example.com}
 ```
 """
+TABLE = "| name | type | default | rows | meaning |\n|---|---|---|---|---|"
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def kind(annotation: Any) -> str:
@@ -44,13 +51,29 @@ def kind(annotation: Any) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inner)
-    if origin is UnionType or str(origin) == "typing.Union":
+    if origin in (UnionType, Union):
         return " or ".join(kind(part) for part in inner if part is not NoneType)
     if origin in (list, dict):
         return {list: "list", dict: "mapping"}[origin]
-    if origin is not None:  # Annotated and the like: what they annotate
-        return kind(inner[0])
+    if origin is not None:  # Annotated
+        return kind(inner[0]) + unit(inner[1:])
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[annotation]
+
+
+def unit(metadata: Any) -> str:
+    """What a number counts, such as `, seconds`; empty where that is not marked."""
+    return "".join(f", {mark.name}" for mark in metadata if isinstance(mark, Unit))
+
+
+def bounds(field: FieldInfo) -> str:
+    """A field's limits, such as ` (≥ 1)`; empty without."""
+    limits = [
+        f"{sign} {getattr(mark, name)}"
+        for mark in field.metadata
+        for name, sign in SIGNS.items()
+        if getattr(mark, name, None) is not None
+    ]
+    return f" ({', '.join(limits)})" if limits else ""
 
 
 def default(field: FieldInfo) -> str:
@@ -61,16 +84,11 @@ def default(field: FieldInfo) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def bounds(field: FieldInfo) -> str:
-    """A field's limits, such as ` (≥ 1)`; empty without."""
-    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    found = [
-        f"{sign} {getattr(m, name)}"
-        for m in field.metadata
-        for name, sign in signs.items()
-        if getattr(m, name, None) is not None
-    ]
-    return f" ({', '.join(found)})" if found else ""
+def rows(field: FieldInfo) -> str:
+    """Whether a field can change a row, and is compared when a job is resumed."""
+    if IDENTITY in field.metadata:
+        return "identity"
+    return "yes" if CHANGES_ROWS in field.metadata else "no"
 
 
 def meaning(field: FieldInfo) -> str:
@@ -78,12 +96,10 @@ def meaning(field: FieldInfo) -> str:
     return re.sub(r"\s+", " ", field.description or "").replace("|", "\\|")
 
 
-def rows(section: type[BaseModel]) -> list[str]:
-    """A section's fields as the rows of a table."""
-    return [
-        f"| `{name}` | {kind(field.annotation)}{bounds(field)} | `{default(field)}` | {meaning(field)} |"
-        for name, field in section.model_fields.items()
-    ]
+def row(name: str, field: FieldInfo) -> str:
+    """A field as a row of its section's table."""
+    values = f"{kind(field.annotation)}{unit(field.metadata)}{bounds(field)} | `{default(field)}`"
+    return f"| `{name}` | {values} | {rows(field)} | {meaning(field)} |"
 
 
 def page() -> str:
@@ -93,7 +109,7 @@ def page() -> str:
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
             lines += [f"## {name}", "", (section.__doc__ or "").split("\n")[0], ""]
-            lines += ["| name | type | default | meaning |", "|---|---|---|---|", *rows(section), ""]
+            lines += [TABLE, *(row(*item) for item in section.model_fields.items()), ""]
         else:
             lines += [f"## {name}", "", f"Default `{default(field)}`. {meaning(field)}".rstrip(), ""]
     return "\n".join(lines).rstrip() + "\n"
