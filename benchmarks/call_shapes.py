@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.made_inputs import boxes_of
-from jobs.config import Config, load_config
+from jobs.config import Config, ConfigSources
 from jobs.job_setup.check_models import read_checkpoint
 from jobs.terminal import console
 from model.device import Dtype, probe_dtype
@@ -56,7 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     flags = {"model.checkpoint": arguments.checkpoint, "model.compile": arguments.compile}
     title, figures = measure(
-        load_config(None, flags=flags), quick=arguments.quick, variants=arguments.variant
+        ConfigSources(flags=flags).load(), quick=arguments.quick, variants=arguments.variant
     )
     print(f"{title}\n{console.table(_HEAD, list(_texts(figures)))}")
 

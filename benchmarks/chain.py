@@ -25,7 +25,7 @@ from PIL import Image
 from benchmarks.made_inputs import boxes_of, write_boxes, write_pictures
 from jobs.cluster.ray_cluster import usable_cpus
 from jobs.commands.estimate import Measured, measure
-from jobs.config import Config, load_config
+from jobs.config import Config, ConfigSources
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.check_models import read_checkpoint
 from jobs.job_setup.open_job import plan_inputs
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--actors", type=int, help="model processes; default: as a job chooses")
     arguments = parser.parse_args()
     flags = {"model.checkpoint": arguments.checkpoint, "cluster.actors": arguments.actors}
-    config = load_config(None, flags=flags)
+    config = ConfigSources(flags=flags).load()
     for part in arguments.parts:
         measure_part = measure_stub if part == "stub" else measure_model
         with tempfile.TemporaryDirectory(prefix="hqlabel-bench-") as folder:

@@ -26,7 +26,7 @@ from benchmarks.made_inputs import many_name, write_many_boxes
 from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import working_context
 from jobs.commands.label import pending_units
-from jobs.config import Config, load_config
+from jobs.config import Config, ConfigSources
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.open_job import open_or_create
 from jobs.job_setup.slices import WHOLE
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000, help="images of the job, at least 1000")
     rows = parser.parse_args().rows
-    config = load_config(None, flags={"model.checkpoint": "demo"})
+    config = ConfigSources(flags={"model.checkpoint": "demo"}).load()
     with tempfile.TemporaryDirectory(prefix="hqlabel-bench-") as folder:
         title, laps = measure(config, Path(folder), Interrupts(), rows=rows)
     print(f"{title}\n{console.table(_HEAD, [_texts(lap) for lap in laps])}")

@@ -1,7 +1,7 @@
 """The configuration of a job: one YAML file, flags for the common cases, `--set a.b=v` on top.
 
-Every name that a person can write is a field here, with its meaning; an unknown name is an error that
-proposes the nearest known one. Secrets have no field: they come from the environment, a profile or a
+Every name that a user can write is a field of a section in `pipeline.settings`; an unknown name is an error
+that proposes the nearest known one. Secrets have no field: they come from the environment, a profile or a
 role of the machine. The resolved configuration is written to `config.yaml` in the output.
 """
 
@@ -11,15 +11,13 @@ import difflib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.errors import UsageError
 from pipeline.settings import (
-    BoxFormat,
-    BoxFrame,
     BoxSettings,
     ClusterSettings,
     CostSettings,
@@ -53,8 +51,11 @@ class Config(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
-    """What a command was given: a YAML file, flags by dotted name (None: not given), `a.b=value` texts."""
+class ConfigSources:
+    """What a command's configuration is made of: a YAML file, flags, `a.b=value` texts.
+
+    `flags`: by dotted name; None: not set.
+    """
 
     path: str | None = None
     flags: Mapping[str, Any] = field(default_factory=dict)
@@ -66,14 +67,14 @@ class Given:
         Raises `UsageError` with every mistake named.
         """
         tree = _parse_yaml(saved, "the saved configuration") if saved else {}
-        _merge(tree, read_yaml(self.path) if self.path else {})
-        given = {name: value for name, value in self.flags.items() if value is not None}
-        for name, value in given.items():
+        _merge(tree, _read_yaml(self.path) if self.path else {})
+        flags = {name: value for name, value in self.flags.items() if value is not None}
+        for name, value in flags.items():
             _put(tree, name, value, origin="a flag")
         for name, value in map(parse_set, self.sets):
-            if given.get(name, value) != value:
+            if flags.get(name, value) != value:
                 raise UsageError(
-                    f"--set {name}={value} contradicts the flag that gives {given[name]!r}; keep one"
+                    f"--set {name}={value} contradicts the flag that gives {flags[name]!r}; keep one"
                 )
             _put(tree, name, value, origin="--set")
         try:
@@ -82,15 +83,8 @@ class Given:
             raise UsageError(_explain(error)) from None
 
 
-def load_config(
-    path: str | None, *, flags: Mapping[str, Any] | None = None, sets: Sequence[str] = ()
-) -> Config:
-    """The configuration from a YAML file (or none), then flags by dotted name, then `a.b=value` texts."""
-    return Given(path=path, flags=flags or {}, sets=sets).load()
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a local YAML file. Raises `UsageError` naming the file, the line and the fault."""
+def _read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a local YAML file. Raises `UsageError` with the file, the line and the fault."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -107,8 +101,7 @@ def _parse_yaml(text: str, name: str) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        found = type(tree).__name__
-        raise UsageError(f"{name}: wanted `name: value` lines at the top, found a {found}")
+        raise UsageError(f"{name}: wanted `name: value` lines at the top, found a {type(tree).__name__}")
     return tree
 
 
@@ -116,7 +109,7 @@ def parse_prompts(text: str | None) -> dict[str, str] | None:
     """`person; red car` as {"person": "person", "red car": "red car"}; None for None."""
     if text is None:
         return None
-    prompts = [one.strip() for one in text.split(";") if one.strip()]
+    prompts = [prompt.strip() for prompt in text.split(";") if prompt.strip()]
     if not prompts:
         raise UsageError(f"--prompts {text!r}: wanted words parted by ';', such as 'person; red car'")
     return {prompt: prompt for prompt in prompts}
@@ -141,15 +134,13 @@ def to_yaml(config: Config) -> str:
 
 def known_names() -> list[str]:
     """Every dotted name of the configuration, in the order of the sections."""
-    return list(_names(Config, ""))
-
-
-def _names(model: type[BaseModel], prefix: str) -> list[str]:
     names: list[str] = []
-    for name, info in model.model_fields.items():
-        kind = info.annotation
-        nested = isinstance(kind, type) and issubclass(kind, BaseModel)
-        names += _names(kind, f"{prefix}{name}.") if nested else [prefix + name]  # type: ignore[arg-type]
+    for name, info in Config.model_fields.items():
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            names += [f"{name}.{setting}" for setting in section.model_fields]
+        else:
+            names.append(name)
     return names
 
 
@@ -207,5 +198,3 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 _SECTION = "wanted a section of `name: value` lines"
-BOX_FORMATS: tuple[str, ...] = get_args(BoxFormat)
-BOX_FRAMES: tuple[str, ...] = get_args(BoxFrame)

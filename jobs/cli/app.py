@@ -17,7 +17,7 @@ from typing import Any
 import typer
 
 from jobs.cli.options import SHARED, Flag
-from jobs.config import Given
+from jobs.config import ConfigSources
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupted, Interrupts, end_now
 from pipeline.errors import HqlabelError
@@ -76,13 +76,13 @@ def command(*flags: Flag) -> Callable[[Callable[..., int]], Callable[..., None]]
     return decorate
 
 
-def _given(flags: Sequence[Flag], values: dict[str, Any]) -> Given:
+def _given(flags: Sequence[Flag], values: dict[str, Any]) -> ConfigSources:
     """Take what belongs to these flags, `--config` and `--set` out of `values`."""
     found = {}
     for flag in flags:
         value = values.pop(flag.parameter.name)
         found[flag.setting] = flag.read(value) if flag.read else value
-    return Given(path=values.pop("config"), flags=found, sets=tuple(values.pop("set") or ()))
+    return ConfigSources(path=values.pop("config"), flags=found, sets=tuple(values.pop("set") or ()))
 
 
 def end_interrupted() -> None:

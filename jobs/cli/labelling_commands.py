@@ -13,7 +13,7 @@ import typer
 from jobs.cli import options
 from jobs.cli.app import app, command, interrupts
 from jobs.cli.options import JOB, OUTPUT, RAY_ADDRESS
-from jobs.config import Given
+from jobs.config import ConfigSources
 from jobs.job_setup.slices import parse_slice
 from pipeline.errors import UsageError, clean_text
 
@@ -21,7 +21,7 @@ from pipeline.errors import UsageError, clean_text
 @app.command(rich_help_panel="Labelling", context_settings={"allow_extra_args": True})
 @command(*JOB)
 def label(
-    given: Given,
+    given: ConfigSources,
     json: bool,
     *,
     ctx: typer.Context,
@@ -47,7 +47,7 @@ def label(
 @app.command(rich_help_panel="Labelling", context_settings={"allow_extra_args": True})
 @command(*JOB)
 def plan(
-    given: Given,
+    given: ConfigSources,
     json: bool,
     *,
     ctx: typer.Context,
@@ -75,7 +75,7 @@ def plan(
 @app.command(rich_help_panel="Labelling")
 @command(OUTPUT)
 def status(
-    given: Given,
+    given: ConfigSources,
     json: bool,
     *,
     watch: Annotated[
@@ -97,7 +97,7 @@ def status(
 @app.command(rich_help_panel="Labelling")
 @command(OUTPUT, RAY_ADDRESS)
 def retry(
-    given: Given,
+    given: ConfigSources,
     json: bool,
     *,
     code: Annotated[

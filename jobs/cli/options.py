@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
-from jobs.config import BOX_FORMATS, BOX_FRAMES, parse_prompts
+from jobs.config import parse_prompts
+from pipeline.settings import BoxFormat, BoxFrame
 
+_FORMATS, _FRAMES = ", ".join(get_args(BoxFormat)), " or ".join(get_args(BoxFrame))
 _INPUT, _RUN, _SHARED = "Input and output", "Running", "Every command"
 
 
@@ -118,13 +120,13 @@ JOB = (
         name="--box-format",
         setting="input.box_format",
         metavar="FORMAT",
-        help=f"How four numbers are meant: {', '.join(BOX_FORMATS)}. Default: xyxy in tables, xywh in COCO.",
+        help=f"How four numbers are meant: {_FORMATS}. Default: xyxy in tables, xywh in COCO.",
     ),
     Flag(
         name="--box-frame",
         setting="input.box_frame",
         metavar="FRAME",
-        help=f"{' or '.join(BOX_FRAMES)}: is the box measured in the picture as it is viewed (EXIF rotation "
+        help=f"{_FRAMES}: is the box measured in the picture as it is viewed (EXIF rotation "
         "applied; default), or as the file stores it?",
     ),
     Flag(

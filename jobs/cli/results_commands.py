@@ -13,14 +13,14 @@ import typer
 from jobs.cli import options
 from jobs.cli.app import app, command, interrupts
 from jobs.cli.options import CHECKPOINT, DETECTOR, FILTERS, OUTPUT, RAY_ADDRESS
-from jobs.config import Given
+from jobs.config import ConfigSources
 from pipeline.errors import UsageError
 
 
 @app.command(rich_help_panel="Results")
 @command(OUTPUT, *FILTERS)
 def publish(
-    given: Given,
+    given: ConfigSources,
     json: bool,
     *,
     more: Annotated[
@@ -65,7 +65,7 @@ def publish(
 @app.command(rich_help_panel="Results")
 @command(OUTPUT)
 def validate(
-    given: Given,
+    given: ConfigSources,
     json: bool,
     *,
     sample: Annotated[
@@ -89,7 +89,7 @@ def validate(
 @app.command(rich_help_panel="Results")
 @command(OUTPUT)
 def inspect(
-    given: Given,
+    given: ConfigSources,
     json: bool,
     *,
     image_id: Annotated[str, typer.Argument(help="The image_id as in the tables.", show_default=False)],
@@ -114,7 +114,7 @@ def inspect(
 @app.command(rich_help_panel="Results")
 @command(OUTPUT)
 def report(
-    given: Given,
+    given: ConfigSources,
     json: bool,
     *,
     to: Annotated[
@@ -141,7 +141,7 @@ def report(
 @app.command(rich_help_panel="Results")
 @command(OUTPUT)
 def export(
-    given: Given,
+    given: ConfigSources,
     json: bool,
     *,
     format_: Annotated[
@@ -215,7 +215,7 @@ def export(
 @app.command(rich_help_panel="Results")
 @command(OUTPUT)
 def evaluate(
-    given: Given,
+    given: ConfigSources,
     json: bool,
     *,
     truth: Annotated[
@@ -267,7 +267,7 @@ def evaluate(
 @app.command(rich_help_panel="Results")
 @command(OUTPUT)
 def clean(
-    given: Given,
+    given: ConfigSources,
     json: bool,
     *,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only list what would go.")] = False,
@@ -288,7 +288,7 @@ def clean(
 @app.command(rich_help_panel="This machine")
 @command(CHECKPOINT, *DETECTOR, OUTPUT, RAY_ADDRESS)
 def doctor(
-    given: Given,
+    given: ConfigSources,
     json: bool,
     *,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="Do not start or join Ray.")] = False,

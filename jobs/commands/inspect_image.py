@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jobs.config import Given
+from jobs.config import ConfigSources
 from jobs.job_setup.saved_job import SavedJob, open_saved
 from jobs.results.read_tables import ImageRows, Row, find_image
 from jobs.results.render_images import overlay_png
@@ -25,7 +25,7 @@ _LONGEST_SIDE = 1600
 _SCORES = ("detector_score", "predicted_iou", "stability_score", "box_iou", "mask_in_box")
 
 
-def run(given: Given, image_id: str, *, picture: str | None, json: bool) -> int:
+def run(given: ConfigSources, image_id: str, *, picture: str | None, json: bool) -> int:
     """Print the rows of one image, write its overlay as PNG, and return 0.
 
     Raises:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.cluster.run_units import save_config
-from jobs.config import Config, Given
+from jobs.config import Config, ConfigSources
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.saved_job import SavedJob, open_saved
 from jobs.results.read_tables import require_published, rows_between
@@ -44,7 +44,7 @@ class Source:
     manifest: Manifest
 
 
-def run(given: Given, outputs: Sequence[str], *, json: bool) -> int:
+def run(given: ConfigSources, outputs: Sequence[str], *, json: bool) -> int:
     """Write the merged tables into the empty output that `given` names, say what was doubled, return 0.
 
     Raises:
@@ -80,7 +80,7 @@ def run(given: Given, outputs: Sequence[str], *, json: bool) -> int:
 
 
 def _source(number: int, uri: str) -> Source:
-    saved = open_saved(Given(flags={"output.uri": uri}))
+    saved = open_saved(ConfigSources(flags={"output.uri": uri}))
     manifest = require_published(saved.store)
     if manifest.state != "complete":
         raise UsageError(f"{uri}: is {manifest.state}; merge it when it is complete")

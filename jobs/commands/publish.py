@@ -8,7 +8,7 @@ from jobs.cluster.job_lock import JobLock
 from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import save_config
 from jobs.commands.end_summary import EXIT_OVER_BUDGET, describe_counts, over_budget
-from jobs.config import Given
+from jobs.config import ConfigSources
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.saved_job import SavedJob, open_saved
 from jobs.terminal import console
@@ -17,7 +17,7 @@ from pipeline.tables.manifest import Manifest
 from pipeline.tables.publish_tables import publish
 
 
-def run(given: Given, interrupts: Interrupts, *, json: bool) -> int:
+def run(given: ConfigSources, interrupts: Interrupts, *, json: bool) -> int:
     """Publish every range of units that is whole, with the filters given now, and return the exit code."""
     saved = open_saved(given)
     filters = saved.config.filter

@@ -16,7 +16,7 @@ from jobs.cluster.job_lock import JobLock
 from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import Work, images_in, run_pending
 from jobs.commands.end_summary import Ending, report_done
-from jobs.config import Given
+from jobs.config import ConfigSources
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.check_models import read_checkpoint, read_detector
 from jobs.job_setup.saved_job import SavedJob, open_saved
@@ -52,7 +52,7 @@ class _Target:
     images: int
 
 
-def run(given: Given, options: RetryOptions, interrupts: Interrupts) -> int:
+def run(given: ConfigSources, options: RetryOptions, interrupts: Interrupts) -> int:
     """Do the failed images again, publish, and return the exit code."""
     began = time.monotonic()
     _check_codes(options.codes)

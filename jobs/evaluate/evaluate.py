@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.config import Given
+from jobs.config import ConfigSources
 from jobs.evaluate.average_precision import (
     ANY_CLASS,
     SIZES,
@@ -96,7 +96,7 @@ class Classes:
     one: bool = False
 
 
-def run(given: Given, options: EvaluateOptions) -> int:
+def run(given: ConfigSources, options: EvaluateOptions) -> int:
     """Judge the tables, keep the figures in the output (report/evaluation.json), print them, return 0."""
     require_library()
     if options.score not in SCORE_COLUMNS:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from jobs.config import Given
+from jobs.config import ConfigSources
 from jobs.export.coco import category_numbers, write_coco
 from jobs.export.export_source import Source, open_source
 from jobs.export.hf_dataset import write_hf
@@ -51,7 +51,7 @@ class ExportOptions:
     json: bool = False
 
 
-def run(given: Given, options: ExportOptions) -> int:
+def run(given: ConfigSources, options: ExportOptions) -> int:
     """Write the files into an empty folder or prefix, say what was left out and lost, and return 0."""
     if options.format not in FORMATS:
         raise UsageError(f"export {options.format!r}: wanted one of {', '.join(FORMATS)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jobs.config import CONFIG_KEY, Config, Given
+from jobs.config import CONFIG_KEY, Config, ConfigSources
 from jobs.job_setup import resolve_settings as settings
 from pipeline.errors import UsageError
 from pipeline.inputs.open_inputs import allowed_access
@@ -26,7 +26,7 @@ class SavedJob:
     job: Job
 
 
-def open_saved(given: Given) -> SavedJob:
+def open_saved(given: ConfigSources) -> SavedJob:
     """The job in the output that `given` names.
 
     Raises:

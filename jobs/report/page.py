@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from pycocotools import mask as coco_mask
 
-from jobs.config import Given
+from jobs.config import ConfigSources
 from jobs.job_setup.saved_job import SavedJob, open_saved
 from jobs.report.charts import bars, histogram
 from jobs.report.numbers import Key, ReportData, gather
@@ -69,7 +69,7 @@ class ShownSection:
     sql: str
 
 
-def run(given: Given, *, to: str | None, as_json: bool) -> int:
+def run(given: ConfigSources, *, to: str | None, as_json: bool) -> int:
     """Write the page into the output (report/index.html) or to a local file, and return 0."""
     saved = open_saved(given)
     manifest = require_published(saved.store)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks import call_shapes, chain
 from benchmarks.made_inputs import boxes_of, write_boxes, write_pictures
-from jobs.config import load_config
+from jobs.config import ConfigSources
 from model.sam_config import PUBLISHED
 from pipeline.images.decode_upright import decode_image
 from tests.e2e.scenes import small_checkpoint
@@ -24,7 +24,7 @@ SIZE_HW = (60, 80)
 
 def test_the_shapes_that_are_measured_have_their_figures(tmp_path: Path) -> None:
     checkpoint = small_checkpoint(tmp_path / "small")
-    config = load_config(None, flags={"model.checkpoint": str(checkpoint)})
+    config = ConfigSources(flags={"model.checkpoint": str(checkpoint)}).load()
 
     title, figures = call_shapes.measure(config, quick=True, variants=[])
 

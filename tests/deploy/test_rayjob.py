@@ -12,7 +12,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-from jobs.config import load_config
+from jobs.config import ConfigSources
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,7 +114,7 @@ def test_the_entrypoint_waits_for_its_first_node_and_uses_all_that_may_come(job:
     given = dict(zip(words[2::2], words[3::2], strict=True))
     sets = [word for flag, word in itertools.pairwise(words) if flag == "--set"]
 
-    config = load_config(None, sets=sets)
+    config = ConfigSources(sets=sets).load()
 
     assert words[:2] == ["hqlabel", "label"]
     assert set(given) == {"--images", "--boxes", "--checkpoint", "--output", "--set"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from jobs.config import load_config
+from jobs.config import ConfigSources
 from tests.docs.markdown import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def test_the_example_is_a_configuration(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(example)
 
-    config = load_config(str(path))
+    config = ConfigSources(path=str(path)).load()
 
     assert config.model_dump(include={"input": {"images"}}) == {
         "input": {"images": yaml.safe_load(example)["input"]["images"]}

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from jobs.config import Given
+from jobs.config import ConfigSources
 from jobs.evaluate.evaluate import EvaluateOptions
 from jobs.evaluate.evaluate import run as evaluate_truth
 from jobs.results.select_rows import Selection
@@ -772,7 +772,7 @@ class TruthJudge:
 
 def _judge_truths(folder: Path, pipe: Any) -> None:
     """The process of a TruthJudge: for each word, (outcome, message or traceback, MiB that it grew by)."""
-    given = Given(flags={"output.uri": str(folder / "out")})
+    given = ConfigSources(flags={"output.uri": str(folder / "out")})
     options = EvaluateOptions(truth=str(folder / "truth.json"), selection=Selection(), json=True)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # of pycocotools 2.0.11

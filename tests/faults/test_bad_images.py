@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs.config import load_config
+from jobs.config import ConfigSources
 from jobs.job_setup.check_models import read_checkpoint
 from model.records import SegmentFailure
 from model.segmenter import Segmenter
@@ -216,7 +216,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def network_job(folder: Path, weights: Path, images: int, **options: object) -> MadeJob:
     pictures = {f"{n:03}.png": png(picture(n)) for n in range(images)}
-    record_of_weights = read_checkpoint(load_config(None, flags={"model.checkpoint": str(weights)}))
+    record_of_weights = read_checkpoint(ConfigSources(flags={"model.checkpoint": str(weights)}).load())
     return make_job(
         folder, pictures, segmenter="pipeline.stages.load_model:load_segmenter", weights=record_of_weights,
         limits=Limits(segment_timeout_s=300), **options,

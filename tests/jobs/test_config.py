@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.config import Config, known_names, load_config, parse_set, to_yaml
+from jobs.config import Config, ConfigSources, known_names, parse_set, to_yaml
 from pipeline.errors import UsageError
 
 
@@ -19,9 +19,9 @@ def written(folder: Path, text: str) -> str:
 
 def test_set_goes_over_flags_and_flags_go_over_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, "input: {images: from-file, boxes: from-file}\nmodel: {dtype: bfloat16}\n")
-    config = load_config(
-        path, flags={"input.images": "from-flag", "input.limit": None}, sets=["model.dtype=float32"]
-    )
+    config = ConfigSources(
+        path=path, flags={"input.images": "from-flag", "input.limit": None}, sets=["model.dtype=float32"]
+    ).load()
     assert config.input.images == "from-flag"
     assert config.input.boxes == "from-file"
     assert config.input.limit is None
@@ -30,7 +30,7 @@ def test_set_goes_over_flags_and_flags_go_over_the_file(tmp_path: Path) -> None:
 
 def test_values_of_set_have_the_types_of_yaml() -> None:
     sets = ["limits.max_failure_rate=1e-3", "cluster.actors=2", "storage.s3={endpoint_url: 'http://x:9000'}"]
-    config = load_config(None, sets=[*sets, "input.limit=null", "input.allow_roots=[/a, /b]"])
+    config = ConfigSources(sets=[*sets, "input.limit=null", "input.allow_roots=[/a, /b]"]).load()
     assert config.limits.max_failure_rate == 0.001
     assert config.cluster.actors == 2
     assert config.storage == {"s3": {"endpoint_url": "http://x:9000"}}
@@ -40,8 +40,8 @@ def test_values_of_set_have_the_types_of_yaml() -> None:
 
 
 def test_the_saved_configuration_is_read_back_equal(tmp_path: Path) -> None:
-    config = load_config(None, flags={"input.images": "ü/ä b"}, sets=["filter.min_predicted_iou=0.8"])
-    assert load_config(written(tmp_path, to_yaml(config))) == config
+    config = ConfigSources(flags={"input.images": "ü/ä b"}, sets=["filter.min_predicted_iou=0.8"]).load()
+    assert ConfigSources(path=written(tmp_path, to_yaml(config))).load() == config
     assert Config.model_validate(yaml.safe_load(to_yaml(Config()))) == Config()
 
 
@@ -64,25 +64,25 @@ def test_the_saved_configuration_is_read_back_equal(tmp_path: Path) -> None:
 )
 def test_a_wrong_setting_is_named_with_what_was_wanted(setting: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
-        load_config(None, sets=[setting])
+        ConfigSources(sets=[setting]).load()
     assert said in str(caught.value)
 
 
 def test_every_mistake_is_named_at_once() -> None:
     with pytest.raises(UsageError) as caught:
-        load_config(None, sets=["cluster.actors=none", "outptu.uri=x"])
+        ConfigSources(sets=["cluster.actors=none", "outptu.uri=x"]).load()
     assert "cluster.actors" in str(caught.value)
     assert "outptu" in str(caught.value)
 
 
 def test_a_pool_that_begins_larger_than_it_may_grow_is_refused() -> None:
     with pytest.raises(UsageError, match="actors_min 3 is more than actors 2"):
-        load_config(None, sets=["cluster.actors=2", "cluster.actors_min=3"])
+        ConfigSources(sets=["cluster.actors=2", "cluster.actors_min=3"]).load()
 
 
 def test_a_flag_and_a_set_that_disagree_are_refused() -> None:
     with pytest.raises(UsageError, match=r"--set output.uri=b contradicts the flag that gives 'a'"):
-        load_config(None, flags={"output.uri": "a"}, sets=["output.uri=b"])
+        ConfigSources(flags={"output.uri": "a"}, sets=["output.uri=b"]).load()
 
 
 @pytest.mark.parametrize(
@@ -97,18 +97,18 @@ def test_a_flag_and_a_set_that_disagree_are_refused() -> None:
 def test_a_file_that_cannot_be_meant_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(UsageError) as caught:
-        load_config(path)
+        ConfigSources(path=path).load()
     assert path in str(caught.value)
     assert said in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no\.yaml: cannot be read: No such file"):
-        load_config(str(tmp_path / "no.yaml"))
+        ConfigSources(path=str(tmp_path / "no.yaml")).load()
 
 
 def test_an_empty_file_is_an_empty_configuration(tmp_path: Path) -> None:
-    assert load_config(written(tmp_path, "# nothing yet\n")) == Config()
+    assert ConfigSources(path=written(tmp_path, "# nothing yet\n")).load() == Config()
 
 
 def test_the_names_that_scripts_rely_on_are_there() -> None:

@@ -19,7 +19,7 @@ import typer
 from typer.testing import CliRunner
 
 from jobs.cli import main as cli
-from jobs.config import Config, Given
+from jobs.config import Config, ConfigSources
 from jobs.job_setup.check_models import read_checkpoint
 from jobs.terminal.input_report import describe_model
 from pipeline.errors import DamageFound, JobRefused, SystemicFault, UsageError
@@ -142,7 +142,7 @@ def test_every_kind_of_error_has_its_exit_code(
     error: Exception, code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @cli.command()
-    def fail(given: Given, json: bool) -> int:
+    def fail(given: ConfigSources, json: bool) -> int:
         raise error
 
     with pytest.raises(typer.Exit) as caught:
@@ -157,7 +157,7 @@ def test_every_kind_of_error_has_its_exit_code(
 
 def test_verbose_shows_where_an_error_arose(capsys: pytest.CaptureFixture[str]) -> None:
     @cli.command()
-    def fail(given: Given, json: bool) -> int:
+    def fail(given: ConfigSources, json: bool) -> int:
         raise JobRefused("another job")
 
     with pytest.raises(typer.Exit):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from jobs.commands import status
-from jobs.config import load_config
+from jobs.config import ConfigSources
 from pipeline.settings import Place
 from pipeline.storage.store import Store
 from pipeline.tables.job_status import status as look
@@ -41,7 +41,7 @@ def test_a_log_gets_a_line_a_look_until_all_is_committed_and_stdout_the_last_sta
 
     worker = threading.Thread(target=commit_the_rest)
     worker.start()
-    config = load_config(None, flags={"output.uri": made.store.place.uri})
+    config = ConfigSources(flags={"output.uri": made.store.place.uri}).load()
     code = status.run(config, json=True, watch=True, every_s=0.05)
     worker.join()
 

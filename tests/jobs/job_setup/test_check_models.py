@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jobs.config import Config, load_config, parse_prompts
+from jobs.config import Config, ConfigSources, parse_prompts
 from jobs.job_setup.resolve_settings import box_rules, detector_settings, resolved
 from pipeline.errors import UsageError
 from pipeline.settings import BoxRules
@@ -33,7 +33,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(**detector: object) -> Config:
-    return load_config(None, flags={f"detector.{name}": value for name, value in detector.items()})
+    return ConfigSources(flags={f"detector.{name}": value for name, value in detector.items()}).load()
 
 
 def test_prompts_are_words_parted_by_semicolons_or_a_map() -> None:
@@ -41,7 +41,7 @@ def test_prompts_are_words_parted_by_semicolons_or_a_map() -> None:
     assert parse_prompts(None) is None
     with pytest.raises(UsageError, match="parted by ';'"):
         parse_prompts(" ; ")
-    config = load_config(None, sets=["detector.prompts={a red car: vehicle}"])
+    config = ConfigSources(sets=["detector.prompts={a red car: vehicle}"]).load()
     assert config.detector.prompts == {"a red car": "vehicle"}
 
 
@@ -72,11 +72,11 @@ def test_a_folder_becomes_absolute_for_workers_elsewhere(
 
 
 def test_every_rule_on_boxes_reaches_the_job() -> None:
-    config = load_config(
-        None,
-        sets=["boxes.min_score=0.2", "boxes.top_k=5", "boxes.nms_mode=class", "boxes.nms_iou=0.6",
-              "boxes.min_side_px=4", "boxes.expand=0.1"],
-    )  # fmt: skip
+    sets = [
+        "boxes.min_score=0.2", "boxes.top_k=5", "boxes.nms_mode=class", "boxes.nms_iou=0.6",
+        "boxes.min_side_px=4", "boxes.expand=0.1",
+    ]  # fmt: skip
+    config = ConfigSources(sets=sets).load()
 
     assert box_rules(config, "xywh", "stored") == BoxRules(
         box_format="xywh", box_frame="stored", min_score=0.2, top_k=5, nms_mode="class", nms_iou=0.6,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobs.cluster.ray_session import Machine
-from jobs.config import Config, load_config
+from jobs.config import Config, ConfigSources
 from jobs.job_setup.open_job import open_or_create
 from jobs.terminal.signals import Interrupts
 from pipeline.errors import UsageError
@@ -28,7 +28,7 @@ def config(data_set: DataSet, checkpoint: Path, tmp_path: Path) -> Config:
         "output.uri": str(tmp_path / "out"),
         "cluster.gpus_per_actor": 0,
     }
-    return load_config(None, flags=flags)
+    return ConfigSources(flags=flags).load()
 
 
 def begin(config: Config, cpu: set[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config import Config, load_config
+from jobs.config import Config, ConfigSources
 from jobs.job_setup import resolve_settings as settings
 from pipeline.errors import UsageError
 
 
 def config(*sets: str) -> Config:
-    return load_config(None, sets=list(sets))
+    return ConfigSources(sets=list(sets)).load()
 
 
 def test_local_places_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.config import load_config
+from jobs.config import ConfigSources
 from jobs.terminal.input_report import describe_inputs
 from pipeline.errors import JobRefused
 from pipeline.inputs.csv_table import read_list
@@ -673,7 +673,7 @@ def pasted(path: Path, message: str) -> InputSettings:
     sets = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
     formats = [words[at + 1].rstrip(";") for at, word in enumerate(words) if word == "--box-format"]
     flags = {"input.boxes": str(path), "input.box_format": formats[0] if formats else None}
-    return load_config(None, flags=flags, sets=[text.rstrip(";") for text in sets]).input
+    return ConfigSources(flags=flags, sets=[text.rstrip(";") for text in sets]).load().input
 
 
 XYXY, XYWH, CXCYWH = [8.0, 0.0, 40.0, 30.0], [8.0, 0.0, 32.0, 30.0], [24.0, 15.0, 32.0, 30.0]
@@ -831,7 +831,7 @@ def test_lists_under_the_name_of_the_other_shape_are_told_by_their_type(tmp_path
 
 def test_columns_that_are_not_read_are_said_in_one_line(tmp_path: Path) -> None:
     path = written(tmp_path / "t.csv", f",{HEAD},iou,model\n0,a.jpg,1,2,3,4,0,cat,0.5,m\n")
-    config = load_config(None, flags={"input.boxes": str(path)})
+    config = ConfigSources(flags={"input.boxes": str(path)}).load()
     plan = planned(path)
 
     assert ("iou", "model") == plan.summary.unused_columns
