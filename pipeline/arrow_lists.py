@@ -1,7 +1,7 @@
 """Arrow lists measured, gathered, rebuilt and hashed by whole columns: no row becomes a Python object.
 
-Lists are handled as (lengths, values): numpy counts beside one flat Arrow array. A null list counts as
-length 0 and contributes no values; who needs the difference keeps the null mask beside it.
+Lists are handled as (lengths, values): numpy counts next to one flat Arrow array. A null list counts as
+length 0 and contributes no values; who needs the difference keeps the null mask next to it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HASH_ROWS = 65_536
 
 
 def single(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """One array with the values of a column; large_string and large_list never overflow by it."""
+    """Return one array with the values of a column; large_string and large_list never overflow by it."""
     if isinstance(column, pa.Array):
         return column
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [_none(column)])
@@ -32,22 +32,22 @@ def _none(column: pa.ChunkedArray) -> pa.Array:
 
 
 def list_lengths(lists: pa.Array) -> Int64Array:
-    """How many values each list holds, int64 (n,); 0 for a null list."""
+    """Return how many values each list holds, int64 (n,); 0 for a null list."""
     return _numpy(pc.fill_null(pc.cast(pc.list_value_length(lists), pa.int64()), 0))
 
 
 def null_mask(array: pa.Array) -> BoolArray:
-    """True where a value is null; bool (n,)."""
+    """Return true where a value is null; bool (n,)."""
     return _numpy(array.is_null())
 
 
 def starts_of(lengths: Int64Array) -> Int64Array:
-    """Where each of the lists laid end to end begins; int64 (n,)."""
+    """Return where each of the lists laid end to end begins; int64 (n,)."""
     return np.cumsum(lengths) - lengths
 
 
 def ranges(starts: Int64Array, lengths: Int64Array) -> Int64Array:
-    """The indices of many ranges laid end to end: starts[0] .. starts[0]+lengths[0]-1, starts[1] .."""
+    """Return the indices of many ranges laid end to end: starts[0] .. starts[0]+lengths[0]-1, starts[1] .."""
     shift = starts - starts_of(lengths)
     return np.repeat(shift, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)
 
@@ -55,7 +55,7 @@ def ranges(starts: Int64Array, lengths: Int64Array) -> Int64Array:
 def to_lists(
     lengths: Int64Array, values: pa.Array, *, kind: pa.ListType, null: BoolArray | None = None
 ) -> pa.Array:
-    """A list array of `kind` from flat values; null where `null` says so (its length is then 0).
+    """Return a list array of `kind` from flat values; null where `null` says so (its length is then 0).
 
     Raises:
         OverflowError: more than 2**31 - 1 values, which one chunk cannot address.
@@ -69,13 +69,13 @@ def to_lists(
 
 
 def positions(values: pa.Array, among: pa.Array) -> Int64Array:
-    """Where each value first stands in `among`, int64 (n,); -1 for a null, or where it does not."""
+    """Return where each value first is in `among`, int64 (n,); -1 for a null, or where it is not."""
     found = pc.index_in(values, value_set=among, skip_nulls=True)
     return _numpy(pc.fill_null(found, -1)).astype(np.int64)
 
 
 def adjacent_equal(ordered: pa.Array) -> Int64Array:
-    """Positions whose value equals the one before, in an array that is already sorted; int64."""
+    """Return positions whose value equals the one before, in an array that is already sorted; int64."""
     if len(ordered) < 2:
         return np.zeros(0, dtype=np.int64)
     same = pc.fill_null(pc.equal(ordered[1:], ordered[:-1]), False)
@@ -83,7 +83,7 @@ def adjacent_equal(ordered: pa.Array) -> Int64Array:
 
 
 def table_sha256(table: pa.Table) -> str:
-    """Hex sha256 of a table's names and values: the same for every chunking and library version.
+    """Return hex sha256 of a table's names and values: the same for every chunking and library version.
 
     Nulls, lengths and values are hashed column by column over slices of HASH_ROWS rows.
     """
@@ -116,7 +116,7 @@ def _hash_array(digest: Any, array: pa.Array) -> None:
 
 
 def _text_bytes(array: pa.Array) -> bytes:
-    """The UTF-8 bytes of all strings end to end."""
+    """Return the UTF-8 bytes of all strings end to end."""
     joined = pc.binary_join(
         pa.LargeListArray.from_arrays(pa.array([0, len(array)], pa.int64()), pc.fill_null(array, "")), ""
     )

@@ -2,12 +2,12 @@
 
 `DecodeChild` is the parent's end, `serve` the child's. The child is a bare interpreter with numpy and
 Pillow, started once for a worker process and used for every picture there; it has a bound on its
-memory, no credentials in its environment, and the kernel's out-of-memory killer is told to take it
+memory, no credentials in its environment, and the kernel's out-of-memory killer takes it
 first. A crash, a hang (also one that holds the GIL) or a bomb ends the child; the next picture gets
 a new one, 0.2 s later.
 
-Bytes travel through two anonymous shared files, words through two pipes: for a picture of one
-megapixel the way there and back costs about 1 ms (see docs/benchmarks.md).
+Bytes travel through two anonymous shared files, messages through two pipes: for a picture of one
+megapixel the round trip costs about 1 ms (see docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Decoder = Callable[..., DecodedImage]
 
 @dataclass(frozen=True, kw_only=True)
 class _Config:
-    """What a child is told at its start; all of it plain, because it travels as text."""
+    """Settings of a child, passed at its start as text."""
 
     decoder: str
     max_pixels: int
@@ -66,7 +66,7 @@ class _Config:
 
 
 class DecodeChild:
-    """Decodes pictures in a child process, one at a time, each within its own deadline.
+    """Decode pictures in a child process, one at a time, each within its own deadline.
 
     Not safe for several threads. `decoder`: `module:function` with the signature of `decode_image`.
     Owns its process: `close()` ends it, and so does the end of this one.
@@ -93,10 +93,10 @@ class DecodeChild:
         self._answers = -1
 
     def decode(self, data: bytes) -> DecodedImage:
-        """The decoded picture; its pixels are a copy of their own.
+        """Return the decoded picture; its pixels are an own copy.
 
         Raises:
-            ImageError: what `decode_image` says of the bytes, or `crashed` after the third death of a
+            ImageError: as `decode_image`, or `crashed` after the third death of a
                 child over them, `timeout` after `limits.decode_timeout_s`, `out_of_memory`.
             RuntimeError: the decoder has a bug; its trace is in the message.
             SystemicFault: `resources`, when no child can be started.
@@ -110,7 +110,7 @@ class DecodeChild:
         raise ImageError("crashed", f"{len(data)} bytes ended the decoder {len(deaths)} times: {deaths[-1]}")
 
     def close(self) -> None:
-        """None; the child is gone and its pipes are closed. A later `decode` starts a new one."""
+        """End the child and close its pipes. A later `decode` starts a new one."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -125,7 +125,7 @@ class DecodeChild:
             os.close(self._pixel_file)
 
     def _ask(self, data: bytes) -> dict[str, Any]:
-        """The child's answer, or {"death": how it ended} after which there is no child."""
+        """Return the child's answer, or {"death": how it ended} after which there is no child."""
         if self._process is not None and self._process.poll() is not None:
             self.close()  # died since the last picture: none of this one's doing
         if self._process is None:
@@ -164,7 +164,7 @@ class DecodeChild:
         )
 
     def _wait_for_answer(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next line from the child, a `timeout` answer of our own, or None when the child is dead."""
+        """Return the child's next line, a `timeout` answer of our own, or None when the child is dead."""
         deadline = time.monotonic() + timeout_s
         received = b""
         while not received.endswith(b"\n"):
@@ -180,7 +180,7 @@ class DecodeChild:
         return answer
 
     def _bury(self) -> str:
-        """How the dead child ended, in words; cleans up after it."""
+        """Clean up after the dead child and return how it ended, as text."""
         assert self._process is not None
         status = self._process.wait()
         self.close()
@@ -218,13 +218,13 @@ class DecodeChild:
             if answer is None or "ready" not in answer:
                 self.close()
                 errors.seek(0)
-                said = errors.read()[-400:].decode(errors="replace")
-                told = f"{answer or 'it ended without a word'}; {said}"
-                raise SystemicFault("resources", clean_text(f"no decoder process can be started: {told}"))
+                stderr = errors.read()[-400:].decode(errors="replace")
+                reason = f"{answer or 'it ended without a word'}; {stderr}"
+                raise SystemicFault("resources", clean_text(f"no decoder process can be started: {reason}"))
 
 
 def _import_path() -> list[str]:
-    """This process's import path, and this package's folder on it.
+    """Return this process's import path, with this package's folder on it.
 
     An editable install is found by a hook that only `site` sets up, and the child starts without `site`.
     """
@@ -233,13 +233,13 @@ def _import_path() -> list[str]:
 
 
 def _bare_environment() -> dict[str, str]:
-    """Of this process's variables those a decoder needs: no credentials."""
+    """Return those of this process's variables that a decoder needs: no credentials."""
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     return {**kept, **_KEEP_MEMORY, **_ONE_THREAD}
 
 
 def _shared_file() -> int:
-    """The descriptor of a nameless file in memory (on disk where the system has no memfd)."""
+    """Return the descriptor of a nameless file in memory (on disk where the system has no memfd)."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("hqlabel-decode")
     with tempfile.TemporaryFile() as file:
@@ -247,14 +247,14 @@ def _shared_file() -> int:
 
 
 def _write_all(descriptor: int, data: memoryview | bytes, start: int = 0) -> None:
-    """None; `data` stands in the file from `start` on. One call writes at most 2 GiB on Linux."""
+    """Write `data` into the file from `start` on. One call writes at most 2 GiB on Linux."""
     view, at = memoryview(data), 0
     while at < len(view):
         at += os.pwrite(descriptor, view[at:], start + at)
 
 
 def _read_all(descriptor: int, size: int) -> bytes:
-    """The first `size` bytes of the file. One call reads at most 2 GiB on Linux."""
+    """Return the first `size` bytes of the file. One call reads at most 2 GiB on Linux."""
     pieces, at = [], 0
     while at < size:
         pieces.append(os.pread(descriptor, size - at, at))
@@ -272,7 +272,7 @@ def _line(message: dict[str, Any]) -> bytes:
 
 
 def serve(config_json: str) -> None:
-    """Never comes back: answers requests until the parent closes its end of the pipe."""
+    """Answer requests until the parent closes its end of the pipe."""
     config = _Config(**json.loads(config_json))
     requests, answers, _, _ = config.files
     module, _, name = config.decoder.partition(":")
@@ -289,7 +289,7 @@ def serve(config_json: str) -> None:
 
 
 def _bound_this_process(memory_bytes: int) -> None:
-    """None; from here on this process may take `memory_bytes` more, dumps no core, and dies first."""
+    """Let this process take `memory_bytes` more at most, dump no core, and be killed first."""
     # The alarm's default action kills even a loop in native code: for a child whose parent is gone.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -302,7 +302,7 @@ def _bound_this_process(memory_bytes: int) -> None:
 
 
 def _answer(decoder: Decoder, config: _Config, size: int) -> dict[str, Any]:
-    """The answer to one request; the pixels of a success stand in the shared file."""
+    """Return the answer to one request; the pixels of a success are in the shared file."""
     _, _, data_file, pixel_file = config.files
     try:
         data = _read_all(data_file, size)

@@ -1,7 +1,7 @@
 """Image uris -> their bytes: one object under one deadline, or the objects of a unit, several at a time.
 
 The rules on uris are checked here again, right before anything is opened: a plan file may be older
-than the job's rules, and a link may have moved. Tries and verdicts are the storage door's business.
+than the job's rules, and a link may have moved. What is tried again is `storage.retries`'.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class FetchOutcome:
 
 
 def fetch_object(uri: str, access: AccessRules, limits: Limits) -> FetchedObject:
-    """The bytes of one image with their size and etag, within `limits.fetch_timeout_s` in all.
+    """Return the bytes of one image with their size and etag, within `limits.fetch_timeout_s` in all.
 
     Raises:
         ImageError: uri_refused, not_found, denied, too_many_bytes, changed, unreachable, fetch_timeout.
@@ -56,7 +56,7 @@ def fetch_object(uri: str, access: AccessRules, limits: Limits) -> FetchedObject
 def fetch_ahead(
     uris: Sequence[str], access: AccessRules, limits: Limits, *, threads: int = FETCH_THREADS
 ) -> Iterator[FetchOutcome]:
-    """One outcome for every uri, in their order; at most `threads` objects are held ahead of the caller.
+    """Yield one outcome for every uri, in their order; hold at most `threads` objects ahead of the caller.
 
     A slow object costs its unit its own time, while the next ones arrive behind it. Raises SystemicFault
     when a request meets one.
@@ -87,7 +87,7 @@ def _fetch_one(uri: str, access: AccessRules, limits: Limits) -> FetchOutcome:
 
 
 def stop_if_denied(errors: Sequence[ImageError | None]) -> None:
-    """None unless the store refuses a whole unit: at least 3 objects and half of those asked for.
+    """Stop the job when the store refuses a whole unit: at least 3 objects and half of those requested.
 
     One forbidden object is that image's failure. A unit of them means a missing right, which nobody
     wants written into a million rows.
@@ -96,7 +96,7 @@ def stop_if_denied(errors: Sequence[ImageError | None]) -> None:
         SystemicFault: `denied`.
     """
     denied = [error for error in errors if error is not None and error.code == "denied"]
-    if len(denied) >= DENIED_AT_LEAST and 2 * len(denied) >= len(errors):
+    if _is_most_of_a_unit(denied, errors):
         raise SystemicFault(
             "denied",
             f"the store refused {len(denied)} of {len(errors)} images of a unit, for example: "
@@ -106,7 +106,7 @@ def stop_if_denied(errors: Sequence[ImageError | None]) -> None:
 
 
 def stop_if_unreachable(uris: Sequence[str], errors: Sequence[ImageError | None]) -> None:
-    """None unless the store answers a whole unit with nothing: at least 3 objects, half of those asked for.
+    """Stop the job when a store gives no answer for a whole unit: at least 3 objects, half of its own.
 
     Images from web sites (http) do not count: one site that is down says nothing about the others. Nor do
     objects that the store sends in a broken state: they would stop the job for ever.
@@ -114,19 +114,22 @@ def stop_if_unreachable(uris: Sequence[str], errors: Sequence[ImageError | None]
     Raises:
         SystemicFault: `store`.
     """
-    asked = [
-        error for uri, error in zip(uris, errors, strict=True) if not uri.startswith(("http:", "https:"))
-    ]
-    silent = [error for error in asked if error is not None and _without_answer(error)]
-    if len(silent) >= DENIED_AT_LEAST and 2 * len(silent) >= len(asked):
+    pairs = zip(uris, errors, strict=True)
+    of_stores = [error for uri, error in pairs if not uri.startswith(("http:", "https:"))]
+    silent = [error for error in of_stores if error is not None and _is_without_answer(error)]
+    if _is_most_of_a_unit(silent, of_stores):
         raise SystemicFault(
             "store",
-            f"{len(silent)} of {len(asked)} images of a unit could not be read, for example: "
+            f"{len(silent)} of {len(of_stores)} images of a unit could not be read, for example: "
             f"{silent[0].message}. Start again when the store answers; if it is only slow, raise "
             "limits.fetch_timeout_s",
         )
 
 
-def _without_answer(error: ImageError) -> bool:
+def _is_most_of_a_unit(faults: Sequence[ImageError], errors: Sequence[ImageError | None]) -> bool:
+    return len(faults) >= DENIED_AT_LEAST and 2 * len(faults) >= len(errors)
+
+
+def _is_without_answer(error: ImageError) -> bool:
     cause = error.__cause__
     return error.code in _NO_ANSWER and not (isinstance(cause, StorageFault) and cause.broken_body)

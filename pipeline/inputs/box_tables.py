@@ -1,6 +1,6 @@
-"""Tables of boxes, in the two shapes that people have: one row an image, or one row a box.
+"""Tables of boxes, in the two shapes that there are: one row an image, or one row a box.
 
-The shape is told by the column names: `boxes` (lists), or `bbox` or `x1, y1, x2, y2` (one box). Prompts
+The shape follows from the column names: `boxes` (lists), or `bbox` or `x1, y1, x2, y2` (one box). Prompts
 without a box are rows, or list entries, whose box is null. The order of the input is kept.
 
 A row that names its image and nothing else, as a left join writes it, is an image without boxes, and so are
@@ -54,7 +54,7 @@ from pipeline.settings import AccessRules, BoxFormat
 def read_box_tables(
     uris: Sequence[str], mapping: Mapping[str, str], access: AccessRules, *, folder: str
 ) -> BoxList:
-    """The boxes of one table, kept in one file or in several of the same columns.
+    """Return the boxes of one table, kept in one file or in several of the same columns.
 
     Raises:
         JobRefused: unreadable, a missing column or a wrong type, an image without a name.
@@ -75,7 +75,7 @@ def read_box_tables(
 
 
 def _shape(names: Sequence[str], mapping: Mapping[str, str], *, uri: str) -> dict[str, Kind] | None:
-    """The columns of the shape that a table has; None where it lacks columns for its boxes."""
+    """Return the columns of the shape that a table has; None where it lacks columns for its boxes."""
     lists = locate(names, {"boxes": Kind(2, "number")}, mapping, uri=uri)
     single = locate(names, {name: Kind(0, "number") for name in ("bbox", *CORNERS)}, mapping, uri=uri)
     if {"prompt_bbox", "prompt_bbox_given"} <= set(names):
@@ -100,13 +100,13 @@ _INDEX = ("", "Unnamed: 0", "__index_level_0__")
 
 
 def unused_columns(file: TableFile) -> tuple[str, ...]:
-    """The columns of a table that are not read, without pandas' numbers of the rows."""
+    """Return the columns of a table that are not read, without pandas' numbers of the rows."""
     used = {*file.names.values(), *_INDEX}
     return tuple(name for name in file.all_names if name not in used)
 
 
 def _partition_note(file: TableFile, folder: str) -> tuple[str, ...]:
-    """A sentence where folders are called `label=cat`, as partitioned tables keep columns out of files."""
+    """Return a sentence where folders are called `label=cat`, as partitioned tables keep columns."""
     names = re.findall(r"(?<=/)(\w+)=[^/]*(?=/)", file.uri.removeprefix(folder))
     lost = [name for name in names if name not in file.all_names]
     if not lost:
@@ -120,7 +120,7 @@ def _partition_note(file: TableFile, folder: str) -> tuple[str, ...]:
 
 
 def image_keys(batch: pa.Table, uri: str, first_row: int) -> dict[str, pa.Array]:
-    """The columns that name the image, as text; JobRefused for a null. `first_row`: for the message."""
+    """Return the columns that name the image, as text; JobRefused for null. `first_row`: for the message."""
     keys = {name: batch.column(name).combine_chunks() for name in KEYS if name in batch.column_names}
     for name, column in keys.items():
         wrong = null_mask(column) & ~_blank(batch) if batch.num_columns > len(keys) else null_mask(column)
@@ -131,7 +131,7 @@ def image_keys(batch: pa.Table, uri: str, first_row: int) -> dict[str, pa.Array]
 
 
 def _blank(rows: pa.Table) -> BoolArray:
-    """True for the rows of which every column is null, as spreadsheets leave them at their end."""
+    """Return true for the rows of which every column is null, as spreadsheets leave them at their end."""
     blank = np.ones(rows.num_rows, dtype=np.bool_)
     for column in rows.columns:
         blank &= null_mask(column.combine_chunks())
@@ -139,7 +139,7 @@ def _blank(rows: pa.Table) -> BoolArray:
 
 
 def _named_rows(batch: pa.Table, uri: str, first_row: int) -> tuple[dict[str, pa.Array], pa.Table]:
-    """The columns that name the image, and the rows themselves, both without the blank ones."""
+    """Return the columns that name the image, and the rows themselves, both without the blank ones."""
     keys = image_keys(batch, uri, first_row)
     if not any(column.null_count for column in keys.values()):
         return keys, batch
@@ -165,7 +165,7 @@ def _read_image_rows(files: Sequence[TableFile], access: AccessRules, folder: st
 def boxes_of_rows(
     batches: Iterable[tuple[str, pa.Table]], names: Collection[str], *, folder: str, box_format: BoxFormat
 ) -> BoxList:
-    """The boxes of rows that are one image each, from tables with columns of IMAGE_ROWS.
+    """Return the boxes of rows that are one image each, from tables with columns of IMAGE_ROWS.
 
     `batches`: rows with the uri of the file that they are of. `names`: the columns that they have.
     """
@@ -205,7 +205,7 @@ def _no_images(names: Collection[str]) -> pa.Table:
 
 
 def _flatten(batch: pa.Table) -> tuple[dict[str, pa.Array], dict[str, pa.Array]]:
-    """What is known of each image (length, is_null, error), and its lists as columns, one row a box."""
+    """Return each image's length, is_null and error, and its lists as columns, one row a box."""
     lists = {name: batch.column(name).combine_chunks() for name in batch.column_names if name not in KEYS}
     boxes = lists.pop("boxes")
     lengths, is_null = list_lengths(boxes), null_mask(boxes)
@@ -221,9 +221,9 @@ def _flatten(batch: pa.Table) -> tuple[dict[str, pa.Array], dict[str, pa.Array]]
 
 
 def _without_empty(image: dict[str, pa.Array], boxes: pa.Table) -> tuple[dict[str, pa.Array], pa.Table]:
-    """The same without the boxes of images that have none but empty ones: a left join put into lists.
+    """Return the same without the boxes of images that have none but empty ones: a left join put into lists.
 
-    Where anything stands beside, or lists differ in length, they are kept: as broken boxes, with a reason.
+    Where anything stands next to, or lists differ in length, they are kept: as broken boxes, with a reason.
     """
     given = single(boxes.column("given"))
     # [[]] is no join's: a detector wrote a box without numbers
@@ -250,7 +250,7 @@ _ENTRY_NAMES = {
 
 
 def align(lists: pa.Array, lengths: Int64Array) -> tuple[pa.Array, BoolArray]:
-    """One entry a box: the lists' values, null where a list is null or of another length than the boxes.
+    """Return one entry a box: the lists' values, null where a list is null or has not the boxes' length.
 
     Returns them with the mask of the lists that are not null and yet of another length.
     """
@@ -299,7 +299,7 @@ def _read_box_rows(files: Sequence[TableFile], access: AccessRules, folder: str)
 
 
 def with_boxes_alone(groups: Groups, boxes: pa.Table) -> Groups:
-    """The groups without rows that hold no box: an image of such rows alone is one without boxes.
+    """Return the groups without rows that hold no box: an image of such rows alone is one without boxes.
 
     `boxes`: columns of BOX_COLUMNS, one row for each row that was grouped. A row without a number of a box,
     and with nothing else either, is what a left join writes for an image without boxes; a row of which
@@ -316,7 +316,7 @@ def with_boxes_alone(groups: Groups, boxes: pa.Table) -> Groups:
 
 
 def _is_empty(boxes: pa.Table) -> BoolArray:
-    """True for rows without a number of a box and without anything beside."""
+    """Return true for rows without a number of a box and without anything next to."""
     empty = _no_number(single(boxes.column("given")))
     for name in boxes.column_names if empty.any() else ():
         column = single(boxes.column(name))
@@ -328,7 +328,7 @@ def _is_empty(boxes: pa.Table) -> BoolArray:
 
 
 def _no_number(given: pa.Array) -> BoolArray:
-    """True for lists that are null, empty, or hold nulls alone."""
+    """Return true for lists that are null, empty, or hold nulls alone."""
     lengths, values = list_lengths(given), given.flatten()
     if not values.null_count:
         return np.asarray(lengths == 0)
@@ -337,7 +337,7 @@ def _no_number(given: pa.Array) -> BoolArray:
 
 
 def _spaced_names(table: pa.Table, files: Sequence[TableFile]) -> tuple[str, ...]:
-    """A sentence where names of categories begin or end with white space, as `a, b` gives them in a CSV."""
+    """Return a sentence where names of categories begin or end with white space, as in a CSV of `a, b`."""
     if "category_name" not in table.column_names:
         return ()
     names = pc.unique(table.column("category_name")).drop_null()
@@ -348,7 +348,7 @@ def _spaced_names(table: pa.Table, files: Sequence[TableFile]) -> tuple[str, ...
 
 
 def _single_boxes(batch: pa.Table) -> dict[str, pa.Array]:
-    """The columns of a batch, one row a box, with the box as `given`."""
+    """Return the columns of a batch, one row a box, with the box as `given`."""
     columns = {name: batch.column(name).combine_chunks() for name in batch.column_names if name not in KEYS}
     if "bbox" in columns:
         return {"given": columns.pop("bbox")} | columns
@@ -389,7 +389,7 @@ def box_columns(flat: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
 
 
 def _bounded_labels(labels: pa.Array) -> pa.Array:
-    """The labels, those out of range as 2: no label (`prompt_invalid`), and a number of 32 bits."""
+    """Return the labels, those out of range as 2: no label (`prompt_invalid`), and a number of 32 bits."""
     values = labels.flatten()
     known = pc.is_in(values, pa.array([1, 0, -1], values.type))
     values = pc.if_else(pc.or_(known, values.is_null()), values, pa.scalar(2, values.type))
@@ -425,7 +425,7 @@ _CROWD, _NO_CROWD = ("1", "1.0", "true"), ("0", "0.0", "-0", "-0.0", "false", ""
 
 
 def flatten_points(points: pa.Array) -> pa.Array:
-    """Lists of [x, y] -> lists x, y, x, y ...; a point that is not two numbers becomes one NaN.
+    """Return lists of [x, y] -> lists x, y, x, y ...; a point that is not two numbers becomes one NaN.
 
     That NaN makes the prompt unusable later (`prompt_invalid`), instead of shifting its other points.
     """
@@ -446,11 +446,11 @@ def _joined(boxes: Sequence[pa.Table]) -> pa.Table:
 
 
 _WHOLE = r"\A(0|-?[1-9][0-9]{0,9})(\.0)?\z"
-"""An integer, or one that became a float beside gaps, as pandas writes it."""
+"""An integer, or one that became a float next to gaps, as pandas writes it."""
 
 
 def _settled(boxes: Sequence[pa.Table], files: Sequence[TableFile]) -> pa.Table:
-    """The parts as one table; labels of a CSV that are all integers become category ids."""
+    """Return the parts as one table; labels of a CSV that are all integers become category ids."""
     table = _joined(boxes)
     if files[0].file_format != "csv" or "category_name" not in table.column_names:
         return table

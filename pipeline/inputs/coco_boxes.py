@@ -77,7 +77,7 @@ class CocoImages:
 
 
 def is_results(uri: str, access: AccessRules) -> bool:
-    """True for a file that is a list (results), False for an object (instances).
+    """Return true for a file that is a list (results), False for an object (instances).
 
     Raises:
         JobRefused: neither.
@@ -92,13 +92,13 @@ def is_results(uri: str, access: AccessRules) -> bool:
 
 
 def read_results(uri: str, access: AccessRules, *, folder: str) -> BoxList:
-    """The boxes of a results file, by image id; it names no files."""
+    """Return the boxes of a results file, by image id; it names no files."""
     blocks = _read(uri, {""}, access)
     return _grouped(uri, blocks[""], folder)
 
 
 def read_coco_images(uri: str, access: AccessRules, *, folder: str) -> ImageList:
-    """The images of an instances file; `image_uri` holds the file names as written."""
+    """Return the images of an instances file; `image_uri` holds the file names as written."""
     blocks = _read(uri, {"images", "categories"}, access)
     images = _images(uri, blocks, access)
     return ImageList(
@@ -112,7 +112,7 @@ def read_coco_images(uri: str, access: AccessRules, *, folder: str) -> ImageList
 
 
 def read_instances(uri: str, access: AccessRules, *, folder: str) -> BoxList:
-    """The boxes of an instances file, and every image it names: those without boxes have none.
+    """Return the boxes of an instances file, and every image it names: those without boxes have none.
 
     Annotations of an image that the file does not name come last, with a null uri.
     """
@@ -128,7 +128,7 @@ def read_instances(uri: str, access: AccessRules, *, folder: str) -> BoxList:
 
 
 def _read(uri: str, names: Collection[str], access: AccessRules) -> dict[str, list[pa.Table]]:
-    """The wanted arrays of the file as blocks of plain columns; an array that is absent is no key."""
+    """Return the wanted arrays of the file as blocks of plain columns; an array that is absent is no key."""
     found: dict[str, dict[str, Kind]] = {}
     blocks: dict[str, list[pa.Table]] = {}
     with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
@@ -150,14 +150,14 @@ def _block(lines: Lines, schema: pa.Schema) -> pa.Table:
         at = schema.get_field_index("iscrowd")
         if at < 0:
             raise
-        table = read_lines(lines.text, lines.count, schema.remove(at))  # another key's fault is said here
+        table = read_lines(lines.text, lines.count, schema.remove(at))  # another key's fault is reported here
         flags = [json_record(line).get("iscrowd") for line in lines.text.split(b"\n")]
         texts = [None if flag is None else str(flag) for flag in flags]
         return table.add_column(at, "iscrowd", pa.array(texts, TEXT))
 
 
 def _kinds(lines: Lines) -> dict[str, Kind]:
-    """The columns of an array; what its ids are written as is seen from its first records."""
+    """Return the columns of an array; what its ids are written as is seen from its first records."""
     records = [json_record(line) for line in lines.text.split(b"\n", _SAMPLE_RECORDS)[:_SAMPLE_RECORDS]]
     kinds = {}
     for name, kind in _RECORDS[lines.name].items():
@@ -176,7 +176,7 @@ def _kinds(lines: Lines) -> dict[str, Kind]:
 
 
 def _without(uri: str, name: str, access: AccessRules) -> str:
-    """What a file without this list has there or at its beginning instead, in words."""
+    """Return what a file without this list has there or at its beginning instead, as text."""
     null = re.compile(rf'"{name}"\s*:\s*null\b'.encode())
     with open_input(uri, options_for(uri, access)) as stream:
         head = before = stream.read(_LOOK_BYTES)
@@ -194,7 +194,7 @@ def _without(uri: str, name: str, access: AccessRules) -> str:
 
 
 def _whole(table: pa.Table, kinds: Mapping[str, Kind]) -> pa.Table:
-    """The same, with whole numbers that are written as floats (`1.0`) as integers.
+    """Return the same, with whole numbers that are written as floats (`1.0`) as integers.
 
     Raises:
         TextDamage: one that is so large that a float has lost digits of it.
@@ -243,7 +243,7 @@ def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
 
 
 def _holds(column: pa.Array) -> bool:
-    """True unless every value is null: such a column was never given."""
+    """Return whether not every value is null: such a column was never given."""
     return not len(column) or column.null_count < len(column)
 
 
@@ -260,7 +260,7 @@ def _images(uri: str, blocks: Mapping[str, list[pa.Table]], access: AccessRules)
 
 
 def _sizes(table: pa.Table) -> Int64Array:
-    """Height and width as the file says; 0 where it says none, or nothing that could be a size."""
+    """Return height and width as the file says; 0 where it says none, or nothing that could be a size."""
     size_hw = np.zeros((table.num_rows, 2), dtype=np.int64)
     for axis, name in enumerate(("height", "width")):
         if name in table.column_names:
@@ -272,7 +272,7 @@ def _sizes(table: pa.Table) -> Int64Array:
 
 
 def _categories(uri: str, blocks: list[pa.Table] | None) -> dict[int, str]:
-    """Category id -> name, for those that have a name."""
+    """Return category id -> name, for those that have a name."""
     names: dict[int, str] = {}
     for row in pa.concat_tables(blocks).to_pylist() if blocks else []:
         if row["id"] is None or row["name"] is None:

@@ -106,7 +106,7 @@ class Kind:
         return "list<" * self.depth + _LEAF_WORDS[self.leaf] + ">" * self.depth
 
     def arrow_type(self) -> pa.DataType:
-        """The type as which text is read; `key` and `null` must have been settled before (see `settle`).
+        """Return the type as which text is read; `key` and `null` must be settled before (see `settle`).
 
         It is the plain type too, except that `whole` becomes int64 (see `plain`).
         """
@@ -119,9 +119,9 @@ class Kind:
 def locate(
     names: Sequence[str], wanted: Mapping[str, Kind], mapping: Mapping[str, str], *, uri: str
 ) -> dict[str, str]:
-    """Our name -> the file's name, for those of the wanted columns that the file has.
+    """Return our name -> the file's name, for those of the wanted columns that the file has.
 
-    `mapping`: a person's choice of other names; it is used where the file has the other name, which then
+    `mapping`: the user's choice of other names; it is used where the file has the other name, which then
     stands for nothing else.
     """
     doubled = {name for name in names if list(names).count(name) > 1}
@@ -139,7 +139,7 @@ def _name_in(names: Sequence[str], ours: str, mapping: Mapping[str, str]) -> str
 
 
 def setting_of(columns: Mapping[str, str], mapping: Mapping[str, str]) -> str:
-    """The option that maps these columns and keeps those mapped already, as a shell takes it."""
+    """Return the option that maps these columns and keeps those mapped already, as a shell takes it."""
     if len(columns) == 1 and (name := next(iter(columns.values()))) == _yaml_word(name):
         return f"--set {shlex.quote(f'input.columns.{next(iter(columns))}={name}')}"
     pairs = ", ".join(f"{ours}: {_yaml_word(theirs)}" for ours, theirs in {**mapping, **columns}.items())
@@ -147,14 +147,14 @@ def setting_of(columns: Mapping[str, str], mapping: Mapping[str, str]) -> str:
 
 
 def _yaml_word(name: str) -> str:
-    """A name as YAML reads it back: as it is, or in quotes (JSON's are YAML's) where that would change it."""
+    """Return a name as YAML reads it back: in quotes (JSON's are YAML's) where it would change."""
     plain_word = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.\-]*", name) and yaml.safe_load(name) == name
     # What does not show, such as a no-break space, would not survive being copied.
     return name if plain_word else json.dumps(name, ensure_ascii=not name.isprintable())
 
 
 def can_be_pasted(name: str) -> bool:
-    """Whether `_yaml_word` comes back as it was: JSON's escapes of signs over 16 bits are not YAML's."""
+    """Return whether `_yaml_word` reads back: JSON's escapes of signs over 16 bits are not YAML's."""
     return (
         bool(name)
         and all(sign.isprintable() or sign <= "\uffff" for sign in name)
@@ -163,7 +163,7 @@ def can_be_pasted(name: str) -> bool:
 
 
 def bare_name(name: str) -> str:
-    """A name without case, signs and the word for a box before it: `Bbox_X1` is `x1`."""
+    """Return a name without case, signs and the word for a box before it: `Bbox_X1` is `x1`."""
     word = re.sub(r"[^a-z0-9]", "", name.lower())
     return re.sub(r"\A(bbox|bndbox|box|bb|rect)(?=[xycwhlrtbms])", "", word)
 
@@ -210,7 +210,7 @@ _FLAG_LEAVES: tuple[tuple[type, Leaf], ...] = (
 
 
 def check_type(field: pa.Field, wanted: Kind, *, uri: str, ours: str) -> Kind:
-    """The kind of an Arrow column, `key` settled; leaf `null` when the type says that all are null.
+    """Return the kind of an Arrow column, `key` settled; leaf `null` when the type says that all are null.
 
     Raises:
         JobRefused: another type than wanted, or an extension type anywhere inside it.
@@ -239,7 +239,7 @@ def _settled_leaf(found: Leaf, wanted: Leaf) -> Leaf:
 
 
 def _other_shape(field: pa.Field, wanted: Kind) -> str:
-    """What to do about a column of boxes of another shape; "" where nothing is known of it."""
+    """Return what to do about a column of boxes of another shape; "" where nothing is known of it."""
     found, name = _kind_of(field.type), field.name
     if wanted.leaf == "number" and found is not None and found.leaf in ("number", "integer"):
         if found.depth == 2 and wanted.depth == 1:
@@ -261,7 +261,7 @@ def _fits(found: Kind, wanted: Kind) -> bool:
 
 
 def settle(name: str, found: Mapping[str, Kind], wanted: Kind) -> Kind:
-    """The one kind of column `name` in several files (uri -> kind); columns of nulls go with the others.
+    """Return the one kind of column `name` in several files (uri -> kind); columns of nulls fit any.
 
     Whole numbers go together however they are kept: as integers, as floats, or too large for int64.
 
@@ -298,7 +298,7 @@ def _extension_name(field: pa.Field) -> str | None:
 
 
 def _kind_of(kind: pa.DataType) -> Kind | None:
-    """None for types that no column of ours may have: dates, maps ..."""
+    """Return the kind of an Arrow type; None for those that no column of ours may have: dates, maps ..."""
     depth = 0
     while _is_list(kind):
         kind, depth = kind.value_type, depth + 1
@@ -311,7 +311,7 @@ def _kind_of(kind: pa.DataType) -> Kind | None:
 
 
 def _corner_fields(kind: pa.DataType) -> tuple[str, ...] | None:
-    """The fields of a struct that is a box, in the order x1, y1, x2, y2; None for other types."""
+    """Return the fields of a struct that is a box, in the order x1, y1, x2, y2; None for other types."""
     if not pa.types.is_struct(kind) or kind.num_fields != len(CORNERS):
         return None
     names = {bare_name(field.name): field.name for field in kind}
@@ -350,7 +350,7 @@ def _leaf_of(kind: pa.DataType) -> Leaf | None:
 
 
 def _is_rle(kind: pa.DataType) -> bool:
-    """Whether a type is a mask's: counts as text, as pycocotools' bytes, or as uncompressed runs."""
+    """Return whether a type is a mask's: counts as text, as pycocotools' bytes, or as uncompressed runs."""
     if not pa.types.is_struct(kind) or {"size", "counts"} - {field.name for field in kind}:
         return False
     counts = kind.field("counts").type
@@ -366,7 +366,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def plain(array: pa.Array, kind: Kind) -> pa.Array:
-    """The values as `kind.arrow_type()`; `whole` ones as int64.
+    """Return the values as `kind.arrow_type()`; `whole` ones as int64.
 
     Raises:
         pa.ArrowInvalid: text that is not UTF-8, an integer that float64 or int64 cannot hold, or one kept as
@@ -410,7 +410,7 @@ def _whole(array: pa.Array) -> pa.Array:
 
 
 def _struct_boxes(array: pa.Array, fields: Sequence[str]) -> pa.Array:
-    """Structs of four numbers -> lists x1, y1, x2, y2; a null one is a null list."""
+    """Return structs of four numbers -> lists x1, y1, x2, y2; a null one is a null list."""
     null = null_mask(array)
     sound = array.filter(pa.array(~null))
     columns = [pc.cast(sound.field(name), pa.float64()) for name in fields]
@@ -457,7 +457,7 @@ def _side(side: Any) -> int:
 
 
 def _text(counts: Any) -> str:
-    """The text of a mask's counts, as text, bytes or runs; empty where it is none of them."""
+    """Return the text of a mask's counts, as text, bytes or runs; empty where it is none of them."""
     if isinstance(counts, bytes):
         return counts.decode("ascii", errors="replace")
     if isinstance(counts, list):

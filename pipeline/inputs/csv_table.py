@@ -266,7 +266,7 @@ def _read_fields(texts: pa.Array, name: str, kind: Kind) -> pa.Array:
 
 
 def _without_nan(value: Any) -> Any:
-    """The same with null for NaN, which among words or classes is pandas' gap and can be nothing else."""
+    """Return the value with null for NaN, which among words or classes can only be pandas' gap."""
     if isinstance(value, list):
         return [_without_nan(one) for one in value]
     return None if isinstance(value, float) and value != value else value
@@ -289,7 +289,7 @@ _CLOSERS = {"[": "]", "(": ")"}
 
 
 def read_list(text: str, name: str = "") -> list[Any] | None:
-    """The list that a text shows, as JSON, Python or numpy write lists of numbers and words; None for `None`.
+    """Return the list that a text is, as JSON, Python or numpy write numbers and words; None for `None`.
 
     Values are parted by a comma or, as numpy does it, by white space. Nothing is evaluated.
 
@@ -346,7 +346,7 @@ def _value(kind: str | None, token: str, text: str, at: int, name: str) -> Any:
 
 
 def _word(token: str) -> str:
-    """A quoted word as JSON writes it, or else as Python does."""
+    """Return a quoted word as JSON writes it, or else as Python does."""
     with contextlib.suppress(ValueError):
         return str(json.loads(token))
     return str(ast.literal_eval(token))
@@ -367,7 +367,7 @@ def _no_list(text: str, at: int, name: str) -> TextDamage:
 
 
 def _masks_field(text: str, depth: int, name: str) -> str:
-    """A CSV field of masks with each as it is to be; what shows none, as one mask that cannot be used.
+    """Return a CSV field of masks with each as it is to be; what shows none, as one mask that cannot be used.
 
     Raises:
         TextDamage: it shows no list, where one is wanted.
@@ -387,7 +387,7 @@ _MOST_OPEN = 8  # of brackets in one another; Python's parser can be made to fai
 
 
 def _shown_masks(text: str) -> Any:
-    """What a field shows, as JSON or as Python prints its dictionaries and bytes; else the text itself."""
+    """Return a field parsed as JSON, or as Python prints dictionaries and bytes; else the text itself."""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
     around = _QUOTED.sub("", text)
@@ -398,6 +398,6 @@ def _shown_masks(text: str) -> Any:
 
 
 def _deepest(text: str) -> int:
-    """How many brackets are open at once, at most."""
+    """Return how many brackets are open at once, at most."""
     opened = (1 if sign in "[{(" else -1 for sign in text if sign in "[{()}]")
     return max(itertools.accumulate(opened), default=0)

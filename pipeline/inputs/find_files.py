@@ -1,4 +1,4 @@
-"""What a person points at, as files: one file, those of a folder, or those that match a pattern.
+"""What a user names, as files: one file, those of a folder, or those that match a pattern.
 
 Which of them are meant is told by their names alone; of a single file without a known ending the first bytes
 are looked at.
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.errors import JobRefused, clean_text
-from pipeline.images.decode_upright import SIGNATURE_BYTES, signature
+from pipeline.images.picture_formats import SIGNATURE_BYTES, signature
 from pipeline.inputs.image_box_lists import examples, has_picture_name, is_picture
 from pipeline.inputs.read_table import TABLE_SUFFIXES, TableFormat, instead_of, table_format
 from pipeline.inputs.yolo_boxes import label_files
@@ -33,7 +33,7 @@ from pipeline.storage.uri_rules import is_inside, options_for, split_scheme
 
 
 def absolute(uri: str) -> str:
-    """A local path made absolute, `file://` taken off; another uri as it is, without "/" at the end.
+    """Return a local path made absolute, `file://` taken off; another uri as it is, without "/" at the end.
 
     Raises:
         JobRefused: It is not UTF-8, so neither `job.json` nor a table can name it.
@@ -46,7 +46,7 @@ def absolute(uri: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """What a person points at, as files: one, those of a folder, or those that match a pattern.
+    """What a user names, as files: one, those of a folder, or those that match a pattern.
 
     `root`: the folder that relative names start from. `kind`: how it was named. `links`, `odd`: as of a
     `Listing`. `roots`: local folders and files that may be read, links resolved. `notes`: what was left out.
@@ -100,14 +100,14 @@ class Named:
         )
 
     def tars(self) -> list[str]:
-        """The tars, when that is what is meant: named as such, or a folder of nothing else that could be."""
+        """Return the tars, when they are meant: named as such, or a folder of nothing else that could be."""
         tars = [entry.key for entry in self.entries if is_tar(entry.key) and not self._is_hidden(entry.key)]
         if self.is_listing() or any(table_format(entry.key) for entry in self.entries):
             return []
         return self._readable(tars)
 
     def is_listing(self) -> bool:
-        """Whether the files are themselves the pictures."""
+        """Return whether the files are themselves the pictures."""
         if self.kind == "pattern" and states_ending(self.uri):
             return table_format(self.uri) is None and not is_tar(self.uri)
         return self.kind == "picture" or (
@@ -115,7 +115,7 @@ class Named:
         )
 
     def label_files(self) -> list[str]:
-        """YOLO's label files, where there are no tables."""
+        """Return YOLO's label files, where there are no tables."""
         if self.kind != "folder" or any(table_format(entry.key) for entry in self.entries):
             return []
         labels = label_files(self.root, self.entries)
@@ -124,7 +124,7 @@ class Named:
         return labels
 
     def tables(self) -> list[str]:
-        """The tables, all of one kind; JobRefused where there are none."""
+        """Return the tables, all of one kind; JobRefused where there are none."""
         if self.kind == "file":
             return [self.uri]
         if self.kind == "picture":
@@ -175,7 +175,7 @@ _SNAPSHOT = re.compile(r"(.*/[a-z]+s--[^/]+)/snapshots/[^/]+(/.*)?", re.DOTALL)
 def _with_blobs(folder: str) -> list[str]:
     """Return a folder, links resolved, and where the files of a snapshot in huggingface_hub's cache lie.
 
-    There every file is a link from `models--OWNER--NAME/snapshots/REVISION/` into `blobs/` beside
+    There every file is a link from `models--OWNER--NAME/snapshots/REVISION/` into `blobs/` next to
     `snapshots/`, which holds files of the same repository alone. A `blobs` that is itself a link is not
     believed.
     """
@@ -224,7 +224,7 @@ def _is_label(name: str) -> bool:
 
 
 def _tables_in(named: Named) -> list[str]:
-    """The tables of a folder, all of one kind; hidden files and folders are left out."""
+    """Return the tables of a folder, all of one kind; hidden files and folders are left out."""
     uri, entries = named.root, named.entries
     if named.kind == "folder":
         _refuse_versioned(uri, entries)
@@ -268,7 +268,7 @@ def _is_hidden(path: str) -> bool:
 
 
 def nothing_in(named: Named, wanted: str) -> JobRefused:
-    """The error for a place that holds other things than wanted."""
+    """Return the error for a place that holds other things than wanted."""
     uri, entries = named.uri, named.entries
     local = split_scheme(uri)[0] == "file" and not is_pattern(uri)
     braces = "; {a,b} is no pattern here: give the folder, or one pattern" if "{" in uri else ""
@@ -300,33 +300,33 @@ def _refuse_unless_picture(uri: str, access: AccessRules) -> None:
 
 
 def is_pattern(uri: str) -> bool:
-    """True with a wildcard, unless a local file or folder has that very name."""
+    """Return whether it has a wildcard, unless a local file or folder has that very name."""
     scheme, path = split_scheme(uri)
     return any(sign in uri for sign in "*?[") and not (scheme == "file" and os.path.lexists(path))
 
 
 def pattern_root(pattern: str) -> str:
-    """The folder above the first wildcard."""
+    """Return the folder above the first wildcard."""
     first = min(pattern.index(sign) for sign in "*?[" if sign in pattern)
     return pattern[:first].rpartition("/")[0]
 
 
 def states_ending(uri: str) -> bool:
-    """Whether a pattern says how the names end."""
+    """Return whether a pattern says how the names end."""
     _, dot, ending = uri.rpartition("/")[2].rpartition(".")
     return is_pattern(uri) and bool(dot) and not any(sign in ending for sign in "*?[")
 
 
 def is_json(uri: str) -> bool:
-    """Whether a name ends as JSON's do."""
+    """Return whether a name ends as JSON's do."""
     return uri.lower().endswith(".json")
 
 
 def parent_of(uri: str) -> str:
-    """The folder that a file lies in."""
+    """Return the folder that a file lies in."""
     return uri.rpartition("/")[0]
 
 
 def is_tar(uri: str) -> bool:
-    """Whether a name ends as a plain tar's does."""
+    """Return whether a name ends as a plain tar's does."""
     return uri.lower().endswith(TAR)

@@ -3,11 +3,10 @@
     image: struct<bytes: binary, path: string>
     objects: struct<bbox: list<list<number>>, category: list<integer or string>, ...>, or a list of structs
 
-While planning no picture is read: the place of its row becomes its uri (`members`). Ids are the file's name
-below
-the folder and the number of the row, so that the images of a unit stand side by side in their file. A box is
-xywh in pixels, as in COCO, unless --box-format says otherwise. Names of categories come from the data set's
-own description in the file.
+While planning no picture is read: the place of its row becomes its uri (`archive_uris`). Ids are the file's
+name below the folder and the number of the row, so that the images of a unit stand side by side in their
+file. A box is xywh in pixels, as in COCO, unless --box-format says otherwise. Names of categories come from
+the data set's own description in the file.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class _File:
 
 
 def holds_pictures(uri: str, mapping: Mapping[str, str], access: AccessRules) -> bool:
-    """Whether a Parquet file has a column of pictures (a struct with `bytes`), by its schema."""
+    """Return whether a Parquet file has a column of pictures (a struct with `bytes`), by its schema."""
     if not uri.lower().endswith((".parquet", ".pq")):
         return False
     with naming(uri, "parquet"), open_input(uri, options_for(uri, access)) as stream:
@@ -71,7 +70,7 @@ def holds_pictures(uri: str, mapping: Mapping[str, str], access: AccessRules) ->
 def read_hf_images(
     uris: Sequence[str], mapping: Mapping[str, str], access: AccessRules, *, root: str
 ) -> ImageList:
-    """Every row of the files as an image."""
+    """Return every row of the files as an image."""
     files = [_inspect(uri, mapping, access) for uri in uris]
     parts = [keys for file in files for keys in _keys(file, root, access)]
     table = pa.concat_tables([_KEYS.empty_table(), *parts]).combine_chunks()
@@ -88,7 +87,7 @@ def read_hf_images(
 def read_hf_boxes(
     uris: Sequence[str], mapping: Mapping[str, str], access: AccessRules, *, root: str
 ) -> BoxList:
-    """The boxes of every row of the files.
+    """Return the boxes of every row of the files.
 
     Raises:
         JobRefused: no `objects`, or of another type than wanted.
@@ -117,15 +116,15 @@ def read_hf_boxes(
 
 
 def _unused(file: _File) -> tuple[str, ...]:
-    """The columns of a file and the fields of its objects that are not read."""
-    assert file.objects is not None, "the caller has looked"
+    """Return the columns of a file and the fields of its objects that are not read."""
+    assert file.objects is not None, "the caller has checked"
     inner = _as_struct(file.schema.field(file.objects).type) or ()
     fields = (f"{file.objects}.{field.name}" for field in inner if field.name not in file.fields.values())
     return (*(name for name in file.schema.names if name not in (file.image, file.objects)), *fields)
 
 
 def _names(file: _File) -> tuple[str, ...]:
-    """Every column of a file, and every field of its objects."""
+    """Return every column of a file, and every field of its objects."""
     inner = None if file.objects is None else _as_struct(file.schema.field(file.objects).type)
     return (*file.schema.names, *(field.name for field in inner or ()))
 
@@ -139,7 +138,7 @@ def _single(table: pa.Table, name: str) -> pa.Array:
 
 
 def _inspect(uri: str, mapping: Mapping[str, str], access: AccessRules) -> _File:
-    """The file's columns, found and of the wanted types."""
+    """Return the file's columns, found and of the wanted types."""
     with naming(uri, "parquet"), open_input(uri, options_for(uri, access)) as stream:
         schema = open_closed(stream).schema_arrow
     image, objects = mapping.get(IMAGE, IMAGE), mapping.get(OBJECTS, OBJECTS)
@@ -159,7 +158,7 @@ def _inspect(uri: str, mapping: Mapping[str, str], access: AccessRules) -> _File
 
 
 def _fields(uri: str, objects: pa.Field, mapping: Mapping[str, str]) -> dict[str, str]:
-    """Our word -> the field of `objects` that is meant by it, each of the wanted type."""
+    """Return our word -> the field of `objects` that is meant by it, each of the wanted type."""
     inner = _as_struct(objects.type)
     if inner is None:
         raise JobRefused(
@@ -183,7 +182,7 @@ def _fields(uri: str, objects: pa.Field, mapping: Mapping[str, str]) -> dict[str
 
 
 def _as_struct(kind: pa.DataType) -> pa.StructType | None:
-    """A struct of lists as it is, and for a list of structs the struct of lists that holds the same."""
+    """Return a struct of lists as it is; a list of structs as the struct of lists that holds the same."""
     if pa.types.is_struct(kind):
         return kind
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
@@ -193,14 +192,14 @@ def _as_struct(kind: pa.DataType) -> pa.StructType | None:
 
 
 def _keys(file: _File, root: str, access: AccessRules) -> Iterator[pa.Table]:
-    """Uri and id of every row, group by group."""
+    """Yield uri and id of every row, group by group."""
     for _, uris, ids in _batches(file, root, access, []):
         yield pa.table({"image_uri": uris, "image_id": ids}, schema=_KEYS)
 
 
 def _rows(file: _File, root: str, access: AccessRules) -> Iterator[tuple[str, pa.Table]]:
-    """The rows of a file as a table with one row an image."""
-    assert file.objects is not None, "the caller has looked"
+    """Yield the rows of a file as a table with one row an image."""
+    assert file.objects is not None, "the caller has checked"
     for batch, uris, ids in _batches(file, root, access, [file.objects]):
         columns = {"image_uri": uris, "image_id": ids}
         with naming_values(f"{file.uri}: column {file.objects!r}"):
@@ -209,7 +208,7 @@ def _rows(file: _File, root: str, access: AccessRules) -> Iterator[tuple[str, pa
 
 
 def _lists(objects: pa.Array, file: _File) -> dict[str, pa.Array]:
-    """The lists of the objects by our names, plain; null where a row has no objects at all."""
+    """Return the lists of the objects by our names, plain; null where a row has no objects at all."""
     kind, columns = _as_struct(objects.type), {}
     assert kind is not None, "the file was inspected"
     null = null_mask(objects)
@@ -229,7 +228,7 @@ def _lists(objects: pa.Array, file: _File) -> dict[str, pa.Array]:
 def _batches(
     file: _File, root: str, access: AccessRules, columns: list[str]
 ) -> Iterator[tuple[pa.RecordBatch, pa.Array, pa.Array]]:
-    """Batches of some columns, with the uri and the id of every row; the pictures' bytes are not read."""
+    """Yield batches of some columns, with uri and id of every row; the pictures' bytes are not read."""
     path = file.schema.field(file.image).type.get_field_index("path") >= 0
     wanted = [*columns, *([f"{file.image}.path"] if path else [])]
     name = file.uri.removeprefix(root).lstrip("/")
@@ -250,7 +249,7 @@ def _batches(
 
 
 def _category_names(file: _File) -> dict[int, str]:
-    """Number -> name, where the data set's description in the file gives a ClassLabel; else empty."""
+    """Return number -> name, where the data set's description in the file gives a ClassLabel; else empty."""
     try:
         described = json.loads((file.schema.metadata or {})[b"huggingface"])["info"]["features"]
         objects = described[file.objects]

@@ -62,7 +62,7 @@ class ImageList:
     """The images there are, in the order of the input.
 
     `image_uri`: where each is opened, large_string. `image_id`: large_string, or None when no input
-    gives ids; `id_rule`: where they come from, in words. `root`: the folder or prefix that relative names
+    gives ids; `id_rule`: where they come from, as text. `root`: the folder or prefix that relative names
     start from, without a "/" at its end.
     `listed`: found by listing a folder, not named by a file. `doubted`: uris of links and of what is no file,
     each to be looked at by itself. `left_out`: sentences on files of the folder that are not taken.
@@ -94,9 +94,9 @@ class BoxList:
     `image_id`, `image_uri`: large_string (n,), as written; at least one is not None. A null uri: the
     input names no file for this id. `lengths`: boxes of each image, int64 (n,). `is_null`: its list was
     null, bool (n,). `error`: why its lists cannot be used (`labels_mismatch`), or null, large_string.
-    `id_rule`: where ids come from, in words.
+    `id_rule`: where ids come from, as text.
     `boxes`: columns of BOX_COLUMNS, one row a box. `rows`: rows of `boxes`, image by image; None when
-    they stand in that order already. `folder`: what relative uris start from. `one_row_per_image`: an
+    they are in that order already. `folder`: what relative uris start from. `one_row_per_image`: an
     image named twice is a mistake of the input, not two of its boxes. `categories`: id to name. `by_stem`:
     `image_id` holds the names of images below their folder, without ending.
     """
@@ -122,7 +122,7 @@ class BoxList:
     notes: tuple[str, ...] = ()
 
     def rows_of(self, images: Int64Array) -> Int64Array:
-        """Row numbers in `boxes` of the boxes of some images, image after image."""
+        """Return row numbers in `boxes` of the boxes of some images, image after image."""
         flat = ranges(starts_of(self.lengths)[images], self.lengths[images])
         return flat if self.rows is None else self.rows[flat]
 
@@ -138,7 +138,7 @@ class Groups:
 
 
 def group_rows(image_id: pa.ChunkedArray | None, image_uri: pa.ChunkedArray | None) -> Groups:
-    """Rows that name their image, grouped by id where there is one, else by uri; their order is kept.
+    """Return rows that name their image, grouped by id where there is one, else by uri; their order is kept.
 
     Both arguments are dictionary-encoded chunks, one entry a row.
 
@@ -176,7 +176,7 @@ def grouped_boxes(
     box_frame: BoxFrame | None = None,
     categories: Mapping[int, str] | None = None,
 ) -> BoxList:
-    """The boxes of rows that were grouped: no list is null, none has an error."""
+    """Return the boxes of rows that were grouped: no list is null, none has an error."""
     count = len(groups.lengths)
     return BoxList(
         image_id=groups.image_id,
@@ -197,7 +197,7 @@ def grouped_boxes(
 def with_all_images(
     boxes: BoxList, image_id: pa.Array, image_uri: pa.Array, *, is_null: BoolArray | None = None
 ) -> BoxList:
-    """`boxes`, grouped by id, over a list of images of distinct ids: those without boxes have none.
+    """Return `boxes`, grouped by id, over a list of images of distinct ids: those without boxes have none.
 
     Boxes of an id that is not listed come last, with a null uri.
     """
@@ -222,7 +222,7 @@ def with_all_images(
 
 
 def refuse_repeated(ids: pa.Array, uri: str) -> None:
-    """None when the ids are distinct; else JobRefused with examples."""
+    """Raise JobRefused with examples unless the ids are distinct."""
     if pc.count_distinct(ids).as_py() < len(ids):
         counts = pc.value_counts(ids)
         twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
@@ -230,7 +230,7 @@ def refuse_repeated(ids: pa.Array, uri: str) -> None:
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[pa.Array, Int64Array]:
-    """The distinct values of a dictionary-encoded column, and the number of each row's value."""
+    """Return the distinct values of a dictionary-encoded column, and the number of each row's value."""
     if not column.num_chunks:
         return pa.array([], type=TEXT), np.zeros(0, dtype=np.int64)
     whole = column.unify_dictionaries().combine_chunks()
@@ -239,16 +239,16 @@ def _codes(column: pa.ChunkedArray) -> tuple[pa.Array, Int64Array]:
 
 
 def examples(values: pa.Array | Sequence[str], count: int = 3) -> str:
-    """The first few values, quoted and escaped, for a message."""
+    """Return the first few values, quoted and escaped, for a message."""
     shown = values.slice(0, count).to_pylist() if isinstance(values, pa.Array) else list(values)[:count]
     return ", ".join(repr(clean_text(str(value))) for value in shown)
 
 
 def is_picture(key: str) -> bool:
-    """Whether a file is called like a picture, and is not hidden."""
+    """Return whether a file is called like a picture, and is not hidden."""
     return has_picture_name(key) and not key.rpartition("/")[2].startswith(".")
 
 
 def has_picture_name(key: str) -> bool:
-    """Whether a file's name ends as a picture's does."""
+    """Return whether a file's name ends as a picture's does."""
     return key.lower().endswith(PICTURE_SUFFIXES)

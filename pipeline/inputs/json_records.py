@@ -297,7 +297,7 @@ class Lines:
 
 
 def first_byte(file: BinaryIO) -> str:
-    """The first character that is not white space ("" in an empty file); the file is rewound."""
+    """Return the first character that is not white space ("" in an empty file); the file is rewound."""
     file.seek(0)
     start = file.read(CUT_BYTES).removeprefix(BOM).lstrip()
     file.seek(0)
@@ -305,7 +305,7 @@ def first_byte(file: BinaryIO) -> str:
 
 
 def split_arrays(file: BinaryIO, names: Collection[str]) -> Iterator[Lines]:
-    """The records of the wanted arrays, in the order of the file, in blocks of about CUT_BYTES.
+    """Yield the records of the wanted arrays, in the order of the file, in blocks of about CUT_BYTES.
 
     An array without records gives one block of none, so that it can be told from no array.
 
@@ -339,7 +339,7 @@ class _Cutter:
         self._tail = b""  # the text before the present block, where a key may stand
 
     def feed(self, block: bytes) -> Iterator[Lines]:
-        """The records that end in this block."""
+        """Yield the records that end in this block."""
         if not self._opener:
             block = block.removeprefix(BOM)
         position, char, depth = self._structure(block)
@@ -361,14 +361,14 @@ class _Cutter:
         self._tail = (self._tail + block[-_KEY_BYTES:])[-_KEY_BYTES:]
 
     def finish(self) -> None:
-        """None when the file was one whole JSON value; else TextDamage."""
+        """Raise TextDamage unless the file was one whole JSON value."""
         if not self._opener:
             raise TextDamage("it is empty; wanted a JSON list or object")
         if not self._over:
             raise TextDamage("it ends early: a bracket or a string is not closed")
 
     def _structure(self, block: bytes) -> tuple[Positions, Bytes, Positions]:
-        """Position and byte of every bracket and comma outside strings, and the depth after it."""
+        """Return position and byte of every bracket and comma outside strings, and the depth after it."""
         plain = self._without_escapes(block)
         position = np.flatnonzero(_STRUCTURAL[plain])
         char = plain[position]
@@ -386,7 +386,7 @@ class _Cutter:
         return position, char, depth
 
     def _without_escapes(self, block: bytes) -> Bytes:
-        """The block with escaped quotes and backslashes blanked, byte for byte in place."""
+        """Return the block with escaped quotes and backslashes blanked, byte for byte in place."""
         if self._escaped:
             block = b"_" + block[1:]
         if b"\\" in block:
@@ -395,7 +395,7 @@ class _Cutter:
         return np.frombuffer(block, dtype=np.uint8)
 
     def _check_outer(self, block: bytes, position: Positions, char: Bytes, depth: Positions) -> None:
-        """The file is one value: its first bracket, its last one, and nothing around them."""
+        """Raise TextDamage unless the file is one value, with nothing around its first and last bracket."""
         wanted = b"[" if self._level == 1 else b"{"
         self._opener = self._opener or block.lstrip()[:1]
         if self._opener not in (b"", wanted):
@@ -413,7 +413,7 @@ class _Cutter:
         self._over = True
 
     def _enter(self, block: bytes, at: int) -> None:
-        """Begins the array that opens at `at`; the key before it is its name."""
+        """Begin the array that opens at `at`; the key before it is its name."""
         if self._current is not None:
             raise TextDamage(f"its brackets do not match: {self._current!r} is not closed")
         name = "" if self._level == 1 else self._key_before(block, at)
@@ -430,7 +430,7 @@ class _Cutter:
         return match.group(1).decode("utf-8", errors="replace")
 
     def _extend(self, text: bytes) -> Iterator[Lines]:
-        """More of the current array, which goes on: its whole records."""
+        """Yield the whole records in more text of the current array, which goes on."""
         name = self._current or ""
         whole, comma, self._carry = (self._carry + text).rpartition(b"\n")
         if len(self._carry) > MAX_RECORD_BYTES:
@@ -440,7 +440,7 @@ class _Cutter:
             yield Lines(name=name, text=whole, count=whole.count(b"\n") + 1)
 
     def _close(self, text: bytes) -> Iterator[Lines]:
-        """The last records of the current array. A blank one (after a comma) is counted, as no JSON."""
+        """Yield the last records of the current array. A blank one (after a comma) is counted, as no JSON."""
         name, last = self._current or "", self._carry + text
         self._current, self._carry = None, b""
         has_records = bool(last.strip()) or self._parted

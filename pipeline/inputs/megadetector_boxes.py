@@ -35,7 +35,7 @@ _SHAPE = "wanted MegaDetector: an object with a list `images`, each with `file` 
 
 
 def is_megadetector(uri: str, access: AccessRules) -> bool:
-    """Whether a JSON file is MegaDetector's: its first image has a `file`, not a `file_name`."""
+    """Return whether a JSON file is MegaDetector's: its first image has a `file`, not a `file_name`."""
     with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
         if first_byte(stream) != "{":
             return False
@@ -43,13 +43,13 @@ def is_megadetector(uri: str, access: AccessRules) -> bool:
             try:
                 first = json.loads(lines.text.split(b"\n", 1)[0] or b"null")
             except (ValueError, RecursionError):
-                return False  # the COCO reader says what is wrong
+                return False  # the COCO reader reports what is wrong
             return isinstance(first, dict) and "file" in first and "file_name" not in first
     return False
 
 
 def read_megadetector(uri: str, access: AccessRules, *, folder: str) -> BoxList:
-    """The boxes of the file, and every image that it names; uris as written.
+    """Return the boxes of the file, and every image that it names; uris as written.
 
     Raises:
         JobRefused: not a sound file of this kind.
@@ -74,7 +74,7 @@ def _batches(uri: str, access: AccessRules) -> Iterator[pa.Table]:
 
 
 def _image_rows(images: pa.Table, uri: str, first: int) -> pa.Table:
-    """Records of `images` as a table with one row an image; `first`: the number of the first record."""
+    """Return records of `images` as a table, one row an image; `first`: the number of the first record."""
     found = images.column("detections").combine_chunks()
     file = images.column("file").combine_chunks()
     if file.null_count:
@@ -110,7 +110,7 @@ def _first_null(column: pa.Array) -> int:
 
 
 def _categories(uri: str, stream: BinaryIO) -> dict[int, str]:
-    """Number -> name from `detection_categories`, wherever it stands; empty where there is none."""
+    """Return number -> name from `detection_categories`, wherever it stands; empty where there is none."""
     before = b""
     while block := stream.read(CUT_BYTES):
         match = _CATEGORIES.search(before + block)

@@ -1,7 +1,7 @@
-"""Whatever a person points at -> the lists of images and of boxes; which reader takes it is told by its name.
+"""What a user names -> the lists of images and of boxes; its name decides which reader takes it.
 
-Names are told apart by their ending and by what a folder holds (`named`); two kinds of JSON and of Parquet
-by a look at their beginning. The content is checked by the reader. No image is opened.
+Names are distinguished by their ending and by what a folder holds (`named`); two kinds of JSON and of Parquet
+by their first bytes. The content is checked by the reader. No image is opened.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def allowed_access(settings: InputSettings, access: AccessRules | None = None) -
 
 
 def read_images(settings: InputSettings, access: AccessRules) -> ImageList:
-    """The images that `settings.images` lists, with uris that can be opened.
+    """Return the images that `settings.images` lists, with uris that can be opened.
 
     `access`: as `allowed_access` gives it.
 
@@ -89,7 +89,7 @@ def read_images(settings: InputSettings, access: AccessRules) -> ImageList:
 
 
 def read_boxes(settings: InputSettings, access: AccessRules) -> BoxList:
-    """The boxes of `settings.boxes`; their uris are as written (see `resolve_uris`).
+    """Return the boxes of `settings.boxes`; their uris are as written (see `resolve_uris`).
 
     `access`: as `allowed_access` gives it.
 
@@ -136,7 +136,7 @@ def _yolo_boxes(labels: Sequence[str], named: Named, settings: InputSettings, ac
 
 
 def resolve_uris(uris: pa.Array, folder: str) -> pa.Array:
-    """Relative uris put below `folder`; absolute ones, blank ones and those with a scheme are left alone.
+    """Return uris, relative ones put below `folder`; absolute and blank ones and those with a scheme stay.
 
     Names are bytes: nothing is decoded or normalised but "./" at the beginning, which `find` writes.
     """
@@ -152,7 +152,7 @@ def _text(value: str) -> pa.Scalar:
 
 
 def check_columns(settings: InputSettings, found: Sequence[str]) -> None:
-    """None when every mapped name is one of ours and stands in a table; `found`: the tables' columns.
+    """Check that every mapped name is one of ours and a column of a table; `found`: the tables' columns.
 
     Raises:
         UsageError: our name is unknown. JobRefused: no table has the other name.
@@ -237,7 +237,7 @@ def _refuse_results(uri: str, access: AccessRules) -> None:
 def _read_image_tables(
     uris: Sequence[str], settings: InputSettings, access: AccessRules, folder: str
 ) -> ImageList:
-    """The images that tables name; `image_uri` as written."""
+    """Return the images that tables name; `image_uri` as written."""
     wanted = {name: BOX_ROWS[name] for name in ("image_uri", "image_id")}
     files = inspect_tables(uris, wanted, settings.columns, access)
     batches: list[pa.Table] = []
@@ -270,7 +270,7 @@ def _root(settings: InputSettings, otherwise: str) -> str:
 
 
 def _earlier_boxes(parts: EarlierParts, settings: InputSettings, access: AccessRules) -> BoxList:
-    """An earlier job's prompts say themselves how they are to be read."""
+    """Return an earlier job's prompts, which state how they are to be read."""
     boxes = read_earlier_boxes(parts, access)
     if settings.box_format not in (None, boxes.box_format):
         raise UsageError(

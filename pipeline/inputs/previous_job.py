@@ -65,7 +65,7 @@ class EarlierParts:
 
 
 def find_parts(folder: str, entries: Sequence[Entry]) -> EarlierParts | None:
-    """The parts below `folder` (entries: all its files), or None when it is no output of ours.
+    """Return the parts below `folder` (entries: all its files), or None when it is no output of ours.
 
     Raises:
         JobRefused: an output without published tables.
@@ -85,7 +85,7 @@ def find_parts(folder: str, entries: Sequence[Entry]) -> EarlierParts | None:
 
 
 def read_earlier_images(parts: EarlierParts, access: AccessRules) -> ImageList:
-    """Every image of the earlier job, with its id."""
+    """Return every image of the earlier job, with its id."""
     images = _table(parts.images, _IMAGES, access)
     return ImageList(
         image_uri=single(images.column("image_uri")),
@@ -96,7 +96,7 @@ def read_earlier_images(parts: EarlierParts, access: AccessRules) -> ImageList:
 
 
 def read_earlier_boxes(parts: EarlierParts, access: AccessRules) -> BoxList:
-    """The prompts of the earlier job, in their old order, under their old ids."""
+    """Return the prompts of the earlier job, in their old order, under their old ids."""
     images = _table(parts.images, _IMAGES, access)
     ids = single(images.column("image_id"))
     refuse_repeated(ids, parts.folder)
@@ -140,7 +140,7 @@ def _table(uris: Sequence[str], wanted: dict[str, Kind], access: AccessRules) ->
 
 
 def _rules(parts: EarlierParts, access: AccessRules) -> BoxRules | None:
-    """Format and frame of the boxes as given, from the footers; None where they do not say."""
+    """Return format and frame of the boxes as given, from the footers; None where they do not state them."""
     found = {_footer_rules(uri, access) for uri in parts.instances}
     if len(found) > 1:
         raise JobRefused(f"{parts.folder}: its parts state different box rules; they are of different jobs")
@@ -159,7 +159,7 @@ def _footer_rules(uri: str, access: AccessRules) -> tuple[str, str]:
 
 
 def _prompts(rows: pa.Table, rules: BoxRules | None) -> tuple[pa.Array, BoxRules, tuple[str, ...]]:
-    """The boxes, what they are, and what is to be said of them."""
+    """Return the boxes, what they are, and what is to be reported of them."""
     given = single(rows.column("prompt_bbox_given"))
     if rules is None or given.null_count == len(given):
         used = single(rows.column("prompt_bbox"))
@@ -171,7 +171,7 @@ def _prompts(rows: pa.Table, rules: BoxRules | None) -> tuple[pa.Array, BoxRules
 
 
 def _check_numbers(rows: pa.Table, boxes: BoxList, folder: str) -> None:
-    """Within each image the instances must be numbered 0, 1, 2 ...: none lost, none out of place."""
+    """Raise JobRefused unless the instances of each image are numbered 0, 1, 2 ... in order."""
     number = single(rows.column("instance_index")).to_numpy(zero_copy_only=False)
     every: Int64Array = np.arange(len(boxes.lengths), dtype=np.int64)
     found = number[boxes.rows_of(every)]
@@ -186,7 +186,7 @@ def _check_numbers(rows: pa.Table, boxes: BoxList, folder: str) -> None:
 
 
 def _check_counts(boxes: BoxList, images: pa.Table, folder: str) -> None:
-    """Each image must have the instances that it says, and each instance an image."""
+    """Raise JobRefused unless each image has as many instances as its row states."""
     wanted = np.zeros(len(boxes.lengths), dtype=np.int64)
     wanted[: images.num_rows] = single(images.column("num_boxes")).to_numpy(zero_copy_only=False)
     unlike = np.flatnonzero(boxes.lengths != wanted)

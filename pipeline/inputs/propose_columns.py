@@ -81,7 +81,7 @@ _CHOICES: dict[str, list[list[str]]] = {
 def missing_column(
     uri: str, wanted: str, names: Sequence[str], mapping: Mapping[str, str] | None = None
 ) -> JobRefused:
-    """The error for a table without a column it needs: names the nearest and how to map it.
+    """Return the error for a table without a column it needs: names the nearest and how to map it.
 
     `wanted`: one of our names, or several of which one would do, parted by " or ". `mapping`: the names that
     are mapped already, which the proposal keeps.
@@ -96,12 +96,12 @@ def missing_column(
 
 
 def called_otherwise(wanted: str) -> str:
-    """The end of a sentence on a missing column for which no other could be meant by its name."""
+    """Return the end of a sentence on a missing column for which no other could be meant by its name."""
     return f"; if it is called otherwise: --set input.columns.{wanted.split(' or ')[0]}=NAME"
 
 
 def shown_names(names: Sequence[str], count: int = 20) -> str:
-    """The first names of a list of columns, for a message."""
+    """Return the first names of a list of columns, for a message."""
     shown = ", ".join(clean_text(name) for name in names[:count]) or "no columns at all"
     return shown + (f" and {len(names) - count} more" if len(names) > count else "")
 
@@ -109,7 +109,7 @@ def shown_names(names: Sequence[str], count: int = 20) -> str:
 def near_columns(
     wanted: Sequence[Sequence[str]], names: Sequence[str], mapping: Mapping[str, str], *, exact: bool = False
 ) -> dict[str, str]:
-    """Our name -> the column that could be meant, one for each choice of our names for which there is one.
+    """Return our name -> the column that could be meant, for each choice of our names that has one.
 
     `exact`: known other names alone, none that is merely spelled alike. No column is proposed twice.
     """
@@ -127,7 +127,7 @@ def near_columns(
 def corner_columns(
     names: Sequence[str], mapping: Mapping[str, str]
 ) -> tuple[dict[str, str], BoxFormat] | None:
-    """Our corners -> four columns that hold boxes by their names, and in which format; None without."""
+    """Return our corners -> four columns that are boxes by their names, and the format; None without."""
     free = {bare_name(name): name for name in reversed(names) if name not in mapping.values()}
     for four, box_format in CORNER_NAMES:
         if all(name in free and can_be_pasted(free[name]) for name in four):
@@ -149,7 +149,7 @@ def _alike(ours: str, names: Sequence[str]) -> str | None:
 
 
 def unread_note(file: TableFile, unused: Sequence[str], mapping: Mapping[str, str]) -> tuple[str, ...]:
-    """A sentence where columns that are not read are called like some that the table lacks."""
+    """Return a sentence where columns that are not read are called like some that the table lacks."""
     classes = {"label", "category_id"}  # one column of classes is enough
     there = {*file.names, *(classes if classes & file.names.keys() else ())}
     choices = _CHOICES["boxes" if "boxes" in file.names else "bbox"]
@@ -164,7 +164,7 @@ def unread_note(file: TableFile, unused: Sequence[str], mapping: Mapping[str, st
 def missing_columns(
     uri: str, names: Sequence[str], mapping: Mapping[str, str], access: AccessRules
 ) -> JobRefused:
-    """The error for a table that lacks columns: all of them, and one proposal for all that could be meant."""
+    """Return the error for a table that lacks columns: all of them, and one proposal for all."""
     lacking, near, box_format = _proposal(names, mapping, uri=uri)
     message = f"{uri}: no column {', no column '.join(lacking)}; found {shown_names(names)}"
     rows = _first_rows(uri, mapping, near, access) if near else None
@@ -197,7 +197,7 @@ def _no_names(names: Sequence[str]) -> str:
 def _proposal(
     names: Sequence[str], mapping: Mapping[str, str], *, uri: str
 ) -> tuple[list[str], dict[str, str], BoxFormat | None]:
-    """What a table lacks; our name -> the column that could be meant; the format of such boxes, if known."""
+    """Return what a table lacks; our name -> the column that could be meant; the boxes' format, if known."""
     there = locate(names, KEYS | IMAGE_ROWS | BOX_ROWS, mapping, uri=uri)
     lacking: list[str] = []
     near: dict[str, str] = {}
@@ -227,14 +227,14 @@ def _proposal(
 
 
 def _own(there: Mapping[str, str]) -> dict[str, str]:
-    """Columns that stand for something already, but corners, which may yet turn out to be another's."""
+    """Return columns that have a meaning already, but corners, which may yet turn out to be another's."""
     return {ours: theirs for ours, theirs in there.items() if ours not in CORNERS}
 
 
 def _first_rows(
     uri: str, mapping: Mapping[str, str], near: Mapping[str, str], access: AccessRules
 ) -> pa.Table | None:
-    """The first rows of a table, read as proposed; None where they cannot be read so."""
+    """Return the first rows of a table, read as proposed; None where they cannot be read so."""
     kinds = IMAGE_ROWS if "boxes" in near else BOX_ROWS
     wanted = {name: kinds[name] for name in (*CORNERS, *near) if name in kinds}
     try:
@@ -245,7 +245,7 @@ def _first_rows(
 
 
 def _are_shares(rows: pa.Table | None) -> bool:
-    """Whether the boxes of some rows lie within 0 to 1; False where there are none."""
+    """Return whether the boxes of some rows lie within 0 to 1; False where there are none."""
     if rows is None or not set(CORNERS) <= set(rows.column_names):
         return False
     values = np.stack([rows.column(name).to_numpy() for name in CORNERS])

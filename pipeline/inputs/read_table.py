@@ -1,4 +1,4 @@
-"""Tables that people bring (Parquet, CSV, JSONL), read as plain columns in batches of bounded memory.
+"""Tables of users (Parquet, CSV, JSONL), read as plain columns in batches of bounded memory.
 
 Two steps. `inspect_tables` opens every file, finds the wanted columns and checks their types, so that a
 job is refused before any value is used. `read_batches` then reads only those columns. A file that cannot
@@ -51,13 +51,13 @@ class TableFile:
 
 
 def table_format(uri: str) -> TableFormat | None:
-    """The format that a file's name says, in any case; None for other names."""
+    """Return the format that a file's name says, in any case; None for other names."""
     lowered = uri.lower()
     return next((kind for suffix, kind in TABLE_SUFFIXES.items() if lowered.endswith(suffix)), None)
 
 
 def instead_of(uri: str) -> str:
-    """What to do about a file that is no table by its name, as the end of a sentence, or ""."""
+    """Return what to do about a file that is no table by its name, as the end of a sentence, or ""."""
     lowered = uri.lower()
     return next((f": {words}" for endings, words in _OTHER_FILES if lowered.endswith(endings)), "")
 
@@ -80,7 +80,7 @@ _OTHER_FILES: tuple[tuple[tuple[str, ...], str], ...] = (
 def inspect_tables(
     uris: Sequence[str], wanted: Mapping[str, Kind], mapping: Mapping[str, str], access: AccessRules
 ) -> tuple[TableFile, ...]:
-    """The files of one table, their wanted columns found, checked and of one kind throughout.
+    """Return the files of one table, their wanted columns found, checked and of one kind throughout.
 
     Raises:
         JobRefused: unreadable, a type other than wanted, or files that differ (one is named).
@@ -107,7 +107,7 @@ def _check_same_columns(file: TableFile, first: TableFile) -> None:
 
 @contextlib.contextmanager
 def _unpacked(uri: str, access: AccessRules) -> Iterator[BinaryIO]:
-    """A table's file, unpacked on the way where its name ends in `.gz`."""
+    """Return a table's file, unpacked on the way where its name ends in `.gz`."""
     with open_input(uri, options_for(uri, access)) as stream:
         if uri.lower().endswith(".gz"):
             yield cast(BinaryIO, gzip.GzipFile(fileobj=stream))
@@ -116,7 +116,7 @@ def _unpacked(uri: str, access: AccessRules) -> Iterator[BinaryIO]:
 
 
 def read_batches(file: TableFile, access: AccessRules) -> Iterator[pa.Table]:
-    """The file's rows with our column names and plain types, about BATCH_ROWS at a time, in order."""
+    """Yield the file's rows with our column names and plain types, about BATCH_ROWS at a time, in order."""
     with naming(file.uri, file.file_format):
         for batch in _batches(file, access):
             yield _plain_table(file, batch)
@@ -143,7 +143,7 @@ def _parquet_batches(stream: BinaryIO, columns: list[str]) -> Iterator[pa.Record
 
 
 def _batch_rows(bytes_per_row: float) -> int:
-    """Rows that take about BATCH_BYTES when unpacked to four times their size: some have 10,000 boxes.
+    """Return rows that take about BATCH_BYTES when unpacked to four times their size: some have 10,000 boxes.
 
     The file's own figures for its columns would say it better, but to ask for them is to trust the
     footer: pyarrow ends the process on one that contradicts itself.
@@ -161,7 +161,7 @@ def _plain_table(file: TableFile, batch: pa.RecordBatch) -> pa.Table:
 
 @contextlib.contextmanager
 def naming(uri: str, what: str) -> Iterator[None]:
-    """Turns what a parser raises into a JobRefused that names the file; our own errors pass."""
+    """Turn what a parser raises into a JobRefused that names the file; our own errors pass."""
     try:
         yield
     except HqlabelError:
@@ -177,7 +177,7 @@ def naming(uri: str, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming_values(uri: str) -> Iterator[None]:
-    """As `naming`, for values that were read but cannot be used; nothing else is taken for a bad file."""
+    """Turn errors on values that were read but cannot be used into a JobRefused; other errors pass."""
     try:
         yield
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:

@@ -1,9 +1,9 @@
 """WebDataset tars: pictures and what belongs to them side by side, `0001.jpg` and `0001.json`.
 
-Only the headers are read while planning; a picture's uri says where in the tar its bytes lie (`members`).
-What
-lies beside a picture, under the same name up to the first dot, as `.json` is an object with the columns of a
-table with one row an image (`boxes`, `labels`, `scores` ...). Names are kept as the tar has them.
+Only the headers are read while planning; a picture's uri says where in the tar its bytes lie
+(`archive_uris`). What lies next to a picture, under the same name up to the first dot, as `.json` is an
+object with the columns of a table with one row an image (`boxes`, `labels`, `scores` ...). Names are kept as
+the tar has them.
 
 Compressed tars have no places, and are refused. Links, devices and folders of a tar are passed over: nothing
 is ever unpacked.
@@ -53,14 +53,14 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """The pictures of one tar in their order, and how many hidden ones are not taken (`folders`)."""
+    """The pictures of one tar in their order, and how many hidden ones are not taken (`list_folders`)."""
 
     samples: list[Sample]
     hidden: int
 
 
 def read_tar_images(uris: Sequence[str], access: AccessRules, *, root: str, ids: TarIds) -> ImageList:
-    """The pictures of some tars, in the order of the tars and of their members.
+    """Return the pictures of some tars, in the order of the tars and of their members.
 
     `ids`: what an image is called: `member` its name in the tar, `key` that name up to its first dot, `shard`
     the tar's own name below `root` and the member's.
@@ -98,7 +98,7 @@ _ID_RULES: dict[TarIds, str] = {
 def read_tar_boxes(
     uris: Sequence[str], mapping: Mapping[str, str], access: AccessRules, *, root: str, ids: TarIds
 ) -> BoxList:
-    """The boxes of the `.json` files in some tars; a picture without one has no boxes.
+    """Return the boxes of the `.json` files in some tars; a picture without one has no boxes.
 
     Raises:
         JobRefused: not a plain tar, a `.json` that is none, or none of them has boxes.
@@ -124,7 +124,7 @@ def read_tar_boxes(
 def _batches(
     uri: str, samples: Sequence[Sample], lines: Sequence[bytes], kinds: Mapping[str, Kind]
 ) -> list[pa.RecordBatch]:
-    """The lines of one tar's samples as typed columns; of one that cannot be read the member is named."""
+    """Return the lines of one tar's samples as typed columns; an error names the member."""
     if not lines:
         return []
     try:
@@ -153,7 +153,7 @@ def _key(name: str) -> str:
 def _rows(
     uri: str, samples: Sequence[Sample], root: str, ids: TarIds, access: AccessRules
 ) -> Iterator[dict[str, Any]]:
-    """One line of a table for each picture: the sample's own object, named by the picture."""
+    """Yield one line of a table for each picture: the sample's own object, named by the picture."""
     with open_input(uri, options_for(uri, access), block=_REMOTE_BLOCK) as stream:
         for sample in samples:
             row = {"boxes": []} if sample.data is None else _object(stream, sample.data)
@@ -177,7 +177,7 @@ def _object(stream: BinaryIO, member: TarMember) -> dict[str, Any]:
 def _columns(
     samples: Mapping[str, Sequence[Sample]], mapping: Mapping[str, str], access: AccessRules
 ) -> tuple[dict[str, tuple[str, Kind]], tuple[str, ...]]:
-    """Our column -> its name in the objects and its kind, by the first objects; and all their names."""
+    """Return our column -> its name in the objects and its kind, by the first ones; and all their names."""
     values: dict[str, list[Any]] = {"image_uri": [""], "image_id": [""]}
     uri = next((uri for uri, found in samples.items() if any(one.data for one in found)), next(iter(samples)))
     some = [one for one in samples[uri] if one.data is not None][:SAMPLE_ROWS]
@@ -201,7 +201,7 @@ def _columns(
 
 
 def _read_all(uris: Sequence[str], access: AccessRules) -> Iterator[Pictures]:
-    """The pictures of each tar, several tars at a time."""
+    """Yield the pictures of each tar, several tars at a time."""
     with ThreadPoolExecutor(min(READERS, len(uris)) or 1) as pool:
         yield from pool.map(lambda uri: read_pictures(uri, access), uris)
 

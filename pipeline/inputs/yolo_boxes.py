@@ -1,4 +1,4 @@
-"""YOLO label folders: a `.txt` beside or for each picture, one line a box.
+"""YOLO label folders: a `.txt` next to or for each picture, one line a box.
 
     class cx cy width height [score]
 
@@ -38,7 +38,7 @@ _SHAPE = "wanted `class cx cy width height`, or with a score behind"
 
 
 def label_files(folder: str, entries: Sequence[Entry]) -> list[str]:
-    """The label files of a folder: every `.txt` that is not hidden, but the list of classes."""
+    """Return the label files of a folder: every `.txt` that is not hidden, but the list of classes."""
     names = [entry.key for entry in entries if entry.key.lower().endswith(".txt")]
     shown = [
         key for key in names if not any(part.startswith(".") for part in key.removeprefix(folder).split("/"))
@@ -47,7 +47,7 @@ def label_files(folder: str, entries: Sequence[Entry]) -> list[str]:
 
 
 def read_yolo(folder: str, entries: Sequence[Entry], access: AccessRules) -> BoxList:
-    """The boxes of a folder's label files, each under the name of its file without ending.
+    """Return the boxes of a folder's label files, each under the name of its file without ending.
 
     Raises:
         JobRefused: a file that is none, naming its line, what was found and what was wanted.
@@ -74,7 +74,7 @@ def read_yolo(folder: str, entries: Sequence[Entry], access: AccessRules) -> Box
 
 
 def _notes(boxes: BoxList) -> tuple[str, ...]:
-    """A sentence where the folder does not name its classes; `data.yaml` often lies one folder above."""
+    """Return a sentence where the folder does not name its classes; `data.yaml` is often one folder above."""
     if boxes.categories or not boxes.boxes.num_rows:
         return ()
     wanted = f"{_CLASSES}, {_YAML[0]} or {_YAML[1]}"
@@ -82,7 +82,7 @@ def _notes(boxes: BoxList) -> tuple[str, ...]:
 
 
 def _read_file(uri: str, access: AccessRules) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The lines of one file, (N, 6): class, four numbers, score or NaN."""
+    """Return the lines of one file, (N, 6): class, four numbers, score or NaN."""
     lines = _text(uri, access).splitlines()
     rows = [_numbers(uri, at, line.split()) for at, line in enumerate(lines, start=1) if line.strip()]
     return np.array(rows, np.float64).reshape(-1, 6)
@@ -104,7 +104,7 @@ def _numbers(uri: str, line: int, words: Sequence[str]) -> list[float]:
 
 
 def _class_names(folder: str, entries: Sequence[Entry], access: AccessRules) -> dict[int, str]:
-    """Class number -> name; empty where the folder does not say."""
+    """Return class number -> name; empty where the folder does not name its classes."""
     there = {entry.key.removeprefix(f"{folder}/") for entry in entries}
     if _CLASSES in there:
         lines = _text(f"{folder}/{_CLASSES}", access).splitlines()

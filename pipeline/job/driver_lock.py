@@ -47,7 +47,7 @@ class Holder:
     started: str
 
     def is_surely_dead(self) -> bool:
-        """True when this was a process of this very machine and namespace, and is gone; False: unknown."""
+        """Return whether this was a process of this machine and namespace, and is gone; False: unknown."""
         here = this_process()
         if not self.boot or (self.boot, self.pids) != (here.boot, here.pids):
             return False
@@ -58,7 +58,7 @@ class Holder:
 
 
 def this_process() -> Holder:
-    """The record of the running process, with a token of its own."""
+    """Return the record of the running process, with a token of its own."""
     return Holder(
         token=secrets.token_hex(16),
         host=socket.gethostname(),
@@ -85,7 +85,7 @@ def _link(path: str) -> str:
 
 
 def _started(pid: int) -> str:
-    """Start time of a process in ticks since boot; "" when there is none, or when it is a zombie."""
+    """Return start time of a process in ticks since boot; "" when there is none, or when it is a zombie."""
     after_name = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return after_name[19] if len(after_name) > 19 and after_name[0] not in ("Z", "X") else ""
 
@@ -116,7 +116,7 @@ class Owner:
         takeover_after_s: float = TAKEOVER_AFTER_S,
         beat_every_s: float = BEAT_EVERY_S,
     ) -> Owner:
-        """This process as the owner, its heart beating; waits `takeover_after_s` for a silent holder.
+        """Return this process as the owner, heartbeat started; wait `takeover_after_s` for a silent holder.
 
         Raises:
             JobRefused: another driver is alive; names its host and process.
@@ -136,18 +136,18 @@ class Owner:
                 return owner
 
     def is_ours(self) -> bool:
-        """True while no later driver has taken the job; asks the store."""
+        """Return whether no later driver has taken the job; asks the store."""
         if latest_number(self._store) > self.number:
             self.lost.set()
         return not self.lost.is_set()
 
     def require(self, what: str) -> None:
-        """None while the job is ours; else JobRefused naming the driver that has it. Before every `what`."""
+        """Raise JobRefused, naming the job's driver, unless it is ours. Called before every `what`."""
         if not self.is_ours():
             require_latest(self._store, self.number, what)
 
     def release(self) -> None:
-        """None; the heart is stopped and the next driver need not wait."""
+        """Stop the heartbeat, so that the next driver need not wait."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(timeout=BEAT_BUDGET_S)
@@ -182,7 +182,7 @@ class Owner:
 
 
 def require_latest(store: Store, number: int, what: str) -> None:
-    """None while no driver after `number` has taken the job; else JobRefused. For a driver's workers."""
+    """Raise JobRefused if a driver after `number` has taken the job. For a driver's workers."""
     latest = latest_number(store)
     if latest > number:
         now = _read_holder(store, latest)
@@ -190,7 +190,7 @@ def require_latest(store: Store, number: int, what: str) -> None:
 
 
 def current_holder(store: Store) -> tuple[int, Holder] | None:
-    """(number, driver) that took the job last, alive or not; None when nobody ever did."""
+    """Return (number, driver) that took the job last, alive or not; None when none ever did."""
     number = latest_number(store)
     return (number, _read_holder(store, number)) if number else None
 
@@ -204,7 +204,7 @@ def _beat_key(number: int) -> str:
 
 
 def latest_number(store: Store) -> int:
-    """The number of the driver that took the job last; 0 when nobody ever did."""
+    """Return the number of the driver that took the job last; 0 when nobody ever did."""
     matches = (_KEY.fullmatch(entry.key) for entry in store.list("owner/"))
     return max((int(match.group(1)) for match in matches if match), default=0)
 
@@ -220,7 +220,7 @@ def _read_holder(store: Store, number: int) -> Holder:
 
 
 def _read_beat(store: Store, number: int) -> dict[str, Any] | None:
-    """The last beat, None when there was none yet. A beat that cannot be read is a change like any other."""
+    """Return the last beat, None when there is none. One that cannot be read counts as a change."""
     try:
         body = store.read(_beat_key(number))
     except NotFound:
@@ -232,7 +232,7 @@ def _read_beat(store: Store, number: int) -> dict[str, Any] | None:
 
 
 def _wait_for_silence(store: Store, number: int, takeover_after_s: float) -> None:
-    """None when the holder has released, is dead, or was silent for long enough; else JobRefused."""
+    """Return once the holder has released, is dead, or was silent for long enough; else JobRefused."""
     holder = _read_holder(store, number)
     first = _read_beat(store, number)
     if (first or {}).get("released") or holder.is_surely_dead():

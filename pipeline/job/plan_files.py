@@ -18,12 +18,12 @@ UNITS_PER_FILE = 64
 
 
 def plan_key(plan_sha256: str, file_index: int) -> str:
-    """The name of one file of a plan."""
+    """Return the name of one file of a plan."""
     return f"plan/{plan_sha256[:16]}/{file_index:08d}.parquet"
 
 
 def read_unit(store: Store, plan_sha256: str, unit_id: int) -> pa.Table:
-    """The rows of one unit (schema.PLAN), read from its own row group with page checksums verified.
+    """Return the rows of one unit (schema.PLAN), read from its own row group with page checksums verified.
 
     Raises:
         NotFound: no such file of the plan. DamageFound: it is not what was written.
@@ -43,7 +43,7 @@ def read_unit(store: Store, plan_sha256: str, unit_id: int) -> pa.Table:
 
 
 def iter_plan(store: Store, plan_sha256: str) -> Iterator[pa.Table]:
-    """The units of a plan in order, one table (schema.PLAN) each; every file is read once, seal verified.
+    """Yield the units of a plan in order, one table (schema.PLAN) each; read every file once, seal verified.
 
     Raises:
         DamageFound: a file is not what was written, or one is missing between others.

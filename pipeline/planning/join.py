@@ -37,7 +37,7 @@ class Joined:
     """Every image, in the order of the input, with its id and its place in the box list.
 
     `image_id`, `image_uri`: large_string (n,). `mention`: int64 (n,), the image's place in `BoxList`, -1
-    where no box file names it. `id_rule`: how ids and joins came about, in words. `hint`: a sentence on why
+    where no box file names it. `id_rule`: how ids and joins came about, as text. `hint`: a sentence on why
     boxes of `unmatched` found no image, or "".
     """
 
@@ -50,7 +50,7 @@ class Joined:
 
 
 def images_of(boxes: BoxList) -> ImageList:
-    """The images that a box file names by itself.
+    """Return the images that a box file names by itself.
 
     Raises:
         JobRefused: it names no uris.
@@ -71,7 +71,7 @@ def images_of(boxes: BoxList) -> ImageList:
 
 
 def join(images: ImageList, boxes: BoxList | None, *, allow_unmatched: bool) -> Joined:
-    """Every image with its boxes' place.
+    """Return every image with its boxes' place.
 
     Raises:
         JobRefused: an image named twice, one id for two images, or boxes whose image is not listed (unless
@@ -128,7 +128,7 @@ def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool) -> Joined:
 
 
 def _ids(images: ImageList) -> tuple[pa.Array, str]:
-    """The id of each image, and the rule in words."""
+    """Return the id of each image, and the rule as text."""
     if images.image_id is not None:
         return images.image_id, images.id_rule
     return _ids_of_uris(images)
@@ -141,18 +141,18 @@ def _ids_of_uris(images: ImageList) -> tuple[pa.Array, str]:
 
 
 def _adopted(ids: pa.Array, given: pa.Array, mention: Int64Array) -> pa.Array:
-    """The ids of the box file for the images that it names, the others as they are."""
+    """Return the ids of the box file for the images that it names, the others as they are."""
     named = given.take(pa.array(mention, mask=mention < 0))
     return pc.coalesce(named, ids)
 
 
 def _uri_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, str]:
-    """Both sides' uris to compare, and how relative ones were read.
+    """Return both sides' uris to compare, and how relative ones were read.
 
     Relative uris of a box file start from its folder. Where none of them is found so, and the images were
     listed from a folder, they are read as names below that folder: all of them or none.
     """
-    assert boxes.image_uri is not None, "the caller has looked"
+    assert boxes.image_uri is not None, "the caller has checked"
     keys = _comparable(images.image_uri)
     wanted = _comparable(resolve_uris(boxes.image_uri, boxes.folder))
     if boxes.folder == images.root or (positions(wanted, keys) >= 0).any():
@@ -164,7 +164,7 @@ def _uri_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, st
 
 
 def _as_compared(images: ImageList, boxes: BoxList, wanted: pa.Array, keys: pa.Array) -> pa.Array:
-    """The uris of a box file to be told from those of the images: relative ones below the images' folder.
+    """Return the uris of a box file to compare with those of the images: relative ones below their folder.
 
     So they are read where none is found by the other rule, and the folder alone tells nothing then.
     """
@@ -174,7 +174,7 @@ def _as_compared(images: ImageList, boxes: BoxList, wanted: pa.Array, keys: pa.A
 
 
 def _stem_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, str]:
-    """Both sides' names below their folders without ending: `a/1` for `a/1.jpg` and `a/1.txt`.
+    """Return both sides' names below their folders without ending: `a/1` for `a/1.jpg` and `a/1.txt`.
 
     Raises:
         JobRefused: the labels of one file could be those of two images.
@@ -196,7 +196,7 @@ def _stem_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, s
 
 
 def _comparable(uris: pa.Array) -> pa.Array:
-    """`file:///a` and `/a` are one file."""
+    """Return the uris without `file://`: `file:///a` and `/a` are one file."""
     return pc.replace_substring_regex(uris, r"\Afile://(localhost)?/", "/")
 
 
@@ -212,7 +212,7 @@ def _unmatched(wanted: pa.Array, boxes: BoxList, mention: Int64Array) -> Unmatch
 
 
 def _names(wanted: pa.Array, boxes: BoxList, where: BoolArray) -> pa.Array:
-    """The keys of some mentions; where there is no uri, the id."""
+    """Return the keys of some mentions; where there is no uri, the id."""
     keys = wanted.filter(pa.array(where))
     return keys if boxes.image_id is None else pc.coalesce(keys, boxes.image_id.filter(pa.array(where)))
 
@@ -248,7 +248,7 @@ def _are_numbers(names: Sequence[str]) -> bool:
 
 
 def _refuse_doubles(joined: Joined, *, is_box_file: bool) -> None:
-    """None when every id and every uri is there once. `is_box_file`: the box file lists the images."""
+    """Raise JobRefused for an id or uri there twice. `is_box_file`: the box file lists the images."""
     for name, keys in (("image_id", joined.image_id), ("image_uri", _comparable(joined.image_uri))):
         filled = keys.filter(pc.not_equal(keys, "")) if name == "image_uri" else keys
         if pc.count_distinct(filled).as_py() < len(filled):
@@ -291,7 +291,7 @@ def _replaced(*pairs: tuple[str, str]) -> Spelling:
 
 
 def _unquoted(keys: pa.Array) -> pa.Array:
-    """`a%20b` as `a b`, and so `a%2520b`, which was encoded twice."""
+    """Return `a%20b` as `a b`, and so `a%2520b`, which was encoded twice."""
     encoded = pc.match_substring_regex(keys, "%[0-9A-Fa-f]{2}")
     texts = [unquote(unquote(text)) for text in keys.filter(encoded).to_pylist()]
     return pc.replace_with_mask(keys, encoded, pa.array(texts, keys.type)) if texts else keys
@@ -355,7 +355,7 @@ _NUMBERS: Guess = (
 
 
 def why(keys: pa.Array, wanted: pa.Array) -> str:
-    """A sentence when most of what does not match would, but for a difference of spelling, else ""."""
+    """Return a sentence when most of what does not match would, but for a difference of spelling, else ""."""
     missing = wanted.filter(pa.array(positions(wanted, keys) < 0)).drop_null()
     step = max(1, len(missing) // _LOOK_AT)
     sample = missing.take(pa.array(np.arange(0, len(missing), step)))
@@ -379,7 +379,7 @@ def _one(guesses: Sequence[Guess], keys: pa.Array, sample: pa.Array) -> str:
 
 
 def _several(differences: tuple[Guess, ...], keys: pa.Array, sample: pa.Array) -> str:
-    """As `_one`, for names that differ in several things at once: a smallest set of them is named.
+    """Return a sentence on names that differ in several things at once: a smallest set of them.
 
     All differences are taken away to find who could belong to whom, and then put back one by one.
     """
@@ -410,7 +410,7 @@ def _is_most(found: BoolArray) -> bool:
 
 
 def _sentence(text: str, sample: pa.Array, keys: pa.Array, found: Int64Array) -> str:
-    """The sentence with the first pair that it is true of."""
+    """Return the sentence with the first pair that it is true of."""
     at = int(np.flatnonzero(found >= 0)[0])
     pair = [repr(clean_text(name.as_py())) for name in (sample[at], keys[int(found[at])])]
     return f"{text[0].upper()}{text[1:]}: {pair[0]} and {pair[1]}. "

@@ -1,6 +1,6 @@
 """The plan of a job: every image once, with its boxes, in fixed order, cut into numbered units.
 
-Made once from the inputs, it stands in the output as `plan/<first 16 digits of its sha256>/`, 64 units a
+Made once from the inputs, it is in the output as `plan/<first 16 digits of its sha256>/`, 64 units a
 file and one Parquet row group a unit, so that a worker reads its unit from one range of one file. The
 same images and boxes give the same plan, bit for bit, in whatever order the inputs name them.
 
@@ -56,7 +56,7 @@ class Plan:
 def make_plan(
     settings: InputSettings, access: AccessRules | None = None, *, images_per_unit: int = 64
 ) -> Plan:
-    """The plan of the inputs; nothing is written and no image is opened.
+    """Return the plan of the inputs; nothing is written and no image is opened.
 
     `access`: further local roots, allowed schemes and storage options, besides what the inputs imply.
 
@@ -105,7 +105,7 @@ def _understand(settings: InputSettings, access: AccessRules, images_per_unit: i
 
 
 def _rules(settings: InputSettings, boxes: BoxList | None) -> BoxRules:
-    """The person's word first, except on an earlier output, which says itself how its boxes are read."""
+    """Return the user's setting first, except for an earlier output, which states how its boxes are read."""
     own = "xyxy" if boxes is None else boxes.box_format
     own_frame = None if boxes is None else boxes.box_frame
     return BoxRules(box_format=settings.box_format or own, box_frame=own_frame or settings.box_frame)
@@ -128,7 +128,7 @@ def _numbered(inputs: Understood) -> tuple[BoxList | None, Categories]:
 
 
 def write_plan(store: Store, plan: Plan) -> None:
-    """None; every file of the plan stands in the store. Files that are there already are left alone."""
+    """Write every file of the plan that the store does not have yet."""
     there = {entry.key for entry in store.list(f"plan/{plan.sha256[:16]}/")}
     rows_per_file = UNITS_PER_FILE * plan.images_per_unit
     files = range(-(-plan.table.num_rows // rows_per_file))

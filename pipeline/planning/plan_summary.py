@@ -36,8 +36,8 @@ class PlanSummary:
     `allow_unmatched`. `skipped_files`: files of an image folder that are no pictures. `left_out`:
     sentences on what else of it is not taken. `crowd_boxes`: regions, which get no mask.
     `box_format`, `box_frame`: how the boxes are read. `id_rule`: where ids come from and how boxes were
-    joined, in words. `unused_columns`: of the tables, those that are not read. `warnings`: likely mistakes,
-    with the flag that mends each. `input_files`: fingerprints of all tables and box files.
+    joined, as text. `unused_columns`: of the tables, those that are not read. `warnings`: likely mistakes,
+    with the flag that fixes each. `input_files`: fingerprints of all tables and box files.
     """
 
     images: int
@@ -75,7 +75,7 @@ class Understood:
 
 
 def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanSummary:
-    """The summary of a plan; `table` its rows, `mention` the place of each in the box list."""
+    """Return the summary of a plan; `table` its rows, `mention` the place of each in the box list."""
     lengths, null = _box_counts(table)
     refused = _count(table, "uri_refused")
     mismatched = _count(table, "labels_mismatch")
@@ -107,7 +107,7 @@ def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanS
 
 
 def _unused_columns(inputs: Understood) -> tuple[str, ...]:
-    """What no reader took. Of a table that gives images and boxes, the reader of boxes takes more."""
+    """Return what no reader took. Of a table that gives images and boxes, the reader of boxes takes more."""
     images, boxes = inputs.images, inputs.boxes
     if boxes is None:
         return images.unused
@@ -120,7 +120,7 @@ def _crowds(boxes: pa.ListArray) -> int:
 
 
 def _box_counts(table: pa.Table) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
-    """Boxes of each image, and whether its list is null."""
+    """Return boxes of each image, and whether its list is null."""
     chunks = table.column("boxes").chunks
     lengths = [list_lengths(chunk) for chunk in chunks]
     nulls = [null_mask(chunk) for chunk in chunks]
@@ -132,7 +132,7 @@ def _count(table: pa.Table, code: str) -> int:
 
 
 def _row_warnings(table: pa.Table) -> list[str]:
-    """A sentence for each kind of row that fails by the plan alone, with the first reason."""
+    """Return a sentence for each kind of row that fails by the plan alone, with the first reason."""
     sentences = []
     for code, start in (
         ("uri_refused", "uris are refused"),
@@ -149,7 +149,7 @@ def _row_warnings(table: pa.Table) -> list[str]:
 
 
 def _invalid_prompts(inputs: Understood, table: pa.Table) -> tuple[int, list[str]]:
-    """How many prompts of the plan cannot be used, and a sentence on them with the first reason."""
+    """Return how many prompts of the plan cannot be used, and a sentence on them with the first reason."""
     columns = () if inputs.boxes is None else inputs.boxes.boxes.column_names
     names = [name for name in PROMPT_COLUMNS if name in columns]
     prompts = invalid = 0
@@ -179,7 +179,7 @@ def _invalid_prompts(inputs: Understood, table: pa.Table) -> tuple[int, list[str
 
 
 def _doubtful(prompts: pa.Table) -> npt.NDArray[np.bool_]:
-    """True for prompts that have to be looked at one by one: not those of points without a fault alone."""
+    """Return True for prompts to check one by one: all but those of points without a fault alone."""
     doubtful = np.zeros(len(prompts), dtype=np.bool_)
     if "prompt_mask" in prompts.column_names:
         doubtful |= ~null_mask(single(prompts.column("prompt_mask")))
@@ -196,7 +196,7 @@ def _doubtful(prompts: pa.Table) -> npt.NDArray[np.bool_]:
 
 
 def _named(table: pa.Table, box: int) -> str:
-    """The box at a place among all boxes of the plan, by its image and its place there."""
+    """Return the box at a place among all boxes of the plan, by its image and its place there."""
     ends = np.cumsum(_box_counts(table)[0])
     row = int(np.searchsorted(ends, box, side="right"))
     start = int(ends[row - 1]) if row else 0
@@ -214,7 +214,7 @@ def _notes(inputs: Understood) -> list[str]:
 
 
 def _box_warnings(inputs: Understood) -> tuple[str, ...]:
-    """What the boxes look like, judged by up to _LOOK_AT_BOXES of them."""
+    """Return what the boxes look like, judged by up to _LOOK_AT_BOXES of them."""
     boxes = inputs.boxes
     total = 0 if boxes is None else int(boxes.lengths.sum())
     if boxes is None or not total or boxes.box_frame is not None:  # an earlier output is no guess
@@ -240,7 +240,7 @@ def _box_warnings(inputs: Understood) -> tuple[str, ...]:
 
 
 def _lacking(lacking: int, looked_at: int) -> tuple[str, ...]:
-    """A sentence when many of the boxes looked at are null, with no other prompt, or lack a number."""
+    """Return a sentence when many of the boxes looked at are null, with no other prompt, or lack a number."""
     if lacking <= SUSPICIOUS_SHARE * looked_at:
         return ()
     return (
@@ -250,7 +250,7 @@ def _lacking(lacking: int, looked_at: int) -> tuple[str, ...]:
 
 
 def _other_lengths(counts: Int64Array, total: int) -> tuple[str, ...]:
-    """A sentence when many boxes have another number of values than four.
+    """Return a sentence when many boxes have another number of values than four.
 
     `counts`: of the boxes that were looked at and are not null; `total`: of all boxes.
     """
@@ -281,9 +281,9 @@ _MEND = (
 
 
 def _sizes(inputs: Understood) -> Int64Array | None:
-    """The picture's size for each image of the box list, where an input states it; 0 where not."""
+    """Return the picture's size for each image of the box list, where an input states it; 0 where not."""
     boxes, images = inputs.boxes, inputs.images
-    assert boxes is not None, "the caller has looked"
+    assert boxes is not None, "the caller has checked"
     if boxes.size_hw is not None or images.size_hw is None:
         return boxes.size_hw
     sizes = np.zeros((len(boxes.lengths), 2), dtype=np.int64)

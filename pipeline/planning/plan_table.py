@@ -40,7 +40,7 @@ def plan_table(
     images_per_unit: int,
     doubted: Sequence[str] = (),
 ) -> pa.Table:
-    """The rows of the plan: `schema.PLAN`, one image each, cut into units of `images_per_unit`.
+    """Return the rows of the plan: `schema.PLAN`, one image each, cut into units of `images_per_unit`.
 
     `order`: the places in `joined` of the plan's images, in its order. `doubted`: uris that do not share what
     is known of their folder.
@@ -64,7 +64,7 @@ def plan_table(
 
 
 def _boxes(mention: Int64Array, boxes: BoxList | None) -> pa.Array:
-    """The box lists of some images: empty where no box file names the image, null where it says null."""
+    """Return the box lists of some images: empty where no box file names the image, null where it is null."""
     kind = PLAN.field("boxes").type
     lengths = np.zeros(len(mention), dtype=np.int64)
     if boxes is None:
@@ -78,7 +78,7 @@ def _boxes(mention: Int64Array, boxes: BoxList | None) -> pa.Array:
 
 
 def _structs(boxes: pa.Table, rows: pa.Array) -> pa.Array:
-    """Some boxes as PLAN_BOX; a column that the input did not have is null."""
+    """Return some boxes as PLAN_BOX; a column that the input did not have is null."""
     children = []
     for field in PLAN_BOX:
         if field.name in boxes.column_names:
@@ -99,7 +99,7 @@ def _as(values: pa.Array, kind: pa.DataType) -> pa.Array:
 
 
 def _errors(mention: Int64Array, boxes: BoxList | None, refused: Mapping[int, str]) -> list[pa.Array]:
-    """error_code and error_message: a refused uri first, else lists of unlike length."""
+    """Return error_code and error_message: a refused uri first, else lists of unlike length."""
     message = pa.nulls(len(mention), pa.string())
     if boxes is not None:
         message = pc.cast(boxes.error.take(pa.array(mention, mask=mention < 0)), pa.string())
@@ -130,7 +130,7 @@ def refused_uris(
     trusted: dict[str, bool] | None = None,
     doubted: pa.Array | None = None,
 ) -> dict[int, str]:
-    """Place -> reason, for the uris that may not be opened.
+    """Return place -> reason, for the uris that may not be opened.
 
     The rules look at scheme, bucket and folder, so one plain name stands for all plain names of its
     folder; odd names, `doubted` uris, and all of a folder whose first was refused, are checked one by one.
@@ -203,7 +203,7 @@ def _refusal(uri: str, access: AccessRules) -> str | None:
     try:
         check_uri(uri, access)
     except ImageError as error:
-        return error.message if error.code == "uri_refused" else None  # the reader says the others
+        return error.message if error.code == "uri_refused" else None  # the reader reports the others
     return None
 
 
@@ -264,7 +264,7 @@ def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList,
 
 
 def _without_blank_names(table: pa.Table) -> pa.Table:
-    """Return the table with null for names of no letters, which beside ids are no names."""
+    """Return the table with null for names of no letters, which next to ids are no names."""
     names = single(table.column("category_name"))
     names = pc.if_else(pc.equal(names, ""), pa.scalar(None, names.type), names)
     return table.set_column(table.column_names.index("category_name"), "category_name", names)

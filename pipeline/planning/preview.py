@@ -1,4 +1,4 @@
-"""A look at a few pictures before any work: can they be opened, and do the boxes lie in them.
+"""Check a few pictures before any work: can they be opened, and are the boxes inside them.
 
 Planning reads lists and tables only, so it cannot see that boxes were measured before the EXIF orientation
 was applied. The headers of some pictures, spread over the plan, tell. Nothing here stops a job.
@@ -44,7 +44,7 @@ class _Seen:
 def look(
     table: pa.Table, rules: BoxRules, access: AccessRules, limits: Limits, *, detected: bool = False
 ) -> tuple[str, ...]:
-    """Sentences on what is likely wrong, with the flag that mends it where there is one.
+    """Return sentences on what is likely wrong, with the flag that fixes it where there is one.
 
     `table`: a plan (schema.PLAN). Fetches up to PICTURES pictures that have boxes, and opens their headers.
     `detected`: a detector finds the boxes, so that every picture counts.
@@ -61,7 +61,7 @@ def look(
 
 
 def _sample(table: pa.Table, *, detected: bool) -> list[dict[str, Any]]:
-    """Rows that are to be opened, spread evenly: those with boxes, or all where a detector sees them.
+    """Return rows that are to be opened, spread evenly: those with boxes, or all where a detector sees them.
 
     One of each of PICTURES stretches, but not always its first: every second file may be missing.
     """
@@ -99,7 +99,7 @@ def _seen(rows: list[dict[str, Any]], access: AccessRules, limits: Limits) -> li
 
 
 def _unopened(seen: list[_Seen]) -> str | None:
-    """A sentence when so many of the pictures cannot be used that it is no accident."""
+    """Return a sentence when so many of the pictures cannot be used that it is no accident."""
     failed = [one for one in seen if one.error is not None]
     if len(failed) <= SUSPICIOUS_SHARE * len(seen):
         return None
@@ -114,7 +114,7 @@ def _unopened(seen: list[_Seen]) -> str | None:
 
 
 def _odd_masks(seen: list[_Seen]) -> str | None:
-    """A sentence when masks given as prompts are not of their picture's size."""
+    """Return a sentence when masks given as prompts are not of their picture's size."""
     masks = [
         (one.row["image_id"], box["prompt_mask"]["size"], one.header.size_hw)
         for one in seen
@@ -175,7 +175,7 @@ _NOT_FOUND = "; if they lie elsewhere: --set input.image_root=FOLDER"
 
 
 def _odd_name(uri: str) -> str:
-    """What in a name may be why there is no such file, in words; "" where nothing is odd."""
+    """Return what in a name may be why there is no such file, as text; "" where nothing is odd."""
     odd = [
         words
         for words, pattern in (

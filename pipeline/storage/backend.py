@@ -56,12 +56,12 @@ class Backend(Protocol):
 
 
 def too_many_bytes(size: int | None, max_bytes: int | None) -> None:
-    """None while `size` is within `max_bytes`; else ImageError `too_many_bytes`."""
+    """Raise ImageError `too_many_bytes` for a `size` over `max_bytes`."""
     if size is not None and max_bytes is not None and size > max_bytes:
         raise ImageError("too_many_bytes", f"{size} bytes, more than limits.max_image_bytes = {max_bytes}")
 
 
 def check_complete(data: bytes, announced: int | None) -> None:
-    """None when all announced bytes came; else ShortBody, which is tried again."""
+    """Raise ShortBody, which is tried again, unless all announced bytes came."""
     if announced is not None and len(data) != announced:
         raise ShortBody(f"{len(data)} of {announced} bytes came")

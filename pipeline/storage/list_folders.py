@@ -1,7 +1,7 @@
 """What of a folder is meant: which names are left out, what a pattern matches, and where links lead.
 
 Left out, with all that is in them: files and folders whose name begins with a dot, and the folders that
-systems and programs keep beside a person's files (`LEFT_OUT`). Names count from the place that a person
+systems and programs keep next to a user's files (`LEFT_OUT`). Names count from the place that a person
 points at: whoever points at a hidden folder means it. The same holds for the keys of an object store.
 
 Links to folders are entered where they lead to what may be read. Each folder is listed once, under its own
@@ -41,7 +41,7 @@ LEFT_OUT = frozenset(
         "__pycache__",
     }
 )
-"""Folders that no person fills, in small letters; those that begin with a dot need no naming."""
+"""Folders that no user fills, in small letters; those that begin with a dot need no naming."""
 
 _WILD = re.compile(r"[*?\[]")
 
@@ -277,7 +277,7 @@ class _Walk:
         try:
             status = entry.stat()
         except OSError as error:
-            # Dangling, a circle, or closed: listed, so that its reader can say what is wrong.
+            # Dangling, a circle, or closed: listed, so that its reader can report what is wrong.
             if is_link and isinstance(error, FileNotFoundError):
                 self.listed.dead.append(entry.path)
             self.listed.found.append(Entry(key=entry.path, size=0))

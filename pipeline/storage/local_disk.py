@@ -23,7 +23,7 @@ class LocalBackend:
     """Files under absolute paths. Commits survive a power cut: file and folder are synced."""
 
     def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject:
-        """The file's bytes; ImageError `changed` when it was written to meanwhile."""
+        """Return the file's bytes; ImageError `changed` when it was written to meanwhile."""
         deadline = time.monotonic() + timeout_s
         # Non-blocking, because opening a named pipe would wait for ever for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -40,14 +40,14 @@ class LocalBackend:
         return FetchedObject(data=data, size=len(data), etag=_local_tag(after))
 
     def get_range(self, path: str, start: int, stop: int, *, timeout_s: float) -> bytes:
-        """Bytes start..stop (end-exclusive); fewer at the end of the file."""
+        """Return bytes start..stop (end-exclusive); fewer at the end of the file."""
         del timeout_s
         with open(path, "rb") as file:
             file.seek(start)
             return file.read(stop - start)
 
     def stat(self, path: str, *, timeout_s: float) -> Entry | None:
-        """Size and tag of a regular file; None when there is none."""
+        """Return size and tag of a regular file; None when there is none."""
         del timeout_s
         try:
             status = os.stat(path)
@@ -58,7 +58,7 @@ class LocalBackend:
         return Entry(key=path, size=status.st_size, etag=_local_tag(status))
 
     def create(self, path: str, data: bytes, *, timeout_s: float) -> None:
-        """The file, whole and synced, or FileExistsError: a hard link decides who was first."""
+        """Create the file, whole and synced, or raise FileExistsError: a hard link decides who was first."""
         del timeout_s
         with self._synced_temporary(path, data) as temporary:
             try:
@@ -75,7 +75,7 @@ class LocalBackend:
                 raise
 
     def replace(self, path: str, data: bytes, *, timeout_s: float) -> None:
-        """The file with new bytes, whole and synced; readers see the old or the new, nothing between."""
+        """Write the file anew, whole and synced; readers see the old or the new, nothing between."""
         del timeout_s
         with self._synced_temporary(path, data) as temporary:
             os.replace(temporary, path)
@@ -101,14 +101,14 @@ class LocalBackend:
         _sync_folder(folder)
 
     def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]:
-        """Every file whose path begins with `prefix`, temporary ones left out. Links to folders are files."""
+        """Return all files but temporary ones whose path begins with `prefix`; links to folders are files."""
         del timeout_s
         folder = prefix if prefix.endswith("/") else os.path.dirname(prefix)
         found = (one for one in _walk_folder(folder.rstrip("/") or "/") if one.key.startswith(prefix))
         return list(itertools.islice(found, limit))
 
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:
-        """Nothing; a file that is already gone is no error."""
+        """Delete files; one that is already gone is no error."""
         del timeout_s
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
@@ -116,7 +116,7 @@ class LocalBackend:
             visit("disk.deleting")
 
     def abort_stale(self, prefix: str, *, timeout_s: float) -> int:
-        """How many temporary files of dead writers were removed (untouched for an hour)."""
+        """Remove temporary files of dead writers (untouched for an hour); return how many."""
         del timeout_s
         removed = 0
         for folder, _, names in os.walk(prefix):
@@ -150,7 +150,7 @@ def _is_temporary(name: str) -> bool:
 
 
 def _make_folders(folder: str) -> None:
-    """The folder and its parents; each new one is synced into its parent, or a power cut loses it."""
+    """Make the folder and its parents; each new one is synced into its parent, or a power cut loses it."""
     if os.path.isdir(folder):
         return
     parent = os.path.dirname(folder)
@@ -184,7 +184,7 @@ def _walk_file(entry: os.DirEntry[str]) -> Iterator[Entry]:
     try:
         status = entry.stat()
     except OSError:
-        if entry.is_symlink():  # dangling or looping: listed, so that its reader can say what is wrong
+        if entry.is_symlink():  # dangling or looping: listed, so that its reader can report what is wrong
             yield Entry(key=entry.path, size=0)
         return
     yield Entry(key=entry.path, size=status.st_size, etag=_local_tag(status))

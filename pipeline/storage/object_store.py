@@ -25,7 +25,7 @@ _ONE_PUT = 5 * 2**30  # S3's largest single PUT
 
 
 def backend_for(scheme: str, options: Mapping[str, Any]) -> Backend:
-    """The driver of a scheme with these fsspec options: one a process, made at first use."""
+    """Return the driver of a scheme with these fsspec options: one a process, made at first use."""
     name = (scheme, json.dumps(options, sort_keys=True, default=str))
     backend = _backends.get(name)
     if backend is None:
@@ -39,7 +39,7 @@ _making = threading.Lock()
 
 
 def forget_backends() -> None:
-    """None; the next call makes new clients. Also run in every forked child, whose loop is dead."""
+    """Make the next call create new clients. Also run in every forked child, whose loop is dead."""
     global _making
     _making = threading.Lock()
     _backends.clear()
@@ -72,13 +72,13 @@ class FsspecBackend:
         self._fs = fs
 
     def _call(self, name: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
-        """One method of the file system, cut off after `timeout_s` where it is an asynchronous one."""
+        """Return one method of the file system, cut off after `timeout_s` where it is an asynchronous one."""
         if isinstance(self._fs, AsyncFileSystem):
             return sync(self._fs.loop, getattr(self._fs, f"_{name}"), *args, timeout=timeout_s, **kwargs)
         return getattr(self._fs, name)(*args, **kwargs)
 
     def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject:
-        """The object's bytes; its size is asked first, so two requests."""
+        """Return the object's bytes; its size is asked first, so two requests."""
         found = self.stat(path, timeout_s=timeout_s)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, "no such object", path)
@@ -88,12 +88,12 @@ class FsspecBackend:
         return FetchedObject(data=data, size=len(data), etag=found.etag)
 
     def get_range(self, path: str, start: int, stop: int, *, timeout_s: float) -> bytes:
-        """Bytes start..stop (end-exclusive)."""
+        """Return bytes start..stop (end-exclusive)."""
         data: bytes = self._call("cat_file", path, start=start, end=stop, timeout_s=timeout_s)
         return data
 
     def stat(self, path: str, *, timeout_s: float) -> Entry | None:
-        """Size and tag of an object; None when there is none."""
+        """Return size and tag of an object; None when there is none."""
         try:
             info = self._call("info", path, timeout_s=timeout_s)
         except FileNotFoundError:
@@ -101,28 +101,28 @@ class FsspecBackend:
         return None if info["type"] == "directory" else _found(info)
 
     def create(self, path: str, data: bytes, *, timeout_s: float) -> None:
-        """The object whole, or FileExistsError."""
+        """Create the object whole, or raise FileExistsError."""
         self._call("pipe_file", path, data, mode="create", timeout_s=timeout_s)
 
     def replace(self, path: str, data: bytes, *, timeout_s: float) -> None:
-        """The object with new bytes, whole."""
+        """Write the object with new bytes, whole."""
         self._call("pipe_file", path, data, timeout_s=timeout_s)
 
     def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]:
-        """Every object whose path begins with `prefix`."""
+        """Return every object whose path begins with `prefix`."""
         folder = prefix.rpartition("/")[0]
         infos = self._call("find", folder, detail=True, timeout_s=timeout_s).values()
         found = [_found(info) for info in infos if info["type"] != "directory"]
         return [one for one in found if one.key.startswith(prefix)][:limit]
 
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:
-        """Nothing; an object that is already gone is no error."""
+        """Delete objects; one that is already gone is no error."""
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 self._call("rm_file", path, timeout_s=timeout_s)
 
     def abort_stale(self, prefix: str, *, timeout_s: float) -> int:
-        """0: these stores drop unfinished uploads by themselves."""
+        """Return 0: these stores drop unfinished uploads by themselves."""
         del prefix, timeout_s
         return 0
 
@@ -150,7 +150,7 @@ class HttpBackend(FsspecBackend):
     """Reading over http(s): one request, cut off at `max_bytes` and at the deadline."""
 
     def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject:
-        """The body of a GET; the store's status decides about errors."""
+        """Return the body of a GET; the store's status decides about errors."""
         data, tag = sync(self._fs.loop, self._stream, path, max_bytes, timeout=timeout_s)
         return FetchedObject(data=data, size=len(data), etag=tag)
 
@@ -165,7 +165,7 @@ class HttpBackend(FsspecBackend):
 
 
 def _check_status(response: Any) -> None:
-    """None for a body to read. A site that refuses one request says nothing about other sites."""
+    """Raise for a status without a body to read. A site that refuses a request says nothing of others."""
     status = response.status
     if status in (401, 403):
         raise ImageError("denied", f"HTTP {status} {response.reason}")
@@ -213,7 +213,7 @@ class S3Backend:
         return await self._fs._call_s3(method, Bucket=bucket, **named, **kwargs)
 
     def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject:
-        """One GET: its headers give size and tag of these very bytes, before the body is read.
+        """Return one GET: its headers give size and tag of these very bytes, before the body is read.
 
         botocore compares the body with the stored checksum; a flipped byte raises.
         """
@@ -233,14 +233,14 @@ class S3Backend:
         return FetchedObject(data=data, size=len(data), etag=_s3_tag(response))
 
     def get_range(self, path: str, start: int, stop: int, *, timeout_s: float) -> bytes:
-        """Bytes start..stop (end-exclusive). No checksum covers a range: Parquet's page sums do."""
+        """Return bytes start..stop (end-exclusive). No checksum covers a range: Parquet's page sums do."""
         bucket, _, key = path.partition("/")
         span = f"bytes={start}-{stop - 1}"
         fetched = sync(self._fs.loop, self._get, bucket, key, None, Range=span, timeout=timeout_s)
         return fetched.data  # type: ignore[no-any-return]
 
     def stat(self, path: str, *, timeout_s: float) -> Entry | None:
-        """Size and tag by HEAD; None when there is no object (or no bucket: HEAD cannot tell)."""
+        """Return size and tag by HEAD; None when there is no object (or no bucket: HEAD cannot tell)."""
         try:
             head = self._call("head_object", path, timeout_s=timeout_s)
         except FileNotFoundError:
@@ -248,7 +248,7 @@ class S3Backend:
         return Entry(key=path, size=head["ContentLength"], etag=_s3_tag(head))
 
     def create(self, path: str, data: bytes, *, timeout_s: float) -> None:
-        """One PUT with `If-None-Match: *`; FileExistsError on 412."""
+        """Create with one PUT with `If-None-Match: *`; FileExistsError on 412."""
         _check_one_put(data)
         try:
             self._call("put_object", path, Body=data, IfNoneMatch="*", timeout_s=timeout_s)
@@ -261,12 +261,12 @@ class S3Backend:
             raise
 
     def replace(self, path: str, data: bytes, *, timeout_s: float) -> None:
-        """One PUT."""
+        """Write with one PUT."""
         _check_one_put(data)
         self._call("put_object", path, Body=data, timeout_s=timeout_s)
 
     def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]:
-        """Every object whose path begins with `prefix`, 1,000 a request; S3 lists what was put."""
+        """Return every object whose path begins with `prefix`, 1,000 a request; S3 lists what was put."""
         bucket, _, key = prefix.partition("/")
         found: list[Entry] = []
         more: dict[str, Any] = {}
@@ -281,7 +281,7 @@ class S3Backend:
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:
-        """Nothing; 1,000 keys a request. An object that is already gone is no error."""
+        """Delete objects, 1,000 keys a request; one that is already gone is no error."""
         for start in range(0, len(paths), 1000):
             batch = paths[start : start + 1000]
             bucket = batch[0].partition("/")[0]
@@ -292,7 +292,7 @@ class S3Backend:
                 raise PermissionError(errno.EACCES, f"{error.get('Code')}: not deleted", error.get("Key"))
 
     def abort_stale(self, prefix: str, *, timeout_s: float) -> int:
-        """How many unfinished multipart uploads under `prefix` were aborted; we never start any."""
+        """Abort unfinished multipart uploads under `prefix`, which we never start; return how many."""
         bucket, _, key = prefix.partition("/")
         page = self._call("list_multipart_uploads", bucket, Prefix=key, timeout_s=timeout_s)
         uploads = page.get("Uploads", [])

@@ -126,7 +126,7 @@ _BY_CLASS: dict[str, Verdict] = {
 
 
 def classify(error: BaseException) -> Verdict:
-    """What `error` means: by the store's code, then HTTP status, errno and class, causes first.
+    """Return what `error` means: by the store's code, then HTTP status, errno and class, causes first.
 
     Causes come first because wrappers lose the code: s3fs gives `PermissionError` for a wrong clock.
     """
@@ -149,7 +149,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _response_error(error: BaseException) -> tuple[str, int | None]:
-    """The store's own code and the HTTP status inside an error, "" and None where it has none."""
+    """Return the store's own code and the HTTP status inside an error, "" and None where it has none."""
     response: Any = getattr(error, "response", None)
     if not isinstance(response, dict):
         # Not `code` alone: aiohttp gives every broken body the code 400. gcsfs has no other name for it.
@@ -193,7 +193,7 @@ _LOGIN = re.compile(r"(\w+://)[^\s/@\"']+@")
 
 
 def describe(error: BaseException) -> str:
-    """One safe line about an error: class, store code and text; no query string, no login."""
+    """Return one safe line about an error: class, store code and text; no query string, no login."""
     code = next((c for c in (_response_error(e)[0] for e in _causes(error)) if c), "")
     text = _LOGIN.sub(r"\1", _QUERY.sub(r"\1", str(error)))
     return clean_text(f"{type(error).__name__}{f' {code}' if code else ''}: {text}")
@@ -202,7 +202,7 @@ def describe(error: BaseException) -> str:
 def with_retries(
     call: Callable[[float], T], *, deadline: float, what: str, max_tries: int | None = None
 ) -> T:
-    """What `call(seconds_left)` returns, tried again while its errors are of the kind that passes.
+    """Return `call(seconds_left)`, tried again while its errors are of the kind that passes.
 
     `deadline`: on `time.monotonic()`, for all tries and pauses together; each try is told how long it
     may still take. `max_tries`: a second bound, for objects that are broken for good. Pauses double
@@ -227,7 +227,7 @@ def with_retries(
 
 
 def _verdict_on(error: Exception) -> Verdict:
-    """`classify`, but our own errors and unknown ones rise."""
+    """Return `classify(error)`; re-raise our own errors and unknown ones."""
     verdict = _BUG if isinstance(error, HqlabelError) else classify(error)
     if verdict.kind == "bug":
         raise error
@@ -235,7 +235,7 @@ def _verdict_on(error: Exception) -> Verdict:
 
 
 def _fault(errors: Sequence[Exception], what: str, deadline: float) -> StorageFault:
-    """The fault of the last error; of one before it, when the last is only the deadline's own cut.
+    """Return the fault of the last error; of one before it, when the last is only the deadline's own cut.
 
     `timed_out` is true only when there was nothing but the cut: a store too slow, not a broken one.
     """

@@ -59,7 +59,7 @@ class ParquetSink:
         self.rows = 0
 
     def write(self, table: pa.Table) -> None:
-        """None; the rows will follow those written before. Raises ValueError for another schema."""
+        """Write rows after those written before; ValueError for another schema."""
         if not table.schema.equals(self._schema, check_metadata=False):
             raise ValueError(f"rows of another schema:\n{table.schema}\nwanted\n{self._schema}")
         self.rows += table.num_rows
@@ -76,7 +76,7 @@ class ParquetSink:
         self._waiting, self._rows_waiting = [rest], rest.num_rows
 
     def finish(self) -> bytes:
-        """The whole file. Nothing may be written after."""
+        """Return the whole file. Nothing may be written after."""
         if self._rows_waiting:
             self._write_group(self._rows_waiting)
         self._writer.add_key_value_metadata({_SEAL_KEY: _BLANK.decode("ascii")})
@@ -85,14 +85,14 @@ class ParquetSink:
 
 
 def write_body(table: pa.Table, footer: Mapping[str, str]) -> bytes:
-    """One table as one sealed Parquet body; `footer` keys without the `hqlabel.` prefix."""
+    """Return one table as one sealed Parquet body; `footer` keys without the `hqlabel.` prefix."""
     sink = ParquetSink(table.schema, footer)
     sink.write(table)
     return sink.finish()
 
 
 def _dictionary_paths(schema: pa.Schema) -> list[str]:
-    """Parquet's dotted paths of the columns that repeat, at any depth."""
+    """Return Parquet's dotted paths of the columns that repeat, at any depth."""
     return [path for path in _leaf_paths(schema) if REPEATING & set(path.split("."))]
 
 
@@ -108,14 +108,14 @@ def _leaf_paths(fields: Iterable[pa.Field], prefix: str = "") -> Iterable[str]:
 
 
 def seal(body: bytes) -> bytes:
-    """The file with its blank seal filled in."""
+    """Return the file with its blank seal filled in."""
     if body.count(_BLANK) != 1:
         raise ValueError(f"found {body.count(_BLANK)} blank seals in a new Parquet file; wanted 1")
     return body.replace(_BLANK, b"sha256=" + hashlib.sha256(body).hexdigest().encode("ascii"))
 
 
 def check_seal(body: bytes, name: str) -> None:
-    """None when the file is bit for bit what was written; else DamageFound with its `name`."""
+    """Raise DamageFound with `name` unless the file is bit for bit what was written."""
     for match in _SEAL.finditer(body):
         start, stop = match.span(1)
         digest = hashlib.sha256(body[:start])
@@ -127,7 +127,7 @@ def check_seal(body: bytes, name: str) -> None:
 
 
 def read_body(body: bytes, schema: pa.Schema, name: str) -> pa.Table:
-    """All rows of a file, seal and page checksums verified, with exactly `schema`.
+    """Return all rows of a file, seal and page checksums verified, with exactly `schema`.
 
     Raises:
         DamageFound: with `name` and what is wrong.
@@ -138,7 +138,7 @@ def read_body(body: bytes, schema: pa.Schema, name: str) -> pa.Table:
 
 
 def open_closed(source: Any, **options: Any) -> pq.ParquetFile:
-    """A Parquet file whose extension types stay names in its fields' metadata; `options` as pyarrow's.
+    """Return a Parquet file whose extension types stay names in its fields' metadata; `options` as pyarrow's.
 
     pyarrow makes a registered type while it opens a file, before anything can be refused. The types are
     taken off its register for good: no table of ours has one.
@@ -150,7 +150,7 @@ def open_closed(source: Any, **options: Any) -> pq.ParquetFile:
 
 
 def open_body(source: Any, schema: pa.Schema, name: str) -> pq.ParquetFile:
-    """A Parquet file with page checksums on, after its whole schema was compared; DamageFound if unlike."""
+    """Return a Parquet file with page checksums on; DamageFound unless its whole schema is the wanted one."""
     try:
         file = open_closed(source, page_checksum_verification=True, pre_buffer=True)
     except (OSError, pa.ArrowException) as error:
@@ -164,7 +164,7 @@ def open_body(source: Any, schema: pa.Schema, name: str) -> pq.ParquetFile:
 
 
 def read_rows(file: pq.ParquetFile, name: str) -> pa.Table:
-    """Every row, page checksums verified, footer metadata left out; DamageFound with `name`."""
+    """Return every row, page checksums verified, footer metadata left out; DamageFound with `name`."""
     try:
         table = file.read().replace_schema_metadata()
         table.validate(full=True)
@@ -174,7 +174,7 @@ def read_rows(file: pq.ParquetFile, name: str) -> pa.Table:
 
 
 def compressed_bytes(body: bytes) -> int:
-    """How much of a file is its columns; the rest is footer and seal, once a file."""
+    """Return how much of a file is its columns; the rest is footer and seal, once a file."""
     with open_closed(pa.BufferReader(body)) as file:
         groups = [file.metadata.row_group(at) for at in range(file.num_row_groups)]
     return sum(

@@ -64,7 +64,7 @@ class Store:
             _raise_for_store(fault)
 
     def read(self, key: str) -> bytes:
-        """All bytes under `key`. Raises NotFound, or SystemicFault when the store fails."""
+        """Return all bytes under `key`. Raises NotFound, or SystemicFault when the store fails."""
         path = self._path(key)
 
         def get(left: float) -> bytes:
@@ -73,21 +73,21 @@ class Store:
         return self._try(f"read {key}", get)
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes start..stop (end-exclusive) under `key`; fewer at the end of the object."""
+        """Return bytes start..stop (end-exclusive) under `key`; fewer at the end of the object."""
         path = self._path(key)
         return self._try(
             f"read {key}", lambda left: self._backend.get_range(path, start, stop, timeout_s=left)
         )
 
     def open_parquet(self, key: str) -> BinaryIO:
-        """A seekable file for pyarrow, read in blocks with this store's retries; NotFound if absent."""
+        """Return a seekable file, read in blocks with this store's retries; NotFound if absent."""
         entry = self.head(key)
         if entry is None:
             raise NotFound(f"{self.place.uri}: there is no {key}")
         return blockwise(lambda start, stop: self.read_range(key, start, stop), entry.size)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """True when `key` now holds these bytes; False when something else was there, which stays.
+        """Return whether `key` now holds these bytes; False when something else was there, which stays.
 
         Atomic: no reader sees a part, and callers with different bytes (a token inside, where it matters
         who won) have one winner in the world. What is there is read back and compared before anybody is
@@ -106,14 +106,14 @@ class Store:
         return self._try(f"create {key}", create, size=len(data))
 
     def put(self, key: str, data: bytes) -> None:
-        """None; `key` now holds `data`, replaced in one step."""
+        """Write `data` under `key`, replaced in one step."""
         path = self._path(key)
         self._try(
             f"write {key}", lambda left: self._backend.replace(path, data, timeout_s=left), size=len(data)
         )
 
     def list(self, prefix: str = "", *, limit: int | None = None) -> list[Entry]:
-        """Every object whose key begins with `prefix`, at any depth, sorted by key. Never from a cache.
+        """Return the objects whose keys begin with `prefix`, at any depth, sorted; never from a cache.
 
         `limit`: no more than so many, whichever come first, to ask whether there is anything.
         """
@@ -125,23 +125,23 @@ class Store:
         return sorted(entries, key=lambda entry: entry.key)
 
     def head(self, key: str) -> Entry | None:
-        """Size and tag of `key`, or None when it is absent."""
+        """Return size and tag of `key`, or None when it is absent."""
         path = self._path(key)
         entry = self._try(f"look up {key}", lambda left: self._backend.stat(path, timeout_s=left))
         return None if entry is None else replace(entry, key=key)
 
     def delete(self, keys: Sequence[str]) -> None:
-        """None; the keys are gone. Only `hqlabel clean` calls this: no other command needs the right."""
+        """Delete the keys. Only `hqlabel clean` calls this: no other command needs the right."""
         paths = [self._path(key) for key in keys]
         self._try(f"delete {len(keys)} objects", lambda left: self._backend.delete(paths, timeout_s=left))
 
     def abort_stale_uploads(self) -> int:
-        """How many unfinished writes of dead processes were dropped (S3 uploads, local temporary files)."""
+        """Drop unfinished writes of dead processes (S3 uploads, local temporary files); return how many."""
         return self._try("abort uploads", lambda left: self._backend.abort_stale(self._base, timeout_s=left))
 
 
 def _base_of(scheme: str, rest: str) -> str:
-    """What every path of a store begins with, ending in "/"."""
+    """Return what every path of a store begins with, ending in "/"."""
     if scheme == "file":
         return os.path.abspath(rest).rstrip("/") + "/"
     if scheme in ("http", "https"):

@@ -37,7 +37,7 @@ _HARMLESS_TOKENS = frozenset({"anon", "cloud", "google_default"})
 
 
 def split_scheme(uri: str) -> tuple[str, str]:
-    """(scheme, rest) of a uri; ("file", absolute or relative path) for a plain path or `file://`.
+    """Return (scheme, rest) of a uri; ("file", absolute or relative path) for a plain path or `file://`.
 
     The rest is as written. `file://host/...` keeps its host, and so is no absolute path.
     """
@@ -51,12 +51,12 @@ def split_scheme(uri: str) -> tuple[str, str]:
 
 
 def options_for(uri: str, access: AccessRules) -> Mapping[str, Any]:
-    """The fsspec options that `access` keeps for the scheme of `uri`; empty when it keeps none."""
+    """Return the fsspec options that `access` keeps for the scheme of `uri`; empty when it keeps none."""
     return access.options.get(split_scheme(uri)[0], {})
 
 
 def check_uri(uri: str, access: AccessRules) -> None:
-    """None when `uri` may be opened under `access`; opens nothing, follows local links by `stat` only.
+    """Check that `uri` may be opened under `access`; open nothing, follow local links by `stat` only.
 
     Raises:
         ImageError: `uri_refused`, saying which rule; `not_found` for a link that leaves the roots for a place
@@ -131,7 +131,7 @@ def _check_local(path: str, roots: tuple[str, ...]) -> None:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise _refused("the file is a circle of symbolic links") from None
-        return  # missing or unreadable: the reader says so, with its own code
+        return  # missing or unreadable: the reader reports it, with its own code
     check_regular(mode)
 
 
@@ -144,7 +144,7 @@ def _is_dead_link(path: str, real: str, roots: tuple[str, ...]) -> bool:
 
 
 def check_regular(mode: int) -> None:
-    """None for the mode bits of a regular file; else ImageError `uri_refused` naming what it is."""
+    """Raise ImageError `uri_refused`, naming what it is, unless the mode bits are a regular file's."""
     if stat.S_ISREG(mode):
         return
     kinds = (
@@ -164,13 +164,13 @@ def is_inside(path: str, root: str) -> bool:
 
 
 def without_credentials(text: str) -> str:
-    """`text`, such as an image id that is a whole uri, or words in its place when it carries a credential."""
+    """Return `text`, such as an image id that is a uri; a placeholder where it carries a credential."""
     carries = _SIGNED.search(text) or _USER.search(text)
     return "(withheld: it carries a credential)" if carries else text
 
 
 def refuse_secrets(options: Mapping[str, Any], *, where: str) -> None:
-    """None when no option looks like a secret, at any depth; options are kept in job.json.
+    """Refuse options that look like secrets, at any depth: options are kept in job.json.
 
     Raises:
         UsageError: names the option, never its value, and says where credentials belong.
@@ -183,7 +183,7 @@ def refuse_secrets(options: Mapping[str, Any], *, where: str) -> None:
 
 
 def secret_options(options: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the options that look like secrets, in the order given."""
+    """Return dotted names of the options that look like secrets, in the order given."""
     found: list[str] = []
     for name, value in options.items():
         if isinstance(value, Mapping):
@@ -194,7 +194,7 @@ def secret_options(options: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def redact_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy for logs and messages: what looks like a secret is replaced by `***`, at any depth."""
+    """Return a copy for logs and messages: what looks like a secret is replaced by `***`, at any depth."""
     return {
         str(name): redact_options(value)
         if isinstance(value, Mapping)

@@ -26,13 +26,13 @@ _FIELDS = "hqlabel_fields"
 
 
 def event(name: str, *, level: int = logging.INFO, **fields: Any) -> None:
-    """None; the event `name` with its fields goes to this process's log, if it keeps one."""
+    """Log the event `name` with its fields, if this process keeps a log."""
     if _events.isEnabledFor(level):
         _events.log(level, name, extra={_FIELDS: fields})
 
 
 def image_failed(run_id: str, unit_id: int, image_id: str, code: str, message: str) -> None:
-    """None; the line of an image that ends as `failed`."""
+    """Log an image that ends as `failed`."""
     event(
         "image_failed",
         level=logging.WARNING,
@@ -59,7 +59,7 @@ class JsonLines(logging.Formatter):
 
 @functools.cache
 def keep_in_this_process() -> None:
-    """None; from now on this process writes its events, and what `pipeline` logs, to its stderr."""
+    """Write this process's events, and what `pipeline` logs, to its stderr from now on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     _LOGGER.addHandler(handler)

@@ -1,0 +1,154 @@
+"""Picture formats that are read, how bytes are recognised, and why bytes do not decode.
+
+Everything goes by the bytes; the name of the file plays no part.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Literal
+
+# The plugins are named so that Pillow never loads the others (EPS starts Ghostscript, for example).
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from pipeline.errors import ImageError
+
+_PLUGINS = (
+    JpegImagePlugin.JpegImageFile,
+    PngImagePlugin.PngImageFile,
+    WebPImagePlugin.WebPImageFile,
+    BmpImagePlugin.BmpImageFile,
+    TiffImagePlugin.TiffImageFile,
+    GifImagePlugin.GifImageFile,
+)
+ALLOWED_FORMATS: tuple[str, ...] = tuple(str(plugin.format) for plugin in _PLUGINS)
+"""What is tried, by content. JPEG covers MPO (several JPEGs in one file), which reports itself as MPO."""
+
+
+def damaged(data: bytes, error: Exception) -> ImageError:
+    """Return `too_large`, `truncated` or `corrupt` for a known format that does not decode."""
+    found = f"{signature(data)} data"
+    if "MAX_TEXT" in str(error):
+        return ImageError("too_large", f"{found} with more text metadata than Pillow's bound of 64 MiB")
+    if "runcated" in str(error) or _ends_early(data):
+        return ImageError("truncated", f"{found} of {len(data)} bytes end early; upload the file again")
+    return ImageError("corrupt", f"{found} are damaged ({type(error).__name__}: {error})")
+
+
+def unidentified(data: bytes) -> ImageError:
+    """Return why Pillow recognises nothing: damaged, a format that is not allowed, or no picture at all."""
+    if signature(data) == "TIFF" and "unknown pixel mode" in _complaint(data):
+        return ImageError(
+            "pixel_type",
+            "TIFF data of a pixel type with no stated meaning as 8-bit RGB; save the picture with 8 bits",
+        )
+    if signature(data) in ALLOWED_FORMATS:
+        return damaged(data, ValueError("the header cannot be read"))
+    refused = _refused_format(data)
+    if refused is not None:
+        return ImageError(
+            "format", f"this is {refused}; wanted one of {', '.join(ALLOWED_FORMATS)}, MPO: convert it"
+        )
+    return ImageError(
+        "not_an_image", f"{len(data)} bytes of {_kind_of_text(data)}; check what the uri points at"
+    )
+
+
+def _complaint(data: bytes) -> str:
+    """Return what Pillow's TIFF reader reports of a header, which `Image.open` drops."""
+    try:
+        TiffImagePlugin.TiffImageFile(io.BytesIO(data))
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+SIGNATURE_BYTES = 16
+
+
+def signature(data: bytes) -> str | None:
+    """Return the picture format of the first SIGNATURE_BYTES bytes of a file; None for another."""
+    return next((name for name, matches in _SIGNATURES.items() if matches(data)), None)
+
+
+_SIGNATURES: dict[str, Callable[[bytes], bool]] = {
+    "JPEG": lambda d: d.startswith(b"\xff\xd8\xff"),
+    "PNG": lambda d: d.startswith(b"\x89PNG"),
+    "GIF": lambda d: d.startswith(b"GIF8"),
+    "BMP": lambda d: d.startswith(b"BM"),
+    "TIFF": lambda d: d[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    "WEBP": lambda d: d.startswith(b"RIFF") and d[8:12] == b"WEBP",
+}
+
+
+def _ends_early(data: bytes) -> bool:
+    """Return whether bytes that did not decode lack their format's end; called only after a failure."""
+    name = signature(data)
+    if name in ("WEBP", "BMP", "TIFF"):
+        return len(data) < _announced_length(name, data)
+    end = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}.get(name or "")
+    return end is not None and end not in data[-64:]
+
+
+def _announced_length(name: str, data: bytes) -> int:
+    """Return how many bytes the header announces, at least; for TIFF to the end of its first directory."""
+    if name == "WEBP":
+        return int.from_bytes(data[4:8], "little") + 8
+    if name == "BMP":
+        return max(26, int.from_bytes(data[2:6], "little"))
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+    directory = int.from_bytes(data[4:8], order)  # nonsense in a BigTIFF, which then counts as corrupt
+    entries = int.from_bytes(data[directory : directory + 2], order)
+    return directory + 2 + 12 * entries + 4
+
+
+_REFUSED_PREFIXES: tuple[tuple[bytes, str], ...] = (
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\x01\0", "ICO"),
+    (b"\0\0\x02\0", "CUR"),
+    (b"%!PS", "PostScript"),
+    (b"\xc5\xd0\xd3\xc6", "EPS"),
+    (b"%PDF", "PDF"),
+    (b"8BPS", "PSD"),
+    (b"qoif", "QOI"),
+    (b"DDS ", "DDS"),
+    (b"icns", "ICNS"),
+    (b"#?RADIANCE", "Radiance HDR"),
+    (b"v/1\x01", "OpenEXR"),
+)
+
+
+def _refused_format(data: bytes) -> str | None:
+    """Return the name of a picture format that is known and not allowed, or None."""
+    for prefix, name in _REFUSED_PREFIXES:
+        if data.startswith(prefix):
+            return name
+    if data[4:8] == b"ftyp":
+        brand = data[8:12]
+        return {b"avif": "AVIF", b"avis": "AVIF"}.get(brand, "HEIC or another ISO media file")
+    if data[:1] == b"P" and data[1:2] in b"1234567" and data[2:3].isspace():
+        return "a PPM-family picture"
+    return "SVG" if b"<svg" in data[:1024].lower() else None
+
+
+def _kind_of_text(data: bytes) -> str:
+    """Return what bytes of no picture are, as text and never their content, which may hold anything."""
+    head = data[:256].lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer (the file itself was not downloaded)"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    if head.startswith(b"<"):
+        return "XML (often a store's error answer)"
+    return "no known picture format"
