@@ -19,7 +19,6 @@ import hashlib
 import io
 import json
 import os
-import pickletools
 import re
 import warnings
 import zipfile
@@ -46,33 +45,32 @@ from model.sam_config import (
 )
 from model.sam_hq import SamHQ
 from model.weight_names import (
-    IGNORED,
     PARTS,
-    POSITIONS,
-    SHARED_POSITIONS,
-    TIED_POSITIONS,
-    WRAPPED,
+    CheckpointError,
     Layout,
+    Tensors,
     config_from_shapes,
     deciding_shapes,
-    decoder_alone,
-    detect_layout,
-    foreign_model,
-    prefixes,
+    listed,
+    original_names,
     rename,
+    tensors_are,
 )
+
+__all__ = ["DEMO_FOLDER", "CheckpointError", "LoadedModel", "load", "save_original", "save_transformers"]
 
 DEMO_FOLDER = Path(__file__).parent / "weights" / "hqlabel-demo"
 """The small model that comes with the package, in the transformers layout."""
 
 Source = str | Path | bytes | BinaryIO | Mapping[str, bytes | BinaryIO]
-Tensors = dict[str, torch.Tensor]
 Read = Callable[[str], bytes | None]
 """Returns the bytes of a file of a folder by name, None when the folder has no such file."""
 
 SINGLE, CONFIG = "model.safetensors", "config.json"
 IN_FOLDER = (SINGLE, f"{SINGLE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """The names under which transformers keeps the weights of a folder, in order of preference."""
+ALONE = ("",)
+"""In place of names, for a file by itself, without a `config.json`."""
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 OF_SAM = ("iou_prediction_head.", "hf_token.", "hq_token.")
 """Parts of the names of every model of this family in every layout, also of a decoder or its HQ layers."""
@@ -99,17 +97,8 @@ PUBLISHED_LICENSES = {
     "syscv-community/sam-hq-vit-large": "Apache-2.0",
     "syscv-community/sam-hq-vit-huge": "Apache-2.0",
 }
-
-
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FP16_MAX = 65504.0
-NAMES_LISTED = 8
-ADAPTER = re.compile(r"\.(?:lora_|base_layer\.|modules_to_save\.|original_module\.)")
-"""In the names that PEFT gives to what it adds to a model's own layers."""
-
-
-class CheckpointError(ValueError):
-    """Weights that cannot be found, read or used. The message names the file or the tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +109,7 @@ class WeightFiles:
     parsed `config.json` next to them, if any. `license`: as the file or the publisher states it.
     """
 
-    tensors: dict[str, torch.Tensor]
+    tensors: Tensors
     sha256: str
     source: str
     config: Mapping[str, Any] | None = None
@@ -172,86 +161,7 @@ def load(
     return LoadedModel(model=build(config, tensors, layout).cast(dtype).to(device), weights=info)
 
 
-# Which tensors they are
-
-
-def original_names(tensors: Tensors) -> tuple[Layout, Tensors, list[str]]:
-    """Return the layout, the tensors under the model's names, and the names that are known not to matter."""
-    tensors = without_prefix(tensors)
-    foreign, decoder, layout = foreign_model(tensors), decoder_alone(tensors), detect_layout(tensors)
-    if foreign:
-        raise CheckpointError(
-            f"the file holds {foreign}, not SAM-HQ: there is no HQ token in it. Use a SAM-HQ checkpoint, "
-            "such as sam_hq_vit_b.pth or syscv-community/sam-hq-vit-base"
-        )
-    if decoder:
-        advice = (
-            how_to_merge(tensors)
-            if decoder == "SAM-HQ"
-            else (", from which the training of SAM-HQ begins; it is not SAM-HQ")
-        )
-        raise CheckpointError(f"the file holds the mask decoder of {decoder} alone{advice}")
-    if layout is None:
-        raise CheckpointError(
-            f"the file holds {len(tensors)} tensors, none of an image encoder; it is not SAM-HQ "
-            f"(first names: {listed(sorted(tensors))})"
-        )
-    named, ignored, left_over = Tensors(), list[str](), list[str]()
-    for name, tensor in tensors.items():
-        if layout == "transformers" and name == TIED_POSITIONS:
-            if not torch.equal(tensors.get(SHARED_POSITIONS, tensor), tensor):
-                raise CheckpointError(f"{TIED_POSITIONS} differs from {SHARED_POSITIONS}")
-            named[POSITIONS] = tensor
-        elif original := rename(name, layout, "original"):
-            named[original] = tensor
-        else:
-            (ignored if IGNORED.fullmatch(name) else left_over).append(name)
-    if left_over:
-        # Without its adapters such a model is another one: to save the rest alone would be wrong advice.
-        advice = (
-            "adapters such as LoRA's must be merged first: save what PEFT's model.merge_and_unload() returns"
-            if any(ADAPTER.search(name) for name in left_over)
-            else "save the model's own alone"
-        )
-        raise CheckpointError(
-            f"{tensors_are(len(left_over))} left over: {listed(sorted(left_over))}; {advice}"
-        )
-    return layout, named, ignored
-
-
-def how_to_merge(tensors: Tensors) -> str:
-    """Return what to do with SAM-HQ's mask decoder alone."""
-    if any("hq_token." in name for name in tensors):
-        return "; save the whole model: model.save_pretrained('sam_hq')"
-    whole = "mask_decoder.hf_token.weight" in tensors
-    merged = "hq" if whole else "{'mask_decoder.' + k: hq[k] for k in hq}"
-    return (
-        ", as training saves it after each epoch. Name the sam_hq_epoch_*.pth that it saves at its end, or "
-        "merge it with its SAM: sam = torch.load('sam_vit_l.pth', weights_only=True); "
-        "hq = torch.load('epoch_11.pth', weights_only=True); "
-        f"sam.update({merged}); torch.save(sam, 'sam_hq.pth')"
-    )
-
-
-def without_prefix(tensors: Tensors) -> Tensors:
-    """Return the tensors under the names inside the model, whatever training code had wrapped it in."""
-    bare = {name: WRAPPED.sub("", name) for name in tensors}
-    found = prefixes(bare.values())
-    if len(found) > 1:
-        raise CheckpointError(
-            f"the parts of the model are under {len(found)} prefixes, {listed([repr(x) for x in found])}; "
-            "wanted one model: save the tensors of one prefix alone"
-        )
-    result = Tensors()
-    for name, tensor in tensors.items():
-        short = bare[name].removeprefix(found[0] if found else "")
-        if short in result:
-            wrapped = next(x for x in tensors if x != short and bare[x] == bare[name])
-            raise CheckpointError(
-                f"the file holds tensors twice, with and without `{wrapped.removesuffix(short)}`: {short}"
-            )
-        result[short] = tensor
-    return result
+# What the tensors are
 
 
 def read_config(tensors: Tensors, values: Mapping[str, Any], layout: Layout) -> SamHQConfig:
@@ -330,17 +240,6 @@ def checked_tensor(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> t
     return tensor
 
 
-def tensors_are(number: int) -> str:
-    """Return the number as the start of a sentence."""
-    return "1 tensor is" if number == 1 else f"{number} tensors are"
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return some names or complaints, and how many more there are."""
-    more = len(names) - NAMES_LISTED
-    return ", ".join(names[:NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
 # Files
 
 
@@ -352,23 +251,23 @@ def read_weights(source: Source, *, revision: str | None = None) -> WeightFiles:
     """
     if isinstance(source, Mapping):
         there = [name for name in sorted(source) if name.endswith(ENDINGS)]
-        return read_folder(
+        return read_files(
             lambda name: as_bytes(source[name]) if name in source else None, "given files", there=there
         )
     if not isinstance(source, (str, Path)):
-        return read_single(as_bytes(source), name=str(getattr(source, "name", "given bytes")))
+        return read_files({"": as_bytes(source)}.get, str(getattr(source, "name", "given bytes")), ALONE)
     path = Path(source)
     if path.is_dir():
         there = [] if any((path / name).is_file() for name in IN_FOLDER) else near(path)
-        return read_folder(lambda name: read_if_there(path / name), str(path), there=there)
+        return read_files(lambda name: read_if_there(path / name), str(path), there=there)
     if path.name in IN_FOLDER and path.exists():
-        return read_folder(lambda name: read_if_there(path.parent / name), str(path), names=(path.name,))
+        return read_files(lambda name: read_if_there(path.parent / name), str(path), (path.name,))
     if path.name == CONFIG and path.exists():
         raise CheckpointError(f"{source}: describes a model and holds no weights; name the folder it is in")
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{source}: a pipe or device; wanted a file, which every worker can open again")
     if path.exists():
-        return read_single(path.read_bytes(), name=str(path))
+        return read_files({"": path.read_bytes()}.get, str(path), ALONE)
     hub_id = HUB_ID.fullmatch(str(source))
     if hub_id is None:
         raise CheckpointError(
@@ -389,64 +288,55 @@ def near(folder: Path) -> list[str]:
     return [str(x.relative_to(folder)) for x in files] + [str(x.parent.relative_to(folder)) for x in deeper]
 
 
-def read_single(data: bytes, *, name: str, license: str | None = None) -> WeightFiles:
-    """Return the tensors of one file."""
-    sha256 = hashlib.sha256(data).hexdigest()
-    tensors = parse_tensors(data, name=name)
-    return WeightFiles(tensors=tensors, sha256=sha256, source=name, license=license or stated_license(data))
-
-
-def read_folder(
+def read_files(
     read: Read,
     source: str,
-    *,
     names: Sequence[str] = IN_FOLDER,
+    *,
     there: Sequence[str] = (),
     license: str | None = None,
 ) -> WeightFiles:
-    """Return the tensors of a folder as transformers writes it: one file, or an index of shards.
+    """Return the tensors of a file, or of a folder as transformers writes it: one file or an index of shards.
 
-    `names`: of files that may hold the weights; the first that is there counts. `there`: the folder's files
-    that may be weights under other names, for the message.
+    `names`: of files that may hold the weights; the first that is there counts. `ALONE`: `source` is a file.
+    `there`: the folder's files that may be weights under other names, for the message.
     """
-    first = next(((name, data) for name in names if (data := read(name)) is not None), None)
-    if first is None:
+    name, data = next(((name, data) for name in names if (data := read(name)) is not None), ("", None))
+    if data is None:
         hint = f"; it holds {', '.join(there[:8])}: name one of them" if there else ""
+        if names == ALONE:
+            raise CheckpointError(f"{source} is not there")
         raise CheckpointError(f"{source}: neither {' nor '.join(names)} is there{hint}")
-    name, data = first
     config = read(CONFIG)
-    if name.endswith(".json"):
-        files = read_shards(read, data, source, name, license)
-    else:
-        files = read_single(data, name=f"{source}: {name}", license=license)
-    values = None if config is None else parse_json(config, name=f"{source}: {CONFIG}")
-    return replace(files, source=source, config=values)
-
-
-def read_shards(read: Read, index: bytes, source: str, name: str, license: str | None) -> WeightFiles:
-    """Return the tensors of all shards, after checking that each holds just what the index `name` says."""
-    weight_map = parse_json(index, name=f"{source}: {name}").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{source}: {name} has no weight_map")
-    odd = [x for x in weight_map.values() if not isinstance(x, str) or not re.fullmatch(r"[\w-][\w.-]*", x)]
-    if odd:
-        raise CheckpointError(f"{source}: {name} names a shard {odd[0]!r}; wanted a plain file name")
-    tensors: dict[str, torch.Tensor] = {}
-    digest = hashlib.sha256()
-    for shard in sorted(set(weight_map.values())):
-        data = read(shard)
-        if data is None:
+    index = parse_index(data, source, name) if name.endswith(".json") else {}
+    tensors, digest = Tensors(), hashlib.sha256()
+    for shard in sorted(set(index.values())) or [name]:
+        part = read(shard) if index else data
+        if part is None:
             raise CheckpointError(f"{source}: {name} names {shard}, which is not there")
-        digest.update(data)
-        found = parse_tensors(data, name=f"{source}: {shard}")
-        license = license or stated_license(data)
-        wanted = {tensor for tensor, place in weight_map.items() if place == shard}
-        if set(found) != wanted:
+        digest.update(part)
+        held = parse_tensors(part, name=f"{source}: {shard}" if shard else source)
+        license = license or stated_license(part)
+        if index and (differing := held.keys() ^ {key for key, file in index.items() if file == shard}):
             raise CheckpointError(
-                f"{source}: {shard} and {name} disagree on {', '.join(sorted(set(found) ^ wanted)[:8])}"
+                f"{source}: {shard} and {name} disagree on {', '.join(sorted(differing)[:8])}"
             )
-        tensors.update(found)
-    return WeightFiles(tensors=tensors, sha256=digest.hexdigest(), source=source, license=license)
+        tensors |= held
+    values = None if config is None else parse_json(config, name=f"{source}: {CONFIG}")
+    return WeightFiles(
+        tensors=tensors, sha256=digest.hexdigest(), source=source, config=values, license=license
+    )
+
+
+def parse_index(data: bytes, source: str, name: str) -> dict[str, str]:
+    """Return the shard of each tensor in an index of transformers."""
+    index = parse_json(data, name=f"{source}: {name}").get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise CheckpointError(f"{source}: {name} has no weight_map")
+    for shard in index.values():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*", shard):
+            raise CheckpointError(f"{source}: {name} names a shard {shard!r}; wanted a plain file name")
+    return index
 
 
 def read_hub(repo: str, file: str | None, revision: str | None) -> WeightFiles:
@@ -456,13 +346,14 @@ def read_hub(repo: str, file: str | None, revision: str | None) -> WeightFiles:
     unreached: list[str] = []
 
     def read(name: str) -> bytes | None:
+        if file and name:
+            return None  # one file has no config.json
+        name = file or name
         try:
-            # One commit for all files, also while somebody pushes to the branch.
-            commit = commits[0] if commits else revision
-            # A hub that once did not answer is not asked again, 20 s for each name: then the cache alone.
-            path = Path(
-                huggingface_hub.hf_hub_download(repo, name, revision=commit, local_files_only=bool(unreached))
-            )
+            # One commit for all files, also while somebody pushes to the branch. A hub that once did not
+            # answer is not asked again, 20 s for each name: then the cache alone.
+            commit, offline = commits[0] if commits else revision, bool(unreached)
+            path = huggingface_hub.hf_hub_download(repo, name, revision=commit, local_files_only=offline)
         except LocalEntryNotFoundError:
             unreached.append(f"the hub was not asked for {name}: it does not answer")
             return None
@@ -471,18 +362,17 @@ def read_hub(repo: str, file: str | None, revision: str | None) -> WeightFiles:
             return None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{repo}: {name} could not be fetched from the hub: {error}") from error
-        commits.append(commit_of(path))
-        return path.read_bytes()
+        # `.../snapshots/<commit>/<name>`; the hub's cache itself may lie in a folder of that name.
+        commits.append(path.rpartition("/snapshots/")[2].partition("/")[0])
+        return Path(path).read_bytes()
 
-    license = PUBLISHED_LICENSES.get(repo)
+    source, names, license = (
+        f"{repo}/{file}" if file else repo,
+        ALONE if file else IN_FOLDER,
+        PUBLISHED_LICENSES,
+    )
     try:
-        if file is None:
-            files = read_folder(read, repo, license=license)
-        else:
-            data = read(file)
-            if data is None:
-                raise CheckpointError(f"{repo}: {file} is not there")
-            files = read_single(data, name=f"{repo}/{file}", license=license)
+        files = read_files(read, source, names, license=license.get(repo))
     except CheckpointError as error:
         if unreached and not commits:
             raise CheckpointError(
@@ -492,17 +382,10 @@ def read_hub(repo: str, file: str | None, revision: str | None) -> WeightFiles:
             ) from error
         hint = "; name a file of it, as in lkeab/hq-sam/sam_hq_vit_b.pth" if file is None else ""
         raise CheckpointError("; ".join([str(error) + hint, *unreached[-1:], *reasons[:1]])) from error
-    return replace(files, source=f"{files.source}@{commits[0]}")
+    return replace(files, source=f"{source}@{commits[0]}")
 
 
-def commit_of(path: Path) -> str:
-    """Return the commit of a file in the hub's cache, `.../snapshots/<commit>/<name>`."""
-    # The last such folder: the cache itself may lie in one of that name.
-    last = len(path.parts) - 1 - path.parts[::-1].index("snapshots")
-    return path.parts[last + 1]
-
-
-def parse_tensors(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
+def parse_tensors(data: bytes, *, name: str) -> Tensors:
     """Return the tensors of a PyTorch or safetensors file, told apart by its first bytes."""
     if data[8:9] == b"{" and len(data) > 9:
         return parse_safetensors(data, name=name)
@@ -532,7 +415,7 @@ def what_else(data: bytes) -> str:
     return ""
 
 
-def parse_safetensors(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
+def parse_safetensors(data: bytes, *, name: str) -> Tensors:
     """Return the tensors of a safetensors file."""
     try:
         return safetensors.torch.load(data)
@@ -540,7 +423,7 @@ def parse_safetensors(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{name}: damaged safetensors file ({error}): fetch it again") from error
 
 
-def parse_pth(data: bytes, *, name: str) -> dict[str, torch.Tensor]:
+def parse_pth(data: bytes, *, name: str) -> Tensors:
     """Return the tensors of a PyTorch file, from whatever dicts they are wrapped in.
 
     `weights_only` is written out: only then does torch not let TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, if someone
@@ -591,8 +474,8 @@ def tensor_dicts(values: object) -> Iterator[tuple[str, dict[str, torch.Tensor]]
             waiting += [(f"{path}[{key!r}]", one, depth + 1) for key, one in inner]
 
 
-def tensors_of(values: Mapping[object, object]) -> dict[str, torch.Tensor]:
-    """Return the tensors by name that stand in a dict itself."""
+def tensors_of(values: Mapping[object, object]) -> Tensors:
+    """Return the tensors by name of a dict itself."""
     return {k: v for k, v in values.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
 
 
@@ -607,20 +490,20 @@ def same_tensors(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tens
     )
 
 
-def why_unread(data: bytes, said: str) -> str:
-    """Return why torch did not read a file. Of its own words, which advise to lift the restriction, only
-    the name of a class or function is taken.
+def why_unread(data: bytes, message: str) -> str:
+    """Return why torch did not read a file. Of its message, which advises to lift the restriction, only the
+    name of a class or function is used.
     """
     alone = (
         "in the program that made it, save the weights alone: torch.save(model.state_dict(), 'sam_hq.pth')"
     )
-    foreign = re.search(r"GLOBAL ([\w.]+)", said)
+    foreign = re.search(r"GLOBAL ([\w.]+)", message)
     if foreign:
         return (
             f"not a file of plain tensors: {foreign[1]} is in it, and what could run code is not read; "
             f"{alone}"
         )
-    if "TorchScript" in said:
+    if "TorchScript" in message:
         return f"a TorchScript archive, which holds code; {alone}"
     pickled = data
     with contextlib.suppress(Exception):  # of a torn or hostile archive zipfile raises errors of many kinds
@@ -640,25 +523,13 @@ def why_unread(data: bytes, said: str) -> str:
 
 
 def foreign_class(pickled: bytes) -> str | None:
-    """Return the first class or function in a pickle of protocol 4 or 5 that belongs to no tensor."""
-    strings: list[str] = []
-    memo: list[str] = []
-    with contextlib.suppress(Exception):  # of a torn or hostile pickle; nothing of it is run
-        for op, value, _ in pickletools.genops(pickled):
-            name = None
-            if "UNICODE" in op.name:
-                strings.append(str(value))
-            elif op.name == "MEMOIZE":  # of whatever came last; only names are looked up again
-                memo.append(strings[-1] if strings else "")
-            elif op.name in ("BINGET", "LONG_BINGET"):
-                strings.append(memo[int(value or 0)])
-            elif op.name == "STACK_GLOBAL":
-                name = ".".join(strings[-2:])
-            elif op.name == "GLOBAL":
-                name = str(value).replace(" ", ".")
-            if name and not OF_TENSORS.fullmatch(name):
-                return name
-    return None
+    """Return the first class or function in a pickle of protocol 4 or 5 that belongs to no tensor.
+
+    Nothing is unpickled: two short memoized strings, module and name, precede the opcode that joins them.
+    """
+    pairs = re.findall(rb"\x8c.([\w.]+)\x94\x8c.([\w.]+)\x94\x93", pickled, flags=re.DOTALL)
+    names = (f"{module.decode()}.{name.decode()}" for module, name in pairs)
+    return next((name for name in names if not OF_TENSORS.fullmatch(name)), None)
 
 
 def parse_json(data: bytes, *, name: str) -> dict[str, Any]:
@@ -749,7 +620,7 @@ def save_original(model: SamHQ, path: str | Path) -> WeightsInfo:
     return written(model, buffer.getvalue(), "original", str(path), None)
 
 
-def stored_tensors(model: SamHQ, layout: Layout) -> dict[str, torch.Tensor]:
+def stored_tensors(model: SamHQ, layout: Layout) -> Tensors:
     """Return the model's tensors under the layout's names, on the host."""
     tensors = {}
     for ours, tensor in model.state_dict().items():

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Literal
+
+import torch
 
 from model.sam_config import (
     PATCH_SIZE,
@@ -28,6 +30,7 @@ from model.sam_config import (
 )
 
 Layout = Literal["original", "transformers"]
+Tensors = dict[str, torch.Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
 POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
@@ -173,6 +176,108 @@ def foreign_model(names: Iterable[str]) -> str | None:
     if have("mask_decoder.") and not have("mask_decoder.hf_token", "mask_decoder.hq_token"):
         return "MobileSAM" if any(".patch_embed.seq." in name for name in names) else "plain SAM"
     return None
+
+
+# The names of a file
+
+NAMES_LISTED = 8
+
+ADAPTER = re.compile(r"\.(?:lora_|base_layer\.|modules_to_save\.|original_module\.)")
+"""In the names that PEFT gives to what it adds to a model's own layers."""
+
+
+class CheckpointError(ValueError):
+    """Weights that cannot be found, read or used. The message names the file or the tensor."""
+
+
+def original_names(tensors: Tensors) -> tuple[Layout, Tensors, list[str]]:
+    """Return the layout, the tensors under the model's names, and the names that are known not to matter."""
+    tensors = without_prefix(tensors)
+    foreign, decoder, layout = foreign_model(tensors), decoder_alone(tensors), detect_layout(tensors)
+    if foreign:
+        raise CheckpointError(
+            f"the file holds {foreign}, not SAM-HQ: there is no HQ token in it. Use a SAM-HQ checkpoint, "
+            "such as sam_hq_vit_b.pth or syscv-community/sam-hq-vit-base"
+        )
+    if decoder:
+        advice = (
+            how_to_merge(tensors)
+            if decoder == "SAM-HQ"
+            else (", from which the training of SAM-HQ begins; it is not SAM-HQ")
+        )
+        raise CheckpointError(f"the file holds the mask decoder of {decoder} alone{advice}")
+    if layout is None:
+        raise CheckpointError(
+            f"the file holds {len(tensors)} tensors, none of an image encoder; it is not SAM-HQ "
+            f"(first names: {listed(sorted(tensors))})"
+        )
+    named, ignored, left_over = Tensors(), list[str](), list[str]()
+    for name, tensor in tensors.items():
+        if layout == "transformers" and name == TIED_POSITIONS:
+            if not torch.equal(tensors.get(SHARED_POSITIONS, tensor), tensor):
+                raise CheckpointError(f"{TIED_POSITIONS} differs from {SHARED_POSITIONS}")
+            named[POSITIONS] = tensor
+        elif original := rename(name, layout, "original"):
+            named[original] = tensor
+        else:
+            (ignored if IGNORED.fullmatch(name) else left_over).append(name)
+    if left_over:
+        # Without its adapters such a model is another one: to save the rest alone would be wrong advice.
+        advice = (
+            "adapters such as LoRA's must be merged first: save what PEFT's model.merge_and_unload() returns"
+            if any(ADAPTER.search(name) for name in left_over)
+            else "save the model's own alone"
+        )
+        raise CheckpointError(
+            f"{tensors_are(len(left_over))} left over: {listed(sorted(left_over))}; {advice}"
+        )
+    return layout, named, ignored
+
+
+def how_to_merge(tensors: Tensors) -> str:
+    """Return what to do with SAM-HQ's mask decoder alone."""
+    if any("hq_token." in name for name in tensors):
+        return "; save the whole model: model.save_pretrained('sam_hq')"
+    whole = "mask_decoder.hf_token.weight" in tensors
+    merged = "hq" if whole else "{'mask_decoder.' + k: hq[k] for k in hq}"
+    return (
+        ", as training saves it after each epoch. Name the sam_hq_epoch_*.pth that it saves at its end, or "
+        "merge it with its SAM: sam = torch.load('sam_vit_l.pth', weights_only=True); "
+        "hq = torch.load('epoch_11.pth', weights_only=True); "
+        f"sam.update({merged}); torch.save(sam, 'sam_hq.pth')"
+    )
+
+
+def without_prefix(tensors: Tensors) -> Tensors:
+    """Return the tensors under the names inside the model, whatever training code had wrapped it in."""
+    bare = {name: WRAPPED.sub("", name) for name in tensors}
+    found = prefixes(bare.values())
+    if len(found) > 1:
+        raise CheckpointError(
+            f"the parts of the model are under {len(found)} prefixes, {listed([repr(x) for x in found])}; "
+            "wanted one model: save the tensors of one prefix alone"
+        )
+    result = Tensors()
+    for name, tensor in tensors.items():
+        short = bare[name].removeprefix(found[0] if found else "")
+        if short in result:
+            wrapped = next(x for x in tensors if x != short and bare[x] == bare[name])
+            raise CheckpointError(
+                f"the file holds tensors twice, with and without `{wrapped.removesuffix(short)}`: {short}"
+            )
+        result[short] = tensor
+    return result
+
+
+def tensors_are(number: int) -> str:
+    """Return the number as the start of a sentence."""
+    return "1 tensor is" if number == 1 else f"{number} tensors are"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return some names or complaints, and how many more there are."""
+    more = len(names) - NAMES_LISTED
+    return ", ".join(names[:NAMES_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 # The architecture
