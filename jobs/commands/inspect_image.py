@@ -22,7 +22,14 @@ from pipeline.tables.publish_tables import flatten_unit
 from pipeline.tables.unit_files import list_committed, read_committed
 
 _LONGEST_SIDE = 1600
-_SCORES = ("detector_score", "predicted_iou", "stability_score", "box_iou", "mask_in_box")
+_SCORES = {
+    "detector_score": "det.\nscore",
+    "predicted_iou": "pred.\nIoU",
+    "stability_score": "stab.\nscore",
+    "box_iou": "box\nIoU",
+    "mask_in_box": "mask\nin box",
+}
+"""The columns of scores, with their headings."""
 
 
 def run(given: ConfigSources, image_id: str, *, picture: str | None, json: bool) -> int:
@@ -39,7 +46,8 @@ def run(given: ConfigSources, image_id: str, *, picture: str | None, json: bool)
         return 0
     console.data(console.pairs(_image_lines(rows)))
     if rows.instances:
-        console.data(console.table(["#", "class", "box (xywh)", "area", *_SCORES, "accepted"], _table(rows)))
+        head = ["#", "class", "box\n(x, y, w, h)", "area", *_SCORES.values(), "accepted"]
+        console.data(console.table(head, _table(rows)))
     return 0
 
 

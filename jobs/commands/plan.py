@@ -83,8 +83,9 @@ def _done(config: Config, plan: Plan) -> int:
         return 0
     if job.context.plan_sha256 != plan.sha256:
         raise JobRefused(
-            f"{store.place.uri}: holds a job with another plan ({int(job.plan['images']):,} images, "
-            f"{int(job.plan['boxes']):,} boxes); these inputs need another output"
+            f"{store.place.uri}: holds a job with another plan "
+            f"({console.count(job.plan['images'], 'image')}, "
+            f"{console.count(job.plan['boxes'], 'box', 'boxes')}); these inputs need another output"
         )
     return len(finished_units(list(list_committed(store)), read_manifest(store)))
 

@@ -1,18 +1,26 @@
-"""What people read (stderr) and what programs read (stdout), kept apart.
+"""What users read (stderr) and what programs read (stdout), kept apart.
 
-Tables, numbers and wording are made here so that every command says the same thing the same way.
+Tables, numbers and wording are made here so that every command writes the same thing the same way.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
+import shlex
+import shutil
 import sys
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
+
+from rich import filesize
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from pipeline.errors import clean_text
 from pipeline.errors import count as count
@@ -22,9 +30,9 @@ _stdout_for_data: list[TextIO] = []  # the real one, while `sys.stdout` is somet
 
 @contextlib.contextmanager
 def stdout_for_data_alone() -> Iterator[None]:
-    """None; meanwhile `data` and `data_json` alone write on stdout, and what others print goes to stderr.
+    """Let `data` and `data_json` alone write on stdout meanwhile; what others print goes to stderr.
 
-    Ray prints the errors of its cluster on stdout whatever it is told (2.60), in the middle of our JSON.
+    Ray prints the errors of its cluster on stdout whatever its settings (2.60), in the middle of our JSON.
     """
     _stdout_for_data.append(sys.stdout)
     try:
@@ -35,9 +43,9 @@ def stdout_for_data_alone() -> Iterator[None]:
 
 
 def say(text: str = "") -> None:
-    """Write one line for people on stderr; a closed stderr is no reason to end a job.
+    """Write one line for users on stderr; a closed stderr is no reason to end a job.
 
-    Control characters are escaped, here and in `data`: a file's name may hold orders to a terminal.
+    Control characters are escaped, here and in `data`: a file's name may hold commands to a terminal.
     """
     _write(sys.stderr, visible(text))
 
@@ -53,45 +61,48 @@ def data_json(value: Mapping[str, Any]) -> None:
 
 
 def json_line(value: Mapping[str, Any]) -> str:
-    """One JSON object in one line, NaN and infinity as null."""
+    """Return one JSON object in one line, NaN and infinity as null."""
     return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
 
 
-def pairs(rows: Sequence[tuple[str, str]], indent: int = 2) -> str:
-    """Lines of `name  value`, the values in one column."""
-    width = max((cells(name) for name, _ in rows), default=0)
-    return "\n".join(" " * indent + name + " " * (width - cells(name) + 2) + value for name, value in rows)
+def pairs(rows: Sequence[tuple[str, str]]) -> str:
+    """Return lines of `name  value`, the values in one column."""
+    width = max((cell_len(name) for name, _ in rows), default=0)
+    return "\n".join(f"  {name}{' ' * (width - cell_len(name))}  {value}" for name, value in rows)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], indent: int = 2) -> str:
-    """A plain table, columns as wide as their longest cell; numbers (by their look) to the right."""
-    lines = [list(head), *[list(row) for row in rows]]
-    widths = [max(cells(line[column]) for line in lines) for column in range(len(head))]
-    return "\n".join(
-        " " * indent + "  ".join(_fit(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def cells(text: str) -> int:
-    """How many terminal cells `text` takes: wide East Asian characters take two, marks none."""
-    return sum(_char_cells(c) for c in text)
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a plain table that fits the terminal, or 80 columns; columns of numbers to the right."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, cells in zip(head, zip(*rows, strict=True), strict=True):
+        numbers = all(cell[:1].isdigit() or cell[:1] in "<>-" for cell in cells)
+        whole = numbers and not any(" " in cell for cell in cells)
+        made.add_column(Text(name), justify="right" if numbers else "left", overflow="fold", no_wrap=whole)
+    for row in rows:
+        made.add_row(*map(Text, row))
+    width = shutil.get_terminal_size().columns - 2
+    page = Console(file=io.StringIO(), width=width, color_system=None)
+    if Console(width=1000).measure(made).maximum > width:
+        made.padding = (0, 1, 0, 0)
+    with page.capture() as captured:
+        page.print(made)
+    return "\n".join(f"  {line.rstrip()}" for line in captured.get().splitlines())
 
 
 def shown(text: str, most: int = 60) -> str:
-    """`text` from outside made safe for a terminal, its middle left out when longer than `most`."""
+    """Return `text` from outside made safe for a terminal, its middle cut when longer than `most`."""
     safe = clean_text(text)
     half = (most - 1) // 2
     return safe if len(safe) <= most else f"{safe[: most - 1 - half]}…{safe[-half:]}"
 
 
 def fingerprint(text: str) -> str:
-    """A fingerprint of words whole, of a hash its beginning."""
+    """Return a fingerprint of words whole, of a hash its beginning."""
     return text if len(text) <= 40 else text[:12]
 
 
 def visible(text: str) -> str:
-    """`text` with every character escaped that a terminal does not print, but for the ends of lines."""
+    """Return `text` with every character escaped that a terminal does not print, but the ends of lines."""
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
@@ -103,16 +114,12 @@ def with_a_mask(masks: int, empty: int) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes for people, powers of 1000: `812 B`, `4.1 MB`."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(number) < 1000 or unit == "TB":
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    raise AssertionError("unreachable")
+    """Return bytes for users, in powers of 1000: `812 bytes`, `4.1 MB`."""
+    return filesize.decimal(int(number))
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `8.4 s`, `3 min 20 s`, `2 h 05 min`, `3 d 4 h`."""
+    """Return seconds for users: `8.4 s`, `3 min 20 s`, `2 h 05 min`, `3 d 4 h`."""
     if not math.isfinite(seconds):
         return "unknown"
     if seconds < 60:
@@ -126,12 +133,12 @@ def duration(seconds: float) -> str:
 
 
 def rate(number: float) -> str:
-    """A rate with about three digits: `0.42`, `31.2`, `1,204`."""
+    """Return a rate with about three digits: `0.42`, `31.2`, `1,204`."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
 
 
 def share(part: int, whole: int) -> str:
-    """`part` of `whole` in per cent; never rounded to 0 or 100 when it is not."""
+    """Return `part` of `whole` in per cent; never rounded to 0 or 100 when it is not."""
     if whole == 0:
         return "0%"
     percent = 100 * part / whole
@@ -141,24 +148,8 @@ def share(part: int, whole: int) -> str:
 
 
 def command(words: Sequence[str]) -> str:
-    """A command line that can be pasted into a shell as it stands."""
-    return " ".join(_shell_word(word) for word in words)
-
-
-def _shell_word(word: str) -> str:
-    safe = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:=@%+,")
-    return word if word and set(word) <= safe else "'" + word.replace("'", "'\"'\"'") + "'"
-
-
-def _fit(cell: str, width: int) -> str:
-    space = " " * (width - cells(cell))
-    return space + cell if cell[:1].isdigit() or cell[:1] in "<>-" else cell + space
-
-
-def _char_cells(char: str) -> int:
-    if unicodedata.combining(char):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+    """Return a command line that can be pasted into a shell."""
+    return shlex.join(words)
 
 
 def _data_stream() -> TextIO:
@@ -166,14 +157,14 @@ def _data_stream() -> TextIO:
 
 
 def _write(stream: Any, text: str) -> None:
-    """Write a line; characters that the terminal cannot show are escaped, a closed pipe is left alone."""
+    """Write a line; characters that the terminal cannot show are escaped, a closed pipe is ignored."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     safe = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
         stream.write(safe + "\n")
         stream.flush()
     except BrokenPipeError:
-        # `hqlabel status | head`: what is left is not wanted. The job goes on.
+        # `hqlabel status | head`: the rest is not wanted. The job goes on.
         if stream in (sys.__stdout__, sys.__stderr__):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.arrow_lists import BoolArray, Int64Array, positions
-from pipeline.errors import JobRefused, clean_text
+from pipeline.errors import JobRefused, clean_text, count
 from pipeline.inputs.image_box_lists import BoxList, ImageList, examples
 from pipeline.inputs.open_inputs import resolve_uris
 
@@ -236,8 +236,8 @@ def _refusal(unmatched: Unmatched, keys: pa.Array, boxes: BoxList, hint: str) ->
     if not hint and none_joined and file.lower().endswith(".json") and _are_numbers(unmatched.examples):
         hint = "For COCO results give the instances JSON, which says whose these numbers are, as --images. "
     return JobRefused(
-        f"{file}: {unmatched.boxes} boxes of {unmatched.images} images "
-        f"(of {len(boxes.lengths)}) have no image: "
+        f"{file}: {count(unmatched.boxes, 'box', 'boxes')} of {count(unmatched.images, 'image')} "
+        f"(of {len(boxes.lengths):,}) have no image: "
         f"it names {examples(unmatched.examples)}; the images are {examples(keys) or 'none'}. "
         f"{hint}Mend --images or --boxes, or leave these boxes out with --allow-unmatched"
     )

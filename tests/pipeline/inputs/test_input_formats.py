@@ -202,7 +202,7 @@ def test_pictures_without_a_label_file_have_no_boxes_and_labels_without_a_pictur
 
     assert plan.summary.boxes == 4
     assert plan.summary.listed_without_boxes == 1
-    with pytest.raises(JobRefused, match=r"1 boxes of 1 images .* have no image: it names 'b/9'"):
+    with pytest.raises(JobRefused, match=r"1 box of 1 image .* have no image: it names 'b/9'"):
         make_plan(written.settings)
 
 

@@ -397,7 +397,7 @@ def test_annotations_of_images_that_coco_does_not_list_are_refused_or_left_out(t
     }
     path = as_json(tmp_path / "i.json", tree)
 
-    assert "1 boxes of 1 images (of 2) have no image: it names '77'" in refusal(boxes=path)
+    assert "1 box of 1 image (of 2) have no image: it names '77'" in refusal(boxes=path)
     plan = planned(boxes=path, allow_unmatched=True)
     assert {"1": [A]} == boxes_of(plan)
     assert ("77",) == plan.summary.unmatched_boxes.examples
