@@ -389,7 +389,7 @@ def _end_of(process: subprocess.Popen[bytes], timeout_s: float) -> int:
 
 def _read_out(out: Path) -> tuple[list[str], list[str]]:
     """The image ids in their order, and the digests of both tables without what may differ."""
-    from pipeline.tables.unit_files import mask_columns_digest
+    from tests.table_digest import mask_columns_digest
 
     tables = []
     for name in ("images", "instances"):

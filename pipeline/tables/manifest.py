@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import TypeAdapter
 
 from pipeline.errors import DamageFound
 from pipeline.settings import FilterSettings
@@ -164,46 +165,22 @@ def read_manifest(store: Store) -> Manifest | None:
         content = json.loads(body)
         if content["format"] != MANIFEST_FORMAT:
             raise ValueError(f"format {content['format']}, wanted {MANIFEST_FORMAT}")
-        return _manifest_of(content)
+        for part in content["parts"]:
+            if "empty" not in part["counts"]:
+                _count_empty_masks(part["counts"])
+        return TypeAdapter(Manifest).validate_python(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DamageFound(
-            f"{store.place.uri}/{MANIFEST_KEY} cannot be read ({type(error).__name__}: {error}). "
+            f"{store.place.uri}/{MANIFEST_KEY} cannot be read ({reason}). "
             "Move it away and publish again: the units are the truth."
         ) from error
 
 
-def _manifest_of(content: Mapping[str, Any]) -> Manifest:
-    return Manifest(
-        state=content["state"],
-        run_id=content["run_id"],
-        plan_sha256=content["plan_sha256"],
-        units=int(content["units"]),
-        filters=FilterSettings(**content["filters"]),
-        parts=tuple(_part_of(part) for part in content["parts"]),
-        published_at=content["published_at"],
-        cleaned=bool(content["cleaned"]),
-        lineage=content["lineage"],
-    )
-
-
-def _part_of(content: Mapping[str, Any]) -> Part:
-    return Part(
-        index=int(content["index"]),
-        first_unit=int(content["first_unit"]),
-        stop_unit=int(content["stop_unit"]),
-        generations={int(unit): int(g) for unit, g in content["generations"].items()},
-        images=PartFile(**content["images"]),
-        instances=PartFile(**content["instances"]),
-        counts=_counts_of(content["counts"]),
-    )
-
-
-def _counts_of(content: Mapping[str, Any]) -> Counts:
-    """Return the sums of a part; before `empty` was counted, masks without a pixel were among the masks."""
-    if "empty" in content:
-        return Counts(**content)
-    empty = int(content["rejected"].get("empty", 0))
-    return Counts(**{**content, "masks": content["masks"] - empty, "empty": empty})
+def _count_empty_masks(counts: dict[str, Any]) -> None:
+    """Count masks without a pixel by themselves, as manifests from before `empty` did not."""
+    counts["empty"] = int(counts["rejected"].get("empty", 0))
+    counts["masks"] -= counts["empty"]
 
 
 def finished_units(committed: Sequence[int], manifest: Manifest | None) -> set[int]:

@@ -7,11 +7,9 @@ what a listing shows; there are no other markers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -184,14 +182,3 @@ def outcome_of(
         failed_by_code=dict(sorted(codes.items())),
         seconds=seconds,
     )
-
-
-def mask_columns_digest(table: pa.Table, *, without: Collection[str] = schema.VOLATILE) -> str:
-    """Return the sha256 (hex) of every column but those that may differ between two runs of one job.
-
-    For schema.UNIT, INSTANCES and IMAGES; row order counts, chunks and metadata do not. The rows are
-    written as plain Parquet and hashed: that form does not know how Arrow held them.
-    """
-    kept = [name for name in table.schema.names if name not in without]
-    plain = table.select(kept).replace_schema_metadata().combine_chunks()
-    return hashlib.sha256(sealed_parquet.write_body(plain, {})).hexdigest()

@@ -32,10 +32,11 @@ from pipeline.storage.store import Store
 from pipeline.tables.clean_output import clean
 from pipeline.tables.manifest import finished_units, read_manifest
 from pipeline.tables.publish_tables import publish
-from pipeline.tables.unit_files import list_committed, mask_columns_digest, read_committed
+from pipeline.tables.unit_files import list_committed, read_committed
 from tests.fakes import troubled_decoder
 from tests.pipeline import made_jobs
 from tests.pipeline.made_jobs import noise, png
+from tests.table_digest import mask_columns_digest
 
 BROKEN = "05.png"
 BOXES = {"03.png": [], "04.png": None, "06.png": [[1.0, 2.0, 30.0, 20.0]] * 7, "07.png": [[9, 9, 1, 1]]}

@@ -26,7 +26,7 @@ from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker, deadline_s
 from pipeline.storage.store import Store
-from pipeline.tables.unit_files import list_committed, mask_columns_digest, read_committed
+from pipeline.tables.unit_files import list_committed, read_committed
 from tests.e2e.scenes import picture, small_checkpoint
 from tests.fakes import harmful_picture, trouble
 from tests.faults.chain import do_unit, in_child
@@ -43,6 +43,7 @@ from tests.model.test_segmenter import (
 )
 from tests.parity.lively import lively
 from tests.pipeline.made_jobs import MadeJob, make_job, noise, png
+from tests.table_digest import mask_columns_digest
 
 pytestmark = [
     pytest.mark.timeout(600),

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.soak import Soak, Wanted, cluster_of_nodes, is_actor
-from pipeline.tables.unit_files import mask_columns_digest
 from tests.faults.conftest import Record
 from tests.pipeline.made_jobs import BOXES, noise, png
+from tests.table_digest import mask_columns_digest
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 REPOSITORY = Path(__file__).resolve().parents[2]

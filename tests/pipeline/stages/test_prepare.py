@@ -16,9 +16,10 @@ from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker
 from pipeline.storage.store import Store
-from pipeline.tables.unit_files import list_committed, mask_columns_digest, read_committed
+from pipeline.tables.unit_files import list_committed, read_committed
 from tests.fakes import trouble
 from tests.pipeline.made_jobs import BOXES, SIDE, make_job, noise, png
+from tests.table_digest import mask_columns_digest
 
 
 @pytest.fixture(scope="module")

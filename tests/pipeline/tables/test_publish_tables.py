@@ -38,7 +38,6 @@ from pipeline.tables.unit_files import (
     encode_unit,
     footer,
     list_committed,
-    mask_columns_digest,
     put_unit,
     read_committed,
 )
@@ -57,6 +56,7 @@ from tests.pipeline.made_units import (
     planned_image,
     unit_of,
 )
+from tests.table_digest import mask_columns_digest
 
 NO_FILTERS = FilterSettings()
 

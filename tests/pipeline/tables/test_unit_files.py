@@ -19,7 +19,6 @@ from pipeline.tables.unit_checks import check_against_plan, find_faults
 from pipeline.tables.unit_files import (
     encode_unit,
     list_committed,
-    mask_columns_digest,
     outcome_of,
     parse_key,
     put_unit,
@@ -46,6 +45,7 @@ from tests.pipeline.made_units import (
     segment,
     unit_of,
 )
+from tests.table_digest import mask_columns_digest
 
 CONTEXT = make_context()
 BAD_BOX = (9.0, 9.0, 3.0, 20.0)
