@@ -111,7 +111,7 @@ def parse_prompts(text: str | None) -> dict[str, str] | None:
         return None
     prompts = [prompt.strip() for prompt in text.split(";") if prompt.strip()]
     if not prompts:
-        raise UsageError(f"--prompts {text!r}: wanted words parted by ';', such as 'person; red car'")
+        raise UsageError(f"--prompts {text!r}: wanted words separated by ';', such as 'person; red car'")
     return {prompt: prompt for prompt in prompts}
 
 

@@ -126,7 +126,7 @@ class ModelSettings(Section):
 
 
 class DetectorSettings(Section):
-    """The detector that finds the boxes, where none are given (docs/detectors.md)."""
+    """The detector that finds the boxes of images that have none (docs/detectors.md)."""
 
     name: Identity[str | None] = None
     """`hf:ID_OR_FOLDER`, `hf-zero-shot:ID_OR_FOLDER`, or your own class as `module:Class`."""
@@ -145,7 +145,7 @@ class DetectorSettings(Section):
 
 
 class BoxSettings(Section):
-    """Which boxes, given or detected, get no mask; each keeps its row with the reason."""
+    """Which boxes, from a file or a detector, get no mask; each keeps its row with the reason."""
 
     min_score: Identity[Number | None] = None
     """Boxes with a lower score get none (box_score); one without a score does."""
@@ -224,7 +224,7 @@ class ClusterSettings(Section):
     gpus_per_actor: Number | None = Field(default=None, ge=0, le=1)
     """Share of a GPU for a model process; null: 1 where the cluster has GPUs, else 0."""
     cpus_per_actor: Number | None = Field(default=None, gt=0)
-    """CPU cores for a model process; null: chosen from the machine. Its threads are `model.cpu_threads`."""
+    """CPU cores for a model process; null: 1 with a GPU, else about `model.cpu_threads`."""
     decode_cpus: Number | None = Field(default=None, gt=0)
     """CPU cores for a task that fetches and decodes one unit; null: chosen from the machine."""
     wait_for_nodes_s: Seconds = Field(default=0.0, ge=0)
@@ -245,7 +245,7 @@ class CostSettings(Section):
     """What the machines cost; only plan and report use it, and only to print it."""
 
     usd_per_gpu_hour: Number | None = Field(default=None, ge=0)
-    """Price of one model process's device for an hour; null: no money is named."""
+    """Price of one model process's device for an hour; null: no cost is printed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +273,7 @@ class AccessRules:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The job's checkpoint: where a worker opens it, and the sha256 it must have (hex)."""
+    """The job's checkpoint: where a worker opens it, and the sha256 (hex) it must have."""
 
     source: str
     sha256: str
@@ -284,7 +284,7 @@ class Weights:
     note: str | None = None
     """A sentence that every summary and footer repeats, such as the demo checkpoint's warning."""
     warning: str | None = None
-    """What lies beside the tensors and was not followed, in one line; no part of a job's identity."""
+    """What is next to the tensors and was not followed, in one line; no part of a job's identity."""
 
 
 class BoxRules(BoxSettings):
@@ -323,19 +323,19 @@ class JobContext:
     draft_jpeg: bool = False
     """See `InputSettings.draft_jpeg`."""
     detector: JobDetector | None = None
-    """Read back from job.json it is for reading only: what a worker loads comes from this process."""
+    """As read from job.json it is for reports only: what a worker loads comes from this process."""
     lineage: Mapping[str, str] = field(default_factory=dict)
     """Footer entries beyond the fixed ones, already strings; keys without the `hqlabel.` prefix."""
     segmenter: str = "pipeline.stages.load_model:load_segmenter"
     """`module:function` that makes a worker's segmenter from (context, use_gpu). Tests and benchmarks put a
     stub here. It names code that is run: it comes from this process, never from a file of the output."""
     decoder: str = "pipeline.images.decode_upright:decode_image"
-    """`module:function` that the decoding child calls; the same holds."""
+    """`module:function` that the decoding child calls; this process's as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitOutcome:
-    """What the driver learns of a finished unit: counts only, never data."""
+    """What the driver gets of a finished unit: counts only, never data."""
 
     unit_id: int
     generation: int
@@ -346,8 +346,8 @@ class UnitOutcome:
     instances: int
     bytes: int
     repeated: bool
-    """True when the unit was already there: somebody else, or an earlier try, committed it."""
+    """True when the unit was already there: another driver, or an earlier attempt, committed it."""
     begun_before: int = 0
-    """Images of a unit that was begun at least once before without coming to a commit, so done again."""
+    """Images of a unit that was begun at least once before without a commit, so done again."""
     failed_by_code: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0

@@ -166,7 +166,7 @@ def _with_settings(saved: SavedJob) -> SavedJob:
     now = replace(context, model=model, draft_jpeg=config.input.draft_jpeg)
     unlike = differences(mask_settings(context), mask_settings(now))
     if unlike:
-        changes = "; ".join(f"{one.name} was {one.found}, now {one.wanted}" for one in unlike)
+        changes = "; ".join(f"{one.name} was {one.stored}, now {one.now}" for one in unlike)
         raise JobRefused(f"{changes}; a retry needs the settings that the job began with")
     detector = read_detector(config)
     found = detector and detector.settings.fingerprint

@@ -34,10 +34,10 @@ DEMO_NOTE = (
 
 
 def read_checkpoint(config: Config) -> Weights:
-    """The record by which workers open the configured checkpoint, after reading it whole.
+    """Return the record by which workers open the configured checkpoint, after reading it whole.
 
     Raises:
-        UsageError: none is named.
+        UsageError: none is configured.
         JobRefused: nothing there, not SAM-HQ, damaged, or not readable.
     """
     name = require(config.model.checkpoint, "--checkpoint", "SAM-HQ weights, or demo for a first try")
@@ -58,7 +58,7 @@ def read_checkpoint(config: Config) -> Weights:
 
 
 def _refuse_missing_path(name: str, source: str) -> None:
-    """Asking the hub for what was meant as a path takes half a minute and ends in a misleading answer."""
+    """Raise JobRefused for a name that was meant as a path: the hub takes half a minute and misleads."""
     if name == DEMO or not is_local(name) or os.path.exists(source):
         return
     in_a_folder = os.path.isdir(os.path.dirname(absolute(name))) and os.sep in name
@@ -92,7 +92,7 @@ class CheckedDetector:
 
 
 def read_detector(config: Config) -> CheckedDetector | None:
-    """The configured detector, loaded and tried on a blank picture on this machine's CPU; None without one.
+    """Return the configured detector, tried on a blank picture on this machine's CPU; None without one.
 
     Raises:
         UsageError: prompts that do not go with it.

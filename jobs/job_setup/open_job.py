@@ -52,13 +52,13 @@ class Opened:
 def open_or_create(
     config: Config, *, check_inputs: bool, probe_dtype: Callable[[], str], device: Callable[[], str]
 ) -> Opened:
-    """The job that `config` describes, opened in its output or created there.
+    """Open the job that `config` describes in its output, or create it there.
 
     `probe_dtype`: the number format for `model.dtype=auto`; `device`: the kind that the call shape is chosen
-    for. Each is asked at most once, for a new job.
+    for. Each is called at most once, for a new job.
 
     Raises:
-        UsageError: something needed is not named.
+        UsageError: a setting that is needed is missing.
         JobRefused: inputs or weights that cannot be used, or an output that belongs to something else.
     """
     with before_work():
@@ -90,7 +90,7 @@ def _open_or_create(
         plan = with_a_look(plan_inputs(config), config.limits, detected=detector is not None)
     elif check_inputs or not _plan_holds(store, stored, config.input):
         plan = plan_inputs(config)
-    context = partial(
+    make_context = partial(
         new_context,
         config,
         output=output,
@@ -99,10 +99,10 @@ def _open_or_create(
         detector=detector.settings if detector else None,
     )
     if plan is not None:
-        job = _planned_job(plan, context, config, detector)
+        job = _planned_job(plan, make_context, config, detector)
     else:
         assert stored is not None, "without a stored job a plan was made"
-        job = _stored_job(stored, context, config, access)
+        job = _stored_job(stored, make_context, config, access)
     return Opened(config=config, store=store, job=open_job(store, job), plan=plan, resumed=stored is not None)
 
 
@@ -115,13 +115,13 @@ def plan_inputs(config: Config) -> Plan:
 def _refuse_compiling_for_a_cpu(config: Config, device: Callable[[], str]) -> None:
     if config.model.compile and device() == "cpu":
         raise UsageError(
-            "model.compile=true, and the model would run on a CPU, which does not take it; leave it out, or "
+            "model.compile=true, and the model would run on a CPU, which cannot; drop it, or "
             "name a cluster with GPUs (--ray-address)"
         )
 
 
 def code_version() -> str:
-    """The version of this code, as files carry it."""
+    """Return the version of this code, as files carry it."""
     try:
         return importlib.metadata.version("hqlabel")
     except importlib.metadata.PackageNotFoundError:
@@ -129,14 +129,14 @@ def code_version() -> str:
 
 
 def _dtype(config: Config, stored: Job | None, probe: Callable[[], str]) -> str:
-    """The number format: as asked; for `auto` what the job began with, or by a probe."""
+    """Return the number format: as configured; for `auto` what the job began with, or by a probe."""
     if config.model.dtype != "auto":
         return config.model.dtype
     return stored.context.model.dtype if stored else probe()
 
 
 def _with_boxes_per_call(config: Config, stored: Job | None, device: Callable[[], str]) -> Config:
-    """As asked; where nothing is asked, what the job began with, or by the kind of device."""
+    """Resolve `model.boxes_per_call`: null is what the job began with, or by the kind of device."""
     if config.model.boxes_per_call is not None:
         return config
     if stored is not None:
@@ -144,28 +144,28 @@ def _with_boxes_per_call(config: Config, stored: Job | None, device: Callable[[]
     return settings.with_boxes_per_call(config, settings.BOXES_PER_CALL[device()])
 
 
-def _asked(inputs: InputSettings) -> dict[str, Any]:
-    """How the boxes were asked to be read; what that means for a kind of file only a plan tells."""
+def _reading(inputs: InputSettings) -> dict[str, Any]:
+    """Return how boxes are configured to be read; what null means for a kind of file only a plan knows."""
     return {"box_format": inputs.box_format, "box_frame": inputs.box_frame}
 
 
 def _plan_holds(store: Store, stored: Job, inputs: InputSettings) -> bool:
-    """Whether the stored plan answers what is asked, and was written whole before the first start ended."""
+    """Whether the stored plan is of these settings, and was written whole before the first start ended."""
     files = store.list(f"plan/{stored.context.plan_sha256[:16]}/")
-    return stored.plan.get("asked") == _asked(inputs) and len(files) == -(-stored.units // UNITS_PER_FILE)
+    return stored.plan.get("asked") == _reading(inputs) and len(files) == -(-stored.units // UNITS_PER_FILE)
 
 
 def _planned_job(
-    plan: Plan, new_context: Callable[..., JobContext], config: Config, detector: CheckedDetector | None
+    plan: Plan, make_context: Callable[..., JobContext], config: Config, detector: CheckedDetector | None
 ) -> Job:
-    """The job that a plan made just now describes."""
+    """Return the job that a plan made just now describes."""
     summary = plan.summary
     rules = settings.box_rules(config, summary.box_format, summary.box_frame)
-    context = new_context(plan_sha256=plan.sha256, box_rules=rules, access=plan.access)
+    context = make_context(plan_sha256=plan.sha256, box_rules=rules, access=plan.access)
     return Job(
         identity=_identity(context, config.input, summary.input_files),
         context=context,
-        plan={**asdict(summary), "asked": _asked(config.input)},
+        plan={**asdict(summary), "asked": _reading(config.input)},
         categories=detector.categories if detector else plan.categories,
         units_per_part=units_per_part(
             images=summary.images,
@@ -176,13 +176,13 @@ def _planned_job(
 
 
 def _stored_job(
-    stored: Job, new_context: Callable[..., JobContext], config: Config, access: AccessRules
+    stored: Job, make_context: Callable[..., JobContext], config: Config, access: AccessRules
 ) -> Job:
-    """The stored job with the settings of now, and the box and table files as they are now."""
+    """Return the stored job with the settings, box files and tables of now."""
     rules = settings.box_rules(
         config, stored.context.box_rules.box_format, stored.context.box_rules.box_frame
     )
-    context = new_context(plan_sha256=stored.context.plan_sha256, box_rules=rules, access=access)
+    context = make_context(plan_sha256=stored.context.plan_sha256, box_rules=rules, access=access)
     uris = [file["uri"] for file in stored.identity["inputs"]["files"]]
     files = [fingerprint(uri, options_for(uri, access), roots=access.roots) for uri in uris]
     return replace(stored, identity=_identity(context, config.input, files), context=context)
@@ -191,7 +191,7 @@ def _stored_job(
 def _identity(
     context: JobContext, inputs: InputSettings, files: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """`identity_of` a job of this code: `files` are fingerprints of box and table files."""
+    """Return `identity_of` a job of this code; `files`: fingerprints of box and table files."""
     arguments = {name: value for name, value in inputs.identity().items() if name not in _ELSEWHERE}
     return identity_of(
         context,
@@ -212,7 +212,7 @@ def new_context(
     box_rules: BoxRules,
     access: AccessRules,
 ) -> JobContext:
-    """What workers get of a new job with this configuration; `dtype` is resolved."""
+    """Return what workers get of a new job with this configuration; `dtype` is resolved."""
     return JobContext(
         output=output,
         plan_sha256=plan_sha256,
@@ -230,5 +230,5 @@ def new_context(
 
 
 def _new_run_id() -> str:
-    """A name for this run that sorts by time and is unique; people read it, nothing is decided by it."""
+    """Return a unique name for this run that sorts by time; for users, nothing is decided by it."""
     return f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"

@@ -28,19 +28,19 @@ def is_local(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """A local path made absolute (links are not followed); any other uri as it is."""
+    """Return a local path made absolute (links are not followed), and any other uri as it is."""
     return os.path.abspath(uri.removeprefix("file://")) if is_local(uri) else uri
 
 
 def absolute_if_there(checkpoint: str) -> str:
-    """The path of a checkpoint that exists, absolute; a hub id, a uri, `demo` or another path as it is."""
+    """Return the path of a checkpoint that exists made absolute, and any other name as it is."""
     if checkpoint == DEMO or not os.path.exists(absolute(checkpoint)):
         return checkpoint
     return absolute(checkpoint)
 
 
 def resolved(config: Config) -> Config:
-    """The configuration with every local place absolute: what `config.yaml` in the output holds."""
+    """Return the configuration with every local place absolute: what `config.yaml` in the output holds."""
     inputs: dict[str, Any] = {
         name: absolute(place)
         for name, place in config.input.model_dump(include={"images", "boxes", "image_root"}).items()
@@ -60,32 +60,32 @@ def resolved(config: Config) -> Config:
 
 
 def _with(config: Config, **sections: Mapping[str, Any]) -> Config:
-    """The configuration with some settings of some sections replaced."""
+    """Return the configuration with some settings of some sections replaced."""
     return config.model_copy(
         update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     )
 
 
 def with_boxes_per_call(config: Config, otherwise: int | None) -> Config:
-    """The configuration with `model.boxes_per_call` as it is given, or `otherwise` where it is null."""
+    """Return the configuration with `model.boxes_per_call`, where it is null, set to `otherwise`."""
     return _with(config, model={"boxes_per_call": config.model.boxes_per_call or otherwise})
 
 
 def storage_options(config: Config, uri: str) -> Mapping[str, Any]:
-    """The fsspec options of the configuration for the scheme of `uri`; raises `UsageError` on a secret."""
+    """Return the fsspec options for the scheme of `uri`; raise `UsageError` if any of them is a secret."""
     for scheme, options in config.storage.items():
         refuse_secrets(options, where=f"storage.{scheme}")
     return config.storage.get("file" if is_local(uri) else uri.partition("://")[0], {})
 
 
 def output_place(config: Config) -> Place:
-    """Where the job's output is; raises `UsageError` when none is named."""
+    """Return where the job's output is; raise `UsageError` when none is configured."""
     uri = require(config.output.uri, "--output", "a folder or prefix for the labels")
     return Place(uri=absolute(uri), options=storage_options(config, uri))
 
 
 def require(value: str | None, flag: str, wanted: str) -> str:
-    """`value`, or a `UsageError` naming the flag that is missing and what it wants."""
+    """Return `value`, or raise `UsageError` with the flag that is missing and what it takes."""
     if not value:
         raise UsageError(f"{flag} is missing: {wanted}")
     return value
@@ -100,10 +100,10 @@ def check_inputs(config: Config) -> AccessRules:
     inputs, detector = config.input, config.detector.name
     if detector and inputs.boxes:
         raise UsageError(
-            "--boxes and --detector are both given; the boxes come from one of them: leave one out"
+            "--boxes and --detector are both given; the boxes come from one of them: drop the other"
         )
     if detector and not inputs.images:
-        raise UsageError("--images is missing: a detector needs pictures to look at")
+        raise UsageError("--images is missing: a detector needs pictures")
     if not inputs.images and not inputs.boxes:
         raise UsageError("--images and --boxes are missing: name images, boxes, or both")
     for root in inputs.allow_roots:
@@ -118,12 +118,12 @@ def check_inputs(config: Config) -> AccessRules:
 
 
 def box_rules(config: Config, box_format: BoxFormat, box_frame: BoxFrame) -> BoxRules:
-    """How the boxes become prompts; format and frame are what planning found."""
+    """Return how boxes become prompts; format and frame are what planning found."""
     return BoxRules(box_format=box_format, box_frame=box_frame, **config.boxes.model_dump())
 
 
 def detector_settings(config: Config) -> JobDetector | None:
-    """The configured detector, not loaded yet; None without one.
+    """Return the configured detector, not loaded yet; None without one.
 
     Raises:
         UsageError: prompts for a detector that takes none, or none for one that needs them.
@@ -142,7 +142,7 @@ def detector_settings(config: Config) -> JobDetector | None:
 
 
 def _with_absolute_folder(name: str) -> str:
-    """`hf:FOLDER` with the folder absolute, for workers elsewhere; another name as it is."""
+    """Return `hf:FOLDER` with the folder absolute, for workers elsewhere, and another name as it is."""
     for kind in (HF, ZERO_SHOT):
         if name.startswith(kind) and os.path.isdir(name.removeprefix(kind)):
             return kind + os.path.abspath(name.removeprefix(kind))

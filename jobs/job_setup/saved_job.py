@@ -1,7 +1,7 @@
-"""The job in an output together with the configuration it was left with: what later commands start from.
+"""The job in an output with the configuration saved there: what later commands start from.
 
-A call gives only the output and what is to change; the rest is in `config.yaml` there. What names code
-or a place to write is never taken from the output.
+A call names only the output and what is to change; the rest is in `config.yaml` there. What names code or a
+place to write is never taken from the output.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class SavedJob:
     job: Job
 
 
-def open_saved(given: ConfigSources) -> SavedJob:
-    """The job in the output that `given` names.
+def open_saved(sources: ConfigSources) -> SavedJob:
+    """Return the job in the output that `sources` name.
 
     Raises:
-        UsageError: no output is named. JobRefused: there is no job.
+        UsageError: no output is configured. JobRefused: there is no job.
     """
-    alone = given.load()
+    alone = sources.load()
     place = settings.output_place(alone)
     store = Store(place)
     require_job(store)
-    config = given.load(_saved_yaml(store))
+    config = sources.load(_saved_yaml(store))
     _refuse_code_of_the_output(alone, config)
-    # The output is where it was found now, wherever it lay when the configuration was saved.
+    # The output is where it is now, wherever it was when the configuration was saved.
     config = config.model_copy(update={"output": config.output.model_copy(update={"uri": place.uri})})
     has_inputs = config.input.images or config.input.boxes
     access = allowed_access(config.input, settings.check_inputs(config)) if has_inputs else None
@@ -46,11 +46,11 @@ def open_saved(given: ConfigSources) -> SavedJob:
 
 
 def _refuse_code_of_the_output(alone: Config, config: Config) -> None:
-    """None unless the detector is code that this call did not name: an output must not choose what is run."""
+    """Raise UsageError for a detector that is code, unless this call names it: no output may choose code."""
     name = config.detector.name
     if name is not None and is_own_code(name) and alone.detector.name != name:
         raise UsageError(
-            f"the job's detector is code of your own, {name!r}, which is never taken from an output: say it "
+            f"the job's detector is code of your own, {name!r}, which is never taken from an output: name it "
             f"again with --set detector.name={name}"
         )
 

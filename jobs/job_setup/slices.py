@@ -1,4 +1,4 @@
-"""`--slice i/n`: which units of a plan are this driver's."""
+"""`--slice i/n`: which units of a plan belong to this driver."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Slice:
         return None if self.count == 1 else f"{self.index}/{self.count}"
 
     def units(self, total: int) -> range:
-        """The units of a plan of `total`: one run of neighbours, sizes differing by at most one."""
+        """Return the slice of `total` units: consecutive; the sizes of slices differ by at most one."""
         return range(total * (self.index - 1) // self.count, total * self.index // self.count)
 
 
@@ -31,11 +31,11 @@ WHOLE = Slice()
 
 
 def parse_slice(text: str | None) -> Slice:
-    """The slice that `i/n` names; the whole plan for None. Raises `UsageError`."""
+    """Return the slice that `i/n` names, the whole plan for None. Raises `UsageError`."""
     if text is None:
         return WHOLE
     match = _SLICE.fullmatch(text)
-    found = Slice(index=int(match[1]), count=int(match[2])) if match else None
-    if found is None or not 1 <= found.index <= found.count:
+    part = Slice(index=int(match[1]), count=int(match[2])) if match else None
+    if part is None or not 1 <= part.index <= part.count:
         raise UsageError(f"--slice {text}: wanted i/n with i from 1 to n, such as 2/4")
-    return found
+    return part

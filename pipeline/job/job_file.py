@@ -1,8 +1,8 @@
 """What a job is: job.json, created once, and the refusal to mix two jobs in one folder.
 
-The identity holds all that can change a mask or a row; a resume compares it field by field. What
-cannot (machines, timeouts, code version) stands outside it and may change. The file is data, never
-code: what names a function to run, a folder to read or a place to write comes from the process that
+The identity holds the settings marked `Identity`, the plan, the weights and the inputs; a resume compares it
+field by field. The rest (machines, limits, code version) is next to it and may change. The file is data,
+never code: what names a function to run, a folder to read or a place to write comes from the process that
 opens the job, not from its output.
 """
 
@@ -45,11 +45,11 @@ _FROM_THE_PROCESS = ("output", "access", "segmenter", "decoder")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job as its folder knows it. All but `context.access`, the output place and code names is kept.
+    """A job as job.json has it, which stores all but `context.access`, the output place and code names.
 
-    `identity`: what `identity_of` gives. `plan`: counts (`images`, `boxes`, `units`) and what else the
-    plan has to say. `categories`: `{"id", "name"}` each. `units_per_part`: units in one published part,
-    decided once, when the job is created. `created_at`: ISO time, for people only.
+    `identity`: what `identity_of` gives. `plan`: counts (`images`, `boxes`, `units`) and the rest of the
+    plan's summary. `categories`: `{"id", "name"}` each. `units_per_part`: units in one published part,
+    decided once, when the job is created. `created_at`: ISO time, for users only.
     """
 
     identity: Mapping[str, Any]
@@ -72,9 +72,9 @@ def identity_of(
     limit: int | None,
     protocol: int,
 ) -> dict[str, Any]:
-    """All that decides what a job's rows and masks are, as plain JSON values.
+    """Return all that decides what a job's rows and masks are, as plain JSON values.
 
-    `inputs`: the arguments as given and a fingerprint of every table and box file. `protocol`: the
+    `inputs`: the input settings and a fingerprint of every table and box file. `protocol`: the
     model-protocol number, which moves when equal weights and settings would give other masks.
     """
     identity = {
@@ -94,14 +94,14 @@ def identity_of(
 
 
 def mask_settings(context: JobContext) -> dict[str, Any]:
-    """The settings that change masks, as job.json has them."""
+    """Return the settings that change masks, as job.json has them."""
     masks = context.model.mask_settings()
     shape = {name: masks.pop(name) for name in ("images_per_call", "boxes_per_call")}
     return masks | {"call_shape": shape, "compiled": masks.pop("compile"), "draft_jpeg": context.draft_jpeg}
 
 
 def _from_mask_settings(masks: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a `JobContext` from `mask_settings`."""
+    """Return the fields of a `JobContext` from `mask_settings`."""
     model = {**masks, **masks["call_shape"], "compile": masks["compiled"]}
     draft_jpeg = model.pop("draft_jpeg")
     del model["call_shape"], model["compiled"]
@@ -121,20 +121,20 @@ class Difference:
     """One field in which two identities differ; `ABSENT` where one has no such field."""
 
     name: str
-    found: Any
-    wanted: Any
+    stored: Any
+    now: Any
 
 
 ABSENT = "(absent)"
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Difference]:
-    """Every field in which two identities differ, by dotted name, sorted; `found` is the stored one."""
-    have, want = dict(_flat(found)), dict(_flat(wanted))
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """Return every field in which two identities differ, by dotted name, sorted."""
+    before, after = dict(_flat(stored)), dict(_flat(now))
     return [
-        Difference(name=name, found=have.get(name, ABSENT), wanted=want.get(name, ABSENT))
-        for name in sorted(have.keys() | want.keys())
-        if _unlike(have.get(name, ABSENT), want.get(name, ABSENT))
+        Difference(name=name, stored=before.get(name, ABSENT), now=after.get(name, ABSENT))
+        for name in sorted(before.keys() | after.keys())
+        if _unlike(before.get(name, ABSENT), after.get(name, ABSENT))
     ]
 
 
@@ -154,17 +154,17 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def units_per_part(*, images: int, boxes: int | None, images_per_unit: int) -> int:
-    """How many units a published part holds, so that it comes to some 256 MB; from plan counts alone."""
+    """Return how many units make a published part of about 256 MB, from plan counts alone."""
     boxes_per_image = BOXES_WHEN_UNKNOWN if boxes is None else boxes / max(images, 1)
     unit_bytes = images_per_unit * (BYTES_PER_IMAGE + boxes_per_image * BYTES_PER_INSTANCE)
     return max(1, min(MAX_UNITS_PER_PART, round(PART_BYTES / unit_bytes)))
 
 
 def open_job(store: Store, job: Job) -> Job:
-    """The job to work on: created when the folder is empty, else the stored one, when it is the same.
+    """Return the job to work on: created when the folder is empty, else the stored one, if it is the same.
 
-    The stored run id, creation time and part size hold. A second process that opens the same job at
-    the same time gets the same.
+    The stored run id, creation time and part size are kept. A second process that opens the same job at the
+    same time gets the same.
 
     Raises:
         JobRefused: the folder holds another job (naming every differing field with both values), or
@@ -173,11 +173,11 @@ def open_job(store: Store, job: Job) -> Job:
     stored = _read_json(store)
     if stored is None:
         _refuse_foreign_files(store)
-        body = _encode(job)
+        body = _as_json(job)
         if store.put_if_absent(JOB_KEY, body):
             visit("job.created")
             _check_creates_are_honoured(store, body)
-        stored = _decode(store.read(JOB_KEY), store)
+        stored = _parse_json(store.read(JOB_KEY), store)
     _refuse_other_job(store, stored, job)
     context = replace(job.context, run_id=stored["context"]["run_id"])
     return replace(
@@ -186,7 +186,7 @@ def open_job(store: Store, job: Job) -> Job:
 
 
 def read_job(store: Store, *, access: AccessRules | None = None) -> Job | None:
-    """The job in this folder, or None when it has none. Image access is the caller's to give.
+    """Return the job in this folder, or None when it has none. Image access comes from the caller.
 
     Raises:
         JobRefused: job.json is damaged, or of a later version.
@@ -206,10 +206,10 @@ def require_job(store: Store, *, access: AccessRules | None = None) -> Job:
 
 
 def _refuse_foreign_files(store: Store) -> None:
-    """A new job starts in an empty folder; owner files, taken just before, and dot files may be there."""
-    found = [entry.key for entry in store.list(limit=1000)]
-    foreign = [key for key in found if not key.startswith((".", "owner/"))]
-    # Another process may have created the job since we looked: then these are its files.
+    """Raise JobRefused unless the folder is empty but for owner files, written just before, and dot files."""
+    keys = [entry.key for entry in store.list(limit=1000)]
+    foreign = [key for key in keys if not key.startswith((".", "owner/"))]
+    # Another process may have created the job since the listing: then these are its files.
     if foreign and store.head(JOB_KEY) is None:
         examples = ", ".join(foreign[:3])
         raise JobRefused(
@@ -219,7 +219,7 @@ def _refuse_foreign_files(store: Store) -> None:
 
 
 def _check_creates_are_honoured(store: Store, body: bytes) -> None:
-    """A store that ignores If-None-Match would let two drivers overwrite each other in silence."""
+    """Refuse a store that ignores If-None-Match: two drivers would overwrite each other in silence."""
     if store.put_if_absent(JOB_KEY, body + b"\n"):
         raise JobRefused(
             f"{store.place.uri}: this store replaces objects that were to be created only if absent "
@@ -231,13 +231,13 @@ def _refuse_other_job(store: Store, stored: Mapping[str, Any], job: Job) -> None
     unlike = differences(stored["identity"], job.identity)
     if not unlike:
         return
-    lines = [f"  {d.name}: the job there has {_short(d.found)}, now {_short(d.wanted)}" for d in unlike]
+    lines = [f"  {d.name}: the job there has {_short(d.stored)}, now {_short(d.now)}" for d in unlike]
     if len(lines) > SHOWN_DIFFERENCES:
         lines[SHOWN_DIFFERENCES:] = [f"  and {len(unlike) - SHOWN_DIFFERENCES} more"]
     raise JobRefused(
         f"{store.place.uri}: this folder belongs to another job; nothing was changed.\n"
         + "\n".join(lines)
-        + "\nGo on with the old settings, or choose another output folder."
+        + "\nResume with the old settings, or choose another output folder."
     )
 
 
@@ -246,7 +246,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _encode(job: Job) -> bytes:
+def _as_json(job: Job) -> bytes:
     context = to_jsonable_python(job.context) | {"masks": mask_settings(job.context)}
     for name in (*_FROM_THE_PROCESS, "model", "draft_jpeg"):
         del context[name]
@@ -268,10 +268,10 @@ def _read_json(store: Store) -> dict[str, Any] | None:
         body = store.read(JOB_KEY)
     except NotFound:
         return None
-    return _decode(body, store)
+    return _parse_json(body, store)
 
 
-def _decode(body: bytes, store: Store) -> dict[str, Any]:
+def _parse_json(body: bytes, store: Store) -> dict[str, Any]:
     name = f"{store.place.uri}/{JOB_KEY}"
     try:
         content = json.loads(body)
@@ -279,9 +279,9 @@ def _decode(body: bytes, store: Store) -> dict[str, Any]:
             raise ValueError("not of this product")
         if content["format"] > JOB_FORMAT:
             raise JobRefused(f"{name} has format {content['format']}; this version reads up to {JOB_FORMAT}")
-        wanted: dict[str, type] = {"identity": dict, "context": dict, "plan": dict, "categories": list}
-        wanted |= {"units_per_part": int, "created_at": str}
-        wrong = [key for key, kind in wanted.items() if not isinstance(content[key], kind)]
+        kinds: dict[str, type] = {"identity": dict, "context": dict, "plan": dict, "categories": list}
+        kinds |= {"units_per_part": int, "created_at": str}
+        wrong = [key for key, kind in kinds.items() if not isinstance(content[key], kind)]
         if wrong or not isinstance(content["context"]["run_id"], str):
             raise ValueError(f"wrong type of {wrong or 'run_id'}")
     except (ValueError, KeyError, TypeError) as error:

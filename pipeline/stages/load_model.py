@@ -1,7 +1,7 @@
 """From a job's checkpoint to a model that is ready to work: what a model process does first.
 
-This is the one file of the pipeline whose import brings torch along; it is named by a job's context
-and imported by the processes that run the model alone. Others would pay 200 MB each for nothing.
+This is the one file of the pipeline that imports torch. A job's context names it, so that only processes that
+run the model import it; others would pay 200 MB each for nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from model.device import probe_dtype, set_cpu_threads
 from model.sam_config import ConfigError
 from model.segmenter import Segmenter
 from pipeline.errors import JobRefused, SystemicFault, clean_text
-from pipeline.settings import DEMO, JobContext, Weights
+from pipeline.settings import DEMO, JobContext, ModelSettings, Weights
 from pipeline.storage.read_objects import list_objects, open_input
 from pipeline.storage.uri_rules import split_scheme
 
 
 def open_weights(source: str, options: Mapping[str, Any]) -> Source:
-    """What `checkpoints.load` is given for a `--checkpoint`: `demo`, path, uri of a file or folder, hub id.
+    """Return what `checkpoints.load` takes for a checkpoint: `demo`, path, uri of a file or folder, hub id.
 
     Files of a remote store are opened and not yet read. Raises JobRefused when nothing is there.
     """
@@ -31,17 +31,17 @@ def open_weights(source: str, options: Mapping[str, Any]) -> Source:
         return rest
     if source.endswith(ENDINGS):
         return open_input(source, options)
-    found = list_objects(source, options)
-    if not found and source.endswith("/"):
+    files = list_objects(source, options)
+    if not files and source.endswith("/"):
         raise JobRefused(f"{source}: there is no such folder, or it is empty")
-    if not found:  # a file of any name, such as model_best.pth.tar
+    if not files:  # a file of any name, such as model_best.pth.tar
         return open_input(source, options)
     folder = source.rstrip("/") + "/"
-    return {entry.key.removeprefix(folder): open_input(entry.key, options) for entry in found}
+    return {entry.key.removeprefix(folder): open_input(entry.key, options) for entry in files}
 
 
 def load_model(weights: Weights, device: str = "cpu") -> LoadedModel:
-    """The job's model on a device, its bytes proved to be the job's.
+    """Return the job's model on a device, its bytes proved to be the job's.
 
     Raises:
         SystemicFault: `weights`, when they cannot be read or are not what the job began with.
@@ -50,21 +50,20 @@ def load_model(weights: Weights, device: str = "cpu") -> LoadedModel:
         loaded = load(open_weights(weights.source, weights.options), device=device)
     except (CheckpointError, ConfigError, JobRefused, OSError) as error:
         raise SystemicFault("weights", clean_text(f"{weights.source}: {error}")) from error
-    found = loaded.weights.sha256
-    if found != weights.sha256:
+    sha256 = loaded.weights.sha256
+    if sha256 != weights.sha256:
         raise SystemicFault(
             "weights",
-            f"{weights.source} has sha256 {found}, this job began with {weights.sha256}; put the file back, "
+            f"{weights.source} has sha256 {sha256}, this job began with {weights.sha256}; put the file back, "
             "or start a new output folder",
         )
     return loaded
 
 
 def load_segmenter(context: JobContext, use_gpu: bool) -> Segmenter:
-    """The job's model with the job's settings, on the GPU that Ray gave this process or on the CPU.
+    """Return the job's model with the job's settings, on the GPU that Ray gave this process or on the CPU.
 
-    On a CPU this process computes with the job's number of threads from here on, whatever OMP_NUM_THREADS
-    says.
+    On a CPU this process computes with the job's number of threads from here on, whatever OMP_NUM_THREADS is.
 
     Raises:
         SystemicFault: `weights` as `load_model`, or `device`: no usable GPU, or one (or a CPU) that does
@@ -75,19 +74,7 @@ def load_segmenter(context: JobContext, use_gpu: bool) -> Segmenter:
     if not use_gpu:
         set_cpu_threads(settings.cpu_threads)
     try:
-        native = probe_dtype(device)
-        if settings.dtype == "bfloat16" and native != "bfloat16":
-            raise SystemicFault(
-                "device",
-                f"this job's masks are made in bfloat16, which the {device} device of this node does not "
-                "multiply natively; keep such nodes out, or start a new job with model.dtype=float32",
-            )
-        if settings.compile and not use_gpu:
-            raise SystemicFault(
-                "device",
-                "this job's masks are made by compiled calls (model.compile=true), and here is no GPU; "
-                "go on where the GPUs are, or start a new job without it",
-            )
+        _check_device(settings, device)
         segmenter = Segmenter(
             load_model(context.weights, device).model,
             call_shape=settings.call_shape,
@@ -109,6 +96,23 @@ def load_segmenter(context: JobContext, use_gpu: bool) -> Segmenter:
     return segmenter
 
 
+def _check_device(settings: ModelSettings, device: str) -> None:
+    """Raise SystemicFault `device` unless it can make this job's masks."""
+    native = probe_dtype(device)  # raises for a broken driver, before the weights are read
+    if settings.dtype == "bfloat16" and native != "bfloat16":
+        raise SystemicFault(
+            "device",
+            f"this job's masks are made in bfloat16, which the {device} device of this node does not "
+            "multiply natively; keep such nodes out, or start a new job with model.dtype=float32",
+        )
+    if settings.compile and device == "cpu":
+        raise SystemicFault(
+            "device",
+            "this job's masks are made by compiled calls (model.compile=true), and here is no GPU; "
+            "resume where the GPUs are, or start a new job without it",
+        )
+
+
 def native_dtype(use_gpu: bool) -> str:
-    """`bfloat16` or `float32`, by a probe of the device of this very process; for `model.dtype=auto`."""
+    """Return `bfloat16` or `float32`, by a probe of this process's device; for `model.dtype=auto`."""
     return probe_dtype("cuda" if use_gpu else "cpu")

@@ -39,7 +39,7 @@ def asked(**detector: object) -> Config:
 def test_prompts_are_words_parted_by_semicolons_or_a_map() -> None:
     assert parse_prompts("person; red car;") == {"person": "person", "red car": "red car"}
     assert parse_prompts(None) is None
-    with pytest.raises(UsageError, match="parted by ';'"):
+    with pytest.raises(UsageError, match="separated by ';'"):
         parse_prompts(" ; ")
     config = ConfigSources(sets=["detector.prompts={a red car: vehicle}"]).load()
     assert config.detector.prompts == {"a red car": "vehicle"}

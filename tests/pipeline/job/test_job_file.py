@@ -143,7 +143,7 @@ def test_a_detector_may_lie_elsewhere_but_a_class_of_ones_own_is_known_by_its_na
 def test_added_removed_and_retyped_fields_are_differences():
     old = {"a": 1, "b": {"c": [1, 2]}, "d": None, "e": True}
     new = {"a": 1.0, "b": {"c": [1]}, "f": 1, "e": 1}
-    assert [(d.name, d.found, d.wanted) for d in differences(old, new)] == [
+    assert [(d.name, d.stored, d.now) for d in differences(old, new)] == [
         ("a", 1, 1.0),
         ("b.c[1]", 2, "(absent)"),
         ("d", None, "(absent)"),
