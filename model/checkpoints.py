@@ -165,7 +165,7 @@ def load(
 
 
 def read_config(tensors: Tensors, values: Mapping[str, Any], layout: Layout) -> SamHQConfig:
-    """Return the architecture of the tensors; `config.json` adds what they do not tell."""
+    """Return the architecture of the tensors; `config.json` adds what does not follow from them."""
     try:
         config = config_from_shapes(
             {name: tuple(tensor.shape) for name, tensor in tensors.items()}, image_size=stated_side(values)
@@ -386,7 +386,7 @@ def read_hub(repo: str, file: str | None, revision: str | None) -> WeightFiles:
 
 
 def parse_tensors(data: bytes, *, name: str) -> Tensors:
-    """Return the tensors of a PyTorch or safetensors file, told apart by its first bytes."""
+    """Return the tensors of a PyTorch or safetensors file, distinguished by its first bytes."""
     if data[8:9] == b"{" and len(data) > 9:
         return parse_safetensors(data, name=name)
     if data[:2] == b"PK" or data[:1] == b"\x80":
@@ -398,7 +398,7 @@ def parse_tensors(data: bytes, *, name: str) -> Tensors:
 
 
 def what_else(data: bytes) -> str:
-    """Return what a file is that is no weights, and what to do, where its first bytes tell; else nothing."""
+    """Return what a file is that holds no weights, and what to do, as far as its first bytes show."""
     if not data:
         return "; it is empty: fetch it again"
     if data.startswith(b"version https://git-lfs"):
@@ -435,17 +435,17 @@ def parse_pth(data: bytes, *, name: str) -> Tensors:
             values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{name}: {why_unread(data, str(error))}") from error
-    found = list(tensor_dicts(values))
-    if not found:
+    dicts = list(tensor_dicts(values))
+    if not dicts:
         held = f" of {', '.join(map(repr, list(values)[:8]))}" if isinstance(values, dict) and values else ""
         raise CheckpointError(
             f"{name}: holds a {type(values).__name__}{held} without tensors by name; wanted a state dict"
         )
     models = [
-        (path, tensors) for path, tensors in found if any(part in key for key in tensors for part in OF_SAM)
+        (path, tensors) for path, tensors in dicts if any(part in key for key in tensors for part in OF_SAM)
     ]
     if not models:
-        return max((tensors for _, tensors in found), key=len)
+        return max((tensors for _, tensors in dicts), key=len)
     (path, tensors), *others = models
     other = next((path for path, other in others if not same_tensors(tensors, other)), None)
     if other is not None:
@@ -553,7 +553,7 @@ def stated_license(data: bytes) -> str | None:
 
 
 def as_bytes(file: bytes | BinaryIO) -> bytes:
-    """Return the bytes, or what is left to read of an open binary file."""
+    """Return the bytes, or the rest of an open binary file."""
     data = file if isinstance(file, (bytes, bytearray, memoryview)) else file.read()
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise CheckpointError(f"{file!r} gives {type(data).__name__}; open it in binary mode")

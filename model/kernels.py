@@ -116,9 +116,10 @@ def blocked_attention(
     table_h: torch.Tensor,
     table_w: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the same as (n, L, h * d), without gradients: head by head, a strip of rows at a time.
+    """Return `plain_attention` as (n, L, h * d), without gradients: head by head, a strip of rows at a time.
 
-    q, k and v are contiguous. In bfloat16 the logits are rounded twice, in `plain_attention` four times.
+    It is for CPUs: a strip of logits stays in the cache. q, k and v are contiguous. In bfloat16 the logits
+    are rounded twice, in `plain_attention` four times.
     """
     h, n, length, d = q_hnLd.shape
     side = (table_h.shape[0] + 1) // 2
@@ -195,8 +196,10 @@ def folded_attention(
     table_h: torch.Tensor,
     table_w: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the same as (n, h, L, d), by PyTorch's fused attention.
+    """Return `plain_attention`, (n, h, L, d), by PyTorch's fused attention.
 
+    It is for GPUs: the terms become further columns of q and k, so that any fused kernel takes them, and no
+    logits are ever stored.
     Its kernels want q, k and v of one width, so v is widened by zeros; that costs less than logits in memory.
     """
     n, h, length, d = q_nhLd.shape
@@ -255,22 +258,15 @@ def offset_terms(q_mLd: torch.Tensor, tables_dT: torch.Tensor) -> tuple[torch.Te
 # Upscaling and masks
 
 STRIP_PIXELS = 16384
-"""Pixels of the HQ branch's 64 channels that are worked through together on a CPU: 2 MiB in bfloat16."""
-
-
-def upscale(layers: nn.Sequential, x_BCGG: torch.Tensor) -> torch.Tensor:
-    """Return `layers(x)`, (B, U, 4G, 4G), channels last in memory.
-
-    `layers`: two 2x2 transposed convolutions of stride 2 with norm and GELU between, and a last GELU or not.
-    """
-    return cells_to_map(upscale_cells(layers, x_BCGG.permute(0, 2, 3, 1).flatten(0, 2)), x_BCGG.shape[-1])
+"""Pixels of the HQ branch's 64 channels that a CPU processes together: 2 MiB in bfloat16."""
 
 
 def upscale_cells(layers: nn.Sequential, x_RC: torch.Tensor) -> torch.Tensor:
-    """Return (R, 2, 2, 2, 2, U) of tokens (R, C): each one's 4 x 4 pixels, as row, column, row, column.
+    """Return `layers` of tokens (R, C), (R, 2, 2, 2, 2, U): 4 x 4 pixels each, as row, column, row, column.
 
+    `layers`: two 2x2 transposed convolutions of stride 2 with norm and GELU between, and a last GELU or not.
     At stride 2 the 2x2 patches do not overlap, so each convolution is one matrix product of tokens, and
-    norm and activation in between care for no order of pixels. `cells_to_map` puts them in place.
+    norm and activation in between depend on no order of pixels. `cells_to_map` puts them in place.
     """
     conv1, norm, activation, conv2, *last = layers
     hidden = activation(cast(LayerNorm2d, norm).last(_patches(cast(nn.ConvTranspose2d, conv1), x_RC)))

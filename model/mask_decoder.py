@@ -1,9 +1,9 @@
 """SAM's mask decoder with the HQ token, over the prompts of many images at once.
 
-Its order of work: `hq_features` once per image when it is encoded; `share` once per image and decode call;
+Order of work: `hq_features` once per image when it is encoded; `share` once per image and decode call;
 `decode` for each chunk of prompts. `forward` is `share` and `decode` together, for training.
 
-Three identities keep the price down; each equals the plain definition up to rounding, as tests check:
+Three identities reduce the cost; each equals the plain definition up to rounding, as tests check:
 - What depends on the image alone is not done again for each prompt (see `transformer.py`).
 - The HQ features of an image are never copied for its prompts: h . (x + f) = h . x + h . f, and h . f is one
   matrix product an image.
@@ -148,7 +148,7 @@ class MaskDecoder(nn.Module):
         """Return what all prompts of an image share.
 
         `dense_BCGG`: the prompt encoder's dense map: (1, C, 1, 1) without mask prompts. With them every
-        prompt is its own image here: hand in one row of `embedding_BCGG` for each.
+        prompt is its own image here: pass one row of `embedding_BCGG` for each.
         `image_pe_1CGG`: the prompt encoder's `image_pe()`, fp32.
         """
         dtype = embedding_BCGG.dtype
@@ -174,7 +174,7 @@ class MaskDecoder(nn.Module):
 
         `key_index_N`, `hq_index_N`: int64 on the host, the row of `shared.first_layer` and of
         `shared.hq_features_BLU` that belongs to each prompt (they differ only with mask prompts).
-        Equal neighbours in `hq_index_N` are worked together. `mask_tokens`: which of 0 to 3 to compute.
+        Equal neighbours in `hq_index_N` are computed together. `mask_tokens`: which of 0 to 3 to compute.
         """
         N = sparse_NTC.shape[0]
         dtype, device = shared.first_layer.keys_NLC.dtype, shared.first_layer.keys_NLC.device
@@ -256,9 +256,9 @@ def image_products(
 ) -> torch.Tensor:
     """Return vector_NU[n] . features[index[n]], fp32 (N, L), without copying features for each prompt.
 
-    `index_N` is on the host. Each run of equal indices costs one product of all N vectors with its image,
-    of which the run's rows are kept: the product's shape stays the same whatever the mix of images, and so
-    do its last bits. At N = 16 that is 67 MFLOP a run, against 85 GFLOP for the chunk.
+    `index_N` is on the host. Each stretch of equal indices costs one product of all N vectors with its image,
+    of which its own rows are kept: the product's shape stays the same whatever the mix of images, and so do
+    its last bits. At N = 16 that is 67 MFLOP a stretch, against 85 GFLOP for the chunk.
     """
     images, counts = torch.unique_consecutive(index_N, return_counts=True)
     parts, start = [], 0

@@ -147,7 +147,7 @@ class PromptEncoder(nn.Module):
         The map is (N, C, G, G), or (1, C, 1, 1) without masks. A mask alone gives T = 0.
 
         Raises:
-            ValueError: none of the three is given, or points without labels.
+            ValueError: there is none of the three, or points without labels.
         """
         tokens: list[torch.Tensor] = []
         if (points_NP2 is None) != (labels_NP is None):
@@ -216,7 +216,7 @@ def group_prompts(
     prompts. Images without prompts are in no batch.
 
     Raises:
-        ValueError: as `SamHQ.decode_prompts` says.
+        ValueError: as `SamHQ.decode_prompts`.
     """
     counts = [check_prompts(p, mask_size, image=i) for i, p in enumerate(prompts)]
     kinds: dict[tuple[bool, int, bool], list[PromptBatch]] = {}
@@ -238,7 +238,7 @@ def box_rows(boxes_xyxy: npt.ArrayLike) -> npt.NDArray[np.generic]:
 
 
 def parts_of(prompts: Prompts) -> tuple[npt.NDArray[Any] | None, ...]:
-    """Return boxes, points, labels and masks as arrays on the host, None where not given."""
+    """Return boxes, points, labels and masks as arrays on the host, None where there are none."""
     parts = (prompts.boxes_xyxy, prompts.points_xy, prompts.point_labels, prompts.mask_logits)
     return tuple(None if part is None else np.asarray(part) for part in parts)
 
@@ -251,7 +251,7 @@ def check_prompts(prompts: Prompts, mask_size: int, *, image: int) -> int:
         raise ValueError(f"{where}: none of boxes_xyxy, points_xy and mask_logits is given")
     if (points is None) != (labels is None):
         raise ValueError(f"{where}: points_xy and point_labels go together; one of them is missing")
-    given = {
+    shapes = {
         "boxes_xyxy": (boxes, "(N, 4)", boxes is None or (boxes.ndim == 2 and boxes.shape[1] == 4)),
         "points_xy": (
             points,
@@ -270,13 +270,13 @@ def check_prompts(prompts: Prompts, mask_size: int, *, image: int) -> int:
         ),
     }
     lengths = set()
-    for name, (array, wanted, right) in given.items():
+    for name, (array, shape, fits) in shapes.items():
         if array is None:
             continue
         if array.dtype.kind not in "iufb":
             raise ValueError(f"{where}: {name} has dtype {array.dtype}; wanted numbers")
-        if not right:
-            raise ValueError(f"{where}: {name} has shape {array.shape}; wanted {wanted}")
+        if not fits:
+            raise ValueError(f"{where}: {name} has shape {array.shape}; wanted {shape}")
         if not np.isfinite(array).all():
             raise ValueError(f"{where}: {name} holds a value that is not finite")
         lengths.add(len(array))
@@ -290,9 +290,9 @@ def check_prompts(prompts: Prompts, mask_size: int, *, image: int) -> int:
             "of a mask)"
         )
     if labels is not None and not np.isin(labels, (BACKGROUND, FOREGROUND, PADDING)).all():
-        found = sorted(set(np.unique(labels).tolist()) - {BACKGROUND, FOREGROUND, PADDING})
+        others = sorted(set(np.unique(labels).tolist()) - {BACKGROUND, FOREGROUND, PADDING})
         raise ValueError(
-            f"{where}: point labels {found}; wanted 1 (foreground), 0 (background) or -1 (padding)"
+            f"{where}: point labels {others}; wanted 1 (foreground), 0 (background) or -1 (padding)"
         )
     return lengths.pop()
 

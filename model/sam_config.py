@@ -174,9 +174,9 @@ class MaskDecoderConfig:
             "attention_downsample_rate": 2,
             "num_multimask_outputs": NUM_MULTIMASK_OUTPUTS,
         }
-        for field, wanted in fixed.items():
-            if getattr(self, field) != wanted:
-                raise ConfigError(f"mask decoder {field} is {getattr(self, field)}; only {wanted} is known")
+        for field, known in fixed.items():
+            if getattr(self, field) != known:
+                raise ConfigError(f"mask decoder {field} is {getattr(self, field)}; only {known} is known")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,7 +360,7 @@ def _json_fields(part: VisionConfig | PromptEncoderConfig | MaskDecoderConfig) -
 def check_config_json(values: Mapping[str, Any], config: SamHQConfig) -> tuple[str, ...]:
     """Return the keys of a parsed `config.json` that are not known here, those of a part with its name.
 
-    A key left out, or null, is not compared.
+    A missing key, or null, is not compared.
 
     Raises:
         ConfigError: another model's file, or one that does not describe this model, or asks for what is not
@@ -389,7 +389,7 @@ def check_config_json(values: Mapping[str, Any], config: SamHQConfig) -> tuple[s
 
 
 def json_part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return one of the three parts; empty when it is left out or null."""
+    """Return one of the three parts; empty when it is missing or null."""
     part = values.get(name)
     if part is not None and not isinstance(part, Mapping):
         raise ConfigError(f"config.json: {name} is {part!r}; wanted an object")
@@ -404,7 +404,7 @@ def stated_side(values: Mapping[str, Any]) -> int | None:
 
 
 def _is_same(key: str, value: Any, known: tuple[Any, ...]) -> bool:
-    """Return whether a value is one of the known, or is left to them."""
+    """Return whether a value is one of the known, or none."""
     if key == "model_type":  # the first copies on the hub have sam-hq; transformers 4 writes empty ones
         return not value or str(value).replace("-", "_") in known
     if isinstance(value, float) and isinstance(known[0], float):  # perhaps through float32: 9.99999997e-07

@@ -1,10 +1,10 @@
-"""SAM-HQ: pictures to embeddings, embeddings and prompts to mask logits. No state between calls.
+"""SAM-HQ: images to embeddings, embeddings and prompts to mask logits. No state between calls.
 
-The way of one call: `encode_images` (resize, normalise, pad, encoder, HQ features) gives an
+One call: `encode_images` (resize, normalise, pad, encoder, HQ features) gives an
 `ImageEmbedding`; `decode_boxes` or `decode_prompts` give `MaskLogits` at low resolution for any number of
-prompts of each image. Full-resolution masks are made elsewhere (`masks.py`).
+prompts of each image. Full-resolution masks are made in `masks.py`.
 
-Follows the original predictor (`segment-anything-hq`, arXiv 2306.01567), whose answers the tests hold it to.
+Follows the original predictor (`segment-anything-hq`, arXiv 2306.01567); tests compare with its answers.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class SamHQ(nn.Module):
                         parameter.data = parameter.data.to(dtype)
         return self
 
-    # Pictures to embeddings
+    # Images to embeddings
 
     def normalise(self, pixels: Sequence[UInt8Array]) -> torch.Tensor:
         """Return (B, 3, S, S) in the model's dtype, on its device, from resized RGB uint8 (h, w, 3) pictures.
@@ -166,11 +166,11 @@ class SamHQ(nn.Module):
                 f"{len(pixels)} pictures and {len(sizes_hw)} sizes; wanted one size each, and at least one"
             )
         resized_hw = tuple(target_size_hw(size_hw, self.config.image_size) for size_hw in sizes_hw)
-        for picture, size_hw, wanted in zip(pixels, sizes_hw, resized_hw, strict=True):
-            if picture.shape[:2] != wanted:
+        for picture, size_hw, expected_hw in zip(pixels, sizes_hw, resized_hw, strict=True):
+            if picture.shape[:2] != expected_hw:
                 raise ValueError(
                     f"a picture of upright size {size_hw} was prepared as {picture.shape[:2]}; "
-                    f"wanted {wanted}"
+                    f"wanted {expected_hw}"
                 )
         with self._own_precision():
             embedding, hq_features = self.embed(self.normalise(pixels))
@@ -225,8 +225,8 @@ class SamHQ(nn.Module):
         One `Prompts` for each image of `embedding`. Prompts of one kind go through the decoder together,
         whatever their image, `prompts_per_call` at a time; the last call is filled with copies of its last
         prompt, and their masks are dropped. M is 1, or 3 with `multimask="three"`. The HQ token's logits
-        are added to each mask at low resolution; with `hq_token_only` they stand alone (M equal masks) and
-        only the predicted IoU, which never knew of them, depends on `multimask`.
+        are added to each mask at low resolution; with `hq_token_only` they are the answer alone (M equal
+        masks) and only the predicted IoU, which does not depend on them, depends on `multimask`.
 
         Raises:
             ValueError: a prompt with nothing in it, with parts of another shape or of unlike lengths, with
@@ -284,7 +284,7 @@ class SamHQ(nn.Module):
                 )
 
     def _own_precision(self) -> torch.autocast:
-        """Switches a caller's autocast off: `cast` alone says what runs in which dtype."""
+        """Turn a caller's autocast off: `cast` alone decides what runs in which dtype."""
         return torch.autocast(self.device.type, enabled=False)
 
     def _check_ready(self) -> None:
@@ -331,7 +331,7 @@ class PromptDecoder:
 
     @cached_property
     def shared(self) -> SharedImages:
-        """The images' work, without mask prompts."""
+        """What the decoder computes once for each image, without mask prompts."""
         return self._share(self.embedding.embedding_BCGG, self.model.prompt_encoder.no_mask())
 
     def decode(self, chunk: PromptBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -160,17 +160,14 @@ class TwoWayBlock(nn.Module):
             queries = queries_NTC + self.self_attn(q, q, queries_NTC)
         queries = self.norm1(queries)
 
-        q_NTI = self.cross_attn_token_to_image.q_proj(queries + initial_NTC)
-        queries = self.norm2(queries + self.cross_attn_token_to_image.attend(q_NTI, image.k_NLI, image.v_NLI))
+        to_image = self.cross_attn_token_to_image
+        q_NTI = to_image.q_proj(queries + initial_NTC)
+        queries = self.norm2(queries + to_image.attend(q_NTI, image.k_NLI, image.v_NLI))
         queries = self.norm3(queries + self.mlp(queries))
 
-        k_NTI, v_NTI = (
-            self.cross_attn_image_to_token.k_proj(queries + initial_NTC),
-            self.cross_attn_image_to_token.v_proj(queries),
-        )
-        keys = self.norm4(
-            self.cross_attn_image_to_token.add_attended_few(image.keys_NLC, i2t_q_pe, k_NTI, v_NTI)
-        )
+        to_token = self.cross_attn_image_to_token
+        k_NTI, v_NTI = to_token.k_proj(queries + initial_NTC), to_token.v_proj(queries)
+        keys = self.norm4(to_token.add_attended_few(image.keys_NLC, i2t_q_pe, k_NTI, v_NTI))
         return queries, keys
 
 
@@ -215,9 +212,8 @@ class TwoWayTransformer(nn.Module):
         for i, block in enumerate(later, start=1):
             side = block.project_image(keys, terms.t2i_k[i])
             queries, keys = block(queries, tokens_NTC, side, terms.i2t_q[i])
-        q_NTI = self.final_attn_token_to_image.q_proj(queries + tokens_NTC)
-        k_NLI = F.linear(keys, self.final_attn_token_to_image.k_proj.weight) + terms.final_k
-        queries = queries + self.final_attn_token_to_image.attend(
-            q_NTI, k_NLI, self.final_attn_token_to_image.v_proj(keys)
-        )
+        final = self.final_attn_token_to_image
+        q_NTI = final.q_proj(queries + tokens_NTC)
+        k_NLI = F.linear(keys, final.k_proj.weight) + terms.final_k
+        queries = queries + final.attend(q_NTI, k_NLI, final.v_proj(keys))
         return self.norm_final_attn(queries), keys

@@ -1,4 +1,4 @@
-"""The names and shapes of SAM-HQ's tensors: in the original's files, in transformers', and what they tell.
+"""The names of SAM-HQ's tensors, the original's and transformers', and the architecture that shapes give.
 
 The model's own names are the original's (`segment-anything-hq`), so a published `.pth` loads as it is.
 `NAMES` lists those of transformers' `SamHQModel` next to them. No tensor is reshaped or transposed between
@@ -6,7 +6,7 @@ the two. A name is renamed whole, in one pass: the middle layer of an MLP is `la
 `layers.0` in the other, so that replacing parts one after another would swap layers without an error.
 
 Depth, widths, heads, window, grid and which blocks attend over the whole grid all follow from shapes, so that
-a checkpoint of any size loads without being told what it is.
+a checkpoint of any size loads without a statement of what it is.
 """
 
 from __future__ import annotations
@@ -251,15 +251,15 @@ def how_to_merge(tensors: Tensors) -> str:
 def without_prefix(tensors: Tensors) -> Tensors:
     """Return the tensors under the names inside the model, whatever training code had wrapped it in."""
     bare = {name: WRAPPED.sub("", name) for name in tensors}
-    found = prefixes(bare.values())
-    if len(found) > 1:
+    before = prefixes(bare.values())
+    if len(before) > 1:
         raise CheckpointError(
-            f"the parts of the model are under {len(found)} prefixes, {listed([repr(x) for x in found])}; "
+            f"the parts of the model are under {len(before)} prefixes, {listed([repr(x) for x in before])}; "
             "wanted one model: save the tensors of one prefix alone"
         )
     result = Tensors()
     for name, tensor in tensors.items():
-        short = bare[name].removeprefix(found[0] if found else "")
+        short = bare[name].removeprefix(before[0] if before else "")
         if short in result:
             wrapped = next(x for x in tensors if x != short and bare[x] == bare[name])
             raise CheckpointError(
@@ -294,14 +294,14 @@ DECIDING = (
     "mask_decoder.iou_token.weight",
     "mask_decoder.compress_vit_feat.0.weight",
 )
-"""Tensors whose sides must agree with one another. Which of two is wrong cannot be told, so all are named."""
+"""Tensors whose sides must agree with one another. Which of two is wrong is not known, so all are named."""
 
 
 def config_from_shapes(shapes: Shapes, *, image_size: int | None = None) -> SamHQConfig:
     """Return the architecture that tensors of these shapes, under the original's names, belong to.
 
-    `image_size`: input side of a TinyViT, which its tensors do not tell (1024 for None); a ViT's is that of
-    its position table, and `image_size` is not used.
+    `image_size`: input side of a TinyViT, which does not follow from its tensors (1024 for None); a ViT's is
+    that of its position table, and `image_size` is not used.
 
     Raises:
         ConfigError: a tensor that the architecture is read from is missing or has an impossible shape, or
