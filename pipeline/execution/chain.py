@@ -34,7 +34,7 @@ from pipeline.execution.ray_errors import raise_original
 from pipeline.images.decode_process import DecodeChild
 from pipeline.settings import ClusterSettings, JobContext, Limits, UnitOutcome
 from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.hand_over import UNIT, UnitRow, pack, unit_to_json, unpack
+from pipeline.stages.hand_over import UNIT_COLUMN, UnitRow, pack, unit_to_json, unpack
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.segment import SegmentWorker
 from pipeline.storage.store import Store
@@ -166,7 +166,7 @@ def chain(
     )
     commits = ray.data.TaskPoolStrategy(size=min(requests.commit_tasks, len(units)))
     # Not `from_arrow`, which would run a task of a whole core for each table's size.
-    items = [{UNIT: unit_to_json(unit)} for unit in units]
+    items = [{UNIT_COLUMN: unit_to_json(unit)} for unit in units]
     return (
         ray.data.from_items(items, override_num_blocks=len(units))
         .map_batches(

@@ -92,7 +92,7 @@ def _import(module: str) -> ModuleType:
 
 
 @dataclass(kw_only=True)
-class Record:
+class ModelRecord:
     """What a model has done in this process: one that never worked is at fault itself, and no image is."""
 
     _has_worked: bool = False
@@ -170,7 +170,7 @@ class DetectStep:
                 f"detector {settings.name} has fingerprint {fingerprint}, this job began with "
                 f"{settings.fingerprint}; put the old one back, or start a new output folder",
             )
-        self._record = Record()
+        self._record = ModelRecord()
         self._names = {category.id: category.name for category in self._detector.categories}
 
     def run(self, images: Sequence[ImageResult], guard: CallGuard) -> list[ImageResult]:

@@ -25,12 +25,12 @@ from pipeline.errors import SystemicFault
 from pipeline.schema import PLAN
 from pipeline.unit import ImageResult, Pixels, UInt8Array
 
-UNIT, PLANNED = "unit", "planned"
+UNIT_COLUMN, PLANNED = "unit", "planned"
 PIXEL_FIELDS = ("pixels_hwc", "detector_pixels_hwc")  # of ImageResult, and columns here
 _PICTURES = pa.list_(pa.field("element", pa.large_binary()))  # null: an image without pixels
 UNIT_ROW = pa.schema(
     [
-        pa.field(UNIT, pa.large_binary(), nullable=False),
+        pa.field(UNIT_COLUMN, pa.large_binary(), nullable=False),
         pa.field(PLANNED, pa.list_(pa.struct(list(PLAN))), nullable=False),
         *[pa.field(name, _PICTURES, nullable=False) for name in PIXEL_FIELDS],
     ]
@@ -130,7 +130,7 @@ def pack(unit: UnitRow, arena: PixelArena | None = None) -> pa.Table:
     """Return the unit as a table of one row, schema UNIT_ROW; `arena` holds its pixels, if it has any."""
     offsets = pa.array([0, len(unit.images)], pa.int32())
     columns = {
-        UNIT: pa.array([unit_to_json(unit)], pa.large_binary()),
+        UNIT_COLUMN: pa.array([unit_to_json(unit)], pa.large_binary()),
         PLANNED: pa.array([[image.planned for image in unit.images]], UNIT_ROW.field(PLANNED).type),
     }
     for name, memory in zip(PIXEL_FIELDS, (arena, arena and arena.detector), strict=True):
@@ -143,9 +143,9 @@ def pack(unit: UnitRow, arena: PixelArena | None = None) -> pa.Table:
 def unpack(table: pa.Table) -> UnitRow:
     """Return the unit in a table of one row; its pixels are views of the table's memory.
 
-    At the start of the chain a unit has no images, and the table has no column but UNIT.
+    At the start of the chain a unit has no images, and the table has no column but UNIT_COLUMN.
     """
-    document = json.loads(table.column(UNIT)[0].as_py())
+    document = json.loads(table.column(UNIT_COLUMN)[0].as_py())
     images, fault, sizes_hw = (document.pop(name) for name in ("images", "fault", "sizes_hw"))
     planned = table.column(PLANNED)[0].as_py() if images else []
     pixels = [_views(table, name, sizes_hw[name]) for name in PIXEL_FIELDS]
@@ -157,7 +157,7 @@ def unpack(table: pa.Table) -> UnitRow:
 
 
 def unit_to_json(unit: UnitRow) -> bytes:
-    """Return what the column UNIT holds: all of a unit but its planned rows, and its pixels but for sizes.
+    """Return what UNIT_COLUMN holds: all of a unit but its planned rows and its pixels, of which the sizes.
 
     JSON as Python writes it: numbers come back to the last bit, NaN and infinity too. Unlike a pickle it
     cannot carry code.

@@ -35,7 +35,7 @@ from pipeline.errors import SystemicFault, clean_text
 from pipeline.failpoints import visit
 from pipeline.settings import JobContext, Limits
 from pipeline.stages.crash_log import CrashLog, Start
-from pipeline.stages.detect import DetectStep, Record, is_out_of_memory
+from pipeline.stages.detect import DetectStep, ModelRecord, is_out_of_memory
 from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prompt_groups import PromptGroup, group_by_kind, join, with_boxes, without_numbers
 from pipeline.storage.store import Store
@@ -118,7 +118,7 @@ class SegmentWorker:
         self._crash_log = CrashLog(Store(context.output), epoch=epoch)
         self._end_process = end_process
         self._fault: SystemicFault | None = None
-        self._record = Record()
+        self._record = ModelRecord()
         prepare_for_torch(os.environ)  # before the factory loads torch
         try:
             refuse_unsafe_env()

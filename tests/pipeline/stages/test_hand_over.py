@@ -12,7 +12,7 @@ from model.records import Instances
 from pipeline.errors import SystemicFault
 from pipeline.stages.hand_over import (
     PIXEL_FIELDS,
-    UNIT,
+    UNIT_COLUMN,
     UNIT_ROW,
     PixelArena,
     UnitRow,
@@ -161,7 +161,7 @@ def test_masks_keep_their_types_and_every_bit():
 def test_a_unit_that_is_only_named_is_read_without_columns_of_pixels():
     unit = UnitRow(unit_id=5, generation=1, redo_codes=("empty",))
 
-    assert unpack(pa.table({UNIT: [unit_to_json(unit)]})) == unit
+    assert unpack(pa.table({UNIT_COLUMN: [unit_to_json(unit)]})) == unit
 
 
 def test_a_fault_travels_as_a_value():

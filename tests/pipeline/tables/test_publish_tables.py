@@ -28,7 +28,7 @@ from pipeline.job.job_file import mask_settings
 from pipeline.settings import FilterSettings
 from pipeline.storage import sealed_parquet
 from pipeline.storage.store import Store
-from pipeline.tables import publish_tables as publish
+from pipeline.tables import publish_tables
 from pipeline.tables.clean_output import clean
 from pipeline.tables.job_status import status
 from pipeline.tables.manifest import MANIFEST_KEY, finished_units, read_manifest, write_manifest
@@ -62,7 +62,9 @@ NO_FILTERS = FilterSettings()
 
 
 def run(made: MadeJob, filters: FilterSettings = NO_FILTERS, **how):
-    return publish.publish(made.store, made.job, filters, **{"require_owner": lambda what: None, **how})
+    return publish_tables.publish(
+        made.store, made.job, filters, **{"require_owner": lambda what: None, **how}
+    )
 
 
 def table(store: Store, name: str) -> pa.Table:
@@ -193,7 +195,9 @@ def test_the_footer_says_all_that_the_model_was_asked_for(made: MadeJob):
 
 def test_row_groups_are_filled_over_units(made: MadeJob, monkeypatch):
     made.commit()
-    monkeypatch.setattr(publish.sealed_parquet.ParquetSink.__init__, "__kwdefaults__", {"row_group_rows": 5})
+    monkeypatch.setattr(
+        publish_tables.sealed_parquet.ParquetSink.__init__, "__kwdefaults__", {"row_group_rows": 5}
+    )
     run(made)
     file = pq.ParquetFile(io.BytesIO(made.store.read("images/part-00000.parquet")))
     assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [5, 3]
@@ -359,8 +363,8 @@ def test_the_units_of_a_part_are_read_several_at_a_time(made: MadeJob, monkeypat
         met.wait(timeout=20)  # raises when no second read comes
         return read(store, unit)
 
-    monkeypatch.setattr(publish, "read_committed", read_with_another)
-    (task, *_) = publish._whole_ranges(made.job, list_committed(made.store), NO_FILTERS)
+    monkeypatch.setattr(publish_tables, "read_committed", read_with_another)
+    (task, *_) = publish_tables._whole_ranges(made.job, list_committed(made.store), NO_FILTERS)
     assert len(task.part_units) == 2
     publish_part(task)
 
@@ -482,9 +486,9 @@ def test_memory_is_bounded_by_the_part_not_by_the_job(made: MadeJob):
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publish, "read_committed", counting)
-        patch.setattr(publish, "READERS", 2)
-        task = publish._whole_ranges(
+        patch.setattr(publish_tables, "read_committed", counting)
+        patch.setattr(publish_tables, "READERS", 2)
+        task = publish_tables._whole_ranges(
             dataclasses.replace(made.job, units_per_part=6), list_committed(made.store), NO_FILTERS
         )[0]
         publish_part(task)
