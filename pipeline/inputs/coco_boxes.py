@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -67,17 +67,8 @@ _LOOK_BYTES = 2**20
 _SHAPE = "wanted COCO: an object with lists `images` and `annotations`, or a list of results"
 
 
-@dataclass(frozen=True, kw_only=True)
-class CocoImages:
-    """The `images` of a file: large_string ids and file names, sizes int64 (n, 2) with 0 where unknown."""
-
-    image_id: pa.Array
-    file_name: pa.Array
-    size_hw: Int64Array
-
-
 def is_results(uri: str, access: AccessRules) -> bool:
-    """Return true for a file that is a list (results), False for an object (instances).
+    """Return whether a file is a list (results) and not an object (instances).
 
     Raises:
         JobRefused: neither.
@@ -99,16 +90,7 @@ def read_results(uri: str, access: AccessRules, *, folder: str) -> BoxList:
 
 def read_coco_images(uri: str, access: AccessRules, *, folder: str) -> ImageList:
     """Return the images of an instances file; `image_uri` holds the file names as written."""
-    blocks = _read(uri, {"images", "categories"}, access)
-    images = _images(uri, blocks, access)
-    return ImageList(
-        image_uri=images.file_name,
-        image_id=images.image_id,
-        root=folder,
-        size_hw=images.size_hw,
-        categories=_categories(uri, blocks.get("categories")),
-        files=(uri,),
-    )
+    return _images(uri, _read(uri, {"images", "categories"}, access), access, folder)
 
 
 def read_instances(uri: str, access: AccessRules, *, folder: str) -> BoxList:
@@ -119,12 +101,13 @@ def read_instances(uri: str, access: AccessRules, *, folder: str) -> BoxList:
     blocks = _read(uri, {"images", "annotations", "categories"}, access)
     if "annotations" not in blocks:
         raise JobRefused(f"{uri}: {_without(uri, 'annotations', access)}; {_SHAPE}")
-    images = _images(uri, blocks, access)
+    images = _images(uri, blocks, access, folder)
     boxes = _grouped(uri, blocks["annotations"], folder)
-    listed = with_all_images(boxes, images.image_id, images.file_name)
+    listed = with_all_images(boxes, images.image_id, images.image_uri)
+    assert images.size_hw is not None, "zeros where the file states no size"
     size_hw = np.zeros((len(listed.lengths), 2), dtype=np.int64)
     size_hw[: len(images.size_hw)] = images.size_hw
-    return replace(listed, categories=_categories(uri, blocks.get("categories")), size_hw=size_hw)
+    return replace(listed, categories=images.categories, size_hw=size_hw)
 
 
 def _read(uri: str, names: Collection[str], access: AccessRules) -> dict[str, list[pa.Table]]:
@@ -247,7 +230,7 @@ def _holds(column: pa.Array) -> bool:
     return not len(column) or column.null_count < len(column)
 
 
-def _images(uri: str, blocks: Mapping[str, list[pa.Table]], access: AccessRules) -> CocoImages:
+def _images(uri: str, blocks: Mapping[str, list[pa.Table]], access: AccessRules, folder: str) -> ImageList:
     if "images" not in blocks:
         raise JobRefused(f"{uri}: {_without(uri, 'images', access)}; {_SHAPE}")
     table = pa.concat_tables(blocks["images"])
@@ -256,7 +239,14 @@ def _images(uri: str, blocks: Mapping[str, list[pa.Table]], access: AccessRules)
             raise JobRefused(f"{uri}: image {_first_null(table.column(name))} (from 0) has no {name}")
     ids = pc.cast(single(table.column("id")), TEXT)
     refuse_repeated(ids, uri)
-    return CocoImages(image_id=ids, file_name=single(table.column("file_name")), size_hw=_sizes(table))
+    return ImageList(
+        image_uri=single(table.column("file_name")),
+        image_id=ids,
+        root=folder,
+        size_hw=_sizes(table),
+        categories=_categories(uri, blocks.get("categories")),
+        files=(uri,),
+    )
 
 
 def _sizes(table: pa.Table) -> Int64Array:

@@ -4,9 +4,9 @@
     objects: struct<bbox: list<list<number>>, category: list<integer or string>, ...>, or a list of structs
 
 While planning no picture is read: the place of its row becomes its uri (`archive_uris`). Ids are the file's
-name below the folder and the number of the row, so that the images of a unit stand side by side in their
-file. A box is xywh in pixels, as in COCO, unless --box-format says otherwise. Names of categories come from
-the data set's own description in the file.
+name below the folder and the number of the row, so that the images of a unit are neighbours in their file. A
+box is xywh in pixels, as in COCO, unless --box-format states another. Names of categories come from the data
+set's own description in the file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _ID_RULE = "ids are the files' names and the rows' numbers"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _File:
+class _HfFile:
     """One Parquet file of a data set, and which of its columns and fields are meant."""
 
     uri: str
@@ -60,11 +60,19 @@ def holds_pictures(uri: str, mapping: Mapping[str, str], access: AccessRules) ->
     """Return whether a Parquet file has a column of pictures (a struct with `bytes`), by its schema."""
     if not uri.lower().endswith((".parquet", ".pq")):
         return False
+    schema, name = _schema(uri, access), mapping.get(IMAGE, IMAGE)
+    return schema.names.count(name) == 1 and _bytes_type(schema.field(name).type) is not None
+
+
+def _schema(uri: str, access: AccessRules) -> pa.Schema:
     with naming(uri, "parquet"), open_input(uri, options_for(uri, access)) as stream:
-        schema = open_closed(stream).schema_arrow
-    name = mapping.get(IMAGE, IMAGE)
-    found = schema.field(name).type if schema.names.count(name) == 1 else None
-    return found is not None and pa.types.is_struct(found) and found.get_field_index("bytes") >= 0
+        return open_closed(stream).schema_arrow
+
+
+def _bytes_type(kind: pa.DataType) -> pa.DataType | None:
+    """Return the type of the field `bytes` of a column of pictures; None for another column."""
+    has_bytes = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    return kind.field("bytes").type if has_bytes else None
 
 
 def read_hf_images(
@@ -72,11 +80,10 @@ def read_hf_images(
 ) -> ImageList:
     """Return every row of the files as an image."""
     files = [_inspect(uri, mapping, access) for uri in uris]
-    parts = [keys for file in files for keys in _keys(file, root, access)]
-    table = pa.concat_tables([_KEYS.empty_table(), *parts]).combine_chunks()
+    keys = [(uris, ids) for file in files for _, uris, ids in _batches(file, root, access, [])]
     return ImageList(
-        image_uri=_single(table, "image_uri"),
-        image_id=_single(table, "image_id"),
+        image_uri=pa.chunked_array([uris for uris, _ in keys], TEXT).combine_chunks(),
+        image_id=pa.chunked_array([ids for _, ids in keys], TEXT).combine_chunks(),
         root=root,
         id_rule=_ID_RULE,
         listed=True,
@@ -115,7 +122,7 @@ def read_hf_boxes(
     )
 
 
-def _unused(file: _File) -> tuple[str, ...]:
+def _unused(file: _HfFile) -> tuple[str, ...]:
     """Return the columns of a file and the fields of its objects that are not read."""
     assert file.objects is not None, "the caller has checked"
     inner = _as_struct(file.schema.field(file.objects).type) or ()
@@ -123,38 +130,28 @@ def _unused(file: _File) -> tuple[str, ...]:
     return (*(name for name in file.schema.names if name not in (file.image, file.objects)), *fields)
 
 
-def _names(file: _File) -> tuple[str, ...]:
+def _names(file: _HfFile) -> tuple[str, ...]:
     """Return every column of a file, and every field of its objects."""
     inner = None if file.objects is None else _as_struct(file.schema.field(file.objects).type)
     return (*file.schema.names, *(field.name for field in inner or ()))
 
 
-_KEYS = pa.schema([("image_uri", TEXT), ("image_id", TEXT)])
-
-
-def _single(table: pa.Table, name: str) -> pa.Array:
-    column = table.column(name)
-    return column.chunk(0) if column.num_chunks else pa.array([], TEXT)
-
-
-def _inspect(uri: str, mapping: Mapping[str, str], access: AccessRules) -> _File:
+def _inspect(uri: str, mapping: Mapping[str, str], access: AccessRules) -> _HfFile:
     """Return the file's columns, found and of the wanted types."""
-    with naming(uri, "parquet"), open_input(uri, options_for(uri, access)) as stream:
-        schema = open_closed(stream).schema_arrow
+    schema = _schema(uri, access)
     image, objects = mapping.get(IMAGE, IMAGE), mapping.get(OBJECTS, OBJECTS)
     check_column(uri, image)
     kind = schema.field(image).type if image in schema.names else None
-    wanted = "struct<bytes: binary, path: string>"
-    if kind is None or not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-        raise JobRefused(f"{uri}: column {clean_text(image)!r} has type {kind or 'none'}; wanted {wanted}")
-    if not (
-        pa.types.is_binary(kind.field("bytes").type) or pa.types.is_large_binary(kind.field("bytes").type)
-    ):
-        raise JobRefused(f"{uri}: column {clean_text(image)!r} has type {kind}; wanted {wanted}")
+    data = None if kind is None else _bytes_type(kind)
+    if data is None or not (pa.types.is_binary(data) or pa.types.is_large_binary(data)):
+        raise JobRefused(
+            f"{uri}: column {clean_text(image)!r} has type {kind or 'none'}; wanted struct<bytes: binary, "
+            "path: string>"
+        )
     if objects not in schema.names:
-        return _File(uri=uri, schema=schema, image=image, objects=None, fields={})
+        return _HfFile(uri=uri, schema=schema, image=image, objects=None, fields={})
     fields = _fields(uri, schema.field(objects), mapping)
-    return _File(uri=uri, schema=schema, image=image, objects=objects, fields=fields)
+    return _HfFile(uri=uri, schema=schema, image=image, objects=objects, fields=fields)
 
 
 def _fields(uri: str, objects: pa.Field, mapping: Mapping[str, str]) -> dict[str, str]:
@@ -163,8 +160,7 @@ def _fields(uri: str, objects: pa.Field, mapping: Mapping[str, str]) -> dict[str
     if inner is None:
         raise JobRefused(
             f"{uri}: column {clean_text(objects.name)!r} has type {objects.type}; wanted a struct of lists, "
-            f"or a "
-            "list of structs, with `bbox`"
+            "or a list of structs, with `bbox`"
         )
     names = [field.name for field in inner]
     found = {word: mapping.get(f"objects.{word}", word) for word in _FIELDS}
@@ -191,13 +187,7 @@ def _as_struct(kind: pa.DataType) -> pa.StructType | None:
     return None
 
 
-def _keys(file: _File, root: str, access: AccessRules) -> Iterator[pa.Table]:
-    """Yield uri and id of every row, group by group."""
-    for _, uris, ids in _batches(file, root, access, []):
-        yield pa.table({"image_uri": uris, "image_id": ids}, schema=_KEYS)
-
-
-def _rows(file: _File, root: str, access: AccessRules) -> Iterator[tuple[str, pa.Table]]:
+def _rows(file: _HfFile, root: str, access: AccessRules) -> Iterator[tuple[str, pa.Table]]:
     """Yield the rows of a file as a table with one row an image."""
     assert file.objects is not None, "the caller has checked"
     for batch, uris, ids in _batches(file, root, access, [file.objects]):
@@ -207,7 +197,7 @@ def _rows(file: _File, root: str, access: AccessRules) -> Iterator[tuple[str, pa
         yield file.uri, pa.table(columns)
 
 
-def _lists(objects: pa.Array, file: _File) -> dict[str, pa.Array]:
+def _lists(objects: pa.Array, file: _HfFile) -> dict[str, pa.Array]:
     """Return the lists of the objects by our names, plain; null where a row has no objects at all."""
     kind, columns = _as_struct(objects.type), {}
     assert kind is not None, "the file was inspected"
@@ -226,7 +216,7 @@ def _lists(objects: pa.Array, file: _File) -> dict[str, pa.Array]:
 
 
 def _batches(
-    file: _File, root: str, access: AccessRules, columns: list[str]
+    file: _HfFile, root: str, access: AccessRules, columns: list[str]
 ) -> Iterator[tuple[pa.RecordBatch, pa.Array, pa.Array]]:
     """Yield batches of some columns, with uri and id of every row; the pictures' bytes are not read."""
     path = file.schema.field(file.image).type.get_field_index("path") >= 0
@@ -248,7 +238,7 @@ def _batches(
                 row, number = row + count, number + count
 
 
-def _category_names(file: _File) -> dict[int, str]:
+def _category_names(file: _HfFile) -> dict[int, str]:
     """Return number -> name, where the data set's description in the file gives a ClassLabel; else empty."""
     try:
         described = json.loads((file.schema.metadata or {})[b"huggingface"])["info"]["features"]

@@ -1,4 +1,4 @@
-"""What the inputs say, before they are joined: which images there are, and which boxes belong to which.
+"""What the inputs list, before they are joined: which images there are, and which boxes belong to which.
 
 Boxes are kept as flat columns, one row a box in the order of the file, with one list of row numbers that
 groups them by image. A column that no input names is not kept at all.
@@ -20,27 +20,11 @@ from pipeline.settings import BoxFormat, BoxFrame
 TEXT = pa.large_string()
 NUMBERS = pa.list_(pa.float64())
 
-PICTURE_SUFFIXES = (
-    *(
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".jif",
-        ".jfi",
-        ".pjpeg",
-        ".pjp",
-        ".png",
-        ".apng",
-        ".webp",
-        ".bmp",
-        ".dib",
-        ".tif",
-        ".tiff",
-        ".gif",
-    ),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".heic", ".heif"),
+_SUFFIXES = (
+    ".jpg .jpeg .jpe .jfif .jif .jfi .pjpeg .pjp .png .apng .webp .bmp .dib .tif .tiff .gif "
+    ".ppm .pgm .pbm .pnm .jp2 .j2k .avif .heic .heif"
 )
+PICTURE_SUFFIXES = tuple(_SUFFIXES.split())
 """Which files of a folder are taken for pictures, in any case. Decoding goes by content, not by name."""
 
 # The columns that describe one box; a table of boxes has those that its input names.
@@ -223,10 +207,16 @@ def with_all_images(
 
 def refuse_repeated(ids: pa.Array, uri: str) -> None:
     """Raise JobRefused with examples unless the ids are distinct."""
-    if pc.count_distinct(ids).as_py() < len(ids):
-        counts = pc.value_counts(ids)
-        twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if len(twice := repeated(ids)):
         raise JobRefused(f"{uri}: {len(twice)} image ids are given more than once, such as {examples(twice)}")
+
+
+def repeated(values: pa.Array) -> pa.Array:
+    """Return the values that are there more than once."""
+    if pc.count_distinct(values, mode="all").as_py() == len(values):
+        return values.slice(0, 0)
+    counts = pc.value_counts(values)
+    return counts.field("values").filter(pc.greater(counts.field("counts"), 1))
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[pa.Array, Int64Array]:

@@ -1,9 +1,8 @@
 """MegaDetector's batch output: one JSON object with `images`, each with a `file` and its `detections`.
 
 A box is x, y, width, height as shares of the upright picture; `conf` is its score; `category` a number as
-text,
-named by `detection_categories`. An image with a `failure` has no detections: its boxes are missing, not none.
-Streamed, like COCO files.
+text, named by `detection_categories`. An image with a `failure` has no detections: its boxes are missing, not
+none. Streamed, like COCO files.
 """
 
 from __future__ import annotations
@@ -115,12 +114,12 @@ def _categories(uri: str, stream: BinaryIO) -> dict[int, str]:
     while block := stream.read(CUT_BYTES):
         match = _CATEGORIES.search(before + block)
         if match is not None:
-            return _named(uri, match.group(1))
+            return _parsed(uri, match.group(1))
         before = block[-(2**17) :]
     return {}
 
 
-def _named(uri: str, text: bytes) -> dict[int, str]:
+def _parsed(uri: str, text: bytes) -> dict[int, str]:
     try:
         return {int(key): str(name) for key, name in json.loads(text).items()}
     except (ValueError, AttributeError) as error:

@@ -56,25 +56,19 @@ def table_format(uri: str) -> TableFormat | None:
     return next((kind for suffix, kind in TABLE_SUFFIXES.items() if lowered.endswith(suffix)), None)
 
 
+_OTHER_FILES: dict[str, str] = {
+    ".gz .zst .bz2 .xz .zip .lz4 .7z": "unpack it; only .csv.gz and .jsonl.gz are read as such",
+    ".xlsx .xls .ods .numbers": "a workbook; save the sheet as CSV (UTF-8)",
+    ".feather .arrow .ipc .orc .avro": "write it as Parquet",
+    ".pkl .pickle .npy .npz .pt .pth .h5 .hdf5 .mat": "write it as Parquet",
+    ".txt .xml": "one file of labels for each picture is read as a folder of YOLO's, or converted to COCO",
+}
+
+
 def instead_of(uri: str) -> str:
     """Return what to do about a file that is no table by its name, as the end of a sentence, or ""."""
-    lowered = uri.lower()
-    return next((f": {words}" for endings, words in _OTHER_FILES if lowered.endswith(endings)), "")
-
-
-_OTHER_FILES: tuple[tuple[tuple[str, ...], str], ...] = (
-    (
-        (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4", ".7z"),
-        "unpack it; only .csv.gz and .jsonl.gz are read as such",
-    ),
-    ((".xlsx", ".xls", ".ods", ".numbers"), "a workbook; save the sheet as CSV (UTF-8)"),
-    ((".feather", ".arrow", ".ipc", ".orc", ".avro"), "write it as Parquet"),
-    ((".pkl", ".pickle", ".npy", ".npz", ".pt", ".pth", ".h5", ".hdf5", ".mat"), "write it as Parquet"),
-    (
-        (".txt", ".xml"),
-        "one file of labels for each picture is read as a folder of YOLO's, or converted to COCO",
-    ),
-)
+    endings = ((tuple(names.split()), text) for names, text in _OTHER_FILES.items())
+    return next((f": {text}" for names, text in endings if uri.lower().endswith(names)), "")
 
 
 def inspect_tables(

@@ -1,12 +1,11 @@
-"""WebDataset tars: pictures and what belongs to them side by side, `0001.jpg` and `0001.json`.
+"""WebDataset tars: pictures and what belongs to them next to each other, `0001.jpg` and `0001.json`.
 
-Only the headers are read while planning; a picture's uri says where in the tar its bytes lie
-(`archive_uris`). What lies next to a picture, under the same name up to the first dot, as `.json` is an
-object with the columns of a table with one row an image (`boxes`, `labels`, `scores` ...). Names are kept as
-the tar has them.
+Only the headers are read while planning; a picture's uri states where in the tar its bytes are
+(`archive_uris`). The `.json` of the same name up to the first dot is an object with the columns of a table
+with one row an image (`boxes`, `labels`, `scores` ...). Names are kept as the tar has them.
 
-Compressed tars have no places, and are refused. Links, devices and folders of a tar are passed over: nothing
-is ever unpacked.
+Compressed tars have no places, and are refused. Links, devices and folders of a tar are skipped: nothing is
+ever unpacked.
 """
 
 from __future__ import annotations

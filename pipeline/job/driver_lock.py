@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from dataclasses import asdict, dataclass, fields
-from types import TracebackType
+from pathlib import Path
 from typing import Any, Self
 
 from pipeline.errors import HqlabelError, JobRefused
@@ -70,18 +70,15 @@ def this_process() -> Holder:
 
 
 def _text(path: str) -> str:
-    try:
-        with open(path) as file:
-            return file.read().strip()
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError):
+        return Path(path).read_text().strip()
+    return ""
 
 
 def _link(path: str) -> str:
-    try:
+    with contextlib.suppress(OSError):
         return os.readlink(path)
-    except OSError:
-        return ""
+    return ""
 
 
 def _started(pid: int) -> str:
@@ -172,12 +169,7 @@ class Owner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 

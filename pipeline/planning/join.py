@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from pipeline.arrow_lists import BoolArray, Int64Array, positions
 from pipeline.errors import JobRefused, clean_text, count
-from pipeline.inputs.image_box_lists import BoxList, ImageList, examples
+from pipeline.inputs.image_box_lists import BoxList, ImageList, examples, repeated
 from pipeline.inputs.open_inputs import resolve_uris
 
 _LOOK_AT = 20_000  # ids looked at to find out why nothing matches
@@ -183,14 +183,12 @@ def _stem_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, s
     names = images.image_id if images.listed and images.image_id is not None else _ids_of_uris(images)[0]
     keys = _stem(names)
     labelled = keys.filter(pc.is_in(keys, boxes.image_id))
-    if pc.count_distinct(labelled).as_py() < len(labelled):
-        counts = pc.value_counts(labelled)
-        stem = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0].as_py()
+    if len(twice := repeated(labelled)):
+        stem = twice[0].as_py()
         both = names.filter(pc.equal(keys, stem))
         raise JobRefused(
             f"{boxes.folder}/{clean_text(stem)}.txt could hold the boxes of {examples(both)}; give the "
-            f"pictures "
-            "names that differ before their ending"
+            "pictures names that differ before their ending"
         )
     return keys, boxes.image_id, "joined by name without ending"
 
@@ -218,11 +216,9 @@ def _names(wanted: pa.Array, boxes: BoxList, where: BoolArray) -> pa.Array:
 
 
 def _refuse_repeated(wanted: pa.Array, boxes: BoxList) -> None:
-    named = wanted.drop_null()
-    if pc.count_distinct(named).as_py() == len(named):
+    twice = repeated(wanted.drop_null())
+    if not len(twice):
         return
-    counts = pc.value_counts(named)
-    twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     if boxes.one_row_per_image:
         reason = "more than one row; join their lists, or give a table with one row a box"
     else:
@@ -251,15 +247,13 @@ def _refuse_doubles(joined: Joined, *, is_box_file: bool) -> None:
     """Raise JobRefused for an id or uri there twice. `is_box_file`: the box file lists the images."""
     for name, keys in (("image_id", joined.image_id), ("image_uri", _comparable(joined.image_uri))):
         filled = keys.filter(pc.not_equal(keys, "")) if name == "image_uri" else keys
-        if pc.count_distinct(filled).as_py() < len(filled):
-            raise _doubled(joined, keys, name, is_box_file)
+        if len(twice := repeated(filled)):
+            raise _doubled(joined, keys, twice, name, is_box_file)
     if pc.any(pc.equal(joined.image_id, "")).as_py():
         raise JobRefused("an image has the empty string as its image_id; every image needs an id of its own")
 
 
-def _doubled(joined: Joined, keys: pa.Array, name: str, is_box_file: bool) -> JobRefused:
-    counts = pc.value_counts(keys)
-    twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+def _doubled(joined: Joined, keys: pa.Array, twice: pa.Array, name: str, is_box_file: bool) -> JobRefused:
     rows = pc.indices_nonzero(pc.equal(keys, twice[0])).slice(0, 2)
     ids, uris = joined.image_id.take(rows).to_pylist(), joined.image_uri.take(rows).to_pylist()
     if name == "image_id" and uris[0] != uris[1]:

@@ -1,4 +1,4 @@
-"""What planning understood, in numbers and sentences: shown before any work, checked by a person."""
+"""What planning understood, in numbers and sentences: printed before any work, for the user to check."""
 
 from __future__ import annotations
 
@@ -134,10 +134,8 @@ def _count(table: pa.Table, code: str) -> int:
 def _row_warnings(table: pa.Table) -> list[str]:
     """Return a sentence for each kind of row that fails by the plan alone, with the first reason."""
     sentences = []
-    for code, start in (
-        ("uri_refused", "uris are refused"),
-        ("labels_mismatch", "images have lists of unlike length"),
-    ):
+    starts = {"uri_refused": "uris are refused", "labels_mismatch": "images have lists of unlike length"}
+    for code, start in starts.items():
         rows = table.filter(pc.equal(table.column("error_code"), code))
         if rows.num_rows:
             first = rows.slice(0, 1).to_pylist()[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,26 +100,24 @@ def _seen(rows: list[dict[str, Any]], access: AccessRules, limits: Limits) -> li
 
 def _unopened(seen: list[_Seen]) -> str | None:
     """Return a sentence when so many of the pictures cannot be used that it is no accident."""
-    failed = [one for one in seen if one.error is not None]
+    failed = [(one.row["image_uri"], one.error) for one in seen if one.error is not None]
     if len(failed) <= SUSPICIOUS_SHARE * len(seen):
         return None
-    codes = Counter(one.error.code for one in failed if one.error)
-    code = codes.most_common(1)[0][0]
-    uris = [one.row["image_uri"] for one in failed if one.error and one.error.code == code]
-    first = next(one.error for one in failed if one.error and one.error.code == code)
+    code = Counter(error.code for _, error in failed).most_common(1)[0][0]
+    alike = [(uri, error) for uri, error in failed if error.code == code]
+    uri, first = alike[0]
     return (
         f"{len(failed)} of {len(seen)} pictures looked at cannot be opened, most with {code}, such as "
-        f"{examples(uris)}: {first.message}{_odd_name(uris[0])}{_NOT_FOUND if code == 'not_found' else ''}"
+        f"{examples([uri for uri, _ in alike])}: {first.message}{_odd_name(uri)}"
+        f"{_NOT_FOUND if code == 'not_found' else ''}"
     )
 
 
 def _odd_masks(seen: list[_Seen]) -> str | None:
     """Return a sentence when masks given as prompts are not of their picture's size."""
     masks = [
-        (one.row["image_id"], box["prompt_mask"]["size"], one.header.size_hw)
-        for one in seen
-        if one.header is not None
-        for box in one.row["boxes"][:_BOXES_OF_ONE]
+        (image_id, box["prompt_mask"]["size"], header.size_hw)
+        for image_id, header, box in _boxes_of(seen)
         # others are no masks at all, which the plan says
         if box["prompt_mask"] is not None and min(box["prompt_mask"]["size"] or [0]) > 0
     ]
@@ -140,18 +138,14 @@ def _odd_points(seen: list[_Seen], rules: BoxRules) -> str | None:
     Shares are points too, at the picture's corner: they spoil the mask, and no code says so.
     """
     points_N2, sizes_hw = [], list[tuple[int, int]]()
-    for one in seen:
-        if one.header is None:
-            continue
-        size_hw = one.header.stored_size_hw if rules.box_frame == "stored" else one.header.size_hw
-        for box in one.row["boxes"][:_BOXES_OF_ONE]:
-            numbers, labels = np.array(box["points_xy"] or [], np.float64), box["point_labels"] or []
-            if len(numbers) != 2 * len(labels):
-                continue  # which the plan says
-            some = numbers.reshape(-1, 2)[[label != -1 for label in labels]]  # -1 fills up
-            some = some[np.isfinite(some).all(axis=1)]
-            points_N2.append(some)
-            sizes_hw += [size_hw] * len(some)
+    for _, header, box in _boxes_of(seen):
+        numbers, labels = np.array(box["points_xy"] or [], np.float64), box["point_labels"] or []
+        if len(numbers) != 2 * len(labels):
+            continue  # which the plan reports
+        some = numbers.reshape(-1, 2)[[label != -1 for label in labels]]  # -1 fills up
+        some = some[np.isfinite(some).all(axis=1)]
+        points_N2.append(some)
+        sizes_hw += [header.stored_size_hw if rules.box_frame == "stored" else header.size_hw] * len(some)
     points = np.concatenate(points_N2) if points_N2 else np.zeros((0, 2))
     if not len(points):
         return None
@@ -189,21 +183,24 @@ def _odd_name(uri: str) -> str:
 
 
 def _misplaced(seen: list[_Seen], rules: BoxRules) -> tuple[str, ...]:
-    given, upright, stored = [], [], []
-    for one in seen:
-        if one.header is None:
-            continue
-        for box in one.row["boxes"][:_BOXES_OF_ONE]:
-            numbers = box["given"]
-            if numbers is not None and len(numbers) == 4 and None not in numbers:
-                given.append(numbers)
-                upright.append(one.header.size_hw)
-                stored.append(one.header.stored_size_hw)
-    if not given:
+    boxes = [
+        (box["given"], header)
+        for _, header, box in _boxes_of(seen)
+        if box["given"] is not None and len(box["given"]) == 4 and None not in box["given"]
+    ]
+    if not boxes:
         return ()
     return suspicions_of_place(
-        np.array(given, np.float64),
+        np.array([given for given, _ in boxes], np.float64),
         rules,
-        upright_size_hw=np.array(upright, np.int64),
-        stored_size_hw=np.array(stored, np.int64),
+        upright_size_hw=np.array([header.size_hw for _, header in boxes], np.int64),
+        stored_size_hw=np.array([header.stored_size_hw for _, header in boxes], np.int64),
     )
+
+
+def _boxes_of(seen: list[_Seen]) -> Iterator[tuple[str, DecodedImage, Mapping[str, Any]]]:
+    """Yield image id, header and box of the first boxes of every picture with a header."""
+    for one in seen:
+        if one.header is not None:
+            for box in one.row["boxes"][:_BOXES_OF_ONE]:
+                yield one.row["image_id"], one.header, box

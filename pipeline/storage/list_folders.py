@@ -1,7 +1,7 @@
 """What of a folder is meant: which names are left out, what a pattern matches, and where links lead.
 
 Left out, with all that is in them: files and folders whose name begins with a dot, and the folders that
-systems and programs keep next to a user's files (`LEFT_OUT`). Names count from the place that a person
+systems and programs keep next to a user's files (`SKIPPED`). Names count from the place that a person
 points at: whoever points at a hidden folder means it. The same holds for the keys of an object store.
 
 Links to folders are entered where they lead to what may be read. Each folder is listed once, under its own
@@ -23,23 +23,14 @@ from pipeline.errors import clean_text, count
 from pipeline.storage.backend import Entry
 from pipeline.storage.uri_rules import is_inside
 
-LEFT_OUT = frozenset(
-    {
-        "__macosx",  # zip files made by macOS
-        "network trash folder",
-        "temporary items",
-        "@eadir",  # Synology: thumbnails and indexes
-        "@tmp",
-        "@sharebin",
-        "#recycle",
-        "#snapshot",
-        "@recycle",  # QNAP
-        "@recently-snapshot",
-        "lost+found",  # ext4
-        "$recycle.bin",  # Windows
-        "system volume information",
-        "__pycache__",
-    }
+SKIPPED = frozenset(
+    [
+        *("__macosx", "network trash folder", "temporary items"),  # macOS, and its zip files
+        *("@eadir", "@tmp", "@sharebin", "#recycle", "#snapshot"),  # Synology
+        *("@recycle", "@recently-snapshot"),  # QNAP
+        *("$recycle.bin", "system volume information"),  # Windows
+        *("lost+found", "__pycache__"),
+    ]
 )
 """Folders that no user fills, in small letters; those that begin with a dot need no naming."""
 
@@ -90,7 +81,7 @@ class Listed:
 
 def is_hidden(name: str) -> bool:
     """Return whether the name of a file or folder is one that is left out."""
-    return name.startswith(".") or name.lower() in LEFT_OUT
+    return name.startswith(".") or name.lower() in SKIPPED
 
 
 def is_hidden_path(path: str) -> bool:
@@ -138,7 +129,7 @@ class Pattern:
         )
 
 
-_SHOWN = rf"(?!\.|(?i:{'|'.join(map(re.escape, sorted(LEFT_OUT)))})(?:/|\Z))"
+_SHOWN = rf"(?!\.|(?i:{'|'.join(map(re.escape, sorted(SKIPPED)))})(?:/|\Z))"
 """Before a wildcard that begins a name: no name that is left out."""
 
 
