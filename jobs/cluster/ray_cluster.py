@@ -1,6 +1,6 @@
-"""Starting a private Ray on this machine, or joining the cluster that was named; nothing else.
+"""Start a private Ray on this machine, or join the cluster that was named; nothing else.
 
-A private Ray is closed: no dashboard, token authentication with a token of its own, files for the
+A private Ray is closed: no dashboard, token authentication with its own token, files for the
 owner alone, never another cluster that happens to run here. Importing Ray and starting it costs
 seconds, so this file is imported only by the commands that compute.
 """
@@ -54,7 +54,7 @@ class ClusterInfo:
 
 
 def address_to_join(wanted: str | None, environ: Mapping[str, str]) -> str | None:
-    """The address of the cluster to join, or None for a private Ray.
+    """Return the address of the cluster to join, or None for a private Ray.
 
     `wanted` (from the command or the configuration) goes before RAY_ADDRESS, which `ray job submit`
     sets for its entrypoint; `local` asks for a private Ray in any case. Raises `UsageError`.
@@ -77,7 +77,7 @@ def address_to_join(wanted: str | None, environ: Mapping[str, str]) -> str | Non
 
 @contextlib.contextmanager
 def running_ray(section: ClusterSettings, environ: MutableMapping[str, str]) -> Iterator[ClusterInfo]:
-    """A Ray to work on, until the block ends; `environ` is this process's, and gets Ray's switches.
+    """Yield a Ray to work on, until the block ends; `environ` is this process's, and gets Ray's switches.
 
     Raises:
         UsageError: an address of a kind that cannot be joined.
@@ -102,7 +102,7 @@ def running_ray(section: ClusterSettings, environ: MutableMapping[str, str]) -> 
 
 
 def refuse_local_output(info: ClusterInfo, output_uri: str, *, is_local: bool, shared_paths: bool) -> None:
-    """Raise `JobRefused` when several nodes would each write to a disk of their own."""
+    """Raise `JobRefused` when several nodes would each write to their own disk."""
     if is_local and info.nodes > 1 and not shared_paths:
         raise JobRefused(
             f"the output {output_uri} is a local path, and the cluster has {info.nodes} nodes with a disk "
@@ -112,13 +112,13 @@ def refuse_local_output(info: ClusterInfo, output_uri: str, *, is_local: bool, s
 
 
 def usable_cpus() -> int:
-    """CPU cores that this process may use, by its affinity and its container's quota; at least 1."""
+    """Return the CPU cores that this process may use, by its affinity and container's quota; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, _quota_cpus(_CGROUP_CPU) or cores))
 
 
 def _quota_cpus(path: Path) -> int | None:
-    """Whole cores of a cgroup v2 quota (`200000 100000` is 2), None without one."""
+    """Return whole cores of a cgroup v2 quota (`200000 100000` is 2), None without one."""
     try:
         quota, period = path.read_text().split()
         return int(int(quota) / int(period))
@@ -138,7 +138,7 @@ def _session(ray: ModuleType, info: ClusterInfo) -> Iterator[ClusterInfo]:
 
 
 def _import_ray(environ: MutableMapping[str, str]) -> ModuleType:
-    """Ray, imported after the switches that it reads while it is imported."""
+    """Return Ray, imported after the switches that it reads while it is imported."""
     environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # By default a worker beyond one a core ends after a second without a task, and its successor's imports
     # cost two seconds of a core: on two cores that was two thirds of what the chain did.
@@ -153,7 +153,7 @@ def _import_ray(environ: MutableMapping[str, str]) -> ModuleType:
 
 @contextlib.contextmanager
 def _token_in(path: Path, environ: MutableMapping[str, str]) -> Iterator[None]:
-    """None; meanwhile a private Ray lets in who knows the user's token or, without one, that in `path`."""
+    """Let a private Ray accept the user's token meanwhile or, without one, a new one in `path`."""
     environ["RAY_AUTH_MODE"] = "token"
     if environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH"):
         yield
@@ -170,7 +170,7 @@ def _token_in(path: Path, environ: MutableMapping[str, str]) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _own_token() -> str:
-    """The token of every private Ray of this process: Ray reads it once and keeps it."""
+    """Return the token of every private Ray of this process: Ray reads it once and keeps it."""
     return secrets.token_hex(32)
 
 
@@ -196,11 +196,11 @@ def _start_private(ray: ModuleType, section: ClusterSettings, folder: Path) -> C
 
 @contextlib.contextmanager
 def _without_side_processes() -> Iterator[None]:
-    """None; what Ray starts meanwhile lacks the processes of its dashboard and of its autoscaler.
+    """Start Ray meanwhile without the processes of its dashboard and of its autoscaler.
 
-    A private Ray needs neither, and no option leaves them out (Ray 2.60). `include_dashboard=False` only
-    empties the first: its rest asks the cloud's metadata service (169.254.169.254) what cloud this is, though
-    usage reports are off. The second offers its figures to every network where ray[default] is installed.
+    A private Ray needs neither, and no option disables them (Ray 2.60). `include_dashboard=False` only
+    empties the first: the rest of it asks the cloud's metadata service (169.254.169.254) what cloud this is,
+    though usage reports are off. The second offers its figures to every network with ray[default] installed.
     """
     services: Any = importlib.import_module("ray._private.services")
     node: Any = importlib.import_module("ray._private.node").Node
@@ -246,12 +246,12 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _private_folder() -> Iterator[Path]:
-    """A folder of this process alone for Ray's session; removed at the end, as are those of the dead."""
+    """Yield this process's own folder for Ray's session; removed at the end, as are those of the dead."""
     root = _private_root()
     _remove_abandoned(root)
     folder = Path(tempfile.mkdtemp(prefix="r", dir=root))
     with (folder / _IN_USE).open("w") as mark:
-        fcntl.flock(mark, fcntl.LOCK_EX)  # the kernel lets go of it when the process dies, however it dies
+        fcntl.flock(mark, fcntl.LOCK_EX)  # the kernel releases it however the process dies
         try:
             yield folder
         except Interrupted:  # Ray still writes there; the next start removes it
@@ -263,7 +263,7 @@ def _private_folder() -> Iterator[Path]:
 
 
 def _private_root() -> Path:
-    """A folder under the temporary folder that belongs to this user and is closed to others."""
+    """Return a folder under the temporary folder that belongs to this user and is closed to others."""
     base = Path(tempfile.gettempdir())
     root = base / f"hqlabel-{os.getuid()}"
     if len(os.fsencode(root)) > _LONGEST_ROOT:

@@ -1,6 +1,6 @@
-"""`hqlabel doctor`: what this machine brings, and what would stop a job here, before any job is run.
+"""`hqlabel doctor`: what this machine offers, and what would stop a job here, before any job is run.
 
-Every check is a `Finding`; one that fails ends the command with exit code 4. Probes ask the real
+Every check is a `Finding`; one that fails ends the command with exit code 4. Probes use the real
 thing: an object is written and read back, Ray is started and runs a task, the weights are read whole.
 """
 
@@ -53,9 +53,9 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 _SMALL_SHM = 2 * 2**30
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
-    """One thing looked at: `area` groups, `name` says what, `text` what was found and what to do."""
+    """One thing checked. `area`: its group; `name`: what; `text`: what was found and what to do."""
 
     area: str
     name: str
@@ -64,9 +64,9 @@ class Finding:
 
 
 def run(config: Config, *, with_ray: bool, json: bool) -> int:
-    """Look at everything, print it, and return 0, or 4 when something would stop a job."""
+    """Check everything, print it, and return 0, or 4 when something would stop a job."""
     findings: list[Finding] = []
-    for finding in _look(config, with_ray):
+    for finding in _check(config, with_ray):
         findings.append(finding)
         if not json:
             _print(finding, first_of_area=len(findings) < 2 or findings[-2].area != finding.area)
@@ -79,7 +79,7 @@ def run(config: Config, *, with_ray: bool, json: bool) -> int:
     return 4 if failed else 0
 
 
-def _look(config: Config, with_ray: bool) -> Iterator[Finding]:
+def _check(config: Config, with_ray: bool) -> Iterator[Finding]:
     yield from versions()
     yield from environment()
     yield from machine()
@@ -94,57 +94,49 @@ def _look(config: Config, with_ray: bool) -> Iterator[Finding]:
 
 
 def versions() -> Iterator[Finding]:
-    """Python, the packages below us against their security floors, and which extras are there."""
+    """Python, the packages against their security floors, and which extras are installed."""
+    yield Finding("versions", "hqlabel", "ok", _version("hqlabel") or "not installed: a checkout")
     yield Finding(
-        area="versions", name="hqlabel", state="ok", text=_version("hqlabel") or "not installed: a checkout"
-    )
-    yield Finding(
-        area="versions",
-        name="python",
-        state="ok",
-        text=f"{platform.python_version()} ({platform.platform()})",
+        "versions",
+        "python",
+        "ok",
+        f"{platform.python_version()} ({platform.platform()})",
     )
     for package in _SHOWN_PACKAGES:
         found = _version(package)
         floor = _FLOORS.get(package)
         if found is None:
-            yield Finding(area="versions", name=package, state="fail", text="not installed; run `make setup`")
+            yield Finding("versions", package, "fail", "not installed; run `make setup`")
         elif floor is not None and _numbers(found) < floor:
             wanted = ".".join(map(str, floor))
-            yield Finding(
-                area="versions", name=package, state="fail", text=f"{found}; wanted {wanted} or later"
-            )
+            yield Finding("versions", package, "fail", f"{found}; wanted {wanted} or later")
         else:
-            yield Finding(area="versions", name=package, state="ok", text=found)
+            yield Finding("versions", package, "ok", found)
     for package, extra in _EXTRAS.items():
         found = _version(package)
         text = found or f"not installed; needed for it: pip install 'hqlabel[{extra}]'"
-        yield Finding(area="versions", name=package, state="ok" if found else "note", text=text)
+        yield Finding("versions", package, "ok" if found else "note", text)
 
 
 def environment() -> Iterator[Finding]:
-    """The environment variables that a job refuses to start with."""
+    """Check the environment variables that a job refuses to start with."""
     found = loosening_in(os.environ, REFUSED)
     for name, why in found.items():
-        yield Finding(area="environment", name=name, state="fail", text=f"is set: it {why}; unset it")
+        yield Finding("environment", name, "fail", f"is set: it {why}; unset it")
     if not found:
         text = f"none of the {len(REFUSED)} variables that a job refuses is set"
-        yield Finding(area="environment", name="switches", state="ok", text=text)
+        yield Finding("environment", "switches", "ok", text)
 
 
 def machine() -> Iterator[Finding]:
     """CPU, memory, shared memory and GPUs, and the number format the model would use on each."""
     flags = " ".join(_cpu_flags()) or "no flags known"
     cores = f"{usable_cpus()} of {os.cpu_count()} cores usable; {flags}"
-    yield Finding(
-        area="machine", name="cpu", state="ok", text=f"{cores}; model.dtype auto: {probe_dtype('cpu')}"
-    )
-    yield Finding(area="machine", name="memory", state="ok", text=console.size(memory_bytes()))
+    yield Finding("machine", "cpu", "ok", f"{cores}; model.dtype auto: {probe_dtype('cpu')}")
+    yield Finding("machine", "memory", "ok", console.size(memory_bytes()))
     yield from _shared_memory()
     if not torch.cuda.is_available():
-        yield Finding(
-            area="machine", name="gpu", state="note", text="none: the model runs on the CPU, slowly"
-        )
+        yield Finding("machine", "gpu", "note", "none: the model runs on the CPU, slowly")
     for index in range(torch.cuda.device_count()):
         yield _gpu(index)
 
@@ -156,9 +148,9 @@ def _shared_memory() -> Iterator[Finding]:
     free = shutil.disk_usage(shm).free
     if free < _SMALL_SHM:
         text = f"{console.size(free)} free in /dev/shm, the rest goes to disk; containers: --shm-size=4g"
-        yield Finding(area="machine", name="shared memory", state="note", text=text)
+        yield Finding("machine", "shared memory", "note", text)
     else:
-        yield Finding(area="machine", name="shared memory", state="ok", text=f"{console.size(free)} free")
+        yield Finding("machine", "shared memory", "ok", f"{console.size(free)} free")
 
 
 def _gpu(index: int) -> Finding:
@@ -167,37 +159,37 @@ def _gpu(index: int) -> Finding:
         facts = torch.cuda.get_device_properties(index)
         torch.zeros(1, device=f"cuda:{index}").add_(1).item()
     except RuntimeError as error:
-        return Finding(area="machine", name=name, state="fail", text=f"does not compute: {error}")
+        return Finding("machine", name, "fail", f"does not compute: {error}")
     text = (
         f"{facts.name}, {console.size(facts.total_memory)}; model.dtype auto: {probe_dtype(f'cuda:{index}')}"
     )
-    return Finding(area="machine", name=name, state="ok", text=text)
+    return Finding("machine", name, "ok", text)
 
 
 def checkpoint(config: Config) -> Finding:
-    """Whether the checkpoint is whole and of a known architecture, with its sha256 and licence."""
+    """Check whether the checkpoint is whole and of a known architecture, with its sha256 and licence."""
     try:
         weights = read_checkpoint(config)
     except HqlabelError as error:
-        return Finding(area="job", name="checkpoint", state="fail", text=str(error))
+        return Finding("job", "checkpoint", "fail", str(error))
     parts = [weights.architecture, f"input side {weights.input_side}", f"sha256 {weights.sha256}"]
     parts.append(f"licence {weights.license}" if weights.license else "licence unknown: ask its publisher")
     parts += [note for note in (weights.note, weights.warning) if note]
     state: State = "note" if weights.warning else "ok"
-    return Finding(area="job", name="checkpoint", state=state, text="; ".join(parts))
+    return Finding("job", "checkpoint", state, "; ".join(parts))
 
 
 def detector(config: Config) -> Finding:
-    """Whether the detector loads and answers a blank picture, with its fingerprint and licence."""
+    """Check whether the detector loads and answers a blank picture, with its fingerprint and licence."""
     try:
         found = read_detector(config)
     except HqlabelError as error:
-        return Finding(area="job", name="detector", state="fail", text=str(error))
-    return Finding(area="job", name="detector", state="ok", text=str(found))
+        return Finding("job", "detector", "fail", str(error))
+    return Finding("job", "detector", "ok", str(found))
 
 
 def output(config: Config) -> Finding:
-    """Whether this user may write, create once, read and list at the output; a probe is written there."""
+    """Check whether this user may write, create once, read and list at the output; writes a probe."""
     place = output_place(config)
     try:
         store = Store(place)
@@ -206,13 +198,11 @@ def output(config: Config) -> Finding:
         sound = created and not again and store.read(key) == b"probe" and bool(store.list(key))
         left = _remove_probe(config, key)
     except HqlabelError as error:
-        return Finding(area="job", name="output", state="fail", text=str(error))
+        return Finding("job", "output", "fail", str(error))
     if not sound:
         text = f"{place.uri} does not keep the first of two writers; a job there could lose work"
-        return Finding(area="job", name="output", state="fail", text=text)
-    return Finding(
-        area="job", name="output", state="ok", text=f"{place.uri}: write once, read, list work{left}"
-    )
+        return Finding("job", "output", "fail", text)
+    return Finding("job", "output", "ok", f"{place.uri}: write once, read, list work{left}")
 
 
 def _remove_probe(config: Config, key: str) -> str:
@@ -220,7 +210,7 @@ def _remove_probe(config: Config, key: str) -> str:
         Store(output_place(config)).delete([key])
     except HqlabelError:
         return f"; no right to delete (only `clean` needs it), so {key} stays"
-    if is_local(config.output.uri or ""):  # leave no empty folders behind where there were none
+    if is_local(config.output.uri or ""):  # leave no new empty folder behind
         folder = Path(output_place(config).uri)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -228,7 +218,7 @@ def _remove_probe(config: Config, key: str) -> str:
 
 
 def ray(config: Config) -> Finding:
-    """Whether Ray starts here, or the named cluster answers, and runs a task."""
+    """Check whether Ray starts here, or the named cluster answers, and runs a task."""
     try:
         with running_ray(config.cluster, os.environ) as info:
             import ray as library
@@ -238,11 +228,11 @@ def ray(config: Config) -> Finding:
 
             answer = library.get(library.remote(num_cpus=0.1)(where).remote(), timeout=120)
     except HqlabelError as error:
-        return Finding(area="ray", name="ray", state="fail", text=str(error))
+        return Finding("ray", "ray", "fail", str(error))
     except Exception as error:
         reason = clean_text(f"{type(error).__name__}: {error}".splitlines()[0])
-        return Finding(area="ray", name="ray", state="fail", text=f"no task ran within 120 s: {reason}")
-    return Finding(area="ray", name="ray", state="ok", text=f"{info}; a task ran in process {answer}")
+        return Finding("ray", "ray", "fail", f"no task ran within 120 s: {reason}")
+    return Finding("ray", "ray", "ok", f"{info}; a task ran in process {answer}")
 
 
 def _print(finding: Finding, *, first_of_area: bool) -> None:

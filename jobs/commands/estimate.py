@@ -1,4 +1,4 @@
-"""Some images of a plan the whole way, to say what all of them would take; nothing of it stays.
+"""Some images of a plan, end to end, to estimate what all of them would take; nothing of it is kept.
 
 The sample is spread evenly over the plan and runs through the very stages of a job, on the same machine or
 cluster, with an output in a temporary folder. The rate is taken after every model process has finished
@@ -40,7 +40,7 @@ class Measured:
     """What a sample took. `start_s`: Ray and the models, once a job.
 
     `row_bytes`: of its rows in the published tables, compressed; `part_bytes`: what the two files of a part
-    hold beside rows. `actors`: model processes; `gpus`: devices they hold together, 0 on the CPU.
+    hold besides rows. `actors`: model processes; `gpus`: devices they hold together, 0 on the CPU.
     """
 
     images: int
@@ -85,7 +85,7 @@ def measure(
     segmenter: str | None = None,
     detector: JobDetector | None = None,
 ) -> Measured:
-    """What `sample` images of the plan took, or all when it has fewer.
+    """Return what `sample` images of the plan took, or all when it has fewer.
 
     `segmenter`: another factory than the model's; see `JobContext.segmenter`.
 
@@ -142,7 +142,7 @@ def measure(
 
 
 def sampled_plan(plan: Plan, sample: int, *, actors: int) -> Plan:
-    """`sample` rows of the plan, evenly spread, in units small enough that each actor gets several."""
+    """Return `sample` rows of the plan, evenly spread, in units small enough that each actor gets several."""
     rows = plan.table.num_rows
     if rows == 0:
         raise JobRefused("there is no image to measure with")
@@ -156,7 +156,7 @@ def sampled_plan(plan: Plan, sample: int, *, actors: int) -> Plan:
 
 
 def _published(context: JobContext, filters: FilterSettings) -> tuple[int, int, Counts]:
-    """The sample as one part: bytes of its rows, bytes beside them; its small unit files say neither."""
+    """Publish the sample as one part: bytes of its rows, other bytes; its small unit files tell neither."""
     store = Store(context.output)
     units = tuple(list_committed(store).values())
     part = publish_part(PartTask(context=context, index=0, part_units=units, filters=filters))
@@ -173,7 +173,7 @@ class _Clock:
         self._came: list[tuple[float, UnitOutcome]] = []
 
     def add(self, outcome: UnitOutcome) -> None:
-        """None; one unit more is finished."""
+        """Count a finished unit."""
         self._came.append((time.monotonic() - self._began, outcome))
 
     def measured(

@@ -22,7 +22,7 @@ from jobs.cluster.run_units import save_config
 from jobs.config import Config, ConfigSources
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.saved_job import SavedJob, open_saved
-from jobs.results.read_tables import require_published, rows_between
+from jobs.results.read_tables import require_published, row_groups
 from jobs.terminal import console
 from pipeline import schema
 from pipeline.errors import UsageError
@@ -45,7 +45,7 @@ class Source:
 
 
 def run(given: ConfigSources, outputs: Sequence[str], *, json: bool) -> int:
-    """Write the merged tables into the empty output that `given` names, say what was doubled, return 0.
+    """Write the merged tables into the empty output that `given` names, report doubled rows, return 0.
 
     Raises:
         UsageError: fewer than two outputs, or the new one is not empty, or classes contradict each other.
@@ -88,11 +88,11 @@ def _source(number: int, uri: str) -> Source:
 
 
 def choose(sources: Sequence[Source]) -> tuple[pa.Table, int]:
-    """Every image once, sorted by id, with the `source` it is taken from; and how many had several."""
+    """Return every image once, sorted by id, with the `source` it is from; and how many rows are older."""
     tables = []
     for source in sources:
         for part in source.manifest.parts:
-            for rows in rows_between(source.saved.store, part.images, schema.IMAGES, _KEYS):
+            for rows in row_groups(source.saved.store, part.images, schema.IMAGES, _KEYS):
                 number = pa.array(np.full(rows.num_rows, source.number, np.int32))
                 good = pc.cast(pc.not_equal(rows["status"], "failed"), pa.int8())
                 tables.append(pa.table({"image_id": rows["image_id"], "source": number,
@@ -110,7 +110,7 @@ def choose(sources: Sequence[Source]) -> tuple[pa.Table, int]:
 
 
 def _names_by_id(sources: Sequence[Source]) -> dict[int, dict[int, str]]:
-    """Return the names of each source's classes by id; ids without a name are left out."""
+    """Return the names of each source's classes by id; ids without a name are skipped."""
     return {
         source.number: {
             int(one["id"]): str(one["name"]) for one in source.saved.job.categories if one["name"]
@@ -120,7 +120,7 @@ def _names_by_id(sources: Sequence[Source]) -> dict[int, dict[int, str]]:
 
 
 def _renumbering(names: Mapping[int, Mapping[int, str]]) -> dict[str, int] | None:
-    """New ids by name, when one id means two classes or one class has two ids; else None.
+    """Return new ids by name, when one id means two classes or one class has two ids; else None.
 
     Ids made from names count the names of one output alone, so that two outputs may contradict.
     """
@@ -162,7 +162,7 @@ def _open_merged_job(
 
 
 def _merged_config(sources: Sequence[Source], output: str) -> Config:
-    """The newest source's configuration, which may read the images of all."""
+    """Return the newest source's configuration, which may read the images of all."""
     newest = max(sources, key=lambda source: source.manifest.published_at).saved.config
     places = [place for source in sources for place in (source.saved.config.input.images,) if place]
     roots = [root for source in sources for root in source.saved.config.input.allow_roots]
@@ -228,7 +228,7 @@ def _rows(
             continue
         low, high = mine[0].as_py(), mine[-1].as_py()
         for part in source.manifest.parts:
-            for rows in rows_between(source.saved.store, getattr(part, table), kind, kind.names, low, high):
+            for rows in row_groups(source.saved.store, getattr(part, table), kind, kind.names, low, high):
                 rows = rows.filter(pc.is_in(rows["image_id"], mine))
                 found.append(rows if names is None else _named(rows, names[source.number]))
     keys = ["image_id", *(["instance_index"] if table == "instances" else [])]

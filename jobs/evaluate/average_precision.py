@@ -91,7 +91,7 @@ class Pair:
 
 
 def require_library() -> None:
-    """None; raises UsageError, with what to install, when faster-coco-eval is not there."""
+    """Raise UsageError, with what to install, when faster-coco-eval is missing."""
     try:
         import faster_coco_eval  # noqa: F401
     except ImportError:

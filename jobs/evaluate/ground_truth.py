@@ -1,8 +1,8 @@
 """Ground truth: a COCO instances file with masks, read record by record, every mask as compressed runs.
 
-Other programs write such files, each with its own habits, and the C code of pycocotools looks at nothing:
+Other programs write such files, each with its own habits, and the C code of pycocotools checks nothing:
 runs that stop early make it loop for ever, a point at 1e8 fills the memory, four numbers become a box. So
-every number is looked at here before any work, and docs/results.md says for each habit what becomes of it:
+every number is checked here before any work, and docs/results.md says for each habit what becomes of it:
 read as pycocotools reads it, read by a rule and counted, or refused with the record's id.
 """
 
@@ -99,11 +99,11 @@ def read_truth(uri: str, access: AccessRules, *, classes: bool = True) -> Truth:
     Args:
         uri: the file.
         access: how its store is reached.
-        classes: False when classes do not count: categories are then neither needed nor looked at.
+        classes: False when classes do not count: categories are then neither needed nor read.
 
     Raises:
         JobRefused: no such file, no JSON of that shape, or records that cannot be used. Says of each kind of
-            fault how many there are, and the ids of a few, so that a file can be mended in one go.
+            fault how many there are, and the ids of a few, so that a file can be fixed in one go.
     """
     lists = ("images", "annotations", *(("categories",) if classes else ()))
     lines: dict[str, list[Lines]] = {name: [] for name in lists}
@@ -172,7 +172,7 @@ class _Wrongs:
         more = [f"{len(said) - _KINDS} kinds of fault more"] if len(said) > _KINDS else []
         what = ", ".join(said[:_KINDS] + more)
         raise JobRefused(
-            f"{self._uri}: {self._plural} that cannot be used: {what}. Mend them or take them out of the file"
+            f"{self._uri}: {self._plural} that cannot be used: {what}. Fix them or take them out of the file"
         )
 
 
@@ -195,7 +195,7 @@ def _records(blocks: Sequence[Lines], wrongs: _Wrongs) -> Iterator[tuple[str, Re
 
 
 def _shown(value: object) -> str:
-    """What stands there, as JSON, in short and clean."""
+    """Return the value as JSON, short and clean."""
     text = clean_text(json.dumps(value))
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
@@ -304,7 +304,7 @@ def _category_id(record: Record, name: str) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Draft:
-    """An annotation whose runs have not been looked at; area and box are None where the file has none.
+    """An annotation whose runs are unchecked; area and box are None where the file has none.
 
     `counts`: as the file has them, or text when the mask was drawn here (`drawn`).
     """
@@ -470,14 +470,7 @@ def _finished(draft: _Draft, rules: Counter[str]) -> TruthObject:
 
 
 def _box_iou(one: Box, other: Box) -> float:
-    """Intersection over union of two boxes, (x, y, width, height); 0 where neither has an area."""
-    sides = [
-        max(0.0, min(one[axis] + one[axis + 2], other[axis] + other[axis + 2]) - max(one[axis], other[axis]))
-        for axis in (0, 1)
-    ]
-    both = sides[0] * sides[1]
-    either = one[2] * one[3] + other[2] * other[3] - both
-    return both / either if either > 0 else 0.0
+    return float(coco_mask.iou(np.array([one]), np.array([other]), [0])[0, 0])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -486,7 +479,7 @@ def _box_iou(one: Box, other: Box) -> float:
 
 
 def _counts(record: Record, size_hw: tuple[int, int], rules: Counter[str]) -> object:
-    """The mask as compressed runs: made from polygons or a list of runs, else as given, not looked at yet."""
+    """The mask as compressed runs: made from polygons or a list of runs, else as given, unchecked."""
     found = record.get("segmentation")
     if found in (None, [], {}):
         raise _Wrong("without a mask", _found(record, "segmentation"))
@@ -520,7 +513,7 @@ def _counts_of_polygons(found: list[Any], size_hw: tuple[int, int], rules: Count
     """The union of polygons, drawn by pycocotools' own frPyObjects, once nothing can go wrong in there.
 
     It takes lists of four numbers for boxes, and a part of one or two points encloses no pixel: such a part
-    is left out, as detectron2 and MMDetection do, and counted.
+    is skipped, as detectron2 and MMDetection do, and counted.
     """
     if not isinstance(found[0], list | dict | str):
         found = [found]
@@ -536,7 +529,7 @@ def _counts_of_polygons(found: list[Any], size_hw: tuple[int, int], rules: Count
     if not whole:
         raise _Wrong("with polygons of fewer than three points", f"{max(map(len, sound))} numbers")
     if len(whole) < len(sound):
-        rules["annotations with parts of one or two points, which enclose nothing: left out"] += 1
+        rules["annotations with parts of one or two points, which enclose nothing: skipped"] += 1
     _check_reach(whole, size_hw)
     if all(part.min() >= 0 and part.max() <= 1 for part in whole):
         rules["annotations with polygons within 0 to 1 (shares of the picture? wanted: pixels)"] += 1
@@ -554,7 +547,7 @@ def _check_reach(parts: Sequence[Float64Array], size_hw: tuple[int, int]) -> Non
     """Return when pycocotools can walk these outlines.
 
     Raises:
-        _Wrong: a point is not finite or too far away, or the way from point to point is too long.
+        _Wrong: a point is not finite or too far away, or the outline is too long.
     """
     numbers = np.concatenate(parts)
     longer, low, high = max(size_hw), float(numbers.min()), float(numbers.max())

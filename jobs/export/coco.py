@@ -85,20 +85,20 @@ def _category_map(source: Source, numbers: Mapping[int, int]) -> list[dict[str, 
 
 
 class _Records:
-    """Records of JSON as they stand in a file, separated: one buffer, not an object for each."""
+    """Records of JSON as they are in a file, separated: one buffer, not an object for each."""
 
     def __init__(self) -> None:
         self.number = 0
         self._text = io.BytesIO()
 
     def add(self, text: str) -> None:
-        """None; one record more."""
+        """Append a record."""
         self._text.write(b",\n" if self.number else b"")
         self._text.write(text.encode())
         self.number += 1
 
     def view(self) -> memoryview:
-        """What is there so far, UTF-8; not a copy."""
+        """Return the text so far, UTF-8; not a copy."""
         return self._text.getbuffer()
 
 
@@ -110,7 +110,7 @@ class _Body:
     annotations: _Records = field(default_factory=_Records)
 
     def is_full(self, more: int, per_file: int) -> bool:
-        """Whether another image with so many annotations belongs into the next file."""
+        """Return whether an image with that many more annotations belongs in the next file."""
         too_many = self.annotations.number + more > per_file or self.images.number >= per_file
         return bool(self.images.number) and too_many
 
@@ -128,7 +128,7 @@ class _Frame:
         self._categories = json.dumps(categories, ensure_ascii=False)
 
     def around(self, body: _Body) -> bytes:
-        """The whole file."""
+        """Return the whole file."""
         head = f'{{"info":{self._info},"images":[\n'.encode()
         tail = f'\n],"categories":{self._categories}}}\n'.encode()
         between = b'\n],"annotations":[\n'
@@ -143,13 +143,13 @@ class _Ids:
         self._waiting: list[tuple[int, str, str]] = []
 
     def add(self, number: int, image_id: str, file_name: str) -> None:
-        """None; one image more."""
+        """Append an image."""
         self._waiting.append((number, image_id, file_name))
         if len(self._waiting) >= 8192:
             self._write()
 
     def finish(self) -> bytes:
-        """The whole file."""
+        """Return the whole file."""
         self._write()
         return self._sink.finish()
 
@@ -161,7 +161,7 @@ class _Ids:
 
 
 def _ids_are_numbers(source: Source) -> bool:
-    """Whether every image_id is a plain decimal number, as it is when the job's input was COCO."""
+    """Return whether every image_id is a plain decimal number, as it is when the job's input was COCO."""
     for part in source.manifest.parts:
         for group in row_groups(source.store, part.images, schema.IMAGES, ["image_id"]):
             for image_id in group["image_id"].to_pylist():
@@ -207,7 +207,7 @@ def _region(row: Row, image: Row) -> Row:
 
 
 def _annotation(row: Row, number: int, image: int, category: int) -> str:
-    """One annotation; written by hand, because `json.dumps` of a dict each takes three times as long."""
+    """Return an annotation; written by hand, because `json.dumps` of a dict takes three times as long."""
     rle, (x, y, width, height) = row["segmentation"], (int(value) for value in row["bbox"])
     counts = rle["counts"].replace("\\", "\\\\")  # the only character of runs that JSON escapes
     box_id = "null" if row["box_id"] is None else json.dumps(row["box_id"])

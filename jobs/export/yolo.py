@@ -42,7 +42,7 @@ class Loss:
     of_classes: Counter[int] = field(default_factory=Counter)
 
     def add(self, iou: float) -> None:
-        """None; one polygon more."""
+        """Count one polygon."""
         self.number += 1
         self.total += iou
         self.least = min(self.least, iou)
@@ -50,11 +50,11 @@ class Loss:
 
     @property
     def mean(self) -> float | None:
-        """The mean IoU, None for no polygon."""
+        """Return the mean IoU, None for no polygon."""
         return self.total / self.number if self.number else None
 
     def sentence(self) -> str:
-        """What the polygons cost, for people."""
+        """Return what the polygons cost, as text."""
         if self.mean is None:
             return "no mask was written"
         low = f"{console.count(self.low, 'mask')} below {_LOW:g}"

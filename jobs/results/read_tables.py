@@ -1,4 +1,4 @@
-"""Some rows out of published tables of any size: footers first, then only the row groups in question.
+"""Some rows of published tables of any size: footers first, then only the row groups concerned.
 
 Parts are in the order of image ids, and so are the rows in them: an image is found by the least and
 greatest id that each row group's footer states.
@@ -38,7 +38,7 @@ class ImageRows:
 
 
 def require_published(store: Store) -> Manifest:
-    """The manifest of the tables in a store; JobRefused when nothing is published there."""
+    """Return the manifest of the tables in a store; JobRefused when nothing is published there."""
     manifest = read_manifest(store)
     if manifest is None or not manifest.parts:
         raise JobRefused(f"{store.place.uri}: no tables are published here yet; see hqlabel publish --help")
@@ -46,17 +46,12 @@ def require_published(store: Store) -> Manifest:
 
 
 def find_image(store: Store, manifest: Manifest, image_id: str) -> ImageRows | None:
-    """The rows of one image, or None when no part has it."""
-    for part in manifest.parts:
-        images = _rows_of(store, part.images, schema.IMAGES, image_id)
-        if images:
-            instances = _rows_of(store, part.instances, schema.INSTANCES, image_id)
-            return ImageRows(image=images[0], instances=tuple(instances))
-    return None
+    """Return the rows of one image, or None when no part has it."""
+    return find_images(store, manifest, [image_id]).get(image_id)
 
 
 def find_images(store: Store, manifest: Manifest, image_ids: Collection[str]) -> dict[str, ImageRows]:
-    """The rows of several images by id; those that no part has are left out. Each row group is read once."""
+    """Return the rows of several images by id, those that some part has. Each row group is read once."""
     wanted = sorted(set(image_ids), key=str.encode)
     images: dict[str, Row] = {}
     instances: dict[str, list[Row]] = {image_id: [] for image_id in wanted}
@@ -68,20 +63,20 @@ def find_images(store: Store, manifest: Manifest, image_ids: Collection[str]) ->
 
 
 def sample_labelled(store: Store, manifest: Manifest, number: int) -> list[ImageRows]:
-    """Up to `number` images with a mask, spread evenly over the tables; the same ones every time."""
+    """Return up to `number` images with a mask, spread evenly over the tables; the same ones every time."""
     parts = [part for part in manifest.parts if part.counts.masks]
     chosen: list[ImageRows] = []
     for part, share in zip(_spread(parts, number), _shares(len(parts), number), strict=True):
         ids = _labelled_ids(store, part.images)
         for image_id in _spread(ids, share):
-            found = _rows_of(store, part.images, schema.IMAGES, image_id)
-            instances = _rows_of(store, part.instances, schema.INSTANCES, image_id)
-            chosen.append(ImageRows(image=found[0], instances=tuple(instances)))
+            [image] = _rows_in(store, part.images, schema.IMAGES, [image_id])
+            instances = _rows_in(store, part.instances, schema.INSTANCES, [image_id])
+            chosen.append(ImageRows(image=image, instances=tuple(instances)))
     return chosen
 
 
 def failed_examples(store: Store, manifest: Manifest, *, per_code: int = 2) -> dict[str, list[Row]]:
-    """For every code that images failed with, up to `per_code` of their rows; reads until it has them."""
+    """Return up to `per_code` rows of images for every code they failed with; reads until it has them."""
     examples: dict[str, list[Row]] = {code: [] for code in manifest.counts.failed}
     columns = ["image_id", "image_uri", "error_code", "error_message"]
     for part in manifest.parts:
@@ -96,7 +91,7 @@ def failed_examples(store: Store, manifest: Manifest, *, per_code: int = 2) -> d
 
 
 def failed_units(store: Store, file: PartFile, codes: Sequence[str]) -> dict[int, int]:
-    """Of one images part, how many images of each unit failed with one of `codes` (empty: with any)."""
+    """Return how many images of each unit of a part failed with one of `codes` (empty: with any)."""
     found: dict[int, int] = {}
     for table in row_groups(store, file, schema.IMAGES, ["unit_id", "error_code"]):
         failed = table.filter(table["error_code"].is_valid())
@@ -107,22 +102,14 @@ def failed_units(store: Store, file: PartFile, codes: Sequence[str]) -> dict[int
     return found
 
 
-def _rows_of(store: Store, file: PartFile, kind: pa.Schema, image_id: str) -> list[Row]:
-    return list(_rows_in(store, file, kind, [image_id]))
-
-
 def _rows_in(store: Store, file: PartFile, kind: pa.Schema, image_ids: Sequence[str]) -> Iterator[Row]:
-    """The rows of these images (sorted by UTF-8 bytes), group by group."""
+    """Yield the rows of these images (sorted by UTF-8 bytes), group by group."""
     with store.open_parquet(file.key) as stream, sealed_parquet.open_body(stream, kind, file.key) as body:
         for group in range(body.num_row_groups):
-            held = [image_id for image_id in image_ids if _may_hold(body, group, image_id)]
+            held = [image_id for image_id in image_ids if _may_meet(body, group, image_id, image_id)]
             if held:
                 table = body.read_row_group(group)
                 yield from table.filter(pc.is_in(table["image_id"], pa.array(held, pa.string()))).to_pylist()
-
-
-def _may_hold(body: pq.ParquetFile, group: int, image_id: str) -> bool:
-    return _may_meet(body, group, image_id, image_id)
 
 
 def _may_meet(body: pq.ParquetFile, group: int, low: str, high: str) -> bool:
@@ -147,14 +134,7 @@ def _labelled_ids(store: Store, file: PartFile) -> list[str]:
     ]
 
 
-def row_groups(store: Store, file: PartFile, kind: pa.Schema, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The row groups of a part one after another, with these columns of `kind`."""
-    with store.open_parquet(file.key) as stream, sealed_parquet.open_body(stream, kind, file.key) as body:
-        for group in range(body.num_row_groups):
-            yield body.read_row_group(group, columns=list(columns))
-
-
-def rows_between(
+def row_groups(
     store: Store,
     file: PartFile,
     kind: pa.Schema,
@@ -162,7 +142,7 @@ def rows_between(
     low: str | None = None,
     high: str | None = None,
 ) -> Iterator[pa.Table]:
-    """The row groups of a part that may hold an image_id from `low` to `high` (None: all), whole."""
+    """Yield the row groups of a part that may hold an image_id from `low` to `high` (None: all)."""
     with store.open_parquet(file.key) as stream, sealed_parquet.open_body(stream, kind, file.key) as body:
         for group in range(body.num_row_groups):
             if low is None or high is None or _may_meet(body, group, low, high):
@@ -170,7 +150,7 @@ def rows_between(
 
 
 def _spread(items: Sequence[T], number: int) -> list[T]:
-    """Up to `number` of the items, evenly spaced, first and last among them when there are two or more."""
+    """Return up to `number` of the items, evenly spaced, the first and last among them if two or more."""
     if len(items) <= number:
         return list(items)
     if number == 1:
@@ -179,6 +159,6 @@ def _spread(items: Sequence[T], number: int) -> list[T]:
 
 
 def _shares(parts: int, number: int) -> list[int]:
-    """How many images each of the chosen parts gives, `number` together."""
+    """Return how many images each of the chosen parts gives, `number` together."""
     chosen = min(parts, number)
     return [number * (place + 1) // chosen - number * place // chosen for place in range(chosen)]
