@@ -1,15 +1,8 @@
 import pytest
 import torch
 
-from model.kernels import (
-    TORCH_NORM_EPS,
-    VIT_NORM_EPS,
-    LayerNorm2d,
-    cells_to_map,
-    dot_maskfeature,
-    upscale_cells,
-)
-from model.mask_decoder import image_products, upscaling
+from model.kernels import TORCH_NORM_EPS, VIT_NORM_EPS
+from model.mask_decoder import image_products
 from model.transformer import Attention
 from tests.model.plain_decoder import plain_decode
 from tests.parity.lively import SMALL_VITS, lively
@@ -62,15 +55,6 @@ def test_masks_not_asked_for_are_not_made_and_change_nothing(model):
     assert none.sam_NKHW.shape == (2, 0, *every.hq_NHW.shape[1:])
 
 
-@torch.no_grad()
-def test_upscaling_by_matrix_products_is_upscaling_by_transposed_convolutions():
-    x_BGGC = torch.randn(3, 6, 6, 12)
-    for layers in (upscaling(12, 8, 5), upscaling(12, 8, 5, torch.nn.GELU())):
-        mapped = cells_to_map(upscale_cells(layers, x_BGGC.flatten(0, 2)), 6)
-
-        assert torch.allclose(mapped, layers(x_BGGC.permute(0, 3, 1, 2)), atol=1e-5)
-
-
 @pytest.mark.parametrize("tokens", [1, 8, 23])
 @torch.no_grad()
 def test_few_tokens_asked_by_many_give_what_attention_gives(tokens):
@@ -81,15 +65,6 @@ def test_few_tokens_asked_by_many_give_what_attention_gives(tokens):
     plain = layer.attend(torch.nn.functional.linear(x, layer.q_proj.weight) + pe, k, v)
 
     assert torch.allclose(layer.add_attended_few(x, pe, k, v), x + plain, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_contracted_convolution_is_the_dot_product_with_its_output():
-    feature = lively(SMALL_VITS["grid14-window7"]).mask_decoder.embedding_maskfeature
-    x, vector = torch.randn(3, 16, 12, 10), torch.randn(3, 16)
-    plain = torch.einsum("nu,nuhw->nhw", vector, feature(x))
-
-    assert torch.allclose(dot_maskfeature(feature, x, vector), plain, atol=1e-4)
 
 
 def test_image_products_are_those_of_gathered_features():
@@ -116,14 +91,6 @@ def test_every_norm_has_the_epsilon_the_weights_were_trained_with(model):
         in_transformer = name.startswith("mask_decoder.transformer.")
         assert module.eps == (TORCH_NORM_EPS if in_transformer else VIT_NORM_EPS), name
     assert (TORCH_NORM_EPS, VIT_NORM_EPS) == (1e-5, 1e-6)
-
-
-def test_a_channel_norm_is_over_channels_with_the_biased_variance():
-    x, norm = torch.randn(2, 5, 3, 4, dtype=torch.float64), LayerNorm2d(5).double()
-    centred = x - x.mean(1, keepdim=True)
-    expected = centred / (centred.pow(2).mean(1, keepdim=True) + 1e-6).sqrt()
-
-    assert torch.allclose(norm(x), expected)
 
 
 def test_losses_on_mask_iou_and_hq_reach_every_weight(model):

@@ -1,11 +1,20 @@
-"""The roads for inference against the plain definition of attention with relative position."""
+"""The fast paths of inference against their plain definitions."""
 
 import pytest
 import torch
 
 from model import kernels
 from model.image_encoder import from_windows, to_windows, window_rows
-from model.kernels import blocked_attention, folded_attention, plain_attention
+from model.kernels import (
+    LayerNorm2d,
+    blocked_attention,
+    cells_to_map,
+    dot_maskfeature,
+    folded_attention,
+    plain_attention,
+    upscale_cells,
+)
+from model.mask_decoder import upscaling
 from tests.parity.lively import SMALL_VITS, lively
 
 # Squares, heads, side, width of a head: small sides are folded, large ones go strip by strip.
@@ -21,17 +30,17 @@ def squares(shape, dtype=torch.float32):
 
 
 def blocked(q, k, v, table_h, table_w):
-    """`blocked_attention` with the arguments and the result of the plain road."""
+    """`blocked_attention` with the arguments and the result of `plain_attention`."""
     q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
     return blocked_attention(q, k, v, table_h, table_w).unflatten(2, (q.shape[0], -1)).transpose(1, 2)
 
 
-@pytest.mark.parametrize("road", [blocked, folded_attention])
+@pytest.mark.parametrize("path", [blocked, folded_attention])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_road_gives_the_plain_definition(road, shape):
+def test_every_path_gives_the_plain_definition(path, shape):
     given = squares(shape)
 
-    assert torch.allclose(road(*given), plain_attention(*given), atol=2e-5)
+    assert torch.allclose(path(*given), plain_attention(*given), atol=2e-5)
 
 
 @pytest.mark.parametrize("logits", [1, 3000, 100_000])
@@ -43,12 +52,12 @@ def test_strips_of_any_size_give_the_plain_definition(monkeypatch, logits, shape
     assert torch.allclose(blocked(*given), plain_attention(*given), atol=2e-5)
 
 
-@pytest.mark.parametrize("road", [blocked, folded_attention])
+@pytest.mark.parametrize("path", [blocked, folded_attention])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_in_bfloat16_no_road_is_further_from_the_truth_than_the_plain_one(road, shape):
+def test_in_bfloat16_no_path_is_further_from_the_truth_than_the_plain_one(path, shape):
     given = squares(shape, torch.bfloat16)
     exact = plain_attention(*(x.double() for x in given))
-    theirs, plain = (f(*given).double().sub(exact).square().mean().sqrt() for f in (road, plain_attention))
+    theirs, plain = (f(*given).double().sub(exact).square().mean().sqrt() for f in (path, plain_attention))
 
     assert theirs <= 1.1 * plain
 
@@ -76,3 +85,29 @@ def test_every_block_attends_as_it_does_with_gradients(name):
             fast = block.attend(x)
         assert plain.requires_grad
         assert (fast - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_a_channel_norm_is_over_channels_with_the_biased_variance():
+    x, norm = torch.randn(2, 5, 3, 4, dtype=torch.float64), LayerNorm2d(5).double()
+    centred = x - x.mean(1, keepdim=True)
+    expected = centred / (centred.pow(2).mean(1, keepdim=True) + 1e-6).sqrt()
+
+    assert torch.allclose(norm(x), expected)
+
+
+@torch.no_grad()
+def test_upscaling_by_matrix_products_is_upscaling_by_transposed_convolutions():
+    x_BGGC = torch.randn(3, 6, 6, 12)
+    for layers in (upscaling(12, 8, 5), upscaling(12, 8, 5, torch.nn.GELU())):
+        mapped = cells_to_map(upscale_cells(layers, x_BGGC.flatten(0, 2)), 6)
+
+        assert torch.allclose(mapped, layers(x_BGGC.permute(0, 3, 1, 2)), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_contracted_convolution_is_the_dot_product_with_its_output():
+    feature = lively(SMALL_VITS["grid14-window7"]).mask_decoder.embedding_maskfeature
+    x, vector = torch.randn(3, 16, 12, 10), torch.randn(3, 16)
+    plain = torch.einsum("nu,nuhw->nhw", vector, feature(x))
+
+    assert torch.allclose(dot_maskfeature(feature, x, vector), plain, atol=1e-4)
