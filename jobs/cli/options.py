@@ -114,7 +114,7 @@ JOB = (
         metavar="N",
         kind=int | None,
         least=1,
-        help="Only the first N images in the order of their ids: a cheap first look.",
+        help="Only the first N images in the order of their ids: a cheap first test.",
     ),
     Flag(
         name="--box-format",
@@ -180,7 +180,7 @@ SHARED = (
     Flag(name="--json", kind=bool, panel=_SHARED, help="One JSON object on stdout."),
     Flag(name="--verbose", short=("-v",), kind=bool, panel=_SHARED, help="Show where an error arose."),
 )
-"""The flags of every command, which stand for no setting."""
+"""The flags of every command, which are no settings."""
 Slice = Annotated[
     str | None,
     typer.Option(

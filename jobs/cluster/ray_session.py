@@ -40,7 +40,7 @@ SERIAL_BYTES = 64 * 2**20
 
 
 def memory_bytes() -> int:
-    """The memory of this machine, in bytes."""
+    """Return the memory of this machine, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -65,7 +65,7 @@ class Machine:
         self._stack.__exit__(kind, error, trace)
 
     def check(self) -> Requests:
-        """What each process will ask for; a named cluster is joined for it, a private Ray is not started.
+        """Return what each process will request; joins a named cluster for it, starts no private Ray.
 
         Raises:
             JobRefused: it does not fit, or the output cannot be reached from every node.
@@ -86,11 +86,11 @@ class Machine:
         return fit(self._cluster, [Node(cpus=cpus, gpus=gpus, memory_bytes=memory)], self._cpu_threads)
 
     def device(self) -> Literal["cuda", "cpu"]:
-        """The kind of device that the model will run on."""
+        """Return the kind of device that the model will run on."""
         return "cuda" if self.check().gpus_per_actor > 0 else "cpu"
 
     def native_dtype(self) -> str:
-        """`float32` or `bfloat16`, by a probe of a node that will run the model."""
+        """Return `float32` or `bfloat16`, by a probe of a node that will run the model."""
         if not self._joins:
             return native_dtype(self.device() == "cuda")
         self.start()
@@ -99,14 +99,14 @@ class Machine:
         return run_on_model_node(native_dtype, self._cluster, self._cpu_threads)
 
     def start(self) -> ClusterInfo:
-        """The running Ray, started or joined at the first call.
+        """Return the running Ray, started or joined at the first call.
 
         Raises:
             JobRefused: no cluster there, or the output is a local path and there are several nodes.
         """
         if self._info is None:
             info = self._stack.enter_context(running_ray(self._config.cluster, os.environ))
-            self._interrupts.install()  # Ray has put a handler of its own in the place of ours
+            self._interrupts.install()  # Ray has replaced our handler
             self._info = info
             uri = self._config.output.uri or ""
             refuse_local_output(
@@ -115,7 +115,7 @@ class Machine:
         return self._info
 
     def describe(self, units: int) -> str:
-        """The machine in words, before a private Ray is started, too; `units`: how many are to be done."""
+        """Return the machine as text, also before a private Ray starts; `units`: how many are to be done."""
         if self._info is not None:
             return str(self._info)
         requests = self.check()
@@ -124,7 +124,7 @@ class Machine:
         return f"private Ray on this machine: {cpus} CPU cores, {processes} on {self.device()}"
 
     def map_parts(self, function: Callable[[PartTask], Part], tasks: Sequence[PartTask]) -> Iterable[Part]:
-        """`function` of every part, as Ray tasks in any order; little work is done here, without Ray."""
+        """Yield `function` of every part, from Ray tasks in any order; do little work here, without Ray."""
         size = sum(unit.size for task in tasks for unit in task.part_units)
         if self._info is None and size < SERIAL_BYTES:
             return map(function, tasks)

@@ -17,11 +17,11 @@ from pipeline.tables.manifest import read_manifest
 
 
 def run(config: Config, interrupts: Interrupts, *, sure: bool, json: bool) -> int:
-    """Delete, or without `sure` only say what would go; returns 0."""
+    """Delete, or without `sure` only report what would go, and return 0."""
     store = Store(settings.output_place(config))
     require_job(store)
     if not sure:
-        return _say_what_would_go(store, json=json)
+        return _report_candidates(store, json=json)
     with JobLock(store, interrupts) as lock:
         done = clean(store, require_owner=lock.require)
     console.say(
@@ -33,7 +33,7 @@ def run(config: Config, interrupts: Interrupts, *, sure: bool, json: bool) -> in
     return 0
 
 
-def _say_what_would_go(store: Store, *, json: bool) -> int:
+def _report_candidates(store: Store, *, json: bool) -> int:
     manifest = read_manifest(store)
     if manifest is None or manifest.state != "complete":
         raise JobRefused(

@@ -95,7 +95,7 @@ def report_slice_done(end: Ending, part: Slice, *, json: bool) -> int:
 
 
 def describe_counts(manifest: Manifest) -> list[tuple[str, str]]:
-    """Names and values of what is published: images by status, boxes, tables."""
+    """Return names and values of what is published: images by status, boxes, tables."""
     counts = manifest.counts
     images = [f"{counts.status.get('labelled', 0):,} labelled"]
     if counts.status.get("no_boxes"):
@@ -116,7 +116,7 @@ def describe_counts(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def describe_failures(failed: Mapping[str, int], examples: Mapping[str, list[Row]]) -> list[tuple[str, str]]:
-    """The commonest codes with an image each, and what was said of it."""
+    """Return the commonest codes with an image each, and its message."""
     rows = []
     for code, number in sorted(failed.items(), key=lambda item: -item[1])[:_MOST_CODES]:
         rows.append(("failed", f"{code} {number:,}"))
@@ -130,7 +130,7 @@ def describe_failures(failed: Mapping[str, int], examples: Mapping[str, list[Row
 
 
 def next_commands(output: str, *, failed: int, limited: bool) -> list[str]:
-    """What to type next, the most useful first."""
+    """Return what to type next, the most useful first."""
     place = ["--output", output]
     commands = []
     if failed:

@@ -187,7 +187,7 @@ class _Clock:
         device: str,
         ray_s: float,
     ) -> Measured:
-        """What it came to: the rate after the first unit of every actor, and the start before it."""
+        """Return what it came to: the rate after the first unit of every actor, and the start before it."""
         outcomes = [outcome for _, outcome in self._came]
         images = sum(outcome.images for outcome in outcomes)
         first = min(actors, max(1, len(outcomes) // 2))
@@ -215,7 +215,7 @@ class _Clock:
 
 
 def carry_over(measured: Measured, plan: Plan, *, left: int, usd_per_gpu_hour: float | None) -> Estimate:
-    """The estimate for `left` images of the plan."""
+    """Return the estimate for `left` images of the plan."""
     summary = plan.summary
     hours = (measured.start_s + left / measured.images_per_s) / 3600
     per_part = units_per_part(
@@ -235,7 +235,7 @@ def carry_over(measured: Measured, plan: Plan, *, left: int, usd_per_gpu_hour: f
 
 
 def describe(estimate: Estimate) -> list[tuple[str, str]]:
-    """The estimate in lines for people."""
+    """Return the estimate as lines of text."""
     measured = estimate.measured
     processes = console.count(measured.actors, "model process", "model processes")
     sample = f"{console.count(measured.images, 'image')}, {console.count(measured.boxes, 'box', 'boxes')}"

@@ -52,7 +52,7 @@ def run(given: ConfigSources, image_id: str, *, picture: str | None, json: bool)
 
 
 def _find(saved: SavedJob, image_id: str) -> ImageRows:
-    """The published rows of the image; of one that is not published yet, its unit's."""
+    """Return the published rows of the image; of one that is not published yet, its unit's."""
     manifest = read_manifest(saved.store)
     found = find_image(saved.store, manifest, image_id) if manifest else None
     if found is not None:
@@ -76,7 +76,7 @@ def _from_unit(saved: SavedJob, unit_id: int, image_id: str) -> ImageRows:
 
 
 def _draw(saved: SavedJob, rows: ImageRows, name: str) -> str | None:
-    """The file that the overlay was written to; None, with a word on stderr, when there is no picture."""
+    """Write the overlay and return its file; None, with a note on stderr, when there is no picture."""
     try:
         body = overlay_png(saved.job.context, rows, longest_side=_LONGEST_SIDE)
     except HqlabelError as error:
@@ -89,7 +89,7 @@ def _draw(saved: SavedJob, rows: ImageRows, name: str) -> str | None:
 
 
 def _picture_name(image_id: str) -> str:
-    """A plain file name in the working folder, whatever the id holds."""
+    """Return a plain file name in the working folder, whatever the id holds."""
     return re.sub(r"[^\w.-]+", "_", image_id)[-100:].lstrip(".-") + ".overlay.png"
 
 

@@ -75,7 +75,7 @@ def run(given: ConfigSources, outputs: Sequence[str], *, json: bool) -> int:
         lineage=newest.manifest.lineage,
     )
     write_manifest(store, manifest)
-    _say(store, sources, manifest, doubled, names, json=json)
+    _report(store, sources, manifest, doubled, names, json=json)
     return 0
 
 
@@ -235,7 +235,7 @@ def _rows(
     # Sorted by keys alone: lists and structs cannot pass through a sort.
     merged = pa.concat_tables([rows.replace_schema_metadata() for rows in found])
     order = pc.sort_indices(merged.select(keys), [(key, "ascending") for key in keys])
-    # Not cast: Arrow would look below null boxes, where `take` leaves nulls.
+    # Not cast: Arrow would check below null boxes, where `take` leaves nulls.
     return pa.Table.from_arrays(merged.take(order).columns, schema=kind)
 
 
@@ -264,7 +264,7 @@ def _renumbered(rows: pa.Table, new_ids: Mapping[str, int] | None) -> pa.Table:
     return rows.set_column(at, rows.schema.field(at), ids)
 
 
-def _say(
+def _report(
     store: Store,
     sources: Sequence[Source],
     manifest: Manifest,

@@ -1,6 +1,6 @@
 """`hqlabel plan`: what `label` would do with the same options; nothing is written to the output.
 
-A few of the images are looked at, to warn of likely mistakes. With a sample, some go the whole way on this
+A few of the images are checked, to warn of likely mistakes. With a sample, some go end to end on this
 machine or cluster, into a folder that is thrown away, and what was measured is carried over to all of them.
 """
 
@@ -29,7 +29,7 @@ from pipeline.tables.unit_files import list_committed
 
 
 def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> int:
-    """Plan, look at what the output holds, check the weights when they are named; print, and return 0.
+    """Plan, check what the output holds and the weights when they are named; print, and return 0.
 
     `sample`: images to measure with, 0 for none.
 
@@ -71,7 +71,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
 
 
 def _done(config: Config, plan: Plan) -> int:
-    """How many units of this plan the output holds; raises `JobRefused` when it holds another plan."""
+    """Return how many units of this plan the output holds; raises `JobRefused` when it holds another plan."""
     store = Store(settings.output_place(config))
     job = read_job(store)
     if job is None:

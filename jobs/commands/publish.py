@@ -29,7 +29,7 @@ def run(given: ConfigSources, interrupts: Interrupts, *, json: bool) -> int:
             saved.store, saved.job, filters, require_owner=lock.require, mapper=machine.map_parts
         )
         config = settings.resolved(saved.config)
-        # A hub id is not looked for among the folders of where this command happens to run.
+        # A hub id must not be taken for a folder in the current one.
         save_config(saved.store, config.model_copy(update={"model": saved.config.model}))
     uri = saved.store.place.uri
     asked = ", ".join(f"{name} {value}" for name, value in filters.model_dump().items() if value is not None)
@@ -54,7 +54,7 @@ def run(given: ConfigSources, interrupts: Interrupts, *, json: bool) -> int:
 
 
 def _over_budget(saved: SavedJob, manifest: Manifest) -> str | None:
-    """Return what is to be said of a whole job with too many failed images; None for one that goes on."""
+    """Return the sentence on a whole job with too many failed images; None for an unfinished one."""
     if manifest.state != "complete":
         return None
     counts = manifest.counts

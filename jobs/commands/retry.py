@@ -90,7 +90,7 @@ def run(given: ConfigSources, options: RetryOptions, interrupts: Interrupts) -> 
 
 
 def find_targets(store: Store, job: Job, codes: Sequence[str]) -> dict[int, _Target]:
-    """The committed units that have images failed with one of `codes` (empty: with any).
+    """Return the committed units that have images failed with one of `codes` (empty: with any).
 
     Raises:
         JobRefused: the job is not finished, or its working files were removed.
@@ -148,7 +148,7 @@ def _check_codes(codes: Sequence[str]) -> None:
 
 
 def _with_settings(saved: SavedJob) -> SavedJob:
-    """The job with the limits and the place of the weights as they are now; what makes masks must not change.
+    """Return the job with the limits and weights' place as they are now; what makes masks must not change.
 
     Raises:
         JobRefused: other weights or mask settings than the job began with.
@@ -218,7 +218,7 @@ def _redo(
 def _describe_redone(
     store: Store, targets: Mapping[int, _Target], manifest: Manifest, codes: Sequence[str], before: int
 ) -> str:
-    """How many of the images that were done again failed again, with one of the same codes or another."""
+    """Return how many of the redone images failed again, with one of the same codes or another, as text."""
     units = set(targets)
     again = 0
     for part in manifest.parts:

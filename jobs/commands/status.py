@@ -1,7 +1,7 @@
 """`hqlabel status`: how far a job is, from its output alone; no cluster and no driver is asked.
 
-With `--watch` it looks again and again until every unit is committed: one picture that is drawn anew on a
-terminal, one line a look elsewhere.
+With `--watch` it reads again and again until every unit is committed: one page that is redrawn on a
+terminal, one line each time elsewhere.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _page(store: Store, job: Job, found: JobStatus) -> str:
 
 @contextlib.contextmanager
 def _screen() -> Iterator[Callable[[Store, Job, JobStatus], None]]:
-    """What shows a status while it changes, on stderr: stdout is for the last one alone."""
+    """Yield what shows a status while it changes, on stderr: stdout is for the last one alone."""
     if not sys.stderr.isatty():
         yield lambda _, job, found: console.say(f"{time.strftime('%H:%M:%S')}  {_line(job, found)}")
         return
@@ -69,7 +69,7 @@ def _screen() -> Iterator[Callable[[Store, Job, JobStatus], None]]:
 
 
 def _line(job: Job, found: JobStatus) -> str:
-    """The status in one line of plain text."""
+    """Return the status in one line of plain text."""
     done = _images_done(job, found)
     parts = [f"{done:,} of {console.count(found.images, 'image')} ({console.share(done, found.images)})"]
     if found.images_per_s is not None:
@@ -84,7 +84,7 @@ def _line(job: Job, found: JobStatus) -> str:
 
 
 def _images_done(job: Job, found: JobStatus) -> int:
-    """Images in committed units; exact while the short last unit is known to be in or out."""
+    """Return images in committed units; exact while the short last unit is known to be in or out."""
     if found.complete:
         return found.images
     return min(found.images, found.units_done * job.context.images_per_unit)
@@ -129,7 +129,7 @@ def _rows(job: Job, found: JobStatus) -> list[tuple[str, str]]:
 
 
 def _over_budget(job: Job, found: JobStatus) -> str | None:
-    """Return what is to be said of a finished job with too many failed images; None before its end."""
+    """Return the sentence on a finished job with too many failed images; None before its end."""
     if not found.complete or found.units_counted < found.units_done:
         return None
     failed = found.counts.status.get("failed", 0)

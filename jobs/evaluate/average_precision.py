@@ -108,7 +108,7 @@ def average_precision(
     """Mask AP, or boundary AP, of all masks of these images, ranked by their scores.
 
     `categories`: of the truth; masks of others are not judged, as in pycocotools. `max_per_image`: only
-    so many masks of an image and category, the best-scored, count (COCO: 100; LVIS: 300).
+    that many masks of an image and category, the best-scored, count (COCO: 100; LVIS: 300).
     """
     require_library()
     from faster_coco_eval import COCO, COCOeval_faster
@@ -144,7 +144,7 @@ def _precision(result: Mapping[str, Any], thresholds: Float64Array, categories: 
 
 
 def _mean(values: Float64Array) -> float | None:
-    """The mean of what was measured; -1 stands for nothing to measure."""
+    """Return the mean of what was measured; -1 means nothing to measure."""
     known = values[values > -1]
     return float(known.mean()) if known.size else None
 
@@ -202,7 +202,7 @@ def _json_rle(counts: str, size_hw: tuple[int, int]) -> dict[str, Any]:
 def _coco(
     images: Sequence[EvaluatedImage], categories: Sequence[int], annotations: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What the library reads. Ids of images, categories and annotations are places from 1.
+    """Return what the library reads. Ids of images, categories and annotations are places from 1.
 
     An id of a file may be 0, and 0 means "not matched" in there; or no int64.
     """
@@ -224,7 +224,7 @@ def _coco(
 
 
 def choose_match(images: Sequence[EvaluatedImage]) -> Match:
-    """`box_id` when every prompt's box_id is the id of an annotation of its image, each once.
+    """Return `box_id` when every prompt's box_id is the id of an annotation of its image, each once.
 
     So it is when the boxes came from the ground truth's own file; else prompts are matched by their boxes.
     """
@@ -237,7 +237,7 @@ def choose_match(images: Sequence[EvaluatedImage]) -> Match:
 
 
 def pair_up(image: EvaluatedImage, match: Match) -> list[Pair]:
-    """Every object of the image, crowds left out, that has a prompt, with the IoU of their masks.
+    """Return every object of the image, without crowds, that has a prompt, with the IoU of their masks.
 
     `box_iou`: prompt boxes and object boxes of one category, the best agreement first, each used once,
     down to MATCH_IOU. Scores and masks play no part in the choice.
@@ -288,7 +288,7 @@ def _pair(one: TruthObject, mask: FoundMask, size_hw: tuple[int, int]) -> Pair:
 
 
 def boundary_of(rle: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a mask within BOUNDARY_DILATION of the diagonal from its edge, as COCO runs.
+    """Return the part of a mask within BOUNDARY_DILATION of the diagonal from its edge, as COCO runs.
 
     Distance is counted in steps to any of 8 neighbours; the picture's border is an edge too.
     """

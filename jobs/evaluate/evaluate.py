@@ -2,8 +2,8 @@
 
     read the truth -> find its images among ours -> find its classes -> score -> judge -> print and keep
 
-Every choice that a person could have made otherwise (how images, classes and boxes were matched, which
-score ranked the masks) is printed beside the figures.
+Every choice that a user could have made otherwise (how images, classes and boxes were matched, which
+score ranked the masks) is printed with the figures.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Matched:
-    """The images that both sides have, and in words how things were matched.
+    """The images that both sides have, and how things were matched, as text.
 
     `left_out`: what was not judged and why, counted. `rules`: what of the truth was read by a rule, counted.
     """
@@ -105,7 +105,7 @@ def run(given: ConfigSources, options: EvaluateOptions) -> int:
     access = AccessRules(options=saved.config.storage)
     truth = read_truth(options.truth, access, classes=not options.class_agnostic)
     matched = match_truth(saved, truth, options)
-    # All that a file can be refused for has been looked at: from here on it costs minutes.
+    # All that a file can be refused for has been checked: the rest takes minutes.
     pairs = [pair for image in matched.images for pair in pair_up(image, matched.match)]
     classes = list(matched.categories)
     by_name = {
@@ -129,7 +129,7 @@ def run(given: ConfigSources, options: EvaluateOptions) -> int:
 
 
 def match_truth(saved: SavedJob, truth: Truth, options: EvaluateOptions) -> Matched:
-    """The truth's images that the job has published, with its masks of them.
+    """Return the truth's images that the job has published, with its masks of them.
 
     An image that failed counts, as one without masks; one that the job never had does not.
 
@@ -200,13 +200,13 @@ def _is_crowd(row: Row) -> bool:
 
 
 def _size_agrees(image: Row, of_truth: TruthImage) -> bool:
-    """False for two unlike sizes; an image that was never decoded has none, and has no masks."""
+    """Return False for two unlike sizes; an image that was never decoded has none, and has no masks."""
     size_hw = (image["height"], image["width"])
     return None in size_hw or of_truth.size_hw in (None, size_hw)
 
 
 def _size_hw(image: Row, of_truth: TruthImage) -> tuple[int, int]:
-    """The size that one side knows; one pixel when none does, because there are no masks then."""
+    """Return the size that one side knows; one pixel when none does, because there are no masks then."""
     ours = (image["height"], image["width"])
     return (1, 1) if None in ours and of_truth.size_hw is None else of_truth.size_hw or ours
 
@@ -275,13 +275,13 @@ def _no_image(ours: Sequence[str], truth: Truth, hint: str) -> UsageError:
     id_and_name = (console.shown(one.image_id), console.shown(one.file_name)) if one else ()
     theirs = "id '{}', file_name '{}'".format(*id_and_name) if one else "none"
     example = f"'{console.shown(ours[0])}'" if ours else "none"
-    said = f"no image of the truth is in the tables: theirs {theirs}; ours image_id {example}. {hint}"
+    absent = f"no image of the truth is in the tables: theirs {theirs}; ours image_id {example}. {hint}"
     wanted = "" if hint else "Wanted: the image_id as id or file_name there, or the same name of the file"
-    return UsageError(clean_text(f"{said.rstrip()} {wanted}".rstrip()))
+    return UsageError(clean_text(f"{absent.rstrip()} {wanted}".rstrip()))
 
 
 def _match_classes(rows: Sequence[Row], truth: Truth, options: EvaluateOptions) -> Classes:
-    """The truth's classes, and how ours are found among them: by name where a name fits, else by id.
+    """Return the truth's classes, and how ours are found among them: by name where a name fits, else by id.
 
     Raises:
         UsageError: no class is known to both, or a name that two categories have could be either.
@@ -318,7 +318,7 @@ def _match_classes(rows: Sequence[Row], truth: Truth, options: EvaluateOptions) 
 
 
 def _shifted(ours: Collection[int | None], theirs: Collection[int]) -> str:
-    """What to say of ids that count from 0 here, as YOLO's do, and from 1 there; else ""."""
+    """Return what to say of ids that count from 0 here, as YOLO's do, and from 1 there; else ""."""
     if 0 not in ours or 0 in theirs or 1 not in theirs:
         return ""
     return "; the boxes count classes from 0, the truth from 1: the same number may be another class"
@@ -335,7 +335,7 @@ def _id_among(known: Mapping[int, str]) -> Callable[[Row], int | None]:
 def _by_name(truth: Truth) -> dict[str, tuple[int, ...]]:
     """Each name's categories: those with objects, or one, because a class without objects decides nothing.
 
-    Roboflow writes a category 0 without objects, called as the project, beside the real one of that name.
+    Roboflow writes a category 0 without objects, called as the project, next to the real one of that name.
     """
     used = {one.category_id for objects in truth.objects.values() for one in objects}
     found: dict[str, tuple[int, ...]] = {}
@@ -348,23 +348,24 @@ def _by_name(truth: Truth) -> dict[str, tuple[int, ...]]:
 def _by_id_because_of(name: str, numbers: Sequence[int], rows: Sequence[Row], truth: Truth) -> Classes:
     """Classes by id, which must mean the same on both sides, because `name` is that of several categories."""
     called = console.shown(name)
-    said = f"{len(numbers)} categories of the truth are called {called!r} ({numbers[0]}, {numbers[1]})"
+    shared = f"{len(numbers)} categories of the truth are called {called!r} ({numbers[0]}, {numbers[1]})"
     known = set(truth.categories.values())
     for row in rows:
         number, ours = row["category_id"], row["category_name"]
         theirs = truth.categories.get(number)
         if ours is not None and ours != theirs and (theirs is not None or ours in known):
             raise UsageError(
-                f"{said}, and ids do not tell them apart: category {number} is {console.shown(ours)!r} here, "
-                f"there {console.shown(theirs or 'none')!r}. Name each category once, or --class-agnostic"
+                f"{shared}, and ids do not tell them apart: category {number} is {console.shown(ours)!r} "
+                f"here, there {console.shown(theirs or 'none')!r}. Name each category once, or "
+                "--class-agnostic"
             )
     return Classes(
-        names=truth.categories, words=f"by category_id: {said}", number_of=_id_among(truth.categories)
+        names=truth.categories, words=f"by category_id: {shared}", number_of=_id_among(truth.categories)
     )
 
 
 def _nearly(named: Iterable[str], theirs: Collection[str]) -> str:
-    """What to say of names that the truth has in another spelling; "" when there are none."""
+    """Return what to say of names that the truth has in another spelling; "" when there are none."""
     spellings = {_spelled(name): name for name in theirs}
     pairs = [(name, spellings.get(_spelled(name))) for name in sorted(named) if name not in theirs]
     nearly = [(ours, there) for ours, there in pairs if there is not None]
@@ -375,14 +376,14 @@ def _nearly(named: Iterable[str], theirs: Collection[str]) -> str:
 
 
 def _spelled(name: str) -> str:
-    """A name without what people change when they write it again: case, spaces, hyphens, underscores."""
+    """Drop from a name what changes when it is written again: case, spaces, hyphens, underscores."""
     return "".join(
         c for c in unicodedata.normalize("NFC", name).casefold() if c not in "-_" and not c.isspace()
     )
 
 
 def _score_rule(rows: Sequence[Row], wanted: str) -> tuple[str, Callable[[Row], float]]:
-    """What ranks the masks, in words, and the score of a row; a row without mask scores 0.
+    """Return what ranks the masks, as text, and the score of a row; a row without mask scores 0.
 
     Raises:
         UsageError: a mask has no such score.
@@ -421,7 +422,7 @@ def _objects(truth: Truth, image: TruthImage, *, one_class: bool) -> tuple[Truth
 
 
 def mean_iou(pairs: Sequence[Pair]) -> dict[str, float | int | None]:
-    """Number of pairs, and their mean IoU and mean boundary IoU; None for none."""
+    """Return number of pairs, and their mean IoU and mean boundary IoU; None for none."""
     number = len(pairs)
     return {
         "objects": number,

@@ -84,7 +84,7 @@ class TruthObject:
 class Truth:
     """A whole file. `objects` by image id, in the order of the file; `categories`: id to name ("": none).
 
-    `rules`: what was read by a rule of ours or may surprise, in words, and how often.
+    `rules`: what was read by a rule of ours or may surprise, as text, and how often.
     """
 
     images: Mapping[str, TruthImage]
@@ -165,19 +165,19 @@ class _Wrongs:
         """
         if not self._counts:
             return
-        said = [
+        faults = [
             f"{self._counts[kind]:,} {kind} ({self._noun} {'; '.join(examples)})"
             for kind, examples in self._examples.items()
         ]
-        more = [f"{len(said) - _KINDS} kinds of fault more"] if len(said) > _KINDS else []
-        what = ", ".join(said[:_KINDS] + more)
+        more = [f"{len(faults) - _KINDS} kinds of fault more"] if len(faults) > _KINDS else []
+        what = ", ".join(faults[:_KINDS] + more)
         raise JobRefused(
             f"{self._uri}: {self._plural} that cannot be used: {what}. Fix them or take them out of the file"
         )
 
 
 def _records(blocks: Sequence[Lines], wrongs: _Wrongs) -> Iterator[tuple[str, Record]]:
-    """Every record of a list, with what to call it as long as its id is not known."""
+    """Yield every record of a list, with what to call it as long as its id is not known."""
     place = 0
     for block in blocks:
         for line in block.text.split(b"\n") if block.count else ():
@@ -201,7 +201,7 @@ def _shown(value: object) -> str:
 
 
 def _key(record: Record, name: str) -> str:
-    """An id as text: 7, 7.0 and "7" are one id."""
+    """Return an id as text: 7, 7.0 and "7" are one id."""
     value = record.get(name)
     if isinstance(value, str) and value:
         return value
@@ -212,7 +212,7 @@ def _key(record: Record, name: str) -> str:
 
 
 def _whole(value: object) -> int | None:
-    """A whole number as JSON writers write it (7, 7.0, "7", "7.0"), else None. True is none."""
+    """Return a whole number as JSON writers write it (7, 7.0, "7", "7.0"), else None. True is none."""
     if isinstance(value, str):
         match = _WHOLE_TEXT.fullmatch(value)
         return int(match.group(1)) if match else None
@@ -327,7 +327,7 @@ def _objects(
     categories: Mapping[int, str] | None,
     rules: Counter[str],
 ) -> dict[str, tuple[TruthObject, ...]]:
-    """Every annotation, by image; `rules` are counted on."""
+    """Return every annotation, by image; `rules` are counted on."""
     wrongs = _Wrongs(uri, "annotation", "annotations")
     drafts = _drafts(_records(blocks, wrongs), images, categories, rules, wrongs)
     objects: dict[str, list[TruthObject]] = {}
@@ -430,7 +430,7 @@ def _bbox(record: Record) -> Box | None:
 
 
 def _numbers(value: object) -> Float64Array | None:
-    """A flat list of numbers, float64 (n,), NaN and infinity among them; else None."""
+    """Return a flat list of numbers, float64 (n,), NaN and infinity among them; else None."""
     if not isinstance(value, list) or not set(map(type, value)) <= {int, float}:
         return None
     try:
@@ -440,7 +440,7 @@ def _numbers(value: object) -> Float64Array | None:
 
 
 def _finished(draft: _Draft, rules: Counter[str]) -> TruthObject:
-    """The object of a draft whose runs are sound."""
+    """Return the object of a draft whose runs are sound."""
     counts = str(draft.counts)
     rle = {"size": list(draft.size_hw), "counts": counts.encode("ascii")}
     area, bbox = draft.area, draft.bbox_xywh
@@ -479,7 +479,7 @@ def _box_iou(one: Box, other: Box) -> float:
 
 
 def _counts(record: Record, size_hw: tuple[int, int], rules: Counter[str]) -> object:
-    """The mask as compressed runs: made from polygons or a list of runs, else as given, unchecked."""
+    """Return the mask as compressed runs: made from polygons or a list of runs, else as given, unchecked."""
     found = record.get("segmentation")
     if found in (None, [], {}):
         raise _Wrong("without a mask", _found(record, "segmentation"))
@@ -570,7 +570,7 @@ def _check_reach(parts: Sequence[Float64Array], size_hw: tuple[int, int]) -> Non
 
 
 def _union(masks: list[Any]) -> dict[str, Any]:
-    """The union of masks. pycocotools merges one after the other, so thousands go in groups."""
+    """Return the union of masks. pycocotools merges one after the other, so thousands go in groups."""
     while len(masks) > 1:
         step = MASKS_PER_BATCH
         masks = [coco_mask.merge(masks[start : start + step]) for start in range(0, len(masks), step)]

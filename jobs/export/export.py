@@ -27,7 +27,7 @@ from pipeline.storage.uri_rules import split_scheme
 Format = Literal["coco", "yolo-seg", "label-studio", "hf"]
 FORMATS: tuple[str, ...] = get_args(Format)
 _PER_FILE = {"coco": 250_000, "label-studio": 1000, "hf": 500_000}
-# What is counted and not left out; said in sentences of its own.
+# What is counted and not skipped; it has its own sentences.
 _EXPECTED = (
     *("images", "masks", "crowds", "images turned by EXIF", "masks that the filters did not accept"),
     *("masks without a class", "images inside other files", PASSED_OVER),
@@ -52,7 +52,7 @@ class ExportOptions:
 
 
 def run(given: ConfigSources, options: ExportOptions) -> int:
-    """Write the files into an empty folder or prefix, say what was left out and lost, and return 0."""
+    """Write the files into an empty folder or prefix, report what was skipped and lost, and return 0."""
     if options.format not in FORMATS:
         raise UsageError(f"export {options.format!r}: wanted one of {', '.join(FORMATS)}")
     saved = open_saved(given)
@@ -68,7 +68,7 @@ def run(given: ConfigSources, options: ExportOptions) -> int:
     source = open_source(saved.store, saved.job, require_published(saved.store), selection)
     loss = Loss()
     keys = list(_write(source, place, loss, options))
-    _say(options, source, loss, keys)
+    _report(options, source, loss, keys)
     return 0
 
 
@@ -90,7 +90,7 @@ def _numbers(options: ExportOptions, source: Source) -> dict[int, int] | None:
     return None if options.format == "label-studio" else source.classes.places()
 
 
-def _say(options: ExportOptions, source: Source, loss: Loss, keys: list[str]) -> None:
+def _report(options: ExportOptions, source: Source, loss: Loss, keys: list[str]) -> None:
     tally, files = source.tally, len(keys)
     left_out = {what: number for what, number in tally.items() if number and what not in _EXPECTED}
     notes = list(_notes(options, source, loss))
@@ -209,7 +209,7 @@ _DOUBLED = {
 
 
 def _yolo_steps(options: ExportOptions, source: Source) -> Iterator[tuple[str, str]]:
-    """Yield where the pictures must stand, and how they get there."""
+    """Yield where the pictures must be, and how they get there."""
     if over := source.tally[PASSED_OVER]:
         images = console.count(over, "image", "images")
         yield (

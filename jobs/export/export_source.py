@@ -2,7 +2,7 @@
 
     published tables -> selection -> what the format can hold -> the format's own file
 
-What is left out is counted here, so that each format says the same of it. Nothing is guessed about an
+What is skipped is counted here, so that each format reports the same. Nothing is guessed about an
 image that the tables do not know: a failed one is no picture without objects.
 """
 
@@ -62,7 +62,7 @@ class Classes:
         return None if number in self.numbered_here else number
 
     def places(self) -> dict[int, int]:
-        """Each id's place among the sorted ids: numbers from 0 without gaps."""
+        """Return each id's place among the sorted ids: numbers from 0 without gaps."""
         return {number: place for place, number in enumerate(sorted(self.names))}
 
     def doubled(self) -> list[str]:
@@ -96,17 +96,17 @@ class Source:
     named_by_id: bool
     """Whether every uri ends in its image's id. Some alone would not do: two images could get one name."""
     root: str | None
-    """What stands before every file name in the uris; None where that differs."""
+    """What is before every file name in the uris; None where that differs."""
     tally: Counter[str] = field(default_factory=Counter)
     roots: set[str | None] = field(default_factory=set)
-    """What stands before the file names in the uris of the images so far; None for one that has no such."""
+    """What is before the file names in the uris of the images so far; None for an image without that."""
 
     def images(self) -> Iterator[ImageRows]:
         """Yield every image that can be handed on, with its selected masks; empty masks and failures are not.
 
-        With `selection.with_crowds` crowd regions stand among the masks, told by their reject_reason.
+        With `selection.with_crowds` crowd regions are among the masks, marked by their reject_reason.
 
-        Under a filter, an image whose instances all fell to it is left out: it is no picture without
+        Under a filter, an image whose instances all fell to it is skipped: it is no picture without
         objects. One without boxes stays, unless an SQL condition chose.
         """
         for rows in selected_images(self.store, self.manifest, self.selection, INSTANCE_COLUMNS):
@@ -121,8 +121,8 @@ class Source:
             self._count(one, 1)
             yield one
 
-    def leave_out(self, rows: ImageRows, why: str) -> None:
-        """Count an image that `images` gave as left out: this format cannot hold it."""
+    def skip(self, rows: ImageRows, why: str) -> None:
+        """Count an image that `images` yielded as skipped: this format cannot hold it."""
         self._count(rows, -1)
         self.tally[why] += 1
 
@@ -176,7 +176,7 @@ class Source:
 
 
 def open_source(store: Store, job: Job, manifest: Manifest, selection: Selection) -> Source:
-    """The tables, after one look at all classes and uris."""
+    """Return the tables, after one pass over all classes and uris."""
     folder = _common_folder(store, manifest)
     named_by_id, root = _naming(store, manifest, folder)
     return Source(
@@ -244,7 +244,7 @@ def _common_folder(store: Store, manifest: Manifest) -> str:
 
 
 def _naming(store: Store, manifest: Manifest, folder: str) -> tuple[bool, str | None]:
-    """Return whether images are named by their ids, and what stands before every name in the uris."""
+    """Return whether images are named by their ids, and what is before every name in the uris."""
     roots: set[str] = set()
     for part in manifest.parts:
         for group in row_groups(store, part.images, schema.IMAGES, ["image_uri", "image_id"]):
@@ -258,7 +258,7 @@ def _naming(store: Store, manifest: Manifest, folder: str) -> tuple[bool, str | 
 
 
 def _shared(one: str, other: str) -> str:
-    """The folder that both are in, ending in "/", or ""."""
+    """Return the folder that both are in, ending in "/", or ""."""
     same = 0
     while same < min(len(one), len(other)) and one[same] == other[same]:
         same += 1
@@ -271,11 +271,11 @@ def is_crowd(instance: Row) -> bool:
 
 
 def mask_of(instance: Row) -> npt.NDArray[np.uint8]:
-    """The mask of a row, uint8 (H, W), 1 inside."""
+    """Return the mask of a row, uint8 (H, W), 1 inside."""
     rle = instance["segmentation"]
     return np.asarray(coco_mask.decode({"size": rle["size"], "counts": rle["counts"].encode("ascii")}))
 
 
 def number_text(value: float | None) -> str:
-    """A float32 as JSON with all it holds, `null` for none."""
+    """Return a float32 as JSON with all it holds, `null` for none."""
     return "null" if value is None else f"{value:.9g}"

@@ -1,4 +1,4 @@
-"""Tables -> Label Studio tasks with brush predictions, which people correct there.
+"""Tables -> Label Studio tasks with brush predictions, which users correct there.
 
 Masks go in its own brush encoding (jobs/export/brush_rle.py), without loss; `predicted_iou` becomes the
 score of each region and the least of them the score of the task, so that doubtful ones can be sorted first.

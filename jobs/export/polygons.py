@@ -16,13 +16,13 @@ from pycocotools import mask as coco_mask
 Points = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.uint8]
 
-_BLOCK = 2_000_000  # distances looked at in one step
+_BLOCK = 2_000_000  # distances computed in one step
 
 
 def outline_rings(mask_hw: Mask) -> list[Points]:
-    """The closed outlines of a mask, (N, 2) corners (x, y) in pixels each, the longest first.
+    """Return the closed outlines of a mask, (N, 2) corners (x, y) in pixels each, the longest first.
 
-    Outer rings run clockwise as seen, holes the other way; only corners stand in them. Where two pixels
+    Outer rings run clockwise as seen, holes the other way; they hold corners only. Where two pixels
     touch by a corner alone, the rings stay apart.
     """
     padded = np.pad(mask_hw.astype(bool), 1)
@@ -44,7 +44,7 @@ def outline_rings(mask_hw: Mask) -> list[Points]:
 
 
 def _follow(start: tuple[int, int], following: dict[tuple[int, int], list[tuple[int, int]]]) -> Points:
-    """One ring from `start`; its edges are taken out of `following`."""
+    """Return one ring from `start`; its edges are taken out of `following`."""
     corners: list[tuple[int, int]] = []
     at, before = start, (0, 0)
     while at in following:
@@ -62,7 +62,7 @@ def _follow(start: tuple[int, int], following: dict[tuple[int, int], list[tuple[
 
 
 def simplify(ring: Points, tolerance_px: float) -> Points:
-    """The ring with fewer points, none of the dropped ones farther than `tolerance_px` from it.
+    """Return the ring with fewer points, none of the dropped ones farther than `tolerance_px` from it.
 
     A ring that would fall to fewer than three points stays as it is (Douglas and Peucker).
     """
@@ -107,7 +107,7 @@ def join_rings(rings: Sequence[Points]) -> Points:
 
 
 def _nearest(one: Points, other: Points) -> tuple[int, int]:
-    """The places of the two points that are nearest to each other."""
+    """Return the places of the two points that are nearest to each other."""
     best, found = np.inf, (0, 0)
     step = max(1, _BLOCK // len(other))
     for start in range(0, len(one), step):
@@ -120,7 +120,7 @@ def _nearest(one: Points, other: Points) -> tuple[int, int]:
 
 
 def polygon_of(mask_hw: Mask, tolerance_px: float) -> Points:
-    """One polygon (N, 2) of (x, y) in pixels for a mask that is not empty, holes and parts bridged."""
+    """Return one polygon (N, 2) of (x, y) in pixels for a mask that is not empty, holes and parts bridged."""
     x, y, width, height = (int(v) for v in _window(mask_hw))
     window = mask_hw[y : y + height, x : x + width]
     joined = join_rings([simplify(ring, tolerance_px) for ring in outline_rings(window)])

@@ -2,10 +2,10 @@
 
 Ultralytics finds a label file by the picture's path alone: the last `/images/` in it becomes `/labels/`, what
 follows the last dot becomes `txt`; where there is no such file, it trains on the picture as background and
-says nothing. Pictures stand in `images/` under their names here, each label file where that rule looks.
+says nothing. Pictures are in `images/` under their names here, each label file where that rule looks.
 
 The format has one polygon an object and no scores. Parts and holes are bridged into it, so most of a mask
-survives; how much is measured on every line as it is written, and said.
+survives; how much is measured on every line as it is written, and reported.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def write_yolo(source: Source, place: Store, loss: Loss, *, tolerance_px: float)
     """Write the label files, data.yaml, images.txt and classes.json; yields their keys.
 
     Classes count from 0 without gaps, in the order of their ids; classes.json has the ids. An image
-    without objects has an empty file. Images whose name no line of images.txt can hold are left out.
+    without objects has an empty file. Images whose name no line of images.txt can hold are skipped.
     `tolerance_px`: how far an outline may move to save points.
 
     Raises:
@@ -80,9 +80,7 @@ def write_yolo(source: Source, place: Store, loss: Loss, *, tolerance_px: float)
         name = source.file_name(rows.image)
         line = f"./images/{name}"
         if not _can_be_listed(line):
-            source.leave_out(
-                rows, "images whose names a list of Ultralytics cannot hold (line ends, ./ or ../)"
-            )
+            source.skip(rows, "images whose names a list of Ultralytics cannot hold (line ends, ./ or ../)")
             continue
         key = label_key(name)
         if key in seen:
@@ -99,7 +97,7 @@ def write_yolo(source: Source, place: Store, loss: Loss, *, tolerance_px: float)
     names = [source.classes.names[number] for number in places]
     listing = "".join(f"  {place_}: {yaml_text(name)}\n" for place_, name in enumerate(names))
     place.put("images.txt", "".join(f"{line}\n" for line in lines).encode())
-    # Without `path` the list is looked for beside data.yaml; `path: .` would be the folder one stands in.
+    # Without `path` the list is expected next to data.yaml; `path: .` would be the current folder.
     named = f"names:\n{listing}" if listing else "names: {}\n"
     place.put("data.yaml", f"train: images.txt\nval: images.txt\n{named}".encode())
     place.put("classes.json", json.dumps(_class_map(source), ensure_ascii=False, indent=1).encode())
@@ -107,7 +105,7 @@ def write_yolo(source: Source, place: Store, loss: Loss, *, tolerance_px: float)
 
 
 def label_key(name: str) -> str:
-    """Return where the label file of the picture `images/<name>` is looked for, below the export's folder."""
+    """Return where the label file of the picture `images/<name>` is expected, below the export's folder."""
     before, _, after = f"/images/{name}".rpartition("/images/")
     folder, slash, last = f"{before}/labels/{after}".rpartition("/")
     stem = last.rpartition(".")[0] if "." in last else last

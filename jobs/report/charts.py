@@ -34,7 +34,7 @@ def histogram(data: Histogram, line: float | None) -> Markup:
 
 
 def bars(pace: Pace) -> Markup:
-    """Images finished in each span of time."""
+    """Return images finished in each span of time."""
     most = max([*pace.counts, 1])
     step = _WIDTH / len(pace.counts)
     marks = []

@@ -48,7 +48,7 @@ class ShownTile:
 
     @property
     def name(self) -> str:
-        """Its class, in words."""
+        """Its class, as text."""
         category = self.row["category_id"]
         return str(self.row["category_name"] or ("object" if category is None else f"class {category}"))
 
@@ -87,7 +87,7 @@ def run(given: ConfigSources, *, to: str | None, as_json: bool) -> int:
 
 
 def page(saved: SavedJob, manifest: Manifest) -> str:
-    """The whole page as HTML."""
+    """Return the whole page as HTML."""
     chosen = sections(manifest.filters, manifest.counts.rejected, masks=manifest.counts.masks)
     data = gather(saved.store, manifest, chosen)
     keys = [key for section in chosen for key in data.chosen[section.key]]
@@ -179,7 +179,7 @@ def _render(
 
 
 def _number(value: Any, digits: int = 2) -> str:
-    """A score or size as the page writes it."""
+    """Return a score or size as the page writes it."""
     if value is None:
         return "-"
     return f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}"
@@ -209,11 +209,11 @@ def _facts(saved: SavedJob, manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _totals(saved: SavedJob, manifest: Manifest, data: ReportData) -> list[tuple[str, str, str]]:
-    """The large numbers: value, name, and what stands under it."""
+    """Return the large numbers: value, name, and the line under it."""
     counts = manifest.counts
     failed, no_boxes = counts.status.get("failed", 0), counts.status.get("no_boxes", 0)
     size = sum(part.images.bytes + part.instances.bytes for part in manifest.parts)
-    empty = f", {counts.empty:,} empty beside them" if counts.empty else ""
+    empty = f", {counts.empty:,} empty besides" if counts.empty else ""
     of_boxes = f"of {counts.boxes:,} boxes{empty}"
     found = [
         (f"{counts.images:,}", "images", f"{failed:,} failed, {no_boxes:,} without boxes"),
@@ -248,7 +248,7 @@ def _failures(saved: SavedJob, manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _line(manifest: Manifest, name: str) -> float | None:
-    """The filter's bound on this column."""
+    """Return the filter's bound on this column."""
     bound = manifest.filters.model_dump().get("min_area_px" if name == "area" else f"min_{name}")
     return None if bound is None else float(bound)
 

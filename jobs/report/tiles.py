@@ -44,7 +44,7 @@ class Pictures:
 def draw_tiles(
     context: JobContext, rows: Mapping[str, ImageRows], keys: Sequence[Key], *, most_bytes: int
 ) -> dict[Key, Pictures]:
-    """The pictures of these instances, in their order until `most_bytes` of JPEG are made."""
+    """Return the pictures of these instances, in their order until `most_bytes` of JPEG are made."""
     by_image: dict[str, list[Key]] = defaultdict(list)
     for key in dict.fromkeys(keys):
         by_image[key[0]].append(key)
@@ -88,7 +88,7 @@ def _drawn_jpeg(tile: Tile, *, max_scale: float) -> str:
 
 
 def _close_up(picture: Image.Image, size_hw: tuple[int, int], drawn: DrawnInstance, row: Row) -> Tile | None:
-    """The part of the picture around box and mask; None when neither has a place in it."""
+    """Return the part of the picture around box and mask; None when neither has a place in it."""
     part = _window(size_hw, drawn.box_xyxy, row["bbox"])
     if part is None:
         return None

@@ -1,4 +1,4 @@
-"""Pictures for people: prompts and masks drawn over an image, and a contact sheet of several.
+"""Pictures of results: prompts and masks drawn over an image, and a contact sheet of several.
 
 The prompt box is a thin line, the mask an edge with a light fill, so that the picture under it stays
 visible and one sees at once whether they agree. A box without a mask is dashed. Drawn at the size of
@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 
 from pipeline.errors import clean_text
 
-_PALETTE = (  # after Okabe and Ito: told apart with the common colour blindnesses, and on photographs
+_PALETTE = (  # after Okabe and Ito: distinct with the common colour blindnesses, and on photographs
     (0, 158, 255),
     (255, 140, 0),
     (0, 200, 120),
@@ -45,7 +45,7 @@ class DrawnInstance:
     """One prompt and its mask, as drawn. Boxes in upright pixels; None where there is none.
 
     `box_xyxy`: the prompt as used, or as given when it could not be used. `size_hw`, `counts`: the
-    mask as COCO compressed RLE. `text`: what stands at the box, such as `cat 0.93`.
+    mask as COCO compressed RLE. `text`: the text at the box, such as `cat 0.93`.
     """
 
     box_xyxy: Box | None
@@ -67,7 +67,7 @@ class Tile:
 
 
 def draw_overlay(tile: Tile, *, longest_side: int, max_scale: float = 1.0, edge_px: int = 1) -> Image.Image:
-    """The picture with all its prompts and masks, RGB, its longer side at most `longest_side` pixels.
+    """Return the picture with all its prompts and masks, RGB, its longer side at most `longest_side` pixels.
 
     Smaller pictures keep their size, or grow up to `max_scale` times. `edge_px`: how wide a mask's edge is,
     inwards; more than 1 for pictures that are shown smaller than they are drawn.
@@ -91,14 +91,14 @@ def draw_overlay(tile: Tile, *, longest_side: int, max_scale: float = 1.0, edge_
 def contact_sheet(
     tiles: Sequence[Tile], *, title: str, notes: Sequence[str] = (), columns: int = 4, tile_px: int = 480
 ) -> Image.Image:
-    """A sheet with a heading and the tiles in rows, RGB; 1 to 12 tiles read well.
+    """Return a sheet with a heading and the tiles in rows, RGB; 1 to 12 tiles read well.
 
     Args:
         tiles: at least one.
         title: the first line, large.
         notes: smaller lines under it.
         columns: tiles in a row, fewer when there are fewer tiles.
-        tile_px: width of a tile; pictures stand in 4:3, small ones enlarged.
+        tile_px: width of a tile; pictures are fitted into 4:3, small ones enlarged.
     """
     columns = min(columns, len(tiles))
     gap, picture_h, line_h = 14, tile_px * 3 // 4, _TEXT_PX + 6
@@ -124,14 +124,14 @@ def contact_sheet(
 
 
 def png_bytes(picture: Image.Image) -> bytes:
-    """The picture as PNG."""
+    """Return the picture as PNG."""
     body = io.BytesIO()
     picture.save(body, format="PNG")
     return body.getvalue()
 
 
 def _fitting_side(size_hw: tuple[int, int], width: int, height: int) -> int:
-    """The longer side at which a picture of `size_hw` fits into `width` x `height`."""
+    """Return the longer side at which a picture of `size_hw` fits into `width` x `height`."""
     scale = min(width / size_hw[1], height / size_hw[0])
     return max(1, int(scale * max(size_hw)))
 
@@ -188,7 +188,7 @@ def _draw_label(canvas: Image.Image, instance: DrawnInstance, sx: float, sy: flo
 
 
 def _drawable(box_xyxy: Box | None, sx: float, sy: float, size_wh: tuple[int, int]) -> Corners | None:
-    """The box in whole pixels of the canvas, clipped to it; None when it has no place there."""
+    """Return the box in whole pixels of the canvas, clipped to it; None when it has no place there."""
     if box_xyxy is None or not np.isfinite(box_xyxy).all():
         return None
     x1, y1, x2, y2 = np.multiply(box_xyxy, (sx, sy, sx, sy)).tolist()
@@ -225,7 +225,7 @@ def _write_line(
 
 
 def _fitted(text: str, px: int, width: int) -> str:
-    """`text` with its middle left out until it is at most `width` pixels wide."""
+    """Return `text` with its middle cut until it is at most `width` pixels wide."""
     font = _font(px)
     kept = len(text)
     while kept > 1 and font.getlength(_shortened(text, kept)) > width:

@@ -1,7 +1,7 @@
 """Published rows drawn over their images: the contact sheet of a job, and one image for `inspect`.
 
 The rows come from the tables, the picture is fetched and decoded anew, in the supervised decoder: what
-is drawn is what people will read, and a hostile file costs its own tile alone.
+is drawn is what users will read, and a hostile file costs its own tile alone.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _LEGEND = (
 
 
 def write_contact_sheet(store: Store, job: Job, manifest: Manifest, *, again: bool) -> str | None:
-    """The key of the contact sheet; None when there is nothing to show.
+    """Return the key of the contact sheet; None when there is nothing to show.
 
     Drawn when it is not there yet, or `again` (new masks were made). An image that cannot be read any more
-    is left out with a word on stderr: the labels are complete without its picture.
+    is skipped with a note on stderr: the labels are complete without its picture.
     """
     if not again and store.head(CONTACT_SHEET_KEY) is not None:
         return CONTACT_SHEET_KEY
@@ -55,7 +55,7 @@ def write_contact_sheet(store: Store, job: Job, manifest: Manifest, *, again: bo
 
 
 def overlay_png(context: JobContext, rows: ImageRows, *, longest_side: int) -> bytes:
-    """One image with its prompts and masks, as PNG.
+    """Return one image with its prompts and masks, as PNG.
 
     Raises:
         ImageError: it cannot be fetched or decoded.
@@ -67,7 +67,7 @@ def overlay_png(context: JobContext, rows: ImageRows, *, longest_side: int) -> b
 
 @contextlib.contextmanager
 def picture_decoder(context: JobContext, side: int) -> Iterator[DecodeChild]:
-    """The supervised decoder, making pictures whose longer side is at most `side`."""
+    """Yield the supervised decoder, making pictures whose longer side is at most `side`."""
     child = DecodeChild(context.limits, side)
     try:
         yield child
@@ -86,7 +86,7 @@ def _tiles(context: JobContext, sample: Sequence[ImageRows], child: DecodeChild)
 
 
 def upright_picture(context: JobContext, image: Row, child: DecodeChild) -> Image.Image:
-    """The picture of a row of `images`, fetched and decoded anew; ImageError when that fails."""
+    """Return the picture of a row of `images`, fetched and decoded anew; ImageError when that fails."""
     fetched = fetch_object(image["image_uri"], context.access, context.limits)
     return Image.fromarray(np.asarray(child.decode(fetched.data).pixels_hwc))
 
@@ -116,7 +116,7 @@ def _remark(rows: ImageRows) -> str:
 
 
 def drawn_instance(row: Row, box_format: str) -> DrawnInstance:
-    """A row of `instances` as it is drawn; `box_format`: the format that its boxes were given in."""
+    """Return a row of `instances` as it is drawn; `box_format`: the format that its boxes were given in."""
     mask = row["segmentation"]
     return DrawnInstance(
         box_xyxy=shown_box(row, box_format),

@@ -1,4 +1,4 @@
-"""Published rows, image after image, that a person chose: all, the accepted, or those of an SQL condition.
+"""Published rows, image after image, that a user chose: all, the accepted, or those of an SQL condition.
 
 Read row group by row group, so that tables of any size pass through bounded memory. A condition sees
 one row at a time: it may name every column of `instances`, and nothing else.
@@ -44,7 +44,7 @@ class Selection:
 def selected_images(
     store: Store, manifest: Manifest, selection: Selection, columns: Sequence[str]
 ) -> Iterator[ImageRows]:
-    """Every published image in the order of the tables, with its selected instances (these columns).
+    """Yield every published image in the order of the tables, with its selected instances (these columns).
 
     Raises:
         UsageError: the condition is no SQL over the columns of `instances`.
@@ -66,7 +66,7 @@ def selected_images(
 
 
 def condition(selection: Selection) -> Condition | None:
-    """A function from rows of `instances` to booleans, one a row; None when every row is meant.
+    """Return a function from rows of `instances` to booleans, one a row; None when every row is meant.
 
     A wrong condition is refused here, before any row is read. DuckDB may open no file and no network for it.
     """

@@ -1,4 +1,4 @@
-"""What a job understood of its inputs, said before any work: the moment at which a mistake is cheap."""
+"""What a job understood of its inputs, reported before any work: the moment at which a mistake is cheap."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.settings import BoxRules, JobContext, Limits
 
 
 def with_a_look(plan: Plan, limits: Limits, *, detected: bool = False) -> Plan:
-    """The plan, with warnings of what a look at a few of its pictures shows and was not said before.
+    """Return the plan, with warnings of what a look at a few of its pictures shows and was not said before.
 
     `detected`: a detector finds the boxes.
     """
@@ -28,7 +28,7 @@ def with_a_look(plan: Plan, limits: Limits, *, detected: bool = False) -> Plan:
 
 
 def _flag(sentence: str) -> str:
-    """The flag that a sentence ends with; the whole sentence where there is none."""
+    """Return the flag that a sentence ends with; the whole sentence where there is none."""
     return sentence[sentence.rfind("--") :] if "--" in sentence else sentence
 
 
@@ -51,7 +51,7 @@ def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, 
 
 
 def describe_model(context: JobContext, *, asked_dtype: str) -> list[tuple[str, str]]:
-    """Names and values about the weights and the number format."""
+    """Return names and values about the weights and the number format."""
     weights = context.weights
     licence = f"licence {weights.license}" if weights.license else "licence unknown"
     model = (
@@ -63,7 +63,7 @@ def describe_model(context: JobContext, *, asked_dtype: str) -> list[tuple[str, 
 
 
 def describe_detector(context: JobContext) -> list[tuple[str, str]]:
-    """Name and value of the detector, where there is one."""
+    """Return name and value of the detector, where there is one."""
     detector = context.detector
     if detector is None:
         return []
@@ -74,7 +74,7 @@ def describe_detector(context: JobContext) -> list[tuple[str, str]]:
 
 
 def describe_work(job: Job, *, done_units: int, pending_units: int, part: str | None) -> tuple[str, str]:
-    """How the work is cut, how much of it is done, and how much of it is this driver's."""
+    """Return how the work is cut, how much of it is done, and how much of it is this driver's."""
     per_unit = console.count(job.context.images_per_unit, "image")
     cut = f"{console.count(job.units, 'unit')} of up to {per_unit}"
     if not done_units:
@@ -88,7 +88,7 @@ def describe_work(job: Job, *, done_units: int, pending_units: int, part: str | 
 
 
 def warnings(config: Config, plan: Mapping[str, Any]) -> list[str]:
-    """The sentences on likely mistakes, each a line of its own; `plan`: the fields of a PlanSummary."""
+    """The sentences on likely mistakes, each its own line; `plan`: the fields of a PlanSummary."""
     sentences = list(plan["warnings"])
     if not plan["boxes"] and plan["without_boxes"] == plan["images"] and config.detector.name is None:
         sentences.insert(0, f"no image has a box, so there will be no mask; {_NO_BOXES}")
@@ -109,12 +109,12 @@ _ALL_CROWDS = (
 
 
 def as_json(config: Config, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The same facts for a program."""
+    """Return the same facts for a program."""
     return {"images_at": config.input.images, "boxes_at": config.input.boxes, **plan}
 
 
 def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
-    """What will not be labelled, by the plan alone."""
+    """Return what will not be labelled, by the plan alone."""
     lines = []
     if plan["without_boxes"] and not detected:
         unnamed = plan["listed_without_boxes"]
@@ -149,13 +149,13 @@ def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
 
 
 def _listed(names: Sequence[str], count: int = 12) -> str:
-    """The first names, and how many more there are."""
+    """Return the first names, and how many more there are."""
     more = f" and {len(names) - count:,} more" if len(names) > count else ""
     return ", ".join(console.shown(name, 40) for name in names[:count]) + more
 
 
 def crowd_sentence(number: int) -> str:
-    """Return what is said of boxes with iscrowd 1, before the work and after it."""
+    """Return the sentence on boxes with iscrowd 1, before the work and after it."""
     are = (
         "is a region, no object: it keeps its row"
         if number == 1

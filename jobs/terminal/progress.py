@@ -1,6 +1,6 @@
 """How far a job is: one live line on a terminal, one plain line every 30 s in a log, on stderr.
 
-The line is written by a thread of its own, so that it keeps coming when nothing moves: a stall is
+The line is written by its own thread, so that it keeps coming when nothing moves: a stall is
 seen as a rate that falls, not as silence. Time left comes from the last three minutes, because the
 start (loading the model, filling the pipe) says nothing about the rest.
 """
@@ -44,12 +44,19 @@ class Counts:
     begun_before: int = 0
     """Images that a killed process had begun, and that were done again."""
 
+    def plus(self, outcome: UnitOutcome) -> Counts:
+        """Return the counts with those of one more unit."""
+        summed = ("images", "labelled", "no_boxes", "failed", "instances", "bytes", "begun_before")
+        sums = {name: getattr(self, name) + getattr(outcome, name) for name in summed}
+        repeated = self.repeated + (outcome.images if outcome.repeated else 0)
+        return Counts(units=self.units + 1, repeated=repeated, **sums)
+
 
 class Progress:
     """A context manager that shows progress and counts the outcomes given to `add`.
 
     `total_images`: planned; `done_images`: of these, done before this process began. `beginning`: what takes
-    long before the first image, for people.
+    long before the first image, as text.
     """
 
     def __init__(
@@ -76,10 +83,9 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self._mode == "live":
-            shown = Console(stderr=True)
             self._live = Live(
                 get_renderable=lambda: Text(self.line(), no_wrap=True, overflow="ellipsis"),
-                console=shown,
+                console=Console(stderr=True),
                 refresh_per_second=_LIVE_PER_SECOND,
                 redirect_stdout=False,  # stdout is data
             )
@@ -101,34 +107,23 @@ class Progress:
     def add(self, outcome: UnitOutcome) -> None:
         """Count one finished unit; may be called from any thread."""
         with self._lock:
-            was = self._counts
-            self._counts = Counts(
-                units=was.units + 1,
-                images=was.images + outcome.images,
-                labelled=was.labelled + outcome.labelled,
-                no_boxes=was.no_boxes + outcome.no_boxes,
-                failed=was.failed + outcome.failed,
-                instances=was.instances + outcome.instances,
-                bytes=was.bytes + outcome.bytes,
-                repeated=was.repeated + (outcome.images if outcome.repeated else 0),
-                begun_before=was.begun_before + outcome.begun_before,
-            )
+            self._counts = self._counts.plus(outcome)
             self._codes.update(outcome.failed_by_code)
             now = self._clock()
             self._samples.append((now, self._counts.images, self._counts.instances))
             self._forget_old(now)
 
     def counts(self) -> Counts:
-        """What `add` has counted."""
+        """Return what `add` has counted."""
         with self._lock:
             return self._counts
 
     def seconds(self) -> float:
-        """Seconds since this object was made."""
+        """Return seconds since this object was made."""
         return self._clock() - self._began
 
     def line(self) -> str:
-        """The progress in one line of plain text."""
+        """Return the progress in one line of plain text."""
         with self._lock:
             now, counts = self._clock(), self._counts
             self._forget_old(now)
@@ -155,7 +150,7 @@ class Progress:
         return (self._counts.images - images) / seconds, (self._counts.instances - instances) / seconds
 
     def _forget_old(self, now: float) -> None:
-        """Keep the samples inside the window, and the last one before it: what stood when it began."""
+        """Keep the samples inside the window, and the last one before it: the state when it began."""
         while len(self._samples) > 1 and self._samples[1][0] <= now - _WINDOW_S:
             self._samples.popleft()
 
@@ -165,7 +160,7 @@ class Progress:
 
 
 def choose_mode(*, wanted: bool, is_terminal: bool) -> Mode:
-    """`live` on a terminal, `lines` in a log, `silent` when progress is not wanted."""
+    """Return `live` on a terminal, `lines` in a log, `silent` when progress is not wanted."""
     if not wanted:
         return "silent"
     return "live" if is_terminal else "lines"

@@ -4,7 +4,7 @@
 safe, the rest is done again. A signal reaches us in two ways. Python runs the handler between two
 bytecodes of the main thread, and it raises `Interrupted` there. A C call that takes long (a read, a
 decode, Ray) delays that without limit; therefore the wake-up pipe of the interpreter is watched by a
-thread, which gives the owner mark back and ends the process when the main thread does not.
+thread, which releases the job's lock and ends the process when the main thread does not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Interrupts:
     """The state of interruption of this process; one for the life of a command.
 
     `requested` is set by the first signal. `on_exit` holds what must be given back even when the main
-    thread is stuck (the owner mark); each runs at most once.
+    thread is stuck (the job's lock); each runs at most once.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Interrupts:
     def install(self) -> None:
         """Take over SIGINT and SIGTERM, also when the shell made them ignored; start the watcher once.
 
-        Called again after `ray.init`, which puts a SIGTERM handler of its own in our place.
+        Called again after `ray.init`, which replaces our SIGTERM handler by its own.
         """
         for number in _SIGNALS:
             signal.signal(number, self._handle)
@@ -77,7 +77,7 @@ class Interrupts:
                 release()
 
     def should_stop(self) -> bool:
-        """True once a signal has come; what long loops ask."""
+        """Return whether a signal has come; long loops ask."""
         return self.requested.is_set()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -101,7 +101,7 @@ class Interrupts:
 
 
 def _silent_about_interrupts(unraisable: sys.UnraisableHookArgs) -> None:
-    """Drops `Interrupted` where Python could not raise it; everything else is told as ever.
+    """Drop `Interrupted` where Python could not raise it; everything else is reported as ever.
 
     A signal may come while a finalizer or a weak reference's callback runs, whose exceptions Python prints
     and forgets. The watcher ends the process then.

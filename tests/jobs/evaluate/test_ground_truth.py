@@ -261,7 +261,7 @@ def test_a_mask_that_pycocotools_would_hang_or_guess_at_is_refused_with_the_id(
     found = refusal(file_of(segmentation), tmp_path)
 
     assert said in found
-    assert "Mend them or take them out of the file" in found
+    assert "Fix them or take them out of the file" in found
     assert time.perf_counter() - began < 5
 
 

@@ -78,7 +78,7 @@ def test_the_summary_the_status_the_page_and_inspect_say_the_same(output: str, t
         "masks": 2,
         "empty": 2,
     }
-    assert "of 6 boxes, 2 empty beside them" in page.read_text()
+    assert "of 6 boxes, 2 empty besides" in page.read_text()
     assert "2 given, 1 with a mask, 1 empty, 1 accepted" in said(
         "inspect", "--output", output, "a", "--picture", str(tmp_path / "a.png")
     )
