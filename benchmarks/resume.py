@@ -27,7 +27,6 @@ from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import working_context
 from jobs.commands.label import pending_units
 from jobs.config import Config, ConfigSources
-from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.open_job import open_or_create
 from jobs.job_setup.slices import WHOLE
 from jobs.terminal import console
@@ -110,7 +109,7 @@ def _first_outcome(config: Config, context: JobContext, machine: Machine, pendin
     run_units(
         pending,
         replace(working_context(context, machine.device()), segmenter=STUB_NAME),
-        settings.cluster_settings(config),
+        config.cluster,
         epoch=1,
         on_outcome=seen.append,
         should_stop=lambda: bool(seen),

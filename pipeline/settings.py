@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from model.records import CallShape
+if TYPE_CHECKING:  # it brings NumPy, and every command imports the settings
+    from model.records import CallShape
 
 T = TypeVar("T")
 CHANGES_ROWS, IDENTITY = "changes rows", "identity"
@@ -53,6 +54,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, defer_build=True
     )
+
+    @classmethod
+    def from_file(cls, values: Mapping[str, Any]) -> Self:
+        """Return the section that a file of an output holds; raise ValueError, in one line, if it is none."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+            raise ValueError("; ".join(faults)) from None
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that belong to a job's identity."""
@@ -120,6 +130,8 @@ class ModelSettings(Section):
     @property
     def call_shape(self) -> CallShape:
         """The fixed shapes of the model's calls; `boxes_per_call` must be resolved."""
+        from model.records import CallShape
+
         if self.boxes_per_call is None:
             raise ValueError("model.boxes_per_call is not resolved")
         return CallShape(images_per_call=self.images_per_call, boxes_per_call=self.boxes_per_call)

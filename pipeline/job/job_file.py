@@ -105,7 +105,7 @@ def _from_mask_settings(masks: Mapping[str, Any]) -> dict[str, Any]:
     model = {**masks, **masks["call_shape"], "compile": masks["compiled"]}
     draft_jpeg = model.pop("draft_jpeg")
     del model["call_shape"], model["compiled"]
-    return {"model": ModelSettings(**model), "draft_jpeg": draft_jpeg}
+    return {"model": ModelSettings.from_file(model), "draft_jpeg": draft_jpeg}
 
 
 def _detector_identity(detector: JobDetector) -> dict[str, Any]:
@@ -312,9 +312,9 @@ def _context_of(stored: Mapping[str, Any], store: Store, access: AccessRules) ->
     rest |= {
         **_from_mask_settings(rest.pop("masks")),
         "weights": Weights(**rest["weights"]),
-        "box_rules": BoxRules(**rest["box_rules"]),
-        "limits": Limits(**rest["limits"]),
+        "box_rules": BoxRules.from_file(rest["box_rules"]),
+        "limits": Limits.from_file(rest["limits"]),
     }
     if rest.get("detector") is not None:
-        rest["detector"] = JobDetector(**rest["detector"])
+        rest["detector"] = JobDetector.from_file(rest["detector"])
     return JobContext(output=store.place, access=access, **rest)

@@ -112,6 +112,30 @@ def test_the_identity_holds_everything_that_changes_masks():
     assert wanted <= named
 
 
+def test_a_job_file_keeps_the_shape_that_earlier_outputs_have(local_store):
+    open_job(local_store, make_job())
+    stored = json.loads(local_store.read(JOB_KEY))
+    masks = {
+        "dtype": "float32", "call_shape": {"images_per_call": 1, "boxes_per_call": 16},
+        "multimask": "single", "hq_token_only": False, "stability_offset": 1.0, "compiled": False,
+        "draft_jpeg": False, "cpu_threads": 1,
+    }  # fmt: skip
+    assert stored["context"]["masks"] == stored["identity"]["masks"] == masks
+    assert set(stored["context"]) == {
+        "plan_sha256", "images_per_unit", "run_id", "weights", "masks", "box_rules", "limits", "detector",
+        "lineage",
+    }  # fmt: skip
+
+
+def test_a_job_file_with_settings_of_a_later_version_is_refused(local_store):
+    open_job(local_store, make_job())
+    stored = json.loads(local_store.read(JOB_KEY))
+    stored["context"]["limits"]["max_moons"] = 1
+    local_store.put(JOB_KEY, json.dumps(stored).encode())
+    with pytest.raises(JobRefused, match=r"written by another version.*max_moons"):
+        require_job(local_store)
+
+
 def test_machines_limits_lineage_and_code_may_change_between_resumes(local_store):
     first = open_job(local_store, make_job())
     context = dataclasses.replace(
