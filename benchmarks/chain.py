@@ -26,7 +26,7 @@ from benchmarks.made_inputs import boxes_of, write_boxes, write_pictures
 from jobs.cluster.ray_cluster import usable_cpus
 from jobs.commands.estimate import Measured, measure
 from jobs.config import Config, ConfigSources
-from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup import resolve_settings
 from jobs.job_setup.check_models import read_checkpoint
 from jobs.job_setup.open_job import plan_inputs
 from jobs.terminal import console
@@ -85,7 +85,7 @@ def measure_model(config: Config, folder: Path, interrupts: Interrupts, *, quick
     weights = read_checkpoint(config)
     chain = run_chain(config, folder, paths, size_hw, weights, interrupts)
     dtype = native_dtype(chain.gpus > 0) if config.model.dtype == "auto" else config.model.dtype
-    config = settings.with_boxes_per_call(config, settings.BOXES_PER_CALL[chain.device])
+    config = resolve_settings.with_boxes_per_call(config, resolve_settings.BOXES_PER_CALL[chain.device])
     asked = config.model.model_copy(update={"dtype": dtype})
     begin = partial(_load_model, weights, asked, chain.device)
     rate = loop_rate(loop_of_model, paths, processes=chain.actors, begin=begin)

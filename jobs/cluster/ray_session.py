@@ -23,7 +23,7 @@ from jobs.cluster.ray_cluster import (
     usable_cpus,
 )
 from jobs.config import Config
-from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup import resolve_settings
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
 from pipeline.errors import JobRefused, SystemicFault
@@ -110,7 +110,10 @@ class Machine:
             self._info = info
             uri = self._config.output.uri or ""
             refuse_local_output(
-                info, uri, is_local=settings.is_local(uri), shared_paths=self._config.cluster.shared_paths
+                info,
+                uri,
+                is_local=resolve_settings.is_local(uri),
+                shared_paths=self._config.cluster.shared_paths,
             )
         return self._info
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from jobs.cluster.job_lock import JobLock
 from jobs.config import Config
-from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup import resolve_settings
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
 from pipeline.errors import JobRefused
@@ -18,7 +18,7 @@ from pipeline.tables.manifest import read_manifest
 
 def run(config: Config, interrupts: Interrupts, *, sure: bool, json: bool) -> int:
     """Delete, or without `sure` only report what would go, and return 0."""
-    store = Store(settings.output_place(config))
+    store = Store(resolve_settings.output_place(config))
     require_job(store)
     if not sure:
         return _report_candidates(store, json=json)

@@ -17,7 +17,7 @@ import pyarrow as pa
 from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import working_context
 from jobs.config import Config
-from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup import resolve_settings
 from jobs.job_setup.open_job import new_context
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupted, Interrupts
@@ -104,13 +104,15 @@ def measure(
             dtype = config.model.dtype if config.model.dtype != "auto" else machine.native_dtype()
             summary = plan.summary
             context = new_context(
-                settings.with_boxes_per_call(config, settings.BOXES_PER_CALL[machine.device()]),
+                resolve_settings.with_boxes_per_call(
+                    config, resolve_settings.BOXES_PER_CALL[machine.device()]
+                ),
                 output=Place(uri=folder),
                 plan_sha256=small.sha256,
                 weights=weights,
                 dtype=dtype,
                 detector=detector,
-                box_rules=settings.box_rules(config, summary.box_format, summary.box_frame),
+                box_rules=resolve_settings.box_rules(config, summary.box_format, summary.box_frame),
                 access=plan.access,
             )
             context = replace(

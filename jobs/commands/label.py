@@ -18,7 +18,7 @@ from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import Work, images_in, run_pending, save_config
 from jobs.commands.end_summary import Ending, report_done, report_slice_done
 from jobs.config import CONFIG_KEY, Config
-from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup import resolve_settings
 from jobs.job_setup.open_job import Opened, code_version, open_or_create
 from jobs.job_setup.slices import WHOLE, Slice
 from jobs.results.render_images import write_contact_sheet
@@ -108,7 +108,7 @@ def _refuse_missing_inputs(config: Config) -> None:
     """Raise UsageError for a call without inputs over an existing job, naming the settings to go on with."""
     if config.input.images or config.input.boxes:
         return
-    store = Store(settings.output_place(config))
+    store = Store(resolve_settings.output_place(config))
     if read_job(store) is not None:
         saved = f"{store.place.uri.rstrip('/')}/{CONFIG_KEY}"
         raise UsageError(

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from jobs.cluster.run_units import save_config
 from jobs.config import Config, ConfigSources
-from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup import resolve_settings
 from jobs.job_setup.saved_job import SavedJob, open_saved
 from jobs.results.read_tables import require_published, row_groups
 from jobs.terminal import console
@@ -54,7 +54,7 @@ def run(given: ConfigSources, outputs: Sequence[str], *, json: bool) -> int:
         raise UsageError("--merge wants two outputs or more: --merge out1 out2")
     sources = [_source(number, uri) for number, uri in enumerate(outputs)]
     config = given.load()
-    store = Store(settings.output_place(config))
+    store = Store(resolve_settings.output_place(config))
     if store.list(limit=1):
         raise UsageError(f"{store.place.uri}: is not empty; merged tables want a new folder or prefix")
     winners, doubled = choose(sources)
@@ -166,7 +166,7 @@ def _merged_config(sources: Sequence[Source], output: str) -> Config:
     newest = max(sources, key=lambda source: source.manifest.published_at).saved.config
     places = [place for source in sources for place in (source.saved.config.input.images,) if place]
     roots = [root for source in sources for root in source.saved.config.input.allow_roots]
-    local = [place for place in places if settings.is_local(place)]
+    local = [place for place in places if resolve_settings.is_local(place)]
     inputs = newest.input.model_copy(update={"allow_roots": list(dict.fromkeys([*roots, *local]))})
     outputs = newest.output.model_copy(update={"uri": output})
     return newest.model_copy(update={"input": inputs, "output": outputs})

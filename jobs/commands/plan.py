@@ -13,11 +13,10 @@ from pydantic_core import to_jsonable_python
 
 from jobs.commands.estimate import carry_over, describe, measure
 from jobs.config import Config
-from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup import resolve_settings
 from jobs.job_setup.check_models import CheckedDetector, read_checkpoint, read_detector
 from jobs.job_setup.open_job import before_work, plan_inputs
-from jobs.terminal import console
-from jobs.terminal import input_report as understood
+from jobs.terminal import console, input_report
 from jobs.terminal.signals import Interrupts
 from pipeline.errors import JobRefused, UsageError
 from pipeline.job.job_file import read_job
@@ -38,7 +37,7 @@ def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> i
     """
     with before_work():
         made, detected = plan_inputs(config), config.detector.name is not None
-        plan = understood.with_a_look(made, config.limits, detected=detected)
+        plan = input_report.with_a_look(made, config.limits, detected=detected)
         weights = read_checkpoint(config) if config.model.checkpoint else None
         detector = read_detector(config)
         done = _done(config, plan) if config.output.uri else None
@@ -57,7 +56,7 @@ def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> i
     else:
         rows = _rows(config, plan, weights, done, detector)
         console.data(console.pairs([*rows, *(describe(estimate) if estimate else [])]))
-        for line in understood.warnings(config, _facts(plan)):
+        for line in input_report.warnings(config, _facts(plan)):
             console.data(line)
     if estimate is None and not json:
         also = "" if weights else ", with --checkpoint"
@@ -72,7 +71,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
 
 def _done(config: Config, plan: Plan) -> int:
     """Return how many units of this plan the output holds; raises `JobRefused` when it holds another plan."""
-    store = Store(settings.output_place(config))
+    store = Store(resolve_settings.output_place(config))
     job = read_job(store)
     if job is None:
         others = [entry.key for entry in store.list() if not entry.key.startswith((".", "owner/"))]
@@ -93,7 +92,7 @@ def _done(config: Config, plan: Plan) -> int:
 def _rows(
     config: Config, plan: Plan, weights: Weights | None, done: int | None, detector: CheckedDetector | None
 ) -> list[tuple[str, str]]:
-    rows = understood.describe_inputs(config, _facts(plan))
+    rows = input_report.describe_inputs(config, _facts(plan))
     if detector is not None:
         rows.append(("detector", str(detector)))
     if weights is not None:
@@ -111,7 +110,7 @@ def _rows(
 
 def _as_json(config: Config, plan: Plan, weights: Weights | None, done: int | None) -> dict[str, Any]:
     return {
-        **understood.as_json(config, _facts(plan)),
+        **input_report.as_json(config, _facts(plan)),
         "plan_sha256": plan.sha256,
         "images_per_unit": plan.images_per_unit,
         "categories": list(plan.categories),

@@ -9,7 +9,7 @@ from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import save_config
 from jobs.commands.end_summary import EXIT_OVER_BUDGET, describe_counts, over_budget
 from jobs.config import ConfigSources
-from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup import resolve_settings
 from jobs.job_setup.saved_job import SavedJob, open_saved
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
@@ -28,7 +28,7 @@ def run(given: ConfigSources, interrupts: Interrupts, *, json: bool) -> int:
         manifest = publish(
             saved.store, saved.job, filters, require_owner=lock.require, mapper=machine.map_parts
         )
-        config = settings.resolved(saved.config)
+        config = resolve_settings.resolved(saved.config)
         # A hub id must not be taken for a folder in the current one.
         save_config(saved.store, config.model_copy(update={"model": saved.config.model}))
     uri = saved.store.place.uri

@@ -17,7 +17,7 @@ from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import Work, images_in, run_pending
 from jobs.commands.end_summary import Ending, report_done
 from jobs.config import ConfigSources
-from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup import resolve_settings
 from jobs.job_setup.check_models import read_checkpoint, read_detector
 from jobs.job_setup.saved_job import SavedJob, open_saved
 from jobs.results.read_tables import failed_units
@@ -160,7 +160,7 @@ def _with_settings(saved: SavedJob) -> SavedJob:
             f"--checkpoint {config.model.checkpoint}: sha256 {weights.sha256}, the job began with "
             f"{context.weights.sha256}; a retry needs the same weights"
         )
-    model = settings.with_boxes_per_call(config, context.model.boxes_per_call).model
+    model = resolve_settings.with_boxes_per_call(config, context.model.boxes_per_call).model
     if model.dtype == "auto":
         model = model.model_copy(update={"dtype": context.model.dtype})
     now = replace(context, model=model, draft_jpeg=config.input.draft_jpeg)

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from jobs.commands.end_summary import over_budget
 from jobs.config import Config
-from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup import resolve_settings
 from jobs.terminal import console
 from pipeline.job.job_file import Job, require_job
 from pipeline.storage.store import Store
@@ -29,7 +29,7 @@ WATCH_EVERY_S = 5.0
 
 def run(config: Config, *, json: bool, watch: bool = False, every_s: float = WATCH_EVERY_S) -> int:
     """Print the status of the job in the output, and return 0; with `watch`, when all of it is committed."""
-    store = Store(settings.output_place(config))
+    store = Store(resolve_settings.output_place(config))
     job = require_job(store)
     seen: Seen = {}
     found = status(store, job, seen=seen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from jobs.config import Config
-from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup import resolve_settings
 from jobs.terminal import console
 from pipeline.errors import DamageFound
 from pipeline.job.job_file import require_job
@@ -15,7 +15,7 @@ from pipeline.tables.verify_output import Verified, verify
 
 def run(config: Config, *, sample: int | None, json: bool) -> int:
     """Check the job in the output; 0 when it is sound, 6 when it is not. `sample`: masks decoded a file."""
-    store = Store(settings.output_place(config))
+    store = Store(resolve_settings.output_place(config))
     found = verify(store, require_job(store), sample=sample)
     for finding in found.findings:
         console.say(f"damaged: {finding}")

@@ -14,7 +14,7 @@ from jobs.export.export_source import Source, open_source
 from jobs.export.hf_dataset import write_hf
 from jobs.export.label_studio import write_label_studio
 from jobs.export.yolo import ENDINGS, PASSED_OVER, Loss, write_yolo
-from jobs.job_setup import resolve_settings as settings
+from jobs.job_setup import resolve_settings
 from jobs.job_setup.saved_job import open_saved
 from jobs.results.read_tables import require_published
 from jobs.results.select_rows import Selection
@@ -56,10 +56,10 @@ def run(given: ConfigSources, options: ExportOptions) -> int:
     if options.format not in FORMATS:
         raise UsageError(f"export {options.format!r}: wanted one of {', '.join(FORMATS)}")
     saved = open_saved(given)
-    uri = settings.absolute(options.to)
+    uri = resolve_settings.absolute(options.to)
     if os.path.lexists(uri) and not os.path.isdir(uri):
         raise UsageError(f"--to {options.to}: this is a file; wanted a new folder or prefix")
-    place = Store(Place(uri=uri, options=settings.storage_options(saved.config, uri)))
+    place = Store(Place(uri=uri, options=resolve_settings.storage_options(saved.config, uri)))
     if place.list(limit=1):
         raise UsageError(
             f"--to {options.to}: there are files already; choose a new folder, so that none is mixed"
@@ -218,7 +218,7 @@ def _yolo_steps(options: ExportOptions, source: Source) -> Iterator[tuple[str, s
         )
     if not source.tally["images"]:
         return
-    to = settings.absolute(options.to).rstrip("/")
+    to = resolve_settings.absolute(options.to).rstrip("/")
     yield "next", f"the pictures alone go into {to}/images/, under their names in images.txt"
     root = next(iter(source.roots)) if len(source.roots) == 1 else None
     if root is not None and _is_local(root) and _is_local(to):
