@@ -22,7 +22,7 @@ from jobs.results.select_rows import Selection, selected_images
 from pipeline import schema
 from pipeline.errors import UsageError
 from pipeline.job.job_file import Job
-from pipeline.storage.archive_uris import split_member
+from pipeline.storage.archive_uris import parse_archive_uri
 from pipeline.storage.store import Store
 from pipeline.tables.manifest import Manifest
 
@@ -138,13 +138,13 @@ class Source:
         self.tally["masks without a class"] += sign * nameless
         self.tally["images turned by EXIF"] += sign * (rows.image["exif_orientation"] not in (None, 1))
         uri = str(rows.image["image_uri"])
-        self.tally["images inside other files"] += sign * (split_member(uri) is not None)
+        self.tally["images inside other files"] += sign * (parse_archive_uri(uri) is not None)
         if sign > 0 and len(self.roots) < 2:
             self.roots.add(self._root(rows.image))
 
     def _root(self, image: Row) -> str | None:
         uri, name = str(image["image_uri"]), self.file_name(image)
-        return uri.removesuffix(name) if uri.endswith("/" + name) and split_member(uri) is None else None
+        return uri.removesuffix(name) if uri.endswith("/" + name) and parse_archive_uri(uri) is None else None
 
     def _is_region(self, row: Row) -> bool:
         return self.selection.with_crowds and is_crowd(row) and row["prompt_bbox"] is not None

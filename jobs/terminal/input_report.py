@@ -10,7 +10,7 @@ from jobs.config import Config
 from jobs.terminal import console
 from pipeline.job.job_file import Job
 from pipeline.planning.make_plan import Plan
-from pipeline.planning.preview import look
+from pipeline.planning.preview import preview_pictures
 from pipeline.settings import BoxRules, JobContext, Limits
 
 
@@ -22,7 +22,7 @@ def with_a_look(plan: Plan, limits: Limits, *, detected: bool = False) -> Plan:
     summary = plan.summary
     rules = BoxRules(box_format=summary.box_format, box_frame=summary.box_frame)
     flags = {_flag(sentence) for sentence in summary.warnings}
-    found = look(plan.table, rules, plan.access, limits, detected=detected)
+    found = preview_pictures(plan.table, rules, plan.access, limits, detected=detected)
     seen = [line for line in found if _flag(line) not in flags]
     return replace(plan, summary=replace(summary, warnings=(*summary.warnings, *seen)))
 

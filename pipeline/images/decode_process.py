@@ -53,7 +53,7 @@ Decoder = Callable[..., DecodedImage]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Config:
+class _ChildConfig:
     """Settings of a child, passed at its start as text."""
 
     decoder: str
@@ -193,7 +193,7 @@ class DecodeChild:
         request_end, self._requests = os.pipe()
         self._answers, answer_end = os.pipe()
         files = (request_end, answer_end, self._data_file, self._pixel_file)
-        config = _Config(
+        config = _ChildConfig(
             decoder=self._decoder,
             max_pixels=self._limits.max_image_pixels,
             side=self._side,
@@ -273,7 +273,7 @@ def _line(message: dict[str, Any]) -> bytes:
 
 def serve(config_json: str) -> None:
     """Answer requests until the parent closes its end of the pipe."""
-    config = _Config(**json.loads(config_json))
+    config = _ChildConfig(**json.loads(config_json))
     requests, answers, _, _ = config.files
     module, _, name = config.decoder.partition(":")
     decoder: Decoder = getattr(importlib.import_module(module), name)
@@ -301,7 +301,7 @@ def _bound_this_process(memory_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_bytes, mapped + memory_bytes))
 
 
-def _answer(decoder: Decoder, config: _Config, size: int) -> dict[str, Any]:
+def _answer(decoder: Decoder, config: _ChildConfig, size: int) -> dict[str, Any]:
     """Return the answer to one request; the pixels of a success are in the shared file."""
     _, _, data_file, pixel_file = config.files
     try:

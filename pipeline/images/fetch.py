@@ -15,9 +15,9 @@ from itertools import islice
 
 from pipeline.errors import ImageError, SystemicFault
 from pipeline.settings import AccessRules, Limits
-from pipeline.storage.archive_uris import split_member
+from pipeline.storage.archive_uris import parse_archive_uri
 from pipeline.storage.backend import FetchedObject
-from pipeline.storage.read_archives import read_contained
+from pipeline.storage.read_archives import read_archived
 from pipeline.storage.read_objects import read_object
 from pipeline.storage.retries import StorageFault
 from pipeline.storage.uri_rules import check_uri, options_for
@@ -47,9 +47,9 @@ def fetch_object(uri: str, access: AccessRules, limits: Limits) -> FetchedObject
     """
     check_uri(uri, access)
     options, deadline = options_for(uri, access), time.monotonic() + limits.fetch_timeout_s
-    member = split_member(uri)
+    member = parse_archive_uri(uri)
     if member is not None:
-        return read_contained(member, options, max_bytes=limits.max_image_bytes, deadline_monotonic=deadline)
+        return read_archived(member, options, max_bytes=limits.max_image_bytes, deadline_monotonic=deadline)
     return read_object(uri, options, max_bytes=limits.max_image_bytes, deadline_monotonic=deadline)
 
 

@@ -63,7 +63,7 @@ _RECORDS: dict[str, dict[str, Kind]] = {
     "categories": {"id": Kind(0, "integer"), "name": Kind(0, "text")},
 }
 _SAMPLE_RECORDS = 100
-_LOOK_BYTES = 2**20
+_HEAD_BYTES = 2**20
 _SHAPE = "wanted COCO: an object with lists `images` and `annotations`, or a list of results"
 
 
@@ -162,9 +162,9 @@ def _without(uri: str, name: str, access: AccessRules) -> str:
     """Return what a file without this list has there or at its beginning instead, as text."""
     null = re.compile(rf'"{name}"\s*:\s*null\b'.encode())
     with open_input(uri, options_for(uri, access)) as stream:
-        head = before = stream.read(_LOOK_BYTES)
+        head = before = stream.read(_HEAD_BYTES)
         while before and null.search(before) is None:
-            block = stream.read(_LOOK_BYTES)
+            block = stream.read(_HEAD_BYTES)
             before = before[-64:] + block if block else b""
     if before:
         return f"`{name}` is null; wanted a list, which is [] where there are none"

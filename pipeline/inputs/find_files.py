@@ -1,7 +1,7 @@
 """What a user names, as files: one file, those of a folder, or those that match a pattern.
 
 Which of them are meant is told by their names alone; of a single file without a known ending the first bytes
-are looked at.
+are checked.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def absolute(uri: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Named:
+class InputFiles:
     """What a user names, as files: one, those of a folder, or those that match a pattern.
 
     `root`: the folder that relative names start from. `kind`: how it was named. `links`, `odd`: as of a
@@ -62,7 +62,7 @@ class Named:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, uri: str, access: AccessRules) -> Named:
+    def at(cls, uri: str, access: AccessRules) -> InputFiles:
         """Return the files at `uri`; a name with a known ending may yet be a folder, as Spark writes them.
 
         Raises:
@@ -76,14 +76,16 @@ class Named:
             if entry is not None:
                 kind: Literal["file", "picture"] = "file" if known else "picture"
                 return cls(uri=uri, entries=(entry,), root=parent_of(uri), kind=kind)
-        named = cls._listed(uri, uri, access, "folder")
-        if not named.entries and (entry := head_object(uri, options_for(uri, access))) is not None:
+        place = cls._listed(uri, uri, access, "folder")
+        if not place.entries and (entry := head_object(uri, options_for(uri, access))) is not None:
             _refuse_unless_picture(uri, access)
             return cls(uri=uri, entries=(entry,), root=parent_of(uri), kind="picture")
-        return named
+        return place
 
     @classmethod
-    def _listed(cls, uri: str, root: str, access: AccessRules, kind: Literal["folder", "pattern"]) -> Named:
+    def _listed(
+        cls, uri: str, root: str, access: AccessRules, kind: Literal["folder", "pattern"]
+    ) -> InputFiles:
         roots = (*map(os.path.realpath, access.roots), *pointed_at(uri))
         pattern = uri.removeprefix(f"{root}/") if kind == "pattern" else None
         found = list_inputs(root, options_for(uri, access), roots=roots, pattern=pattern)
@@ -223,10 +225,10 @@ def _is_label(name: str) -> bool:
     return name.lower().endswith(LABEL_SUFFIXES)
 
 
-def _tables_in(named: Named) -> list[str]:
+def _tables_in(place: InputFiles) -> list[str]:
     """Return the tables of a folder, all of one kind; hidden files and folders are left out."""
-    uri, entries = named.root, named.entries
-    if named.kind == "folder":
+    uri, entries = place.root, place.entries
+    if place.kind == "folder":
         _refuse_versioned(uri, entries)
     shown = [entry.key for entry in entries if not _is_hidden(entry.key.removeprefix(uri))]
     kinds: dict[TableFormat, list[str]] = {}
@@ -239,7 +241,7 @@ def _tables_in(named: Named) -> list[str]:
         raise JobRefused(f"{uri}: tables of several kinds: {found}; give a folder of one kind, or one file")
     if kinds:
         return next(iter(kinds.values()))
-    raise nothing_in(named, f"pictures or tables ({', '.join(TABLE_SUFFIXES)})")
+    raise nothing_in(place, f"pictures or tables ({', '.join(TABLE_SUFFIXES)})")
 
 
 _VERSIONED = {
@@ -267,9 +269,9 @@ def _is_hidden(path: str) -> bool:
     return any(part.startswith((".", "_")) for part in path.split("/"))
 
 
-def nothing_in(named: Named, wanted: str) -> JobRefused:
+def nothing_in(place: InputFiles, wanted: str) -> JobRefused:
     """Return the error for a place that holds other things than wanted."""
-    uri, entries = named.uri, named.entries
+    uri, entries = place.uri, place.entries
     local = split_scheme(uri)[0] == "file" and not is_pattern(uri)
     braces = "; {a,b} is no pattern here: give the folder, or one pattern" if "{" in uri else ""
     if local and not os.path.lexists(uri):
@@ -279,7 +281,7 @@ def nothing_in(named: Named, wanted: str) -> JobRefused:
     found = (
         f"{len(entries)} other files, such as {examples([e.key for e in entries])}" if entries else "nothing"
     )
-    return JobRefused("; ".join([f"{uri}: no {wanted}; found {found}{braces}", *named.notes]))
+    return JobRefused("; ".join([f"{uri}: no {wanted}; found {found}{braces}", *place.notes]))
 
 
 def picture_format(uri: str, access: AccessRules) -> str | None:

@@ -32,7 +32,7 @@ from pipeline.storage.sealed_parquet import open_closed
 from pipeline.storage.uri_rules import options_for
 
 IMAGE, OBJECTS = "image", "objects"
-NAMES = (IMAGE, OBJECTS, "objects.bbox", "objects.category", "objects.score", "objects.iscrowd")
+HF_COLUMNS = (IMAGE, OBJECTS, "objects.bbox", "objects.category", "objects.score", "objects.iscrowd")
 """Our names of their columns; `input.columns` may say others."""
 _FIELDS = {
     "bbox": Kind(2, "number"),

@@ -49,7 +49,7 @@ class ImageList:
     gives ids; `id_rule`: where they come from, as text. `root`: the folder or prefix that relative names
     start from, without a "/" at its end.
     `listed`: found by listing a folder, not named by a file. `doubted`: uris of links and of what is no file,
-    each to be looked at by itself. `left_out`: sentences on files of the folder that are not taken.
+    each to be checked by itself. `left_out`: sentences on files of the folder that are not taken.
     `size_hw`: int64 (n, 2) as the input says (0 where it does not), unchecked. `categories`: id to name.
     `files`: uris of the tables that were read, `columns`: all of their columns' names, `unused`: those that
     are not read. `notes`: sentences for the summary.

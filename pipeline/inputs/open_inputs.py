@@ -18,7 +18,7 @@ from pipeline.errors import ImageError, JobRefused, UsageError, clean_text
 from pipeline.inputs.box_tables import image_keys, read_box_tables, unused_columns
 from pipeline.inputs.coco_boxes import is_results, read_coco_images, read_instances, read_results
 from pipeline.inputs.find_files import (
-    Named,
+    InputFiles,
     absolute,
     is_json,
     is_pattern,
@@ -28,11 +28,10 @@ from pipeline.inputs.find_files import (
     pointed_at,
     states_ending,
 )
-from pipeline.inputs.hf_parquet import NAMES as HF_NAMES
-from pipeline.inputs.hf_parquet import holds_pictures, read_hf_boxes, read_hf_images
+from pipeline.inputs.hf_parquet import HF_COLUMNS, holds_pictures, read_hf_boxes, read_hf_images
 from pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, has_picture_name, is_picture
 from pipeline.inputs.megadetector_boxes import is_megadetector, read_megadetector
-from pipeline.inputs.previous_job import EarlierParts, find_parts, read_earlier_boxes, read_earlier_images
+from pipeline.inputs.previous_job import PublishedParts, find_parts, read_previous_boxes, read_previous_images
 from pipeline.inputs.propose_columns import BOX_ROWS, IMAGE_ROWS, missing_column
 from pipeline.inputs.read_table import inspect_tables, read_batches
 from pipeline.inputs.webdataset import read_tar_boxes, read_tar_images
@@ -40,7 +39,7 @@ from pipeline.inputs.yolo_boxes import read_yolo
 from pipeline.settings import AccessRules, InputSettings
 from pipeline.storage.uri_rules import check_uri, split_scheme
 
-_COLUMN_NAMES = frozenset(IMAGE_ROWS) | frozenset(BOX_ROWS) | frozenset(HF_NAMES)
+_COLUMN_NAMES = frozenset(IMAGE_ROWS) | frozenset(BOX_ROWS) | frozenset(HF_COLUMNS)
 
 
 def allowed_access(settings: InputSettings, access: AccessRules | None = None) -> AccessRules:
@@ -50,10 +49,10 @@ def allowed_access(settings: InputSettings, access: AccessRules | None = None) -
     resolved.
     """
     access = access or AccessRules()
-    named = settings.images if settings.images is not None else settings.boxes
+    place = settings.images if settings.images is not None else settings.boxes
     roots = [os.path.realpath(split_scheme(root)[1]) for root in access.roots]
     roots += pointed_at(absolute(settings.image_root)) if settings.image_root is not None else []
-    roots += pointed_at(absolute(named)) if named is not None else []
+    roots += pointed_at(absolute(place)) if place is not None else []
     return replace(access, roots=tuple(dict.fromkeys(roots)))
 
 
@@ -74,18 +73,18 @@ def read_images(settings: InputSettings, access: AccessRules) -> ImageList:
                 f"{uri}: a MegaDetector file; give it as --boxes, and the pictures' folder as --images"
             )
         return _resolved(read_coco_images(uri, access, folder=parent_of(uri)), settings)
-    named = Named.of(uri, access)
-    parts = find_parts(uri, named.entries)  # before pictures: an output holds overlays
+    place = InputFiles.at(uri, access)
+    parts = find_parts(uri, place.entries)  # before pictures: an output holds overlays
     if parts is not None:
-        return read_earlier_images(parts, access)
-    if tars := named.tars():
-        return read_tar_images(tars, access, root=named.root, ids=settings.tar_ids)
-    if named.is_listing():
-        return _from_listing(named, access)
-    tables = named.tables()
+        return read_previous_images(parts, access)
+    if tars := place.tars():
+        return read_tar_images(tars, access, root=place.root, ids=settings.tar_ids)
+    if place.is_listing():
+        return _from_listing(place, access)
+    tables = place.tables()
     if holds_pictures(tables[0], settings.columns, access):
-        return read_hf_images(tables, settings.columns, access, root=named.root)
-    return _resolved(_read_image_tables(tables, settings, access, named.root), settings)
+        return read_hf_images(tables, settings.columns, access, root=place.root)
+    return _resolved(_read_image_tables(tables, settings, access, place.root), settings)
 
 
 def read_boxes(settings: InputSettings, access: AccessRules) -> BoxList:
@@ -100,24 +99,24 @@ def read_boxes(settings: InputSettings, access: AccessRules) -> BoxList:
     uri = absolute(settings.boxes)
     if is_json(uri) and not is_pattern(uri):
         return _json_reader(uri, access)(uri, access, folder=_root(settings, parent_of(uri)))
-    named = Named.of(uri, access)
-    parts = find_parts(uri, named.entries)
+    place = InputFiles.at(uri, access)
+    parts = find_parts(uri, place.entries)
     if parts is not None:
-        return _earlier_boxes(parts, settings, access)
-    if tars := named.tars():
-        return read_tar_boxes(tars, settings.columns, access, root=named.root, ids=settings.tar_ids)
-    boxes = _boxes_of(named, settings, access)
-    return replace(boxes, notes=(*boxes.notes, *named.notes))
+        return _previous_boxes(parts, settings, access)
+    if tars := place.tars():
+        return read_tar_boxes(tars, settings.columns, access, root=place.root, ids=settings.tar_ids)
+    boxes = _boxes_of(place, settings, access)
+    return replace(boxes, notes=(*boxes.notes, *place.notes))
 
 
-def _boxes_of(named: Named, settings: InputSettings, access: AccessRules) -> BoxList:
+def _boxes_of(place: InputFiles, settings: InputSettings, access: AccessRules) -> BoxList:
     """Return the boxes of label files or tables."""
-    if labels := named.label_files():
-        return _yolo_boxes(labels, named, settings, access)
-    tables = named.tables()
+    if labels := place.label_files():
+        return _yolo_boxes(labels, place, settings, access)
+    tables = place.tables()
     if holds_pictures(tables[0], settings.columns, access):
-        return read_hf_boxes(tables, settings.columns, access, root=named.root)
-    return read_box_tables(tables, settings.columns, access, folder=_root(settings, named.root))
+        return read_hf_boxes(tables, settings.columns, access, root=place.root)
+    return read_box_tables(tables, settings.columns, access, folder=_root(settings, place.root))
 
 
 def _json_reader(uri: str, access: AccessRules) -> Callable[..., BoxList]:
@@ -126,13 +125,15 @@ def _json_reader(uri: str, access: AccessRules) -> Callable[..., BoxList]:
     return read_megadetector if is_megadetector(uri, access) else read_instances
 
 
-def _yolo_boxes(labels: Sequence[str], named: Named, settings: InputSettings, access: AccessRules) -> BoxList:
+def _yolo_boxes(
+    labels: Sequence[str], place: InputFiles, settings: InputSettings, access: AccessRules
+) -> BoxList:
     if settings.images is None:
         raise JobRefused(
-            f"{named.root}: YOLO label files, such as {labels[0]}, name no pictures; say with --images where "
+            f"{place.root}: YOLO label files, such as {labels[0]}, name no pictures; say with --images where "
             f"they are"
         )
-    return read_yolo(named.root, named.entries, access)
+    return read_yolo(place.root, place.entries, access)
 
 
 def resolve_uris(uris: pa.Array, folder: str) -> pa.Array:
@@ -167,52 +168,52 @@ def check_columns(settings: InputSettings, found: Sequence[str]) -> None:
             raise JobRefused(f"input.columns: no table has a column {theirs!r}; found {shown}")
 
 
-def _from_listing(named: Named, access: AccessRules) -> ImageList:
+def _from_listing(place: InputFiles, access: AccessRules) -> ImageList:
     """Return the pictures among listed files; every file where one or a pattern's ending is named."""
-    every = named.kind == "picture" or states_ending(named.uri)
-    keys = [entry.key for entry in named.entries if every or is_picture(entry.key)]
+    every = place.kind == "picture" or states_ending(place.uri)
+    keys = [entry.key for entry in place.entries if every or is_picture(entry.key)]
     if not keys:
-        raise nothing_in(named, "pictures")
+        raise nothing_in(place, "pictures")
     there = set(keys)
-    others = [entry.key for entry in named.entries if entry.key not in there]
-    targets = set(named.links.values())  # named by their links already
+    others = [entry.key for entry in place.entries if entry.key not in there]
+    targets = set(place.links.values())  # named by their links already
     unnamed = [key for key in others if os.path.realpath(key) not in targets] if targets else others
     return ImageList(
         image_uri=pa.array(keys, TEXT),
         image_id=None,
-        root=named.root,
+        root=place.root,
         listed=True,
-        doubted=tuple(key for key in (*named.links, *named.odd) if key in there),
+        doubted=tuple(key for key in (*place.links, *place.odd) if key in there),
         skipped_files=len(others),
-        left_out=named.notes,
-        notes=(*_by_content(named), *_without_ending(unnamed, access)),
+        left_out=place.notes,
+        notes=(*_by_content(place), *_without_ending(unnamed, access)),
     )
 
 
-def _by_content(named: Named) -> tuple[str, ...]:
+def _by_content(place: InputFiles) -> tuple[str, ...]:
     """Return a sentence on a single file that is taken whatever its name."""
-    if named.kind != "picture" or has_picture_name(named.uri):
+    if place.kind != "picture" or has_picture_name(place.uri):
         return ()
-    return (f"{named.uri}: its name has no picture's ending; it is taken for one by its first bytes",)
+    return (f"{place.uri}: its name has no picture's ending; it is taken for one by its first bytes",)
 
 
-_LOOK_AT = 8
+_MOST_CHECKED = 8
 _NO_PICTURES = (".txt", ".json", ".xml", ".csv", ".md", ".yaml", ".yml", ".db", ".ini", ".html", ".parquet")
 
 
 def _without_ending(others: Sequence[str], access: AccessRules) -> tuple[str, ...]:
     """Return a sentence where files that are no pictures by their names are some by their first bytes.
 
-    A few are looked at, those without an ending first. TIFF does not count: raw camera files begin like it.
+    A few are checked, those without an ending first. TIFF does not count: raw camera files begin like it.
     """
     unknown = [key for key in others if not key.lower().endswith(_NO_PICTURES)]
-    some = sorted(unknown, key=lambda key: "." in key.rpartition("/")[2])[:_LOOK_AT]
+    some = sorted(unknown, key=lambda key: "." in key.rpartition("/")[2])[:_MOST_CHECKED]
     found = [(key, kind) for key in some if (kind := _format_of(key, access)) not in (None, "TIFF")]
     if not found:
         return ()
     key, kind = found[0]
     return (
-        f"{len(found)} of {len(some)} other files looked at are pictures by their first bytes, though not by "
+        f"{len(found)} of {len(some)} other files checked are pictures by their first bytes, though not by "
         f"their names, such as {clean_text(key)} ({kind}); they are left out: rename them, or list them in a "
         "table",
     )
@@ -269,9 +270,9 @@ def _root(settings: InputSettings, otherwise: str) -> str:
     return otherwise if settings.image_root is None else absolute(settings.image_root)
 
 
-def _earlier_boxes(parts: EarlierParts, settings: InputSettings, access: AccessRules) -> BoxList:
+def _previous_boxes(parts: PublishedParts, settings: InputSettings, access: AccessRules) -> BoxList:
     """Return an earlier job's prompts, which state how they are to be read."""
-    boxes = read_earlier_boxes(parts, access)
+    boxes = read_previous_boxes(parts, access)
     if settings.box_format not in (None, boxes.box_format):
         raise UsageError(
             f"--box-format {settings.box_format}: the boxes of {parts.folder} are {boxes.box_format}; "

@@ -56,7 +56,7 @@ _INSTANCES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class EarlierParts:
+class PublishedParts:
     """The published files of an output folder, uris in order."""
 
     folder: str
@@ -64,7 +64,7 @@ class EarlierParts:
     instances: tuple[str, ...]
 
 
-def find_parts(folder: str, entries: Sequence[Entry]) -> EarlierParts | None:
+def find_parts(folder: str, entries: Sequence[Entry]) -> PublishedParts | None:
     """Return the parts below `folder` (entries: all its files), or None when it is no output of ours.
 
     Raises:
@@ -76,7 +76,7 @@ def find_parts(folder: str, entries: Sequence[Entry]) -> EarlierParts | None:
         found = (n for n in names if n.startswith(f"{table}/part-") and n.endswith(".parquet"))
         return tuple(f"{folder}/{name}" for name in sorted(found))
 
-    found = EarlierParts(folder=folder, images=parts("images"), instances=parts("instances"))
+    found = PublishedParts(folder=folder, images=parts("images"), instances=parts("instances"))
     if found.images and found.instances:
         return found
     if "job.json" in names and any(name.startswith("plan/") for name in names):
@@ -84,7 +84,7 @@ def find_parts(folder: str, entries: Sequence[Entry]) -> EarlierParts | None:
     return None
 
 
-def read_earlier_images(parts: EarlierParts, access: AccessRules) -> ImageList:
+def read_previous_images(parts: PublishedParts, access: AccessRules) -> ImageList:
     """Return every image of the earlier job, with its id."""
     images = _table(parts.images, _IMAGES, access)
     return ImageList(
@@ -95,7 +95,7 @@ def read_earlier_images(parts: EarlierParts, access: AccessRules) -> ImageList:
     )
 
 
-def read_earlier_boxes(parts: EarlierParts, access: AccessRules) -> BoxList:
+def read_previous_boxes(parts: PublishedParts, access: AccessRules) -> BoxList:
     """Return the prompts of the earlier job, in their old order, under their old ids."""
     images = _table(parts.images, _IMAGES, access)
     ids = single(images.column("image_id"))
@@ -139,7 +139,7 @@ def _table(uris: Sequence[str], wanted: dict[str, Kind], access: AccessRules) ->
     return pa.concat_tables([schema.empty_table(), *(batch.select(schema.names) for batch in batches)])
 
 
-def _rules(parts: EarlierParts, access: AccessRules) -> BoxRules | None:
+def _rules(parts: PublishedParts, access: AccessRules) -> BoxRules | None:
     """Return format and frame of the boxes as given, from the footers; None where they do not state them."""
     found = {_footer_rules(uri, access) for uri in parts.instances}
     if len(found) > 1:

@@ -43,7 +43,7 @@ _LOCAL_BLOCK = 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class TarSample:
     """One picture of a tar, and where its `.json` lies, if there is one."""
 
     picture: TarMember
@@ -51,10 +51,10 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
+class TarPictures:
     """The pictures of one tar in their order, and how many hidden ones are not taken (`list_folders`)."""
 
-    samples: list[Sample]
+    samples: list[TarSample]
     hidden: int
 
 
@@ -81,7 +81,7 @@ def read_tar_images(uris: Sequence[str], access: AccessRules, *, root: str, ids:
     )
 
 
-def _on_hidden(tars: Sequence[Pictures]) -> tuple[str, ...]:
+def _on_hidden(tars: Sequence[TarPictures]) -> tuple[str, ...]:
     """Return a sentence on the pictures that are left out."""
     hidden = sum(tar.hidden for tar in tars)
     return (f"hidden pictures in the tars: {hidden:,}, left out",) if hidden else ()
@@ -121,7 +121,7 @@ def read_tar_boxes(
 
 
 def _batches(
-    uri: str, samples: Sequence[Sample], lines: Sequence[bytes], kinds: Mapping[str, Kind]
+    uri: str, samples: Sequence[TarSample], lines: Sequence[bytes], kinds: Mapping[str, Kind]
 ) -> list[pa.RecordBatch]:
     """Return the lines of one tar's samples as typed columns; an error names the member."""
     if not lines:
@@ -150,7 +150,7 @@ def _key(name: str) -> str:
 
 
 def _rows(
-    uri: str, samples: Sequence[Sample], root: str, ids: TarIds, access: AccessRules
+    uri: str, samples: Sequence[TarSample], root: str, ids: TarIds, access: AccessRules
 ) -> Iterator[dict[str, Any]]:
     """Yield one line of a table for each picture: the sample's own object, named by the picture."""
     with open_input(uri, options_for(uri, access), block=_REMOTE_BLOCK) as stream:
@@ -174,7 +174,7 @@ def _object(stream: BinaryIO, member: TarMember) -> dict[str, Any]:
 
 
 def _columns(
-    samples: Mapping[str, Sequence[Sample]], mapping: Mapping[str, str], access: AccessRules
+    samples: Mapping[str, Sequence[TarSample]], mapping: Mapping[str, str], access: AccessRules
 ) -> tuple[dict[str, tuple[str, Kind]], tuple[str, ...]]:
     """Return our column -> its name in the objects and its kind, by the first ones; and all their names."""
     values: dict[str, list[Any]] = {"image_uri": [""], "image_id": [""]}
@@ -185,7 +185,7 @@ def _columns(
             values.setdefault(name, []).append(value)
     found = locate(list(values), IMAGE_ROWS, {**mapping, **{name: name for name in KEYS}}, uri=uri)
     if "boxes" not in found:
-        raise missing_column(f"{uri}: in the .json beside the pictures", "boxes", list(values))
+        raise missing_column(f"{uri}: in the .json next to the pictures", "boxes", list(values))
     columns = {}
     for ours, theirs in found.items():
         wanted = IMAGE_ROWS[ours]
@@ -199,13 +199,13 @@ def _columns(
 # ---------------------------------------------------------------------------------------------
 
 
-def _read_all(uris: Sequence[str], access: AccessRules) -> Iterator[Pictures]:
+def _read_all(uris: Sequence[str], access: AccessRules) -> Iterator[TarPictures]:
     """Yield the pictures of each tar, several tars at a time."""
     with ThreadPoolExecutor(min(READERS, len(uris)) or 1) as pool:
         yield from pool.map(lambda uri: read_pictures(uri, access), uris)
 
 
-def read_pictures(uri: str, access: AccessRules) -> Pictures:
+def read_pictures(uri: str, access: AccessRules) -> TarPictures:
     """Return the pictures of one tar.
 
     Raises:
@@ -220,8 +220,8 @@ def read_pictures(uri: str, access: AccessRules) -> Pictures:
     data = {_key(one.name): one for one in members if one.name.lower().endswith(".json")}
     pictures = [one for one in members if has_picture_name(one.name)]
     shown = [one for one in pictures if not is_hidden_path(one.name)]
-    samples = [Sample(picture=one, data=data.get(_key(one.name))) for one in shown]
-    return Pictures(samples=samples, hidden=len(pictures) - len(shown))
+    samples = [TarSample(picture=one, data=data.get(_key(one.name))) for one in shown]
+    return TarPictures(samples=samples, hidden=len(pictures) - len(shown))
 
 
 def _members(stream: BinaryIO, uri: str) -> list[TarMember]:

@@ -20,7 +20,7 @@ from pipeline.errors import JobRefused, clean_text, count
 from pipeline.inputs.image_box_lists import BoxList, ImageList, examples, repeated
 from pipeline.inputs.open_inputs import resolve_uris
 
-_LOOK_AT = 20_000  # ids looked at to find out why nothing matches
+_MOST_CHECKED = 20_000  # ids checked to find out why nothing matches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,7 +351,7 @@ _NUMBERS: Guess = (
 def why(keys: pa.Array, wanted: pa.Array) -> str:
     """Return a sentence when most of what does not match would, but for a difference of spelling, else ""."""
     missing = wanted.filter(pa.array(positions(wanted, keys) < 0)).drop_null()
-    step = max(1, len(missing) // _LOOK_AT)
+    step = max(1, len(missing) // _MOST_CHECKED)
     sample = missing.take(pa.array(np.arange(0, len(missing), step)))
     but_ending = tuple(one for one in _DIFFERENCES if one[0] != "the ending")
     numbers = pc.fill_null(pc.match_substring_regex(_bare(sample), r"\A[0-9]+\z"), False)

@@ -22,7 +22,7 @@ from pipeline.inputs.image_box_lists import BoxList
 from pipeline.inputs.open_inputs import allowed_access, check_columns, read_boxes, read_images
 from pipeline.job.plan_files import UNITS_PER_FILE, plan_key
 from pipeline.planning.join import images_of, join
-from pipeline.planning.plan_summary import PlanSummary, Understood, summarise
+from pipeline.planning.plan_summary import JoinedInputs, PlanSummary, summarise
 from pipeline.planning.plan_table import (
     Categories,
     number_categories,
@@ -67,7 +67,7 @@ def make_plan(
     if settings.images is None and settings.boxes is None:
         raise UsageError("neither images nor boxes: say with --images or --boxes what to label")
     access = allowed_access(settings, access)
-    inputs = _understand(settings, access, images_per_unit)
+    inputs = _read_and_join(settings, access, images_per_unit)
     boxes, categories = _numbered(inputs)
     inputs = replace(inputs, boxes=boxes)
     joined = inputs.joined
@@ -86,7 +86,7 @@ def make_plan(
     )
 
 
-def _understand(settings: InputSettings, access: AccessRules, images_per_unit: int) -> Understood:
+def _read_and_join(settings: InputSettings, access: AccessRules, images_per_unit: int) -> JoinedInputs:
     boxes = None if settings.boxes is None else read_boxes(settings, access)
     if settings.images is not None:
         images = read_images(settings, access)
@@ -94,7 +94,7 @@ def _understand(settings: InputSettings, access: AccessRules, images_per_unit: i
         assert boxes is not None, "images or boxes were given"
         images = images_of(boxes)
     check_columns(settings, [*images.columns, *(boxes.columns if boxes else ())])
-    return Understood(
+    return JoinedInputs(
         access=access,
         images_per_unit=images_per_unit,
         images=images,
@@ -111,7 +111,7 @@ def _rules(settings: InputSettings, boxes: BoxList | None) -> BoxRules:
     return BoxRules(box_format=settings.box_format or own, box_frame=own_frame or settings.box_frame)
 
 
-def _numbered(inputs: Understood) -> tuple[BoxList | None, Categories]:
+def _numbered(inputs: JoinedInputs) -> tuple[BoxList | None, Categories]:
     if inputs.boxes is None:
         return None, ()
     listed = inputs.joined.mention[inputs.joined.mention >= 0]

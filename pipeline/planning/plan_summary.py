@@ -22,7 +22,7 @@ from pipeline.storage.read_objects import fingerprint
 from pipeline.storage.uri_rules import options_for, without_credentials
 
 _PROMPTS_AT_ONCE = 4096
-_LOOK_AT_BOXES = 200_000  # boxes looked at for likely mistakes, spread evenly over all
+_BOXES_CHECKED = 200_000  # boxes checked for likely mistakes, spread evenly over all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class PlanSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Understood:
+class JoinedInputs:
     """The inputs, read and joined. `boxes`: None when there is no box file."""
 
     access: AccessRules
@@ -74,7 +74,7 @@ class Understood:
     rules: BoxRules
 
 
-def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanSummary:
+def summarise(inputs: JoinedInputs, table: pa.Table, mention: Int64Array) -> PlanSummary:
     """Return the summary of a plan; `table` its rows, `mention` the place of each in the box list."""
     lengths, null = _box_counts(table)
     refused = _count(table, "uri_refused")
@@ -106,7 +106,7 @@ def summarise(inputs: Understood, table: pa.Table, mention: Int64Array) -> PlanS
     )
 
 
-def _unused_columns(inputs: Understood) -> tuple[str, ...]:
+def _unused_columns(inputs: JoinedInputs) -> tuple[str, ...]:
     """Return what no reader took. Of a table that gives images and boxes, the reader of boxes takes more."""
     images, boxes = inputs.images, inputs.boxes
     if boxes is None:
@@ -146,7 +146,7 @@ def _row_warnings(table: pa.Table) -> list[str]:
     return sentences
 
 
-def _invalid_prompts(inputs: Understood, table: pa.Table) -> tuple[int, list[str]]:
+def _invalid_prompts(inputs: JoinedInputs, table: pa.Table) -> tuple[int, list[str]]:
     """Return how many prompts of the plan cannot be used, and a sentence on them with the first reason."""
     columns = () if inputs.boxes is None else inputs.boxes.boxes.column_names
     names = [name for name in PROMPT_COLUMNS if name in columns]
@@ -201,7 +201,7 @@ def _named(table: pa.Table, box: int) -> str:
     return f"box {box - start} of {clean_text(table.column('image_id')[row].as_py())}"
 
 
-def _notes(inputs: Understood) -> list[str]:
+def _notes(inputs: JoinedInputs) -> list[str]:
     notes = [*inputs.images.notes, *(inputs.boxes.notes if inputs.boxes else ())]
     lost = inputs.joined.unmatched
     if lost.boxes:
@@ -211,13 +211,13 @@ def _notes(inputs: Understood) -> list[str]:
     return notes
 
 
-def _box_warnings(inputs: Understood) -> tuple[str, ...]:
-    """Return what the boxes look like, judged by up to _LOOK_AT_BOXES of them."""
+def _box_warnings(inputs: JoinedInputs) -> tuple[str, ...]:
+    """Return warnings on the boxes, judged by up to _BOXES_CHECKED of them."""
     boxes = inputs.boxes
     total = 0 if boxes is None else int(boxes.lengths.sum())
     if boxes is None or not total or boxes.box_frame is not None:  # an earlier output is no guess
         return ()
-    flat = np.arange(0, total, max(1, total // _LOOK_AT_BOXES), dtype=np.int64)
+    flat = np.arange(0, total, max(1, total // _BOXES_CHECKED), dtype=np.int64)
     mention = np.searchsorted(np.cumsum(boxes.lengths), flat, side="right")
     rows = flat if boxes.rows is None else boxes.rows[flat]
     given = single(boxes.boxes.column("given")).take(pa.array(rows))
@@ -237,12 +237,12 @@ def _box_warnings(inputs: Understood) -> tuple[str, ...]:
     return (*_other_lengths(counts[~null_mask(given)], total), *_lacking(lacking, len(given)), *found)
 
 
-def _lacking(lacking: int, looked_at: int) -> tuple[str, ...]:
-    """Return a sentence when many of the boxes looked at are null, with no other prompt, or lack a number."""
-    if lacking <= SUSPICIOUS_SHARE * looked_at:
+def _lacking(lacking: int, checked: int) -> tuple[str, ...]:
+    """Return a sentence when many of the boxes checked are null, with no other prompt, or lack a number."""
+    if lacking <= SUSPICIOUS_SHARE * checked:
         return ()
     return (
-        f"{lacking:,} of {looked_at:,} boxes looked at have null, NaN or infinity among their 4 numbers: "
+        f"{lacking:,} of {checked:,} boxes checked have null, NaN or infinity among their 4 numbers: "
         "they get no mask (box_malformed, box_not_finite); an image without boxes has null for all 4, or []",
     )
 
@@ -250,7 +250,7 @@ def _lacking(lacking: int, looked_at: int) -> tuple[str, ...]:
 def _other_lengths(counts: Int64Array, total: int) -> tuple[str, ...]:
     """Return a sentence when many boxes have another number of values than four.
 
-    `counts`: of the boxes that were looked at and are not null; `total`: of all boxes.
+    `counts`: of the boxes that were checked and are not null; `total`: of all boxes.
     """
     others = counts[counts != 4]
     if not len(others) or len(others) <= SUSPICIOUS_SHARE * len(counts):
@@ -260,9 +260,9 @@ def _other_lengths(counts: Int64Array, total: int) -> tuple[str, ...]:
     if same == total:
         many = f"all {total:,} boxes have {most} numbers each"
     elif same == len(counts):
-        many = f"all of {same:,} boxes looked at have {most} numbers each"
+        many = f"all of {same:,} boxes checked have {most} numbers each"
     else:
-        looked = "boxes" if len(counts) == total else "boxes looked at"
+        looked = "boxes" if len(counts) == total else "boxes checked"
         many = f"{len(others):,} of {len(counts):,} {looked} have other than 4 numbers, most of them {most}"
     return (f"{many}{_LENGTHS.get(most, '')}; wanted 4, so they get no mask (box_malformed): {_MEND}",)
 
@@ -278,7 +278,7 @@ _MEND = (
 )
 
 
-def _sizes(inputs: Understood) -> Int64Array | None:
+def _sizes(inputs: JoinedInputs) -> Int64Array | None:
     """Return the picture's size for each image of the box list, where an input states it; 0 where not."""
     boxes, images = inputs.boxes, inputs.images
     assert boxes is not None, "the caller has checked"

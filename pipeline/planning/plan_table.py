@@ -140,7 +140,7 @@ def refused_uris(
     """
     trusted = {} if trusted is None else trusted
     alone = None if doubted is None or not len(doubted) else pc.is_in(uris, doubted)
-    # Of a picture inside another file, that file is looked at.
+    # Of a picture inside another file, that file is checked.
     inside = pc.match_substring_regex(uris, PLACE)
     if pc.any(inside).as_py():
         uris = pc.replace_substring_regex(uris, PLACE, r"\1\2")

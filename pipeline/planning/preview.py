@@ -27,7 +27,7 @@ from pipeline.settings import AccessRules, BoxRules, Limits
 
 PICTURES = 32
 SUSPICIOUS_SHARE = 0.1
-"""Of the pictures looked at that cannot be opened: more of them is no accident."""
+"""Of the pictures checked that cannot be opened: more of them is no accident."""
 _BOXES_OF_ONE = 1000
 _FETCH_TIMEOUT_S = 15.0  # a picture that takes longer is left to the job
 
@@ -41,7 +41,7 @@ class _Seen:
     error: ImageError | None
 
 
-def look(
+def preview_pictures(
     table: pa.Table, rules: BoxRules, access: AccessRules, limits: Limits, *, detected: bool = False
 ) -> tuple[str, ...]:
     """Return sentences on what is likely wrong, with the flag that fixes it where there is one.
@@ -55,7 +55,7 @@ def look(
     try:
         seen = _seen(rows, access, limits)
     except SystemicFault as fault:
-        return (f"no picture could be looked at from this machine: {clean_text(str(fault))}",)
+        return (f"no picture could be checked from this machine: {clean_text(str(fault))}",)
     found = (_unopened(seen), *_misplaced(seen, rules), _odd_masks(seen), _odd_points(seen, rules))
     return tuple(sentence for sentence in found if sentence)
 
@@ -107,7 +107,7 @@ def _unopened(seen: list[_Seen]) -> str | None:
     alike = [(uri, error) for uri, error in failed if error.code == code]
     uri, first = alike[0]
     return (
-        f"{len(failed)} of {len(seen)} pictures looked at cannot be opened, most with {code}, such as "
+        f"{len(failed)} of {len(seen)} pictures checked cannot be opened, most with {code}, such as "
         f"{examples([uri for uri, _ in alike])}: {first.message}{_odd_name(uri)}"
         f"{_NOT_FOUND if code == 'not_found' else ''}"
     )
@@ -126,7 +126,7 @@ def _odd_masks(seen: list[_Seen]) -> str | None:
         return None
     image_id, size, (height, width) = odd[0]
     return (
-        f"{len(odd)} of {len(masks)} masks looked at are of another size than their picture, and will not be "
+        f"{len(odd)} of {len(masks)} masks checked are of another size than their picture, and will not be "
         f"used (prompt_invalid), such as {size[:4]} for {clean_text(image_id)}, which is {height} high and "
         f"{width} wide; a mask's size is [height, width] of the upright picture"
     )
@@ -151,7 +151,7 @@ def _odd_points(seen: list[_Seen], rules: BoxRules) -> str | None:
         return None
     if np.mean((np.abs(points) <= LARGEST_SHARE).all(axis=1)) > 0.9:
         return (
-            f"nearly all of {len(points)} points looked at lie within 0 to 1, in the corner of their "
+            f"nearly all of {len(points)} points checked lie within 0 to 1, in the corner of their "
             "pictures; points are pixels, whatever the box format: multiply shares by width and height"
         )
     outside = ((points < 0) | (points > np.array(sizes_hw)[:, ::-1])).any(axis=1)
@@ -159,7 +159,7 @@ def _odd_points(seen: list[_Seen], rules: BoxRules) -> str | None:
         return None
     (x, y), (height, width) = points[outside][0], np.array(sizes_hw)[outside][0]
     return (
-        f"{outside.sum()} of {len(points)} points looked at lie outside their pictures: their boxes get no "
+        f"{outside.sum()} of {len(points)} points checked lie outside their pictures: their boxes get no "
         f"mask (prompt_invalid), such as ({x:g}, {y:g}) in one {height} high and {width} wide; points are "
         f"[x, y] in pixels of the {rules.box_frame} picture"
     )

@@ -55,7 +55,7 @@ class ParquetRow:
         return f"{self.container}#{self.column}:{self.group}:{self.row}/{self.name}"
 
 
-def split_member(uri: str) -> TarMember | ParquetRow | None:
+def parse_archive_uri(uri: str) -> TarMember | ParquetRow | None:
     """Return what a uri names inside another file; None for a file by itself."""
     if (match := _TAR_MEMBER.fullmatch(uri)) is not None:
         container, start, size, name = match.groups()
@@ -68,7 +68,7 @@ def split_member(uri: str) -> TarMember | ParquetRow | None:
 
 def container_of(uri: str) -> str:
     """Return the file that has to be opened for a uri."""
-    member = split_member(uri)
+    member = parse_archive_uri(uri)
     return uri if member is None else member.container
 
 

@@ -161,7 +161,7 @@ def allow_root(targets: Iterable[str]) -> str:
     return flags if common != "/" or len(known) <= len(named) else f"{flags} …"
 
 
-def shown_of(found: Sequence[Entry], prefix: str, pattern: Pattern | None) -> Listed:
+def visible_of(found: Sequence[Entry], prefix: str, pattern: Pattern | None) -> Listed:
     """Return what of a store's objects below `prefix` is meant."""
     listed, folders = Listed(), dict[str, str]()
     hides = pattern.hides if pattern else _hides

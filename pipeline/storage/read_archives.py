@@ -21,7 +21,7 @@ import pyarrow as pa
 from pipeline.errors import ImageError
 from pipeline.storage.archive_uris import ParquetRow, TarMember
 from pipeline.storage.backend import FetchedObject, too_many_bytes
-from pipeline.storage.read_objects import Source, blockwise, call_for_image
+from pipeline.storage.read_objects import ObjectUri, blockwise, call_for_image
 from pipeline.storage.sealed_parquet import open_closed
 
 KEPT_GROUPS = 2
@@ -30,7 +30,7 @@ GROUP_BYTES = 2**30
 HEADER = 512
 
 
-def read_contained(
+def read_archived(
     member: TarMember | ParquetRow, options: Mapping[str, Any], *, max_bytes: int, deadline_monotonic: float
 ) -> FetchedObject:
     """Return the bytes of one picture; the rules on uris have passed its container.
@@ -38,7 +38,7 @@ def read_contained(
     Raises:
         ImageError, SystemicFault: as `read_object`; `changed` where the tar is not what was planned.
     """
-    archive = _Archive(source=Source(uri=member.container, options=options), deadline=deadline_monotonic)
+    archive = _Archive(source=ObjectUri(uri=member.container, options=options), deadline=deadline_monotonic)
     if isinstance(member, TarMember):
         too_many_bytes(member.size, max_bytes)
         data = _tar_bytes(archive, member)
@@ -52,7 +52,7 @@ def read_contained(
 class _Archive:
     """A container's ranges, tried again within one deadline; raises as `read_object` does."""
 
-    source: Source
+    source: ObjectUri
     deadline: float
 
     @property

@@ -75,7 +75,7 @@ def blockwise(read_range: Callable[[int, int], bytes], size: int, *, block: int 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ObjectUri:
     """What a uri points at. The backend is made inside a try, because that can fail for what passes.
 
     A local path is opened as it is written: to fold `link/..` away would open another file than the
@@ -106,7 +106,7 @@ def read_object(
         ImageError: not_found, denied, too_many_bytes, changed, unreachable, fetch_timeout, uri_refused.
         SystemicFault: credentials, clock, store (no such bucket), disk.
     """
-    source = Source(uri=uri, options=options)
+    source = ObjectUri(uri=uri, options=options)
 
     def get(left: float) -> FetchedObject:
         return source.backend.get(source.path, max_bytes=max_bytes, timeout_s=left)
@@ -141,7 +141,7 @@ def _call_for_input(uri: str, what: str, call: Callable[[float], T]) -> T:
 
 def head_object(uri: str, options: Mapping[str, Any]) -> Entry | None:
     """Return size and version tag of one object (`key` is the uri), or None when there is none."""
-    source = Source(uri=uri, options=options)
+    source = ObjectUri(uri=uri, options=options)
     entry = _call_for_input(uri, "look up", lambda left: source.backend.stat(source.path, timeout_s=left))
     return None if entry is None else replace(entry, key=uri)
 
@@ -158,13 +158,13 @@ def list_objects(uri: str, options: Mapping[str, Any]) -> list[Entry]:
     return _entries(found, source)
 
 
-def _folder(uri: str, options: Mapping[str, Any]) -> Source:
+def _folder(uri: str, options: Mapping[str, Any]) -> ObjectUri:
     if not uri.strip("/") and uri != "/":
         raise UsageError(f"{uri!r} names no folder")
-    return Source(uri=uri.rstrip("/") + "/", options=options)
+    return ObjectUri(uri=uri.rstrip("/") + "/", options=options)
 
 
-def _entries(found: Sequence[Entry], source: Source) -> list[Entry]:
+def _entries(found: Sequence[Entry], source: ObjectUri) -> list[Entry]:
     entries = [
         replace(one, key=source.uri + one.key.removeprefix(source.path))
         for one in found
@@ -210,7 +210,7 @@ def list_inputs(
         if split_scheme(uri)[0] == "file":
             return list_folders.walk(source.path, (*roots, os.path.realpath(source.path)), names)
         found = source.backend.walk(source.path, timeout_s=left, limit=None)
-        return list_folders.shown_of(found, source.path, names)
+        return list_folders.visible_of(found, source.path, names)
 
     listed = _call_for_input(uri, "list", listed_by)
     _refuse_lost(listed)
@@ -269,7 +269,7 @@ def open_input(uri: str, options: Mapping[str, Any], *, block: int = BLOCK) -> B
 
     For tables, box files and weights: streams of any size in bounded memory. `block`: bytes of one read.
     """
-    source = Source(uri=uri, options=options)
+    source = ObjectUri(uri=uri, options=options)
     entry = _call_for_input(uri, "look up", lambda left: source.backend.stat(source.path, timeout_s=left))
     if entry is None:
         is_there = split_scheme(uri)[0] == "file" and os.path.lexists(source.path)

@@ -155,5 +155,5 @@ def test_a_table_with_masks_that_are_none_is_labelled_to_the_end(checkpoint: Pat
     assert instances[-1]["reject_reason"] == "prompt_invalid"
     # A mask whose runs fill another picture's size is found out when its own is opened.
     invalid = len(makes) - len(used | {"swapped"}) + 3
-    assert "masks looked at are of another size than their picture" in done.stderr
+    assert "masks checked are of another size than their picture" in done.stderr
     assert f"{invalid} of {len(rows)} boxes have points or a mask that cannot be used" in done.stderr

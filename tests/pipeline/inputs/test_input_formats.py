@@ -331,7 +331,7 @@ def test_tars_without_pictures_or_boxes_and_with_a_name_twice_are_refused(tmp_pa
     with pytest.raises(JobRefused, match="no pictures in 1 tars"):
         make_plan(InputSettings(images=str(tmp_path)))
     (tmp_path / "a.tar").write_bytes(tar_of({"x.png": PICTURES["a/1"], "x.json": b'{"labels": []}'}))
-    with pytest.raises(JobRefused, match=r"a\.tar: in the \.json beside the pictures: no column boxes"):
+    with pytest.raises(JobRefused, match=r"a\.tar: in the \.json next to the pictures: no column boxes"):
         make_plan(InputSettings(boxes=str(tmp_path)))
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for _ in range(2):

@@ -613,7 +613,7 @@ def test_boxes_that_are_null_beside_a_class_are_warned_of(tmp_path: Path) -> Non
     columns = {"image_uri": list("abc"), "bbox": [[1.0, 2.0, 3.0, 4.0], None, None], "label": ["x"] * 3}
     pl.DataFrame(columns).write_parquet(tmp_path / "t.parquet")
 
-    assert "2 of 3 boxes looked at have null" in " ".join(planned(tmp_path / "t.parquet").summary.warnings)
+    assert "2 of 3 boxes checked have null" in " ".join(planned(tmp_path / "t.parquet").summary.warnings)
 
 
 def test_ids_of_floats_in_a_csv_are_text_and_explained(tmp_path: Path) -> None:
@@ -962,7 +962,7 @@ def test_boxes_that_lack_numbers_are_warned_of_before_work(
 
     warnings = " ".join(planned(tmp_path / "t.parquet").summary.warnings)
 
-    assert warned == ("3 of 20 boxes looked at have null, NaN or infinity" in warnings)
+    assert warned == ("3 of 20 boxes checked have null, NaN or infinity" in warnings)
     assert warned == ("box_not_finite" in warnings)
 
 

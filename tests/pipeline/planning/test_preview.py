@@ -17,7 +17,7 @@ from model.rle import compress_lengths
 from pipeline.errors import JobRefused
 from pipeline.images.decode_upright import decode_image, measure_image
 from pipeline.planning.make_plan import make_plan
-from pipeline.planning.preview import PICTURES, look
+from pipeline.planning.preview import PICTURES, preview_pictures
 from pipeline.settings import AccessRules, BoxFrame, BoxRules, InputSettings, Limits
 
 LIMITS = Limits()
@@ -127,9 +127,9 @@ def test_ids_that_match_nothing_are_refused_with_examples(
 def test_pictures_that_are_not_there_are_said_before_work(tmp_path: Path) -> None:
     path = table(tmp_path / "boxes.parquet", "right")
     plan = make_plan(InputSettings(boxes=str(with_uris(path))))
-    [sentence] = look(plan.table, BoxRules(), plan.access, LIMITS)
+    [sentence] = preview_pictures(plan.table, BoxRules(), plan.access, LIMITS)
 
-    assert f"{PICTURES} of {PICTURES} pictures looked at cannot be opened, most with not_found" in sentence
+    assert f"{PICTURES} of {PICTURES} pictures checked cannot be opened, most with not_found" in sentence
     assert sentence.endswith("--set input.image_root=FOLDER")
 
 
@@ -157,10 +157,10 @@ def test_pictures_of_which_half_are_missing_are_said_before_work(
     pq.write_table(pa.table({"image_uri": names, "boxes": [[[9.0, 9.0, 99.0, 99.0]]] * listed}), path)
     plan = make_plan(InputSettings(boxes=str(path)), AccessRules(roots=(str(photos),)))
 
-    found = " ".join(look(plan.table, BoxRules(), plan.access, LIMITS))
+    found = " ".join(preview_pictures(plan.table, BoxRules(), plan.access, LIMITS))
 
     count = min(PICTURES, listed)
-    assert (f"of {count} pictures looked at cannot be opened, most with not_found" in found) == is_said
+    assert (f"of {count} pictures checked cannot be opened, most with not_found" in found) == is_said
     assert ("-gone.jpg" in found) == is_said
 
 
@@ -169,7 +169,7 @@ def test_names_of_windows_and_of_the_web_are_said_to_be_odd(tmp_path: Path) -> N
         path = tmp_path / "i.parquet"
         pq.write_table(pa.table({"image_uri": [name], "boxes": [[[9.0, 9.0, 99.0, 99.0]]]}), path)
         plan = make_plan(InputSettings(boxes=str(path)))
-        [sentence] = look(plan.table, BoxRules(), plan.access, LIMITS)
+        [sentence] = preview_pictures(plan.table, BoxRules(), plan.access, LIMITS)
         assert f"the name has {words}" in sentence
 
 
@@ -178,8 +178,9 @@ def test_a_detector_makes_every_picture_count(tmp_path: Path) -> None:
     path.write_text("image_uri\ngone.jpg\n")
     plan = make_plan(InputSettings(images=str(path)))
 
-    assert look(plan.table, BoxRules(), plan.access, LIMITS) == ()
-    assert "1 of 1 pictures" in " ".join(look(plan.table, BoxRules(), plan.access, LIMITS, detected=True))
+    assert preview_pictures(plan.table, BoxRules(), plan.access, LIMITS) == ()
+    warnings = preview_pictures(plan.table, BoxRules(), plan.access, LIMITS, detected=True)
+    assert "1 of 1 pictures" in " ".join(warnings)
     assert "1 of 1 pictures" in " ".join(with_a_look(plan, LIMITS, detected=True).summary.warnings)
 
 
@@ -198,15 +199,15 @@ def test_a_store_that_cannot_be_reached_from_here_does_not_stop_planning(
     ]
     kind = pa.list_(pa.struct([("given", pa.list_(pa.float64()))]))
     schema = pa.schema([("image_uri", pa.string()), ("boxes", kind), ("error_code", pa.string())])
-    [sentence] = look(pa.Table.from_pylist(rows, schema=schema), BoxRules(), access, LIMITS)
+    [sentence] = preview_pictures(pa.Table.from_pylist(rows, schema=schema), BoxRules(), access, LIMITS)
 
-    assert sentence.startswith("no picture could be looked at from this machine: credentials")
+    assert sentence.startswith("no picture could be checked from this machine: credentials")
 
 
 def test_images_without_boxes_are_not_looked_at(photos: Path) -> None:
     plan = make_plan(InputSettings(images=str(photos)))
 
-    assert look(plan.table, BoxRules(), AccessRules(), LIMITS) == ()
+    assert preview_pictures(plan.table, BoxRules(), AccessRules(), LIMITS) == ()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
@@ -240,10 +241,10 @@ def test_masks_of_another_size_than_their_picture_are_warned_of(photos: Path, tm
     (tmp_path / "boxes.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     plan = make_plan(InputSettings(images=str(photos), boxes=str(tmp_path / "boxes.jsonl")))
-    [sentence] = look(plan.table, BoxRules(), plan.access, LIMITS)
+    [sentence] = preview_pictures(plan.table, BoxRules(), plan.access, LIMITS)
 
     assert plan.summary.invalid_prompts == 1
-    assert sentence.startswith("2 of 4 masks looked at are of another size than their picture")
+    assert sentence.startswith("2 of 4 masks checked are of another size than their picture")
     assert f"such as [{width}, {height}] for 002.jpg, which is {height} high and {width} wide" in sentence
 
 
@@ -253,14 +254,14 @@ def test_masks_of_another_size_than_their_picture_are_warned_of(photos: Path, tm
         (
             [[0.2, 0.0], [0.5, 0.9], [1.0, 1.0]],
             "upright",
-            "nearly all of 12 points looked at lie within",
+            "nearly all of 12 points checked lie within",
         ),
         ([[0.2, 0.0], [30.0, 9.0], [1.0, 1.0]], "upright", None),
         ([[0.0, 0.0], list(STORED_WH), [5.0, 5.0]], "stored", None),
         (
             [[1.0, 2.0], [STORED_WH[0] + 1.0, 9.0], [9.0, 9.0]],
             "stored",
-            "4 of 12 points looked at lie out",
+            "4 of 12 points checked lie out",
         ),
     ],
 )
@@ -275,7 +276,7 @@ def test_points_as_shares_or_outside_their_picture_are_warned_of(
     settings = InputSettings(images=str(photos), boxes=str(tmp_path / "boxes.jsonl"), box_frame=frame)
     plan = make_plan(settings)
 
-    found = look(plan.table, BoxRules(box_frame=frame), plan.access, LIMITS)
+    found = preview_pictures(plan.table, BoxRules(box_frame=frame), plan.access, LIMITS)
 
     about = [sentence for sentence in found if "point" in sentence]
     assert [sentence.startswith(said or "-") for sentence in about] == [True] * bool(said)

@@ -717,5 +717,5 @@ def test_pictures_of_a_folder_that_are_such_by_content_alone_are_said(tmp_path):
     assert ["a.jpg"] == ids(plan)
     assert 5 == plan.summary.skipped_files
     (line,) = [line for line in plan.summary.warnings if "first bytes" in line]
-    assert line.startswith("2 of 4 other files looked at are pictures")
+    assert line.startswith("2 of 4 other files checked are pictures")
     assert re.search(r"IMG0001 \(PNG\)", line)

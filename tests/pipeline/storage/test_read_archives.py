@@ -16,7 +16,7 @@ from pipeline.images.fetch import fetch_ahead, fetch_object
 from pipeline.planning.make_plan import make_plan
 from pipeline.planning.plan_table import refused_uris
 from pipeline.settings import AccessRules, InputSettings, Limits
-from pipeline.storage.archive_uris import ParquetRow, TarMember, container_of, split_member
+from pipeline.storage.archive_uris import ParquetRow, TarMember, container_of, parse_archive_uri
 from pipeline.storage.read_archives import GROUP_BYTES
 from pipeline.storage.store import Store
 from pipeline.storage.uri_rules import check_uri
@@ -53,7 +53,7 @@ def code(uri: str, access: AccessRules, limits: Limits = LIMITS) -> str:
     ],
 )
 def test_a_uri_names_the_place_and_nothing_else_does(uri, wanted):
-    assert split_member(uri) == wanted
+    assert parse_archive_uri(uri) == wanted
     assert container_of(uri) == (uri if wanted is None else wanted.container)
     if wanted is not None:
         assert str(wanted) == uri
