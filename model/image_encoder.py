@@ -24,7 +24,7 @@ from torch import nn
 from model import kernels
 from model.kernels import TORCH_NORM_EPS, VIT_NORM_EPS, LayerNorm2d
 from model.records import EncoderFeatures
-from model.sam_config import TinyVisionConfig, VisionConfig
+from model.sam_config import PATCH_SIZE, TinyVisionConfig, VisionConfig
 
 
 def neck(channels: int, out_channels: int) -> nn.Sequential:
@@ -183,9 +183,9 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """Square patches of pixels to tokens, by one strided convolution."""
 
-    def __init__(self, width: int, patch_size: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, width, patch_size, patch_size)
+        self.proj = nn.Conv2d(3, width, PATCH_SIZE, PATCH_SIZE)
 
     def forward(self, pixels_B3SS: torch.Tensor) -> torch.Tensor:
         """Return the tokens, (B, G, G, C)."""
@@ -199,7 +199,7 @@ class ImageEncoderViT(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.patch_embed = PatchEmbed(config.hidden_size, config.patch_size)
+        self.patch_embed = PatchEmbed(config.hidden_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.grid, config.grid, config.hidden_size))
         self.blocks = nn.ModuleList(
             Block(config, window=0 if i in config.global_attn_indexes else config.window_size)

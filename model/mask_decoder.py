@@ -29,7 +29,7 @@ from model import kernels
 from model.device import to_device
 from model.kernels import LayerNorm2d
 from model.records import EncoderFeatures
-from model.sam_config import MaskDecoderConfig
+from model.sam_config import NUM_MULTIMASK_OUTPUTS, MaskDecoderConfig
 from model.transformer import ImageTokens, PositionTerms, TwoWayTransformer
 
 ALL_MASK_TOKENS = (0, 1, 2, 3)
@@ -97,7 +97,7 @@ class MaskDecoder(nn.Module):
     def __init__(self, config: MaskDecoderConfig) -> None:
         super().__init__()
         width, upscaled = config.hidden_size, config.hidden_size // 8
-        masks = config.num_multimask_outputs + 1
+        masks = 1 + NUM_MULTIMASK_OUTPUTS
         self.iou_token = nn.Embedding(1, width)
         self.mask_tokens = nn.Embedding(masks, width)
         self.hf_token = nn.Embedding(1, width)

@@ -18,6 +18,7 @@ from typing import Any
 
 PATCH_SIZE = 16
 DECODER_HEADS = 8
+ATTENTION_DOWNSAMPLE_RATE = 2
 NUM_MULTIMASK_OUTPUTS = 3
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -43,11 +44,10 @@ class VisionConfig:
     window_size: int = 14
     global_attn_indexes: tuple[int, ...] = (2, 5, 8, 11)
     image_size: int = 1024
-    patch_size: int = PATCH_SIZE
     output_channels: int = 256
 
     def __post_init__(self) -> None:
-        check_side(self.image_size, self.patch_size)
+        check_side(self.image_size)
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} must be a multiple of the "
@@ -72,7 +72,7 @@ class VisionConfig:
     @property
     def grid(self) -> int:
         """Tokens along a side, G."""
-        return self.image_size // self.patch_size
+        return self.image_size // PATCH_SIZE
 
     @property
     def early_channels(self) -> int:
@@ -103,17 +103,12 @@ class TinyVisionConfig:
     output_channels: int = 256
 
     def __post_init__(self) -> None:
-        check_side(self.image_size, PATCH_SIZE)
+        check_side(self.image_size)
         for width, heads in zip(self.embed_dims[1:], self.num_heads, strict=True):
             if width % heads:
                 raise ConfigError(
                     f"embed_dims {self.embed_dims}: {width} is no multiple of its {heads} heads"
                 )
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels along a cell of the final grid."""
-        return PATCH_SIZE
 
     @property
     def grid(self) -> int:
@@ -139,18 +134,17 @@ class PromptEncoderConfig:
 
     hidden_size: int = 256
     image_size: int = 1024
-    patch_size: int = PATCH_SIZE
     mask_input_channels: int = 16
 
     def __post_init__(self) -> None:
-        check_side(self.image_size, self.patch_size)
+        check_side(self.image_size)
         if self.mask_input_channels < 1 or self.mask_input_channels % 4:
             raise ConfigError(f"mask_input_channels {self.mask_input_channels} must be a multiple of 4")
 
     @property
     def grid(self) -> int:
         """Tokens along a side, G."""
-        return self.image_size // self.patch_size
+        return self.image_size // PATCH_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,23 +154,12 @@ class MaskDecoderConfig:
     hidden_size: int = 256
     mlp_dim: int = 2048
     num_hidden_layers: int = 2
-    num_attention_heads: int = DECODER_HEADS
-    attention_downsample_rate: int = 2
-    num_multimask_outputs: int = NUM_MULTIMASK_OUTPUTS
     iou_head_hidden_dim: int = 256
     vit_dim: int = 768
 
     def __post_init__(self) -> None:
-        if self.hidden_size % (8 * DECODER_HEADS // 4) or self.hidden_size <= 0:
+        if self.hidden_size % (2 * DECODER_HEADS) or self.hidden_size <= 0:
             raise ConfigError(f"decoder hidden_size {self.hidden_size} must be a multiple of 16")
-        fixed = {
-            "num_attention_heads": DECODER_HEADS,
-            "attention_downsample_rate": 2,
-            "num_multimask_outputs": NUM_MULTIMASK_OUTPUTS,
-        }
-        for field, known in fixed.items():
-            if getattr(self, field) != known:
-                raise ConfigError(f"mask decoder {field} is {getattr(self, field)}; only {known} is known")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,10 +210,8 @@ class SamHQConfig:
         )
 
 
-def check_side(image_size: int, patch_size: int) -> None:
-    """Raise `ConfigError` unless the input side is a positive multiple of the only patch size known, 16."""
-    if patch_size != PATCH_SIZE:
-        raise ConfigError(f"patch_size is {patch_size}; only {PATCH_SIZE} is known")
+def check_side(image_size: int) -> None:
+    """Raise `ConfigError` unless the input side is a positive multiple of the patch size, 16."""
     if image_size <= 0 or image_size % PATCH_SIZE:
         raise ConfigError(f"image_size {image_size} must be a positive multiple of {PATCH_SIZE}")
 
@@ -299,6 +280,7 @@ WITHOUT_EFFECT = frozenset({
 FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "vision_config": {
         "num_channels": (3,),
+        "patch_size": (PATCH_SIZE,),
         "hidden_act": ("gelu",),
         "layer_norm_eps": (1e-6,),
         "qkv_bias": (True,),
@@ -306,6 +288,7 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "use_rel_pos": (True,),
     },
     "prompt_encoder_config": {
+        "patch_size": (PATCH_SIZE,),
         "num_point_embeddings": (4,),
         "hidden_act": ("gelu",),
         "layer_norm_eps": (1e-6,),
@@ -313,6 +296,9 @@ FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "mask_decoder_config": {
         "hidden_act": ("relu",),
         "iou_head_depth": (3,),
+        "num_attention_heads": (DECODER_HEADS,),
+        "attention_downsample_rate": (ATTENTION_DOWNSAMPLE_RATE,),
+        "num_multimask_outputs": (NUM_MULTIMASK_OUTPUTS,),
         # The published files have 1e-6, the port's default. The weights were trained with 1e-5, and both are
         # computed with 1e-5 here; masks differ by 1e-4 of the largest logit.
         "layer_norm_eps": (1e-5, 1e-6),

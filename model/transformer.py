@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.kernels import TORCH_NORM_EPS
-from model.sam_config import MaskDecoderConfig
+from model.sam_config import ATTENTION_DOWNSAMPLE_RATE, DECODER_HEADS, MaskDecoderConfig
 
 
 class Attention(nn.Module):
@@ -120,8 +120,8 @@ class TwoWayBlock(nn.Module):
 
     def __init__(self, config: MaskDecoderConfig, *, first: bool) -> None:
         super().__init__()
-        width, inner = config.hidden_size, config.hidden_size // config.attention_downsample_rate
-        heads = config.num_attention_heads
+        width, inner = config.hidden_size, config.hidden_size // ATTENTION_DOWNSAMPLE_RATE
+        heads = DECODER_HEADS
         self.first = first
         self.self_attn = Attention(width, width, heads)
         self.cross_attn_token_to_image = Attention(width, inner, heads)
@@ -176,11 +176,11 @@ class TwoWayTransformer(nn.Module):
 
     def __init__(self, config: MaskDecoderConfig) -> None:
         super().__init__()
-        width, inner = config.hidden_size, config.hidden_size // config.attention_downsample_rate
+        width, inner = config.hidden_size, config.hidden_size // ATTENTION_DOWNSAMPLE_RATE
         self.layers = nn.ModuleList(
             TwoWayBlock(config, first=i == 0) for i in range(config.num_hidden_layers)
         )
-        self.final_attn_token_to_image = Attention(width, inner, config.num_attention_heads)
+        self.final_attn_token_to_image = Attention(width, inner, DECODER_HEADS)
         self.norm_final_attn = nn.LayerNorm(width, eps=TORCH_NORM_EPS)
 
     def blocks(self) -> list[TwoWayBlock]:

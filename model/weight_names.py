@@ -364,7 +364,6 @@ def _vit(shapes: Shapes) -> VisionConfig:
         window_size=windows[0] if windows else min(14, grid - 1),  # without a windowed block: any
         global_attn_indexes=tuple(i for i, side in enumerate(sides) if side == grid),
         image_size=grid * PATCH_SIZE,
-        patch_size=_side(shapes, "image_encoder.patch_embed.proj.weight", 2, of=4),
         output_channels=_side(shapes, "image_encoder.neck.0.weight", 0, of=4),
     )
 

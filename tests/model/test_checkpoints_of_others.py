@@ -136,7 +136,7 @@ def test_keys_of_a_release_to_come_are_a_warning(folder, saved_model):
         ("vision_config__model_type", "sam_vision_model", "'sam_vision_model', but 'sam_hq_vision_model'"),
         ("vision_config__model_type", "sam_hq_tiny_vit", "vision_config.model_type is 'sam_hq_tiny_vit'"),
         ("mask_decoder_config__vit_dim", 1024, "mask_decoder_config.vit_dim is 1024, but 64"),
-        ("mask_decoder_config__num_multimask_outputs", 4, "num_multimask_outputs is 4, but 3"),
+        ("mask_decoder_config__num_multimask_outputs", 4, "num_multimask_outputs is 4; only 3"),
         ("mask_decoder_config__hidden_act", "gelu", "hidden_act is 'gelu'; only 'relu' is known"),
         ("model_type", "sam", "model_type 'sam'; wanted 'sam_hq'"),
     ],

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from model.sam_config import PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
+from model.sam_config import DECODER_HEADS, PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
 from model.sam_hq import SamHQ
 from tests.parity.stand_ins import import_original
 
@@ -39,7 +39,7 @@ def build_original(config: SamHQConfig) -> torch.nn.Module:
                 depth=decoder.num_hidden_layers,
                 embedding_dim=decoder.hidden_size,
                 mlp_dim=decoder.mlp_dim,
-                num_heads=decoder.num_attention_heads,
+                num_heads=DECODER_HEADS,
             ),
             transformer_dim=decoder.hidden_size,
             iou_head_depth=3,
