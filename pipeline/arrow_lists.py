@@ -55,7 +55,7 @@ def ranges(starts: Int64Array, lengths: Int64Array) -> Int64Array:
 def to_lists(
     lengths: Int64Array, values: pa.Array, *, kind: pa.ListType, null: BoolArray | None = None
 ) -> pa.Array:
-    """Return a list array of `kind` from flat values; null where `null` says so (its length is then 0).
+    """Return a list array of `kind` from flat values; null where `null` is True (its length is then 0).
 
     Raises:
         OverflowError: more than 2**31 - 1 values, which one chunk cannot address.

@@ -4,7 +4,7 @@ A pure function of the bytes; knows no storage, no Ray and no deadline. Hostile 
 crash a native codec, hang it or eat memory, so the pipeline calls it through `decode_process`.
 
 Rules, one each:
-- The format is what the bytes say, from a list of seven; the name of the file plays no part.
+- The format is decided by the bytes, from a list of seven; the name of the file plays no part.
 - Size limits are checked on the header, before any pixel is decoded; Pillow's bomb warning is an error.
 - `verify()` and `load()` both: a JPEG cut in half passes the first, a PNG with a flipped byte the second.
 - Orientation 1 to 8 is applied (EXIF, a PNG's eXIf, a TIFF's tag, XMP where there is no EXIF: what Pillow's

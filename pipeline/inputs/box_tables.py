@@ -223,7 +223,7 @@ def _flatten(batch: pa.Table) -> tuple[dict[str, pa.Array], dict[str, pa.Array]]
 def _without_empty(image: dict[str, pa.Array], boxes: pa.Table) -> tuple[dict[str, pa.Array], pa.Table]:
     """Return the same without the boxes of images that have none but empty ones: a left join put into lists.
 
-    Where anything stands next to, or lists differ in length, they are kept: as broken boxes, with a reason.
+    Where they have anything else, or lists differ in length, they are kept: as broken boxes, with a reason.
     """
     given = single(boxes.column("given"))
     # [[]] is no join's: a detector wrote a box without numbers
@@ -408,7 +408,7 @@ _TARGETS = {"label": "category_name", "points": "points_xy"} | {name: name for n
 
 
 def crowds(flags: pa.Array) -> pa.Array:
-    """Return true where a flag says crowd, else null; flags: booleans, or 0 and 1 as numbers or text.
+    """Return True where a flag means crowd, else null; flags: booleans, or 0 and 1 as numbers or text.
 
     Raises:
         pa.ArrowInvalid: another value, which could mean either.

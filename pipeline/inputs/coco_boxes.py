@@ -250,7 +250,7 @@ def _images(uri: str, blocks: Mapping[str, list[pa.Table]], access: AccessRules,
 
 
 def _sizes(table: pa.Table) -> Int64Array:
-    """Return height and width as the file says; 0 where it says none, or nothing that could be a size."""
+    """Return height and width as the file states them; 0 for none, or what could be no size."""
     size_hw = np.zeros((table.num_rows, 2), dtype=np.int64)
     for axis, name in enumerate(("height", "width")):
         if name in table.column_names:

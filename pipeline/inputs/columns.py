@@ -122,7 +122,7 @@ def locate(
     """Return our name -> the file's name, for those of the wanted columns that the file has.
 
     `mapping`: the user's choice of other names; it is used where the file has the other name, which then
-    stands for nothing else.
+    has no other meaning.
     """
     doubled = {name for name in names if list(names).count(name) > 1}
     found = {ours: name for ours in wanted if (name := _name_in(names, ours, mapping)) is not None}
@@ -210,7 +210,7 @@ _FLAG_LEAVES: tuple[tuple[type, Leaf], ...] = (
 
 
 def check_type(field: pa.Field, wanted: Kind, *, uri: str, ours: str) -> Kind:
-    """Return the kind of an Arrow column, `key` settled; leaf `null` when the type says that all are null.
+    """Return the kind of an Arrow column, `key` settled; leaf `null` for a type of nulls alone.
 
     Raises:
         JobRefused: another type than wanted, or an extension type anywhere inside it.

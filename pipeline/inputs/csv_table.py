@@ -294,7 +294,7 @@ def read_list(text: str, name: str = "") -> list[Any] | None:
     Values are parted by a comma or, as numpy does it, by white space. Nothing is evaluated.
 
     Raises:
-        TextDamage: anything else, such as the text of other objects, or rows that numpy left out (`...`).
+        TextDamage: anything else, such as the text of other objects, or rows that numpy skips (`...`).
     """
     whole: list[Any] = []
     stack, signs, parted = [whole], ["("], [False]

@@ -1,6 +1,6 @@
 """What a user names, as files: one file, those of a folder, or those that match a pattern.
 
-Which of them are meant is told by their names alone; of a single file without a known ending the first bytes
+Their names alone decide which are meant; of a single file without a known ending the first bytes
 are checked.
 """
 
@@ -49,7 +49,7 @@ class InputFiles:
     """What a user names, as files: one, those of a folder, or those that match a pattern.
 
     `root`: the folder that relative names start from. `kind`: how it was named. `links`, `odd`: as of a
-    `Listing`. `roots`: local folders and files that may be read, links resolved. `notes`: what was left out.
+    `Listing`. `roots`: local folders and files that may be read, links resolved. `notes`: what is skipped.
     """
 
     uri: str
@@ -188,7 +188,7 @@ def _with_blobs(folder: str) -> list[str]:
 
 
 def _without_outputs(root: str, entries: tuple[Entry, ...]) -> tuple[tuple[Entry, ...], list[str]]:
-    """Return the files without outputs of ours below `root`, which hold pictures; and what to say of them."""
+    """Return the files without outputs of ours below `root`, which hold pictures; and a sentence on them."""
     marks = [entry.key.removesuffix("job.json") for entry in entries if entry.key.endswith("/job.json")]
     planned = (
         {entry.key.partition("/plan/")[0] + "/" for entry in entries if "/plan/" in entry.key}
@@ -226,7 +226,7 @@ def _is_label(name: str) -> bool:
 
 
 def _tables_in(place: InputFiles) -> list[str]:
-    """Return the tables of a folder, all of one kind; hidden files and folders are left out."""
+    """Return the tables of a folder, all of one kind; hidden files and folders are skipped."""
     uri, entries = place.root, place.entries
     if place.kind == "folder":
         _refuse_versioned(uri, entries)
@@ -250,7 +250,7 @@ _VERSIONED = {
         r"(?:.*/)?metadata/(?:v[0-9]+|[0-9]+-[0-9a-f-]{36})(?:\.gz)?\.metadata\.json", re.DOTALL
     ),
 }
-"""Tables whose log says which of their files still count: by name, what such a log is called."""
+"""Tables whose log states which of their files still count: by name, what such a log is called."""
 
 
 def _refuse_versioned(root: str, entries: Sequence[Entry]) -> None:
@@ -285,7 +285,7 @@ def nothing_in(place: InputFiles, wanted: str) -> JobRefused:
 
 
 def picture_format(uri: str, access: AccessRules) -> str | None:
-    """Return the picture format that a file's first bytes say, whatever its name; None for other files."""
+    """Return the picture format of a file's first bytes, whatever its name; None for other files."""
     with open_input(uri, options_for(uri, access), block=SIGNATURE_BYTES) as file:
         return signature(file.read(SIGNATURE_BYTES))
 
@@ -314,7 +314,7 @@ def pattern_root(pattern: str) -> str:
 
 
 def states_ending(uri: str) -> bool:
-    """Return whether a pattern says how the names end."""
+    """Return whether a pattern ends in a file ending."""
     _, dot, ending = uri.rpartition("/")[2].rpartition(".")
     return is_pattern(uri) and bool(dot) and not any(sign in ending for sign in "*?[")
 

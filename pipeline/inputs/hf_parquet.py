@@ -33,7 +33,7 @@ from pipeline.storage.uri_rules import options_for
 
 IMAGE, OBJECTS = "image", "objects"
 HF_COLUMNS = (IMAGE, OBJECTS, "objects.bbox", "objects.category", "objects.score", "objects.iscrowd")
-"""Our names of their columns; `input.columns` may say others."""
+"""Our names of their columns; `input.columns` may map others."""
 _FIELDS = {
     "bbox": Kind(2, "number"),
     "category": Kind(1, "key"),

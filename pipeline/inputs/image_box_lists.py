@@ -50,7 +50,7 @@ class ImageList:
     start from, without a "/" at its end.
     `listed`: found by listing a folder, not named by a file. `doubted`: uris of links and of what is no file,
     each to be checked by itself. `left_out`: sentences on files of the folder that are not taken.
-    `size_hw`: int64 (n, 2) as the input says (0 where it does not), unchecked. `categories`: id to name.
+    `size_hw`: int64 (n, 2) as the input states it (0 where it does not), unchecked. `categories`: id to name.
     `files`: uris of the tables that were read, `columns`: all of their columns' names, `unused`: those that
     are not read. `notes`: sentences for the summary.
     """

@@ -307,7 +307,7 @@ def first_byte(file: BinaryIO) -> str:
 def split_arrays(file: BinaryIO, names: Collection[str]) -> Iterator[Lines]:
     """Yield the records of the wanted arrays, in the order of the file, in blocks of about CUT_BYTES.
 
-    An array without records gives one block of none, so that it can be told from no array.
+    An array without records gives one block of none, to distinguish it from no array.
 
     `names`: keys of the top-level object; {""} for a file that is one array.
 
@@ -336,7 +336,7 @@ class _Cutter:
         self._current: str | None = None  # the wanted array we are in
         self._carry = b""  # its unfinished record
         self._parted = False  # it had a comma already
-        self._tail = b""  # the text before the present block, where a key may stand
+        self._tail = b""  # the text before the present block, where a key may be
 
     def feed(self, block: bytes) -> Iterator[Lines]:
         """Yield the records that end in this block."""

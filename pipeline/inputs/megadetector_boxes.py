@@ -109,7 +109,7 @@ def _first_null(column: pa.Array) -> int:
 
 
 def _categories(uri: str, stream: BinaryIO) -> dict[int, str]:
-    """Return number -> name from `detection_categories`, wherever it stands; empty where there is none."""
+    """Return number -> name from `detection_categories`, wherever it is; empty where there is none."""
     before = b""
     while block := stream.read(CUT_BYTES):
         match = _CATEGORIES.search(before + block)

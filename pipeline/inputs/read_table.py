@@ -51,7 +51,7 @@ class TableFile:
 
 
 def table_format(uri: str) -> TableFormat | None:
-    """Return the format that a file's name says, in any case; None for other names."""
+    """Return the format by a file's name, in any case; None for other names."""
     lowered = uri.lower()
     return next((kind for suffix, kind in TABLE_SUFFIXES.items() if lowered.endswith(suffix)), None)
 
@@ -139,7 +139,7 @@ def _parquet_batches(stream: BinaryIO, columns: list[str]) -> Iterator[pa.Record
 def _batch_rows(bytes_per_row: float) -> int:
     """Return rows that take about BATCH_BYTES when unpacked to four times their size: some have 10,000 boxes.
 
-    The file's own figures for its columns would say it better, but to ask for them is to trust the
+    The file's own figures for its columns would be better, but reading them trusts the
     footer: pyarrow ends the process on one that contradicts itself.
     """
     return max(1, min(BATCH_ROWS, int(BATCH_BYTES / (4 * max(1.0, bytes_per_row)))))

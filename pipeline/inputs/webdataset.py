@@ -82,7 +82,7 @@ def read_tar_images(uris: Sequence[str], access: AccessRules, *, root: str, ids:
 
 
 def _on_hidden(tars: Sequence[TarPictures]) -> tuple[str, ...]:
-    """Return a sentence on the pictures that are left out."""
+    """Return a sentence on the pictures that are skipped."""
     hidden = sum(tar.hidden for tar in tars)
     return (f"hidden pictures in the tars: {hidden:,}, left out",) if hidden else ()
 

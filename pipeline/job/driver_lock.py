@@ -35,7 +35,7 @@ _KEY = re.compile(r"owner/(\d+)\.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """One driver process, as its owner file tells it. `boot`, `pids` and `started` tell pids of one
+    """One driver process, as its owner file states it. `boot`, `pids` and `started` tell pids of one
     machine apart: kernel boot id, pid namespace, and the process's start time in clock ticks.
     """
 

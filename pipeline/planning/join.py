@@ -75,7 +75,7 @@ def join(images: ImageList, boxes: BoxList | None, *, allow_unmatched: bool) -> 
 
     Raises:
         JobRefused: an image named twice, one id for two images, or boxes whose image is not listed (unless
-            they may be left out).
+            they may be skipped).
     """
     if boxes is None:
         ids, rule = _ids(images)
@@ -166,7 +166,7 @@ def _uri_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, st
 def _as_compared(images: ImageList, boxes: BoxList, wanted: pa.Array, keys: pa.Array) -> pa.Array:
     """Return the uris of a box file to compare with those of the images: relative ones below their folder.
 
-    So they are read where none is found by the other rule, and the folder alone tells nothing then.
+    So they are read where none is found by the other rule, and the folder alone decides nothing then.
     """
     if (positions(wanted, keys) >= 0).any():
         return wanted
@@ -235,7 +235,7 @@ def _refusal(unmatched: Unmatched, keys: pa.Array, boxes: BoxList, hint: str) ->
         f"{file}: {count(unmatched.boxes, 'box', 'boxes')} of {count(unmatched.images, 'image')} "
         f"(of {len(boxes.lengths):,}) have no image: "
         f"it names {examples(unmatched.examples)}; the images are {examples(keys) or 'none'}. "
-        f"{hint}Mend --images or --boxes, or leave these boxes out with --allow-unmatched"
+        f"{hint}Fix --images or --boxes, or skip these boxes with --allow-unmatched"
     )
 
 
@@ -260,10 +260,10 @@ def _doubled(joined: Joined, keys: pa.Array, twice: pa.Array, name: str, is_box_
         what = f"image_id {ids[0]!r} stands for {uris[0]!r} and for {uris[1]!r}"
     else:
         what = f"{uris[0]!r} is there twice, with ids {ids[0]!r} and {ids[1]!r}"
-    mend = (
+    fix = (
         "leave --images out, the box file names its images itself" if is_box_file else "name each image once"
     )
-    return JobRefused(f"{len(twice)} images are not told apart by {name}: {clean_text(what)}; {mend}")
+    return JobRefused(f"{len(twice)} images are not told apart by {name}: {clean_text(what)}; {fix}")
 
 
 # ---------------------------------------------------------------------------------------------

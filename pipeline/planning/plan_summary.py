@@ -32,7 +32,7 @@ class PlanSummary:
     `images`, `boxes`, `units`: of the plan. `listed_images`: before `limit`. `without_boxes`: images with
     an empty list; of these, `listed_without_boxes` are named by no box file. `null_boxes`,
     `mismatched_labels`, `refused_uris`: images that will fail without being fetched. `invalid_prompts`: boxes
-    of the plan whose points or mask cannot be used, whatever the picture. `unmatched_boxes`: left out by
+    of the plan whose points or mask cannot be used, whatever the picture. `unmatched_boxes`: skipped by
     `allow_unmatched`. `skipped_files`: files of an image folder that are no pictures. `left_out`:
     sentences on what else of it is not taken. `crowd_boxes`: regions, which get no mask.
     `box_format`, `box_frame`: how the boxes are read. `id_rule`: where ids come from and how boxes were

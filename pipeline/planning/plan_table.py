@@ -120,7 +120,7 @@ def _errors(mention: Int64Array, boxes: BoxList | None, refused: Mapping[int, st
 # Uris
 # ---------------------------------------------------------------------------------------------
 
-# A name of which the check says the same as of its neighbours in the folder.
+# A name for which the check has the same result as for its neighbours in the folder.
 _PLAIN_NAME = r"\A[^\x00-\x20.?#%:\\][^\x00-\x1f\x7f?#%:\\]*\z"
 
 
@@ -132,7 +132,7 @@ def refused_uris(
 ) -> dict[int, str]:
     """Return place -> reason, for the uris that may not be opened.
 
-    The rules look at scheme, bucket and folder, so one plain name stands for all plain names of its
+    The rules look at scheme, bucket and folder, so one plain name is checked for all plain names of its
     folder; odd names, `doubted` uris, and all of a folder whose first was refused, are checked one by one.
     Workers check every uri again before they open it, and there follow the links of each file too.
 
@@ -167,7 +167,7 @@ def refuse_if_a_flag_is_missing(plan: pa.Table, access: AccessRules) -> None:
     A few are rows that fail; most of them are a mistake that would cost the whole job.
 
     Raises:
-        JobRefused: `--allow-root` or `--allow-scheme` is missing; it says which folder or scheme.
+        JobRefused: `--allow-root` or `--allow-scheme` is missing; the message names folder or scheme.
     """
     refused = plan.filter(pc.equal(plan.column("error_code"), "uri_refused")).column("image_uri").to_pylist()
     if 2 * len(refused) <= plan.num_rows:
@@ -242,7 +242,7 @@ def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList,
     pairs = pa.table({name: _used(table, name, used) for name in ("category_id", "category_name")})
     pairs = pairs.group_by(["category_id", "category_name"]).aggregate([])
     own = _names_by_id(pairs, boxes)
-    listed, said = _agreeing(boxes, own)
+    listed, conflict = _agreeing(boxes, own)
     names_by_id = listed | own
     ids_by_name = _ids_by_name(pairs, names_by_id, boxes)
     table = _filled(table, "category_name", "category_id", names_by_id)
@@ -251,10 +251,10 @@ def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList,
     known = every | names_by_id
     lone = [name for name in pairs.column("category_name").to_pylist() if name is not None]
     lone = sorted(set(lone) - set(names_by_id.values()), key=str.encode)
-    unnamed = sorted(set(every) - set(names_by_id)) if names_by_id and not said else []
+    unnamed = sorted(set(every) - set(names_by_id)) if names_by_id and not conflict else []
     notes = (
         *boxes.notes,
-        *said,
+        *conflict,
         *([_no_ids(lone)] if lone else []),
         *([_no_names(unnamed)] if unnamed else []),
     )
@@ -323,7 +323,7 @@ def _ids_by_name(pairs: pa.Table, names: Mapping[int, str], boxes: BoxList) -> d
 
 
 def _first_box(boxes: BoxList, wanted: Mapping[str, Any]) -> str:
-    """Return where the first box with these values stands: `box 3 of image 'a.jpg'`, counted from 0."""
+    """Return the place of the first box with these values: `box 3 of image 'a.jpg'`, counted from 0."""
     table = boxes.boxes
     hit = np.ones(table.num_rows, dtype=np.bool_)
     for name, value in wanted.items():

@@ -118,7 +118,7 @@ def _odd_masks(seen: list[_Seen]) -> str | None:
     masks = [
         (image_id, box["prompt_mask"]["size"], header.size_hw)
         for image_id, header, box in _boxes_of(seen)
-        # others are no masks at all, which the plan says
+        # others are no masks at all, which the plan reports
         if box["prompt_mask"] is not None and min(box["prompt_mask"]["size"] or [0]) > 0
     ]
     odd = [(image_id, size, size_hw) for image_id, size, size_hw in masks if tuple(size) != size_hw]
@@ -135,7 +135,7 @@ def _odd_masks(seen: list[_Seen]) -> str | None:
 def _odd_points(seen: list[_Seen], rules: BoxRules) -> str | None:
     """Return a sentence when points lie as shares of their pictures would, or outside them.
 
-    Shares are points too, at the picture's corner: they spoil the mask, and no code says so.
+    Shares are points too, at the picture's corner: they spoil the mask, and no code reports it.
     """
     points_N2, sizes_hw = [], list[tuple[int, int]]()
     for _, header, box in _boxes_of(seen):

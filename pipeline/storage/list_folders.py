@@ -1,6 +1,6 @@
-"""What of a folder is meant: which names are left out, what a pattern matches, and where links lead.
+"""What of a folder is meant: which names are skipped, what a pattern matches, and where links lead.
 
-Left out, with all that is in them: files and folders whose name begins with a dot, and the folders that
+Skipped, with all that is in them: files and folders whose name begins with a dot, and the folders that
 systems and programs keep next to a user's files (`SKIPPED`). Names count from the place that a person
 points at: whoever points at a hidden folder means it. The same holds for the keys of an object store.
 
@@ -39,10 +39,10 @@ _WILD = re.compile(r"[*?\[]")
 
 @dataclass(kw_only=True)
 class Listed:
-    """What was found below a folder, and what is to be said of the rest.
+    """What was found below a folder, and what is to be reported of the rest.
 
     `links`: linked files -> where they lead, links resolved. `odd`: what is neither a file nor a folder.
-    `hidden_folders`: names of those left out -> how many. `again`: links to folders that are listed under
+    `hidden_folders`: names of those skipped -> how many. `again`: links to folders that are listed under
     another name. `leading_out`, `unreadable`: folders whose content is not known -> where they lead, or why.
     `dead`: links to what is not there.
     """
@@ -58,7 +58,7 @@ class Listed:
     dead: list[str] = field(default_factory=list)
 
     def notes(self, place: str) -> list[str]:
-        """Return sentences on what is left out of `place`."""
+        """Return sentences on what is skipped in `place`."""
         sentences = []
         if self.hidden_folders:
             names = ", ".join(map(clean_text, list(self.hidden_folders)[:5]))
@@ -80,7 +80,7 @@ class Listed:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether the name of a file or folder is one that is left out."""
+    """Return whether the name of a file or folder is one that is skipped."""
     return name.startswith(".") or name.lower() in SKIPPED
 
 
@@ -130,7 +130,7 @@ class Pattern:
 
 
 _SHOWN = rf"(?!\.|(?i:{'|'.join(map(re.escape, sorted(SKIPPED)))})(?:/|\Z))"
-"""Before a wildcard that begins a name: no name that is left out."""
+"""Before a wildcard that begins a name: no name that is skipped."""
 
 
 def _regex(pattern: str) -> str:

@@ -165,7 +165,7 @@ class HttpBackend(FsspecBackend):
 
 
 def _check_status(response: Any) -> None:
-    """Raise for a status without a body to read. A site that refuses a request says nothing of others."""
+    """Raise for a status without a body to read. A site that refuses a request is no sign for others."""
     status = response.status
     if status in (401, 403):
         raise ImageError("denied", f"HTTP {status} {response.reason}")

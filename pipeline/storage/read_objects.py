@@ -305,7 +305,7 @@ def _version(entry: Entry, options: Mapping[str, Any]) -> str | int:
 
 
 def fingerprint(uri: str, options: Mapping[str, Any], *, roots: Sequence[str] = ()) -> dict[str, str | int]:
-    """Return what tells one version of an input file from another: uri, size and sha256, or the store's etag.
+    """Return what distinguishes versions of an input file: uri, size and sha256, or the store's etag.
 
     Local files are hashed, because a copy or a checkout changes their times; remote ones have etags. A folder
     (its uri ends in "/") means all label files in it; `roots`: where its links may lead.

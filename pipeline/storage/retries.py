@@ -1,9 +1,9 @@
-"""One table that says what an error of the outside world means, and the only loop that tries again.
+"""One table of what errors of the outside world mean, and the only loop that tries again.
 
 Every storage call goes through `with_retries`, with one deadline for all of its tries together. The
 drivers below it have their own retries switched off: three nested loops of five tries turn one
 broken object into minutes. The table looks at the store's error code, the HTTP status and errno
-before the class, because one class stands for many things: a wrong clock, an expired token and a
+before the class, because one class means many things: a wrong clock, an expired token and a
 forbidden object all arrive as `PermissionError`.
 """
 
@@ -76,7 +76,7 @@ _CREDENTIAL_CODES = (
     "ExpiredToken ExpiredTokenException TokenRefreshRequired InvalidToken InvalidAccessKeyId "
     "SignatureDoesNotMatch UnrecognizedClientException InvalidClientTokenId NotSignedUp AccountProblem"
 )
-# Error codes of the store itself: they say more than the status they come with.
+# Error codes of the store itself: they are more precise than the status they come with.
 _BY_CODE: dict[str, Verdict] = {
     **dict.fromkeys(_RETRY_CODES.split(), _RETRY),
     **dict.fromkeys(_CREDENTIAL_CODES.split(), _CREDENTIALS),
@@ -204,7 +204,7 @@ def with_retries(
 ) -> T:
     """Return `call(seconds_left)`, tried again while its errors are of the kind that passes.
 
-    `deadline`: on `time.monotonic()`, for all tries and pauses together; each try is told how long it
+    `deadline`: on `time.monotonic()`, for all tries and pauses together; each try is passed how long it
     may still take. `max_tries`: a second bound, for objects that are broken for good. Pauses double
     from 0.1 s to 5 s, less a random part, so that a thousand workers do not come back at once.
 
@@ -241,14 +241,14 @@ def _fault(errors: Sequence[Exception], what: str, deadline: float) -> StorageFa
     """
     cut = isinstance(errors[-1], TimeoutError) and time.monotonic() >= deadline - 0.05
     broken = [error for error in errors if not isinstance(error, TimeoutError)]
-    told = broken[-1] if cut and broken else errors[-1]
-    verdict = _verdict_on(told)
+    decisive = broken[-1] if cut and broken else errors[-1]
+    verdict = _verdict_on(decisive)
     counted = f" (given up, tries: {len(errors)})" if verdict.kind == "retry" else ""
     return StorageFault(
         verdict,
-        clean_text(f"{what}: {describe(told)}{counted}"),
+        clean_text(f"{what}: {describe(decisive)}{counted}"),
         timed_out=cut and not broken,
         broken_body=any(
-            kind.__name__ in _BROKEN_BODIES.split() for e in _causes(told) for kind in type(e).__mro__
+            kind.__name__ in _BROKEN_BODIES.split() for e in _causes(decisive) for kind in type(e).__mro__
         ),
     )

@@ -23,7 +23,7 @@ from pipeline.schema import REPEATING
 ROW_GROUP_ROWS = 122_880  # DuckDB's own: far below what viewers scan, large enough to compress
 
 # Extension types that Ray Data and pandas register when they are imported, and that make Python objects of
-# what a file's schema says, by unpickling it where a switch allows that.
+# what a file's schema states, by unpickling it where a switch allows that.
 _TYPES_WITH_CODE = (
     *("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2", "ray.data.arrow_variable_shaped_tensor"),
     *("ray.data.arrow_pickled_object", "pandas.period", "pandas.interval"),
@@ -164,7 +164,7 @@ def open_body(source: Any, schema: pa.Schema, name: str) -> pq.ParquetFile:
 
 
 def read_rows(file: pq.ParquetFile, name: str) -> pa.Table:
-    """Return every row, page checksums verified, footer metadata left out; DamageFound with `name`."""
+    """Return every row, page checksums verified, without footer metadata; DamageFound with `name`."""
     try:
         table = file.read().replace_schema_metadata()
         table.validate(full=True)

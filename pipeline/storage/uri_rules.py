@@ -1,4 +1,4 @@
-"""What a uri may point at, and what options may say: checked before anything is opened.
+"""What a uri may point at, and what options may hold: checked before anything is opened.
 
 Uris are taken byte for byte: nothing is percent-decoded, normalised or expanded, so `a%20b.jpg` is
 the file of that very name. Nothing here is handed to a parser of uri chains, so `::` in a file's
@@ -173,7 +173,7 @@ def refuse_secrets(options: Mapping[str, Any], *, where: str) -> None:
     """Refuse options that look like secrets, at any depth: options are kept in job.json.
 
     Raises:
-        UsageError: names the option, never its value, and says where credentials belong.
+        UsageError: names the option, never its value, and states where credentials belong.
     """
     for name in secret_options(options):
         raise UsageError(

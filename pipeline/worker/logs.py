@@ -4,8 +4,8 @@
      "run_id": "…", "unit_id": 1234, "image_id": "street/0001.jpg", "code": "truncated", "message": "…"}
 
 Workers write to their stderr, which Ray keeps as `worker-*.err` in the log folder of its session; nothing
-comes to the driver's terminal. What stands in a line is what stands in the tables, with credentials that a
-uri may carry left out.
+comes to the driver's terminal. A line holds what the tables hold, without
+credentials that a uri may carry.
 """
 
 from __future__ import annotations

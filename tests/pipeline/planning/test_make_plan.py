@@ -460,7 +460,7 @@ def test_ids_that_match_nothing_are_explained(pictures, ids, hint):
 
     message = refusal(images=images, boxes=boxes)
 
-    assert (hint or "Mend --images") in message
+    assert (hint or "Fix --images") in message
 
 
 NFD = unicodedata.normalize("NFD", "é/ü.jpg")

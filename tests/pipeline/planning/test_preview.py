@@ -110,7 +110,7 @@ def test_corners_in_a_coco_file_are_warned_of_once(photos: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("rename", "why"), [("other-{}", "Mend --images or --boxes"), ("x/{}", "they agree but for the folder")]
+    ("rename", "why"), [("other-{}", "Fix --images or --boxes"), ("x/{}", "they agree but for the folder")]
 )
 def test_ids_that_match_nothing_are_refused_with_examples(
     photos: Path, tmp_path: Path, rename: str, why: str
