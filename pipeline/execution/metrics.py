@@ -26,18 +26,18 @@ _UNIT_SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 _IMAGE_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Metric:
     """One metric. `tags`: beyond `run`; `boundaries`: upper ends of a histogram's buckets."""
 
-    name: str
     kind: Kind
+    name: str
     meaning: str
     tags: tuple[str, ...] = ()
     boundaries: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sample:
     """A number for the metric `name`: added to a counter, set in a gauge, sorted into a histogram."""
 
@@ -46,74 +46,30 @@ class Sample:
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
-METRICS: dict[str, Metric] = {
-    one.name: one
-    for one in (
-        Metric(
-            name="hqlabel_images",
-            kind="counter",
-            meaning="Images in committed units, by status.",
-            tags=("status",),
-        ),
-        Metric(
-            name="hqlabel_failed_images",
-            kind="counter",
-            meaning="Failed images in committed units, by error code.",
-            tags=("code",),
-        ),
-        Metric(
-            name="hqlabel_masks", kind="counter", meaning="Masks of at least one pixel in committed units."
-        ),
-        Metric(name="hqlabel_units", kind="counter", meaning="Units committed."),
-        Metric(
-            name="hqlabel_repeated_units",
-            kind="counter",
-            meaning="Units that were done although they were committed already.",
-        ),
-        Metric(
-            name="hqlabel_faults",
-            kind="counter",
-            meaning="Units that met a systemic fault, by code.",
-            tags=("code",),
-        ),
-        Metric(name="hqlabel_read_bytes", kind="counter", meaning="Bytes of the images that were fetched."),
-        Metric(name="hqlabel_written_bytes", kind="counter", meaning="Bytes of committed units."),
-        Metric(
-            name="hqlabel_stage_seconds",
-            kind="histogram",
-            meaning="Seconds of one unit in a stage: prepare, segment, commit.",
-            tags=("stage",),
-            boundaries=_UNIT_SECONDS,
-        ),
-        Metric(
-            name="hqlabel_image_seconds",
-            kind="histogram",
-            meaning="Seconds of one image in a step: fetch, decode, segment.",
-            tags=("step",),
-            boundaries=_IMAGE_SECONDS,
-        ),
-        Metric(
-            name="hqlabel_device_busy_seconds",
-            kind="counter",
-            meaning="Seconds that model processes spent in calls of the model.",
-        ),
-        Metric(
-            name="hqlabel_queue_units",
-            kind="gauge",
-            meaning="Units that wait for a stage: prepare, segment, commit.",
-            tags=("stage",),
-        ),
-        Metric(
-            name="hqlabel_model_processes",
-            kind="gauge",
-            meaning="Model processes by state: running, pending, restarting.",
-            tags=("state",),
-        ),
-        Metric(
-            name="hqlabel_units_left", kind="gauge", meaning="Units of this driver that are not committed."
-        ),
-    )
-}
+_OF_STAGE = "Seconds of one unit in a stage: prepare, segment, commit."
+_OF_STEP = "Seconds of one image in a step: fetch, decode, segment."
+_PROCESSES = "Model processes by state: running, pending, restarting."
+_ALL = (
+    Metric("counter", "hqlabel_images", "Images in committed units, by status.", ("status",)),
+    Metric("counter", "hqlabel_failed_images", "Failed images in committed units, by error code.", ("code",)),
+    Metric("counter", "hqlabel_masks", "Masks of at least one pixel in committed units."),
+    Metric("counter", "hqlabel_units", "Units committed."),
+    Metric("counter", "hqlabel_repeated_units", "Units that were done although they were committed already."),
+    Metric("counter", "hqlabel_faults", "Units that met a systemic fault, by code.", ("code",)),
+    Metric("counter", "hqlabel_read_bytes", "Bytes of the images that were fetched."),
+    Metric("counter", "hqlabel_written_bytes", "Bytes of committed units."),
+    Metric("histogram", "hqlabel_stage_seconds", _OF_STAGE, ("stage",), _UNIT_SECONDS),
+    Metric("histogram", "hqlabel_image_seconds", _OF_STEP, ("step",), _IMAGE_SECONDS),
+    Metric(
+        "counter", "hqlabel_device_busy_seconds", "Seconds that model processes spent in calls of the model."
+    ),
+    Metric(
+        "gauge", "hqlabel_queue_units", "Units that wait for a stage: prepare, segment, commit.", ("stage",)
+    ),
+    Metric("gauge", "hqlabel_model_processes", _PROCESSES, ("state",)),
+    Metric("gauge", "hqlabel_units_left", "Units of this driver that are not committed."),
+)
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 
 
 def record(run_id: str, samples: Iterable[Sample]) -> None:
@@ -143,7 +99,7 @@ def of_prepared(unit: UnitRow, seconds: float) -> Iterator[Sample]:
     """Yield what a unit adds after it was fetched and decoded in that many seconds."""
     yield _stage("prepare", seconds)
     if read := sum(image.source_bytes or 0 for image in unit.images):
-        yield Sample(name="hqlabel_read_bytes", value=read)
+        yield Sample("hqlabel_read_bytes", read)
     for image in unit.images:
         yield from _step("fetch", image.fetch_ms)
         yield from _step("decode", image.decode_ms)
@@ -153,7 +109,7 @@ def of_segmented(unit: UnitRow, seconds: float) -> Iterator[Sample]:
     """Yield what a unit adds after it left the model."""
     yield _stage("segment", seconds)
     if busy := sum(image.segment_ms or 0.0 for image in unit.images):
-        yield Sample(name="hqlabel_device_busy_seconds", value=busy / 1000)
+        yield Sample("hqlabel_device_busy_seconds", busy / 1000)
     for image in unit.images:
         yield from _step("segment", image.segment_ms)
 
@@ -162,46 +118,46 @@ def of_committed(unit: UnitRow, outcome: UnitOutcome, seconds: float) -> Iterato
     """Yield what a unit adds after its commit; one that was there before adds no images."""
     yield _stage("commit", seconds)
     if outcome.repeated:
-        yield Sample(name="hqlabel_repeated_units", value=1)
+        yield Sample("hqlabel_repeated_units", 1)
         return
     counted = {
         "hqlabel_units": 1,
         "hqlabel_masks": sum(_masks(image) for image in unit.images),
         "hqlabel_written_bytes": outcome.bytes,
     }
-    yield from (Sample(name=name, value=value) for name, value in counted.items() if value)
+    yield from (Sample(name, value) for name, value in counted.items() if value)
     for status in ("labelled", "no_boxes", "failed"):
         if images := getattr(outcome, status):
-            yield Sample(name="hqlabel_images", value=images, tags={"status": status})
+            yield Sample("hqlabel_images", images, {"status": status})
     for code, images in outcome.failed_by_code.items():
-        yield Sample(name="hqlabel_failed_images", value=images, tags={"code": code})
+        yield Sample("hqlabel_failed_images", images, {"code": code})
 
 
 def of_fault(code: str) -> Iterator[Sample]:
     """Yield what a unit adds that met a systemic fault."""
-    yield Sample(name="hqlabel_faults", value=1, tags={"code": code})
+    yield Sample("hqlabel_faults", 1, {"code": code})
 
 
 def of_queues(waiting: Mapping[str, int], processes: Mapping[str, int]) -> Iterator[Sample]:
     """Yield what the driver sees: units before each stage, model processes in each state."""
     for stage, units in waiting.items():
-        yield Sample(name="hqlabel_queue_units", value=units, tags={"stage": stage})
+        yield Sample("hqlabel_queue_units", units, {"stage": stage})
     for state, number in processes.items():
-        yield Sample(name="hqlabel_model_processes", value=number, tags={"state": state})
+        yield Sample("hqlabel_model_processes", number, {"state": state})
 
 
 def of_progress(units_left: int) -> Iterator[Sample]:
     """Yield what the driver sees after each commit."""
-    yield Sample(name="hqlabel_units_left", value=units_left)
+    yield Sample("hqlabel_units_left", units_left)
 
 
 def _stage(stage: str, seconds: float) -> Sample:
-    return Sample(name="hqlabel_stage_seconds", value=seconds, tags={"stage": stage})
+    return Sample("hqlabel_stage_seconds", seconds, {"stage": stage})
 
 
 def _step(step: str, milliseconds: float | None) -> Iterator[Sample]:
     if milliseconds is not None:
-        yield Sample(name="hqlabel_image_seconds", value=milliseconds / 1000, tags={"step": step})
+        yield Sample("hqlabel_image_seconds", milliseconds / 1000, {"step": step})
 
 
 def _masks(image: ImageResult) -> int:
