@@ -21,6 +21,7 @@ from jobs.terminal.signals import Interrupts
 from pipeline.errors import JobRefused, UsageError
 from pipeline.job.job_file import read_job
 from pipeline.planning.make_plan import Plan
+from pipeline.planning.preview import with_preview_warnings
 from pipeline.settings import Weights
 from pipeline.storage.store import Store
 from pipeline.tables.manifest import finished_units, read_manifest
@@ -37,7 +38,7 @@ def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> i
     """
     with before_work():
         made, detected = plan_inputs(config), config.detector.name is not None
-        plan = input_report.with_a_look(made, config.limits, detected=detected)
+        plan = with_preview_warnings(made, config.limits, detected=detected)
         weights = read_checkpoint(config) if config.model.checkpoint else None
         detector = read_detector(config)
         done = _done(config, plan) if config.output.uri else None

@@ -19,13 +19,13 @@ from typing import Any
 from jobs.config import Config
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.check_models import CheckedDetector, read_checkpoint, read_detector
-from jobs.terminal.input_report import with_a_look
 from model.records import MODEL_PROTOCOL
 from pipeline.errors import JobRefused, SystemicFault, UsageError
 from pipeline.inputs.open_inputs import allowed_access
 from pipeline.job.job_file import Job, identity_of, open_job, read_job, units_per_part
 from pipeline.job.plan_files import UNITS_PER_FILE
 from pipeline.planning.make_plan import Plan, make_plan
+from pipeline.planning.preview import with_preview_warnings
 from pipeline.settings import AccessRules, BoxRules, InputSettings, JobContext, JobDetector, Place, Weights
 from pipeline.storage.read_objects import fingerprint
 from pipeline.storage.store import Store
@@ -87,7 +87,7 @@ def _open_or_create(
     _refuse_compiling_for_a_cpu(config, device)
     plan = None
     if stored is None:
-        plan = with_a_look(plan_inputs(config), config.limits, detected=detector is not None)
+        plan = with_preview_warnings(plan_inputs(config), config.limits, detected=detector is not None)
     elif check_inputs or not _plan_holds(store, stored, config.input):
         plan = plan_inputs(config)
     make_context = partial(

@@ -3,33 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from jobs.config import Config
 from jobs.terminal import console
 from pipeline.job.job_file import Job
-from pipeline.planning.make_plan import Plan
-from pipeline.planning.preview import preview_pictures
-from pipeline.settings import BoxRules, JobContext, Limits
-
-
-def with_a_look(plan: Plan, limits: Limits, *, detected: bool = False) -> Plan:
-    """Return the plan, with warnings of what a look at a few of its pictures shows and was not said before.
-
-    `detected`: a detector finds the boxes.
-    """
-    summary = plan.summary
-    rules = BoxRules(box_format=summary.box_format, box_frame=summary.box_frame)
-    flags = {_flag(sentence) for sentence in summary.warnings}
-    found = preview_pictures(plan.table, rules, plan.access, limits, detected=detected)
-    seen = [line for line in found if _flag(line) not in flags]
-    return replace(plan, summary=replace(summary, warnings=(*summary.warnings, *seen)))
-
-
-def _flag(sentence: str) -> str:
-    """Return the flag that a sentence ends with; the whole sentence where there is none."""
-    return sentence[sentence.rfind("--") :] if "--" in sentence else sentence
+from pipeline.settings import JobContext
 
 
 def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from pipeline.images.decode_upright import DecodedImage
 from pipeline.images.fetch import fetch_ahead
 from pipeline.inputs.image_box_lists import examples
 from pipeline.inputs.propose_columns import LARGEST_SHARE
+from pipeline.planning.make_plan import Plan
 from pipeline.planning.suspicious_boxes import suspicions_of_place
 from pipeline.settings import AccessRules, BoxRules, Limits
 
@@ -39,6 +40,24 @@ class _Seen:
     row: Mapping[str, Any]
     header: DecodedImage | None
     error: ImageError | None
+
+
+def with_preview_warnings(plan: Plan, limits: Limits, *, detected: bool = False) -> Plan:
+    """Return the plan with the warnings of `preview_pictures` whose flag no warning of the plan names.
+
+    `detected`: a detector finds the boxes.
+    """
+    summary = plan.summary
+    rules = BoxRules(box_format=summary.box_format, box_frame=summary.box_frame)
+    flags = {_flag(sentence) for sentence in summary.warnings}
+    warnings = preview_pictures(plan.table, rules, plan.access, limits, detected=detected)
+    new = [sentence for sentence in warnings if _flag(sentence) not in flags]
+    return replace(plan, summary=replace(summary, warnings=(*summary.warnings, *new)))
+
+
+def _flag(sentence: str) -> str:
+    """Return the flag that a sentence ends with; the whole sentence where there is none."""
+    return sentence[sentence.rfind("--") :] if "--" in sentence else sentence
 
 
 def preview_pictures(

@@ -12,12 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs.terminal.input_report import with_a_look
 from model.rle import compress_lengths
 from pipeline.errors import JobRefused
 from pipeline.images.decode_upright import decode_image, measure_image
 from pipeline.planning.make_plan import make_plan
-from pipeline.planning.preview import PICTURES, preview_pictures
+from pipeline.planning.preview import PICTURES, preview_pictures, with_preview_warnings
 from pipeline.settings import AccessRules, BoxFrame, BoxRules, InputSettings, Limits
 
 LIMITS = Limits()
@@ -66,7 +65,7 @@ def table(path: Path, kind: str, rename: str = "{}") -> Path:
 def flags(photos: Path, boxes: Path, **settings: str) -> list[str]:
     """What a new job would warn of: the end of each sentence, which is the flag to set."""
     plan = make_plan(InputSettings(images=str(photos), boxes=str(boxes), **settings))  # type: ignore[arg-type]
-    return [line[line.rindex("--") :] for line in with_a_look(plan, LIMITS).summary.warnings]
+    return [line[line.rindex("--") :] for line in with_preview_warnings(plan, LIMITS).summary.warnings]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +180,7 @@ def test_a_detector_makes_every_picture_count(tmp_path: Path) -> None:
     assert preview_pictures(plan.table, BoxRules(), plan.access, LIMITS) == ()
     warnings = preview_pictures(plan.table, BoxRules(), plan.access, LIMITS, detected=True)
     assert "1 of 1 pictures" in " ".join(warnings)
-    assert "1 of 1 pictures" in " ".join(with_a_look(plan, LIMITS, detected=True).summary.warnings)
+    assert "1 of 1 pictures" in " ".join(with_preview_warnings(plan, LIMITS, detected=True).summary.warnings)
 
 
 def with_uris(path: Path) -> Path:
