@@ -38,7 +38,7 @@ from pipeline.inputs.json_records import (
     refuse_other_bytes,
     split_arrays,
 )
-from pipeline.inputs.read_table import naming, naming_values
+from pipeline.inputs.read_table import naming_values, open_named
 from pipeline.settings import AccessRules
 from pipeline.storage.read_objects import open_input
 from pipeline.storage.uri_rules import options_for
@@ -73,7 +73,7 @@ def is_results(uri: str, access: AccessRules) -> bool:
     Raises:
         JobRefused: neither.
     """
-    with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
+    with open_named(uri, "JSON", access) as stream:
         refuse_other_bytes(stream)
         first = first_byte(stream)
     if first not in ("[", "{"):
@@ -114,7 +114,7 @@ def _read(uri: str, names: Collection[str], access: AccessRules) -> dict[str, li
     """Return the wanted arrays of the file as blocks of plain columns; an array that is absent is no key."""
     found: dict[str, dict[str, Kind]] = {}
     blocks: dict[str, list[pa.Table]] = {}
-    with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
+    with open_named(uri, "JSON", access) as stream:
         for lines in split_arrays(stream, names):
             if lines.name not in found:
                 found[lines.name] = _kinds(lines)

@@ -24,12 +24,10 @@ from pipeline.errors import JobRefused, clean_text
 from pipeline.inputs.box_tables import boxes_of_rows
 from pipeline.inputs.columns import Kind, check_type, plain
 from pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList
-from pipeline.inputs.read_table import naming, naming_values
+from pipeline.inputs.read_table import naming_values, open_named
 from pipeline.settings import AccessRules
 from pipeline.storage.archive_uris import check_column
-from pipeline.storage.read_objects import open_input
 from pipeline.storage.sealed_parquet import open_closed
-from pipeline.storage.uri_rules import options_for
 
 IMAGE, OBJECTS = "image", "objects"
 HF_COLUMNS = (IMAGE, OBJECTS, "objects.bbox", "objects.category", "objects.score", "objects.iscrowd")
@@ -65,7 +63,7 @@ def holds_pictures(uri: str, mapping: Mapping[str, str], access: AccessRules) ->
 
 
 def _schema(uri: str, access: AccessRules) -> pa.Schema:
-    with naming(uri, "parquet"), open_input(uri, options_for(uri, access)) as stream:
+    with open_named(uri, "parquet", access) as stream:
         return open_closed(stream).schema_arrow
 
 
@@ -222,7 +220,7 @@ def _batches(
     path = file.schema.field(file.image).type.get_field_index("path") >= 0
     wanted = [*columns, *([f"{file.image}.path"] if path else [])]
     name = file.uri.removeprefix(root).lstrip("/")
-    with naming(file.uri, "parquet"), open_input(file.uri, options_for(file.uri, access)) as stream:
+    with open_named(file.uri, "parquet", access) as stream:
         parquet = open_closed(stream, page_checksum_verification=True)
         number = 0
         for group in range(parquet.num_row_groups):

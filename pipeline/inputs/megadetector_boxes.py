@@ -21,7 +21,7 @@ from pipeline.errors import JobRefused, clean_text
 from pipeline.inputs.box_tables import boxes_of_rows
 from pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList
 from pipeline.inputs.json_records import CUT_BYTES, first_byte, read_lines, split_arrays
-from pipeline.inputs.read_table import naming
+from pipeline.inputs.read_table import open_named
 from pipeline.settings import AccessRules
 from pipeline.storage.read_objects import open_input
 from pipeline.storage.uri_rules import options_for
@@ -35,7 +35,7 @@ _SHAPE = "wanted MegaDetector: an object with a list `images`, each with `file` 
 
 def is_megadetector(uri: str, access: AccessRules) -> bool:
     """Return whether a JSON file is MegaDetector's: its first image has a `file`, not a `file_name`."""
-    with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
+    with open_named(uri, "JSON", access) as stream:
         if first_byte(stream) != "{":
             return False
         for lines in split_arrays(stream, {"images"}):
@@ -65,7 +65,7 @@ def read_megadetector(uri: str, access: AccessRules, *, folder: str) -> BoxList:
 
 
 def _batches(uri: str, access: AccessRules) -> Iterator[pa.Table]:
-    with naming(uri, "JSON"), open_input(uri, options_for(uri, access)) as stream:
+    with open_named(uri, "JSON", access) as stream:
         at = 0
         for lines in split_arrays(stream, {"images"}):
             yield _image_rows(read_lines(lines.text, lines.count, _IMAGES), uri, at)

@@ -29,12 +29,10 @@ from pipeline.inputs.image_box_lists import (
     with_all_images,
 )
 from pipeline.inputs.propose_columns import missing_column
-from pipeline.inputs.read_table import inspect_tables, naming, naming_values, read_batches
+from pipeline.inputs.read_table import inspect_tables, naming_values, open_named, read_batches
 from pipeline.settings import AccessRules, BoxFormat, BoxFrame, BoxRules
 from pipeline.storage.backend import Entry
-from pipeline.storage.read_objects import open_input
 from pipeline.storage.sealed_parquet import open_closed
-from pipeline.storage.uri_rules import options_for
 
 _IMAGES = {
     "image_id": Kind(0, "text"),
@@ -151,7 +149,7 @@ def _rules(parts: PublishedParts, access: AccessRules) -> BoxRules | None:
 
 
 def _footer_rules(uri: str, access: AccessRules) -> tuple[str, str]:
-    with naming(uri, "parquet"), open_input(uri, options_for(uri, access)) as stream:
+    with open_named(uri, "parquet", access) as stream:
         footer: dict[bytes, bytes] = open_closed(stream).metadata.metadata or {}
     keys = (b"hqlabel.box_format", b"hqlabel.box_frame")
     box_format, box_frame = (footer.get(key, b"").decode("utf-8", errors="replace") for key in keys)

@@ -170,6 +170,13 @@ def naming(uri: str, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def open_named(uri: str, what: str, access: AccessRules) -> Iterator[BinaryIO]:
+    """Open a whole input file; errors on its bytes become a JobRefused that names it as a `what`."""
+    with naming(uri, what), open_input(uri, options_for(uri, access)) as stream:
+        yield stream
+
+
+@contextlib.contextmanager
 def naming_values(uri: str) -> Iterator[None]:
     """Turn errors on values that were read but cannot be used into a JobRefused; other errors pass."""
     try:

@@ -227,40 +227,42 @@ def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList,
     for column in ("category_id", "category_name"):  # all null: never given
         if column in table.column_names and table.column(column).null_count == table.num_rows:
             table = table.drop_columns([column])
-    if "category_name" in table.column_names and "category_id" not in table.column_names:
-        names = pc.unique(_used(table, "category_name", used).drop_null())
-        names = names.take(pc.sort_indices(names))
-        ids = pa.array(np.arange(1, len(names) + 1), pa.int32())
-        found = ids.take(pc.index_in(single(table.column("category_name")), names, skip_nulls=True))
-        table = table.append_column("category_id", found)
-        return replace(boxes, boxes=table), _category_list(ids, names)
-    if "category_id" not in table.column_names:
+    has_ids, has_names = (name in table.column_names for name in ("category_id", "category_name"))
+    if has_names and not has_ids:
+        table, categories = _numbered_by_name(table, used)
+        return replace(boxes, boxes=table), categories
+    if not has_ids:
         return replace(boxes, boxes=table), ()
-    if "category_name" not in table.column_names:
+    if not has_names:
         table = table.append_column("category_name", pa.nulls(table.num_rows, TEXT))
-    table = _without_blank_names(table)
+    return _completed(boxes, _without_blank_names(table), used)
+
+
+def _numbered_by_name(table: pa.Table, used: Int64Array | None) -> tuple[pa.Table, Categories]:
+    names = pc.unique(_used(table, "category_name", used).drop_null())
+    names = names.take(pc.sort_indices(names))
+    ids = pa.array(np.arange(1, len(names) + 1), pa.int32())
+    found = ids.take(pc.index_in(single(table.column("category_name")), names, skip_nulls=True))
+    categories = [{"id": at, "name": name} for at, name in enumerate(names.to_pylist(), start=1)]
+    return table.append_column("category_id", found), tuple(categories)
+
+
+def _completed(boxes: BoxList, table: pa.Table, used: Int64Array | None) -> tuple[BoxList, Categories]:
+    """Return the boxes of `table`, each id and name filled in from the other, and the categories."""
     pairs = pa.table({name: _used(table, name, used) for name in ("category_id", "category_name")})
     pairs = pairs.group_by(["category_id", "category_name"]).aggregate([])
+    ids, names = (set(column.drop_null().to_pylist()) for column in pairs.columns)
     own = _names_by_id(pairs, boxes)
     listed, conflict = _agreeing(boxes, own)
     names_by_id = listed | own
-    ids_by_name = _ids_by_name(pairs, names_by_id, boxes)
     table = _filled(table, "category_name", "category_id", names_by_id)
-    table = _filled(table, "category_id", "category_name", ids_by_name)
-    every = {number: None for number in pairs.column("category_id").to_pylist() if number is not None}
-    known = every | names_by_id
-    lone = [name for name in pairs.column("category_name").to_pylist() if name is not None]
-    lone = sorted(set(lone) - set(names_by_id.values()), key=str.encode)
-    unnamed = sorted(set(every) - set(names_by_id)) if names_by_id and not conflict else []
-    notes = (
-        *boxes.notes,
-        *conflict,
-        *([_no_ids(lone)] if lone else []),
-        *([_no_names(unnamed)] if unnamed else []),
-    )
-    return replace(boxes, boxes=table, notes=notes), tuple(
-        {"id": key, "name": known[key]} for key in sorted(known)
-    )
+    table = _filled(table, "category_id", "category_name", _ids_by_name(pairs, names_by_id, boxes))
+    lone = sorted(names - set(names_by_id.values()), key=str.encode)
+    unnamed = sorted(ids - set(names_by_id)) if names_by_id and not conflict else []
+    notes = [*conflict, *([_no_ids(lone)] if lone else []), *([_no_names(unnamed)] if unnamed else [])]
+    known: dict[int, str | None] = dict.fromkeys(ids) | names_by_id
+    categories = tuple({"id": key, "name": known[key]} for key in sorted(known))
+    return replace(boxes, boxes=table, notes=(*boxes.notes, *notes)), categories
 
 
 def _without_blank_names(table: pa.Table) -> pa.Table:
@@ -367,9 +369,3 @@ def _no_names(ids: list[int]) -> str:
 def _used(table: pa.Table, name: str, rows: Int64Array | None) -> pa.Array:
     column = single(table.column(name))
     return column if rows is None else column.take(pa.array(rows))
-
-
-def _category_list(ids: pa.Array, names: pa.Array) -> Categories:
-    return tuple(
-        {"id": key, "name": name} for key, name in zip(ids.to_pylist(), names.to_pylist(), strict=True)
-    )
