@@ -74,14 +74,6 @@ def positions(values: pa.Array, among: pa.Array) -> Int64Array:
     return _numpy(pc.fill_null(found, -1)).astype(np.int64)
 
 
-def adjacent_equal(ordered: pa.Array) -> Int64Array:
-    """Return positions whose value equals the one before, in an array that is already sorted; int64."""
-    if len(ordered) < 2:
-        return np.zeros(0, dtype=np.int64)
-    same = pc.fill_null(pc.equal(ordered[1:], ordered[:-1]), False)
-    return np.flatnonzero(_numpy(same)) + 1
-
-
 def table_sha256(table: pa.Table) -> str:
     """Return hex sha256 of a table's names and values: the same for every chunking and library version.
 

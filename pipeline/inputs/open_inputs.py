@@ -1,7 +1,7 @@
 """What a user names -> the lists of images and of boxes; its name decides which reader takes it.
 
-Names are distinguished by their ending and by what a folder holds (`named`); two kinds of JSON and of Parquet
-by their first bytes. The content is checked by the reader. No image is opened.
+Names are distinguished by their ending and by what a folder holds (`find_files`); two kinds of JSON and of
+Parquet by their first bytes. The content is checked by the reader. No image is opened.
 """
 
 from __future__ import annotations

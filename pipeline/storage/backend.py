@@ -1,7 +1,7 @@
-"""What a driver of a store promises: single tries, no retry, no policy; `disk` and `buckets` keep it.
+"""What a kind of store does: single tries, no retry, no policy; see `local_disk` and `object_store`.
 
 Each create is one atomic request: on a local disk a hidden temporary file, fsync and a hard link; on
-S3 one PUT with `If-None-Match: *`; elsewhere the driver's own exclusive create. Nothing is ever
+S3 one PUT with `If-None-Match: *`; elsewhere the fsspec driver's own exclusive create. Nothing is ever
 streamed under its final name: an exception inside `with fs.open(...)` publishes what was written.
 """
 

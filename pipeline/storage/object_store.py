@@ -1,6 +1,6 @@
-"""Object stores behind fsspec, and `backend_for`: the one place that picks a driver by scheme.
+"""Object stores behind fsspec, and `backend_for`: the one place that picks a backend by scheme.
 
-fsspec's event loop does not survive a fork, so drivers are made once per process and never pickled.
+fsspec's event loop does not survive a fork, so backends are made once per process and never pickled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ONE_PUT = 5 * 2**30  # S3's largest single PUT
 
 
 def backend_for(scheme: str, options: Mapping[str, Any]) -> Backend:
-    """Return the driver of a scheme with these fsspec options: one a process, made at first use."""
+    """Return the backend of a scheme with these fsspec options: one a process, made at first use."""
     name = (scheme, json.dumps(options, sort_keys=True, default=str))
     backend = _backends.get(name)
     if backend is None:

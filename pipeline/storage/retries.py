@@ -1,7 +1,7 @@
 """One table of what errors of the outside world mean, and the only loop that tries again.
 
 Every storage call goes through `with_retries`, with one deadline for all of its tries together. The
-drivers below it have their own retries switched off: three nested loops of five tries turn one
+backends below it have their own retries switched off: three nested loops of five tries turn one
 broken object into minutes. The table looks at the store's error code, the HTTP status and errno
 before the class, because one class means many things: a wrong clock, an expired token and a
 forbidden object all arrive as `PermissionError`.
