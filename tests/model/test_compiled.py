@@ -77,7 +77,7 @@ def test_whatever_is_no_cpu_computes_on_itself_alone_and_is_never_waited_for(con
 
 
 @torch.no_grad()
-def test_the_road_of_a_gpu_is_compiled_as_a_whole():
+def test_the_path_of_a_gpu_is_compiled_as_a_whole():
     model = lively(SMALL_VITS["grid16-window5"]).cast(torch.bfloat16).to("meta")
     torch.compiler.reset()
     compile_calls(model, SHAPE, (0,), backend="aot_eager", record=again)
@@ -107,9 +107,8 @@ def segment(segmenter, counts):
 def test_compiled_calls_give_the_masks_of_the_others(pair, monkeypatch):
     plain, compiled = pair
     own: list[Any] = []
-    for road in (compiled.model, "embed"), (compiled.model.mask_decoder, "decode_tokens"):
-        fixed = getattr(*road)
-        monkeypatch.setattr(fixed, "_own", lambda *_, name=road[1]: own.append(name))
+    for owner, name in (compiled.model, "embed"), (compiled.model.mask_decoder, "decode_tokens"):
+        monkeypatch.setattr(getattr(owner, name), "_own", lambda *_, name=name: own.append(name))
 
     assert segment(compiled, [3, 0, 9]) == segment(plain, [3, 0, 9])
     assert segment(compiled, [5]) == segment(plain, [5]), "played back over what was recorded"
