@@ -40,7 +40,7 @@ _ONE_MEGAPIXEL, _TWELVE_MEGAPIXELS = (864, 1152), (3000, 4000)
 _STUB_SIDE = 1024
 STUB_NAME = "tests.fakes:box_segmenter"
 STUB = Weights(source="none", sha256="0" * 64, architecture="stub", input_side=_STUB_SIDE)
-_HEAD = ("pictures", "of", "a unit", "loop images/s", "chain images/s", "of the loop", "added ms an image")
+_HEAD = ("pictures", "Mpx", "a unit", "loop images/s", "chain images/s", "of the loop", "added ms an image")
 
 
 def main() -> None:
@@ -134,7 +134,7 @@ def _table(title: str, figures: Sequence[dict[str, object]]) -> str:
     rows = [
         (
             str(row["images"]),
-            f"{row['megapixels']:.1f} Mpx",
+            f"{row['megapixels']:.1f}",
             str(row["images_per_unit"]),
             f"{row['loop_images_per_s']:.2f}",
             f"{row['chain_images_per_s']:.2f}",
