@@ -41,6 +41,11 @@ def null_mask(array: pa.Array) -> BoolArray:
     return _numpy(array.is_null())
 
 
+def first_null(array: pa.ChunkedArray | pa.Array) -> int:
+    """Return the place of the first null of a column that has one."""
+    return int(np.flatnonzero(null_mask(single(array)))[0])
+
+
 def starts_of(lengths: Int64Array) -> Int64Array:
     """Return where each of the lists laid end to end begins; int64 (n,)."""
     return np.cumsum(lengths) - lengths

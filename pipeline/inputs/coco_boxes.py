@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrow_lists import Int64Array, null_mask, single
+from pipeline.arrow_lists import Int64Array, first_null, single
 from pipeline.errors import JobRefused, clean_text
 from pipeline.inputs.box_tables import box_columns, crowds
 from pipeline.inputs.columns import Kind, plain, sampled_leaf
@@ -208,7 +208,7 @@ def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
     ids = table.column("image_id")
     if ids.null_count:
         raise JobRefused(
-            f"{uri}: record {_first_null(ids)} (from 0) has no image_id; {_SHAPE}; the rows of a table are "
+            f"{uri}: record {first_null(ids)} (from 0) has no image_id; {_SHAPE}; the rows of a table are "
             "read one object a line, from a file named .jsonl: jq -c '.[]' IN > OUT.jsonl"
         )
     if table.num_rows and table.column("bbox").null_count == table.num_rows:
@@ -236,7 +236,7 @@ def _images(uri: str, blocks: Mapping[str, list[pa.Table]], access: AccessRules,
     table = pa.concat_tables(blocks["images"])
     for name in ("id", "file_name"):
         if table.column(name).null_count:
-            raise JobRefused(f"{uri}: image {_first_null(table.column(name))} (from 0) has no {name}")
+            raise JobRefused(f"{uri}: image {first_null(table.column(name))} (from 0) has no {name}")
     ids = pc.cast(single(table.column("id")), TEXT)
     refuse_repeated(ids, uri)
     return ImageList(
@@ -272,7 +272,3 @@ def _categories(uri: str, blocks: list[pa.Table] | None) -> dict[int, str]:
                 f"{uri}: category {row['id']} has two names: {names[row['id']]!r} and {row['name']!r}"
             )
     return names
-
-
-def _first_null(column: pa.ChunkedArray) -> int:
-    return int(np.flatnonzero(null_mask(single(column)))[0])

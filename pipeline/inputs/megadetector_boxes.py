@@ -16,7 +16,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrow_lists import list_lengths, null_mask, to_lists
+from pipeline.arrow_lists import first_null, list_lengths, null_mask, to_lists
 from pipeline.errors import JobRefused, clean_text
 from pipeline.inputs.box_tables import boxes_of_rows
 from pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList
@@ -77,7 +77,7 @@ def _image_rows(images: pa.Table, uri: str, first: int) -> pa.Table:
     found = images.column("detections").combine_chunks()
     file = images.column("file").combine_chunks()
     if file.null_count:
-        raise JobRefused(f"{uri}: image {first + _first_null(file)} (from 0) has no file; {_SHAPE}")
+        raise JobRefused(f"{uri}: image {first + first_null(file)} (from 0) has no file; {_SHAPE}")
     failed = images.column("failure").combine_chunks().is_valid().to_numpy(zero_copy_only=False)
     silent = null_mask(found) & ~failed
     if silent.any():
@@ -102,10 +102,6 @@ def _category_ids(category: pa.Array, uri: str) -> pa.Array:
             f'{uri}: category {clean_text(found)!r} of a detection; wanted a number as text, such as "1"'
         )
     return pc.cast(category, pa.int64())
-
-
-def _first_null(column: pa.Array) -> int:
-    return int(null_mask(column).nonzero()[0][0])
 
 
 def _categories(uri: str, stream: BinaryIO) -> dict[int, str]:
