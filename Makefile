@@ -76,7 +76,7 @@ bench: $(STAMP)  ## figures of this machine, written to docs/benchmarks.md: whol
 	rm -rf build/simulation && $(RECORD) python -m benchmarks.simulation build/simulation --images 20000 --seconds 3600
 
 lock: $(STAMP)  ## resolves pyproject.toml again and writes the pins, versions kept (about eight minutes)
-	$(BIN)/python tools/lock.py
+	$(BIN)/python tools/lock_requirements.py
 
 clean:  ## removes what make made, but not your outputs
 	rm -rf $(VENV) demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -21,8 +21,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.made_inputs import boxes_of
-from jobs.config import Config, ConfigSources
 from jobs.job_setup.check_models import read_checkpoint
+from jobs.load_config import Config, ConfigSources
 from jobs.terminal import console
 from model.device import Dtype, probe_dtype
 from model.records import CallShape, Instances, PreparedImage, Prompts

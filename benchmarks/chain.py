@@ -25,15 +25,16 @@ from PIL import Image
 from benchmarks.made_inputs import boxes_of, write_boxes, write_pictures
 from jobs.cluster.ray_cluster import usable_cpus
 from jobs.commands.estimate import Measured, measure
-from jobs.config import Config, ConfigSources
 from jobs.job_setup import resolve_settings
 from jobs.job_setup.check_models import read_checkpoint
 from jobs.job_setup.open_job import plan_inputs
+from jobs.load_config import Config, ConfigSources
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
 from model.records import Instances, PreparedImage, Prompts, target_size_hw
 from pipeline.images.decode_upright import decode_image
-from pipeline.settings import ModelSettings, Weights
+from pipeline.job_context import Weights
+from pipeline.settings import ModelSettings
 from pipeline.stages.load_model import load_model, native_dtype
 
 _ONE_MEGAPIXEL, _TWELVE_MEGAPIXELS = (864, 1152), (3000, 4000)

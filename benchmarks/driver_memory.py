@@ -49,20 +49,11 @@ def measure(images: int, images_per_unit: int) -> str:
     """One line of figures for a job of so many images."""
     import ray
 
-    from pipeline.execution.chain import run_units
+    from pipeline.job_context import BoxRules, JobContext, Place, UnitOutcome, Weights
     from pipeline.planning.make_plan import make_plan, write_plan
-    from pipeline.settings import (
-        BoxRules,
-        ClusterSettings,
-        InputSettings,
-        JobContext,
-        Limits,
-        ModelSettings,
-        Place,
-        UnitOutcome,
-        Weights,
-    )
-    from pipeline.storage.store import Store
+    from pipeline.ray_execution.chain import run_units
+    from pipeline.settings import ClusterSettings, InputSettings, Limits, ModelSettings
+    from pipeline.storage.output_store import Store
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks import chain
 from benchmarks.made_inputs import write_pictures
 from jobs.cluster.ray_cluster import running_ray, usable_cpus
-from jobs.config import Config
+from jobs.load_config import Config
 from jobs.terminal.signals import Interrupts
 from model.records import target_size_hw
 

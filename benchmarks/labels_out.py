@@ -29,24 +29,17 @@ from pycocotools import mask as coco_mask
 
 from model.records import Instances
 from pipeline import schema
-from pipeline.job.job_file import Job, identity_of, open_job
-from pipeline.settings import (
-    AccessRules,
-    BoxRules,
-    FilterSettings,
-    JobContext,
-    Limits,
-    ModelSettings,
-    Place,
-    Weights,
-)
-from pipeline.stages.resolve_boxes import resolve_boxes
-from pipeline.storage.sealed_parquet import ParquetSink
-from pipeline.storage.store import Store
-from pipeline.tables.manifest import Counts, Manifest, Part, PartFile, write_manifest
-from pipeline.tables.publish_tables import flatten_unit
+from pipeline.image_result import ImageResult
+from pipeline.job_context import AccessRules, BoxRules, JobContext, Place, Weights
+from pipeline.job_state.job_file import Job, identity_of, open_job
+from pipeline.settings import FilterSettings, Limits, ModelSettings
+from pipeline.stages.box_prompts import resolve_boxes
+from pipeline.storage.checksummed_parquet import ParquetSink
+from pipeline.storage.output_store import Store
+from pipeline.tables.count_masks import Counts
+from pipeline.tables.images_and_instances import flatten_unit
+from pipeline.tables.manifest import Manifest, Part, PartFile, write_manifest
 from pipeline.tables.unit_table import build_unit_table
-from pipeline.unit import ImageResult
 
 SIZE_HW = (480, 640)
 MASKS_PER_IMAGE = 7

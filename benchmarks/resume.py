@@ -26,14 +26,14 @@ from benchmarks.made_inputs import many_name, write_many_boxes
 from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import working_context
 from jobs.commands.label import pending_units
-from jobs.config import Config, ConfigSources
+from jobs.job_setup.job_slices import WHOLE
 from jobs.job_setup.open_job import open_or_create
-from jobs.job_setup.slices import WHOLE
+from jobs.load_config import Config, ConfigSources
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
-from pipeline.job.plan_files import iter_plan
+from pipeline.job_context import JobContext, UnitOutcome
+from pipeline.job_state.plan_files import iter_plan
 from pipeline.planning.make_plan import write_plan
-from pipeline.settings import JobContext, UnitOutcome
 from pipeline.tables.unit_files import unit_key
 
 _DONE = 0.9
@@ -103,7 +103,7 @@ def _written_elsewhere(folder: Path, rows: int) -> Path:
 
 
 def _first_outcome(config: Config, context: JobContext, machine: Machine, pending: list[int]) -> None:
-    from pipeline.execution.chain import run_units
+    from pipeline.ray_execution.chain import run_units
 
     seen: list[UnitOutcome] = []
     run_units(

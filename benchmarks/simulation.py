@@ -141,9 +141,10 @@ class State:
         pq.write_table(pa.table({"image_uri": names, "boxes": boxes}), self._folder / "boxes.parquet")
 
     def _plan(self, meter: Meter) -> None:
-        from pipeline.job.job_file import Job, identity_of, open_job, units_per_part
+        from pipeline.job_context import BoxRules, JobContext, Weights
+        from pipeline.job_state.job_file import Job, identity_of, open_job, units_per_part
         from pipeline.planning.make_plan import make_plan, write_plan
-        from pipeline.settings import BoxRules, InputSettings, JobContext, Limits, ModelSettings, Weights
+        from pipeline.settings import InputSettings, Limits, ModelSettings
 
         plan = make_plan(
             InputSettings(boxes=str(self._folder / "boxes.parquet")), images_per_unit=IMAGES_PER_UNIT
@@ -167,8 +168,8 @@ class State:
         write_plan(self._store(), plan)
 
     def _label(self, meter: Meter) -> None:
-        from pipeline.job.driver_lock import Owner
-        from pipeline.job.job_file import require_job
+        from pipeline.job_state.driver_lock import Owner
+        from pipeline.job_state.job_file import require_job
 
         with self._ray(), Owner.take(self._store()) as owner:
             meter.restart()
@@ -186,9 +187,9 @@ class State:
             assert not self._pending()
 
     def _publish(self, meter: Meter) -> None:
-        from pipeline.execution.ray_tasks import map_parts
-        from pipeline.job.driver_lock import Owner
-        from pipeline.job.job_file import require_job
+        from pipeline.job_state.driver_lock import Owner
+        from pipeline.job_state.job_file import require_job
+        from pipeline.ray_execution.ray_tasks import map_parts
         from pipeline.settings import FilterSettings
         from pipeline.tables.publish_tables import publish
 
@@ -207,7 +208,7 @@ class State:
         return private_ray() if self._with_ray else contextlib.nullcontext()
 
     def _validate(self, meter: Meter) -> None:
-        from pipeline.job.job_file import require_job
+        from pipeline.job_state.job_file import require_job
         from pipeline.tables.verify_output import verify
 
         found = verify(self._store(), require_job(self._store()))
@@ -215,8 +216,8 @@ class State:
         meter.figures |= {"images": found.images, "MB": found.bytes / 1e6}
 
     def _store(self) -> Any:
-        from pipeline.settings import Place
-        from pipeline.storage.store import Store
+        from pipeline.job_context import Place
+        from pipeline.storage.output_store import Store
 
         return Store(Place(uri=str(self._folder / "out")))
 
@@ -231,7 +232,7 @@ class State:
 
 def run_with_ray(pending: Sequence[int], context: Any, driver: int, count: Callable[[object], None]) -> None:
     """The pending units through Ray Data's graph."""
-    from pipeline.execution.chain import run_units
+    from pipeline.ray_execution.chain import run_units
     from pipeline.settings import ClusterSettings
 
     run_units(
@@ -245,8 +246,8 @@ def run_in_this_process(
 ) -> None:
     """The pending units through the stages and what travels between them, one after the other."""
     from pipeline.stages.commit import commit_unit, read_outcome
-    from pipeline.stages.hand_over import UnitRow, pack, unpack
-    from pipeline.storage.store import Store
+    from pipeline.stages.rows_between_stages import UnitRow, pack, unpack
+    from pipeline.storage.output_store import Store
 
     store, stub = Store(context.output), UnitStub(context, epoch=driver)
     for unit_id in pending:
@@ -329,7 +330,7 @@ def private_ray() -> Iterator[None]:
 
 def put_stubs() -> None:
     """Run by Ray at the start of every worker: units are made instead of read and segmented."""
-    import pipeline.execution.chain as graph
+    import pipeline.ray_execution.chain as graph
 
     graph.prepare_unit = made_unit  # type: ignore[assignment]
     graph.SegmentWorker = UnitStub  # type: ignore[misc,assignment]
@@ -337,9 +338,9 @@ def put_stubs() -> None:
 
 def made_unit(unit: Any, context: Any, store: Any, _child: object) -> tuple[Any, Any]:
     """The unit with its planned images, each a picture of a few kB; in place of `prepare_unit`."""
-    from pipeline.stages.hand_over import PixelArena
+    from pipeline.image_result import ImageResult
     from pipeline.stages.prepare import planned_rows
-    from pipeline.unit import ImageResult
+    from pipeline.stages.rows_between_stages import PixelArena
 
     rows = planned_rows(unit, context, store)
     arena = PixelArena(len(rows), SIDE)
@@ -359,7 +360,7 @@ class UnitStub:
 
     def __init__(self, context: Any, *, epoch: int, **_of_a_real_model: object) -> None:
         from pipeline.stages.crash_log import CrashLog
-        from pipeline.storage.store import Store
+        from pipeline.storage.output_store import Store
 
         self._attempts = CrashLog(Store(context.output), epoch=epoch)
 

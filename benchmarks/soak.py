@@ -265,9 +265,9 @@ class Soak:
 
     def _close_round(self) -> None:
         """Count what is in the tables of a finished round, and forget the round."""
-        from pipeline.job.job_file import require_job
-        from pipeline.settings import Place
-        from pipeline.storage.store import Store
+        from pipeline.job_context import Place
+        from pipeline.job_state.job_file import require_job
+        from pipeline.storage.output_store import Store
         from pipeline.tables.verify_output import verify
 
         ids, digests = _read_out(self.out)

@@ -88,22 +88,13 @@ def main() -> None:
 
 def run(endpoint: str, counting: Counting, folder: Path, images: int) -> None:
     """All steps of one job, each with its requests printed."""
-    from pipeline.job.driver_lock import Owner
-    from pipeline.job.job_file import Job, identity_of, open_job, require_job, units_per_part
+    from pipeline.job_context import AccessRules, BoxRules, JobContext, Place, Weights
+    from pipeline.job_state.driver_lock import Owner
+    from pipeline.job_state.job_file import Job, identity_of, open_job, require_job, units_per_part
     from pipeline.planning.make_plan import make_plan, write_plan
-    from pipeline.settings import (
-        AccessRules,
-        BoxRules,
-        FilterSettings,
-        InputSettings,
-        JobContext,
-        Limits,
-        ModelSettings,
-        Place,
-        Weights,
-    )
-    from pipeline.stages.hand_over import UnitRow
-    from pipeline.storage.store import Store
+    from pipeline.settings import FilterSettings, InputSettings, Limits, ModelSettings
+    from pipeline.stages.rows_between_stages import UnitRow
+    from pipeline.storage.output_store import Store
     from pipeline.tables.job_status import status
     from pipeline.tables.manifest import read_manifest
     from pipeline.tables.publish_tables import publish

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 from model.records import CallShape, Instances, PreparedImage, SegmentFailure
 from pipeline.images.decode_upright import DecodedImage, decode_image
-from pipeline.settings import JobContext
+from pipeline.job_context import JobContext
 
 TROUBLE = b"TROUBLE:"
 

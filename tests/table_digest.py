@@ -8,7 +8,7 @@ from collections.abc import Collection
 import pyarrow as pa
 
 from pipeline import schema
-from pipeline.storage import sealed_parquet
+from pipeline.storage import checksummed_parquet
 
 
 def mask_columns_digest(table: pa.Table, *, without: Collection[str] = schema.VOLATILE) -> str:
@@ -19,4 +19,4 @@ def mask_columns_digest(table: pa.Table, *, without: Collection[str] = schema.VO
     """
     kept = [name for name in table.schema.names if name not in without]
     plain = table.select(kept).replace_schema_metadata().combine_chunks()
-    return hashlib.sha256(sealed_parquet.write_body(plain, {})).hexdigest()
+    return hashlib.sha256(checksummed_parquet.write_body(plain, {})).hexdigest()

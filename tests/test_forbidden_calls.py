@@ -207,7 +207,7 @@ def test_the_lint_sees_a_parquet_file_being_opened(source: str) -> None:
 
 
 def test_parquet_files_are_opened_by_one_function_alone() -> None:
-    """Opening a file makes registered extension types; `sealed_parquet.open_closed` prevents it."""
+    """Opening a file makes registered extension types; `checksummed_parquet.open_closed` prevents it."""
     found = {
         str(path.relative_to(ROOT)): calls
         for tree in ("model", "pipeline", "jobs")
@@ -215,5 +215,5 @@ def test_parquet_files_are_opened_by_one_function_alone() -> None:
         if (calls := opened_elsewhere(path.read_text()))
     }
 
-    assert list(found) == ["pipeline/storage/sealed_parquet.py"]
-    assert len(found["pipeline/storage/sealed_parquet.py"]) == 1
+    assert list(found) == ["pipeline/storage/checksummed_parquet.py"]
+    assert len(found["pipeline/storage/checksummed_parquet.py"]) == 1

@@ -74,7 +74,7 @@ def test_the_inventory_lists_every_pin_with_its_version_and_a_licence() -> None:
     )
     listed = {name: version for name, version, _ in rows[1:]}
 
-    assert listed == pins("constraints.txt"), "run tools/dependencies.py"
+    assert listed == pins("constraints.txt"), "run tools/write_dependencies_docs.py"
     assert not [
         name for name, _, licence in rows[1:] if licence in ("", "none stated") or "not inst" in licence
     ]

@@ -17,7 +17,7 @@ from typing import Any
 import typer
 
 from jobs.cli.options import SHARED, Flag
-from jobs.config import ConfigSources
+from jobs.load_config import ConfigSources
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupted, Interrupts, end_now
 from pipeline.errors import HqlabelError

@@ -13,8 +13,8 @@ import typer
 from jobs.cli import options
 from jobs.cli.app import app, command, interrupts
 from jobs.cli.options import JOB, OUTPUT, RAY_ADDRESS
-from jobs.config import ConfigSources
-from jobs.job_setup.slices import parse_slice
+from jobs.job_setup.job_slices import parse_slice
+from jobs.load_config import ConfigSources
 from pipeline.errors import UsageError, clean_text
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from jobs.config import parse_prompts
+from jobs.load_config import parse_prompts
 from pipeline.settings import BoxFormat, BoxFrame
 
 _FORMATS, _FRAMES = ", ".join(get_args(BoxFormat)), " or ".join(get_args(BoxFrame))

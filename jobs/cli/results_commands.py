@@ -13,7 +13,7 @@ import typer
 from jobs.cli import options
 from jobs.cli.app import app, command, interrupts
 from jobs.cli.options import CHECKPOINT, DETECTOR, FILTERS, OUTPUT, RAY_ADDRESS
-from jobs.config import ConfigSources
+from jobs.load_config import ConfigSources
 from pipeline.errors import UsageError
 
 

@@ -22,12 +22,12 @@ from jobs.cluster.ray_cluster import (
     running_ray,
     usable_cpus,
 )
-from jobs.config import Config
 from jobs.job_setup import resolve_settings
+from jobs.load_config import Config
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
 from pipeline.errors import JobRefused, SystemicFault
-from pipeline.execution.placement import Node, Requests, fit
+from pipeline.ray_execution.placement import Node, Requests, fit
 from pipeline.stages.load_model import native_dtype
 from pipeline.tables.manifest import Part
 from pipeline.tables.publish_tables import PartTask
@@ -78,7 +78,7 @@ class Machine:
     def _requests(self) -> Requests:
         if self._joins:
             self.start()
-            from pipeline.execution.node_watch import check_resources
+            from pipeline.ray_execution.node_watch import check_resources
 
             return check_resources(self._cluster, self._cpu_threads)
         cpus = float(self._config.cluster.cpus or usable_cpus())
@@ -94,7 +94,7 @@ class Machine:
         if not self._joins:
             return native_dtype(self.device() == "cuda")
         self.start()
-        from pipeline.execution.ray_tasks import run_on_model_node
+        from pipeline.ray_execution.ray_tasks import run_on_model_node
 
         return run_on_model_node(native_dtype, self._cluster, self._cpu_threads)
 
@@ -132,6 +132,6 @@ class Machine:
         if self._info is None and size < SERIAL_BYTES:
             return map(function, tasks)
         self.start()
-        from pipeline.execution.ray_tasks import map_parts
+        from pipeline.ray_execution.ray_tasks import map_parts
 
         return map_parts(function, tasks)

@@ -12,18 +12,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jobs.cluster.ray_session import Machine
-from jobs.config import CONFIG_KEY, Config, to_yaml
 from jobs.job_setup.open_job import code_version
+from jobs.load_config import CONFIG_KEY, Config, to_yaml
 from jobs.terminal.progress import Counts, Progress, choose_mode
 from jobs.terminal.signals import Interrupted, Interrupts
 from pipeline.errors import SystemicFault
-from pipeline.job.driver_lock import Owner
-from pipeline.job.job_file import Job
-from pipeline.settings import JobContext
-from pipeline.storage.store import NotFound, Store
+from pipeline.job_context import JobContext
+from pipeline.job_state.driver_lock import Owner
+from pipeline.job_state.job_file import Job
+from pipeline.storage.output_store import NotFound, Store
 
 if TYPE_CHECKING:
-    from pipeline.execution.chain import Retry
+    from pipeline.ray_execution.chain import Retry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def run_pending(
         Interrupted: a signal came.
     """
     work.machine.start()
-    from pipeline.execution.chain import Retry  # imports Ray, which must be configured before
+    from pipeline.ray_execution.chain import Retry  # imports Ray, which must be configured before
 
     retry = None if generations is None else Retry(generations=generations, codes=codes)
     with _new_progress(work, total_images=total_images, done_images=done_images) as progress:
@@ -76,7 +76,7 @@ def run_pending(
 
 
 def _run_pass(work: Work, units: Sequence[int], progress: Progress, retry: Retry | None) -> None:
-    from pipeline.execution.chain import run_units
+    from pipeline.ray_execution.chain import run_units
 
     run_units(
         units,

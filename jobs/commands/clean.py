@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from jobs.cluster.job_lock import JobLock
-from jobs.config import Config
+from jobs.cluster.hold_driver_lock import JobLock
 from jobs.job_setup import resolve_settings
+from jobs.load_config import Config
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
 from pipeline.errors import JobRefused
-from pipeline.job.job_file import require_job
-from pipeline.storage.store import Store
+from pipeline.job_state.job_file import require_job
+from pipeline.storage.output_store import Store
 from pipeline.tables.clean_output import clean
 from pipeline.tables.manifest import read_manifest
 

@@ -20,13 +20,13 @@ import torch
 
 from jobs.cluster.ray_cluster import running_ray, usable_cpus
 from jobs.cluster.ray_session import memory_bytes
-from jobs.config import Config
 from jobs.job_setup.check_models import read_checkpoint, read_detector
 from jobs.job_setup.resolve_settings import is_local, output_place
+from jobs.load_config import Config
 from jobs.terminal import console
 from model.device import probe_dtype
 from pipeline.errors import HqlabelError, clean_text
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.worker.process_env import REFUSED, loosening_in
 
 State = Literal["ok", "note", "fail"]

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs.config import Config
-from jobs.job_setup.slices import Slice
+from jobs.job_setup.job_slices import Slice
+from jobs.load_config import Config
 from jobs.results.read_tables import Row, failed_examples
 from jobs.terminal import console, input_report
 from jobs.terminal.progress import Counts
 from pipeline.errors import SystemicFault
-from pipeline.job.job_file import Job
+from pipeline.job_state.job_file import Job
 from pipeline.settings import Limits
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.tables.manifest import Manifest
 
 EXIT_OVER_BUDGET = 3

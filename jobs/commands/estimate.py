@@ -16,19 +16,20 @@ import pyarrow as pa
 
 from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import working_context
-from jobs.config import Config
 from jobs.job_setup import resolve_settings
 from jobs.job_setup.open_job import new_context
+from jobs.load_config import Config
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupted, Interrupts
 from pipeline.arrow_lists import table_sha256
 from pipeline.errors import JobRefused
-from pipeline.job.job_file import units_per_part
+from pipeline.job_context import JobContext, JobDetector, Place, UnitOutcome, Weights
+from pipeline.job_state.job_file import units_per_part
 from pipeline.planning.make_plan import Plan, write_plan
-from pipeline.settings import FilterSettings, JobContext, JobDetector, Place, UnitOutcome, Weights
-from pipeline.storage.sealed_parquet import compressed_bytes
-from pipeline.storage.store import Store
-from pipeline.tables.manifest import Counts
+from pipeline.settings import FilterSettings
+from pipeline.storage.checksummed_parquet import compressed_bytes
+from pipeline.storage.output_store import Store
+from pipeline.tables.count_masks import Counts
 from pipeline.tables.publish_tables import PartTask, publish_part
 from pipeline.tables.unit_files import list_committed
 
@@ -121,7 +122,7 @@ def measure(
                 segmenter=segmenter or context.segmenter,
             )
             write_plan(Store(context.output), small)
-            from pipeline.execution.chain import run_units
+            from pipeline.ray_execution.chain import run_units
 
             clock = _Clock()
             run_units(

@@ -9,16 +9,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jobs.config import ConfigSources
 from jobs.job_setup.saved_job import SavedJob, open_saved
+from jobs.load_config import ConfigSources
 from jobs.results.read_tables import ImageRows, Row, find_image
 from jobs.results.render_images import overlay_png
 from jobs.terminal import console
 from pipeline.errors import HqlabelError, UsageError
-from pipeline.job.plan_files import iter_plan
+from pipeline.job_state.plan_files import iter_plan
 from pipeline.settings import FilterSettings
+from pipeline.tables.images_and_instances import flatten_unit
 from pipeline.tables.manifest import read_manifest
-from pipeline.tables.publish_tables import flatten_unit
 from pipeline.tables.unit_files import list_committed, read_committed
 
 _LONGEST_SIDE = 1600

@@ -13,22 +13,22 @@ import contextlib
 import time
 from dataclasses import dataclass
 
-from jobs.cluster.job_lock import JobLock
+from jobs.cluster.hold_driver_lock import JobLock
 from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import Work, images_in, run_pending, save_config
 from jobs.commands.end_summary import Ending, report_done, report_slice_done
-from jobs.config import CONFIG_KEY, Config
 from jobs.job_setup import resolve_settings
+from jobs.job_setup.job_slices import WHOLE, Slice
 from jobs.job_setup.open_job import Opened, code_version, open_or_create
-from jobs.job_setup.slices import WHOLE, Slice
+from jobs.load_config import CONFIG_KEY, Config
 from jobs.results.render_images import write_contact_sheet
 from jobs.terminal import console, input_report
 from jobs.terminal.progress import Counts
 from jobs.terminal.signals import Interrupts
 from pipeline.errors import UsageError
-from pipeline.job.job_file import Job, read_job
+from pipeline.job_state.job_file import Job, read_job
 from pipeline.planning.make_plan import Plan, write_plan
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.tables.manifest import finished_units, read_manifest
 from pipeline.tables.publish_tables import publish
 from pipeline.tables.unit_files import list_committed

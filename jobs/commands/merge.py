@@ -19,18 +19,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.cluster.run_units import save_config
-from jobs.config import Config, ConfigSources
 from jobs.job_setup import resolve_settings
 from jobs.job_setup.saved_job import SavedJob, open_saved
+from jobs.load_config import Config, ConfigSources
 from jobs.results.read_tables import require_published, row_groups
 from jobs.terminal import console
 from pipeline import schema
 from pipeline.errors import UsageError
-from pipeline.job.job_file import Job, open_job, units_per_part
-from pipeline.storage import sealed_parquet
-from pipeline.storage.store import Store
+from pipeline.job_state.job_file import Job, open_job, units_per_part
+from pipeline.storage import checksummed_parquet
+from pipeline.storage.output_store import Store
+from pipeline.tables.count_masks import counts_of
 from pipeline.tables.manifest import Manifest, Part, PartFile, part_key, write_manifest
-from pipeline.tables.publish_tables import counts_of
 
 _KEYS = ["image_id", "processed_at", "status"]
 
@@ -187,8 +187,8 @@ def _write_parts(
     for index, start in enumerate(range(0, max(winners.num_rows, 1), job.units_per_part)):
         chosen = winners.slice(start, job.units_per_part)
         sinks = {
-            "images": sealed_parquet.ParquetSink(schema.IMAGES, footer),
-            "instances": sealed_parquet.ParquetSink(schema.INSTANCES, footer),
+            "images": checksummed_parquet.ParquetSink(schema.IMAGES, footer),
+            "instances": checksummed_parquet.ParquetSink(schema.INSTANCES, footer),
         }
         images = _rows(sources, chosen, "images", schema.IMAGES)
         instances = _renumbered(_rows(sources, chosen, "instances", schema.INSTANCES, names), new_ids)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from jobs.cluster.job_lock import JobLock
+from jobs.cluster.hold_driver_lock import JobLock
 from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import save_config
 from jobs.commands.end_summary import EXIT_OVER_BUDGET, describe_counts, over_budget
-from jobs.config import ConfigSources
 from jobs.job_setup import resolve_settings
 from jobs.job_setup.saved_job import SavedJob, open_saved
+from jobs.load_config import ConfigSources
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
 from pipeline.tables.manifest import Manifest

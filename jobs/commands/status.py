@@ -17,11 +17,11 @@ from rich.live import Live
 from rich.text import Text
 
 from jobs.commands.end_summary import over_budget
-from jobs.config import Config
 from jobs.job_setup import resolve_settings
+from jobs.load_config import Config
 from jobs.terminal import console
-from pipeline.job.job_file import Job, require_job
-from pipeline.storage.store import Store
+from pipeline.job_state.job_file import Job, require_job
+from pipeline.storage.output_store import Store
 from pipeline.tables.job_status import JobStatus, Seen, status
 
 WATCH_EVERY_S = 5.0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from jobs.config import Config
 from jobs.job_setup import resolve_settings
+from jobs.load_config import Config
 from jobs.terminal import console
 from pipeline.errors import DamageFound
-from pipeline.job.job_file import require_job
-from pipeline.storage.store import Store
+from pipeline.job_state.job_file import require_job
+from pipeline.storage.output_store import Store
 from pipeline.tables.verify_output import Verified, verify
 
 

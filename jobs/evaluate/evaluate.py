@@ -17,7 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.config import ConfigSources
 from jobs.evaluate.average_precision import (
     ANY_CLASS,
     SIZES,
@@ -33,12 +32,13 @@ from jobs.evaluate.average_precision import (
 )
 from jobs.evaluate.ground_truth import Truth, TruthImage, TruthObject, read_truth
 from jobs.job_setup.saved_job import SavedJob, open_saved
+from jobs.load_config import ConfigSources
 from jobs.results.read_tables import ImageRows, Row, require_published
 from jobs.results.select_rows import Selection, selected_images
 from jobs.terminal import console
 from pipeline.errors import UsageError, clean_text
-from pipeline.planning.join import why
-from pipeline.settings import AccessRules
+from pipeline.job_context import AccessRules
+from pipeline.planning.join_boxes_to_images import why
 
 EVALUATION_KEY = "report/evaluation.json"
 SCORE_COLUMNS = {

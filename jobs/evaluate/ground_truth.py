@@ -24,7 +24,7 @@ from pycocotools import mask as coco_mask
 from model.rle import MASKS_PER_BATCH, SHORT_PIXELS, compress_lengths, rle_faults
 from pipeline.errors import JobRefused, clean_text
 from pipeline.inputs.json_records import Lines, TextDamage, refuse_other_bytes, split_arrays
-from pipeline.settings import AccessRules
+from pipeline.job_context import AccessRules
 from pipeline.storage.read_objects import open_input
 from pipeline.storage.uri_rules import options_for
 

@@ -20,8 +20,8 @@ from pycocotools import mask as coco_mask
 from jobs.export.export_source import Classes, Source, is_crowd, number_text
 from jobs.results.read_tables import ImageRows, Row, row_groups
 from pipeline import schema
-from pipeline.storage import sealed_parquet
-from pipeline.storage.store import Store
+from pipeline.storage import checksummed_parquet
+from pipeline.storage.output_store import Store
 
 _EXACT = 2**53  # above it, JavaScript and float64 readers round
 _IDS_KEY = "image_ids.parquet"
@@ -139,7 +139,7 @@ class _Ids:
     """The map from numbers to image ids, as Parquet."""
 
     def __init__(self) -> None:
-        self._sink = sealed_parquet.ParquetSink(_IDS, {})
+        self._sink = checksummed_parquet.ParquetSink(_IDS, {})
         self._waiting: list[tuple[int, str, str]] = []
 
     def add(self, number: int, image_id: str, file_name: str) -> None:

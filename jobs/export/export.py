@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from jobs.config import ConfigSources
 from jobs.export.coco import category_numbers, write_coco
 from jobs.export.export_source import Source, open_source
 from jobs.export.hf_dataset import write_hf
@@ -16,12 +15,13 @@ from jobs.export.label_studio import write_label_studio
 from jobs.export.yolo import ENDINGS, PASSED_OVER, Loss, write_yolo
 from jobs.job_setup import resolve_settings
 from jobs.job_setup.saved_job import open_saved
+from jobs.load_config import ConfigSources
 from jobs.results.read_tables import require_published
 from jobs.results.select_rows import Selection
 from jobs.terminal import console
 from pipeline.errors import UsageError
-from pipeline.settings import Place
-from pipeline.storage.store import Store
+from pipeline.job_context import Place
+from pipeline.storage.output_store import Store
 from pipeline.storage.uri_rules import split_scheme
 
 Format = Literal["coco", "yolo-seg", "label-studio", "hf"]

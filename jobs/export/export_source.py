@@ -21,9 +21,9 @@ from jobs.results.read_tables import ImageRows, Row, row_groups
 from jobs.results.select_rows import Selection, selected_images
 from pipeline import schema
 from pipeline.errors import UsageError
-from pipeline.job.job_file import Job
+from pipeline.job_state.job_file import Job
 from pipeline.storage.archive_uris import parse_archive_uri
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.tables.manifest import Manifest
 
 INSTANCE_COLUMNS = (

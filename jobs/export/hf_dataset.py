@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from jobs.export.export_source import Source
 from jobs.results.read_tables import ImageRows
 from pipeline.errors import clean_text
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 
 _RLE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 _OBJECT = pa.struct(

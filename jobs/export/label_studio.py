@@ -16,7 +16,7 @@ from xml.sax.saxutils import quoteattr
 from jobs.export.brush_rle import encode_brush
 from jobs.export.export_source import Source, mask_of
 from jobs.results.read_tables import ImageRows, Row
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 
 FROM_NAME, TO_NAME = "mask", "image"
 _BUCKETS = ("s3://", "gs://", "azure-blob://")

@@ -22,7 +22,7 @@ from jobs.export.polygons import kept_iou, polygon_of
 from jobs.results.read_tables import Row
 from jobs.terminal import console
 from pipeline.errors import UsageError
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 
 _LOW = 0.95
 # What Ultralytics opens: by the end of the name, and by the shorter side in pixels.

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.config import Config
 from jobs.job_setup.resolve_settings import (
     absolute,
     absolute_if_there,
@@ -20,11 +19,13 @@ from jobs.job_setup.resolve_settings import (
     require,
     storage_options,
 )
+from jobs.load_config import Config
 from jobs.terminal import console
 from model.checkpoints import ENDINGS, CheckpointError, LoadedModel, load
 from model.sam_config import ConfigError
 from pipeline.errors import HqlabelError, JobRefused, clean_text
-from pipeline.settings import DEMO, JobDetector, Weights
+from pipeline.job_context import JobDetector, Weights
+from pipeline.settings import DEMO
 from pipeline.stages.detect import load_detector, try_out
 from pipeline.stages.load_model import open_weights
 

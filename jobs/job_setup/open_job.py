@@ -16,19 +16,20 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from jobs.config import Config
 from jobs.job_setup import resolve_settings as settings
 from jobs.job_setup.check_models import CheckedDetector, read_checkpoint, read_detector
+from jobs.load_config import Config
 from model.records import MODEL_PROTOCOL
 from pipeline.errors import JobRefused, SystemicFault, UsageError
 from pipeline.inputs.open_inputs import allowed_access
-from pipeline.job.job_file import Job, identity_of, open_job, read_job, units_per_part
-from pipeline.job.plan_files import UNITS_PER_FILE
+from pipeline.job_context import AccessRules, BoxRules, JobContext, JobDetector, Place, Weights
+from pipeline.job_state.job_file import Job, identity_of, open_job, read_job, units_per_part
+from pipeline.job_state.plan_files import UNITS_PER_FILE
 from pipeline.planning.make_plan import Plan, make_plan
 from pipeline.planning.preview import with_preview_warnings
-from pipeline.settings import AccessRules, BoxRules, InputSettings, JobContext, JobDetector, Place, Weights
+from pipeline.settings import InputSettings
+from pipeline.storage.output_store import Store
 from pipeline.storage.read_objects import fingerprint
-from pipeline.storage.store import Store
 from pipeline.storage.uri_rules import options_for
 
 _ELSEWHERE = ("limit", "box_format", "box_frame", "draft_jpeg")

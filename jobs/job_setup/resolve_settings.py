@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.config import Config
+from jobs.load_config import Config
 from pipeline.errors import UsageError
-from pipeline.settings import DEMO, AccessRules, BoxFormat, BoxFrame, BoxRules, JobDetector, Place
+from pipeline.job_context import AccessRules, BoxRules, JobDetector, Place
+from pipeline.settings import DEMO, BoxFormat, BoxFrame
 from pipeline.stages.detect import HF, ZERO_SHOT
 from pipeline.storage.uri_rules import refuse_secrets
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jobs.config import CONFIG_KEY, Config, ConfigSources
 from jobs.job_setup import resolve_settings as settings
+from jobs.load_config import CONFIG_KEY, Config, ConfigSources
 from pipeline.errors import UsageError
 from pipeline.inputs.open_inputs import allowed_access
-from pipeline.job.job_file import Job, require_job
+from pipeline.job_state.job_file import Job, require_job
 from pipeline.stages.detect import is_own_code
-from pipeline.storage.store import NotFound, Store
+from pipeline.storage.output_store import NotFound, Store
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from jobs.report.queries import (
 from jobs.report.sections import KEY_COLUMNS, SHUFFLED, Section
 from jobs.results.read_tables import row_groups
 from pipeline import schema
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.tables.manifest import Manifest, PartFile
 
 _SETTINGS: dict[str, str | bool | int | float | list[str]] = {

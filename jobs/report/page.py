@@ -15,8 +15,8 @@ from typing import Any
 import jinja2
 from pycocotools import mask as coco_mask
 
-from jobs.config import ConfigSources
 from jobs.job_setup.saved_job import SavedJob, open_saved
+from jobs.load_config import ConfigSources
 from jobs.report.charts import bars, histogram
 from jobs.report.numbers import Key, ReportData, gather
 from jobs.report.queries import SAMPLE_ROWS, SCORES, STEPS, published, queries
@@ -26,7 +26,7 @@ from jobs.results.read_tables import ImageRows, Row, failed_examples, find_image
 from jobs.terminal import console
 from jobs.terminal.input_report import describe_detector
 from pipeline.errors import stage_of
-from pipeline.storage.store import NotFound
+from pipeline.storage.output_store import NotFound
 from pipeline.tables.manifest import Manifest
 
 REPORT_KEY = "report/index.html"

@@ -23,7 +23,7 @@ from jobs.results.read_tables import ImageRows, Row
 from jobs.results.render_images import drawn_instance, picture_decoder, upright_picture
 from jobs.terminal import console
 from pipeline.errors import HqlabelError
-from pipeline.settings import JobContext
+from pipeline.job_context import JobContext
 
 _DECODED_PX, _SHOWN_PX = 1600, 360
 _MARGIN = 0.25  # of the object's extent, around the close-up

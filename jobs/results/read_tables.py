@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from pipeline import schema
 from pipeline.errors import JobRefused
-from pipeline.storage import sealed_parquet
-from pipeline.storage.store import Store
+from pipeline.storage import checksummed_parquet
+from pipeline.storage.output_store import Store
 from pipeline.tables.manifest import Manifest, PartFile, read_manifest
 
 T = TypeVar("T")
@@ -104,7 +104,10 @@ def failed_units(store: Store, file: PartFile, codes: Sequence[str]) -> dict[int
 
 def _rows_in(store: Store, file: PartFile, kind: pa.Schema, image_ids: Sequence[str]) -> Iterator[Row]:
     """Yield the rows of these images (sorted by UTF-8 bytes), group by group."""
-    with store.open_parquet(file.key) as stream, sealed_parquet.open_body(stream, kind, file.key) as body:
+    with (
+        store.open_parquet(file.key) as stream,
+        checksummed_parquet.open_body(stream, kind, file.key) as body,
+    ):
         for group in range(body.num_row_groups):
             held = [image_id for image_id in image_ids if _may_meet(body, group, image_id, image_id)]
             if held:
@@ -143,7 +146,10 @@ def row_groups(
     high: str | None = None,
 ) -> Iterator[pa.Table]:
     """Yield the row groups of a part that may hold an image_id from `low` to `high` (None: all)."""
-    with store.open_parquet(file.key) as stream, sealed_parquet.open_body(stream, kind, file.key) as body:
+    with (
+        store.open_parquet(file.key) as stream,
+        checksummed_parquet.open_body(stream, kind, file.key) as body,
+    ):
         for group in range(body.num_row_groups):
             if low is None or high is None or _may_meet(body, group, low, high):
                 yield body.read_row_group(group, columns=list(columns))

@@ -17,13 +17,13 @@ from PIL import Image
 from jobs.results.draw_overlays import Box, DrawnInstance, Tile, contact_sheet, draw_overlay, png_bytes
 from jobs.results.read_tables import ImageRows, Row, sample_labelled
 from jobs.terminal import console
-from pipeline.boxes import PixelFormat, boxes_to_xyxy
+from pipeline.box_geometry import PixelFormat, boxes_to_xyxy
 from pipeline.errors import HqlabelError
 from pipeline.images.decode_process import DecodeChild
 from pipeline.images.fetch import fetch_object
-from pipeline.job.job_file import Job
-from pipeline.settings import JobContext
-from pipeline.storage.store import Store
+from pipeline.job_context import JobContext
+from pipeline.job_state.job_file import Job
+from pipeline.storage.output_store import Store
 from pipeline.tables.manifest import Manifest
 
 CONTACT_SHEET_KEY = "report/contact_sheet.png"

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from jobs.results.read_tables import ImageRows, Row, row_groups
 from pipeline import schema
 from pipeline.errors import UsageError, clean_text
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.tables.manifest import Manifest, PartFile
 
 Condition = Callable[[pa.Table], pa.Array]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.config import Config
+from jobs.load_config import Config
 from jobs.terminal import console
-from pipeline.job.job_file import Job
-from pipeline.settings import JobContext
+from pipeline.job_context import JobContext
+from pipeline.job_state.job_file import Job
 
 
 def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, str]]:

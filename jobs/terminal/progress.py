@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.text import Text
 
 from jobs.terminal import console
-from pipeline.settings import UnitOutcome
+from pipeline.job_context import UnitOutcome
 
 Mode = Literal["live", "lines", "silent"]
 LINE_EVERY_S = 30.0

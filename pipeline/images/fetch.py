@@ -1,7 +1,7 @@
 """Image uris -> their bytes: one object under one deadline, or the objects of a unit, several at a time.
 
 The rules on uris are checked here again, right before anything is opened: a plan file may be older
-than the job's rules, and a link may have moved. What is tried again is `storage.retries`'.
+than the job's rules, and a link may have moved. What is tried again is `storage.request_retries`'.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from itertools import islice
 
 from pipeline.errors import ImageError, SystemicFault
-from pipeline.settings import AccessRules, Limits
+from pipeline.job_context import AccessRules
+from pipeline.settings import Limits
 from pipeline.storage.archive_uris import parse_archive_uri
 from pipeline.storage.backend import FetchedObject
 from pipeline.storage.read_archives import read_archived
 from pipeline.storage.read_objects import read_object
-from pipeline.storage.retries import StorageFault
+from pipeline.storage.request_retries import StorageFault
 from pipeline.storage.uri_rules import check_uri, options_for
 
 FETCH_THREADS = 8

@@ -48,7 +48,8 @@ from pipeline.inputs.propose_columns import (
     unread_note,
 )
 from pipeline.inputs.read_table import TableFile, inspect_tables, naming_values, read_batches
-from pipeline.settings import AccessRules, BoxFormat
+from pipeline.job_context import AccessRules
+from pipeline.settings import BoxFormat
 
 
 def read_box_tables(

@@ -39,7 +39,7 @@ from pipeline.inputs.json_records import (
     split_arrays,
 )
 from pipeline.inputs.read_table import naming_values, open_named
-from pipeline.settings import AccessRules
+from pipeline.job_context import AccessRules
 from pipeline.storage.read_objects import open_input
 from pipeline.storage.uri_rules import options_for
 

@@ -17,7 +17,7 @@ from pipeline.images.picture_formats import SIGNATURE_BYTES, signature
 from pipeline.inputs.image_box_lists import examples, has_picture_name, is_picture
 from pipeline.inputs.read_table import TABLE_SUFFIXES, TableFormat, instead_of, table_format
 from pipeline.inputs.yolo_boxes import label_files
-from pipeline.settings import AccessRules
+from pipeline.job_context import AccessRules
 from pipeline.storage.archive_uris import TAR
 from pipeline.storage.backend import Entry
 from pipeline.storage.list_folders import allow_root

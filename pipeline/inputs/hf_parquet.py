@@ -25,9 +25,9 @@ from pipeline.inputs.box_tables import boxes_of_rows
 from pipeline.inputs.columns import Kind, check_type, plain
 from pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList
 from pipeline.inputs.read_table import naming_values, open_named
-from pipeline.settings import AccessRules
+from pipeline.job_context import AccessRules
 from pipeline.storage.archive_uris import check_column
-from pipeline.storage.sealed_parquet import open_closed
+from pipeline.storage.checksummed_parquet import open_closed
 
 IMAGE, OBJECTS = "image", "objects"
 HF_COLUMNS = (IMAGE, OBJECTS, "objects.bbox", "objects.category", "objects.score", "objects.iscrowd")

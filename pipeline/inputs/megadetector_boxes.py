@@ -22,7 +22,7 @@ from pipeline.inputs.box_tables import boxes_of_rows
 from pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList
 from pipeline.inputs.json_records import CUT_BYTES, first_byte, read_lines, split_arrays
 from pipeline.inputs.read_table import open_named
-from pipeline.settings import AccessRules
+from pipeline.job_context import AccessRules
 from pipeline.storage.read_objects import open_input
 from pipeline.storage.uri_rules import options_for
 

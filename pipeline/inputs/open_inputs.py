@@ -31,12 +31,18 @@ from pipeline.inputs.find_files import (
 from pipeline.inputs.hf_parquet import HF_COLUMNS, holds_pictures, read_hf_boxes, read_hf_images
 from pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, has_picture_name, is_picture
 from pipeline.inputs.megadetector_boxes import is_megadetector, read_megadetector
-from pipeline.inputs.previous_job import PublishedParts, find_parts, read_previous_boxes, read_previous_images
+from pipeline.inputs.previous_output import (
+    PublishedParts,
+    find_parts,
+    read_previous_boxes,
+    read_previous_images,
+)
 from pipeline.inputs.propose_columns import BOX_ROWS, IMAGE_ROWS, missing_column
 from pipeline.inputs.read_table import inspect_tables, read_batches
 from pipeline.inputs.webdataset import read_tar_boxes, read_tar_images
 from pipeline.inputs.yolo_boxes import read_yolo
-from pipeline.settings import AccessRules, InputSettings
+from pipeline.job_context import AccessRules
+from pipeline.settings import InputSettings
 from pipeline.storage.uri_rules import check_uri, split_scheme
 
 _COLUMN_NAMES = frozenset(IMAGE_ROWS) | frozenset(BOX_ROWS) | frozenset(HF_COLUMNS)

@@ -17,7 +17,8 @@ import pyarrow as pa
 from pipeline.errors import JobRefused, clean_text
 from pipeline.inputs.columns import CORNER_NAMES, CORNERS, Kind, bare_name, can_be_pasted, locate, setting_of
 from pipeline.inputs.read_table import TableFile, inspect_tables, read_batches
-from pipeline.settings import AccessRules, BoxFormat
+from pipeline.job_context import AccessRules
+from pipeline.settings import BoxFormat
 
 LARGEST_SHARE = 1.5  # shares of a picture reach over 1 where a detector lets its boxes reach over the edge
 

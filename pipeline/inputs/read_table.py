@@ -21,9 +21,9 @@ from pipeline.errors import HqlabelError, JobRefused, clean_text
 from pipeline.inputs.columns import UNSETTLED, Kind, check_type, locate, plain, sampled_leaf, settle
 from pipeline.inputs.csv_table import csv_batches, csv_header
 from pipeline.inputs.json_records import BLOCK_BYTES, TextDamage, jsonl_batches, jsonl_sample
-from pipeline.settings import AccessRules
+from pipeline.job_context import AccessRules
+from pipeline.storage.checksummed_parquet import open_closed
 from pipeline.storage.read_objects import open_input
-from pipeline.storage.sealed_parquet import open_closed
 from pipeline.storage.uri_rules import options_for
 
 TableFormat = Literal["parquet", "csv", "jsonl"]

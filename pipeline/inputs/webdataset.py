@@ -28,7 +28,8 @@ from pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, examples, 
 from pipeline.inputs.json_records import SAMPLE_ROWS, TextDamage, json_word, jsonl_batches
 from pipeline.inputs.propose_columns import IMAGE_ROWS, KEYS, missing_column
 from pipeline.inputs.read_table import naming, naming_values
-from pipeline.settings import AccessRules, TarIds
+from pipeline.job_context import AccessRules
+from pipeline.settings import TarIds
 from pipeline.storage.archive_uris import TarMember
 from pipeline.storage.list_folders import is_hidden_path
 from pipeline.storage.read_objects import open_input

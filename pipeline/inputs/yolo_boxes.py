@@ -25,7 +25,7 @@ from pipeline.arrow_lists import to_lists
 from pipeline.errors import ImageError, JobRefused, clean_text
 from pipeline.inputs.box_tables import box_columns
 from pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList, Groups, grouped_boxes
-from pipeline.settings import AccessRules
+from pipeline.job_context import AccessRules
 from pipeline.storage.backend import Entry
 from pipeline.storage.read_objects import read_object
 from pipeline.storage.uri_rules import options_for

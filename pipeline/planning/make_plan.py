@@ -20,8 +20,9 @@ from pipeline.errors import UsageError
 from pipeline.failpoints import visit
 from pipeline.inputs.image_box_lists import BoxList
 from pipeline.inputs.open_inputs import allowed_access, check_columns, read_boxes, read_images
-from pipeline.job.plan_files import UNITS_PER_FILE, plan_key
-from pipeline.planning.join import images_of, join
+from pipeline.job_context import AccessRules, BoxRules
+from pipeline.job_state.plan_files import UNITS_PER_FILE, plan_key
+from pipeline.planning.join_boxes_to_images import images_of, join
 from pipeline.planning.plan_summary import JoinedInputs, PlanSummary, summarise
 from pipeline.planning.plan_table import (
     Categories,
@@ -30,9 +31,9 @@ from pipeline.planning.plan_table import (
     refuse_if_a_flag_is_missing,
 )
 from pipeline.schema import PLAN, SCHEMA_VERSION
-from pipeline.settings import AccessRules, BoxRules, InputSettings
-from pipeline.storage import sealed_parquet
-from pipeline.storage.store import Store
+from pipeline.settings import InputSettings
+from pipeline.storage import checksummed_parquet
+from pipeline.storage.output_store import Store
 
 WRITERS = 4  # compressing takes cores, and putting waits
 
@@ -147,7 +148,7 @@ def write_plan(store: Store, plan: Plan) -> None:
 
 def _file_body(rows: pa.Table, plan: Plan) -> bytes:
     footer = {"schema_version": str(SCHEMA_VERSION), "plan_sha256": plan.sha256}
-    sink = sealed_parquet.ParquetSink(PLAN, footer, row_group_rows=plan.images_per_unit)
+    sink = checksummed_parquet.ParquetSink(PLAN, footer, row_group_rows=plan.images_per_unit)
     for start in range(0, rows.num_rows, plan.images_per_unit):
         sink.write(rows.slice(start, plan.images_per_unit))
     return sink.finish()

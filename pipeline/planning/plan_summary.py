@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 from pipeline.arrow_lists import Int64Array, list_lengths, null_mask, single
 from pipeline.errors import clean_text, count
 from pipeline.inputs.image_box_lists import BoxList, ImageList
-from pipeline.planning.join import Joined, Unmatched
+from pipeline.job_context import AccessRules, BoxRules
+from pipeline.planning.join_boxes_to_images import Joined, Unmatched
 from pipeline.planning.suspicious_boxes import SUSPICIOUS_SHARE, suspicions
-from pipeline.settings import AccessRules, BoxFormat, BoxFrame, BoxRules
-from pipeline.stages.resolve_boxes import MOST_POINTS, PROMPT_COLUMNS, prompt_faults
+from pipeline.settings import BoxFormat, BoxFrame
+from pipeline.stages.box_prompts import MOST_POINTS, PROMPT_COLUMNS, prompt_faults
 from pipeline.storage.read_objects import fingerprint
 from pipeline.storage.uri_rules import options_for, without_credentials
 

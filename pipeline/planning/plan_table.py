@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 from pipeline.arrow_lists import Int64Array, list_lengths, null_mask, single, to_lists
 from pipeline.errors import ImageError, JobRefused, clean_text, count
 from pipeline.inputs.image_box_lists import BOX_COLUMNS, TEXT, BoxList, examples
-from pipeline.planning.join import Joined
+from pipeline.job_context import AccessRules
+from pipeline.planning.join_boxes_to_images import Joined
 from pipeline.schema import PLAN, PLAN_BOX
-from pipeline.settings import AccessRules
 from pipeline.storage.archive_uris import PLACE, container_of
 from pipeline.storage.list_folders import allow_root
 from pipeline.storage.uri_rules import check_uri, is_inside, split_scheme, without_credentials

@@ -22,9 +22,10 @@ from pipeline.images.decode_upright import DecodedImage
 from pipeline.images.fetch import fetch_ahead
 from pipeline.inputs.image_box_lists import examples
 from pipeline.inputs.propose_columns import LARGEST_SHARE
+from pipeline.job_context import AccessRules, BoxRules
 from pipeline.planning.make_plan import Plan
 from pipeline.planning.suspicious_boxes import suspicions_of_place
-from pipeline.settings import AccessRules, BoxRules, Limits
+from pipeline.settings import Limits
 
 PICTURES = 32
 SUSPICIOUS_SHARE = 0.1

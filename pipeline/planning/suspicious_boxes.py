@@ -7,10 +7,11 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.boxes import PixelFormat, boxes_to_xyxy
+from pipeline.box_geometry import PixelFormat, boxes_to_xyxy
 from pipeline.inputs.propose_columns import LARGEST_SHARE
-from pipeline.settings import BoxFormat, BoxRules
-from pipeline.stages.resolve_boxes import NORMALISED, any_of_row
+from pipeline.job_context import BoxRules
+from pipeline.settings import BoxFormat
+from pipeline.stages.box_prompts import NORMALISED, any_of_row
 
 Float64Array = npt.NDArray[np.float64]
 

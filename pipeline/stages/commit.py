@@ -14,11 +14,11 @@ import pyarrow as pa
 
 from pipeline.errors import SystemicFault
 from pipeline.failpoints import visit
-from pipeline.job.plan_files import read_unit
-from pipeline.settings import JobContext, UnitOutcome
-from pipeline.stages.hand_over import UnitRow
+from pipeline.job_context import JobContext, UnitOutcome
+from pipeline.job_state.plan_files import read_unit
 from pipeline.stages.prompt_groups import with_boxes
-from pipeline.storage.store import Store
+from pipeline.stages.rows_between_stages import UnitRow
+from pipeline.storage.output_store import Store
 from pipeline.tables.unit_checks import check_against_plan
 from pipeline.tables.unit_files import encode_unit, outcome_of, put_unit, read_generation, replace_rows
 from pipeline.tables.unit_table import build_unit_table

@@ -22,7 +22,7 @@ from typing import Any
 
 from pipeline.errors import HqlabelError, SystemicFault
 from pipeline.failpoints import visit
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 
 DEATHS_UNDER_ONE_DRIVER = 2
 DEATHS_UNDER_ANY_DRIVER = 4

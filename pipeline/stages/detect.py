@@ -27,10 +27,10 @@ from model.detectors import (
     DetectorError,
     ZeroShotDetector,
 )
-from pipeline.boxes import best_first
+from pipeline.box_geometry import best_first
 from pipeline.errors import JobRefused, SystemicFault, clean_text
-from pipeline.settings import JobDetector
-from pipeline.unit import ImageResult, UInt8Array
+from pipeline.image_result import ImageResult, UInt8Array
+from pipeline.job_context import JobDetector
 
 HF, ZERO_SHOT = "hf:", "hf-zero-shot:"
 WANTED = "wanted hf:ID_OR_FOLDER, hf-zero-shot:ID_OR_FOLDER or your own module:Class"

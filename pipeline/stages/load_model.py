@@ -14,7 +14,8 @@ from model.device import probe_dtype, set_cpu_threads
 from model.sam_config import ConfigError
 from model.segmenter import Segmenter
 from pipeline.errors import JobRefused, SystemicFault, clean_text
-from pipeline.settings import DEMO, JobContext, ModelSettings, Weights
+from pipeline.job_context import JobContext, Weights
+from pipeline.settings import DEMO, ModelSettings
 from pipeline.storage.read_objects import list_objects, open_input
 from pipeline.storage.uri_rules import split_scheme
 

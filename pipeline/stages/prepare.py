@@ -13,15 +13,16 @@ from typing import Any
 
 from pipeline.errors import ImageError, SystemicFault
 from pipeline.failpoints import visit
+from pipeline.image_result import ImageResult
 from pipeline.images.decode_process import DecodeChild
 from pipeline.images.fetch import FetchOutcome, fetch_ahead, stop_if_denied, stop_if_unreachable
-from pipeline.job.plan_files import read_unit
-from pipeline.settings import JobContext, Limits
-from pipeline.stages.hand_over import PixelArena, UnitRow
+from pipeline.job_context import JobContext
+from pipeline.job_state.plan_files import read_unit
+from pipeline.settings import Limits
 from pipeline.stages.prompt_groups import with_boxes
-from pipeline.storage.store import Store
+from pipeline.stages.rows_between_stages import PixelArena, UnitRow
+from pipeline.storage.output_store import Store
 from pipeline.tables.unit_files import read_generation
-from pipeline.unit import ImageResult
 from pipeline.worker.process_env import refuse_unsafe_env
 
 

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from model.records import Instances, Prompts
 from model.rle import compress_lengths
-from pipeline.settings import BoxRules
-from pipeline.stages.resolve_boxes import resolve_boxes
-from pipeline.unit import ImageResult, ResolvedBoxes
+from pipeline.image_result import ImageResult, ResolvedBoxes
+from pipeline.job_context import BoxRules
+from pipeline.stages.box_prompts import resolve_boxes
 
 MaskPrompt = Callable[[str, tuple[int, int]], npt.NDArray[np.float32]]
 """Compressed runs and their (height, width) -> low-resolution logits for `Prompts.mask_logits`."""

@@ -33,13 +33,14 @@ import numpy.typing as npt
 from model.records import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
 from pipeline.errors import SystemicFault, clean_text
 from pipeline.failpoints import visit
-from pipeline.settings import JobContext, Limits
+from pipeline.image_result import ImageResult
+from pipeline.job_context import JobContext
+from pipeline.settings import Limits
 from pipeline.stages.crash_log import CrashLog, Start
 from pipeline.stages.detect import DetectStep, ModelRecord, is_out_of_memory
-from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prompt_groups import PromptGroup, group_by_kind, join, with_boxes, without_numbers
-from pipeline.storage.store import Store
-from pipeline.unit import ImageResult
+from pipeline.stages.rows_between_stages import UnitRow
+from pipeline.storage.output_store import Store
 from pipeline.worker import logs
 from pipeline.worker.process_env import prepare_for_torch, refuse_unsafe_env
 

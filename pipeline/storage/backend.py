@@ -1,4 +1,4 @@
-"""What a kind of store does: single tries, no retry, no policy; see `local_disk` and `object_store`.
+"""What a kind of store does: single tries, no retry, no policy; see `local_disk` and `cloud_buckets`.
 
 Each create is one atomic request: on a local disk a hidden temporary file, fsync and a hard link; on
 S3 one PUT with `If-None-Match: *`; elsewhere the fsspec driver's own exclusive create. Nothing is ever
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.errors import ImageError
-from pipeline.storage.retries import ShortBody
+from pipeline.storage.request_retries import ShortBody
 
 CHUNK = 4 * 2**20
 

@@ -21,8 +21,8 @@ import pyarrow as pa
 from pipeline.errors import ImageError
 from pipeline.storage.archive_uris import ParquetRow, TarMember
 from pipeline.storage.backend import FetchedObject, too_many_bytes
+from pipeline.storage.checksummed_parquet import open_closed
 from pipeline.storage.read_objects import ObjectUri, blockwise, call_for_image
-from pipeline.storage.sealed_parquet import open_closed
 
 KEPT_GROUPS = 2
 GROUP_BYTES = 2**30

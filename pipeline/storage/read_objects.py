@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, TypeVar
 from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError, clean_text, count
 from pipeline.storage import list_folders
 from pipeline.storage.backend import Backend, Entry, FetchedObject
-from pipeline.storage.object_store import backend_for
-from pipeline.storage.retries import StorageFault, with_retries
+from pipeline.storage.cloud_buckets import backend_for
+from pipeline.storage.request_retries import StorageFault, with_retries
 from pipeline.storage.uri_rules import check_regular, split_scheme
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import ImageError, UsageError
-from pipeline.settings import AccessRules
+from pipeline.job_context import AccessRules
 from pipeline.storage.archive_uris import container_of
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.\-]*)://(.*)", re.DOTALL)

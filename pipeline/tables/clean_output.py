@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.errors import DamageFound, JobRefused
 from pipeline.failpoints import visit
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.tables.manifest import Manifest, read_manifest, write_manifest
 from pipeline.tables.unit_files import CommittedUnit, list_committed, list_generations
 

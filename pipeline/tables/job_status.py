@@ -9,17 +9,11 @@ from dataclasses import dataclass, field
 
 import pyarrow.compute as pc
 
-from pipeline.job.driver_lock import Holder, current_holder
-from pipeline.job.job_file import Job
-from pipeline.storage.store import Store
-from pipeline.tables.manifest import (
-    Counts,
-    Manifest,
-    add_counts,
-    count_masks,
-    finished_units,
-    read_manifest,
-)
+from pipeline.job_state.driver_lock import Holder, current_holder
+from pipeline.job_state.job_file import Job
+from pipeline.storage.output_store import Store
+from pipeline.tables.count_masks import Counts, add_counts, count_masks
+from pipeline.tables.manifest import Manifest, finished_units, read_manifest
 from pipeline.tables.unit_files import CommittedUnit, list_committed, read_committed
 
 READERS = 16

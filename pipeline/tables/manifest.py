@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import TypeAdapter
 
 from pipeline.errors import DamageFound
 from pipeline.settings import FilterSettings
-from pipeline.storage.store import NotFound, Store
+from pipeline.storage.output_store import NotFound, Store
+from pipeline.tables.count_masks import Counts, add_counts
 
 MANIFEST_KEY = "manifest.json"
 CATEGORIES_KEY = "categories.json"
@@ -35,57 +33,6 @@ class PartFile:
     rows: int
     bytes: int
     sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Sums over images. `boxes`: given. `masks`: boxes with a mask of at least one pixel. `empty`: boxes
-    whose mask has none. `status`, `failed`: images by status and error code. `rejected`: boxes by reason; all
-    that lost to a better mask are `nms`.
-    """
-
-    images: int = 0
-    boxes: int = 0
-    masks: int = 0
-    accepted: int = 0
-    status: Mapping[str, int] = field(default_factory=dict)
-    failed: Mapping[str, int] = field(default_factory=dict)
-    rejected: Mapping[str, int] = field(default_factory=dict)
-    empty: int = 0
-
-
-def add_counts(many: Sequence[Counts]) -> Counts:
-    """Return the sum."""
-
-    def by_name(name: str) -> dict[str, int]:
-        total: Counter[str] = Counter()
-        for one in many:
-            total.update(getattr(one, name))
-        return dict(sorted(total.items()))
-
-    return Counts(
-        images=sum(one.images for one in many),
-        boxes=sum(one.boxes for one in many),
-        masks=sum(one.masks for one in many),
-        accepted=sum(one.accepted for one in many),
-        status=by_name("status"),
-        failed=by_name("failed"),
-        rejected=by_name("rejected"),
-        empty=sum(one.empty for one in many),
-    )
-
-
-def count_masks(images: pa.Table, areas: pa.Array) -> Counts:
-    """Return the counts of images (`status`, `error_code`) and of the masks of all their boxes by `areas`."""
-    failed = Counter(code for code in images["error_code"].to_pylist() if code is not None)
-    return Counts(
-        images=images.num_rows,
-        boxes=len(areas),
-        masks=pc.sum(pc.greater(areas, 0)).as_py() or 0,
-        empty=pc.sum(pc.equal(areas, 0)).as_py() or 0,
-        status=dict(sorted(Counter(images["status"].to_pylist()).items())),
-        failed=dict(sorted(failed.items())),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

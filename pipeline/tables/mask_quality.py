@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 
 from model import rle
 from model.records import Instances
-from pipeline.boxes import best_first, box_iou, boxes_to_xyxy, suppress
+from pipeline.box_geometry import best_first, box_iou, boxes_to_xyxy, suppress
 from pipeline.settings import FilterSettings
 
 Float64Array = npt.NDArray[np.float64]

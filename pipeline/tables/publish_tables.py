@@ -12,39 +12,34 @@ import dataclasses
 import datetime as dt
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import schema
 from pipeline.errors import DamageFound, JobRefused
 from pipeline.failpoints import visit
-from pipeline.job.driver_lock import latest_number, require_latest
-from pipeline.job.job_file import Job
-from pipeline.settings import FilterSettings, JobContext
-from pipeline.storage import sealed_parquet
-from pipeline.storage.store import NotFound, Store
+from pipeline.job_context import JobContext
+from pipeline.job_state.driver_lock import latest_number, require_latest
+from pipeline.job_state.job_file import Job
+from pipeline.settings import FilterSettings
+from pipeline.storage import checksummed_parquet
+from pipeline.storage.output_store import NotFound, Store
+from pipeline.tables.count_masks import Counts, add_counts
+from pipeline.tables.images_and_instances import flatten_unit
 from pipeline.tables.manifest import (
     CATEGORIES_KEY,
-    Counts,
     Manifest,
     Part,
     PartFile,
-    add_counts,
-    count_masks,
     part_key,
     read_manifest,
     write_manifest,
 )
-from pipeline.tables.mask_quality import mark
 from pipeline.tables.unit_files import CommittedUnit, footer, list_committed, read_committed
 
 READERS = 8
@@ -220,8 +215,8 @@ def publish_part(task: PartTask) -> Part:
     """
     store = Store(task.context.output)
     lineage = {**footer(task.context), "filters": json.dumps(task.filters.model_dump())}
-    images = sealed_parquet.ParquetSink(schema.IMAGES, lineage)
-    instances = sealed_parquet.ParquetSink(schema.INSTANCES, lineage)
+    images = checksummed_parquet.ParquetSink(schema.IMAGES, lineage)
+    instances = checksummed_parquet.ParquetSink(schema.INSTANCES, lineage)
     counts: list[Counts] = []
     last_id: bytes | None = None
     for unit, table in _in_order(store, task.part_units):
@@ -254,7 +249,7 @@ def _in_order(store: Store, part_units: Sequence[CommittedUnit]) -> Iterator[tup
             yield from zip(batch, pool.map(partial(read_committed, store), batch), strict=True)
 
 
-def _put(store: Store, driver: int, key: str, sink: sealed_parquet.ParquetSink) -> PartFile:
+def _put(store: Store, driver: int, key: str, sink: checksummed_parquet.ParquetSink) -> PartFile:
     """Put the file of a part unless a later driver has the job: it may have published newer rows."""
     body = sink.finish()
     require_latest(store, driver, "publish")
@@ -272,61 +267,3 @@ def _follows(unit: CommittedUnit, table: pa.Table, last_id: bytes | None) -> byt
             )
         last_id = image_id.encode()
     return last_id
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlatUnit:
-    """One unit as rows of the published tables: schema.IMAGES and schema.INSTANCES."""
-
-    images: pa.Table
-    instances: pa.Table
-    counts: Counts
-
-
-def flatten_unit(table: pa.Table, filters: FilterSettings) -> FlatUnit:
-    """Return a unit's table (schema.UNIT) as published rows, marked by `filters`."""
-    nested = table["instances"].combine_chunks()
-    image_row = np.asarray(pc.list_parent_indices(nested), dtype=np.int64)
-    values = nested.flatten()
-    fields = dict(zip(schema.UNIT_INSTANCE.names, values.flatten(), strict=True))
-    flat = pa.table({**fields, "image_index": pa.array(image_row)})
-    accepted, reasons = mark(flat, filters)
-    of_image: dict[str, Any] = {
-        name: table[name].combine_chunks().take(pa.array(image_row))
-        for name in ("image_id", "image_uri", "run_id")
-    }
-    marks = {"accepted": pa.array(accepted, pa.bool_()), "reject_reason": pa.array(reasons, pa.string())}
-    columns = {**fields, **of_image, **marks}
-    instances = pa.Table.from_arrays(
-        [columns[name] for name in schema.INSTANCES.names], schema=schema.INSTANCES
-    )
-    has_mask = np.asarray(pc.fill_null(pc.greater(fields["area"], 0), False), dtype=np.bool_)
-    images = _image_rows(table, image_row, has_mask, np.asarray(accepted, dtype=np.bool_))
-    return FlatUnit(images=images, instances=instances, counts=counts_of(images, instances))
-
-
-def _image_rows(
-    table: pa.Table,
-    image_row: npt.NDArray[np.int64],
-    has_mask: npt.NDArray[np.bool_],
-    accepted: npt.NDArray[np.bool_],
-) -> pa.Table:
-    def per_image(chosen: npt.NDArray[np.int64]) -> pa.Array:
-        return pa.array(np.bincount(chosen, minlength=table.num_rows).astype(np.int32))
-
-    columns = {name: table[name].combine_chunks() for name in table.schema.names}
-    columns["num_boxes"] = per_image(image_row)
-    columns["num_instances"] = per_image(image_row[has_mask])
-    columns["num_accepted"] = per_image(image_row[accepted])
-    return pa.Table.from_arrays([columns[name] for name in schema.IMAGES.names], schema=schema.IMAGES)
-
-
-def counts_of(images: pa.Table, instances: pa.Table) -> Counts:
-    """Return the sums over published rows: schema.IMAGES, and schema.INSTANCES of the same images."""
-    reasons = instances["reject_reason"].to_pylist()
-    rejected = Counter(reason.split(":")[0] for reason in reasons if reason is not None)
-    return dataclasses.replace(
-        count_masks(images, instances["area"]),
-        accepted=pc.sum(instances["accepted"]).as_py() or 0,
-        rejected=dict(sorted(rejected.items())),
-    )

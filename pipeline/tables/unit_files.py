@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 
 from pipeline import schema
 from pipeline.failpoints import visit
-from pipeline.settings import JobContext, UnitOutcome
-from pipeline.storage import sealed_parquet
-from pipeline.storage.store import Store
+from pipeline.job_context import JobContext, UnitOutcome
+from pipeline.storage import checksummed_parquet
+from pipeline.storage.output_store import Store
 
 _KEY = re.compile(r"units/(\d{8,})\.g(\d+)\.parquet")
 
@@ -114,7 +114,7 @@ def _box_lineage(context: JobContext) -> dict[str, object]:
 
 def encode_unit(table: pa.Table, context: JobContext) -> bytes:
     """Return the unit's Parquet body; equal tables and contexts give equal bytes."""
-    return sealed_parquet.write_body(table, footer(context))
+    return checksummed_parquet.write_body(table, footer(context))
 
 
 def put_unit(store: Store, unit_id: int, generation: int, body: bytes) -> bool:
@@ -131,14 +131,16 @@ def put_unit(store: Store, unit_id: int, generation: int, body: bytes) -> bool:
     visit("commit.created")
     stored = store.read(key)
     if stored != body:
-        sealed_parquet.read_body(stored, schema.UNIT, f"unit {unit_id} ({key})")
+        checksummed_parquet.read_body(stored, schema.UNIT, f"unit {unit_id} ({key})")
     visit("commit.done")
     return stored == body
 
 
 def read_committed(store: Store, unit: CommittedUnit) -> pa.Table:
     """Return the unit's rows: seal, page checksums, whole schema verified; DamageFound with unit and file."""
-    return sealed_parquet.read_body(store.read(unit.key), schema.UNIT, f"unit {unit.unit_id} ({unit.key})")
+    return checksummed_parquet.read_body(
+        store.read(unit.key), schema.UNIT, f"unit {unit.unit_id} ({unit.key})"
+    )
 
 
 def read_generation(store: Store, unit_id: int, generation: int) -> pa.Table:

@@ -21,9 +21,9 @@ import pyarrow as pa
 from model.records import Instances
 from pipeline import schema
 from pipeline.errors import BOX_CODES, SKIP_CODES, box_code, clean_text, stage_of
-from pipeline.settings import JobContext
+from pipeline.image_result import ImageResult, ResolvedBoxes
+from pipeline.job_context import JobContext
 from pipeline.tables.mask_quality import MaskQuality, measure, order_flags
-from pipeline.unit import ImageResult, ResolvedBoxes
 
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]

@@ -21,10 +21,10 @@ from pycocotools import mask as coco_mask
 
 from pipeline import schema
 from pipeline.errors import DamageFound, HqlabelError
-from pipeline.job.job_file import Job
-from pipeline.job.plan_files import UNITS_PER_FILE, iter_plan
-from pipeline.storage import sealed_parquet
-from pipeline.storage.store import NotFound, Store
+from pipeline.job_state.job_file import Job
+from pipeline.job_state.plan_files import UNITS_PER_FILE, iter_plan
+from pipeline.storage import checksummed_parquet
+from pipeline.storage.output_store import NotFound, Store
 from pipeline.tables.manifest import MANIFEST_KEY, Manifest, Part, PartFile, read_manifest
 from pipeline.tables.publish_tables import foreign_parts
 from pipeline.tables.unit_checks import find_faults, plan_faults
@@ -94,7 +94,7 @@ def _verify_plan(store: Store, job: Job, result: Verified) -> None:
         result.plan_files += 1
         result.bytes += entry.size
         try:
-            sealed_parquet.check_seal(store.read(entry.key), entry.key)
+            checksummed_parquet.check_seal(store.read(entry.key), entry.key)
         except DamageFound as error:
             result.findings.append(Finding(key=entry.key, message=_without(entry.key, error)))
 
@@ -217,8 +217,8 @@ def _check_part_file(
             faults.append(f"{len(body)} bytes, the manifest says {expected.bytes}")
         if hashlib.sha256(body).hexdigest() != expected.sha256:
             faults.append("its sha256 is not the one in the manifest")
-        sealed_parquet.check_seal(body, expected.key)
-        with sealed_parquet.open_body(pa.BufferReader(body), kind, expected.key) as file:
+        checksummed_parquet.check_seal(body, expected.key)
+        with checksummed_parquet.open_body(pa.BufferReader(body), kind, expected.key) as file:
             faults += _row_faults(file, part, expected, kind, result, sample)
     except (DamageFound, NotFound) as error:
         faults.append(_without(expected.key, error))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks import call_shapes, chain
 from benchmarks.made_inputs import boxes_of, write_boxes, write_pictures
-from jobs.config import ConfigSources
+from jobs.load_config import ConfigSources
 from model.sam_config import PUBLISHED
 from pipeline.images.decode_upright import decode_image
 from tests.e2e.scenes import small_checkpoint

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from benchmarks.scale_model import tables
 from benchmarks.simulation import State, UnitStub, made_unit
-from pipeline.job.job_file import require_job
+from pipeline.job_state.job_file import require_job
 from pipeline.settings import FilterSettings
 from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.hand_over import UnitRow, pack, unpack
+from pipeline.stages.rows_between_stages import UnitRow, pack, unpack
 from pipeline.tables.publish_tables import publish
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scale.md"

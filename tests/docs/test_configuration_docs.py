@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from jobs.config import ConfigSources
+from jobs.load_config import ConfigSources
 from tests.docs.markdown import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,12 +16,14 @@ PAGE = ROOT / "docs" / "configuration.md"
 
 
 def test_the_page_is_up_to_date() -> None:
-    program = "import runpy, sys; sys.stdout.write(runpy.run_path('tools/configuration.py')['page']())"
+    program = (
+        "import runpy, sys; sys.stdout.write(runpy.run_path('tools/write_configuration_docs.py')['page']())"
+    )
     fresh = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
 
-    assert fresh.stdout == PAGE.read_text(), "run tools/configuration.py"
+    assert fresh.stdout == PAGE.read_text(), "run tools/write_configuration_docs.py"
 
 
 def test_every_field_has_a_meaning() -> None:

@@ -20,15 +20,16 @@ import pyarrow.parquet as pq
 
 from pipeline import failpoints
 from pipeline.images.decode_upright import DecodedImage
-from pipeline.job.driver_lock import Owner
-from pipeline.job.job_file import Job, identity_of, open_job
+from pipeline.job_context import JobContext, Place
+from pipeline.job_state.driver_lock import Owner
+from pipeline.job_state.job_file import Job, identity_of, open_job
 from pipeline.planning.make_plan import Plan, write_plan
-from pipeline.settings import FilterSettings, JobContext, Limits, Place
+from pipeline.settings import FilterSettings, Limits
 from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prepare import prepare_unit
+from pipeline.stages.rows_between_stages import UnitRow
 from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.tables.clean_output import clean
 from pipeline.tables.manifest import finished_units, read_manifest
 from pipeline.tables.publish_tables import publish

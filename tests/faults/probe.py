@@ -16,7 +16,7 @@ import jobs.job_setup.open_job
 from jobs.cli import main as cli
 from model.records import Instances, PreparedImage, SegmentFailure
 from model.segmenter import Segmenter
-from pipeline.settings import JobContext
+from pipeline.job_context import JobContext
 from pipeline.stages.load_model import load_segmenter
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import jobs.commands.retry
 import jobs.job_setup.open_job
-import pipeline.job.job_file
+import pipeline.job_state.job_file
 from jobs.cli import main as cli
-from jobs.config import Config
+from jobs.load_config import Config
 from pipeline.failpoints import VARIABLE
-from pipeline.settings import JobContext, Weights
+from pipeline.job_context import JobContext, Weights
 from pipeline.worker import process_env
 
 SIDE = 64
@@ -39,7 +39,7 @@ def stub_context(**fields: Any) -> JobContext:
 
 def main() -> None:
     jobs.job_setup.open_job.read_checkpoint = jobs.commands.retry.read_checkpoint = stub_weights  # type: ignore[assignment]
-    jobs.job_setup.open_job.JobContext = pipeline.job.job_file.JobContext = stub_context  # type: ignore[assignment,misc]
+    jobs.job_setup.open_job.JobContext = pipeline.job_state.job_file.JobContext = stub_context  # type: ignore[assignment,misc]
     process_env.REFUSED.pop(VARIABLE)  # what the real command refuses is what these tests are about
     cli.main()
 

@@ -14,18 +14,19 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs.config import ConfigSources
 from jobs.job_setup.check_models import read_checkpoint
+from jobs.load_config import ConfigSources
 from model.records import SegmentFailure
 from model.segmenter import Segmenter
 from pipeline.errors import SystemicFault
 from pipeline.images.decode_process import DecodeChild
-from pipeline.settings import JobContext, Limits
+from pipeline.job_context import JobContext
+from pipeline.settings import Limits
 from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prepare import prepare_unit
+from pipeline.stages.rows_between_stages import UnitRow
 from pipeline.stages.segment import SegmentWorker, deadline_s
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.tables.unit_files import list_committed, read_committed
 from tests.e2e.scenes import picture, small_checkpoint
 from tests.fakes import harmful_picture, trouble
@@ -260,8 +261,8 @@ def test_row_57_masks_are_the_same_bytes_whatever_happens(
 
 
 def at_another_place(made: MadeJob, folder: Path) -> MadeJob:
+    from pipeline.job_context import Place
     from pipeline.planning.make_plan import write_plan
-    from pipeline.settings import Place
 
     context = replace(made.context, output=Place(uri=str(folder)))
     write_plan(Store(context.output), made.plan)

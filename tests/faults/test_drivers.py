@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from pipeline.errors import DamageFound, JobRefused
-from pipeline.job.driver_lock import Owner, current_holder
-from pipeline.job.job_file import JOB_KEY, Job, open_job, read_job
-from pipeline.settings import Place
-from pipeline.storage.store import Store
+from pipeline.job_context import Place
+from pipeline.job_state.driver_lock import Owner, current_holder
+from pipeline.job_state.job_file import JOB_KEY, Job, open_job, read_job
+from pipeline.storage.output_store import Store
 from pipeline.tables.clean_output import clean
 from pipeline.tables.manifest import read_manifest
 from pipeline.tables.unit_files import list_committed

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import SystemicFault
+from pipeline.job_context import AccessRules, Place
 from pipeline.planning.make_plan import make_plan
-from pipeline.settings import AccessRules, InputSettings, Limits, Place
-from pipeline.storage.store import Store
+from pipeline.settings import InputSettings, Limits
+from pipeline.storage.output_store import Store
 from pipeline.tables.unit_files import list_committed
 from tests.conftest import MotoS3
 from tests.faults import chain

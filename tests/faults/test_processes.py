@@ -276,7 +276,7 @@ import ray
 from dataclasses import replace
 from pathlib import Path
 from pipeline.errors import SystemicFault
-from pipeline.execution.chain import run_units
+from pipeline.ray_execution.chain import run_units
 from pipeline.settings import ClusterSettings
 job, spill = pickle.loads(Path(sys.argv[1]).read_bytes()), sys.argv[2]
 limit = {} if spill == "-" else {"object_store_memory": 80 * 2**20, "object_spilling_directory": spill}
@@ -304,8 +304,9 @@ def test_row_45_a_full_object_store_slows_or_stops_the_job(tmp_path: Path, recor
     import numpy as np
     from PIL import Image
 
-    from pipeline.settings import Limits, Weights
-    from pipeline.storage.store import Store
+    from pipeline.job_context import Weights
+    from pipeline.settings import Limits
+    from pipeline.storage.output_store import Store
     from pipeline.tables.unit_files import list_committed
     from tests.pipeline.made_jobs import make_job
 

@@ -25,10 +25,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.config import Config
 from jobs.job_setup.check_models import read_checkpoint
+from jobs.load_config import Config
 from pipeline.errors import JobRefused, SystemicFault
-from pipeline.settings import Weights
+from pipeline.job_context import Weights
 from pipeline.stages.load_model import load_model
 from tests.conftest import MotoS3
 from tests.e2e import commands
@@ -163,9 +163,9 @@ PARQUET_SCRIPT = """
     from pipeline.errors import HqlabelError
     from pipeline.settings import InputSettings
     from pipeline.planning.make_plan import make_plan
-    from pipeline.settings import AccessRules, Place
-    from pipeline.storage import sealed_parquet
-    from pipeline.storage.store import Store
+    from pipeline.job_context import AccessRules, Place
+    from pipeline.storage import checksummed_parquet
+    from pipeline.storage.output_store import Store
     from pipeline.tables.unit_files import CommittedUnit, read_committed
 
     folder = Path(sys.argv[1])
@@ -242,13 +242,13 @@ PARQUET_SCRIPT = """
             (output / part).mkdir(parents=True)
             (output / part / "part-00000.parquet").write_bytes(body)
         unit = CommittedUnit(unit_id=0, generation=0, key="units/00000000.g0.parquet", size=len(body))
-        sealed = sealed_parquet.seal(body + sealed_parquet._BLANK)
+        sealed = checksummed_parquet.seal(body + checksummed_parquet._BLANK)
         found[name] = {
             "boxes": outcome(lambda: make_plan(InputSettings(boxes=str(body_path)))),
             "images": outcome(lambda: make_plan(InputSettings(images=str(body_path)))),
             "earlier": outcome(lambda: make_plan(InputSettings(boxes=str(output)))),
             "unit": outcome(lambda: read_committed(store, unit)),
-            "sealed": outcome(lambda: sealed_parquet.read_body(sealed, schema.UNIT, "unit")),
+            "sealed": outcome(lambda: checksummed_parquet.read_body(sealed, schema.UNIT, "unit")),
             "sung": sung(name),
         }
     print(json.dumps(found))
@@ -288,7 +288,7 @@ def test_every_extension_type_that_python_registers_is_taken_off_before_a_file_i
     import pandas.core.arrays.arrow.extension_types  # noqa: F401
     import ray.data.extensions  # noqa: F401
 
-    from pipeline.storage.sealed_parquet import _TYPES_WITH_CODE
+    from pipeline.storage.checksummed_parquet import _TYPES_WITH_CODE
 
     def below(kind: type) -> Iterator[type]:
         for one in kind.__subclasses__():
@@ -304,7 +304,7 @@ def test_every_extension_type_that_python_registers_is_taken_off_before_a_file_i
     }
     found = {kind.__name__ for kind in below(pa.ExtensionType) if not kind.__module__.startswith("tests")}
     assert found <= known, (
-        "a new type: see whether it runs code, and add it to pipeline/storage/sealed_parquet.py"
+        "a new type: see whether it runs code, and add it to pipeline/storage/checksummed_parquet.py"
     )
     assert len(_TYPES_WITH_CODE) >= 6
 
@@ -322,7 +322,8 @@ OPENING_SCRIPT = """
     from pathlib import Path
     from pipeline.images.fetch import fetch_ahead
     from pipeline.planning.plan_table import refused_uris
-    from pipeline.settings import AccessRules, Limits
+    from pipeline.job_context import AccessRules
+    from pipeline.settings import Limits
     import pyarrow as pa
     root, uris = sys.argv[1], json.loads(sys.argv[2])
     access = AccessRules(roots=(root,))

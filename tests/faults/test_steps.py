@@ -16,11 +16,11 @@ import pytest
 
 from pipeline import failpoints, schema
 from pipeline.errors import SystemicFault
-from pipeline.job.job_file import read_job
-from pipeline.settings import Place
-from pipeline.storage import sealed_parquet
-from pipeline.storage.sealed_parquet import ParquetSink
-from pipeline.storage.store import Store
+from pipeline.job_context import Place
+from pipeline.job_state.job_file import read_job
+from pipeline.storage import checksummed_parquet
+from pipeline.storage.checksummed_parquet import ParquetSink
+from pipeline.storage.output_store import Store
 from pipeline.tables.verify_output import verify
 from pipeline.worker.process_env import REFUSED
 from tests.conftest import MotoS3, make_place
@@ -259,7 +259,7 @@ def test_row_21_an_exception_while_a_file_is_written_shows_nothing(
         assert interrupted_publish_only(made)
         for name in ("images", "instances"):
             for entry in made.store.list(f"{name}/"):
-                sealed_parquet.check_seal(made.store.read(entry.key), entry.key)
+                checksummed_parquet.check_seal(made.store.read(entry.key), entry.key)
         run_job(made)
         assert look(made.store) == wanted
     record(21, fault="exception after a row group of a part", landed=landed, code="1, then 0")

@@ -13,15 +13,16 @@ from pycocotools import mask as coco_mask
 
 from pipeline import schema
 from pipeline.arrow_lists import table_sha256
-from pipeline.job.job_file import Job, identity_of, open_job
+from pipeline.image_result import ImageResult
+from pipeline.job_context import AccessRules, BoxRules, Place
+from pipeline.job_state.job_file import Job, identity_of, open_job
 from pipeline.planning.make_plan import Plan, write_plan
-from pipeline.settings import AccessRules, BoxRules, FilterSettings, Place
-from pipeline.stages.resolve_boxes import resolve_boxes
-from pipeline.storage.store import Store
+from pipeline.settings import FilterSettings
+from pipeline.stages.box_prompts import resolve_boxes
+from pipeline.storage.output_store import Store
 from pipeline.tables.publish_tables import publish
 from pipeline.tables.unit_files import encode_unit, put_unit
 from pipeline.tables.unit_table import build_unit_table
-from pipeline.unit import ImageResult
 from tests.pipeline.made_units import make_context, planned_box, planned_image, segment
 
 

@@ -12,15 +12,16 @@ from pycocotools import mask as coco_mask
 from model.records import Instances
 from pipeline import schema
 from pipeline.arrow_lists import table_sha256
-from pipeline.job.job_file import Job, identity_of, open_job
+from pipeline.image_result import ImageResult, ResolvedBoxes
+from pipeline.job_context import AccessRules, BoxRules, JobContext, Place, Weights
+from pipeline.job_state.job_file import Job, identity_of, open_job
 from pipeline.planning.make_plan import Plan, write_plan
-from pipeline.settings import AccessRules, BoxRules, JobContext, Limits, ModelSettings, Place, Weights
-from pipeline.stages.resolve_boxes import resolve_boxes
-from pipeline.storage.store import Store
+from pipeline.settings import Limits, ModelSettings
+from pipeline.stages.box_prompts import resolve_boxes
+from pipeline.storage.output_store import Store
 from pipeline.tables.unit_checks import check_against_plan
 from pipeline.tables.unit_files import encode_unit, put_unit
 from pipeline.tables.unit_table import build_unit_table
-from pipeline.unit import ImageResult, ResolvedBoxes
 
 SIZE_HW = (40, 60)
 WHEN = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)

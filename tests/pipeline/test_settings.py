@@ -7,10 +7,10 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
+from pipeline.job_context import BoxRules
 from pipeline.settings import (
     CHANGES_ROWS,
     IDENTITY,
-    BoxRules,
     BoxSettings,
     ClusterSettings,
     CostSettings,

@@ -19,8 +19,8 @@ import typer
 from typer.testing import CliRunner
 
 from jobs.cli import main as cli
-from jobs.config import Config, ConfigSources
 from jobs.job_setup.check_models import read_checkpoint
+from jobs.load_config import Config, ConfigSources
 from jobs.terminal.input_report import describe_model
 from pipeline.errors import DamageFound, JobRefused, SystemicFault, UsageError
 from tests.e2e.scenes import DataSet

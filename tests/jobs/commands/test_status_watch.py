@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from jobs.commands import status
-from jobs.config import ConfigSources
-from pipeline.settings import Place
-from pipeline.storage.store import Store
+from jobs.load_config import ConfigSources
+from pipeline.job_context import Place
+from pipeline.storage.output_store import Store
 from pipeline.tables.job_status import status as look
 from tests.e2e import commands
 from tests.pipeline.made_units import MadeJob, make_job

@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from jobs.evaluate import evaluate
 from pipeline.errors import SystemicFault
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from tests.jobs.cli.test_cli import run
 from tests.jobs.made_outputs import (
     MadeImage,

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 
 from jobs.evaluate.ground_truth import MAX_OUTLINE, Truth, TruthObject, read_truth
 from pipeline.errors import JobRefused
-from pipeline.settings import AccessRules
+from pipeline.job_context import AccessRules
 from tests.jobs.made_outputs import blob, lengths_of, rle_of
 
 SIZE = (60, 80)

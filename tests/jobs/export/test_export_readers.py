@@ -20,7 +20,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from jobs.export.yolo import yaml_text
-from pipeline.settings import BoxRules, FilterSettings
+from pipeline.job_context import BoxRules
+from pipeline.settings import FilterSettings
 from tests.jobs.cli.test_cli import run
 from tests.jobs.made_outputs import MadeImage, blob, make_output
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from jobs.cluster.ray_session import Machine
-from jobs.config import Config, ConfigSources
 from jobs.job_setup.open_job import open_or_create
+from jobs.load_config import Config, ConfigSources
 from jobs.terminal.signals import Interrupts
 from pipeline.errors import UsageError
 from tests.e2e.scenes import DataSet

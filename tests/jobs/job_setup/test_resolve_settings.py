@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config import Config, ConfigSources
 from jobs.job_setup import resolve_settings as settings
+from jobs.load_config import Config, ConfigSources
 from pipeline.errors import UsageError
 
 

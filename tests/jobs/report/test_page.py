@@ -19,8 +19,9 @@ from jobs.report.numbers import gather
 from jobs.report.queries import published
 from jobs.report.sections import sections
 from jobs.results.read_tables import require_published
-from pipeline.settings import FilterSettings, Place
-from pipeline.storage.store import Store
+from pipeline.job_context import Place
+from pipeline.settings import FilterSettings
+from pipeline.storage.output_store import Store
 from tests.jobs.browser import CHROMIUM, browser
 from tests.jobs.cli.test_cli import run
 from tests.jobs.made_outputs import MadeImage, blob, make_output, write_truth

@@ -15,8 +15,9 @@ from jobs.commands.retry import find_targets
 from jobs.results.read_tables import failed_examples, find_image, sample_labelled
 from jobs.terminal import console
 from pipeline.errors import JobRefused
-from pipeline.settings import Limits, Place
-from pipeline.storage.store import Store
+from pipeline.job_context import Place
+from pipeline.settings import Limits
+from pipeline.storage.output_store import Store
 from pipeline.tables.manifest import read_manifest
 from tests.jobs.cli.test_cli import run
 from tests.pipeline.made_units import MadeJob, make_job
@@ -287,7 +288,7 @@ def test_the_next_command_can_be_pasted() -> None:
 def test_an_overlay_is_drawn_from_the_published_rows(tmp_path: Path) -> None:
     from jobs.results.read_tables import ImageRows
     from jobs.results.render_images import overlay_png
-    from pipeline.settings import AccessRules
+    from pipeline.job_context import AccessRules
     from tests.pipeline.made_units import make_context
 
     photo = tmp_path / "a.png"

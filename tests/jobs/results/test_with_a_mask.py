@@ -13,12 +13,13 @@ import pytest
 
 from jobs.commands.end_summary import describe_counts
 from jobs.commands.estimate import Measured, carry_over, describe
-from pipeline.execution.metrics import _masks
+from pipeline.image_result import ImageResult
+from pipeline.job_context import BoxRules, Place
 from pipeline.planning.make_plan import make_plan
-from pipeline.settings import BoxRules, InputSettings, Place
-from pipeline.storage.store import Store
+from pipeline.ray_execution.metrics import _masks
+from pipeline.settings import InputSettings
+from pipeline.storage.output_store import Store
 from pipeline.tables.manifest import read_manifest
-from pipeline.unit import ImageResult
 from tests.docs.markdown import blocks
 from tests.jobs.cli.test_cli import run
 from tests.jobs.made_outputs import MadeImage, blob, make_output

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from jobs.terminal.progress import Progress, choose_mode
-from pipeline.settings import UnitOutcome
+from pipeline.job_context import UnitOutcome
 
 
 class Clock:

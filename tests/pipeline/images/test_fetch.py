@@ -10,8 +10,9 @@ import pytest
 
 from pipeline.errors import ImageError, SystemicFault
 from pipeline.images.fetch import fetch_ahead, fetch_object, stop_if_denied, stop_if_unreachable
-from pipeline.settings import AccessRules, Limits
-from pipeline.storage.store import Store
+from pipeline.job_context import AccessRules
+from pipeline.settings import Limits
+from pipeline.storage.output_store import Store
 
 
 @pytest.fixture

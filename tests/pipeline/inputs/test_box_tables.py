@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline.errors import JobRefused
 from pipeline.inputs.box_tables import align, flatten_points, read_box_tables
 from pipeline.inputs.image_box_lists import BoxList
-from pipeline.settings import AccessRules
+from pipeline.job_context import AccessRules
 
 
 def read(tmp_path, *tables, mapping=None, suffix=".parquet") -> BoxList:

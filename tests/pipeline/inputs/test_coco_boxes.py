@@ -13,7 +13,7 @@ from pipeline.errors import JobRefused
 from pipeline.inputs import json_records as json_arrays
 from pipeline.inputs.coco_boxes import is_results, read_coco_images, read_instances, read_results
 from pipeline.inputs.image_box_lists import BoxList
-from pipeline.settings import AccessRules
+from pipeline.job_context import AccessRules
 
 ACCESS = AccessRules()
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ImageError, JobRefused
 from pipeline.images.fetch import fetch_object
+from pipeline.job_context import AccessRules
 from pipeline.planning.make_plan import make_plan
-from pipeline.settings import AccessRules, InputSettings, Limits
+from pipeline.settings import InputSettings, Limits
 from tests.pipeline.made_formats import FORMATS, PICTURES, sample, tar_of
 
 FILES = {"yolo": "labels/b/3.txt", "megadetector": "md.json", "tars": "shards/1.tar"}

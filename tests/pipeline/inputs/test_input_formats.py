@@ -13,9 +13,10 @@ import pytest
 
 from pipeline.errors import JobRefused, UsageError
 from pipeline.images.fetch import fetch_object
+from pipeline.job_context import BoxRules
 from pipeline.planning.make_plan import make_plan
-from pipeline.settings import BoxRules, InputSettings, Limits
-from pipeline.stages.resolve_boxes import resolve_boxes
+from pipeline.settings import InputSettings, Limits
+from pipeline.stages.box_prompts import resolve_boxes
 from tests.pipeline import made_formats
 from tests.pipeline.made_formats import BOXES, FORMATS, NAMES, PICTURES, SIZE_HW, sample, tar_of
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from pipeline.errors import JobRefused
 from pipeline.inputs.propose_columns import IMAGE_ROWS
 from pipeline.inputs.read_table import inspect_tables, read_batches
+from pipeline.job_context import AccessRules
 from pipeline.planning.make_plan import make_plan
-from pipeline.settings import AccessRules, InputSettings
+from pipeline.settings import InputSettings
 
 BOX = [1.0, 2.0, 3.0, 4.0]
 

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.errors import JobRefused
 from pipeline.inputs.open_inputs import absolute, allowed_access, read_boxes, read_images, resolve_uris
-from pipeline.settings import AccessRules, InputSettings
+from pipeline.job_context import AccessRules
+from pipeline.settings import InputSettings
 
 
 @pytest.mark.parametrize(

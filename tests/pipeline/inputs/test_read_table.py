@@ -15,7 +15,7 @@ from pipeline.errors import JobRefused
 from pipeline.inputs import csv_table as text_tables
 from pipeline.inputs.columns import Kind
 from pipeline.inputs.read_table import inspect_tables, read_batches
-from pipeline.settings import AccessRules
+from pipeline.job_context import AccessRules
 
 ACCESS = AccessRules()
 WANTED = {

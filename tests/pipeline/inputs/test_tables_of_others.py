@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.config import ConfigSources
+from jobs.load_config import ConfigSources
 from jobs.terminal.input_report import describe_inputs
 from pipeline.errors import JobRefused
 from pipeline.inputs.csv_table import read_list

@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DamageFound, JobRefused, UsageError
-from pipeline.job.plan_files import iter_plan, plan_key, read_unit
+from pipeline.job_context import AccessRules, Place
+from pipeline.job_state.plan_files import iter_plan, plan_key, read_unit
 from pipeline.planning import make_plan as plan_module
 from pipeline.planning.make_plan import Plan, make_plan, write_plan
 from pipeline.schema import PLAN
-from pipeline.settings import AccessRules, InputSettings, Place
-from pipeline.stages.resolve_boxes import prompt_faults
-from pipeline.storage.store import NotFound, Store
+from pipeline.settings import InputSettings
+from pipeline.stages.box_prompts import prompt_faults
+from pipeline.storage.output_store import NotFound, Store
 
 A, B, C = [1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [9.0, 10.0, 11.0, 12.0]
 

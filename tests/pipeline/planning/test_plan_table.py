@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ImageError
+from pipeline.job_context import AccessRules
 from pipeline.planning.plan_table import refused_uris
-from pipeline.settings import AccessRules
 from pipeline.storage.uri_rules import check_uri
 
 FOLDERS = [

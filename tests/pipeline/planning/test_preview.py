@@ -15,9 +15,10 @@ from PIL import Image
 from model.rle import compress_lengths
 from pipeline.errors import JobRefused
 from pipeline.images.decode_upright import decode_image, measure_image
+from pipeline.job_context import AccessRules, BoxRules
 from pipeline.planning.make_plan import make_plan
 from pipeline.planning.preview import PICTURES, preview_pictures, with_preview_warnings
-from pipeline.settings import AccessRules, BoxFrame, BoxRules, InputSettings, Limits
+from pipeline.settings import BoxFrame, InputSettings, Limits
 
 LIMITS = Limits()
 STORED_WH = (320, 200)

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import HqlabelError
 from pipeline.stages.crash_log import CrashLog
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 
 
 def test_starts_are_counted_across_processes_and_generations(store: Store):

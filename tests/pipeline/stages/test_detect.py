@@ -14,14 +14,15 @@ from model.detectors import Category, Detections
 from model.records import resize_longest_side
 from pipeline.errors import JobRefused, SystemicFault
 from pipeline.images.decode_process import DecodeChild
-from pipeline.job.job_file import Job
-from pipeline.settings import BoxRules, JobDetector, Limits
+from pipeline.job_context import BoxRules, JobDetector
+from pipeline.job_state.job_file import Job
+from pipeline.settings import Limits
 from pipeline.stages.commit import commit_unit, read_outcome
 from pipeline.stages.detect import load_detector, try_out
-from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.prepare import prepare_unit
+from pipeline.stages.rows_between_stages import UnitRow, pack, unpack
 from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.tables.unit_files import list_committed, read_committed
 from pipeline.tables.verify_output import verify
 from tests.docs.markdown import blocks

@@ -12,10 +12,10 @@ from pipeline.errors import ImageError, SystemicFault
 from pipeline.images.decode_process import DecodeChild
 from pipeline.settings import Limits
 from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prepare import prepare_unit
+from pipeline.stages.rows_between_stages import UnitRow
 from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.tables.unit_files import list_committed, read_committed
 from tests.fakes import trouble
 from tests.pipeline.made_jobs import BOXES, SIDE, make_job, noise, png

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from model.records import PreparedImage
-from pipeline.settings import BoxRules
+from pipeline.image_result import ImageResult
+from pipeline.job_context import BoxRules
+from pipeline.stages.box_prompts import resolve_boxes
 from pipeline.stages.prompt_groups import group_by_kind, join, with_boxes
-from pipeline.stages.resolve_boxes import resolve_boxes
-from pipeline.unit import ImageResult
 from tests.fakes import box_masks
 from tests.pipeline.made_units import planned_box, planned_image
 

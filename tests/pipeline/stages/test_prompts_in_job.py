@@ -17,13 +17,14 @@ from model.records import CallShape, PreparedImage, Prompts
 from model.segmenter import Segmenter
 from pipeline.images.decode_process import DecodeChild
 from pipeline.images.decode_upright import decode_image
+from pipeline.job_context import BoxRules, JobContext, Place, Weights
 from pipeline.planning.make_plan import make_plan, write_plan
-from pipeline.settings import BoxRules, InputSettings, JobContext, Limits, ModelSettings, Place, Weights
+from pipeline.settings import InputSettings, Limits, ModelSettings
 from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.prepare import prepare_unit
+from pipeline.stages.rows_between_stages import UnitRow, pack, unpack
 from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.tables.unit_files import list_committed, read_committed
 from tests.e2e.scenes import picture, small_checkpoint
 

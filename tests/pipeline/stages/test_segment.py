@@ -22,10 +22,10 @@ from pipeline.images.decode_process import DecodeChild
 from pipeline.settings import Limits, ModelSettings
 from pipeline.stages.commit import commit_unit
 from pipeline.stages.detect import MOST_RAISED
-from pipeline.stages.hand_over import UnitRow, pack, unpack
 from pipeline.stages.prepare import prepare_unit
+from pipeline.stages.rows_between_stages import UnitRow, pack, unpack
 from pipeline.stages.segment import SegmentWorker, deadline_s, is_device_lost
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.tables.unit_files import list_committed, read_committed
 from tests import fakes
 from tests.fakes import box_masks, harmful_picture, trouble

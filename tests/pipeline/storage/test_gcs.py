@@ -16,12 +16,13 @@ import pytest
 
 from pipeline.errors import ImageError, JobRefused
 from pipeline.images.fetch import fetch_object
-from pipeline.job.job_file import open_job
+from pipeline.job_context import AccessRules, Place
+from pipeline.job_state.job_file import open_job
 from pipeline.planning.make_plan import make_plan
-from pipeline.settings import AccessRules, InputSettings, Limits, Place
+from pipeline.settings import InputSettings, Limits
+from pipeline.storage.output_store import NotFound, Store
 from pipeline.storage.read_objects import fingerprint
-from pipeline.storage.store import NotFound, Store
-from tests.pipeline.job.test_job_file import make_job
+from tests.pipeline.job_state.test_job_file import make_job
 from tests.pipeline.made_formats import PICTURES, sample, tar_of
 
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks over gRPC, which this is not

@@ -11,11 +11,12 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from pipeline.errors import ImageError, JobRefused
 from pipeline.images.fetch import fetch_object
+from pipeline.job_context import AccessRules
 from pipeline.planning.make_plan import Plan, make_plan
-from pipeline.settings import AccessRules, InputSettings, Limits
+from pipeline.settings import InputSettings, Limits
 from pipeline.storage import read_objects as objects
 from pipeline.storage.read_objects import fingerprint, head_object, open_input
-from pipeline.storage.retries import classify
+from pipeline.storage.request_retries import classify
 from tests.hub_server import Hub, hub_server
 from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
 

@@ -25,11 +25,12 @@ from hypothesis import strategies as st
 from pipeline.errors import ImageError, JobRefused
 from pipeline.images.fetch import fetch_object
 from pipeline.inputs.find_files import pointed_at
+from pipeline.job_context import AccessRules, Place
 from pipeline.planning.make_plan import Plan, make_plan, write_plan
-from pipeline.settings import AccessRules, InputSettings, Limits, Place
+from pipeline.settings import InputSettings, Limits
 from pipeline.storage.list_folders import Pattern, allow_root
+from pipeline.storage.output_store import Store
 from pipeline.storage.read_objects import list_inputs
-from pipeline.storage.store import Store
 from tests.hub_server import REPOSITORY, hub_server
 from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
 from tests.pipeline.made_units import make_job

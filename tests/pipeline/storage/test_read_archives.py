@@ -13,12 +13,13 @@ import pytest
 
 from pipeline.errors import ImageError
 from pipeline.images.fetch import fetch_ahead, fetch_object
+from pipeline.job_context import AccessRules
 from pipeline.planning.make_plan import make_plan
 from pipeline.planning.plan_table import refused_uris
-from pipeline.settings import AccessRules, InputSettings, Limits
+from pipeline.settings import InputSettings, Limits
 from pipeline.storage.archive_uris import ParquetRow, TarMember, container_of, parse_archive_uri
+from pipeline.storage.output_store import Store
 from pipeline.storage.read_archives import GROUP_BYTES
-from pipeline.storage.store import Store
 from pipeline.storage.uri_rules import check_uri
 from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
 
@@ -87,7 +88,7 @@ def test_members_and_rows_are_read_whole_from_a_store(kind, tmp_path, request):
 
 
 def _place(tmp_path):
-    from pipeline.settings import Place
+    from pipeline.job_context import Place
 
     return Place(uri=str(tmp_path / "store"))
 

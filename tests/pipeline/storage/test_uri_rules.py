@@ -7,7 +7,7 @@ import os
 import pytest
 
 from pipeline.errors import ImageError
-from pipeline.settings import AccessRules
+from pipeline.job_context import AccessRules
 from pipeline.storage.uri_rules import check_uri, redact_options, secret_options, split_scheme
 
 

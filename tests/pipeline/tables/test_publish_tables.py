@@ -24,15 +24,16 @@ from pycocotools import mask as coco_mask
 
 from pipeline import schema
 from pipeline.errors import DamageFound, JobRefused
-from pipeline.job.job_file import mask_settings
+from pipeline.job_state.job_file import mask_settings
 from pipeline.settings import FilterSettings
-from pipeline.storage import sealed_parquet
-from pipeline.storage.store import Store
+from pipeline.storage import checksummed_parquet
+from pipeline.storage.output_store import Store
 from pipeline.tables import publish_tables
 from pipeline.tables.clean_output import clean
+from pipeline.tables.images_and_instances import flatten_unit
 from pipeline.tables.job_status import status
 from pipeline.tables.manifest import MANIFEST_KEY, finished_units, read_manifest, write_manifest
-from pipeline.tables.publish_tables import flatten_unit, publish_part
+from pipeline.tables.publish_tables import publish_part
 from pipeline.tables.unit_files import (
     CommittedUnit,
     encode_unit,
@@ -196,7 +197,7 @@ def test_the_footer_says_all_that_the_model_was_asked_for(made: MadeJob):
 def test_row_groups_are_filled_over_units(made: MadeJob, monkeypatch):
     made.commit()
     monkeypatch.setattr(
-        publish_tables.sealed_parquet.ParquetSink.__init__, "__kwdefaults__", {"row_group_rows": 5}
+        publish_tables.checksummed_parquet.ParquetSink.__init__, "__kwdefaults__", {"row_group_rows": 5}
     )
     run(made)
     file = pq.ParquetFile(io.BytesIO(made.store.read("images/part-00000.parquet")))
@@ -450,8 +451,8 @@ def test_a_part_that_is_replaced_is_whole_for_whoever_opens_it(made: MadeJob):
         while not stop.is_set():
             with open(f"{made.store.place.uri}/{key}", "rb") as file:
                 body = file.read()
-            sealed_parquet.check_seal(body, key)
-            seen.add(sealed_parquet.read_body(body, schema.INSTANCES, key).num_rows)
+            checksummed_parquet.check_seal(body, key)
+            seen.add(checksummed_parquet.read_body(body, schema.INSTANCES, key).num_rows)
 
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(watch)
@@ -596,8 +597,8 @@ def test_doubled_rows_in_a_sealed_part_are_found(made: MadeJob):
     made.commit()
     manifest = run(made)
     part = manifest.parts[0]
-    rows = sealed_parquet.read_body(made.store.read(part.images.key), schema.IMAGES, "x")
-    body = sealed_parquet.write_body(pa.concat_tables([rows, rows.slice(0, 1)]), {})
+    rows = checksummed_parquet.read_body(made.store.read(part.images.key), schema.IMAGES, "x")
+    body = checksummed_parquet.write_body(pa.concat_tables([rows, rows.slice(0, 1)]), {})
     made.store.put(part.images.key, body)
     text = findings(made)
     assert "is there twice or out of order" in text

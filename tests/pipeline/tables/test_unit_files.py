@@ -14,7 +14,8 @@ from pycocotools import mask as coco_mask
 
 from pipeline import schema
 from pipeline.errors import DamageFound
-from pipeline.storage import sealed_parquet
+from pipeline.image_result import ImageResult
+from pipeline.storage import checksummed_parquet
 from pipeline.tables.unit_checks import check_against_plan, find_faults
 from pipeline.tables.unit_files import (
     encode_unit,
@@ -27,7 +28,6 @@ from pipeline.tables.unit_files import (
     unit_key,
 )
 from pipeline.tables.unit_table import build_unit_table
-from pipeline.unit import ImageResult
 from tests.pipeline.made_units import (
     SIZE_HW,
     WHEN,
@@ -321,7 +321,7 @@ def test_the_file_reads_back_equal_with_its_whole_schema(store):
         assert read_committed(store, unit).equals(table)
     empty = schema.UNIT.empty_table()
     body = encode_unit(empty, CONTEXT)
-    assert sealed_parquet.read_body(body, schema.UNIT, "empty").schema.equals(schema.UNIT)
+    assert checksummed_parquet.read_body(body, schema.UNIT, "empty").schema.equals(schema.UNIT)
 
 
 def test_equal_tables_give_equal_bytes_however_they_are_held():
@@ -391,10 +391,10 @@ def test_any_flipped_bit_in_a_unit_is_found(local_store):
         flipped = bytearray(body)
         flipped[place] ^= 1 << int(rng.integers(8))
         with pytest.raises(DamageFound, match="unit 0"):
-            sealed_parquet.read_body(bytes(flipped), schema.UNIT, "unit 0")
+            checksummed_parquet.read_body(bytes(flipped), schema.UNIT, "unit 0")
     for cut in (0, 1, 100, len(body) // 2, len(body) - 1):
         with pytest.raises(DamageFound):
-            sealed_parquet.read_body(body[:cut], schema.UNIT, "unit 0")
+            checksummed_parquet.read_body(body[:cut], schema.UNIT, "unit 0")
 
 
 def test_a_second_commit_is_success_and_changes_nothing(store):

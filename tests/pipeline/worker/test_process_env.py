@@ -11,10 +11,10 @@ import pytest
 
 from pipeline.errors import JobRefused, SystemicFault
 from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.hand_over import UnitRow
 from pipeline.stages.prepare import prepare_unit
+from pipeline.stages.rows_between_stages import UnitRow
 from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.tables.unit_files import list_committed
 from pipeline.worker import process_env
 from pipeline.worker.process_env import prepare_for_torch
@@ -100,7 +100,7 @@ def test_a_model_process_is_told_before_its_model_is_made(tmp_path, monkeypatch)
 
 def test_the_command_line_and_the_chain_load_no_torch_of_their_own() -> None:
     # Too late is as bad as never: torch reads the environment while it is imported.
-    for modules in ("jobs.cli.main", "pipeline.execution.chain, pipeline.stages.segment"):
+    for modules in ("jobs.cli.main", "pipeline.ray_execution.chain, pipeline.stages.segment"):
         code = f"import sys\nimport {modules}\nassert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

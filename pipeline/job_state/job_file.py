@@ -18,17 +18,10 @@ from pydantic_core import to_jsonable_python
 
 from pipeline.errors import JobRefused
 from pipeline.failpoints import visit
+from pipeline.job_context import AccessRules, BoxRules, JobContext, JobDetector, Weights
 from pipeline.schema import SCHEMA_VERSION
-from pipeline.settings import (
-    AccessRules,
-    BoxRules,
-    JobContext,
-    JobDetector,
-    Limits,
-    ModelSettings,
-    Weights,
-)
-from pipeline.storage.store import NotFound, Store
+from pipeline.settings import Limits, ModelSettings
+from pipeline.storage.output_store import NotFound, Store
 
 JOB_KEY = "job.json"
 JOB_FORMAT = 1

@@ -1,6 +1,6 @@
 """Writes docs/dependencies.md: every pinned package with the licence that it states of itself.
 
-    make setup LOCK=constraints.txt && .venv/bin/python tools/dependencies.py
+    make setup LOCK=constraints.txt && .venv/bin/python tools/write_dependencies_docs.py
 
 Reads the metadata of what is installed in this environment, so all extras must be; a pinned package that is
 not installed is listed as such, never left out.
@@ -72,7 +72,7 @@ def page() -> str:
         "# Dependencies and their licences",
         "",
         "Every pinned package, with the licence that its own metadata state.",
-        "Written by `tools/dependencies.py`; do not edit.",
+        "Written by `tools/write_dependencies_docs.py`; do not edit.",
         "",
         "`asked by`: the part of pyproject.toml that names it; empty: it came with another package.",
         "`in the image`: installed by deploy/Dockerfile, so part of what runs on a cluster.",

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from pipeline.errors import HqlabelError, JobRefused
 from pipeline.failpoints import visit
-from pipeline.storage.store import NotFound, Store
+from pipeline.storage.output_store import NotFound, Store
 
 BEAT_EVERY_S = 2.0
 TAKEOVER_AFTER_S = 8.0

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from pipeline.errors import DamageFound
 from pipeline.schema import PLAN
-from pipeline.storage import sealed_parquet
-from pipeline.storage.store import Store
+from pipeline.storage import checksummed_parquet
+from pipeline.storage.output_store import Store
 
 UNITS_PER_FILE = 64
 
@@ -30,7 +30,7 @@ def read_unit(store: Store, plan_sha256: str, unit_id: int) -> pa.Table:
     """
     key = plan_key(plan_sha256, unit_id // UNITS_PER_FILE)
     group = unit_id % UNITS_PER_FILE
-    with store.open_parquet(key) as stream, sealed_parquet.open_body(stream, PLAN, key) as file:
+    with store.open_parquet(key) as stream, checksummed_parquet.open_body(stream, PLAN, key) as file:
         if group >= file.num_row_groups:
             raise DamageFound(f"{key}: {file.num_row_groups} units, so there is no unit {unit_id}")
         try:
@@ -51,7 +51,7 @@ def iter_plan(store: Store, plan_sha256: str) -> Iterator[pa.Table]:
     for index, entry in enumerate(store.list(f"plan/{plan_sha256[:16]}/")):
         if entry.key != plan_key(plan_sha256, index):
             raise DamageFound(f"{plan_key(plan_sha256, index)}: missing; the next file is {entry.key}")
-        rows = sealed_parquet.read_body(store.read(entry.key), PLAN, entry.key)
+        rows = checksummed_parquet.read_body(store.read(entry.key), PLAN, entry.key)
         ids = rows.column("unit_id").to_numpy()
         edges = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
         for start, stop in pairwise(edges):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import SystemicFault
-from pipeline.execution.placement import COMMIT_CPUS, Node, fit, still_fits
+from pipeline.ray_execution.placement import COMMIT_CPUS, Node, fit, still_fits
 from pipeline.settings import ClusterSettings
 
 GIB = 2**30

@@ -1,6 +1,6 @@
 """Write docs/configuration.md from the settings' own declarations.
 
-.venv/bin/python tools/configuration.py
+.venv/bin/python tools/write_configuration_docs.py
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from jobs.config import Config
+from jobs.load_config import Config
 from pipeline.settings import CHANGES_ROWS, IDENTITY, Unit
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """# Configuration
 
 Every setting of a job, in the order of the YAML file that `--config` reads.
-Written by `tools/configuration.py`; do not edit.
+Written by `tools/write_configuration_docs.py`; do not edit.
 
 Flags and `--set section.name=value` go before the file; an unknown name is an error and proposes the nearest.
 Secrets have no setting: they come from the environment, a profile or a role of the machine.

@@ -14,9 +14,10 @@ import time
 import pytest
 
 from pipeline.errors import HqlabelError, JobRefused
-from pipeline.job import driver_lock as owner
-from pipeline.job.driver_lock import Holder, Owner, current_holder, this_process
-from pipeline.job.job_file import (
+from pipeline.job_context import AccessRules, JobDetector, Place
+from pipeline.job_state import driver_lock as owner
+from pipeline.job_state.driver_lock import Holder, Owner, current_holder, this_process
+from pipeline.job_state.job_file import (
     JOB_KEY,
     Job,
     differences,
@@ -26,9 +27,8 @@ from pipeline.job.job_file import (
     require_job,
     units_per_part,
 )
-from pipeline.settings import AccessRules, JobDetector, Place
-from pipeline.storage import object_store as buckets
-from pipeline.storage.store import Store
+from pipeline.storage import cloud_buckets as buckets
+from pipeline.storage.output_store import Store
 from tests.pipeline.made_units import make_context
 
 INPUTS = {

@@ -28,16 +28,17 @@ import ray
 import ray.data
 
 from pipeline.errors import SystemicFault
-from pipeline.execution import metrics, node_watch
-from pipeline.execution.placement import Requests
-from pipeline.execution.ray_errors import raise_original
 from pipeline.images.decode_process import DecodeChild
-from pipeline.settings import ClusterSettings, JobContext, Limits, UnitOutcome
+from pipeline.job_context import JobContext, UnitOutcome
+from pipeline.ray_execution import metrics, node_watch
+from pipeline.ray_execution.placement import Requests
+from pipeline.ray_execution.ray_errors import raise_original
+from pipeline.settings import ClusterSettings, Limits
 from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.hand_over import UNIT_COLUMN, UnitRow, pack, unit_to_json, unpack
 from pipeline.stages.prepare import prepare_unit
+from pipeline.stages.rows_between_stages import UNIT_COLUMN, UnitRow, pack, unit_to_json, unpack
 from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.store import Store
+from pipeline.storage.output_store import Store
 from pipeline.worker import logs
 
 UNITS_PER_WAVE = 5000
@@ -203,7 +204,7 @@ def chain(
 
 
 def prepare(table: pa.Table, context: JobContext) -> pa.Table:
-    """Stage one: fetch and decode the unit that `table` names; schema hand_over.UNIT_ROW."""
+    """Stage one: fetch and decode the unit that `table` names; schema rows_between_stages.UNIT_ROW."""
     logs.keep_in_this_process()
     began = time.monotonic()
     detector = context.detector
@@ -230,7 +231,7 @@ def _decode_process(
 class Segment:
     """Stage two: one actor with the model, and the detector where there is one.
 
-    A unit in, the unit with its masks out, schema hand_over.UNIT_ROW.
+    A unit in, the unit with its masks out, schema rows_between_stages.UNIT_ROW.
     """
 
     def __init__(self, context: JobContext, epoch: int, use_gpu: bool) -> None:

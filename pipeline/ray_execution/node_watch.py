@@ -17,8 +17,8 @@ from ray.autoscaler.sdk import request_resources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from pipeline.errors import SystemicFault
-from pipeline.execution import metrics
-from pipeline.execution.placement import Node, Requests, fit, still_fits
+from pipeline.ray_execution import metrics
+from pipeline.ray_execution.placement import Node, Requests, fit, still_fits
 from pipeline.settings import ClusterSettings
 
 NODES_GONE_S = 60.0

@@ -18,14 +18,14 @@ from PIL import Image
 
 from model.records import PreparedImage, Prompts, resize_longest_side
 from pipeline.errors import SystemicFault
-from pipeline.execution import node_watch
-from pipeline.execution.chain import Retry, chain, run_units
-from pipeline.execution.node_watch import check_resources
-from pipeline.execution.placement import Node, Requests, fit
-from pipeline.execution.ray_tasks import map_parts, run_on_model_node
+from pipeline.ray_execution import node_watch
+from pipeline.ray_execution.chain import Retry, chain, run_units
+from pipeline.ray_execution.node_watch import check_resources
+from pipeline.ray_execution.placement import Node, Requests, fit
+from pipeline.ray_execution.ray_tasks import map_parts, run_on_model_node
 from pipeline.settings import ClusterSettings, Limits
-from pipeline.stages.hand_over import UnitRow
-from pipeline.storage.store import Store
+from pipeline.stages.rows_between_stages import UnitRow
+from pipeline.storage.output_store import Store
 from pipeline.tables.unit_files import list_committed, read_committed
 from tests.conftest import make_place
 from tests.fakes import box_masks, harmful_picture, trouble
@@ -337,7 +337,7 @@ def test_the_rest_is_begun_anew_when_nodes_are_gone_and_nothing_finishes(tmp_pat
 
 
 def test_many_units_go_in_waves(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.execution.chain.UNITS_PER_WAVE", 2)
+    monkeypatch.setattr("pipeline.ray_execution.chain.UNITS_PER_WAVE", 2)
     job = make_job(tmp_path, {f"{i}.png": png(noise(i)) for i in range(3)}, images_per_unit=1)
 
     outcomes = run(job)

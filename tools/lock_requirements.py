@@ -8,8 +8,8 @@ torch stands outside: its wheel differs by accelerator, so it has a version here
 segment-anything-hq (an oracle of tests/parity) is pinned without its dependencies: torchvision and timm
 would bring a torch of their own, and the tests stand in for the two functions it takes from them.
 
-    .venv/bin/python tools/lock.py             keeps the versions of constraints.txt, adds what is new
-    .venv/bin/python tools/lock.py --upgrade   takes the newest that pyproject.toml allows
+    .venv/bin/python tools/lock_requirements.py             keeps the versions of constraints.txt, adds new
+    .venv/bin/python tools/lock_requirements.py --upgrade   takes the newest that pyproject.toml allows
 
 Takes about eight minutes: pip reads the index once for every machine of TARGETS.
 """
@@ -116,7 +116,7 @@ def hashes(pins: dict[str, str]) -> dict[str, set[str]]:
 
 def write(path: Path, title: str, lines: list[str]) -> None:
     """Writes a pin file with its heading."""
-    header = f"# {title}\n# Written by tools/lock.py; do not edit.\n"
+    header = f"# {title}\n# Written by tools/lock_requirements.py; do not edit.\n"
     path.write_text(header + "\n".join(lines) + "\n")
 
 

@@ -19,10 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError
-from pipeline.settings import AccessRules, Place
-from pipeline.storage import object_store as buckets
+from pipeline.job_context import AccessRules, Place
+from pipeline.storage import cloud_buckets as buckets
 from pipeline.storage.backend import check_complete
 from pipeline.storage.local_disk import LocalBackend
+from pipeline.storage.output_store import NotFound, Store
 from pipeline.storage.read_objects import (
     fingerprint,
     head_object,
@@ -31,8 +32,7 @@ from pipeline.storage.read_objects import (
     open_input,
     read_object,
 )
-from pipeline.storage.retries import ShortBody, classify
-from pipeline.storage.store import NotFound, Store
+from pipeline.storage.request_retries import ShortBody, classify
 from pipeline.storage.uri_rules import check_uri
 from tests.s3_proxy import Fault
 
@@ -239,8 +239,8 @@ def test_a_store_travels_to_another_process(store: Store):
 KILLED_WRITE = """
 import os, signal, sys
 from pipeline.storage import local_disk
-from pipeline.settings import AccessRules, Place
-from pipeline.storage.store import Store
+from pipeline.job_context import AccessRules, Place
+from pipeline.storage.output_store import Store
 step, verb, uri = sys.argv[1:4]
 real = getattr(os, step)
 def die(*args, **kwargs):
@@ -281,8 +281,8 @@ def test_temporary_files_of_dead_writers_are_dropped_after_an_hour(local_store: 
 FULL_DISK = """
 import sys
 from pipeline.errors import SystemicFault
-from pipeline.settings import AccessRules, Place
-from pipeline.storage.store import Store
+from pipeline.job_context import AccessRules, Place
+from pipeline.storage.output_store import Store
 store = Store(Place(uri=sys.argv[1]))
 for verb in (store.put_if_absent, store.put):
     try:
@@ -660,7 +660,7 @@ def test_secrets_in_options_are_refused_by_name_and_never_shown():
 
 
 def test_error_text_carries_no_query_and_no_login():
-    from pipeline.storage.retries import describe
+    from pipeline.storage.request_retries import describe
 
     text = describe(OSError("GET http://me:CANARY1@host/a.jpg?X-Amz-Signature=CANARY2 failed\n\x1b[31m"))
     assert "CANARY" not in text

@@ -30,9 +30,10 @@ from pipeline.inputs.image_box_lists import (
 )
 from pipeline.inputs.propose_columns import missing_column
 from pipeline.inputs.read_table import inspect_tables, naming_values, open_named, read_batches
-from pipeline.settings import AccessRules, BoxFormat, BoxFrame, BoxRules
+from pipeline.job_context import AccessRules, BoxRules
+from pipeline.settings import BoxFormat, BoxFrame
 from pipeline.storage.backend import Entry
-from pipeline.storage.sealed_parquet import open_closed
+from pipeline.storage.checksummed_parquet import open_closed
 
 _IMAGES = {
     "image_id": Kind(0, "text"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.config import Config, ConfigSources, known_names, parse_set, to_yaml
+from jobs.load_config import Config, ConfigSources, known_names, parse_set, to_yaml
 from pipeline.errors import UsageError
 
 

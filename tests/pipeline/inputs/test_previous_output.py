@@ -7,9 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import JobRefused, UsageError
+from pipeline.job_context import AccessRules, Place
 from pipeline.planning.make_plan import Plan, make_plan
-from pipeline.settings import AccessRules, FilterSettings, InputSettings, Place
-from pipeline.storage.store import Store
+from pipeline.settings import FilterSettings, InputSettings
+from pipeline.storage.output_store import Store
 from pipeline.tables.publish_tables import publish
 from tests.pipeline.made_units import make_job
 

@@ -11,10 +11,10 @@ from PIL import Image, ImageOps
 
 from model.rle import compress_lengths
 from pipeline.errors import BOX_CODES
+from pipeline.image_result import ResolvedBoxes
+from pipeline.job_context import BoxRules
 from pipeline.planning.suspicious_boxes import suspicions
-from pipeline.settings import BoxRules
-from pipeline.stages.resolve_boxes import MOST_POINTS, resolve_boxes
-from pipeline.unit import ResolvedBoxes
+from pipeline.stages.box_prompts import MOST_POINTS, resolve_boxes
 
 SIZE_HW = (480, 640)
 WHOLE = compress_lengths([0, 480 * 640])

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import ray
 
-from pipeline.execution.node_watch import check_resources
-from pipeline.execution.ray_errors import raise_original
+from pipeline.ray_execution.node_watch import check_resources
+from pipeline.ray_execution.ray_errors import raise_original
 from pipeline.settings import ClusterSettings
 from pipeline.worker.process_env import refuse_unsafe_env
 

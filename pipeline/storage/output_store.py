@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import BinaryIO, NoReturn, TypeVar
 
 from pipeline.errors import SystemicFault, UsageError
-from pipeline.settings import Place
+from pipeline.job_context import Place
 from pipeline.storage.backend import Backend, Entry
-from pipeline.storage.object_store import backend_for
+from pipeline.storage.cloud_buckets import backend_for
 from pipeline.storage.read_objects import blockwise
-from pipeline.storage.retries import StorageFault, with_retries
+from pipeline.storage.request_retries import StorageFault, with_retries
 from pipeline.storage.uri_rules import refuse_secrets, split_scheme
 
 T = TypeVar("T")

@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from model.records import Instances
 from pipeline.errors import SystemicFault
+from pipeline.image_result import ImageResult, Pixels, UInt8Array
 from pipeline.schema import PLAN
-from pipeline.unit import ImageResult, Pixels, UInt8Array
 
 UNIT_COLUMN, PLANNED = "unit", "planned"
 PIXEL_FIELDS = ("pixels_hwc", "detector_pixels_hwc")  # of ImageResult, and columns here

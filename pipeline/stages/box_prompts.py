@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.rle import rle_faults
-from pipeline.boxes import (
+from pipeline.box_geometry import (
     PixelFormat,
     best_first,
     box_iou,
@@ -26,8 +26,9 @@ from pipeline.boxes import (
     denormalise_boxes,
     suppress,
 )
-from pipeline.settings import BoxFormat, BoxFrame, BoxRules
-from pipeline.unit import ResolvedBoxes
+from pipeline.image_result import ResolvedBoxes
+from pipeline.job_context import BoxRules
+from pipeline.settings import BoxFormat, BoxFrame
 
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]

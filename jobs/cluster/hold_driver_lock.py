@@ -6,10 +6,10 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from jobs.job_setup.slices import WHOLE, Slice
+from jobs.job_setup.job_slices import WHOLE, Slice
 from jobs.terminal.signals import Interrupts
-from pipeline.job.driver_lock import Owner
-from pipeline.storage.store import Store
+from pipeline.job_state.driver_lock import Owner
+from pipeline.storage.output_store import Store
 
 
 class JobLock:

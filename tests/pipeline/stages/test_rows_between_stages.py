@@ -10,7 +10,8 @@ import pytest
 
 from model.records import Instances
 from pipeline.errors import SystemicFault
-from pipeline.stages.hand_over import (
+from pipeline.image_result import ImageResult
+from pipeline.stages.rows_between_stages import (
     PIXEL_FIELDS,
     UNIT_COLUMN,
     UNIT_ROW,
@@ -20,7 +21,6 @@ from pipeline.stages.hand_over import (
     unit_to_json,
     unpack,
 )
-from pipeline.unit import ImageResult
 
 
 def planned(image_id="a", boxes=()):
