@@ -91,7 +91,7 @@ def measure_model(config: Config, folder: Path, interrupts: Interrupts, *, quick
     begin = partial(_load_model, weights, asked, chain.device)
     rate = loop_rate(loop_of_model, paths, processes=chain.actors, begin=begin)
     figures = [_figures(size_hw, chain, [rate], chain.actors)]
-    processes = console.count(chain.actors, "process", "processes")
+    processes = count(chain.actors, "process", "processes")
     return _table(f"{weights.architecture}, {dtype}, against {processes} of one bare loop each", figures)
 
 

@@ -31,6 +31,7 @@ from jobs.job_setup.open_job import open_or_create
 from jobs.load_config import Config, ConfigSources
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
+from pipeline.errors import count
 from pipeline.job_context import JobContext, UnitOutcome
 from pipeline.job_state.plan_files import iter_plan
 from pipeline.planning.make_plan import write_plan
@@ -161,7 +162,7 @@ class _Watch:
 
 
 def _texts(row: dict[str, Any]) -> tuple[str, ...]:
-    return row["step"], f"{row['seconds']:.1f}", f"{row['cpu_s']:.1f}", console.count(round(row["peak_mb"]))
+    return row["step"], f"{row['seconds']:.1f}", f"{row['cpu_s']:.1f}", count(round(row["peak_mb"]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import typer
 from jobs.cli import options
 from jobs.cli.app import app, command, interrupts
 from jobs.cli.options import JOB, OUTPUT, RAY_ADDRESS
-from jobs.job_setup.job_slices import parse_slice
 from jobs.load_config import ConfigSources
 from pipeline.errors import UsageError, clean_text
 
@@ -37,7 +36,10 @@ def label(
     picture of some results. Run the same command again after any end: what is done is not done again.
     """
     _refuse_more(ctx.args)
-    settings, part = given.load(), parse_slice(slice_)
+    settings = given.load()
+    from jobs.job_setup.driver_slice import parse_slice
+
+    part = parse_slice(slice_)  # before the slow imports below
     from jobs.commands.label import LabelOptions, run
 
     chosen = LabelOptions(part=part, check_inputs=check_inputs, progress=not no_progress, json=json)

@@ -24,9 +24,8 @@ from jobs.cluster.ray_cluster import (
 )
 from jobs.job_setup import resolve_settings
 from jobs.load_config import Config
-from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
-from pipeline.errors import JobRefused, SystemicFault
+from pipeline.errors import JobRefused, SystemicFault, count
 from pipeline.ray_execution.placement import Node, Requests, fit
 from pipeline.stages.load_model import native_dtype
 from pipeline.tables.manifest import Part
@@ -123,7 +122,7 @@ class Machine:
             return str(self._info)
         requests = self.check()
         cpus = self._config.cluster.cpus or usable_cpus()
-        processes = console.count(min(requests.actors_max, units), "model process", "model processes")
+        processes = count(min(requests.actors_max, units), "model process", "model processes")
         return f"private Ray on this machine: {cpus} CPU cores, {processes} on {self.device()}"
 
     def map_parts(self, function: Callable[[PartTask], Part], tasks: Sequence[PartTask]) -> Iterable[Part]:

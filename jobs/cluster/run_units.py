@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from jobs.cluster.ray_session import Machine
 from jobs.job_setup.open_job import code_version
 from jobs.load_config import CONFIG_KEY, Config, to_yaml
-from jobs.terminal.progress import Counts, Progress, choose_mode
+from jobs.terminal.progress import CallCounts, Progress, choose_mode
 from jobs.terminal.signals import Interrupted, Interrupts
 from pipeline.errors import SystemicFault
 from pipeline.job_context import JobContext
@@ -47,7 +47,7 @@ def run_pending(
     done_images: int,
     generations: Mapping[int, int] | None = None,
     codes: tuple[str, ...] = (),
-) -> Counts:
+) -> CallCounts:
     """Run units until `pending` (asked of the store before every pass) names none; return what was done.
 
     `total_images`, `done_images`: for the progress. `generations`, `codes`: of a retry; see `chain.Retry`.

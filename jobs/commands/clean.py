@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from jobs.cluster.hold_driver_lock import JobLock
 from jobs.job_setup import resolve_settings
+from jobs.job_setup.driver_slice import JobLock
 from jobs.load_config import Config
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
-from pipeline.errors import JobRefused
+from pipeline.errors import JobRefused, count
 from pipeline.job_state.job_file import require_job
 from pipeline.storage.output_store import Store
 from pipeline.tables.clean_output import clean
@@ -25,8 +25,8 @@ def run(config: Config, interrupts: Interrupts, *, sure: bool, json: bool) -> in
     with JobLock(store, interrupts) as lock:
         done = clean(store, require_owner=lock.require)
     console.say(
-        f"{store.place.uri}: {console.count(done.files, 'file')} removed ({console.size(done.bytes)}), "
-        f"{console.count(done.uploads, 'unfinished upload')} dropped; the tables are as they were"
+        f"{store.place.uri}: {count(done.files, 'file')} removed ({console.size(done.bytes)}), "
+        f"{count(done.uploads, 'unfinished upload')} dropped; the tables are as they were"
     )
     if json:
         console.data_json({"output": store.place.uri, "deleted": True, **asdict(done)})
@@ -41,7 +41,7 @@ def _report_candidates(store: Store, *, json: bool) -> int:
         )
     files = [entry for prefix in ("units/", "attempts/") for entry in store.list(prefix)]
     size = sum(entry.size for entry in files)
-    what = f"{console.count(len(files), 'working file')} ({console.size(size)})"
+    what = f"{count(len(files), 'working file')} ({console.size(size)})"
     console.say(f"{store.place.uri}: {what} would go; nothing was deleted. Add --yes to delete them")
     console.say("afterwards the job can no longer be retried or published with other filters")
     if json:

@@ -1,6 +1,6 @@
 """`hqlabel doctor`: what this machine offers, and what would stop a job here, before any job is run.
 
-Every check is a `Finding`; one that fails ends the command with exit code 4. Probes use the real
+Every check is a `Check`; one that fails ends the command with exit code 4. Probes use the real
 thing: an object is written and read back, Ray is started and runs a task, the weights are read whole.
 """
 
@@ -25,7 +25,7 @@ from jobs.job_setup.resolve_settings import is_local, output_place
 from jobs.load_config import Config
 from jobs.terminal import console
 from model.device import probe_dtype
-from pipeline.errors import HqlabelError, clean_text
+from pipeline.errors import HqlabelError, clean_text, count
 from pipeline.storage.output_store import Store
 from pipeline.worker.process_env import REFUSED, loosening_in
 
@@ -54,7 +54,7 @@ _SMALL_SHM = 2 * 2**30
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One thing checked. `area`: its group; `name`: what; `text`: what was found and what to do."""
 
     area: str
@@ -65,7 +65,7 @@ class Finding:
 
 def run(config: Config, *, with_ray: bool, json: bool) -> int:
     """Check everything, print it, and return 0, or 4 when something would stop a job."""
-    findings: list[Finding] = []
+    findings: list[Check] = []
     for finding in _check(config, with_ray):
         findings.append(finding)
         if not json:
@@ -73,13 +73,11 @@ def run(config: Config, *, with_ray: bool, json: bool) -> int:
     failed = sum(finding.state == "fail" for finding in findings)
     if json:
         console.data_json({"sound": not failed, "findings": [vars(finding) for finding in findings]})
-    console.say(
-        f"\n{console.count(failed, 'problem')} found" if failed else "\nnothing here would stop a job"
-    )
+    console.say(f"\n{count(failed, 'problem')} found" if failed else "\nnothing here would stop a job")
     return 4 if failed else 0
 
 
-def _check(config: Config, with_ray: bool) -> Iterator[Finding]:
+def _check(config: Config, with_ray: bool) -> Iterator[Check]:
     yield from versions()
     yield from environment()
     yield from machine()
@@ -93,10 +91,10 @@ def _check(config: Config, with_ray: bool) -> Iterator[Finding]:
         yield ray(config)
 
 
-def versions() -> Iterator[Finding]:
+def versions() -> Iterator[Check]:
     """Python, the packages against their security floors, and which extras are installed."""
-    yield Finding("versions", "hqlabel", "ok", _version("hqlabel") or "not installed: a checkout")
-    yield Finding(
+    yield Check("versions", "hqlabel", "ok", _version("hqlabel") or "not installed: a checkout")
+    yield Check(
         "versions",
         "python",
         "ok",
@@ -106,89 +104,89 @@ def versions() -> Iterator[Finding]:
         found = _version(package)
         floor = _FLOORS.get(package)
         if found is None:
-            yield Finding("versions", package, "fail", "not installed; run `make setup`")
+            yield Check("versions", package, "fail", "not installed; run `make setup`")
         elif floor is not None and _numbers(found) < floor:
             wanted = ".".join(map(str, floor))
-            yield Finding("versions", package, "fail", f"{found}; wanted {wanted} or later")
+            yield Check("versions", package, "fail", f"{found}; wanted {wanted} or later")
         else:
-            yield Finding("versions", package, "ok", found)
+            yield Check("versions", package, "ok", found)
     for package, extra in _EXTRAS.items():
         found = _version(package)
         text = found or f"not installed; needed for it: pip install 'hqlabel[{extra}]'"
-        yield Finding("versions", package, "ok" if found else "note", text)
+        yield Check("versions", package, "ok" if found else "note", text)
 
 
-def environment() -> Iterator[Finding]:
+def environment() -> Iterator[Check]:
     """Check the environment variables that a job refuses to start with."""
     found = loosening_in(os.environ, REFUSED)
     for name, why in found.items():
-        yield Finding("environment", name, "fail", f"is set: it {why}; unset it")
+        yield Check("environment", name, "fail", f"is set: it {why}; unset it")
     if not found:
         text = f"none of the {len(REFUSED)} variables that a job refuses is set"
-        yield Finding("environment", "switches", "ok", text)
+        yield Check("environment", "switches", "ok", text)
 
 
-def machine() -> Iterator[Finding]:
+def machine() -> Iterator[Check]:
     """CPU, memory, shared memory and GPUs, and the number format the model would use on each."""
     flags = " ".join(_cpu_flags()) or "no flags known"
     cores = f"{usable_cpus()} of {os.cpu_count()} cores usable; {flags}"
-    yield Finding("machine", "cpu", "ok", f"{cores}; model.dtype auto: {probe_dtype('cpu')}")
-    yield Finding("machine", "memory", "ok", console.size(memory_bytes()))
+    yield Check("machine", "cpu", "ok", f"{cores}; model.dtype auto: {probe_dtype('cpu')}")
+    yield Check("machine", "memory", "ok", console.size(memory_bytes()))
     yield from _shared_memory()
     if not torch.cuda.is_available():
-        yield Finding("machine", "gpu", "note", "none: the model runs on the CPU, slowly")
+        yield Check("machine", "gpu", "note", "none: the model runs on the CPU, slowly")
     for index in range(torch.cuda.device_count()):
         yield _gpu(index)
 
 
-def _shared_memory() -> Iterator[Finding]:
+def _shared_memory() -> Iterator[Check]:
     shm = Path("/dev/shm")
     if not shm.is_dir():
         return
     free = shutil.disk_usage(shm).free
     if free < _SMALL_SHM:
         text = f"{console.size(free)} free in /dev/shm, the rest goes to disk; containers: --shm-size=4g"
-        yield Finding("machine", "shared memory", "note", text)
+        yield Check("machine", "shared memory", "note", text)
     else:
-        yield Finding("machine", "shared memory", "ok", f"{console.size(free)} free")
+        yield Check("machine", "shared memory", "ok", f"{console.size(free)} free")
 
 
-def _gpu(index: int) -> Finding:
+def _gpu(index: int) -> Check:
     name = f"gpu {index}"
     try:
         facts = torch.cuda.get_device_properties(index)
         torch.zeros(1, device=f"cuda:{index}").add_(1).item()
     except RuntimeError as error:
-        return Finding("machine", name, "fail", f"does not compute: {error}")
+        return Check("machine", name, "fail", f"does not compute: {error}")
     text = (
         f"{facts.name}, {console.size(facts.total_memory)}; model.dtype auto: {probe_dtype(f'cuda:{index}')}"
     )
-    return Finding("machine", name, "ok", text)
+    return Check("machine", name, "ok", text)
 
 
-def checkpoint(config: Config) -> Finding:
+def checkpoint(config: Config) -> Check:
     """Check whether the checkpoint is whole and of a known architecture, with its sha256 and licence."""
     try:
         weights = read_checkpoint(config)
     except HqlabelError as error:
-        return Finding("job", "checkpoint", "fail", str(error))
+        return Check("job", "checkpoint", "fail", str(error))
     parts = [weights.architecture, f"input side {weights.input_side}", f"sha256 {weights.sha256}"]
     parts.append(f"licence {weights.license}" if weights.license else "licence unknown: ask its publisher")
     parts += [note for note in (weights.note, weights.warning) if note]
     state: State = "note" if weights.warning else "ok"
-    return Finding("job", "checkpoint", state, "; ".join(parts))
+    return Check("job", "checkpoint", state, "; ".join(parts))
 
 
-def detector(config: Config) -> Finding:
+def detector(config: Config) -> Check:
     """Check whether the detector loads and answers a blank picture, with its fingerprint and licence."""
     try:
         found = read_detector(config)
     except HqlabelError as error:
-        return Finding("job", "detector", "fail", str(error))
-    return Finding("job", "detector", "ok", str(found))
+        return Check("job", "detector", "fail", str(error))
+    return Check("job", "detector", "ok", str(found))
 
 
-def output(config: Config) -> Finding:
+def output(config: Config) -> Check:
     """Check whether this user may write, create once, read and list at the output; writes a probe."""
     place = output_place(config)
     try:
@@ -198,11 +196,11 @@ def output(config: Config) -> Finding:
         sound = created and not again and store.read(key) == b"probe" and bool(store.list(key))
         left = _remove_probe(config, key)
     except HqlabelError as error:
-        return Finding("job", "output", "fail", str(error))
+        return Check("job", "output", "fail", str(error))
     if not sound:
         text = f"{place.uri} does not keep the first of two writers; a job there could lose work"
-        return Finding("job", "output", "fail", text)
-    return Finding("job", "output", "ok", f"{place.uri}: write once, read, list work{left}")
+        return Check("job", "output", "fail", text)
+    return Check("job", "output", "ok", f"{place.uri}: write once, read, list work{left}")
 
 
 def _remove_probe(config: Config, key: str) -> str:
@@ -217,7 +215,7 @@ def _remove_probe(config: Config, key: str) -> str:
     return ""
 
 
-def ray(config: Config) -> Finding:
+def ray(config: Config) -> Check:
     """Check whether Ray starts here, or the named cluster answers, and runs a task."""
     try:
         with running_ray(config.cluster, os.environ) as info:
@@ -228,14 +226,14 @@ def ray(config: Config) -> Finding:
 
             answer = library.get(library.remote(num_cpus=0.1)(where).remote(), timeout=120)
     except HqlabelError as error:
-        return Finding("ray", "ray", "fail", str(error))
+        return Check("ray", "ray", "fail", str(error))
     except Exception as error:
         reason = clean_text(f"{type(error).__name__}: {error}".splitlines()[0])
-        return Finding("ray", "ray", "fail", f"no task ran within 120 s: {reason}")
-    return Finding("ray", "ray", "ok", f"{info}; a task ran in process {answer}")
+        return Check("ray", "ray", "fail", f"no task ran within 120 s: {reason}")
+    return Check("ray", "ray", "ok", f"{info}; a task ran in process {answer}")
 
 
-def _print(finding: Finding, *, first_of_area: bool) -> None:
+def _print(finding: Check, *, first_of_area: bool) -> None:
     if first_of_area:
         console.data(finding.area)
     mark = {"ok": "ok  ", "note": "note", "fail": "FAIL"}[finding.state]

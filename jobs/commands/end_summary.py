@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs.job_setup.job_slices import Slice
+from jobs.job_setup.driver_slice import Slice
 from jobs.load_config import Config
 from jobs.results.read_tables import Row, failed_examples
 from jobs.terminal import console, input_report
-from jobs.terminal.progress import Counts
-from pipeline.errors import SystemicFault
+from jobs.terminal.progress import CallCounts
+from pipeline.errors import SystemicFault, count
 from pipeline.job_state.job_file import Job
 from pipeline.settings import Limits
 from pipeline.storage.output_store import Store
@@ -32,7 +33,7 @@ class Ending:
     config: Config
     store: Store
     job: Job
-    counts: Counts
+    counts: CallCounts
     seconds: float
     manifest: Manifest | None = None
     picture: str | None = None
@@ -53,7 +54,7 @@ def over_budget(limits: Limits, *, images: int, failed: int) -> str | None:
     if not failed or images < limits.failure_rate_from_images or failed / images <= limits.max_failure_rate:
         return None
     return (
-        f"over the failure budget: {failed:,} of {console.count(images, 'image')} failed "
+        f"over the failure budget: {failed:,} of {count(images, 'image')} failed "
         f"({console.share(failed, images)}), limits.max_failure_rate is {limits.max_failure_rate:g}; fix "
         f"the cause and retry, or allow more: --set limits.max_failure_rate={_next_tenth(failed / images):g} "
         f"(exit code {EXIT_OVER_BUDGET})"
@@ -88,7 +89,7 @@ def report_slice_done(end: Ending, part: Slice, *, json: bool) -> int:
     console.say(
         f"slice {part.text} is done: {_this_run(end)}; other slices are not, so nothing was published"
     )
-    console.say(f"  next       {console.command(['hqlabel', 'status', '--output', output])}")
+    console.say(f"  next       {shlex.join(['hqlabel', 'status', '--output', output])}")
     if json:
         console.data_json({"output": output, "state": "slice_done", "slice": part.text, **_run_json(end)})
     return 0
@@ -134,11 +135,11 @@ def next_commands(output: str, *, failed: int, limited: bool) -> list[str]:
     place = ["--output", output]
     commands = []
     if failed:
-        commands.append(console.command(["hqlabel", "retry", *place]) + "   # once the cause is fixed")
+        commands.append(shlex.join(["hqlabel", "retry", *place]) + "   # once the cause is fixed")
     if limited:
         commands.append("the same command without --limit and with another --output, for all images")
-    commands.append(console.command(["hqlabel", "report", *place]))
-    commands.append(console.command(["hqlabel", "validate", *place]))
+    commands.append(shlex.join(["hqlabel", "report", *place]))
+    commands.append(shlex.join(["hqlabel", "validate", *place]))
     return commands
 
 
@@ -164,13 +165,13 @@ def _lines(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], o
     limited = end.config.input.limit is not None
     for place, text in enumerate(next_commands(output, failed=failed, limited=limited)):
         rows.append(("next" if place == 0 else "", text))
-    lines = [f"done: {console.count(counts.images, 'image')} in {output}; {head}", console.pairs(rows)]
+    lines = [f"done: {count(counts.images, 'image')} in {output}; {head}", console.pairs(rows)]
     return lines if over is None else [*lines, over]
 
 
 def _this_run(end: Ending) -> str:
     counts = end.counts
-    done = f"{console.count(end.images, 'image')} in this run, {console.duration(end.seconds)}"
+    done = f"{count(end.images, 'image')} in this run, {console.duration(end.seconds)}"
     rates = f"{console.rate(end.images / end.seconds)} images/s"
     if end.redone is None:
         rates += f", {console.rate(counts.instances / end.seconds)} boxes/s"

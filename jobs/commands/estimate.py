@@ -22,7 +22,7 @@ from jobs.load_config import Config
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupted, Interrupts
 from pipeline.arrow_lists import table_sha256
-from pipeline.errors import JobRefused
+from pipeline.errors import JobRefused, count
 from pipeline.job_context import JobContext, JobDetector, Place, UnitOutcome, Weights
 from pipeline.job_state.job_file import units_per_part
 from pipeline.planning.make_plan import Plan, write_plan
@@ -240,8 +240,8 @@ def carry_over(measured: Measured, plan: Plan, *, left: int, usd_per_gpu_hour: f
 def describe(estimate: Estimate) -> list[tuple[str, str]]:
     """Return the estimate as lines of text."""
     measured = estimate.measured
-    processes = console.count(measured.actors, "model process", "model processes")
-    sample = f"{console.count(measured.images, 'image')}, {console.count(measured.boxes, 'box', 'boxes')}"
+    processes = count(measured.actors, "model process", "model processes")
+    sample = f"{count(measured.images, 'image')}, {count(measured.boxes, 'box', 'boxes')}"
     sample += f", {console.with_a_mask(measured.masks, measured.empty)}"
     failed = f", {measured.failed:,} failed" if measured.failed else ""
     rate = f"{console.rate(measured.images_per_s)} images/s with {processes} on {measured.device}"
@@ -252,7 +252,7 @@ def describe(estimate: Estimate) -> list[tuple[str, str]]:
     if measured.gpus:
         money = "" if estimate.usd is None else f", {estimate.usd:,.2f} USD"
         rows.append(("GPU-hours", f"{estimate.gpu_hours:.2f}{money}"))
-    parts = console.count(estimate.parts, "part")
+    parts = count(estimate.parts, "part")
     size = console.size(estimate.bytes)
     rows.append(("tables", f"about {size} in {parts}, and as much or more of working files"))
     return rows

@@ -10,20 +10,20 @@ is read, Ray is not started, no byte changes.
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from dataclasses import dataclass
 
-from jobs.cluster.hold_driver_lock import JobLock
 from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import Work, images_in, run_pending, save_config
 from jobs.commands.end_summary import Ending, report_done, report_slice_done
 from jobs.job_setup import resolve_settings
-from jobs.job_setup.job_slices import WHOLE, Slice
+from jobs.job_setup.driver_slice import WHOLE, JobLock, Slice
 from jobs.job_setup.open_job import Opened, code_version, open_or_create
 from jobs.load_config import CONFIG_KEY, Config
 from jobs.results.render_images import write_contact_sheet
 from jobs.terminal import console, input_report
-from jobs.terminal.progress import Counts
+from jobs.terminal.progress import CallCounts
 from jobs.terminal.signals import Interrupts
 from pipeline.errors import UsageError
 from pipeline.job_state.job_file import Job, read_job
@@ -62,7 +62,7 @@ def run(config: Config, options: LabelOptions, interrupts: Interrupts) -> int:
         job_lock = slice_lock = stack.enter_context(JobLock(store, interrupts))
         if options.part != WHOLE:
             slice_lock = stack.enter_context(JobLock(store, interrupts, options.part))
-        counts = Counts()
+        counts = CallCounts()
         if pending:
             work = Work(
                 config=opened.config,
@@ -113,7 +113,7 @@ def _refuse_missing_inputs(config: Config) -> None:
         saved = f"{store.place.uri.rstrip('/')}/{CONFIG_KEY}"
         raise UsageError(
             "--images and --boxes are missing. To go on with the job that is there, repeat the command that "
-            f"started it, or use its settings: {console.command(['hqlabel', 'label', '--config', saved])}"
+            f"started it, or use its settings: {shlex.join(['hqlabel', 'label', '--config', saved])}"
         )
 
 
@@ -135,7 +135,7 @@ def _report_understood(config: Config, opened: Opened, machine: Machine, part: S
         console.say(line)
 
 
-def _label_pending(work: Work, plan: Plan | None, part: Slice, pending: list[int]) -> Counts:
+def _label_pending(work: Work, plan: Plan | None, part: Slice, pending: list[int]) -> CallCounts:
     """Run the pending units of this slice until none is left; return what this process did.
 
     `plan`: of a new job, written first.

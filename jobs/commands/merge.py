@@ -25,7 +25,7 @@ from jobs.load_config import Config, ConfigSources
 from jobs.results.read_tables import require_published, row_groups
 from jobs.terminal import console
 from pipeline import schema
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, count
 from pipeline.job_state.job_file import Job, open_job, units_per_part
 from pipeline.storage import checksummed_parquet
 from pipeline.storage.output_store import Store
@@ -36,7 +36,7 @@ _KEYS = ["image_id", "processed_at", "status"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class MergedOutput:
     """One output to merge. `number`: its place in the call."""
 
     number: int
@@ -52,7 +52,7 @@ def run(given: ConfigSources, outputs: Sequence[str], *, json: bool) -> int:
     """
     if len(outputs) < 2:
         raise UsageError("--merge wants two outputs or more: --merge out1 out2")
-    sources = [_source(number, uri) for number, uri in enumerate(outputs)]
+    sources = [_open_output(number, uri) for number, uri in enumerate(outputs)]
     config = given.load()
     store = Store(resolve_settings.output_place(config))
     if store.list(limit=1):
@@ -79,15 +79,15 @@ def run(given: ConfigSources, outputs: Sequence[str], *, json: bool) -> int:
     return 0
 
 
-def _source(number: int, uri: str) -> Source:
+def _open_output(number: int, uri: str) -> MergedOutput:
     saved = open_saved(ConfigSources(flags={"output.uri": uri}))
     manifest = require_published(saved.store)
     if manifest.state != "complete":
         raise UsageError(f"{uri}: is {manifest.state}; merge it when it is complete")
-    return Source(number=number, saved=saved, manifest=manifest)
+    return MergedOutput(number=number, saved=saved, manifest=manifest)
 
 
-def choose(sources: Sequence[Source]) -> tuple[pa.Table, int]:
+def choose(sources: Sequence[MergedOutput]) -> tuple[pa.Table, int]:
     """Return every image once, sorted by id, with the `source` it is from; and how many rows are older."""
     tables = []
     for source in sources:
@@ -109,7 +109,7 @@ def choose(sources: Sequence[Source]) -> tuple[pa.Table, int]:
     return found.take(pa.array(first)).select(["image_id", "source"]), found.num_rows - len(first)
 
 
-def _names_by_id(sources: Sequence[Source]) -> dict[int, dict[int, str]]:
+def _names_by_id(sources: Sequence[MergedOutput]) -> dict[int, dict[int, str]]:
     """Return the names of each source's classes by id; ids without a name are skipped."""
     return {
         source.number: {
@@ -132,7 +132,7 @@ def _renumbering(names: Mapping[int, Mapping[int, str]]) -> dict[str, int] | Non
 
 
 def _open_merged_job(
-    store: Store, sources: Sequence[Source], images: int, names: Mapping[int, Mapping[int, str]]
+    store: Store, sources: Sequence[MergedOutput], images: int, names: Mapping[int, Mapping[int, str]]
 ) -> Job:
     newest = max(sources, key=lambda source: source.manifest.published_at)
     merged = [
@@ -161,7 +161,7 @@ def _open_merged_job(
     )
 
 
-def _merged_config(sources: Sequence[Source], output: str) -> Config:
+def _merged_config(sources: Sequence[MergedOutput], output: str) -> Config:
     """Return the newest source's configuration, which may read the images of all."""
     newest = max(sources, key=lambda source: source.manifest.published_at).saved.config
     places = [place for source in sources for place in (source.saved.config.input.images,) if place]
@@ -175,7 +175,7 @@ def _merged_config(sources: Sequence[Source], output: str) -> Config:
 def _write_parts(
     store: Store,
     job: Job,
-    sources: Sequence[Source],
+    sources: Sequence[MergedOutput],
     winners: pa.Table,
     names: Mapping[int, Mapping[int, str]],
 ) -> Iterator[Part]:
@@ -214,7 +214,7 @@ def _write_parts(
 
 
 def _rows(
-    sources: Sequence[Source],
+    sources: Sequence[MergedOutput],
     chosen: pa.Table,
     table: str,
     kind: pa.Schema,
@@ -266,7 +266,7 @@ def _renumbered(rows: pa.Table, new_ids: Mapping[str, int] | None) -> pa.Table:
 
 def _report(
     store: Store,
-    sources: Sequence[Source],
+    sources: Sequence[MergedOutput],
     manifest: Manifest,
     doubled: int,
     names: Mapping[int, Mapping[int, str]],
@@ -274,11 +274,11 @@ def _report(
     json: bool,
 ) -> None:
     counts = manifest.counts
-    total = f"{console.count(counts.images, 'image')}, {console.count(counts.boxes, 'box', 'boxes')}"
+    total = f"{count(counts.images, 'image')}, {count(counts.boxes, 'box', 'boxes')}"
     console.say(f"merged {len(sources)} outputs into {store.place.uri}: {total}")
     lines: list[tuple[str, str]] = []
     if doubled:
-        rows = console.count(doubled, "older row was", "older rows were")
+        rows = count(doubled, "older row was", "older rows were")
         lines.append(
             ("doubled", f"{rows} left out: the newest row of an image holds, a failed one only alone")
         )

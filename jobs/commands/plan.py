@@ -18,7 +18,7 @@ from jobs.job_setup.open_job import before_work, plan_inputs
 from jobs.load_config import Config
 from jobs.terminal import console, input_report
 from jobs.terminal.signals import Interrupts
-from pipeline.errors import JobRefused, UsageError
+from pipeline.errors import JobRefused, UsageError, count
 from pipeline.job_context import Weights
 from pipeline.job_state.job_file import read_job
 from pipeline.planning.make_plan import Plan
@@ -84,8 +84,8 @@ def _done(config: Config, plan: Plan) -> int:
     if job.context.plan_sha256 != plan.sha256:
         raise JobRefused(
             f"{store.place.uri}: holds a job with another plan "
-            f"({console.count(job.plan['images'], 'image')}, "
-            f"{console.count(job.plan['boxes'], 'box', 'boxes')}); these inputs need another output"
+            f"({count(job.plan['images'], 'image')}, "
+            f"{count(job.plan['boxes'], 'box', 'boxes')}); these inputs need another output"
         )
     return len(finished_units(list(list_committed(store)), read_manifest(store)))
 
@@ -100,12 +100,10 @@ def _rows(
         licence = weights.license or "unknown"
         rows.append(("model", f"{weights.architecture}, input side {weights.input_side}; licence {licence}"))
         rows += [("", weights.warning)] if weights.warning else []
-    rows.append(
-        ("work", f"{console.count(plan.summary.units, 'unit')} of up to {plan.images_per_unit} images")
-    )
+    rows.append(("work", f"{count(plan.summary.units, 'unit')} of up to {plan.images_per_unit} images"))
     if done is not None:
         left = plan.summary.units - done
-        rows.append(("done", f"{console.count(done, 'unit')}; {left:,} left"))
+        rows.append(("done", f"{count(done, 'unit')}; {left:,} left"))
     return rows
 
 

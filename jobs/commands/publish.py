@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from jobs.cluster.hold_driver_lock import JobLock
 from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import save_config
 from jobs.commands.end_summary import EXIT_OVER_BUDGET, describe_counts, over_budget
 from jobs.job_setup import resolve_settings
+from jobs.job_setup.driver_slice import JobLock
 from jobs.job_setup.saved_job import SavedJob, open_saved
 from jobs.load_config import ConfigSources
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
+from pipeline.errors import count
 from pipeline.tables.manifest import Manifest
 from pipeline.tables.publish_tables import publish
 
@@ -33,7 +34,7 @@ def run(given: ConfigSources, interrupts: Interrupts, *, json: bool) -> int:
         save_config(saved.store, config.model_copy(update={"model": saved.config.model}))
     uri = saved.store.place.uri
     asked = ", ".join(f"{name} {value}" for name, value in filters.model_dump().items() if value is not None)
-    console.say(f"published {manifest.published_units:,} of {console.count(manifest.units, 'unit')} in {uri}")
+    console.say(f"published {manifest.published_units:,} of {count(manifest.units, 'unit')} in {uri}")
     console.say(console.pairs([*describe_counts(manifest), ("filters", asked)]))
     over = _over_budget(saved, manifest)
     if over is not None:

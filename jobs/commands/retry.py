@@ -12,20 +12,20 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from jobs.cluster.hold_driver_lock import JobLock
 from jobs.cluster.ray_session import Machine
 from jobs.cluster.run_units import Work, images_in, run_pending
 from jobs.commands.end_summary import Ending, report_done
 from jobs.job_setup import resolve_settings
 from jobs.job_setup.check_models import read_checkpoint, read_detector
+from jobs.job_setup.driver_slice import JobLock
 from jobs.job_setup.saved_job import SavedJob, open_saved
 from jobs.load_config import ConfigSources
 from jobs.results.read_tables import failed_units
 from jobs.results.render_images import write_contact_sheet
 from jobs.terminal import console
-from jobs.terminal.progress import Counts
+from jobs.terminal.progress import CallCounts
 from jobs.terminal.signals import Interrupts
-from pipeline.errors import IMAGE_CODES, JobRefused, UsageError
+from pipeline.errors import IMAGE_CODES, JobRefused, UsageError, count
 from pipeline.job_state.job_file import Job, differences, mask_settings
 from pipeline.storage.output_store import Store
 from pipeline.tables.manifest import Manifest, Part, read_manifest
@@ -60,12 +60,12 @@ def run(given: ConfigSources, options: RetryOptions, interrupts: Interrupts) -> 
     targets = find_targets(saved.store, saved.job, options.codes)
     images = sum(target.images for target in targets.values())
     what = " or ".join(options.codes) or "any code"
-    console.say(f"{saved.store.place.uri}: {console.count(images, 'image')} failed with {what}")
+    console.say(f"{saved.store.place.uri}: {count(images, 'image')} failed with {what}")
     with Machine(saved.config, interrupts) as machine, contextlib.ExitStack() as stack:
         if targets:
             machine.check()
         lock = stack.enter_context(JobLock(saved.store, interrupts))
-        counts = _redo(saved, targets, machine, lock, options, interrupts) if targets else Counts()
+        counts = _redo(saved, targets, machine, lock, options, interrupts) if targets else CallCounts()
         manifest = publish(
             saved.store,
             saved.job,
@@ -103,7 +103,7 @@ def find_targets(store: Store, job: Job, codes: Sequence[str]) -> dict[int, _Tar
     committed = list_committed(store)
     if len(committed) < job.units:
         raise JobRefused(
-            f"{store.place.uri}: {job.units - len(committed):,} of {console.count(job.units, 'unit')} are "
+            f"{store.place.uri}: {job.units - len(committed):,} of {count(job.units, 'unit')} are "
             "not done yet; finish the job with label, then retry"
         )
     published = _published(store, manifest, committed, codes)
@@ -192,7 +192,7 @@ def _redo(
     lock: JobLock,
     options: RetryOptions,
     interrupts: Interrupts,
-) -> Counts:
+) -> CallCounts:
     """Write the targets again; return what was done, whole units counted."""
     generations = {unit_id: target.generation for unit_id, target in targets.items()}
 
@@ -226,4 +226,4 @@ def _describe_redone(
             found = failed_units(store, part.images, codes)
             again += sum(number for unit, number in found.items() if unit in units)
     kind = "with the same code" if codes else ""
-    return f"{console.count(before, 'image')} done again; {again:,} failed again {kind}".rstrip()
+    return f"{count(before, 'image')} done again; {again:,} failed again {kind}".rstrip()

@@ -20,6 +20,7 @@ from jobs.commands.end_summary import over_budget
 from jobs.job_setup import resolve_settings
 from jobs.load_config import Config
 from jobs.terminal import console
+from pipeline.errors import count
 from pipeline.job_state.job_file import Job, require_job
 from pipeline.storage.output_store import Store
 from pipeline.tables.job_status import JobStatus, Seen, status
@@ -71,7 +72,7 @@ def _screen() -> Iterator[Callable[[Store, Job, JobStatus], None]]:
 def _line(job: Job, found: JobStatus) -> str:
     """Return the status in one line of plain text."""
     done = _images_done(job, found)
-    parts = [f"{done:,} of {console.count(found.images, 'image')} ({console.share(done, found.images)})"]
+    parts = [f"{done:,} of {count(found.images, 'image')} ({console.share(done, found.images)})"]
     if found.images_per_s is not None:
         parts.append(f"{console.rate(found.images_per_s)} images/s")
     if found.eta_s is not None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from jobs.job_setup import resolve_settings
 from jobs.load_config import Config
 from jobs.terminal import console
-from pipeline.errors import DamageFound
+from pipeline.errors import DamageFound, count
 from pipeline.job_state.job_file import require_job
 from pipeline.storage.output_store import Store
 from pipeline.tables.verify_output import Verified, verify
@@ -27,11 +27,11 @@ def run(config: Config, *, sample: int | None, json: bool) -> int:
 
 def _sentence(uri: str, found: Verified) -> str:
     read = (
-        f"{console.count(found.units, 'unit')}, {console.count(found.parts, 'part')}, "
-        f"{console.count(found.plan_files, 'file')} of the plan read ({console.size(found.bytes)}), "
-        f"{console.count(found.masks_decoded, 'mask')} decoded"
+        f"{count(found.units, 'unit')}, {count(found.parts, 'part')}, "
+        f"{count(found.plan_files, 'file')} of the plan read ({console.size(found.bytes)}), "
+        f"{count(found.masks_decoded, 'mask')} decoded"
     )
-    left = f"; {console.count(found.units_left, 'unit')} not done yet" if found.units_left else ""
+    left = f"; {count(found.units_left, 'unit')} not done yet" if found.units_left else ""
     if found.findings:
-        return f"{uri}: {console.count(len(found.findings), 'fault')} found; {read}{left}"
+        return f"{uri}: {count(len(found.findings), 'fault')} found; {read}{left}"
     return f"{uri}: sound; {read}{left}"

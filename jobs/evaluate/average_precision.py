@@ -7,7 +7,7 @@ question: how good is the mask of a box that was given, whatever its score.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,13 +39,12 @@ Match = Literal["box_id", "box_iou"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundMask:
-    """A published instance that may answer for an object. `counts`: None when it has no mask.
+    """A published instance that may match an object. `counts`: None when it has no mask.
 
     `box_xywh`: the prompt as used, None when it could not be used. `category_id`: the truth's number, which
     may be 0; None for a class that the truth does not have.
     """
 
-    image_id: str
     box_id: str | None
     category_id: int | None
     box_xywh: Box | None
@@ -57,7 +56,6 @@ class FoundMask:
 class EvaluatedImage:
     """One image with its objects and the masks that were made for it; both of one size."""
 
-    image_id: str
     size_hw: tuple[int, int]
     objects: tuple[TruthObject, ...]
     masks: tuple[FoundMask, ...]
@@ -113,7 +111,8 @@ def average_precision(
     require_library()
     from faster_coco_eval import COCO, COCOeval_faster
 
-    truth, found = COCO(_truth_dict(images, categories)), COCO(_found_dict(images, categories))
+    truth = COCO(_coco(images, categories, _truth_annotations))
+    found = COCO(_coco(images, categories, _mask_annotations))
     judge = COCOeval_faster(truth, found, iouType="boundary" if boundary else "segm")
     judge.boundary_dilation_ratio = BOUNDARY_DILATION
     judge.params.maxDets = [max_per_image]
@@ -149,65 +148,54 @@ def _mean(values: Float64Array) -> float | None:
     return float(known.mean()) if known.size else None
 
 
-_NOTHING = {"size": [1, 1], "counts": "1"}
+_EMPTY_RLE = {"size": [1, 1], "counts": "1"}
 """The smallest mask, empty."""
 
 
-def _truth_dict(images: Sequence[EvaluatedImage], categories: Sequence[int]) -> dict[str, Any]:
-    place_of = {number: place for place, number in enumerate(categories, start=1)}
-    annotations = [
-        {
-            "image_id": place,
-            "category_id": place_of[one.category_id],
-            # Where no mask was made all objects are missed, whatever theirs are: none is taken apart then,
-            # not even one of an image that was too large to be opened.
-            "segmentation": _json_rle(one.counts, image.size_hw) if _has_masks(image) else _NOTHING,
+def _truth_annotations(image: EvaluatedImage) -> Iterator[dict[str, Any]]:
+    # Where no mask was made all objects are missed, whatever theirs are: none is decoded then, not even one
+    # of an image that was too large to be opened.
+    has_masks = any(mask.counts is not None for mask in image.masks)
+    for one in image.objects:
+        yield {
+            "category_id": one.category_id,
+            "segmentation": _rle(one.counts, image.size_hw) if has_masks else _EMPTY_RLE,
             "bbox": list(one.bbox_xywh),
             "area": one.area,
             "iscrowd": int(one.is_crowd),
         }
-        for place, image in enumerate(images, start=1)
-        for one in image.objects
-        if one.category_id in place_of
-    ]
-    return _coco(images, categories, annotations)
 
 
-def _found_dict(images: Sequence[EvaluatedImage], categories: Sequence[int]) -> dict[str, Any]:
-    place_of = {number: place for place, number in enumerate(categories, start=1)}
-    annotations = [
-        {
-            "image_id": place,
-            "category_id": place_of[one.category_id],
-            "segmentation": _json_rle(one.counts, image.size_hw),
-            "area": float(coco_mask.area(_rle(one.counts, image.size_hw))),
-            "score": one.score,
-            "iscrowd": 0,
-        }
-        for place, image in enumerate(images, start=1)
-        for one in image.masks
-        if one.counts is not None and one.category_id in place_of
-    ]
-    return _coco(images, categories, annotations)
-
-
-def _has_masks(image: EvaluatedImage) -> bool:
-    return any(mask.counts is not None for mask in image.masks)
-
-
-def _json_rle(counts: str, size_hw: tuple[int, int]) -> dict[str, Any]:
-    return {"size": list(size_hw), "counts": counts}
+def _mask_annotations(image: EvaluatedImage) -> Iterator[dict[str, Any]]:
+    for mask in image.masks:
+        if mask.counts is not None:
+            rle = _rle(mask.counts, image.size_hw)
+            area = float(coco_mask.area(rle))
+            yield {
+                "category_id": mask.category_id,
+                "segmentation": rle,
+                "area": area,
+                "score": mask.score,
+                "iscrowd": 0,
+            }
 
 
 def _coco(
-    images: Sequence[EvaluatedImage], categories: Sequence[int], annotations: list[dict[str, Any]]
+    images: Sequence[EvaluatedImage],
+    categories: Sequence[int],
+    annotations_of: Callable[[EvaluatedImage], Iterator[dict[str, Any]]],
 ) -> dict[str, Any]:
     """Return what the library reads. Ids of images, categories and annotations are places from 1.
 
     An id of a file may be 0, and 0 means "not matched" in there; or no int64.
     """
-    for number, annotation in enumerate(annotations, start=1):
-        annotation["id"] = number
+    place_of = {number: place for place, number in enumerate(categories, start=1)}
+    annotations: list[dict[str, Any]] = []
+    for place, image in enumerate(images, start=1):
+        for one in annotations_of(image):
+            if one["category_id"] in place_of:
+                ids = {"id": len(annotations) + 1, "image_id": place}
+                annotations.append({**one, **ids, "category_id": place_of[one["category_id"]]})
     return {
         "images": [
             {"id": place, "height": image.size_hw[0], "width": image.size_hw[1]}
@@ -216,11 +204,6 @@ def _coco(
         "annotations": annotations,
         "categories": [{"id": place, "name": str(place)} for place in range(1, len(categories) + 1)],
     }
-
-
-# ---------------------------------------------------------------------------------------------
-# Pairs
-# ---------------------------------------------------------------------------------------------
 
 
 def choose_match(images: Sequence[EvaluatedImage]) -> Match:
@@ -278,12 +261,9 @@ def _pair(one: TruthObject, mask: FoundMask, size_hw: tuple[int, int]) -> Pair:
     if mask.counts is not None:
         ours, truth = _rle(mask.counts, size_hw), _rle(one.counts, size_hw)
         iou, boundary_iou = rle_iou(ours, truth), rle_iou(boundary_of(ours), boundary_of(truth))
+    has_mask = mask.counts is not None
     return Pair(
-        category_id=one.category_id,
-        area=one.area,
-        iou=iou,
-        boundary_iou=boundary_iou,
-        has_mask=mask.counts is not None,
+        category_id=one.category_id, area=one.area, iou=iou, boundary_iou=boundary_iou, has_mask=has_mask
     )
 
 
@@ -303,4 +283,4 @@ def rle_iou(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
 
 
 def _rle(counts: str, size_hw: tuple[int, int]) -> dict[str, Any]:
-    return {"size": list(size_hw), "counts": counts.encode("ascii")}
+    return {"size": list(size_hw), "counts": counts}

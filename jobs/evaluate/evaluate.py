@@ -58,7 +58,7 @@ Naming = Callable[[Row], str]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What was asked: where the truth is, which rows, which of SCORE_COLUMNS, and whether classes count."""
+    """Where the truth is, which rows, which of SCORE_COLUMNS, and whether classes count."""
 
     truth: str
     selection: Selection
@@ -84,8 +84,8 @@ class Matched:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classes:
-    """The classes that are judged: id to name, how ours were found among them, and the id of a row or None.
+class ClassMatch:
+    """The classes that count: id to name, how ours were matched to them, and the id of a row or None.
 
     `one`: all objects and masks are of one class.
     """
@@ -123,9 +123,7 @@ def run(given: ConfigSources, options: EvaluateOptions) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------
-# Matching
-# ---------------------------------------------------------------------------------------------
+# ---- Matching ----
 
 
 def match_truth(saved: SavedJob, truth: Truth, options: EvaluateOptions) -> Matched:
@@ -151,11 +149,10 @@ def match_truth(saved: SavedJob, truth: Truth, options: EvaluateOptions) -> Matc
         )
     judged = [
         EvaluatedImage(
-            image_id=image.image_id,
             size_hw=_size_hw(one.image, image),
             objects=_objects(truth, image, one_class=classes.one),
             masks=tuple(
-                _found(row, image, classes.number_of(row), score(row))
+                _found_mask(row, classes.number_of(row), score(row))
                 for row in one.instances
                 if not _is_crowd(row)
             ),
@@ -195,7 +192,7 @@ def match_truth(saved: SavedJob, truth: Truth, options: EvaluateOptions) -> Matc
 
 
 def _is_crowd(row: Row) -> bool:
-    """True for a box that its file calls a crowd: a region without a mask, neither right nor missed."""
+    """Return whether its file calls a box a crowd: a region without a mask, neither right nor missed."""
     return bool(row["reject_reason"] == "crowd")
 
 
@@ -211,9 +208,8 @@ def _size_hw(image: Row, of_truth: TruthImage) -> tuple[int, int]:
     return (1, 1) if None in ours and of_truth.size_hw is None else of_truth.size_hw or ours
 
 
-def _found(row: Row, image: TruthImage, category_id: int | None, score: float) -> FoundMask:
+def _found_mask(row: Row, category_id: int | None, score: float) -> FoundMask:
     return FoundMask(
-        image_id=image.image_id,
         box_id=row["box_id"],
         category_id=category_id,
         box_xywh=None if row["prompt_bbox"] is None else tuple(row["prompt_bbox"]),
@@ -225,10 +221,7 @@ def _found(row: Row, image: TruthImage, category_id: int | None, score: float) -
 def _match_images(
     published: Iterable[ImageRows], truth: Truth
 ) -> tuple[str, list[tuple[ImageRows, TruthImage]], int]:
-    """EvaluateOptions the truth's images were found, and each with our rows: by the rule that finds the most.
-
-    And how many of ours are none of the truth's.
-    """
+    """Return the rule that matches the most images, as text, the pairs, and how many of ours have none."""
     named = [image for image in truth.images.values() if image.file_name]
     by_file = {image.file_name: image for image in named}
     if len(by_file) < len(named):
@@ -265,7 +258,7 @@ def _match_images(
 
 
 def _hint(ours: Sequence[str], theirs: Sequence[str]) -> str:
-    """Why names of the truth are none of ours, as planning would say it; "" when nobody knows."""
+    """Return why names of the truth are none of ours, in planning's words; "" when unknown."""
     names = [name.encode("utf-8", "replace").decode() for name in theirs if name]
     return why(pa.array(ours, pa.large_string()), pa.array(names, pa.large_string()))
 
@@ -280,24 +273,23 @@ def _no_image(ours: Sequence[str], truth: Truth, hint: str) -> UsageError:
     return UsageError(clean_text(f"{absent.rstrip()} {wanted}".rstrip()))
 
 
-def _match_classes(rows: Sequence[Row], truth: Truth, options: EvaluateOptions) -> Classes:
+def _match_classes(rows: Sequence[Row], truth: Truth, options: EvaluateOptions) -> ClassMatch:
     """Return the truth's classes, and how ours are found among them: by name where a name fits, else by id.
 
     Raises:
         UsageError: no class is known to both, or a name that two categories have could be either.
     """
-    any_class = {ANY_CLASS: "any"}
     if options.class_agnostic:
-        return Classes(names=any_class, words="do not count (--class-agnostic)", number_of=_any, one=True)
+        return _one_class("do not count (--class-agnostic)")
     if all(row["category_id"] is None and row["category_name"] is None for row in rows):
-        return Classes(names=any_class, words="do not count: the boxes have none", number_of=_any, one=True)
+        return _one_class("do not count: the boxes have none")
     by_name = _by_name(truth)
     named = {row["category_name"] for row in rows if row["category_name"] is not None}
     shared = [name for name in named if len(by_name.get(name, ())) > 1]
     if shared:
         return _by_id_because_of(shared[0], by_name[shared[0]], rows, truth)
     if named & by_name.keys():
-        return Classes(
+        return ClassMatch(
             names=truth.categories,
             words="by category_name" + _nearly(named, by_name),
             number_of=lambda row: by_name.get(row["category_name"], (None,))[0],
@@ -310,7 +302,7 @@ def _match_classes(rows: Sequence[Row], truth: Truth, options: EvaluateOptions) 
             f"theirs {clean_text(str(theirs))}{_nearly(named, by_name)}. "
             "To let classes not count: --class-agnostic"
         )
-    return Classes(
+    return ClassMatch(
         names=truth.categories,
         words="by category_id" + _shifted(ids, truth.categories),
         number_of=_id_among(truth.categories),
@@ -318,14 +310,14 @@ def _match_classes(rows: Sequence[Row], truth: Truth, options: EvaluateOptions) 
 
 
 def _shifted(ours: Collection[int | None], theirs: Collection[int]) -> str:
-    """Return what to say of ids that count from 0 here, as YOLO's do, and from 1 there; else ""."""
+    """Return a warning of ids that count from 0 here, as YOLO's do, and from 1 there; else ""."""
     if 0 not in ours or 0 in theirs or 1 not in theirs:
         return ""
     return "; the boxes count classes from 0, the truth from 1: the same number may be another class"
 
 
-def _any(_: Row) -> int:
-    return ANY_CLASS
+def _one_class(reason: str) -> ClassMatch:
+    return ClassMatch(names={ANY_CLASS: "any"}, words=reason, number_of=lambda _: ANY_CLASS, one=True)
 
 
 def _id_among(known: Mapping[int, str]) -> Callable[[Row], int | None]:
@@ -333,7 +325,7 @@ def _id_among(known: Mapping[int, str]) -> Callable[[Row], int | None]:
 
 
 def _by_name(truth: Truth) -> dict[str, tuple[int, ...]]:
-    """Each name's categories: those with objects, or one, because a class without objects decides nothing.
+    """Return each name's categories: those with objects, or one, as a class without objects decides nothing.
 
     Roboflow writes a category 0 without objects, called as the project, next to the real one of that name.
     """
@@ -345,8 +337,8 @@ def _by_name(truth: Truth) -> dict[str, tuple[int, ...]]:
     return {name: tuple(n for n in numbers if n in used) or numbers[:1] for name, numbers in found.items()}
 
 
-def _by_id_because_of(name: str, numbers: Sequence[int], rows: Sequence[Row], truth: Truth) -> Classes:
-    """Classes by id, which must mean the same on both sides, because `name` is that of several categories."""
+def _by_id_because_of(name: str, numbers: Sequence[int], rows: Sequence[Row], truth: Truth) -> ClassMatch:
+    """Return classes by id, which must mean the same on both sides: several categories are called `name`."""
     called = console.shown(name)
     shared = f"{len(numbers)} categories of the truth are called {called!r} ({numbers[0]}, {numbers[1]})"
     known = set(truth.categories.values())
@@ -359,13 +351,13 @@ def _by_id_because_of(name: str, numbers: Sequence[int], rows: Sequence[Row], tr
                 f"here, there {console.shown(theirs or 'none')!r}. Name each category once, or "
                 "--class-agnostic"
             )
-    return Classes(
+    return ClassMatch(
         names=truth.categories, words=f"by category_id: {shared}", number_of=_id_among(truth.categories)
     )
 
 
 def _nearly(named: Iterable[str], theirs: Collection[str]) -> str:
-    """Return what to say of names that the truth has in another spelling; "" when there are none."""
+    """Return a warning of names that the truth has in another spelling; "" when there are none."""
     spellings = {_spelled(name): name for name in theirs}
     pairs = [(name, spellings.get(_spelled(name))) for name in sorted(named) if name not in theirs]
     nearly = [(ours, there) for ours, there in pairs if there is not None]
@@ -416,9 +408,7 @@ def _objects(truth: Truth, image: TruthImage, *, one_class: bool) -> tuple[Truth
     return tuple(replace(one, category_id=ANY_CLASS) for one in objects) if one_class else objects
 
 
-# ---------------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------------
+# ---- Figures ----
 
 
 def mean_iou(pairs: Sequence[Pair]) -> dict[str, float | int | None]:
@@ -507,17 +497,16 @@ def _text(matched: Matched, by_name: Mapping[str, Precision], figures: Mapping[s
 def _by_size(by_name: Mapping[str, Precision], figures: Mapping[str, Any]) -> str:
     mask, boundary = by_name["mask_ap"], by_name["boundary_ap"]
     pairs = {"all": figures["pairs"], **figures["pairs"]["by_size"]}
-    rows = [
-        [
-            size,
-            f"{pairs[size]['objects']:,}",
-            _number(mask.by_size[size]),
-            _number(boundary.by_size[size]),
-            _number(pairs[size]["mean_iou"]),
-            _number(pairs[size]["mean_boundary_iou"]),
-        ]
-        for size in SIZES
-    ]
+    rows = []
+    for size in SIZES:
+        of_size = pairs[size]
+        columns = (
+            mask.by_size[size],
+            boundary.by_size[size],
+            of_size["mean_iou"],
+            of_size["mean_boundary_iou"],
+        )
+        rows.append([size, f"{of_size['objects']:,}", *map(_number, columns)])
     head = ["size", "matched", "mask AP", "boundary AP", "mean IoU", "mean boundary IoU"]
     also = f"  mask AP50 {_number(mask.ap50)}, AP75 {_number(mask.ap75)}, AR {_number(mask.ar)}"
     return console.table(head, rows) + "\n" + also

@@ -53,9 +53,9 @@ _SHOWN = 40
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TruthImage:
-    """An image that the file names; `size_hw` in pixels, as the file says.
+    """An image that the file lists; `size_hw`: pixels, as in the file.
 
-    `size_hw` is None where the file says no size (null, 0 or no key); such an image has no objects.
+    `size_hw` is None where the file has no size (null, 0 or no key); such an image has no objects.
     """
 
     image_id: str
@@ -65,7 +65,7 @@ class TruthImage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TruthObject:
-    """One annotated object. `bbox_xywh`, `area`: as the file says (COCO's sizes rest on its `area`).
+    """One annotated object. `bbox_xywh`, `area`: as in the file (COCO's sizes rest on its `area`).
 
     `counts`: the mask as COCO compressed runs, of the size of its image. `category_id`: one of the file's
     categories; None where classes were not asked for.
@@ -126,9 +126,7 @@ def read_truth(uri: str, access: AccessRules, *, classes: bool = True) -> Truth:
     return Truth(images=images, objects=objects, categories=categories or {}, rules=dict(rules))
 
 
-# ---------------------------------------------------------------------------------------------
-# Records that cannot be used
-# ---------------------------------------------------------------------------------------------
+# ---- Records that cannot be used ----
 
 
 class _Wrong(Exception):
@@ -158,11 +156,7 @@ class _Wrongs:
             examples.append(f"{which}: {wrong.found}" if wrong.found else which)
 
     def refuse(self) -> None:
-        """Return when there was no fault.
-
-        Raises:
-            JobRefused: there were some.
-        """
+        """Raise JobRefused, with the faults, when there were some."""
         if not self._counts:
             return
         faults = [
@@ -225,9 +219,7 @@ def _found(record: Record, name: str) -> str:
     return f"`{name}` is {_shown(record[name])}" if name in record else f"there is no `{name}`"
 
 
-# ---------------------------------------------------------------------------------------------
-# Images and categories
-# ---------------------------------------------------------------------------------------------
+# ---- Images and categories ----
 
 
 def _images(uri: str, blocks: Sequence[Lines], rules: Counter[str]) -> dict[str, TruthImage]:
@@ -297,9 +289,7 @@ def _category_id(record: Record, name: str) -> int:
     return number
 
 
-# ---------------------------------------------------------------------------------------------
-# Annotations
-# ---------------------------------------------------------------------------------------------
+# ---- Annotations ----
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -442,13 +432,13 @@ def _numbers(value: object) -> Float64Array | None:
 def _finished(draft: _Draft, rules: Counter[str]) -> TruthObject:
     """Return the object of a draft whose runs are sound."""
     counts = str(draft.counts)
-    rle = {"size": list(draft.size_hw), "counts": counts.encode("ascii")}
+    rle = {"size": list(draft.size_hw), "counts": counts}
     area, bbox = draft.area, draft.bbox_xywh
     pixels = int(coco_mask.area(rle))
-    x, y, width, height = coco_mask.toBbox(rle).tolist()
+    tight = coco_mask.toBbox(rle)
     if pixels == 0:
         rules["annotations with a mask of no pixel, which nothing can find"] += 1
-    elif bbox is not None and _box_iou(bbox, (x, y, width, height)) < ODD_BOX_IOU:
+    elif bbox is not None and coco_mask.iou(np.array([bbox]), tight[None], [0])[0, 0] < ODD_BOX_IOU:
         rules["annotations whose `bbox` does not lie around the mask (other numbers? runs by rows?)"] += 1
     if pixels and area == 0:
         rules["annotations with an `area` of 0 beside a mask: small ones, as in pycocotools"] += 1
@@ -457,6 +447,7 @@ def _finished(draft: _Draft, rules: Counter[str]) -> TruthObject:
         area = float(pixels)
     if bbox is None:
         rules["annotations without `bbox`: that of the mask"] += 1
+        x, y, width, height = tight.tolist()
         bbox = (x, y, width, height)
     return TruthObject(
         annotation_id=draft.annotation_id,
@@ -469,13 +460,7 @@ def _finished(draft: _Draft, rules: Counter[str]) -> TruthObject:
     )
 
 
-def _box_iou(one: Box, other: Box) -> float:
-    return float(coco_mask.iou(np.array([one]), np.array([other]), [0])[0, 0])
-
-
-# ---------------------------------------------------------------------------------------------
-# Masks
-# ---------------------------------------------------------------------------------------------
+# ---- Masks ----
 
 
 def _counts(record: Record, size_hw: tuple[int, int], rules: Counter[str]) -> object:
@@ -510,7 +495,7 @@ def _wrong_runs(counts: object, fault: str) -> _Wrong:
 
 
 def _counts_of_polygons(found: list[Any], size_hw: tuple[int, int], rules: Counter[str]) -> str:
-    """The union of polygons, drawn by pycocotools' own frPyObjects, once nothing can go wrong in there.
+    """Return the union of polygons, drawn by pycocotools' own frPyObjects, once it cannot fail there.
 
     It takes lists of four numbers for boxes, and a part of one or two points encloses no pixel: such a part
     is skipped, as detectron2 and MMDetection do, and counted.
@@ -518,10 +503,12 @@ def _counts_of_polygons(found: list[Any], size_hw: tuple[int, int], rules: Count
     if not isinstance(found[0], list | dict | str):
         found = [found]
         rules["annotations with one flat polygon, read as one part"] += 1
-    parts = [_numbers(part) for part in found]
-    if any(part is None for part in parts):
-        raise _Wrong("with a polygon that is no list x1, y1, x2, y2, … of numbers", _shown_part(found))
-    sound = [part for part in parts if part is not None]
+    sound = []
+    for part in found:
+        numbers = _numbers(part)
+        if numbers is None:
+            raise _Wrong("with a polygon that is no list x1, y1, x2, y2, … of numbers", _shown(part))
+        sound.append(numbers)
     odd = next((part for part in sound if len(part) % 2), None)
     if odd is not None:
         raise _Wrong("with a polygon of an odd number of numbers", f"{len(odd)} numbers")
@@ -536,11 +523,6 @@ def _counts_of_polygons(found: list[Any], size_hw: tuple[int, int], rules: Count
     height, width = size_hw
     rle = _union(coco_mask.frPyObjects([part.tolist() for part in whole], height, width))
     return bytes(rle["counts"]).decode("ascii")
-
-
-def _shown_part(found: list[Any]) -> str:
-    wrong = next(part for part in found if _numbers(part) is None)
-    return _shown(wrong)
 
 
 def _check_reach(parts: Sequence[Float64Array], size_hw: tuple[int, int]) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
-from jobs.export.export_source import Classes, Source, is_crowd, number_text
+from jobs.export.export_source import Classes, ExportSource, is_crowd, number_text
 from jobs.results.read_tables import ImageRows, Row, row_groups
 from pipeline import schema
 from pipeline.storage import checksummed_parquet
@@ -35,7 +35,7 @@ def category_numbers(classes: Classes, *, from_1: bool) -> dict[int, int]:
 
 
 def write_coco(
-    source: Source, place: Store, *, per_file: int, categories_from_1: bool = False
+    source: ExportSource, place: Store, *, per_file: int, categories_from_1: bool = False
 ) -> Iterator[str]:
     """Write the files, at most `per_file` annotations each (an image is never cut); yields their keys.
 
@@ -76,7 +76,7 @@ def write_coco(
         yield _CATEGORIES_KEY
 
 
-def _category_map(source: Source, numbers: Mapping[int, int]) -> list[dict[str, object]]:
+def _category_map(source: ExportSource, numbers: Mapping[int, int]) -> list[dict[str, object]]:
     classes = source.classes
     return [
         {"id": new, "category_id": classes.given_id(number), "name": classes.names[number]}
@@ -118,7 +118,7 @@ class _Body:
 class _Frame:
     """What every file of an export has in common."""
 
-    def __init__(self, source: Source, keep_ids: bool, numbers: Mapping[int, int]) -> None:
+    def __init__(self, source: ExportSource, keep_ids: bool, numbers: Mapping[int, int]) -> None:
         names = source.classes.names
         categories = [{"id": new, "name": names[number]} for number, new in numbers.items()]
         as_given = all(number == new for number, new in numbers.items())
@@ -160,7 +160,7 @@ class _Ids:
         self._waiting = []
 
 
-def _ids_are_numbers(source: Source) -> bool:
+def _ids_are_numbers(source: ExportSource) -> bool:
     """Return whether every image_id is a plain decimal number, as it is when the job's input was COCO."""
     for part in source.manifest.parts:
         for group in row_groups(source.store, part.images, schema.IMAGES, ["image_id"]):
@@ -171,7 +171,7 @@ def _ids_are_numbers(source: Source) -> bool:
     return True
 
 
-def _info(source: Source, keep_ids: bool) -> dict[str, object]:
+def _info(source: ExportSource, keep_ids: bool) -> dict[str, object]:
     lineage = source.manifest.lineage
     return {
         "description": "masks made by hqlabel (SAM-HQ) from given boxes",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from jobs.export.coco import category_numbers, write_coco
-from jobs.export.export_source import Source, open_source
+from jobs.export.export_source import ExportSource, open_source
 from jobs.export.hf_dataset import write_hf
 from jobs.export.label_studio import write_label_studio
 from jobs.export.yolo import ENDINGS, PASSED_OVER, Loss, write_yolo
@@ -19,7 +19,7 @@ from jobs.load_config import ConfigSources
 from jobs.results.read_tables import require_published
 from jobs.results.select_rows import Selection
 from jobs.terminal import console
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, count
 from pipeline.job_context import Place
 from pipeline.storage.output_store import Store
 from pipeline.storage.uri_rules import split_scheme
@@ -72,7 +72,7 @@ def run(given: ConfigSources, options: ExportOptions) -> int:
     return 0
 
 
-def _write(source: Source, place: Store, loss: Loss, options: ExportOptions) -> Iterator[str]:
+def _write(source: ExportSource, place: Store, loss: Loss, options: ExportOptions) -> Iterator[str]:
     per_file = options.per_file or _PER_FILE.get(options.format, 0)
     if options.format == "coco":
         return write_coco(source, place, per_file=per_file, categories_from_1=options.categories_from_1)
@@ -83,14 +83,14 @@ def _write(source: Source, place: Store, loss: Loss, options: ExportOptions) -> 
     return write_label_studio(source, place, per_file=per_file, image_prefix=options.image_prefix)
 
 
-def _numbers(options: ExportOptions, source: Source) -> dict[int, int] | None:
+def _numbers(options: ExportOptions, source: ExportSource) -> dict[int, int] | None:
     """Return the number of each class in the files, by its id; None where classes are names alone."""
     if options.format == "coco":
         return category_numbers(source.classes, from_1=options.categories_from_1)
     return None if options.format == "label-studio" else source.classes.places()
 
 
-def _report(options: ExportOptions, source: Source, loss: Loss, keys: list[str]) -> None:
+def _report(options: ExportOptions, source: ExportSource, loss: Loss, keys: list[str]) -> None:
     tally, files = source.tally, len(keys)
     left_out = {what: number for what, number in tally.items() if number and what not in _EXPECTED}
     notes = list(_notes(options, source, loss))
@@ -114,15 +114,15 @@ def _report(options: ExportOptions, source: Source, loss: Loss, keys: list[str])
                 "notes": [f"{name}: {text}" for name, text in notes],
             }
         )
-    masks, images = console.count(tally["masks"], "mask"), console.count(tally["images"], "image")
-    console.say(f"{options.format}: {masks} of {images} in {console.count(files, 'file')} below {options.to}")
+    masks, images = count(tally["masks"], "mask"), count(tally["images"], "image")
+    console.say(f"{options.format}: {masks} of {images} in {count(files, 'file')} below {options.to}")
     lines = [("left out", f"{number:,} {what}") for what, number in left_out.items()]
     lines += notes
     if lines:
         console.say(console.pairs(lines))
 
 
-def _notes(options: ExportOptions, source: Source, loss: Loss) -> Iterator[tuple[str, str]]:
+def _notes(options: ExportOptions, source: ExportSource, loss: Loss) -> Iterator[tuple[str, str]]:
     tally = source.tally
     if tally["masks that the filters did not accept"]:
         number = tally["masks that the filters did not accept"]
@@ -131,13 +131,13 @@ def _notes(options: ExportOptions, source: Source, loss: Loss) -> Iterator[tuple
             f"{number:,} masks are not accepted by the job's filters; --accepted-only leaves them out",
         )
     if tally["crowds"]:
-        crowds = console.count(tally["crowds"], "crowd region has", "crowd regions have")
+        crowds = count(tally["crowds"], "crowd region has", "crowd regions have")
         yield "note", f"{crowds} iscrowd 1, the box filled: COCOeval and trainers ignore what lies in it"
     if tally["images turned by EXIF"]:
-        turned = console.count(tally["images turned by EXIF"], "image is", "images are")
+        turned = count(tally["images turned by EXIF"], "image is", "images are")
         yield "note", f"{turned} stored turned: readers must apply EXIF, boxes and masks are upright"
     if tally["images inside other files"]:
-        inside = console.count(tally["images inside other files"], "image lies", "images lie")
+        inside = count(tally["images inside other files"], "image lies", "images lie")
         yield (
             "note",
             f"{inside} inside tars or Parquet files, which readers of pictures do not open: unpack them",
@@ -176,7 +176,7 @@ _LOCAL_PATHS = (
 )
 
 
-def _class_notes(options: ExportOptions, source: Source) -> Iterator[str]:
+def _class_notes(options: ExportOptions, source: ExportSource) -> Iterator[str]:
     classes, numbers = source.classes, _numbers(options, source)
 
     def named(number: int) -> str:
@@ -184,7 +184,7 @@ def _class_notes(options: ExportOptions, source: Source) -> Iterator[str]:
         return name if numbers is None else f"category {numbers[number]}, {name}"
 
     if source.tally["masks without a class"] and classes.of_unnamed is not None:
-        masks = console.count(
+        masks = count(
             source.tally["masks without a class"], "mask without a class is", "masks without a class are"
         )
         yield f"{masks} {named(classes.of_unnamed)}"
@@ -193,7 +193,7 @@ def _class_notes(options: ExportOptions, source: Source) -> Iterator[str]:
         yield f"names without a category_id are numbered behind the others: {'; '.join(map(named, new[:3]))}"
     if doubled := classes.doubled():
         shown = ", ".join(f"`{console.shown(name, 40)}`" for name in doubled[:3])
-        names = console.count(len(doubled), "name stands", "names stand")
+        names = count(len(doubled), "name stands", "names stand")
         yield f"{names} for several ids: {shown}{_DOUBLED[options.format]}"
     if options.format == "coco" and numbers is not None and 0 in numbers.values():
         zero = next(number for number, new_number in numbers.items() if new_number == 0)
@@ -208,10 +208,10 @@ _DOUBLED = {
 }
 
 
-def _yolo_steps(options: ExportOptions, source: Source) -> Iterator[tuple[str, str]]:
+def _yolo_steps(options: ExportOptions, source: ExportSource) -> Iterator[tuple[str, str]]:
     """Yield where the pictures must be, and how they get there."""
     if over := source.tally[PASSED_OVER]:
-        images = console.count(over, "image", "images")
+        images = count(over, "image", "images")
         yield (
             "note",
             f"Ultralytics passes over {images}: another ending than {', '.join(ENDINGS)}, or under 10 pixels",

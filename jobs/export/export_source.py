@@ -83,7 +83,7 @@ class Classes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ExportSource:
     """The tables of a job as an export reads them. `tally`: what was counted while it was read."""
 
     store: Store
@@ -175,11 +175,11 @@ class Source:
         return uri.removeprefix(self.folder).replace("://", "/").lstrip("/")
 
 
-def open_source(store: Store, job: Job, manifest: Manifest, selection: Selection) -> Source:
+def open_source(store: Store, job: Job, manifest: Manifest, selection: Selection) -> ExportSource:
     """Return the tables, after one pass over all classes and uris."""
     folder = _common_folder(store, manifest)
     named_by_id, root = _naming(store, manifest, folder)
-    return Source(
+    return ExportSource(
         store=store,
         job=job,
         manifest=manifest,

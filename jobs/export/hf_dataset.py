@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.export.export_source import Source
+from jobs.export.export_source import ExportSource
 from jobs.results.read_tables import ImageRows
 from pipeline.errors import clean_text
 from pipeline.storage.output_store import Store
@@ -45,7 +45,7 @@ _ROWS = pa.schema(
 _ROW_GROUP_MASKS = 20_000
 
 
-def write_hf(source: Source, place: Store, *, per_file: int) -> Iterator[str]:
+def write_hf(source: ExportSource, place: Store, *, per_file: int) -> Iterator[str]:
     """Write data/train-00001.parquet and so on (at most `per_file` masks each, an image is never cut) and
     README.md, the card; yields their keys. Memory: one file.
     """
@@ -99,7 +99,7 @@ def _put(place: Store, number: int, file: _File) -> str:
     return key
 
 
-def _row(source: Source, rows: ImageRows) -> dict[str, Any]:
+def _row(source: ExportSource, rows: ImageRows) -> dict[str, Any]:
     image, places = rows.image, source.classes.places()
     names = [field.name for field in _OBJECT if field.name != "category"]
     return {
@@ -114,7 +114,7 @@ def _row(source: Source, rows: ImageRows) -> dict[str, Any]:
     }
 
 
-def _features(source: Source) -> dict[str, Any]:
+def _features(source: ExportSource) -> dict[str, Any]:
     distinct = source.classes.distinct_names()  # `datasets` refuses two labels of one name
     names = [distinct[number] for number in source.classes.places()]
 
@@ -138,7 +138,7 @@ def _cell(text: str) -> str:
     return clean_text(text).replace("\\", "\\\\").replace("|", "\\|")
 
 
-def _card(source: Source) -> str:
+def _card(source: ExportSource) -> str:
     weights, classes_ = source.job.context.weights, source.classes
     names = classes_.distinct_names()
     classes = "\n".join(

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
 from jobs.export.brush_rle import encode_brush
-from jobs.export.export_source import Source, mask_of
+from jobs.export.export_source import ExportSource, mask_of
 from jobs.results.read_tables import ImageRows, Row
 from pipeline.storage.output_store import Store
 
@@ -24,7 +24,7 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def write_label_studio(
-    source: Source, place: Store, *, per_file: int, image_prefix: str | None
+    source: ExportSource, place: Store, *, per_file: int, image_prefix: str | None
 ) -> Iterator[str]:
     """Write tasks-00001.json and so on (at most `per_file` tasks each) and config.xml; yields their keys.
 
@@ -51,7 +51,7 @@ def _put(place: Store, number: int, tasks: list[dict[str, Any]]) -> str:
     return key
 
 
-def _task(source: Source, rows: ImageRows, image_prefix: str | None) -> dict[str, Any]:
+def _task(source: ExportSource, rows: ImageRows, image_prefix: str | None) -> dict[str, Any]:
     image = rows.image
     uri = image["image_uri"] if image_prefix is None else image_prefix + _encoded(image_prefix, source, image)
     scores = [row["predicted_iou"] for row in rows.instances]
@@ -63,7 +63,7 @@ def _task(source: Source, rows: ImageRows, image_prefix: str | None) -> dict[str
     return {"data": {TO_NAME: uri, "image_id": image["image_id"]}, "predictions": [prediction]}
 
 
-def _encoded(image_prefix: str, source: Source, image: Row) -> str:
+def _encoded(image_prefix: str, source: ExportSource, image: Row) -> str:
     name = source.file_name(image)
     return name if image_prefix.startswith(_BUCKETS) else quote(name)
 
@@ -73,7 +73,7 @@ def _label(name: str) -> str:
     return _NOT_XML.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), name)
 
 
-def _region(source: Source, row: Row) -> dict[str, Any]:
+def _region(source: ExportSource, row: Row) -> dict[str, Any]:
     height, width = row["segmentation"]["size"]
     return {
         "id": f"i{row['instance_index']}",
@@ -92,7 +92,7 @@ def _region(source: Source, row: Row) -> dict[str, Any]:
     }
 
 
-def _config(source: Source) -> str:
+def _config(source: ExportSource) -> str:
     names = dict.fromkeys(_label(name) for name in source.classes.names.values())  # a label is its name
     labels = "\n".join(f"    <Label value={quoteattr(name)}/>" for name in names)
     return (

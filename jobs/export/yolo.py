@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jobs.export.export_source import Source, mask_of
+from jobs.export.export_source import ExportSource, mask_of
 from jobs.export.polygons import kept_iou, polygon_of
 from jobs.results.read_tables import Row
-from jobs.terminal import console
-from pipeline.errors import UsageError
+from pipeline.errors import UsageError, count
 from pipeline.storage.output_store import Store
 
 _LOW = 0.95
@@ -57,13 +56,13 @@ class Loss:
         """Return what the polygons cost, as text."""
         if self.mean is None:
             return "no mask was written"
-        low = f"{console.count(self.low, 'mask')} below {_LOW:g}"
+        low = f"{count(self.low, 'mask')} below {_LOW:g}"
         return (
             f"polygons keep IoU {self.mean:.4f} on average, {self.least:.3f} at worst, {low}; scores are lost"
         )
 
 
-def write_yolo(source: Source, place: Store, loss: Loss, *, tolerance_px: float) -> Iterator[str]:
+def write_yolo(source: ExportSource, place: Store, loss: Loss, *, tolerance_px: float) -> Iterator[str]:
     """Write the label files, data.yaml, images.txt and classes.json; yields their keys.
 
     Classes count from 0 without gaps, in the order of their ids; classes.json has the ids. An image
@@ -137,7 +136,7 @@ def _line(row: Row, place: int, loss: Loss, tolerance_px: float) -> str:
     return f"{place} {text}\n"
 
 
-def _class_map(source: Source) -> list[dict[str, object]]:
+def _class_map(source: ExportSource) -> list[dict[str, object]]:
     return [
         {"class": place, "category_id": source.classes.given_id(number), "name": source.classes.names[number]}
         for number, place in source.classes.places().items()

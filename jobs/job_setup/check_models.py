@@ -23,7 +23,7 @@ from jobs.load_config import Config
 from jobs.terminal import console
 from model.checkpoints import ENDINGS, CheckpointError, LoadedModel, load
 from model.sam_config import ConfigError
-from pipeline.errors import HqlabelError, JobRefused, clean_text
+from pipeline.errors import HqlabelError, JobRefused, clean_text, count
 from pipeline.job_context import JobDetector, Weights
 from pipeline.settings import DEMO
 from pipeline.stages.detect import load_detector, try_out
@@ -87,7 +87,7 @@ class CheckedDetector:
 
     def __str__(self) -> str:
         licence = f"licence {self.settings.license}" if self.settings.license else "licence unknown"
-        classes = console.count(len(self.categories), "category", "categories")
+        classes = count(len(self.categories), "category", "categories")
         fingerprint = console.fingerprint(self.settings.fingerprint)
         return f"{self.settings.title}; {classes}; fingerprint {fingerprint}; {licence}"
 

@@ -30,7 +30,7 @@ from jobs.report.queries import (
     by_class,
     queries,
 )
-from jobs.report.sections import KEY_COLUMNS, SHUFFLED, Section
+from jobs.report.sections import KEY_COLUMNS, SHUFFLED, ReportSection
 from jobs.results.read_tables import row_groups
 from pipeline import schema
 from pipeline.storage.output_store import Store
@@ -109,7 +109,7 @@ class ReportData:
     sampled: bool
 
 
-def gather(store: Store, manifest: Manifest, sections: Sequence[Section]) -> ReportData:
+def gather(store: Store, manifest: Manifest, sections: Sequence[ReportSection]) -> ReportData:
     """Return the numbers of the published tables. Reads every row once, without its mask."""
     ask = queries("instances", "images")
     with _loaded(store, manifest) as tables:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,12 @@ from jobs.load_config import ConfigSources
 from jobs.report.charts import bars, histogram
 from jobs.report.numbers import Key, ReportData, gather
 from jobs.report.queries import SAMPLE_ROWS, SCORES, STEPS, published, queries
-from jobs.report.sections import Section, sections
+from jobs.report.sections import ReportSection, sections
 from jobs.report.tiles import Pictures, draw_tiles
 from jobs.results.read_tables import ImageRows, Row, failed_examples, find_images, require_published
 from jobs.terminal import console
 from jobs.terminal.input_report import describe_detector
-from pipeline.errors import stage_of
+from pipeline.errors import count, stage_of
 from pipeline.storage.output_store import NotFound
 from pipeline.tables.manifest import Manifest
 
@@ -64,7 +65,7 @@ class ShownTile:
 class ShownSection:
     """A section with its tiles and the query behind it."""
 
-    section: Section
+    section: ReportSection
     tiles: Sequence[ShownTile]
     sql: str
 
@@ -141,7 +142,7 @@ def _render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(count=console.count, size=console.size, duration=console.duration)
+    environment.filters.update(count=count, size=console.size, duration=console.duration)
     groups: dict[str, list[ShownSection]] = {}
     for one in shown:
         if one.tiles:
@@ -158,7 +159,7 @@ def _render(
         facts=_facts(saved, manifest),
         totals=_totals(saved, manifest, data),
         failures=_failures(saved, manifest),
-        retry=console.command(["hqlabel", "retry", "--output", output]),
+        retry=shlex.join(["hqlabel", "retry", "--output", output]),
         charts=[
             {"name": h.name, "svg": histogram(h, _line(manifest, h.name)), "most": max(h.counts)}
             for h in data.histograms
@@ -189,7 +190,7 @@ def _facts(saved: SavedJob, manifest: Manifest) -> list[tuple[str, str]]:
     context, lineage = saved.job.context, manifest.lineage
     weights = context.weights
     again = f"{saved.store.place.uri.rstrip('/')}/config.yaml"
-    command = console.command(["hqlabel", "label", "--config", again, "--output", "NEW"])
+    command = shlex.join(["hqlabel", "label", "--config", again, "--output", "NEW"])
     set_filters = {k: v for k, v in manifest.filters.model_dump().items() if v is not None}
     if manifest.filters.nms_mode == "none":
         set_filters = {k: v for k, v in set_filters.items() if not k.startswith("nms_")}

@@ -22,7 +22,7 @@ _MASK = "area > 0"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section:
+class ReportSection:
     """A row of tiles. `group`: sections under one head. `where`, `order_by`: SQL over a row of `instances`.
 
     `column`: what the tiles are sorted by, named on them.
@@ -46,11 +46,11 @@ class Section:
         )
 
 
-def sections(filters: FilterSettings, rejected: Mapping[str, int], *, masks: int) -> list[Section]:
+def sections(filters: FilterSettings, rejected: Mapping[str, int], *, masks: int) -> list[ReportSection]:
     """Return the sections of a report in their order; fewer tiles each where there are few masks."""
     few = min(8, max(3, masks // 5))
     return [
-        Section(
+        ReportSection(
             key="random",
             group="Random sample",
             title="Random sample",
@@ -64,7 +64,7 @@ def sections(filters: FilterSettings, rejected: Mapping[str, int], *, masks: int
         *_near_the_line(filters, few),
         _extreme("area", "Extremes", "Smallest masks", "By area in pixels.", few),
         _extreme("area", "Extremes", "Largest masks", "By area in pixels.", few, falling=True),
-        Section(
+        ReportSection(
             key="border",
             group="Extremes",
             title="At the picture's border",
@@ -86,8 +86,10 @@ _WORST = (
 )
 
 
-def _extreme(name: str, group: str, title: str, note: str, number: int, *, falling: bool = False) -> Section:
-    return Section(
+def _extreme(
+    name: str, group: str, title: str, note: str, number: int, *, falling: bool = False
+) -> ReportSection:
+    return ReportSection(
         key=f"{name}-{'most' if falling else 'least'}",
         group=group,
         title=title,
@@ -99,7 +101,7 @@ def _extreme(name: str, group: str, title: str, note: str, number: int, *, falli
     )
 
 
-def _near_the_line(filters: FilterSettings, number: int) -> list[Section]:
+def _near_the_line(filters: FilterSettings, number: int) -> list[ReportSection]:
     """Return, for each filter that is set, the masks on both sides of its line."""
     found = []
     for setting, bound in filters.model_dump().items():
@@ -111,9 +113,9 @@ def _near_the_line(filters: FilterSettings, number: int) -> list[Section]:
     return found
 
 
-def _side(name: str, line: float, number: int, *, above: bool) -> Section:
+def _side(name: str, line: float, number: int, *, above: bool) -> ReportSection:
     kind = "DOUBLE" if name == "area" else "FLOAT"
-    return Section(
+    return ReportSection(
         key=f"{name}-{'above' if above else 'below'}",
         group="Near the line",
         title=f"{name} just {'above' if above else 'below'} {line:g}",
@@ -125,10 +127,10 @@ def _side(name: str, line: float, number: int, *, above: bool) -> Section:
     )
 
 
-def _disagreeing_scores(number: int) -> list[Section]:
+def _disagreeing_scores(number: int) -> list[ReportSection]:
     gap = "CAST(predicted_iou AS DOUBLE) - CAST(detector_score AS DOUBLE)"
     return [
-        Section(
+        ReportSection(
             key=key,
             group="Scores that disagree",
             title=title,
@@ -155,8 +157,8 @@ def _disagreeing_scores(number: int) -> list[Section]:
     ]
 
 
-def _rejected(reason: str, number: int) -> Section:
-    return Section(
+def _rejected(reason: str, number: int) -> ReportSection:
+    return ReportSection(
         key=f"rejected-{reason}",
         group="Not accepted",
         title=reason,

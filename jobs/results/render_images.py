@@ -18,7 +18,7 @@ from jobs.results.draw_overlays import Box, DrawnInstance, Tile, contact_sheet, 
 from jobs.results.read_tables import ImageRows, Row, sample_labelled
 from jobs.terminal import console
 from pipeline.box_geometry import PixelFormat, boxes_to_xyxy
-from pipeline.errors import HqlabelError
+from pipeline.errors import HqlabelError, count
 from pipeline.images.decode_process import DecodeChild
 from pipeline.images.fetch import fetch_object
 from pipeline.job_context import JobContext
@@ -48,7 +48,7 @@ def write_contact_sheet(store: Store, job: Job, manifest: Manifest, *, again: bo
     if not tiles:
         return None
     labelled = manifest.counts.status.get("labelled", 0)
-    title = f"{len(tiles)} of {console.count(labelled, 'labelled image')} in {store.place.uri}"
+    title = f"{len(tiles)} of {count(labelled, 'labelled image')} in {store.place.uri}"
     notes = [_LEGEND, *([job.context.weights.note] if job.context.weights.note else [])]
     store.put(CONTACT_SHEET_KEY, png_bytes(contact_sheet(tiles, title=title, notes=notes, tile_px=_TILE_PX)))
     return CONTACT_SHEET_KEY
@@ -107,7 +107,7 @@ def _tile(rows: ImageRows, picture: Image.Image, context: JobContext) -> Tile:
 
 def _remark(rows: ImageRows) -> str:
     boxes, masks = len(rows.instances), rows.masks()[0]
-    text = f"{masks} of {console.count(boxes, 'box has', 'boxes have')} a mask"
+    text = f"{masks} of {count(boxes, 'box has', 'boxes have')} a mask"
     scores = [row["predicted_iou"] for row in rows.instances if row["predicted_iou"] is not None]
     if scores:
         text += f" · predicted IoU {min(scores):.2f}"

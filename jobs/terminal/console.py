@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,6 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import clean_text
-from pipeline.errors import count as count
 
 _stdout_for_data: list[TextIO] = []  # the real one, while `sys.stdout` is something else
 
@@ -145,11 +143,6 @@ def share(part: int, whole: int) -> str:
     if 0 < percent < 0.1:
         return "<0.1%"
     return ">99.9%" if 99.9 < percent < 100 else f"{percent:.1f}%".replace(".0%", "%")
-
-
-def command(words: Sequence[str]) -> str:
-    """Return a command line that can be pasted into a shell."""
-    return shlex.join(words)
 
 
 def _data_stream() -> TextIO:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jobs.load_config import Config
 from jobs.terminal import console
+from pipeline.errors import count
 from pipeline.job_context import JobContext
 from pipeline.job_state.job_file import Job
 
@@ -14,12 +15,12 @@ from pipeline.job_state.job_file import Job
 def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values about images, boxes and how they were joined; `plan`: the fields of a PlanSummary."""
     limited = plan["listed_images"] > plan["images"]
-    images = console.count(plan["images"], "image") + (
+    images = count(plan["images"], "image") + (
         f", the first of {plan['listed_images']:,} (--limit)" if limited else ""
     )
     rows = [("images", f"{images}; {_place(config.input.images or config.input.boxes)}")]
     if config.input.boxes:
-        boxes = console.count(plan["boxes"], "box", "boxes")
+        boxes = count(plan["boxes"], "box", "boxes")
         rows.append(("boxes", f"{boxes}; {_place(config.input.boxes)}"))
         rows.append(("box format", f"{plan['box_format']}, in the {_frame(plan['box_frame'])}"))
     rows.append(("ids", plan["id_rule"]))
@@ -54,8 +55,8 @@ def describe_detector(context: JobContext) -> list[tuple[str, str]]:
 
 def describe_work(job: Job, *, done_units: int, pending_units: int, part: str | None) -> tuple[str, str]:
     """Return how the work is cut, how much of it is done, and how much of it is this driver's."""
-    per_unit = console.count(job.context.images_per_unit, "image")
-    cut = f"{console.count(job.units, 'unit')} of up to {per_unit}"
+    per_unit = count(job.context.images_per_unit, "image")
+    cut = f"{count(job.units, 'unit')} of up to {per_unit}"
     if not done_units:
         done = "nothing done yet"
     elif done_units == job.units:
@@ -98,39 +99,35 @@ def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
     if plan["without_boxes"] and not detected:
         unnamed = plan["listed_without_boxes"]
         why = f" ({unnamed:,} named by no box file)" if unnamed else ""
-        lines.append(
-            f"{console.count(plan['without_boxes'], 'image')} without boxes{why}: will not be opened"
-        )
+        lines.append(f"{count(plan['without_boxes'], 'image')} without boxes{why}: will not be opened")
     for name, reason in (
         ("null_boxes", "a null box list: will fail (boxes_missing)"),
         ("mismatched_labels", "labels, scores or ids of another length: will fail (labels_mismatch)"),
         ("refused_uris", "a uri that may not be opened: will fail (uri_refused)"),
     ):
         if plan[name]:
-            lines.append(f"{console.count(plan[name], 'image')} with {reason}")
+            lines.append(f"{count(plan[name], 'image')} with {reason}")
     if plan["invalid_prompts"]:
-        boxes = console.count(plan["invalid_prompts"], "box", "boxes")
+        boxes = count(plan["invalid_prompts"], "box", "boxes")
         lines.append(f"{boxes} with points or a mask that cannot be used: no mask (prompt_invalid)")
     if crowds := plan.get("crowd_boxes"):  # a job of an earlier version does not say
         lines.append(crowd_sentence(crowds))
     lost = plan["unmatched_boxes"]
     if lost["boxes"]:
-        boxes = console.count(lost["boxes"], "box", "boxes")
-        lines.append(
-            f"{boxes} of {console.count(lost['images'], 'unlisted image')}: left out (--allow-unmatched)"
-        )
+        boxes = count(lost["boxes"], "box", "boxes")
+        lines.append(f"{boxes} of {count(lost['images'], 'unlisted image')}: left out (--allow-unmatched)")
     if plan["skipped_files"]:
-        files = console.count(plan["skipped_files"], "file")
+        files = count(plan["skipped_files"], "file")
         what = "is no picture" if plan["skipped_files"] == 1 else "are no pictures"
         lines.append(f"{files} in the folder {what}: left out")
     lines += plan.get("left_out", ())  # jobs of before have none
     return lines
 
 
-def _listed(names: Sequence[str], count: int = 12) -> str:
+def _listed(names: Sequence[str], most: int = 12) -> str:
     """Return the first names, and how many more there are."""
-    more = f" and {len(names) - count:,} more" if len(names) > count else ""
-    return ", ".join(console.shown(name, 40) for name in names[:count]) + more
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(console.shown(name, 40) for name in names[:most]) + more
 
 
 def crowd_sentence(number: int) -> str:
@@ -140,7 +137,7 @@ def crowd_sentence(number: int) -> str:
         if number == 1
         else "are regions, not objects: they keep their rows"
     )
-    return f"{console.count(number, 'crowd box', 'crowd boxes')} (iscrowd 1) {are} without a mask"
+    return f"{count(number, 'crowd box', 'crowd boxes')} (iscrowd 1) {are} without a mask"
 
 
 def _frame(frame: str) -> str:

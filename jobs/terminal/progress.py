@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.text import Text
 
 from jobs.terminal import console
+from pipeline.errors import count
 from pipeline.job_context import UnitOutcome
 
 Mode = Literal["live", "lines", "silent"]
@@ -29,7 +30,7 @@ _LIVE_PER_SECOND = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
+class CallCounts:
     """What the units of this process have brought so far; images done before it are not in it."""
 
     units: int = 0
@@ -44,12 +45,12 @@ class Counts:
     begun_before: int = 0
     """Images that a killed process had begun, and that were done again."""
 
-    def plus(self, outcome: UnitOutcome) -> Counts:
+    def plus(self, outcome: UnitOutcome) -> CallCounts:
         """Return the counts with those of one more unit."""
         summed = ("images", "labelled", "no_boxes", "failed", "instances", "bytes", "begun_before")
         sums = {name: getattr(self, name) + getattr(outcome, name) for name in summed}
         repeated = self.repeated + (outcome.images if outcome.repeated else 0)
-        return Counts(units=self.units + 1, repeated=repeated, **sums)
+        return CallCounts(units=self.units + 1, repeated=repeated, **sums)
 
 
 class Progress:
@@ -74,7 +75,7 @@ class Progress:
         self._beginning = beginning
         self._lock = threading.Lock()
         self._over = threading.Event()
-        self._counts = Counts()
+        self._counts = CallCounts()
         self._codes: Counter[str] = Counter()
         self._began = clock()
         self._samples: deque[tuple[float, int, int]] = deque([(self._began, 0, 0)])
@@ -113,7 +114,7 @@ class Progress:
             self._samples.append((now, self._counts.images, self._counts.instances))
             self._forget_old(now)
 
-    def counts(self) -> Counts:
+    def counts(self) -> CallCounts:
         """Return what `add` has counted."""
         with self._lock:
             return self._counts
@@ -130,7 +131,7 @@ class Progress:
             images_per_s, boxes_per_s = self._rates(now)
             worst = self._codes.most_common(1)
         done = self._done_before + counts.images
-        parts = [f"{done:,} of {console.count(self._total, 'image')} ({console.share(done, self._total)})"]
+        parts = [f"{done:,} of {count(self._total, 'image')} ({console.share(done, self._total)})"]
         if images_per_s > 0:
             parts.append(f"{console.rate(images_per_s)} images/s, {console.rate(boxes_per_s)} boxes/s")
             left = max(0, self._total - done) / images_per_s

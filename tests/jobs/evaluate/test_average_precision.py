@@ -45,7 +45,7 @@ def as_object(mask: np.ndarray, number: int, **fields) -> TruthObject:
 def as_found(mask: np.ndarray | None, **fields) -> FoundMask:
     box = None if mask is None else tight_box(mask)
     values = {
-        "image_id": "i", "box_id": None, "category_id": 1, "score": 0.5,
+        "box_id": None, "category_id": 1, "score": 0.5,
         "box_xywh": None if box is None else (box[0], box[1], box[2] - box[0], box[3] - box[1]),
         "counts": None if mask is None else rle_of(mask)["counts"],
     }  # fmt: skip
@@ -71,7 +71,7 @@ def random_images(seed: int, count: int = 12) -> list[EvaluatedImage]:
         found += [(blob(int(rng.integers(10**6)), SIZE), int(rng.choice([*CATEGORIES, 7]))) for _ in range(3)]
         masks = tuple(as_found(m, category_id=kind, score=float(rng.random())) for m, kind in found)
         masks += (as_found(None, score=0.9),)
-        images.append(EvaluatedImage(image_id=str(number), size_hw=SIZE, objects=objects, masks=masks))
+        images.append(EvaluatedImage(size_hw=SIZE, objects=objects, masks=masks))
     return images
 
 
@@ -162,10 +162,8 @@ def test_average_precision_is_that_of_pycocotools(seed: int, boundary: bool, jud
 def test_the_truth_against_itself_is_1_and_nothing_is_found_without_masks() -> None:
     masks = [blob(k, SIZE) for k in range(3)]
     objects = tuple(as_object(mask, k) for k, mask in enumerate(masks))
-    perfect = EvaluatedImage(
-        image_id="i", size_hw=SIZE, objects=objects, masks=tuple(as_found(mask) for mask in masks)
-    )
-    missed = EvaluatedImage(image_id="i", size_hw=SIZE, objects=objects, masks=())
+    perfect = EvaluatedImage(size_hw=SIZE, objects=objects, masks=tuple(as_found(mask) for mask in masks))
+    missed = EvaluatedImage(size_hw=SIZE, objects=objects, masks=())
 
     for boundary in (False, True):
         assert average_precision([perfect], [1], boundary=boundary).ap == pytest.approx(1)
@@ -212,9 +210,9 @@ def test_objects_of_an_image_without_masks_are_missed_and_not_taken_apart() -> N
         )
         for number in range(20)
     )  # fmt: skip
-    unopened = EvaluatedImage(image_id="i", size_hw=size_hw, objects=objects, masks=(as_found(None),))
+    unopened = EvaluatedImage(size_hw=size_hw, objects=objects, masks=(as_found(None),))
     mask = blob(1, SIZE)
-    found = EvaluatedImage(image_id="j", size_hw=SIZE, objects=(as_object(mask, 1),), masks=(as_found(mask),))
+    found = EvaluatedImage(size_hw=SIZE, objects=(as_object(mask, 1),), masks=(as_found(mask),))
     began = time.perf_counter()
 
     ours = average_precision([unopened, found], [1], boundary=True)
@@ -227,7 +225,7 @@ def test_boxes_of_no_size_belong_to_nothing() -> None:
     mask = blob(1, SIZE)
     for box in ((0.0, 0.0, 0.0, 0.0), (5.0, 5.0, 0.0, 9.0), (0.0, 0.0, 1e308, 1e308)):
         image = EvaluatedImage(
-            image_id="i", size_hw=SIZE, objects=(as_object(mask, 1, bbox_xywh=box),),
+            size_hw=SIZE, objects=(as_object(mask, 1, bbox_xywh=box),),
             masks=(as_found(mask, box_xywh=box),),
         )  # fmt: skip
 
@@ -237,7 +235,7 @@ def test_boxes_of_no_size_belong_to_nothing() -> None:
 @pytest.mark.parametrize("boundary", [False, True])
 def test_without_objects_or_categories_there_is_no_figure(boundary: bool) -> None:
     mask = blob(1, SIZE)
-    image = EvaluatedImage(image_id="i", size_hw=SIZE, objects=(), masks=(as_found(mask),))
+    image = EvaluatedImage(size_hw=SIZE, objects=(), masks=(as_found(mask),))
 
     assert average_precision([image], [1], boundary=boundary).ap is None
     assert average_precision([image], [], boundary=boundary).ap is None
@@ -247,7 +245,7 @@ def test_without_objects_or_categories_there_is_no_figure(boundary: bool) -> Non
 def test_of_each_image_and_class_only_so_many_of_the_best_scored_masks_count() -> None:
     masks = [blob(k, SIZE) for k in range(4)]
     found = [as_found(mask, score=0.9 - 0.1 * k) for k, mask in enumerate(masks)]  # the right one is last
-    image = EvaluatedImage(image_id="i", size_hw=SIZE, objects=(as_object(masks[3], 1),), masks=tuple(found))
+    image = EvaluatedImage(size_hw=SIZE, objects=(as_object(masks[3], 1),), masks=tuple(found))
 
     assert average_precision([image], [1], boundary=False).ap == pytest.approx(1 / 4)
     assert average_precision([image], [1], boundary=False, max_per_image=3).ap == 0
@@ -267,7 +265,7 @@ def test_prompts_go_to_the_objects_whose_ids_they_carry_wherever_their_boxes_lie
     masks = [blob(k, SIZE) for k in range(3)]
     objects = tuple(as_object(mask, 10 + k) for k, mask in enumerate(masks))
     found = (as_found(masks[2], box_id="12"), as_found(masks[1], box_id="10"), as_found(None, box_id="11"))
-    image = EvaluatedImage(image_id="i", size_hw=SIZE, objects=objects, masks=found)
+    image = EvaluatedImage(size_hw=SIZE, objects=objects, masks=found)
 
     assert choose_match([image]) == "box_id"
     pairs = {pair.area: pair for pair in pair_up(image, "box_id")}
@@ -287,7 +285,7 @@ def test_ids_of_something_else_are_not_taken_for_annotation_ids(
     objects = tuple(as_object(mask, 10 + k) for k, mask in enumerate(masks))
     found = tuple(as_found(mask, box_id=box_id) for mask, box_id in zip(masks, box_ids, strict=True))
 
-    image = EvaluatedImage(image_id="i", size_hw=SIZE, objects=objects, masks=found)
+    image = EvaluatedImage(size_hw=SIZE, objects=objects, masks=found)
 
     assert choose_match([image]) == "box_iou"
 
@@ -299,7 +297,7 @@ def test_by_boxes_each_object_has_its_best_prompt_once_and_only_of_its_class() -
     objects = (as_object(object_mask, 1), as_object(other, 2, category_id=5))
     near, nearer = shifted(object_mask, 6), shifted(object_mask, 2)
     found = (as_found(near, score=0.99), as_found(nearer), as_found(other, category_id=1))
-    image = EvaluatedImage(image_id="i", size_hw=SIZE, objects=objects, masks=found)
+    image = EvaluatedImage(size_hw=SIZE, objects=objects, masks=found)
 
     [pair] = pair_up(image, "box_iou")
 
@@ -309,7 +307,7 @@ def test_by_boxes_each_object_has_its_best_prompt_once_and_only_of_its_class() -
 def test_a_crowd_is_no_object_of_mean_iou() -> None:
     mask = blob(1, SIZE)
     image = EvaluatedImage(
-        image_id="i", size_hw=SIZE, objects=(as_object(mask, 1, is_crowd=True),), masks=(as_found(mask),)
+        size_hw=SIZE, objects=(as_object(mask, 1, is_crowd=True),), masks=(as_found(mask),)
     )
 
     assert pair_up(image, "box_iou") == []

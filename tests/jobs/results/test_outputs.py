@@ -13,7 +13,6 @@ from PIL import Image
 from jobs.commands import end_summary
 from jobs.commands.retry import find_targets
 from jobs.results.read_tables import failed_examples, find_image, sample_labelled
-from jobs.terminal import console
 from pipeline.errors import JobRefused
 from pipeline.job_context import Place
 from pipeline.settings import Limits
@@ -282,7 +281,7 @@ def test_a_number_of_images_to_judge_from_can_still_be_set() -> None:
 def test_the_next_command_can_be_pasted() -> None:
     commands = end_summary.next_commands("s3://b/o u t", failed=1, limited=False)
     assert commands[0].startswith("hqlabel retry --output 's3://b/o u t'")
-    assert console.command(["hqlabel", "validate", "--output", "s3://b/o u t"]) in commands
+    assert "hqlabel validate --output 's3://b/o u t'" in commands
 
 
 def test_an_overlay_is_drawn_from_the_published_rows(tmp_path: Path) -> None:

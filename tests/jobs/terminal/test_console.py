@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
 import sys
 
 import pytest
 from rich.cells import cell_len
 
 from jobs.terminal import console
+from pipeline.errors import count
 
 
 @pytest.mark.parametrize(
@@ -30,15 +30,10 @@ def test_shares_are_never_rounded_to_none_or_all() -> None:
 
 
 def test_counts_and_sizes() -> None:
-    assert console.count(1, "box", "boxes") == "1 box"
-    assert console.count(12_000, "image") == "12,000 images"
+    assert count(1, "box", "boxes") == "1 box"
+    assert count(12_000, "image") == "12,000 images"
     assert console.size(812) == "812 bytes"
     assert console.size(4_100_000) == "4.1 MB"
-
-
-def test_a_command_survives_the_shell() -> None:
-    words = ["hqlabel", "inspect", "a b's $(x).jpg", "--output", "s3://b/o"]
-    assert shlex.split(console.command(words)) == words
 
 
 def test_text_from_outside_is_one_safe_line() -> None:

@@ -1,15 +1,49 @@
-"""The driver's lock on a job: taken when there is something to write, released however the command ends."""
+"""Which units of a plan belong to this driver (`--slice i/n`), and its lock on them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
-from jobs.job_setup.job_slices import WHOLE, Slice
 from jobs.terminal.signals import Interrupts
+from pipeline.errors import UsageError
 from pipeline.job_state.driver_lock import Owner
 from pipeline.storage.output_store import Store
+
+_SLICE = re.compile(r"(\d+)/(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """The `index`-th of `count` parts, from 1."""
+
+    index: int = 1
+    count: int = 1
+
+    @property
+    def text(self) -> str | None:
+        """`2/4`, or None for the whole plan."""
+        return None if self.count == 1 else f"{self.index}/{self.count}"
+
+    def units(self, total: int) -> range:
+        """Return the slice of `total` units: consecutive; the sizes of slices differ by at most one."""
+        return range(total * (self.index - 1) // self.count, total * self.index // self.count)
+
+
+WHOLE = Slice()
+
+
+def parse_slice(text: str | None) -> Slice:
+    """Return the slice that `i/n` names, the whole plan for None. Raises `UsageError`."""
+    if text is None:
+        return WHOLE
+    match = _SLICE.fullmatch(text)
+    part = Slice(index=int(match[1]), count=int(match[2])) if match else None
+    if part is None or not 1 <= part.index <= part.count:
+        raise UsageError(f"--slice {text}: wanted i/n with i from 1 to n, such as 2/4")
+    return part
 
 
 class JobLock:
