@@ -68,8 +68,7 @@ def read_box_tables(
     for file in files:
         if not {"image_uri", "image_id"} & file.names.keys():
             raise missing_column(file.uri, "image_uri or image_id", file.all_names, mapping)
-    read = _read_image_rows if wanted is IMAGE_ROWS else _read_box_rows
-    boxes = read(files, access, folder)
+    boxes = (_read_image_rows if wanted is IMAGE_ROWS else _read_box_rows)(files, access, folder)
     unused = unused_columns(files[0])
     notes = (*_partition_note(files[0], folder), *unread_note(files[0], unused, mapping))
     return replace(boxes, unused=unused, notes=(*boxes.notes, *notes))
@@ -85,7 +84,7 @@ def _shape(names: Sequence[str], mapping: Mapping[str, str], *, uri: str) -> dic
     if bool(lists) + ("bbox" in single) + bool(corners) > 1:
         raise JobRefused(
             f"{uri}: the boxes are there more than once ({', '.join([*lists, *single])}); "
-            "leave one of them, or say which by a column name of its own"
+            "leave one of them, or give the one that is meant an own column name"
         )
     if (not lists and not single) or (corners and len(corners) < len(CORNERS)):
         return None
@@ -183,7 +182,9 @@ def boxes_of_rows(
             boxes.append(own)
         rows[uri] = rows.get(uri, 0) + batch.num_rows
         blank += batch.num_rows - named.num_rows
-    images = pa.concat_tables([_no_images(names), *parts])
+    empty = {name: pa.array([], TEXT) for name in KEYS if name in names}
+    empty |= {"length": pa.array([], pa.int64()), "is_null": pa.array([], pa.bool_())}
+    images = pa.concat_tables([pa.table(empty | {"error": pa.array([], TEXT)}), *parts])
     return BoxList(
         image_id=single(images.column("image_id")) if "image_id" in names else None,
         image_uri=single(images.column("image_uri")) if "image_uri" in names else None,
@@ -197,12 +198,6 @@ def boxes_of_rows(
         one_row_per_image=True,
         notes=_blank_note(next(iter(rows), folder), blank),
     )
-
-
-def _no_images(names: Collection[str]) -> pa.Table:
-    keys = {name: pa.array([], TEXT) for name in KEYS if name in names}
-    known = {"length": pa.array([], pa.int64()), "is_null": pa.array([], pa.bool_())}
-    return pa.table(keys | known | {"error": pa.array([], TEXT)})
 
 
 def _flatten(batch: pa.Table) -> tuple[dict[str, pa.Array], dict[str, pa.Array]]:
@@ -379,13 +374,12 @@ def box_columns(flat: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
         target = "category_id" if name == "label" and is_number else _TARGETS[name]
         if target in columns:
             raise pa.ArrowInvalid("integer labels and category_id are both given; leave one of them out")
-        if name == "points":
-            column = flatten_points(column)
-        if name == "point_labels":
-            column = _bounded_labels(column)
-        if name == "iscrowd":
-            column = crowds(column)
-        columns[target] = _cast(name, column, BOX_COLUMNS[target])
+        if name in _CONVERTED:
+            column = _CONVERTED[name](column)
+        try:
+            columns[target] = pc.cast(column, BOX_COLUMNS[target])
+        except pa.ArrowInvalid as error:
+            raise pa.ArrowInvalid(f"{name}: {error}") from error
     return columns
 
 
@@ -395,13 +389,6 @@ def _bounded_labels(labels: pa.Array) -> pa.Array:
     known = pc.is_in(values, pa.array([1, 0, -1], values.type))
     values = pc.if_else(pc.or_(known, values.is_null()), values, pa.scalar(2, values.type))
     return to_lists(list_lengths(labels), values, kind=pa.list_(values.type), null=null_mask(labels))
-
-
-def _cast(name: str, column: pa.Array, kind: pa.DataType) -> pa.Array:
-    try:
-        return pc.cast(column, kind)
-    except pa.ArrowInvalid as error:
-        raise pa.ArrowInvalid(f"{name}: {error}") from error
 
 
 _SAME_NAMES = ("given", "category_id", "score", "box_id", "point_labels", "prompt_mask", "iscrowd")
@@ -440,6 +427,9 @@ def flatten_points(points: pa.Array) -> pa.Array:
     ends = np.concatenate([[0], np.cumsum(taken)])
     lengths = ends[np.cumsum(counts)] - ends[starts_of(counts)]
     return to_lists(lengths, flat, kind=NUMBERS, null=null_mask(points))
+
+
+_CONVERTED = {"points": flatten_points, "point_labels": _bounded_labels, "iscrowd": crowds}
 
 
 def _joined(boxes: Sequence[pa.Table]) -> pa.Table:

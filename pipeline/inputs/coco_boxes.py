@@ -84,8 +84,7 @@ def is_results(uri: str, access: AccessRules) -> bool:
 
 def read_results(uri: str, access: AccessRules, *, folder: str) -> BoxList:
     """Return the boxes of a results file, by image id; it names no files."""
-    blocks = _read(uri, {""}, access)
-    return _grouped(uri, blocks[""], folder)
+    return _grouped(uri, _read(uri, {""}, access)[""], folder)
 
 
 def read_coco_images(uri: str, access: AccessRules, *, folder: str) -> ImageList:
@@ -213,21 +212,15 @@ def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
         )
     if table.num_rows and table.column("bbox").null_count == table.num_rows:
         raise JobRefused(f"{uri}: none of its {table.num_rows} records has a bbox; {_SHAPE}")
+    ours = {"bbox": "given", "category_id": "category_id", "score": "score", "id": "box_id"}
+    flat = {ours.get(name, name): single(table.column(name)) for name in (*ours, "iscrowd")}
+    # A column of nulls alone was never given.
     flat = {
-        "given": single(table.column("bbox")),
-        "category_id": single(table.column("category_id")),
-        "score": single(table.column("score")),
-        "box_id": single(table.column("id")),
-        "iscrowd": single(table.column("iscrowd")),
+        name: column for name, column in flat.items() if not len(column) or column.null_count < len(column)
     }
     with naming_values(uri):
-        boxes = pa.table(box_columns({name: column for name, column in flat.items() if _holds(column)}))
+        boxes = pa.table(box_columns(flat))
     return grouped_boxes(group_rows(ids, None), boxes, folder=folder, box_format="xywh", files=[uri])
-
-
-def _holds(column: pa.Array) -> bool:
-    """Return whether not every value is null: such a column was never given."""
-    return not len(column) or column.null_count < len(column)
 
 
 def _images(uri: str, blocks: Mapping[str, list[pa.Table]], access: AccessRules, folder: str) -> ImageList:

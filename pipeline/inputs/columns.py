@@ -27,7 +27,7 @@ from pipeline.errors import JobRefused, clean_text
 from pipeline.settings import BoxFormat
 
 Leaf = Literal["text", "key", "number", "integer", "whole", "big", "flag", "rle", "null"]
-"""`whole`: integers kept as floats; `big`: integers that may not fit int64; nobody wants them as such."""
+"""`whole`: integers kept as floats; `big`: integers that may not fit int64; never wanted as such."""
 
 _LEAF_WORDS: dict[Leaf, str] = {
     "text": "string",

@@ -341,15 +341,10 @@ def _value(kind: str | None, token: str, text: str, at: int, name: str) -> Any:
         if kind == "number":
             return float(token) if any(sign in token for sign in ".eE") else int(token)
         if kind == "text":
-            return _word(token)
+            with contextlib.suppress(ValueError):
+                return str(json.loads(token))  # as JSON writes it, or else as Python does
+            return str(ast.literal_eval(token))
     raise _no_list(text, at, name)
-
-
-def _word(token: str) -> str:
-    """Return a quoted word as JSON writes it, or else as Python does."""
-    with contextlib.suppress(ValueError):
-        return str(json.loads(token))
-    return str(ast.literal_eval(token))
 
 
 def _no_list(text: str, at: int, name: str) -> TextDamage:
@@ -360,7 +355,7 @@ def _no_list(text: str, at: int, name: str) -> TextDamage:
     elif re.match(r"(np\.\w+|array|tensor|\w+)\(", rest):
         hint = "; it is the text of objects: write plain lists (.tolist()) instead"
     elif re.match(r"[^\W\d]", rest):
-        hint = "; words stand in quotes (DuckDB writes them so by to_json(COLUMN))"
+        hint = "; words must be in quotes (DuckDB writes them so by to_json(COLUMN))"
     place = f" at {rest[:20]!r}" if at and rest else ""
     wanted = """wanted JSON such as [[1, 2, 3, 4]] or ["a", "b"]"""
     return TextDamage(f"{name!r} holds {text[:60]!r}, which is no list{place}; {wanted}{hint}")
@@ -391,13 +386,9 @@ def _shown_masks(text: str) -> Any:
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
     around = _QUOTED.sub("", text)
-    if _AROUND_QUOTED.fullmatch(around) and _deepest(around) <= _MOST_OPEN and "--" not in around:
+    opened = (1 if sign in "[{(" else -1 for sign in around if sign in "[{()}]")
+    deepest = max(itertools.accumulate(opened), default=0)
+    if _AROUND_QUOTED.fullmatch(around) and deepest <= _MOST_OPEN and "--" not in around:
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return ast.literal_eval(text.strip())
     return text
-
-
-def _deepest(text: str) -> int:
-    """Return how many brackets are open at once, at most."""
-    opened = (1 if sign in "[{(" else -1 for sign in text if sign in "[{()}]")
-    return max(itertools.accumulate(opened), default=0)

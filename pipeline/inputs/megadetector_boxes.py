@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -59,9 +58,7 @@ def read_megadetector(uri: str, access: AccessRules, *, folder: str) -> BoxList:
         folder=folder,
         box_format="xywh-normalised",
     )
-    with open_input(uri, options_for(uri, access)) as stream:
-        categories = _categories(uri, stream)
-    return replace(boxes, categories=categories, files=(uri,))
+    return replace(boxes, categories=_categories(uri, access), files=(uri,))
 
 
 def _batches(uri: str, access: AccessRules) -> Iterator[pa.Table]:
@@ -84,13 +81,10 @@ def _image_rows(images: pa.Table, uri: str, first: int) -> pa.Table:
         at = first + int(silent.nonzero()[0][0])
         raise JobRefused(f"{uri}: image {at} (from 0) has neither detections nor a failure; {_SHAPE}")
     category, conf, bbox = found.flatten().flatten()
-    labels = {"labels": _category_ids(category, uri), "scores": conf, "boxes": bbox}
+    values = dict(zip(_COLUMNS[1:], (bbox, _category_ids(category, uri), conf), strict=True))
     lengths, null = list_lengths(found), null_mask(found)
-    columns = {
-        name: to_lists(lengths, values, kind=pa.list_(values.type), null=null)
-        for name, values in labels.items()
-    }
-    return pa.table({"image_uri": file, **{name: columns[name] for name in _COLUMNS[1:]}})
+    columns = {n: to_lists(lengths, v, kind=pa.list_(v.type), null=null) for n, v in values.items()}
+    return pa.table({"image_uri": file, **columns})
 
 
 def _category_ids(category: pa.Array, uri: str) -> pa.Array:
@@ -104,20 +98,15 @@ def _category_ids(category: pa.Array, uri: str) -> pa.Array:
     return pc.cast(category, pa.int64())
 
 
-def _categories(uri: str, stream: BinaryIO) -> dict[int, str]:
+def _categories(uri: str, access: AccessRules) -> dict[int, str]:
     """Return number -> name from `detection_categories`, wherever it is; empty where there is none."""
-    before = b""
-    while block := stream.read(CUT_BYTES):
-        match = _CATEGORIES.search(before + block)
-        if match is not None:
-            return _parsed(uri, match.group(1))
-        before = block[-(2**17) :]
-    return {}
-
-
-def _parsed(uri: str, text: bytes) -> dict[int, str]:
+    before, match = b"", None
+    with open_input(uri, options_for(uri, access)) as stream:
+        while match is None and (block := stream.read(CUT_BYTES)):
+            match = _CATEGORIES.search(before + block)
+            before = block[-(2**17) :]
     try:
-        return {int(key): str(name) for key, name in json.loads(text).items()}
+        return {int(key): str(name) for key, name in json.loads(match[1]).items()} if match else {}
     except (ValueError, AttributeError) as error:
         raise JobRefused(
             f"{uri}: detection_categories is not a map of numbers to names ({clean_text(str(error))})"

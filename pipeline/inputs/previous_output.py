@@ -140,21 +140,17 @@ def _table(uris: Sequence[str], wanted: dict[str, Kind], access: AccessRules) ->
 
 def _rules(parts: PublishedParts, access: AccessRules) -> BoxRules | None:
     """Return format and frame of the boxes as given, from the footers; None where they do not state them."""
-    found = {_footer_rules(uri, access) for uri in parts.instances}
+    found = set()
+    for uri in parts.instances:
+        with open_named(uri, "parquet", access) as stream:
+            footer: dict[bytes, bytes] = open_closed(stream).metadata.metadata or {}
+        found.add((footer.get(b"hqlabel.box_format", b""), footer.get(b"hqlabel.box_frame", b"")))
     if len(found) > 1:
         raise JobRefused(f"{parts.folder}: its parts state different box rules; they are of different jobs")
-    box_format, box_frame = found.pop()
+    box_format, box_frame = (value.decode("utf-8", errors="replace") for value in found.pop())
     if box_format not in get_args(BoxFormat) or box_frame not in get_args(BoxFrame):
         return None
     return BoxRules(box_format=cast(BoxFormat, box_format), box_frame=cast(BoxFrame, box_frame))
-
-
-def _footer_rules(uri: str, access: AccessRules) -> tuple[str, str]:
-    with open_named(uri, "parquet", access) as stream:
-        footer: dict[bytes, bytes] = open_closed(stream).metadata.metadata or {}
-    keys = (b"hqlabel.box_format", b"hqlabel.box_frame")
-    box_format, box_frame = (footer.get(key, b"").decode("utf-8", errors="replace") for key in keys)
-    return box_format, box_frame
 
 
 def _prompts(rows: pa.Table, rules: BoxRules | None) -> tuple[pa.Array, BoxRules, tuple[str, ...]]:
@@ -193,6 +189,6 @@ def _check_counts(boxes: BoxList, images: pa.Table, folder: str) -> None:
         assert boxes.image_id is not None, "instances are grouped by image_id"
         at = int(unlike[0])
         raise JobRefused(
-            f"{folder}: image {boxes.image_id[at].as_py()!r} has {boxes.lengths[at]} instances, its row says "
-            f"{wanted[at]}; run `hqlabel validate` on it"
+            f"{folder}: image {boxes.image_id[at].as_py()!r} has {boxes.lengths[at]} instances, its row "
+            f"states {wanted[at]}; run `hqlabel validate` on it"
         )

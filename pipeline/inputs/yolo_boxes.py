@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -54,10 +53,15 @@ def read_yolo(folder: str, entries: Sequence[Entry], access: AccessRules) -> Box
     """
     files = label_files(folder, entries)
     with ThreadPoolExecutor(min(READERS, len(files)) or 1) as pool:
-        parts = list(pool.map(lambda uri: _read_file(uri, access), files))
+        texts = pool.map(lambda uri: _text(uri, access), files)
+        parts = [
+            [_numbers(uri, at, line.split()) for at, line in enumerate(text.splitlines(), 1) if line.strip()]
+            for uri, text in zip(files, texts, strict=True)
+        ]
     names = [uri.removeprefix(f"{folder}/")[: -len(".txt")] for uri in files]
     lengths = np.array([len(part) for part in parts], np.int64)
-    values = np.concatenate([np.zeros((0, 6)), *parts])
+    # (N, 6): class, four numbers, score or NaN
+    values = np.array([row for part in parts for row in part], np.float64).reshape(-1, 6)
     given = to_lists(np.full(len(values), 4, np.int64), pa.array(values[:, 1:5].reshape(-1)), kind=NUMBERS)
     columns: dict[str, pa.Array] = {"given": given, "category_id": pa.array(values[:, 0].astype(np.int64))}
     if not np.isnan(values[:, 5]).all():
@@ -81,23 +85,16 @@ def _notes(boxes: BoxList) -> tuple[str, ...]:
     return (f"{boxes.folder}: none of {wanted} is there, so classes have no names; copy one of them there",)
 
 
-def _read_file(uri: str, access: AccessRules) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return the lines of one file, (N, 6): class, four numbers, score or NaN."""
-    lines = _text(uri, access).splitlines()
-    rows = [_numbers(uri, at, line.split()) for at, line in enumerate(lines, start=1) if line.strip()]
-    return np.array(rows, np.float64).reshape(-1, 6)
-
-
 def _numbers(uri: str, line: int, words: Sequence[str]) -> list[float]:
+    text = clean_text(" ".join(words))
     if len(words) > 6:
         raise JobRefused(f"{uri}: line {line} has {len(words)} numbers (a polygon or a turned box); {_SHAPE}")
     if len(words) < 5:
-        found = clean_text(" ".join(words))
-        raise JobRefused(f"{uri}: line {line} has {len(words)} numbers (too few): {found!r}; {_SHAPE}")
+        raise JobRefused(f"{uri}: line {line} has {len(words)} numbers (too few): {text!r}; {_SHAPE}")
     try:
         numbers = [float(word) for word in words]
     except ValueError:
-        raise JobRefused(f"{uri}: line {line} holds {clean_text(' '.join(words))!r}; {_SHAPE}") from None
+        raise JobRefused(f"{uri}: line {line} holds {text!r}; {_SHAPE}") from None
     if not (numbers[0].is_integer() and 0 <= numbers[0] < 2**31):
         raise JobRefused(f"{uri}: line {line}: the class is {words[0]}; wanted a whole number from 0 on")
     return [*numbers, float("nan")][:6]

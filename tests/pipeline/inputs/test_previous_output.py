@@ -129,7 +129,7 @@ def test_parts_of_different_rules_are_refused(output):
 
 @pytest.mark.parametrize(
     ("lost", "reason"),
-    [(0, "has 0 instances, its row says 1"), (1, "not numbered from 0"), (2, "has 1 instances")],
+    [(0, "has 0 instances, its row states 1"), (1, "not numbered from 0"), (2, "has 1 instances")],
 )
 def test_an_output_with_instances_missing_is_refused(output, lost, reason):
     store, _, folder = output

@@ -602,7 +602,7 @@ def test_gaps_that_pandas_gathered_into_lists_are_null(tmp_path: Path) -> None:
 def test_words_without_quotes_are_refused_with_the_way_out(tmp_path: Path) -> None:
     duckdb.sql(f"COPY (SELECT 'a.jpg' image_uri, [[1, 2, 3, 4]] boxes, ['cat'] labels) TO '{tmp_path}/t.csv'")
 
-    assert "words stand in quotes (DuckDB writes them so by to_json(COLUMN))" in refusal(tmp_path / "t.csv")
+    assert "words must be in quotes (DuckDB writes them so by to_json(COLUMN))" in refusal(tmp_path / "t.csv")
 
     columns = "'a.jpg' image_uri, [[1, 2, 3, 4]] boxes, to_json(['cat']) labels"
     duckdb.sql(f"COPY (SELECT {columns}) TO '{tmp_path}/t.csv'")
