@@ -24,11 +24,7 @@ def single(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     """Return one array with the values of a column; large_string and large_list never overflow by it."""
     if isinstance(column, pa.Array):
         return column
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [_none(column)])
-
-
-def _none(column: pa.ChunkedArray) -> pa.Array:
-    return pa.array([], type=column.type)
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def list_lengths(lists: pa.Array) -> Int64Array:

@@ -83,14 +83,11 @@ def visit(name: str) -> None:
     if name != _armed.name:
         return
     _armed.visits_left -= 1
-    if _armed.visits_left == 0:
-        _act(_armed)
-
-
-def _act(armed: _Armed) -> None:
-    if armed.action == "raise":
-        raise FailPointReached(armed.name)
-    os.kill(os.getpid(), signal.SIGKILL if armed.action == "kill" else signal.SIGSTOP)
+    if _armed.visits_left:
+        return
+    if _armed.action == "raise":
+        raise FailPointReached(name)
+    os.kill(os.getpid(), signal.SIGKILL if _armed.action == "kill" else signal.SIGSTOP)
 
 
 _armed: _Armed | None = None

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.errors import JobRefused, clean_text
@@ -20,7 +20,7 @@ from pipeline.inputs.yolo_boxes import label_files
 from pipeline.job_context import AccessRules
 from pipeline.storage.archive_uris import TAR
 from pipeline.storage.backend import Entry
-from pipeline.storage.list_folders import allow_root
+from pipeline.storage.list_folders import Listed, allow_root
 from pipeline.storage.read_objects import (
     LABEL_SUFFIXES,
     head_object,
@@ -48,18 +48,20 @@ def absolute(uri: str) -> str:
 class InputFiles:
     """What a user names, as files: one, those of a folder, or those that match a pattern.
 
-    `root`: the folder that relative names start from. `kind`: how it was named. `links`, `odd`: as of a
-    `Listing`. `roots`: local folders and files that may be read, links resolved. `notes`: what is skipped.
+    `root`: the folder that relative names start from. `kind`: how it was named. `roots`: local folders and
+    files that may be read, links resolved.
     """
 
     uri: str
-    entries: tuple[Entry, ...]
+    listed: Listed
     root: str
     kind: Literal["file", "picture", "folder", "pattern"]
-    links: Mapping[str, str] = field(default_factory=dict)
-    odd: tuple[str, ...] = ()
     roots: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """The files."""
+        return self.listed.entries
 
     @classmethod
     def at(cls, uri: str, access: AccessRules) -> InputFiles:
@@ -69,37 +71,29 @@ class InputFiles:
             JobRefused: The place cannot be listed, or holds what could not be named in a table.
         """
         if is_pattern(uri):
-            return cls._listed(uri, pattern_root(uri), access, "pattern")
+            return cls._below(uri, pattern_root(uri), access, "pattern")
         known = table_format(uri) is not None or is_tar(uri)
         if known or has_picture_name(uri):
             entry = head_object(uri, options_for(uri, access))
             if entry is not None:
                 kind: Literal["file", "picture"] = "file" if known else "picture"
-                return cls(uri=uri, entries=(entry,), root=parent_of(uri), kind=kind)
-        place = cls._listed(uri, uri, access, "folder")
+                return cls(uri=uri, listed=Listed(entries=[entry]), root=parent_of(uri), kind=kind)
+        place = cls._below(uri, uri, access, "folder")
         if not place.entries and (entry := head_object(uri, options_for(uri, access))) is not None:
             _refuse_unless_picture(uri, access)
-            return cls(uri=uri, entries=(entry,), root=parent_of(uri), kind="picture")
+            return cls(uri=uri, listed=Listed(entries=[entry]), root=parent_of(uri), kind="picture")
         return place
 
     @classmethod
-    def _listed(
+    def _below(
         cls, uri: str, root: str, access: AccessRules, kind: Literal["folder", "pattern"]
     ) -> InputFiles:
         roots = (*map(os.path.realpath, access.roots), *pointed_at(uri))
         pattern = uri.removeprefix(f"{root}/") if kind == "pattern" else None
-        found = list_inputs(root, options_for(uri, access), roots=roots, pattern=pattern)
-        entries, outputs = _without_outputs(root, found.entries)
-        return cls(
-            uri=uri,
-            entries=entries,
-            root=root,
-            kind=kind,
-            links=found.links,
-            odd=found.odd,
-            roots=roots,
-            notes=(*found.notes, *_on_names(found.unnameable), *outputs),
-        )
+        listed = list_inputs(root, options_for(uri, access), roots=roots, pattern=pattern)
+        listed.notes += _on_names(listed.unnameable)
+        _skip_outputs(root, listed)
+        return cls(uri=uri, listed=listed, root=root, kind=kind, roots=roots)
 
     def tars(self) -> list[str]:
         """Return the tars, when they are meant: named as such, or a folder of nothing else that could be."""
@@ -135,25 +129,24 @@ class InputFiles:
 
     def _readable(self, keys: Sequence[str]) -> list[str]:
         """Return `keys`; raise JobRefused where one is no file, or a link to what may not be read."""
-        out = {key: self.links[key] for key in keys if key in self.links and not self._may_read(key)}
+        links = self.listed.links
+        targets = {key: links[key] for key in keys if key in links}
+        out = {k: path for k, path in targets.items() if not any(is_inside(path, r) for r in self.roots)}
         if out:
             link, real = next(iter(out.items()))
             flags = allow_root(os.path.dirname(path) for path in out.values())
             raise JobRefused(f"{link} is a link to {real}, outside what may be read: allow it with {flags}")
-        for key in self.odd:
+        for key in self.listed.odd:
             if key in keys:
                 raise JobRefused(f"{key}: {what_is(key)}")
         return list(keys)
-
-    def _may_read(self, key: str) -> bool:
-        return any(is_inside(self.links[key], root) for root in self.roots)
 
     def _is_hidden(self, key: str) -> bool:
         return self.kind == "folder" and _is_hidden(key.removeprefix(self.root))
 
 
 def pointed_at(uri: str) -> list[str]:
-    """Return the local paths that somebody allows to be read by pointing at `uri`, links resolved.
+    """Return the local paths that naming `uri` allows to be read, links resolved.
 
     A folder, the one above a pattern or a table; a picture alone; what a named table or tar is a link to;
     and the blobs of a snapshot in the cache of Hugging Face's hub.
@@ -187,21 +180,16 @@ def _with_blobs(folder: str) -> list[str]:
     return [real, blobs] if blobs and os.path.isdir(blobs) and not os.path.islink(blobs) else [real]
 
 
-def _without_outputs(root: str, entries: tuple[Entry, ...]) -> tuple[tuple[Entry, ...], list[str]]:
-    """Return the files without outputs of ours below `root`, which hold pictures; and a sentence on them."""
-    marks = [entry.key.removesuffix("job.json") for entry in entries if entry.key.endswith("/job.json")]
-    planned = (
-        {entry.key.partition("/plan/")[0] + "/" for entry in entries if "/plan/" in entry.key}
-        if marks
-        else ()
-    )
+def _skip_outputs(root: str, listed: Listed) -> None:
+    """Take the outputs of ours below `root`, which hold pictures, off the list, and note them."""
+    keys = [entry.key for entry in listed.entries]
+    marks = [key.removesuffix("job.json") for key in keys if key.endswith("/job.json")]
+    planned = {key.partition("/plan/")[0] + "/" for key in keys if marks and "/plan/" in key}
     outputs = tuple(mark for mark in marks if mark in planned and mark != f"{root}/")
-    if not outputs:
-        return entries, []
-    kept = tuple(entry for entry in entries if not entry.key.startswith(outputs))
-    return kept, [
-        f"outputs of hqlabel among the files: {len(outputs)}, such as {clean_text(outputs[0])}: left out"
-    ]
+    if outputs:
+        listed.entries = [entry for entry in listed.entries if not entry.key.startswith(outputs)]
+        first = clean_text(outputs[0])
+        listed.notes.append(f"outputs of hqlabel among the files: {len(outputs)}, such as {first}: left out")
 
 
 def _on_names(names: Sequence[str]) -> list[str]:
@@ -259,9 +247,9 @@ def _refuse_versioned(root: str, entries: Sequence[Entry]) -> None:
         found = next((e.key for e in entries if log.fullmatch(e.key.removeprefix(f"{root}/"))), None)
         if found is not None:
             raise JobRefused(
-                f"{root}: a {name} table ({found}): which of its files still count only its log says, which "
-                "is not read; write the rows as plain Parquet into another folder, or name the files that "
-                "count with a pattern"
+                f"{root}: a {name} table ({found}): only its log, which is not read, lists which of its "
+                "files still count; write the rows as plain Parquet into another folder, or name the files "
+                "that count with a pattern"
             )
 
 
@@ -281,7 +269,7 @@ def nothing_in(place: InputFiles, wanted: str) -> JobRefused:
     found = (
         f"{len(entries)} other files, such as {examples([e.key for e in entries])}" if entries else "nothing"
     )
-    return JobRefused("; ".join([f"{uri}: no {wanted}; found {found}{braces}", *place.notes]))
+    return JobRefused("; ".join([f"{uri}: no {wanted}; found {found}{braces}", *place.listed.notes]))
 
 
 def picture_format(uri: str, access: AccessRules) -> str | None:

@@ -73,7 +73,11 @@ def read_images(settings: InputSettings, access: AccessRules) -> ImageList:
     assert settings.images is not None, "the caller asks only for what is given"
     uri = absolute(settings.images)
     if is_json(uri) and not is_pattern(uri):
-        _refuse_results(uri, access)
+        if is_results(uri, access):
+            raise JobRefused(
+                f"{uri}: COCO results name no image files; "
+                "give the instances file as --images and this one as --boxes"
+            )
         if is_megadetector(uri, access):
             raise JobRefused(
                 f"{uri}: a MegaDetector file; give it as --boxes, and the pictures' folder as --images"
@@ -112,13 +116,18 @@ def read_boxes(settings: InputSettings, access: AccessRules) -> BoxList:
     if tars := place.tars():
         return read_tar_boxes(tars, settings.columns, access, root=place.root, ids=settings.tar_ids)
     boxes = _boxes_of(place, settings, access)
-    return replace(boxes, notes=(*boxes.notes, *place.notes))
+    return replace(boxes, notes=(*boxes.notes, *place.listed.notes))
 
 
 def _boxes_of(place: InputFiles, settings: InputSettings, access: AccessRules) -> BoxList:
     """Return the boxes of label files or tables."""
     if labels := place.label_files():
-        return _yolo_boxes(labels, place, settings, access)
+        if settings.images is None:
+            raise JobRefused(
+                f"{place.root}: YOLO label files, such as {labels[0]}, name no pictures; state with --images "
+                "where they are"
+            )
+        return read_yolo(place.root, place.entries, access)
     tables = place.tables()
     if holds_pictures(tables[0], settings.columns, access):
         return read_hf_boxes(tables, settings.columns, access, root=place.root)
@@ -131,17 +140,6 @@ def _json_reader(uri: str, access: AccessRules) -> Callable[..., BoxList]:
     return read_megadetector if is_megadetector(uri, access) else read_instances
 
 
-def _yolo_boxes(
-    labels: Sequence[str], place: InputFiles, settings: InputSettings, access: AccessRules
-) -> BoxList:
-    if settings.images is None:
-        raise JobRefused(
-            f"{place.root}: YOLO label files, such as {labels[0]}, name no pictures; say with --images where "
-            f"they are"
-        )
-    return read_yolo(place.root, place.entries, access)
-
-
 def resolve_uris(uris: pa.Array, folder: str) -> pa.Array:
     """Return uris, relative ones put below `folder`; absolute and blank ones and those with a scheme stay.
 
@@ -149,13 +147,8 @@ def resolve_uris(uris: pa.Array, folder: str) -> pa.Array:
     """
     names = pc.replace_substring_regex(uris, r"\A(\./+)+", "")
     complete = pc.match_substring_regex(uris, r"\A(/|\s*\z|data:|[A-Za-z][A-Za-z0-9+._\-]*:[/:])")
-    return pc.if_else(
-        complete, uris, pc.binary_join_element_wise(_text(folder.rstrip("/")), names, _text("/"))
-    )
-
-
-def _text(value: str) -> pa.Scalar:
-    return pa.scalar(value, TEXT)
+    parent, slash = pa.scalar(folder.rstrip("/"), TEXT), pa.scalar("/", TEXT)
+    return pc.if_else(complete, uris, pc.binary_join_element_wise(parent, names, slash))
 
 
 def check_columns(settings: InputSettings, found: Sequence[str]) -> None:
@@ -182,25 +175,23 @@ def _from_listing(place: InputFiles, access: AccessRules) -> ImageList:
         raise nothing_in(place, "pictures")
     there = set(keys)
     others = [entry.key for entry in place.entries if entry.key not in there]
-    targets = set(place.links.values())  # named by their links already
+    targets = set(place.listed.links.values())  # named by their links already
     unnamed = [key for key in others if os.path.realpath(key) not in targets] if targets else others
+    by_content = (
+        (f"{place.uri}: its name has no picture's ending; it is taken for one by its first bytes",)
+        if place.kind == "picture" and not has_picture_name(place.uri)
+        else ()
+    )
     return ImageList(
         image_uri=pa.array(keys, TEXT),
         image_id=None,
         root=place.root,
         listed=True,
-        doubted=tuple(key for key in (*place.links, *place.odd) if key in there),
+        doubted=tuple(key for key in (*place.listed.links, *place.listed.odd) if key in there),
         skipped_files=len(others),
-        left_out=place.notes,
-        notes=(*_by_content(place), *_without_ending(unnamed, access)),
+        left_out=tuple(place.listed.notes),
+        notes=(*by_content, *_without_ending(unnamed, access)),
     )
-
-
-def _by_content(place: InputFiles) -> tuple[str, ...]:
-    """Return a sentence on a single file that is taken whatever its name."""
-    if place.kind != "picture" or has_picture_name(place.uri):
-        return ()
-    return (f"{place.uri}: its name has no picture's ending; it is taken for one by its first bytes",)
 
 
 _MOST_CHECKED = 8
@@ -231,14 +222,6 @@ def _format_of(uri: str, access: AccessRules) -> str | None:
         return picture_format(uri, access)
     except (ImageError, JobRefused):
         return None
-
-
-def _refuse_results(uri: str, access: AccessRules) -> None:
-    if is_results(uri, access):
-        raise JobRefused(
-            f"{uri}: COCO results name no image files; "
-            "give the instances file as --images and this one as --boxes"
-        )
 
 
 def _read_image_tables(

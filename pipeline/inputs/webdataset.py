@@ -32,7 +32,7 @@ from pipeline.job_context import AccessRules
 from pipeline.settings import TarIds
 from pipeline.storage.archive_uris import TarMember
 from pipeline.storage.list_folders import is_hidden_path
-from pipeline.storage.read_objects import open_input
+from pipeline.storage.read_objects import is_no_utf8, open_input
 from pipeline.storage.uri_rules import options_for, split_scheme
 
 READERS = 16
@@ -232,22 +232,17 @@ def _members(stream: BinaryIO, uri: str) -> list[TarMember]:
         with tarfile.open(fileobj=bounded, mode="r:") as opened:
             tar: Any = opened
             while (one := tar.next()) is not None:
+                name = one.name
                 if one.isreg() and not one.issparse():
-                    _check_name(uri, one.name)
-                    found.append(
-                        TarMember(container=uri, start=one.offset_data, size=one.size, name=one.name)
-                    )
+                    if not name or "\x00" in name or is_no_utf8(name):
+                        raise JobRefused(f"{uri}: the member name {name!a} is not UTF-8 text")
+                    found.append(TarMember(container=uri, start=one.offset_data, size=one.size, name=name))
                 tar.members.clear()  # or every header is kept
     except tarfile.TarError as error:
         raise JobRefused(
             f"{uri}: not a sound tar: {clean_text(str(error))}; wanted a plain, uncompressed one"
         ) from error
     return found
-
-
-def _check_name(uri: str, name: str) -> None:
-    if not name or "\x00" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise JobRefused(f"{uri}: the member name {name!a} is not UTF-8 text")
 
 
 class _Bounded:

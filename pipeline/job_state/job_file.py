@@ -127,12 +127,9 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     return [
         Difference(name=name, stored=before.get(name, ABSENT), now=after.get(name, ABSENT))
         for name in sorted(before.keys() | after.keys())
-        if _unlike(before.get(name, ABSENT), after.get(name, ABSENT))
+        # JSON's text, because 1, 1.0 and true are three values there
+        if json.dumps(before.get(name, ABSENT)) != json.dumps(after.get(name, ABSENT))
     ]
-
-
-def _unlike(a: Any, b: Any) -> bool:
-    return type(a) is not type(b) or bool(a != b)  # 1, 1.0 and True are three values in JSON
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -185,7 +182,20 @@ def read_job(store: Store, *, access: AccessRules | None = None) -> Job | None:
         JobRefused: job.json is damaged, or of a later version.
     """
     stored = _read_json(store)
-    return None if stored is None else _job_of(stored, store, access or AccessRules())
+    if stored is None:
+        return None
+    try:
+        context = _context_of(stored["context"], store, access or AccessRules())
+    except (ValueError, TypeError, KeyError) as error:
+        raise JobRefused(f"{store.place.uri}/{JOB_KEY} was written by another version ({error})") from error
+    return Job(
+        identity=stored["identity"],
+        context=context,
+        plan=stored["plan"],
+        categories=tuple(stored["categories"]),
+        units_per_part=stored["units_per_part"],
+        created_at=stored["created_at"],
+    )
 
 
 def require_job(store: Store, *, access: AccessRules | None = None) -> Job:
@@ -283,21 +293,6 @@ def _parse_json(body: bytes, store: Store) -> dict[str, Any]:
             "Restore the file, or choose another output folder."
         ) from error
     return dict(content)
-
-
-def _job_of(stored: Mapping[str, Any], store: Store, access: AccessRules) -> Job:
-    try:
-        context = _context_of(stored["context"], store, access)
-    except (ValueError, TypeError, KeyError) as error:
-        raise JobRefused(f"{store.place.uri}/{JOB_KEY} was written by another version ({error})") from error
-    return Job(
-        identity=stored["identity"],
-        context=context,
-        plan=stored["plan"],
-        categories=tuple(stored["categories"]),
-        units_per_part=stored["units_per_part"],
-        created_at=stored["created_at"],
-    )
 
 
 def _context_of(stored: Mapping[str, Any], store: Store, access: AccessRules) -> JobContext:

@@ -1,8 +1,8 @@
 """What of a folder is meant: which names are skipped, what a pattern matches, and where links lead.
 
 Skipped, with all that is in them: files and folders whose name begins with a dot, and the folders that
-systems and programs keep next to a user's files (`SKIPPED`). Names count from the place that a person
-points at: whoever points at a hidden folder means it. The same holds for the keys of an object store.
+systems and programs keep next to a user's files (`SKIPPED`). Names count from the place that a user
+names: a hidden folder that is named itself is meant. The same holds for the keys of an object store.
 
 Links to folders are entered where they lead to what may be read. Each folder is listed once, under its own
 name or else under the first link to it, so that circles end and no picture is taken twice.
@@ -39,25 +39,28 @@ _WILD = re.compile(r"[*?\[]")
 
 @dataclass(kw_only=True)
 class Listed:
-    """What was found below a folder, and what is to be reported of the rest.
+    """The files below a folder, sorted by path or uri, and what is to be reported of the rest.
 
-    `links`: linked files -> where they lead, links resolved. `odd`: what is neither a file nor a folder.
-    `hidden_folders`: names of those skipped -> how many. `again`: links to folders that are listed under
-    another name. `leading_out`, `unreadable`: folders whose content is not known -> where they lead, or why.
-    `dead`: links to what is not there.
+    `links`: linked files -> where they lead, links resolved. `odd`: pipes, devices and the like.
+    `unnameable`: names that are not UTF-8, escaped; no entries. `hidden_folders`: names of those skipped ->
+    how many. `again`: links to folders that are listed under another name. `leading_out`, `unreadable`:
+    folders whose content is not known -> where they lead, or why. `dead`: links to what is not there.
+    `notes`: what is skipped, in sentences.
     """
 
-    found: list[Entry] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
     links: dict[str, str] = field(default_factory=dict)
     odd: list[str] = field(default_factory=list)
+    unnameable: list[str] = field(default_factory=list)
     hidden_folders: Counter[str] = field(default_factory=Counter)
     hidden_files: int = 0
     again: list[str] = field(default_factory=list)
     leading_out: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     dead: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-    def notes(self, place: str) -> list[str]:
+    def sentences(self, place: str) -> list[str]:
         """Return sentences on what is skipped in `place`."""
         sentences = []
         if self.hidden_folders:
@@ -161,17 +164,17 @@ def allow_root(targets: Iterable[str]) -> str:
     return flags if common != "/" or len(known) <= len(named) else f"{flags} …"
 
 
-def visible_of(found: Sequence[Entry], prefix: str, pattern: Pattern | None) -> Listed:
+def visible_of(objects: Sequence[Entry], prefix: str, pattern: Pattern | None) -> Listed:
     """Return what of a store's objects below `prefix` is meant."""
     listed, folders = Listed(), dict[str, str]()
     hides = pattern.hides if pattern else _hides
-    for one in found:
+    for one in objects:
         path = one.key.removeprefix(prefix)
         names = path.split("/")
         at = next((at for at, name in enumerate(names) if hides(name, at)), None)
         if at is None:
             if pattern is None or pattern.matches(path):
-                listed.found.append(one)
+                listed.entries.append(one)
         elif at < len(names) - 1:
             folders["/".join(names[: at + 1])] = names[at]
         else:
@@ -271,12 +274,12 @@ class _Walk:
             # Dangling, a circle, or closed: listed, so that its reader can report what is wrong.
             if is_link and isinstance(error, FileNotFoundError):
                 self.listed.dead.append(entry.path)
-            self.listed.found.append(Entry(key=entry.path, size=0))
+            self.listed.entries.append(Entry(key=entry.path, size=0))
             return
         if not stat.S_ISREG(status.st_mode):
             self.listed.odd.append(entry.path)
         tag = f"mtime-{status.st_mtime_ns}"
-        self.listed.found.append(Entry(key=entry.path, size=status.st_size, etag=tag))
+        self.listed.entries.append(Entry(key=entry.path, size=status.st_size, etag=tag))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -294,5 +297,5 @@ def walk(top: str, roots: Sequence[str], pattern: Pattern | None) -> Listed:
     """
     walking = _Walk(roots, pattern)
     walking.run(top)
-    walking.listed.found.sort(key=lambda one: one.key)
+    walking.listed.entries.sort(key=lambda one: one.key)
     return walking.listed

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, TypeVar
 
 from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError, clean_text, count
@@ -152,10 +152,11 @@ def list_objects(uri: str, options: Mapping[str, Any]) -> list[Entry]:
     For the folder of a program, such as a checkpoint; what a user names is listed by `list_inputs`.
     """
     source = _folder(uri, options)
-    found = _call_for_input(
-        uri, "list", lambda left: source.backend.walk(source.path, timeout_s=left, limit=None)
-    )
-    return _entries(found, source)
+
+    def walk(left: float) -> list[Entry]:
+        return source.backend.walk(source.path, timeout_s=left, limit=None)
+
+    return _entries(_call_for_input(uri, "list", walk), source)
 
 
 def _folder(uri: str, options: Mapping[str, Any]) -> ObjectUri:
@@ -173,30 +174,15 @@ def _entries(found: Sequence[Entry], source: ObjectUri) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.key)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """What lies below a place that a user names, sorted by uri.
-
-    `links`: uris of linked files -> the paths they lead to. `odd`: uris of pipes, devices and the like.
-    `unnameable`: names that are not UTF-8, escaped; no entries. `notes`: what is skipped, in sentences.
-    """
-
-    entries: tuple[Entry, ...]
-    links: Mapping[str, str] = field(default_factory=dict)
-    odd: tuple[str, ...] = ()
-    unnameable: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
 def list_inputs(
     uri: str, options: Mapping[str, Any], *, roots: Sequence[str] = (), pattern: str | None = None
-) -> Listing:
-    """List what is meant of a folder or prefix, at any depth; `list_folders` has the rules.
+) -> list_folders.Listed:
+    """List what is meant of a folder or prefix by uri, at any depth; `list_folders` has the rules.
 
     Args:
         uri: The folder or prefix.
         options: Of the store.
-        roots: Local list_folders, links resolved, that links may lead to besides `uri` itself.
+        roots: Local folders, links resolved, that links may lead to as well as to `uri` itself.
         pattern: A pattern of names below `uri`, or None for all of them.
 
     Raises:
@@ -209,22 +195,23 @@ def list_inputs(
     def listed_by(left: float) -> list_folders.Listed:
         if split_scheme(uri)[0] == "file":
             return list_folders.walk(source.path, (*roots, os.path.realpath(source.path)), names)
-        found = source.backend.walk(source.path, timeout_s=left, limit=None)
-        return list_folders.visible_of(found, source.path, names)
+        objects = source.backend.walk(source.path, timeout_s=left, limit=None)
+        return list_folders.visible_of(objects, source.path, names)
 
     listed = _call_for_input(uri, "list", listed_by)
     _refuse_lost(listed)
-    unnameable = {one.key for one in listed.found if not one.key.isprintable() and is_no_utf8(one.key)}
+    unnameable = {one.key for one in listed.entries if not one.key.isprintable() and is_no_utf8(one.key)}
 
     def uri_of(path: str) -> str:
         return source.uri + path.removeprefix(source.path)
 
-    return Listing(
-        entries=tuple(_entries([one for one in listed.found if one.key not in unnameable], source)),
+    return replace(
+        listed,
+        entries=_entries([one for one in listed.entries if one.key not in unnameable], source),
         links={uri_of(path): real for path, real in listed.links.items() if path not in unnameable},
-        odd=tuple(uri_of(path) for path in listed.odd if path not in unnameable),
-        unnameable=tuple(sorted(clean_text(path) for path in unnameable)),
-        notes=tuple(listed.notes(clean_text(source.uri.rstrip("/")))),
+        odd=[uri_of(path) for path in listed.odd if path not in unnameable],
+        unnameable=sorted(clean_text(path) for path in unnameable),
+        notes=listed.sentences(clean_text(source.uri.rstrip("/"))),
     )
 
 
@@ -270,7 +257,7 @@ def open_input(uri: str, options: Mapping[str, Any], *, block: int = BLOCK) -> B
     For tables, box files and weights: streams of any size in bounded memory. `block`: bytes of one read.
     """
     source = ObjectUri(uri=uri, options=options)
-    entry = _call_for_input(uri, "look up", lambda left: source.backend.stat(source.path, timeout_s=left))
+    entry = head_object(uri, options)
     if entry is None:
         is_there = split_scheme(uri)[0] == "file" and os.path.lexists(source.path)
         raise JobRefused(f"{uri}: {what_is(source.path) if is_there else 'there is no such file'}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -48,15 +48,9 @@ class JobStatus:
         return self.units_done == self.units
 
 
-@dataclass(frozen=True, kw_only=True)
-class _UnitTime:
-    """When a unit was committed, and how many images it has."""
-
-    at: dt.datetime
-    images: int
-
-
-Seen = dict[str, tuple[Counts, _UnitTime]]
+UnitCounts = tuple[Counts, dt.datetime]
+"""The counts of a unit, and when it was committed."""
+Seen = dict[str, UnitCounts]
 """What `status` has read of units, by key. Passed again, it spares the reading: a unit never changes."""
 
 
@@ -72,10 +66,9 @@ def status(
     manifest = read_manifest(store)
     finished = finished_units(list(committed), manifest)
     known, unknown = _split(committed, manifest)
-    counted, times = _count(
-        store, unknown[-read_at_most:] if read_at_most else [], {} if seen is None else seen
-    )
-    rate, last = _rate(times)
+    unread = unknown[-read_at_most:] if read_at_most else []
+    counted = _count(store, unread, {} if seen is None else seen)
+    rate, last = _rate(counted)
     images = int(job.plan["images"])
     per_unit = job.context.images_per_unit
     unfinished = sum(min(per_unit, images - u * per_unit) for u in range(job.units) if u not in finished)
@@ -83,9 +76,9 @@ def status(
         images=images,
         units=job.units,
         units_done=len(finished & set(range(job.units))),
-        units_counted=sum(units for units, _ in known) + len(times),
+        units_counted=sum(units for units, _ in known) + len(counted),
         units_published=manifest.published_units if manifest else 0,
-        counts=add_counts([*(counts for _, counts in known), *counted]),
+        counts=add_counts([*(counts for _, counts in known), *(counts for counts, _ in counted)]),
         images_per_s=rate,
         eta_s=unfinished / rate if rate and unfinished else None,
         last_commit_at=last,
@@ -110,34 +103,29 @@ def _split(
     return known, list(rest.values())
 
 
-def _count(store: Store, units: Sequence[CommittedUnit], seen: Seen) -> tuple[list[Counts], list[_UnitTime]]:
+def _count(store: Store, units: Sequence[CommittedUnit], seen: Seen) -> list[UnitCounts]:
     unread = [unit for unit in units if unit.key not in seen]
     with ThreadPoolExecutor(READERS) as pool:
         counted = pool.map(lambda unit: _count_unit(store, unit), unread)
         seen.update(zip((unit.key for unit in unread), counted, strict=True))
-    read_units = [seen[unit.key] for unit in units]
-    return [counts for counts, _ in read_units], [time for _, time in read_units]
+    return [seen[unit.key] for unit in units]
 
 
-def _count_unit(store: Store, unit: CommittedUnit) -> tuple[Counts, _UnitTime]:
+def _count_unit(store: Store, unit: CommittedUnit) -> UnitCounts:
     table = read_committed(store, unit)
     boxes = table["instances"].combine_chunks().flatten()
-    at = pc.max(table["processed_at"]).as_py()
-    return count_masks(table, boxes.field("area")), _UnitTime(at=at, images=table.num_rows)
+    return count_masks(table, boxes.field("area")), pc.max(table["processed_at"]).as_py()
 
 
-def _rate(times: Sequence[_UnitTime]) -> tuple[float | None, dt.datetime | None]:
+def _rate(counted: Sequence[UnitCounts]) -> tuple[float | None, dt.datetime | None]:
     """Return (images a second, time of the last commit) of the newest commits."""
-    if not times:
+    if not counted:
         return None, None
-    newest = max(time.at for time in times)
-    recent = list(_since(times, newest - dt.timedelta(seconds=RATE_WINDOW_S)))
-    oldest = min(time.at for time in recent)
+    newest = max(at for _, at in counted)
+    start = newest - dt.timedelta(seconds=RATE_WINDOW_S)
+    recent = [(at, counts.images) for counts, at in counted if at >= start]
+    oldest, images_before = min(recent, key=lambda one: one[0])
     seconds = (newest - oldest).total_seconds()
     # The first unit of the window was worked on before it: its images do not count.
-    done = sum(time.images for time in recent) - next(t.images for t in recent if t.at == oldest)
+    done = sum(images for _, images in recent) - images_before
     return (done / seconds if seconds > 0 and done else None), newest
-
-
-def _since(times: Sequence[_UnitTime], start: dt.datetime) -> Iterator[_UnitTime]:
-    return (time for time in times if time.at >= start)

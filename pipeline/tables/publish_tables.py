@@ -89,11 +89,11 @@ def publish(
     stored = _stored_parts(store, before, job, filters)
     kept = [stored[task.index] for task in tasks if _same_units(stored.get(task.index), task)]
     due = [task for task in tasks if task.index not in {part.index for part in kept}]
-    if not due and before is not None and _same(before, _manifest(job, filters, kept, complete=True)):
+    if not due and before is not None and _is_current(before, _manifest(job, filters, kept, complete=True)):
         return before
     require_owner("publish")  # may take the job now
     driver = latest_number(store)
-    require_owner("publish")  # so `driver` is ours: whoever comes after it is after us
+    require_owner("publish")  # so `driver` is ours: a later one has a higher number
     due = [dataclasses.replace(task, driver=driver) for task in due]
     if due:
         manifest = _manifest(job, filters, kept, complete=False)
@@ -151,7 +151,7 @@ def _same_units(part: Part | None, task: PartTask) -> bool:
     ] == [(unit.unit_id, unit.generation) for unit in task.part_units]
 
 
-def _same(before: Manifest, after: Manifest) -> bool:
+def _is_current(before: Manifest, after: Manifest) -> bool:
     return before == dataclasses.replace(after, published_at=before.published_at)
 
 
