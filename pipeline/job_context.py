@@ -1,4 +1,4 @@
-"""What a worker gets besides a unit number, and what the driver gets back: small, frozen, picklable records.
+"""What a worker gets with a unit number, and what the driver gets back: small, frozen, picklable records.
 
 With a `JobContext` a worker opens the plan, the images and the weights by itself.
 """
@@ -35,7 +35,7 @@ class Place:
 class AccessRules:
     """What image uris may point at. `roots`: allowed local folders, absolute and resolved.
 
-    `schemes`: allowed besides local files. `options`: fsspec options by scheme, no secrets inside.
+    `schemes`: allowed as well as local files. `options`: fsspec options by scheme, no secrets inside.
     """
 
     roots: tuple[str, ...] = ()

@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # the child reads no settings, and pydantic would cost it 14 
 MAX_DEATHS = 3
 START_TIMEOUT_S = 60.0
 _GRACE_S = 5  # the child's own alarm rings this much after the parent's deadline, if the parent is gone
+# Those of the parent's variables that a decoder needs: no credentials.
 _KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "TZ", "HOME", "TMPDIR")
 # Left alone, glibc hands every picture's pages back to the kernel and gets them again zeroed: where this was
 # measured, that doubled the CPU time of decoding (16 against 7 ms at 1 megapixel). 128 MiB stay in the child.
@@ -202,6 +203,7 @@ class DecodeChild:
             detector_side=self._detector_side,
             draft_jpeg=self._draft_jpeg,
         )
+        kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         boot = _BOOT.format(path=_import_path(), config=json.dumps(vars(config)))
         with tempfile.TemporaryFile() as errors:
             self._process = subprocess.Popen(
@@ -210,7 +212,7 @@ class DecodeChild:
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 pass_fds=files,
-                env=_bare_environment(),
+                env={**kept, **_KEEP_MEMORY, **_ONE_THREAD},
             )
             os.close(request_end)
             os.close(answer_end)
@@ -219,7 +221,7 @@ class DecodeChild:
                 self.close()
                 errors.seek(0)
                 stderr = errors.read()[-400:].decode(errors="replace")
-                reason = f"{answer or 'it ended without a word'}; {stderr}"
+                reason = f"{answer or 'it ended without an answer'}; {stderr}"
                 raise SystemicFault("resources", clean_text(f"no decoder process can be started: {reason}"))
 
 
@@ -230,12 +232,6 @@ def _import_path() -> list[str]:
     """
     here = str(Path(__file__).resolve().parents[2])
     return sys.path if here in sys.path else [*sys.path, here]
-
-
-def _bare_environment() -> dict[str, str]:
-    """Return those of this process's variables that a decoder needs: no credentials."""
-    kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-    return {**kept, **_KEEP_MEMORY, **_ONE_THREAD}
 
 
 def _shared_file() -> int:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -96,7 +97,9 @@ def decode_image(
             upright = _to_rgb(picture)
         else:
             orientation = _orientation(picture)
-            upright = _turned(_to_rgb(picture), orientation)
+            upright = _to_rgb(picture)
+            if orientation in _TRANSPOSE:
+                upright = upright.transpose(_TRANSPOSE[orientation])
     size_hw = (upright.height, upright.width)
     swapped = orientation in (5, 6, 7, 8)
     if stored_hw is not None:
@@ -193,11 +196,6 @@ def _orientation(picture: Image.Image) -> int | None:
     return value if isinstance(value, int) and 1 <= value <= 8 else None
 
 
-def _turned(picture: Image.Image, orientation: int | None) -> Image.Image:
-    method = _TRANSPOSE.get(orientation or 1)
-    return picture if method is None else picture.transpose(method)
-
-
 @contextlib.contextmanager
 def _pillow_faults(data: bytes, max_pixels: int) -> Iterator[None]:
     """Turn whatever Pillow raises on these bytes into an `ImageError`; bound its pixels meanwhile.
@@ -214,7 +212,9 @@ def _pillow_faults(data: bytes, max_pixels: int) -> Iterator[None]:
     except (ImageError, MemoryError):
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ImageError("too_large", _too_many_pixels(_sizes_in(error), max_pixels)) from None
+        number = re.search(r"[0-9]+", str(error))
+        found = number[0] if number else "too many"
+        raise ImageError("too_large", _too_many_pixels(found, max_pixels)) from None
     except UnidentifiedImageError:
         raise unidentified(data) from None
     except Exception as error:  # struct.error, SyntaxError, KeyError ...: bad bytes surface as anything
@@ -225,8 +225,3 @@ def _pillow_faults(data: bytes, max_pixels: int) -> Iterator[None]:
 
 def _too_many_pixels(found: str, max_pixels: int) -> str:
     return f"the header announces {found} pixels, wanted at most {max_pixels} (limits.max_image_pixels)"
-
-
-def _sizes_in(error: BaseException) -> str:
-    digits = [word.strip("()") for word in str(error).split() if word.strip("()").isdigit()]
-    return digits[0] if digits else "too many"

@@ -72,7 +72,7 @@ def fetch_ahead(
             ahead.extend(pool.submit(_fetch_one, uri, access, limits) for uri in islice(waiting, 1))
             yield outcome
     finally:
-        # No waiting: after a fault, or when the caller has had enough, nobody wants the rest.
+        # No waiting: after a fault, or when the caller stops early, the rest is not needed.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -90,8 +90,8 @@ def _fetch_one(uri: str, access: AccessRules, limits: Limits) -> FetchOutcome:
 def stop_if_denied(errors: Sequence[ImageError | None]) -> None:
     """Stop the job when the store refuses a whole unit: at least 3 objects and half of those requested.
 
-    One forbidden object is that image's failure. A unit of them means a missing right, which nobody
-    wants written into a million rows.
+    One forbidden object is that image's failure. A unit of them means a missing right, which must not
+    be written into a million rows.
 
     Raises:
         SystemicFault: `denied`.
@@ -109,7 +109,7 @@ def stop_if_denied(errors: Sequence[ImageError | None]) -> None:
 def stop_if_unreachable(uris: Sequence[str], errors: Sequence[ImageError | None]) -> None:
     """Stop the job when a store gives no answer for a whole unit: at least 3 objects, half of its own.
 
-    Images from web sites (http) do not count: one site that is down says nothing about the others. Nor do
+    Images from web sites (http) do not count: one site that is down is no sign for the others. Nor do
     objects that the store sends in a broken state: they would stop the job for ever.
 
     Raises:
@@ -117,7 +117,7 @@ def stop_if_unreachable(uris: Sequence[str], errors: Sequence[ImageError | None]
     """
     pairs = zip(uris, errors, strict=True)
     of_stores = [error for uri, error in pairs if not uri.startswith(("http:", "https:"))]
-    silent = [error for error in of_stores if error is not None and _is_without_answer(error)]
+    silent = [e for e in of_stores if e is not None and e.code in _NO_ANSWER and not _is_broken_body(e)]
     if _is_most_of_a_unit(silent, of_stores):
         raise SystemicFault(
             "store",
@@ -131,6 +131,5 @@ def _is_most_of_a_unit(faults: Sequence[ImageError], errors: Sequence[ImageError
     return len(faults) >= DENIED_AT_LEAST and 2 * len(faults) >= len(errors)
 
 
-def _is_without_answer(error: ImageError) -> bool:
-    cause = error.__cause__
-    return error.code in _NO_ANSWER and not (isinstance(cause, StorageFault) and cause.broken_body)
+def _is_broken_body(error: ImageError) -> bool:
+    return isinstance(error.__cause__, StorageFault) and error.__cause__.broken_body

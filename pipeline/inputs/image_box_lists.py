@@ -144,7 +144,7 @@ def group_rows(image_id: pa.ChunkedArray | None, image_uri: pa.ChunkedArray | No
     if len(torn):
         at = int(np.searchsorted(np.cumsum(lengths), torn[0], side="right"))
         raise JobRefused(
-            f"image_id {names[at].as_py()!r} stands for two images: {uri_names[int(first[at])].as_py()!r} "
+            f"image_id {names[at].as_py()!r} names two images: {uri_names[int(first[at])].as_py()!r} "
             f"and {uri_names[int(ordered[torn[0]])].as_py()!r}; one id names one image"
         )
     return Groups(image_id=names, image_uri=uri_names.take(pa.array(first)), lengths=lengths, rows=rows)

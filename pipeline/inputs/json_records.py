@@ -426,7 +426,7 @@ class _Cutter:
     def _key_before(self, block: bytes, at: int) -> str:
         match = _KEY.search((self._tail + block[max(0, at - _KEY_BYTES) : at])[-_KEY_BYTES:])
         if match is None:
-            raise TextDamage("a list stands where a key was expected")
+            raise TextDamage("there is a list where a key was expected")
         return match.group(1).decode("utf-8", errors="replace")
 
     def _extend(self, text: bytes) -> Iterator[Lines]:

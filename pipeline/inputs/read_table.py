@@ -113,7 +113,11 @@ def read_batches(file: TableFile, access: AccessRules) -> Iterator[pa.Table]:
     """Yield the file's rows with our column names and plain types, about BATCH_ROWS at a time, in order."""
     with naming(file.uri, file.file_format):
         for batch in _batches(file, access):
-            yield _plain_table(file, batch)
+            columns: dict[str, pa.Array] = {}
+            for ours, theirs in file.names.items():
+                with naming_values(f"{file.uri}: column {theirs!r}"):
+                    columns[ours] = plain(batch.column(theirs), file.kinds[ours])
+            yield pa.table(columns)
 
 
 def _batches(file: TableFile, access: AccessRules) -> Iterator[pa.RecordBatch]:
@@ -129,28 +133,17 @@ def _batches(file: TableFile, access: AccessRules) -> Iterator[pa.RecordBatch]:
 
 
 def _parquet_batches(stream: BinaryIO, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    size = stream.seek(0, io.SEEK_END)
-    parquet = open_closed(stream, page_checksum_verification=True)
-    rows = _batch_rows(size / max(1, parquet.metadata.num_rows))
-    batches: Iterator[pa.RecordBatch] = parquet.iter_batches(rows, columns=columns)
-    return batches
-
-
-def _batch_rows(bytes_per_row: float) -> int:
-    """Return rows that take about BATCH_BYTES when unpacked to four times their size: some have 10,000 boxes.
+    """Return batches of about BATCH_BYTES, unpacked to four times their size: some rows have 10,000 boxes.
 
     The file's own figures for its columns would be better, but reading them trusts the
     footer: pyarrow ends the process on one that contradicts itself.
     """
-    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / (4 * max(1.0, bytes_per_row)))))
-
-
-def _plain_table(file: TableFile, batch: pa.RecordBatch) -> pa.Table:
-    columns: dict[str, pa.Array] = {}
-    for ours, theirs in file.names.items():
-        with naming_values(f"{file.uri}: column {theirs!r}"):
-            columns[ours] = plain(batch.column(theirs), file.kinds[ours])
-    return pa.table(columns)
+    size = stream.seek(0, io.SEEK_END)
+    parquet = open_closed(stream, page_checksum_verification=True)
+    bytes_per_row = max(1.0, size / max(1, parquet.metadata.num_rows))
+    rows = max(1, min(BATCH_ROWS, int(BATCH_BYTES / (4 * bytes_per_row))))
+    batches: Iterator[pa.RecordBatch] = parquet.iter_batches(rows, columns=columns)
+    return batches
 
 
 @contextlib.contextmanager

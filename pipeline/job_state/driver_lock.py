@@ -196,7 +196,7 @@ def _beat_key(number: int) -> str:
 
 
 def latest_number(store: Store) -> int:
-    """Return the number of the driver that took the job last; 0 when nobody ever did."""
+    """Return the number of the driver that took the job last; 0 when none ever did."""
     matches = (_KEY.fullmatch(entry.key) for entry in store.list("owner/"))
     return max((int(match.group(1)) for match in matches if match), default=0)
 

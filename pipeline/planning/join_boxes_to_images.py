@@ -58,7 +58,7 @@ def images_of(boxes: BoxList) -> ImageList:
     uris = boxes.image_uri
     if uris is None:
         raise JobRefused(
-            f"{boxes.files[0]}: the boxes name images by id alone; say with --images where they are"
+            f"{boxes.files[0]}: the boxes name images by id alone; state with --images where they are"
         )
     named = uris.is_valid()  # boxes of an image that the file does not list are found by the join
     return ImageList(
@@ -115,7 +115,7 @@ def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool) -> Joined:
     if unmatched.boxes and not allow_unmatched:
         raise _refusal(unmatched, keys, boxes, hint)
     if by_uri and boxes.image_id is not None:
-        ids = _adopted(ids, boxes.image_id, mention)
+        ids = pc.coalesce(boxes.image_id.take(pa.array(mention, mask=mention < 0)), ids)
         rule = f"ids of {boxes.files[0]}, for images it does not name: {rule}"
     return Joined(
         image_id=ids,
@@ -138,12 +138,6 @@ def _ids_of_uris(images: ImageList) -> tuple[pa.Array, str]:
     below = pc.starts_with(images.image_uri, f"{images.root.rstrip('/')}/")
     names = pc.utf8_slice_codeunits(images.image_uri, start=len(images.root.rstrip("/")) + 1)
     return pc.if_else(below, names, images.image_uri), f"ids are the uris below {images.root}"
-
-
-def _adopted(ids: pa.Array, given: pa.Array, mention: Int64Array) -> pa.Array:
-    """Return the ids of the box file for the images that it names, the others as they are."""
-    named = given.take(pa.array(mention, mask=mention < 0))
-    return pc.coalesce(named, ids)
 
 
 def _uri_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, str]:
@@ -229,18 +223,15 @@ def _refuse_repeated(wanted: pa.Array, boxes: BoxList) -> None:
 def _refusal(unmatched: Unmatched, keys: pa.Array, boxes: BoxList, hint: str) -> JobRefused:
     file = boxes.files[0]
     none_joined = unmatched.images == len(boxes.lengths)
-    if not hint and none_joined and file.lower().endswith(".json") and _are_numbers(unmatched.examples):
-        hint = "For COCO results give the instances JSON, which says whose these numbers are, as --images. "
+    are_numbers = all(name.isascii() and name.isdecimal() for name in unmatched.examples)
+    if not hint and none_joined and file.lower().endswith(".json") and are_numbers:
+        hint = "For COCO results give the instances JSON, which names whose these numbers are, as --images. "
     return JobRefused(
         f"{file}: {count(unmatched.boxes, 'box', 'boxes')} of {count(unmatched.images, 'image')} "
         f"(of {len(boxes.lengths):,}) have no image: "
         f"it names {examples(unmatched.examples)}; the images are {examples(keys) or 'none'}. "
         f"{hint}Fix --images or --boxes, or skip these boxes with --allow-unmatched"
     )
-
-
-def _are_numbers(names: Sequence[str]) -> bool:
-    return all(name.isascii() and name.isdecimal() for name in names)
 
 
 def _refuse_doubles(joined: Joined, *, is_box_file: bool) -> None:
@@ -263,7 +254,7 @@ def _doubled(joined: Joined, keys: pa.Array, twice: pa.Array, name: str, is_box_
     fix = (
         "leave --images out, the box file names its images itself" if is_box_file else "name each image once"
     )
-    return JobRefused(f"{len(twice)} images are not told apart by {name}: {clean_text(what)}; {fix}")
+    return JobRefused(f"{len(twice)} images are not distinguished by {name}: {clean_text(what)}; {fix}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -291,10 +282,6 @@ def _unquoted(keys: pa.Array) -> pa.Array:
     return pc.replace_with_mask(keys, encoded, pa.array(texts, keys.type)) if texts else keys
 
 
-def _composed(keys: pa.Array) -> pa.Array:
-    return pc.utf8_normalize(keys, form="NFC")
-
-
 _base = _replaced((r"\A.*/", ""))
 _stem = _replaced((r"\.[^./]*\z", ""))
 _unpadded = _replaced((r"(\A|/)0+([0-9])", r"\1\2"))
@@ -316,11 +303,11 @@ _DIFFERENCES: tuple[Guess, ...] = (
     ),
     ("a query behind the name (?, #)", _replaced((r"[?#].*\z", ""))),
     (
-        "what stands before them (a scheme, a drive, / or ./)",
+        "what comes before them (a scheme, a drive, / or ./)",
         _replaced((r"\A([A-Za-z][A-Za-z0-9+.\-]*:)?[./]*/", "")),
     ),
     ("upper and lower case", pc.utf8_lower),
-    ("Unicode form (NFC, NFD)", _composed),
+    ("Unicode form (NFC, NFD)", lambda keys: pc.utf8_normalize(keys, form="NFC")),
     ("spaces (_, + or a no-break space for them)", _replaced((r"[\s_+\x{a0}\x{202f}]+", " "))),
     ("the folder", _base),
     ("a .0 behind whole numbers", _replaced((r"\A([0-9]+)\.0\z", r"\1"))),

@@ -59,14 +59,14 @@ def make_plan(
 ) -> Plan:
     """Return the plan of the inputs; nothing is written and no image is opened.
 
-    `access`: further local roots, allowed schemes and storage options, besides what the inputs imply.
+    `access`: further local roots, allowed schemes and storage options, added to what the inputs imply.
 
     Raises:
         UsageError: settings that contradict each other. JobRefused: inputs that are unreadable, do not fit
             each other, or name an image twice; most images may not be read, and a flag would allow it.
     """
     if settings.images is None and settings.boxes is None:
-        raise UsageError("neither images nor boxes: say with --images or --boxes what to label")
+        raise UsageError("neither images nor boxes: name with --images or --boxes what to label")
     access = allowed_access(settings, access)
     inputs = _read_and_join(settings, access, images_per_unit)
     boxes, categories = _numbered(inputs)
@@ -123,20 +123,19 @@ def _numbered(inputs: JoinedInputs) -> tuple[BoxList | None, Categories]:
     return number_categories(boxes, used)
 
 
-# ---------------------------------------------------------------------------------------------
-# Written and read back
-# ---------------------------------------------------------------------------------------------
-
-
 def write_plan(store: Store, plan: Plan) -> None:
     """Write every file of the plan that the store does not have yet."""
     there = {entry.key for entry in store.list(f"plan/{plan.sha256[:16]}/")}
+    footer = {"schema_version": str(SCHEMA_VERSION), "plan_sha256": plan.sha256}
     rows_per_file = UNITS_PER_FILE * plan.images_per_unit
     files = range(-(-plan.table.num_rows // rows_per_file))
 
     def write(index: int) -> None:
         rows = plan.table.slice(index * rows_per_file, rows_per_file)
-        store.put_if_absent(plan_key(plan.sha256, index), _file_body(rows, plan))
+        sink = checksummed_parquet.ParquetSink(PLAN, footer, row_group_rows=plan.images_per_unit)
+        for start in range(0, rows.num_rows, plan.images_per_unit):
+            sink.write(rows.slice(start, plan.images_per_unit))
+        store.put_if_absent(plan_key(plan.sha256, index), sink.finish())
         visit("plan.file")
 
     with ThreadPoolExecutor(max_workers=WRITERS) as pool:
@@ -144,11 +143,3 @@ def write_plan(store: Store, plan: Plan) -> None:
         for _ in pool.map(write, missing):
             pass
     visit("plan.written")
-
-
-def _file_body(rows: pa.Table, plan: Plan) -> bytes:
-    footer = {"schema_version": str(SCHEMA_VERSION), "plan_sha256": plan.sha256}
-    sink = checksummed_parquet.ParquetSink(PLAN, footer, row_group_rows=plan.images_per_unit)
-    for start in range(0, rows.num_rows, plan.images_per_unit):
-        sink.write(rows.slice(start, plan.images_per_unit))
-    return sink.finish()

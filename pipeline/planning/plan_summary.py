@@ -78,8 +78,6 @@ class JoinedInputs:
 def summarise(inputs: JoinedInputs, table: pa.Table, mention: Int64Array) -> PlanSummary:
     """Return the summary of a plan; `table` its rows, `mention` the place of each in the box list."""
     lengths, null = _box_counts(table)
-    refused = _count(table, "uri_refused")
-    mismatched = _count(table, "labels_mismatch")
     files = dict.fromkeys((*inputs.images.files, *(inputs.boxes.files if inputs.boxes else ())))
     access = inputs.access
     invalid, why = _invalid_prompts(inputs, table)
@@ -91,8 +89,8 @@ def summarise(inputs: JoinedInputs, table: pa.Table, mention: Int64Array) -> Pla
         without_boxes=int(((lengths == 0) & ~null).sum()),
         listed_without_boxes=int((mention < 0).sum()),
         null_boxes=int(null.sum()),
-        mismatched_labels=mismatched,
-        refused_uris=refused,
+        mismatched_labels=_count(table, "labels_mismatch"),
+        refused_uris=_count(table, "uri_refused"),
         invalid_prompts=invalid,
         unmatched_boxes=inputs.joined.unmatched,
         skipped_files=inputs.images.skipped_files,
@@ -103,7 +101,7 @@ def summarise(inputs: JoinedInputs, table: pa.Table, mention: Int64Array) -> Pla
         unused_columns=_unused_columns(inputs),
         warnings=(*_box_warnings(inputs), *_row_warnings(table), *why, *_notes(inputs)),
         input_files=tuple(fingerprint(uri, options_for(uri, access), roots=access.roots) for uri in files),
-        crowd_boxes=sum(_crowds(chunk) for chunk in table.column("boxes").chunks),
+        crowd_boxes=pc.sum(pc.struct_field(pc.list_flatten(table.column("boxes")), "iscrowd")).as_py() or 0,
     )
 
 
@@ -114,10 +112,6 @@ def _unused_columns(inputs: JoinedInputs) -> tuple[str, ...]:
         return images.unused
     of_images = () if images.files == boxes.files else images.unused
     return tuple(dict.fromkeys((*of_images, *boxes.unused)))
-
-
-def _crowds(boxes: pa.ListArray) -> int:
-    return int(pc.sum(boxes.flatten().field("iscrowd")).as_py() or 0)
 
 
 def _box_counts(table: pa.Table) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
@@ -265,7 +259,7 @@ def _other_lengths(counts: Int64Array, total: int) -> tuple[str, ...]:
     else:
         looked = "boxes" if len(counts) == total else "boxes checked"
         many = f"{len(others):,} of {len(counts):,} {looked} have other than 4 numbers, most of them {most}"
-    return (f"{many}{_LENGTHS.get(most, '')}; wanted 4, so they get no mask (box_malformed): {_MEND}",)
+    return (f"{many}{_LENGTHS.get(most, '')}; wanted 4, so they get no mask (box_malformed): {_FIX}",)
 
 
 _LENGTHS = {
@@ -274,7 +268,7 @@ _LENGTHS = {
     6: " (a score and a class behind the corners?)",
     8: " (the four corners of turned boxes, or polygons?)",
 }
-_MEND = (
+_FIX = (
     "write each box as the 4 numbers of an upright box around it, scores and classes in columns of their own"
 )
 

@@ -132,7 +132,7 @@ def refused_uris(
 ) -> dict[int, str]:
     """Return place -> reason, for the uris that may not be opened.
 
-    The rules look at scheme, bucket and folder, so one plain name is checked for all plain names of its
+    The rules check scheme, bucket and folder, so one plain name is checked for all plain names of its
     folder; odd names, `doubted` uris, and all of a folder whose first was refused, are checked one by one.
     Workers check every uri again before they open it, and there follow the links of each file too.
 
@@ -217,7 +217,7 @@ def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList,
 
     Names without ids are numbered from 1 in the order of their UTF-8 bytes. Where some boxes have ids, a box
     that lacks its id or its name gets the one that the others, or the input's own list, give it; a name that
-    nobody numbers stays without an id, and is noted. `used`: the rows of boxes that belong to an image, None
+    has no number stays without an id, and is noted. `used`: the rows of boxes that belong to an image, None
     for all; only their names count.
 
     Raises:
@@ -235,7 +235,10 @@ def number_categories(boxes: BoxList, used: Int64Array | None) -> tuple[BoxList,
         return replace(boxes, boxes=table), ()
     if not has_names:
         table = table.append_column("category_name", pa.nulls(table.num_rows, TEXT))
-    return _completed(boxes, _without_blank_names(table), used)
+    names = single(table.column("category_name"))
+    names = pc.if_else(pc.equal(names, ""), pa.scalar(None, names.type), names)  # next to ids a blank is none
+    table = table.set_column(table.column_names.index("category_name"), "category_name", names)
+    return _completed(boxes, table, used)
 
 
 def _numbered_by_name(table: pa.Table, used: Int64Array | None) -> tuple[pa.Table, Categories]:
@@ -263,13 +266,6 @@ def _completed(boxes: BoxList, table: pa.Table, used: Int64Array | None) -> tupl
     known: dict[int, str | None] = dict.fromkeys(ids) | names_by_id
     categories = tuple({"id": key, "name": known[key]} for key in sorted(known))
     return replace(boxes, boxes=table, notes=(*boxes.notes, *notes)), categories
-
-
-def _without_blank_names(table: pa.Table) -> pa.Table:
-    """Return the table with null for names of no letters, which next to ids are no names."""
-    names = single(table.column("category_name"))
-    names = pc.if_else(pc.equal(names, ""), pa.scalar(None, names.type), names)
-    return table.set_column(table.column_names.index("category_name"), "category_name", names)
 
 
 def _names_by_id(pairs: pa.Table, boxes: BoxList) -> dict[int, str]:
@@ -316,8 +312,8 @@ def _ids_by_name(pairs: pa.Table, names: Mapping[int, str], boxes: BoxList) -> d
         if len(numbers) > 1:
             where = _first_box(boxes, {"category_id": None, "category_name": name})
             raise JobRefused(
-                f"{where} has the category {examples([name])} and no category_id, and the name stands for "
-                f"{numbers[0]} and {numbers[1]}; say which is meant"
+                f"{where} has the category {examples([name])} and no category_id, and the name has the ids "
+                f"{numbers[0]} and {numbers[1]}; give the box the one that is meant"
             )
         if numbers:
             found[name] = numbers[0]

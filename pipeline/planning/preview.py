@@ -1,7 +1,7 @@
 """Check a few pictures before any work: can they be opened, and are the boxes inside them.
 
 Planning reads lists and tables only, so it cannot see that boxes were measured before the EXIF orientation
-was applied. The headers of some pictures, spread over the plan, tell. Nothing here stops a job.
+was applied. The headers of some pictures, spread over the plan, show it. Nothing here stops a job.
 """
 
 from __future__ import annotations

@@ -207,5 +207,5 @@ def _no_model(requests: Requests, seconds: float) -> str:
         f"no model process has been running for {seconds / 60:.0f} min; each asks for "
         f"{requests.cpus_per_actor:g} CPU cores{gpus} on one node, and {_free_resources()} of the whole "
         "cluster are free. Either something else holds them (`ray status` lists what waits), or the model "
-        "does not come up (the log of its worker says why)"
+        "does not come up (the log of its worker has the reason)"
     )

@@ -1,4 +1,4 @@
-"""What Ray raises -> the exception that was raised in the task, or the systemic fault that it stands for."""
+"""What Ray raises -> the exception that was raised in the task, or the systemic fault that it means."""
 
 from __future__ import annotations
 

@@ -300,7 +300,8 @@ def _skip_by_rules(
     `nms:<row of the better box>`. A rule sees only the boxes that the ones before it left usable. Better
     is the higher score (none last), then the earlier row.
     """
-    scores = np.array([_score(box) for box in boxes], dtype=np.float64)
+    scores = np.array([box.get("score") for box in boxes], dtype=np.float64)  # NaN for none
+    scores[~np.isfinite(scores)] = np.nan
 
     def usable() -> npt.NDArray[np.int64]:
         return np.flatnonzero([reason is None for reason in error])
@@ -330,8 +331,3 @@ def _skip_by_rules(
         rows = usable()[has_box[usable()]]
         for loser, winner in suppress(ranked(rows), kinds, iou, rules.nms_iou):
             error[loser] = f"nms:{winner}"
-
-
-def _score(box: Mapping[str, Any]) -> float:
-    score = box.get("score")
-    return float("nan") if score is None or not np.isfinite(score) else float(score)

@@ -106,7 +106,10 @@ class CrashLog:
         return f"{_folder(unit_id, generation)}{number:04d}.{kind}.json"
 
     def _crashed(self, unit_id: int, generation: int) -> dict[str, str]:
-        marks = list(self._deaths(unit_id, generation))
+        """Return the images to give up, by the image marks of every start that ended with one in work."""
+        entries = self._store.list(_folder(unit_id, generation))
+        marks = [_read(self._store, one.key) for one in entries if one.key.endswith(".image.json")]
+        marks = [mark for mark in marks if isinstance(mark.get("image_id"), str)]
         everywhere = Counter(mark["image_id"] for mark in marks)
         here = Counter(mark["image_id"] for mark in marks if mark["epoch"] == self._epoch)
         codes = {
@@ -117,14 +120,6 @@ class CrashLog:
             for image_id, deaths in sorted(everywhere.items())
             if here[image_id] >= DEATHS_UNDER_ONE_DRIVER or deaths >= DEATHS_UNDER_ANY_DRIVER
         }
-
-    def _deaths(self, unit_id: int, generation: int) -> Iterator[dict[str, Any]]:
-        """Yield the image marks of every start that ended with an image in work, first to last."""
-        for entry in self._store.list(_folder(unit_id, generation)):
-            if entry.key.endswith(".image.json"):
-                mark = _read(self._store, entry.key)
-                if isinstance(mark.get("image_id"), str):
-                    yield mark
 
 
 def _folder(unit_id: int, generation: int) -> str:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from model.records import Instances
@@ -180,7 +179,9 @@ def _document_of(image: ImageResult) -> dict[str, Any]:
     document["boxes"] = None  # resolved anew where they are needed
     if image.instances is not None:
         document["instances"] = {
-            name: values if isinstance(values, tuple) else _base64(values, _NUMBERS[name])
+            name: values
+            if isinstance(values, tuple)
+            else base64.b64encode(np.ascontiguousarray(values, _NUMBERS[name]).data).decode("ascii")
             for name, values in vars(image.instances).items()
         }
     return document
@@ -197,10 +198,6 @@ def _image_of(
         pixels_hwc=pixels_hwc,
         detector_pixels_hwc=detector_pixels_hwc,
     )
-
-
-def _base64(values: npt.ArrayLike, kind: type[np.generic]) -> str:
-    return base64.b64encode(np.ascontiguousarray(values, kind).data).decode("ascii")
 
 
 _NUMBERS: dict[str, type[np.generic]] = {

@@ -8,7 +8,7 @@ is noted in the store beforehand; from the second one on the images go through a
 it is tried, so that a later start knows which of them kills and writes it as failed (`crash_log`).
 
 An exception, of whatever type, costs the image that it is raised on. One that a blank picture raises too is
-the model's, and stops the job: nobody wants it written into a million rows.
+the model's, and stops the job, so that it is not written into a million rows.
 
 No Ray here, and no torch: the model comes by the name of its factory (`JobContext.segmenter`).
 """

@@ -49,7 +49,7 @@ class ParquetSink:
             self._schema,
             compression="zstd",
             compression_level=3,
-            use_dictionary=_dictionary_paths(schema),
+            use_dictionary=[path for path in _leaf_paths(schema) if REPEATING & set(path.split("."))],
             write_page_checksum=True,
             write_page_index=True,
         )
@@ -91,12 +91,8 @@ def write_body(table: pa.Table, footer: Mapping[str, str]) -> bytes:
     return sink.finish()
 
 
-def _dictionary_paths(schema: pa.Schema) -> list[str]:
-    """Return Parquet's dotted paths of the columns that repeat, at any depth."""
-    return [path for path in _leaf_paths(schema) if REPEATING & set(path.split("."))]
-
-
 def _leaf_paths(fields: Iterable[pa.Field], prefix: str = "") -> Iterable[str]:
+    """Yield Parquet's dotted paths of the columns, at any depth."""
     for field in fields:
         path, kind = f"{prefix}{field.name}", field.type
         if pa.types.is_struct(kind):
@@ -127,14 +123,19 @@ def check_seal(body: bytes, name: str) -> None:
 
 
 def read_body(body: bytes, schema: pa.Schema, name: str) -> pa.Table:
-    """Return all rows of a file, seal and page checksums verified, with exactly `schema`.
+    """Return all rows of a file, seal and page checksums verified, with exactly `schema`, no footer metadata.
 
     Raises:
         DamageFound: with `name` and what is wrong.
     """
     check_seal(body, name)
     with open_body(pa.BufferReader(body), schema, name) as file:
-        return read_rows(file, name)
+        try:
+            table = file.read().replace_schema_metadata()
+            table.validate(full=True)
+        except (OSError, pa.ArrowException) as error:
+            raise DamageFound(f"{name}: rows cannot be read back ({_one_line(error)})") from error
+    return table
 
 
 def open_closed(source: Any, **options: Any) -> pq.ParquetFile:
@@ -161,16 +162,6 @@ def open_body(source: Any, schema: pa.Schema, name: str) -> pq.ParquetFile:
         file.close()
         raise DamageFound(f"{name}: the columns are not those of this version; unlike: {', '.join(unlike)}")
     return file
-
-
-def read_rows(file: pq.ParquetFile, name: str) -> pa.Table:
-    """Return every row, page checksums verified, without footer metadata; DamageFound with `name`."""
-    try:
-        table = file.read().replace_schema_metadata()
-        table.validate(full=True)
-    except (OSError, pa.ArrowException) as error:
-        raise DamageFound(f"{name}: rows cannot be read back ({_one_line(error)})") from error
-    return table
 
 
 def compressed_bytes(body: bytes) -> int:

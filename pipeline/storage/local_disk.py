@@ -177,14 +177,11 @@ def _walk_folder(folder: str) -> Iterator[Entry]:
         if entry.is_dir(follow_symlinks=False):
             yield from _walk_folder(entry.path)
         elif not _is_temporary(entry.name):
-            yield from _walk_file(entry)
-
-
-def _walk_file(entry: os.DirEntry[str]) -> Iterator[Entry]:
-    try:
-        status = entry.stat()
-    except OSError:
-        if entry.is_symlink():  # dangling or looping: listed, so that its reader can report what is wrong
-            yield Entry(key=entry.path, size=0)
-        return
-    yield Entry(key=entry.path, size=status.st_size, etag=_local_tag(status))
+            try:
+                status = entry.stat()
+                yield Entry(key=entry.path, size=status.st_size, etag=_local_tag(status))
+            except OSError:
+                if (
+                    entry.is_symlink()
+                ):  # dangling or looping: listed, so that its reader reports what is wrong
+                    yield Entry(key=entry.path, size=0)

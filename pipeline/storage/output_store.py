@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import BinaryIO, NoReturn, TypeVar
+from typing import BinaryIO, TypeVar
 
 from pipeline.errors import SystemicFault, UsageError
 from pipeline.job_context import Place
@@ -61,7 +61,9 @@ class Store:
         try:
             return with_retries(call, deadline=time.monotonic() + budget, what=f"{self.place.uri}: {what}")
         except StorageFault as fault:
-            _raise_for_store(fault)
+            if fault.verdict.kind == "image":
+                raise NotFound(fault.message) from fault
+            raise SystemicFault(fault.verdict.code, fault.message) from fault
 
     def read(self, key: str) -> bytes:
         """Return all bytes under `key`. Raises NotFound, or SystemicFault when the store fails."""
@@ -90,8 +92,8 @@ class Store:
         """Return whether `key` now holds these bytes; False when something else was there, which stays.
 
         Atomic: no reader sees a part, and callers with different bytes (a token inside, where it matters
-        who won) have one winner in the world. What is there is read back and compared before anybody is
-        told that he lost, because a winner whose reply is lost meets his own object at the next try, and
+        who won) have one winner in the world. What is there is read back and compared before False
+        is returned, because a winner whose reply is lost meets his own object at the next try, and
         that try may be hidden: aiohttp repeats a PUT by itself when a kept connection breaks.
         """
         path = self._path(key)
@@ -115,7 +117,7 @@ class Store:
     def list(self, prefix: str = "", *, limit: int | None = None) -> list[Entry]:
         """Return the objects whose keys begin with `prefix`, at any depth, sorted; never from a cache.
 
-        `limit`: no more than so many, whichever come first, to ask whether there is anything.
+        `limit`: that many at most, whichever come first, to check whether there is anything.
         """
         start = self._base + prefix
         found = self._try(
@@ -150,10 +152,3 @@ def _base_of(scheme: str, rest: str) -> str:
     if not base or any(part in ("", ".", "..") for part in base.split("/")):
         raise UsageError(f"{scheme}://{rest} names no bucket and folder")
     return base + "/"
-
-
-def _raise_for_store(fault: StorageFault) -> NoReturn:
-    verdict = fault.verdict
-    if verdict.kind == "image":
-        raise NotFound(fault.message) from fault
-    raise SystemicFault(verdict.code, fault.message) from fault

@@ -2,7 +2,7 @@
 
 Every storage call goes through `with_retries`, with one deadline for all of its tries together. The
 backends below it have their own retries switched off: three nested loops of five tries turn one
-broken object into minutes. The table looks at the store's error code, the HTTP status and errno
+broken object into minutes. The table goes by the store's error code, the HTTP status and errno
 before the class, because one class means many things: a wrong clock, an expired token and a
 forbidden object all arrive as `PermissionError`.
 """

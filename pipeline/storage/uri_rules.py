@@ -193,16 +193,6 @@ def secret_options(options: Mapping[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def redact_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy for logs and messages: what looks like a secret is replaced by `***`, at any depth."""
-    return {
-        str(name): redact_options(value)
-        if isinstance(value, Mapping)
-        else ("***" if _is_secret(str(name), value) else value)
-        for name, value in options.items()
-    }
-
-
 def _is_secret(name: str, value: Any) -> bool:
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
     if isinstance(value, str) and _USER_AND_PASSWORD.search(value):

@@ -151,7 +151,7 @@ def _planned_units(store: Store, job: Job, result: Verified) -> Iterator[tuple[i
         for read, table in enumerate(rows, start=1):
             yield read - 1, table
         if read != job.units:
-            raise DamageFound(f"plan: {read} units, job.json says {job.units}")
+            raise DamageFound(f"plan: {read} units, job.json states {job.units}")
     except (DamageFound, NotFound) as error:
         if not any(finding.key.startswith("plan/") for finding in result.findings):
             result.findings.append(Finding(key="plan/", message=str(error)))
@@ -214,7 +214,7 @@ def _check_part_file(
     try:
         body = store.read(expected.key)
         if len(body) != expected.bytes:
-            faults.append(f"{len(body)} bytes, the manifest says {expected.bytes}")
+            faults.append(f"{len(body)} bytes, the manifest states {expected.bytes}")
         if hashlib.sha256(body).hexdigest() != expected.sha256:
             faults.append("its sha256 is not the one in the manifest")
         checksummed_parquet.check_seal(body, expected.key)
@@ -235,7 +235,7 @@ def _row_faults(
 ) -> Iterator[str]:
     """Yield faults of the rows: their number, order, sums, and masks. One row group in memory at a time."""
     if file.metadata.num_rows != expected.rows:
-        yield f"{file.metadata.num_rows} rows, the manifest says {expected.rows}"
+        yield f"{file.metadata.num_rows} rows, the manifest states {expected.rows}"
     last: tuple[bytes, int] | None = None
     accepted, status = 0, Counter[str]()
     for group in range(file.num_row_groups):
@@ -253,9 +253,9 @@ def _row_faults(
             accepted += pc.sum(table["accepted"]).as_py() or 0
             yield from _mask_faults(table, result, sample)
     if accepted != part.counts.accepted:
-        yield f"{accepted} accepted masks, the manifest says {part.counts.accepted}"
+        yield f"{accepted} accepted masks, the manifest states {part.counts.accepted}"
     if kind is schema.IMAGES and dict(status) != dict(part.counts.status):
-        yield f"statuses {dict(status)}, the manifest says {dict(part.counts.status)}"
+        yield f"statuses {dict(status)}, the manifest states {dict(part.counts.status)}"
 
 
 def _read_group(file: pq.ParquetFile, group: int, name: str) -> pa.Table:
@@ -283,5 +283,5 @@ def _mask_fault(row: Mapping[str, Any]) -> str | None:
     except ValueError as error:
         return f"the mask cannot be decoded ({error})"
     if list(mask.shape) != row["segmentation"]["size"] or int(mask.sum()) != row["area"]:
-        return f"the mask has {int(mask.sum())} pixels in {mask.shape}, area says {row['area']}"
+        return f"the mask has {int(mask.sum())} pixels in {mask.shape}, area is {row['area']}"
     return None

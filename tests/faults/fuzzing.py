@@ -251,7 +251,7 @@ class Inputs:
         except JobRefused as error:
             refusal = str(error)
         if plan is None:
-            whose = (str(path), "not told apart", "empty string")
+            whose = (str(path), "not distinguished", "empty string")
             assert any(word in refusal for word in whose), refusal
             assert len(refusal) < 4000, "the text is not bounded"
             assert refusal.isprintable(), repr(refusal)

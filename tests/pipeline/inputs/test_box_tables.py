@@ -353,7 +353,7 @@ def test_a_table_without_rows_has_no_images(tmp_path):
         ({"image_id": [1], "bbox": [A], "prompt_bbox": [A], "prompt_bbox_given": [A]}, ["output folder"]),
         (
             {"image_id": ["i", "j", "i"], "image_uri": ["a", "b", "c"], "bbox": [A, A, A]},
-            ["'i' stands for two images: 'a' and 'c'"],
+            ["'i' names two images: 'a' and 'c'"],
         ),
     ],
 )

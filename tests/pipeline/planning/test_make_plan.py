@@ -207,7 +207,7 @@ def test_local_files_outside_the_roots_are_rows_with_a_reason(tmp_path, pictures
         (lambda p: p / "notes.txt", "no known kind"),
         (lambda p: table(p / "t.parquet", {"path": ["a"]}), "input.columns.image_uri=path"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", None]}), "null in row 1"),
-        (lambda p: table(p / "t.parquet", {"image_uri": ["a", "b", "a"]}), "not told apart by image_id"),
+        (lambda p: table(p / "t.parquet", {"image_uri": ["a", "b", "a"]}), "not distinguished by image_id"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", "b"], "image_id": [1, 1]}), "'1' stands for"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", "a"], "image_id": [1, 2]}), "is there twice"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", "./a"], "image_id": [1, 2]}), "is there twice"),
@@ -528,7 +528,7 @@ def test_numbers_of_coco_results_are_those_of_their_instances(tmp_path, pictures
 
     message = refusal(images=pictures, boxes=as_json(tmp_path / "results.json", rows))
 
-    assert ("give the instances JSON, which says whose these numbers are, as --images" in message) == hinted
+    assert ("give the instances JSON, which names whose these numbers are, as --images" in message) == hinted
 
 
 def test_a_pair_is_shown_of_which_the_sentence_is_true(pictures):
@@ -597,7 +597,7 @@ def test_composed_and_decomposed_names_are_two_names_and_explained(tmp_path):
             {"image_uri": ["b.jpg", "b.jpg"], "image_id": [1, 2], "bbox": [A, B]},
             "more than one id or spelling",
         ),
-        ({"image_uri": ["b.jpg", "a.PNG"], "image_id": [1, 1], "bbox": [A, B]}, "stands for two images"),
+        ({"image_uri": ["b.jpg", "a.PNG"], "image_id": [1, 1], "bbox": [A, B]}, "names two images"),
         ({"image_id": [1], "bbox": [A]}, "have no image"),
     ],
 )

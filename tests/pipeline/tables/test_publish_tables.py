@@ -602,7 +602,7 @@ def test_doubled_rows_in_a_sealed_part_are_found(made: MadeJob):
     made.store.put(part.images.key, body)
     text = findings(made)
     assert "is there twice or out of order" in text
-    assert "9 rows, the manifest says 8" in text
+    assert "9 rows, the manifest states 8" in text
 
 
 def test_an_interrupted_publish_is_a_finding(made: MadeJob):
@@ -617,7 +617,7 @@ def test_an_interrupted_publish_is_a_finding(made: MadeJob):
 def test_a_lost_plan_file_is_found(made: MadeJob):
     made.commit()
     made.store.delete([e.key for e in made.store.list("plan/")])
-    assert "plan: 0 units, job.json says 6" in findings(made)
+    assert "plan: 0 units, job.json states 6" in findings(made)
 
 
 # ---------------------------------------------------------------------------------------------
