@@ -105,9 +105,7 @@ def retry(
     code: Annotated[
         list[str] | None,
         typer.Option(
-            "--code",
-            help="Only images that failed with this code, such as not_found. May be repeated.",
-            show_default=False,
+            "--code", help="Only images that failed with this code, such as not_found. May be repeated."
         ),
     ] = None,
     no_progress: options.NoProgress = False,

@@ -188,7 +188,6 @@ Slice = Annotated[
         metavar="I/N",
         help="2/4: do the second of four parts of the plan. Several drivers share a very large job this way.",
         rich_help_panel=_RUN,
-        show_default=False,
     ),
 ]
 NoProgress = Annotated[
@@ -209,7 +208,6 @@ Where = Annotated[
         metavar="SQL",
         help='Only instances for which this holds, such as "predicted_iou > 0.8 AND area > 100". Any column '
         "of instances/ may be used.",
-        show_default=False,
     ),
 ]
 AcceptedOnly = Annotated[

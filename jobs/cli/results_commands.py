@@ -24,8 +24,7 @@ def publish(
     json: bool,
     *,
     more: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[OUTPUT]...", help="With --merge: further outputs.", show_default=False),
+        list[str] | None, typer.Argument(metavar="[OUTPUT]...", help="With --merge: further outputs.")
     ] = None,
     merge: Annotated[
         list[str] | None,
@@ -34,7 +33,6 @@ def publish(
             metavar="OUTPUT",
             help="Write the tables of these outputs as one into --output, a new folder: --merge A B C. "
             "Of an image that several have, the newest row holds.",
-            show_default=False,
         ),
     ] = None,
 ) -> int:
@@ -92,14 +90,10 @@ def inspect(
     given: ConfigSources,
     json: bool,
     *,
-    image_id: Annotated[str, typer.Argument(help="The image_id as in the tables.", show_default=False)],
+    image_id: Annotated[str, typer.Argument(help="The image_id as in the tables.")],
     picture: Annotated[
         str | None,
-        typer.Option(
-            "--picture",
-            help="Where to write the overlay PNG. Default: ID.overlay.png here.",
-            show_default=False,
-        ),
+        typer.Option("--picture", help="Where to write the overlay PNG. Default: ID.overlay.png here."),
     ] = None,
 ) -> int:
     """Show one image: its rows, and a picture with boxes and masks.
@@ -123,7 +117,6 @@ def report(
             "--to",
             metavar="FILE",
             help="A local file for the page. Default: report/index.html in the output.",
-            show_default=False,
         ),
     ] = None,
 ) -> int:
@@ -145,17 +138,9 @@ def export(
     json: bool,
     *,
     format_: Annotated[
-        str,
-        typer.Argument(
-            metavar="FORMAT", help="coco, yolo-seg, label-studio or hf (Hugging Face).", show_default=False
-        ),
+        str, typer.Argument(metavar="FORMAT", help="coco, yolo-seg, label-studio or hf (Hugging Face).")
     ],
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to", metavar="PLACE", help="A new folder or prefix for the files.", show_default=False
-        ),
-    ],
+    to: Annotated[str, typer.Option("--to", metavar="PLACE", help="A new folder or prefix for the files.")],
     where: options.Where = None,
     accepted_only: options.AcceptedOnly = False,
     per_file: Annotated[
@@ -164,7 +149,6 @@ def export(
             "--per-file",
             min=1,
             help="Begin a new file after that many masks (Label Studio: tasks). Bounds the memory.",
-            show_default=False,
         ),
     ] = None,
     tolerance: Annotated[
@@ -179,7 +163,6 @@ def export(
             "--image-prefix",
             metavar="URI",
             help="label-studio: where it finds the images; put before their relative names.",
-            show_default=False,
         ),
     ] = None,
     categories_from_1: Annotated[
@@ -220,12 +203,7 @@ def evaluate(
     *,
     truth: Annotated[
         str,
-        typer.Option(
-            "--truth",
-            metavar="PLACE",
-            help="COCO instances JSON with masks: polygons or runs.",
-            show_default=False,
-        ),
+        typer.Option("--truth", metavar="PLACE", help="COCO instances JSON with masks: polygons or runs."),
     ],
     score: Annotated[
         str,
@@ -237,8 +215,7 @@ def evaluate(
     ] = "product",
     class_agnostic: Annotated[bool, typer.Option("--class-agnostic", help="Let classes not count.")] = False,
     max_per_image: Annotated[
-        int,
-        typer.Option("--max-per-image", min=10, help="Masks of an image and class that count for AP."),
+        int, typer.Option("--max-per-image", min=10, help="Masks of an image and class that count for AP.")
     ] = 100,
     where: options.Where = None,
     accepted_only: options.AcceptedOnly = False,

@@ -1,6 +1,6 @@
 """`hqlabel doctor`: what this machine offers, and what would stop a job here, before any job is run.
 
-Every check is a `Check`; one that fails ends the command with exit code 4. Probes use the real
+Every check yields a `Check`; one that fails ends the command with exit code 4. Probes use the real
 thing: an object is written and read back, Ray is started and runs a task, the weights are read whole.
 """
 
@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,9 +39,7 @@ _FLOORS = {
     "pyarrow": (14, 0, 1),
     "pycocotools": (2, 0, 5),
 }
-_SHOWN_PACKAGES = (
-    *("ray", "torch", "pyarrow", "pillow", "numpy", "pycocotools", "fsspec", "safetensors", "duckdb"),
-)
+_PACKAGES = ["ray", "torch", "pyarrow", "pillow", "numpy", "pycocotools", "fsspec", "safetensors", "duckdb"]
 _EXTRAS = {
     "s3fs": "s3",
     "gcsfs": "gcs",
@@ -55,9 +53,8 @@ _SMALL_SHM = 2 * 2**30
 
 @dataclass(frozen=True)
 class Check:
-    """One thing checked. `area`: its group; `name`: what; `text`: what was found and what to do."""
+    """The result of one check. `name`: of what; `text`: what was found and what to do."""
 
-    area: str
     name: str
     state: State
     text: str
@@ -65,76 +62,79 @@ class Check:
 
 def run(config: Config, *, with_ray: bool, json: bool) -> int:
     """Check everything, print it, and return 0, or 4 when something would stop a job."""
-    findings: list[Check] = []
-    for finding in _check(config, with_ray):
-        findings.append(finding)
-        if not json:
-            _print(finding, first_of_area=len(findings) < 2 or findings[-2].area != finding.area)
-    failed = sum(finding.state == "fail" for finding in findings)
+    checks: list[dict[str, str]] = []
+    for area, results in _areas(config, with_ray).items():
+        for place, check in enumerate(results):
+            checks.append({"area": area, **vars(check)})
+            if not json:
+                _print(check, area=area if place == 0 else None)
+    failed = sum(check["state"] == "fail" for check in checks)
     if json:
-        console.data_json({"sound": not failed, "findings": [vars(finding) for finding in findings]})
+        console.data_json({"sound": not failed, "findings": checks})
     console.say(f"\n{count(failed, 'problem')} found" if failed else "\nnothing here would stop a job")
     return 4 if failed else 0
 
 
-def _check(config: Config, with_ray: bool) -> Iterator[Check]:
-    yield from versions()
-    yield from environment()
-    yield from machine()
+def _areas(config: Config, with_ray: bool) -> dict[str, Iterable[Check]]:
+    """Return the checks by area, each run when it is asked for."""
+    return {
+        "versions": versions(),
+        "environment": environment(),
+        "machine": machine(),
+        "job": job(config),
+        "ray": map(ray, [config] if with_ray else []),
+    }
+
+
+def job(config: Config) -> Iterator[Check]:
+    """Check what the configuration names: checkpoint, detector, output."""
     if config.model.checkpoint:
         yield checkpoint(config)
     if config.detector.name:
         yield detector(config)
     if config.output.uri:
         yield output(config)
-    if with_ray:
-        yield ray(config)
 
 
 def versions() -> Iterator[Check]:
     """Python, the packages against their security floors, and which extras are installed."""
-    yield Check("versions", "hqlabel", "ok", _version("hqlabel") or "not installed: a checkout")
-    yield Check(
-        "versions",
-        "python",
-        "ok",
-        f"{platform.python_version()} ({platform.platform()})",
-    )
-    for package in _SHOWN_PACKAGES:
+    yield Check("hqlabel", "ok", _version("hqlabel") or "not installed: a checkout")
+    yield Check("python", "ok", f"{platform.python_version()} ({platform.platform()})")
+    for package in _PACKAGES:
         found = _version(package)
         floor = _FLOORS.get(package)
         if found is None:
-            yield Check("versions", package, "fail", "not installed; run `make setup`")
+            yield Check(package, "fail", "not installed; run `make setup`")
         elif floor is not None and _numbers(found) < floor:
             wanted = ".".join(map(str, floor))
-            yield Check("versions", package, "fail", f"{found}; wanted {wanted} or later")
+            yield Check(package, "fail", f"{found}; wanted {wanted} or later")
         else:
-            yield Check("versions", package, "ok", found)
+            yield Check(package, "ok", found)
     for package, extra in _EXTRAS.items():
         found = _version(package)
         text = found or f"not installed; needed for it: pip install 'hqlabel[{extra}]'"
-        yield Check("versions", package, "ok" if found else "note", text)
+        yield Check(package, "ok" if found else "note", text)
 
 
 def environment() -> Iterator[Check]:
     """Check the environment variables that a job refuses to start with."""
     found = loosening_in(os.environ, REFUSED)
     for name, why in found.items():
-        yield Check("environment", name, "fail", f"is set: it {why}; unset it")
+        yield Check(name, "fail", f"is set: it {why}; unset it")
     if not found:
         text = f"none of the {len(REFUSED)} variables that a job refuses is set"
-        yield Check("environment", "switches", "ok", text)
+        yield Check("switches", "ok", text)
 
 
 def machine() -> Iterator[Check]:
     """CPU, memory, shared memory and GPUs, and the number format the model would use on each."""
     flags = " ".join(_cpu_flags()) or "no flags known"
     cores = f"{usable_cpus()} of {os.cpu_count()} cores usable; {flags}"
-    yield Check("machine", "cpu", "ok", f"{cores}; model.dtype auto: {probe_dtype('cpu')}")
-    yield Check("machine", "memory", "ok", console.size(memory_bytes()))
+    yield Check("cpu", "ok", f"{cores}; model.dtype auto: {probe_dtype('cpu')}")
+    yield Check("memory", "ok", console.size(memory_bytes()))
     yield from _shared_memory()
     if not torch.cuda.is_available():
-        yield Check("machine", "gpu", "note", "none: the model runs on the CPU, slowly")
+        yield Check("gpu", "note", "none: the model runs on the CPU, slowly")
     for index in range(torch.cuda.device_count()):
         yield _gpu(index)
 
@@ -146,9 +146,9 @@ def _shared_memory() -> Iterator[Check]:
     free = shutil.disk_usage(shm).free
     if free < _SMALL_SHM:
         text = f"{console.size(free)} free in /dev/shm, the rest goes to disk; containers: --shm-size=4g"
-        yield Check("machine", "shared memory", "note", text)
+        yield Check("shared memory", "note", text)
     else:
-        yield Check("machine", "shared memory", "ok", f"{console.size(free)} free")
+        yield Check("shared memory", "ok", f"{console.size(free)} free")
 
 
 def _gpu(index: int) -> Check:
@@ -157,11 +157,11 @@ def _gpu(index: int) -> Check:
         facts = torch.cuda.get_device_properties(index)
         torch.zeros(1, device=f"cuda:{index}").add_(1).item()
     except RuntimeError as error:
-        return Check("machine", name, "fail", f"does not compute: {error}")
+        return Check(name, "fail", f"does not compute: {error}")
     text = (
         f"{facts.name}, {console.size(facts.total_memory)}; model.dtype auto: {probe_dtype(f'cuda:{index}')}"
     )
-    return Check("machine", name, "ok", text)
+    return Check(name, "ok", text)
 
 
 def checkpoint(config: Config) -> Check:
@@ -169,12 +169,12 @@ def checkpoint(config: Config) -> Check:
     try:
         weights = read_checkpoint(config)
     except HqlabelError as error:
-        return Check("job", "checkpoint", "fail", str(error))
+        return Check("checkpoint", "fail", str(error))
     parts = [weights.architecture, f"input side {weights.input_side}", f"sha256 {weights.sha256}"]
     parts.append(f"licence {weights.license}" if weights.license else "licence unknown: ask its publisher")
     parts += [note for note in (weights.note, weights.warning) if note]
     state: State = "note" if weights.warning else "ok"
-    return Check("job", "checkpoint", state, "; ".join(parts))
+    return Check("checkpoint", state, "; ".join(parts))
 
 
 def detector(config: Config) -> Check:
@@ -182,8 +182,8 @@ def detector(config: Config) -> Check:
     try:
         found = read_detector(config)
     except HqlabelError as error:
-        return Check("job", "detector", "fail", str(error))
-    return Check("job", "detector", "ok", str(found))
+        return Check("detector", "fail", str(error))
+    return Check("detector", "ok", str(found))
 
 
 def output(config: Config) -> Check:
@@ -196,11 +196,11 @@ def output(config: Config) -> Check:
         sound = created and not again and store.read(key) == b"probe" and bool(store.list(key))
         left = _remove_probe(config, key)
     except HqlabelError as error:
-        return Check("job", "output", "fail", str(error))
+        return Check("output", "fail", str(error))
     if not sound:
         text = f"{place.uri} does not keep the first of two writers; a job there could lose work"
-        return Check("job", "output", "fail", text)
-    return Check("job", "output", "ok", f"{place.uri}: write once, read, list work{left}")
+        return Check("output", "fail", text)
+    return Check("output", "ok", f"{place.uri}: write once, read, list work{left}")
 
 
 def _remove_probe(config: Config, key: str) -> str:
@@ -226,18 +226,18 @@ def ray(config: Config) -> Check:
 
             answer = library.get(library.remote(num_cpus=0.1)(where).remote(), timeout=120)
     except HqlabelError as error:
-        return Check("ray", "ray", "fail", str(error))
+        return Check("ray", "fail", str(error))
     except Exception as error:
         reason = clean_text(f"{type(error).__name__}: {error}".splitlines()[0])
-        return Check("ray", "ray", "fail", f"no task ran within 120 s: {reason}")
-    return Check("ray", "ray", "ok", f"{info}; a task ran in process {answer}")
+        return Check("ray", "fail", f"no task ran within 120 s: {reason}")
+    return Check("ray", "ok", f"{info}; a task ran in process {answer}")
 
 
-def _print(finding: Check, *, first_of_area: bool) -> None:
-    if first_of_area:
-        console.data(finding.area)
-    mark = {"ok": "ok  ", "note": "note", "fail": "FAIL"}[finding.state]
-    console.data(f"  {mark}  {finding.name:<18}  {finding.text}")
+def _print(check: Check, *, area: str | None) -> None:
+    if area is not None:
+        console.data(area)
+    mark = {"ok": "ok  ", "note": "note", "fail": "FAIL"}[check.state]
+    console.data(f"  {mark}  {check.name:<18}  {check.text}")
 
 
 def _version(package: str) -> str | None:

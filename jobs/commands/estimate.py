@@ -26,6 +26,7 @@ from pipeline.errors import JobRefused, count
 from pipeline.job_context import JobContext, JobDetector, Place, UnitOutcome, Weights
 from pipeline.job_state.job_file import units_per_part
 from pipeline.planning.make_plan import Plan, write_plan
+from pipeline.ray_execution.placement import Requests
 from pipeline.settings import FilterSettings
 from pipeline.storage.checksummed_parquet import compressed_bytes
 from pipeline.storage.output_store import Store
@@ -41,7 +42,7 @@ class Measured:
     """What a sample took. `start_s`: Ray and the models, once a job.
 
     `row_bytes`: of its rows in the published tables, compressed; `part_bytes`: what the two files of a part
-    hold besides rows. `actors`: model processes; `gpus`: devices they hold together, 0 on the CPU.
+    hold except rows. `actors`: model processes; `gpus`: devices they hold together, 0 on the CPU.
     """
 
     images: int
@@ -104,10 +105,9 @@ def measure(
             small = sampled_plan(plan, sample, actors=requests.actors_max)
             dtype = config.model.dtype if config.model.dtype != "auto" else machine.native_dtype()
             summary = plan.summary
+            boxes_per_call = resolve_settings.BOXES_PER_CALL[machine.device()]
             context = new_context(
-                resolve_settings.with_boxes_per_call(
-                    config, resolve_settings.BOXES_PER_CALL[machine.device()]
-                ),
+                resolve_settings.with_boxes_per_call(config, boxes_per_call),
                 output=Place(uri=folder),
                 plan_sha256=small.sha256,
                 weights=weights,
@@ -116,11 +116,8 @@ def measure(
                 box_rules=resolve_settings.box_rules(config, summary.box_format, summary.box_frame),
                 access=plan.access,
             )
-            context = replace(
-                context,
-                images_per_unit=small.images_per_unit,
-                segmenter=segmenter or context.segmenter,
-            )
+            segmenter = segmenter or context.segmenter
+            context = replace(context, images_per_unit=small.images_per_unit, segmenter=segmenter)
             write_plan(Store(context.output), small)
             from pipeline.ray_execution.chain import run_units
 
@@ -135,13 +132,8 @@ def measure(
             )
             if interrupts.should_stop():
                 raise Interrupted
-            return clock.measured(
-                *_published(context, config.filter),
-                actors=requests.actors_max,
-                gpus=requests.gpus_per_actor * requests.actors_max,
-                device=machine.device(),
-                ray_s=started - began,
-            )
+            rows_and_parts = _published(context, config.filter)
+            return clock.measured(*rows_and_parts, requests, machine.device(), ray_s=started - began)
 
 
 def sampled_plan(plan: Plan, sample: int, *, actors: int) -> Plan:
@@ -159,7 +151,10 @@ def sampled_plan(plan: Plan, sample: int, *, actors: int) -> Plan:
 
 
 def _published(context: JobContext, filters: FilterSettings) -> tuple[int, int, Counts]:
-    """Publish the sample as one part: bytes of its rows, other bytes; its small unit files tell neither."""
+    """Publish the sample as one part; return bytes of its rows, other bytes, and its counts.
+
+    Its small unit files would show neither size.
+    """
     store = Store(context.output)
     units = tuple(list_committed(store).values())
     part = publish_part(PartTask(context=context, index=0, part_units=units, filters=filters))
@@ -181,38 +176,38 @@ class _Clock:
 
     def measured(
         self,
-        row_bytes: int,
-        part_bytes: int,
+        rows: int,
+        other: int,
         counts: Counts,
-        *,
-        actors: int,
-        gpus: float,
+        requests: Requests,
         device: str,
+        *,
         ray_s: float,
     ) -> Measured:
-        """Return what it came to: the rate after the first unit of every actor, and the start before it."""
-        outcomes = [outcome for _, outcome in self._came]
-        images = sum(outcome.images for outcome in outcomes)
-        first = min(actors, max(1, len(outcomes) // 2))
-        warm_s, before = self._came[first - 1][0], sum(outcome.images for outcome in outcomes[:first])
-        end_s = self._came[-1][0]
-        if images > before and end_s > warm_s:
-            images_per_s = (images - before) / (end_s - warm_s)
-        else:
-            images_per_s = images / end_s  # one unit alone: its start is in the rate
+        """Return the rate after the first unit of every actor, the start before it, and the counts.
+
+        `rows`, `other`: bytes of the published rows, and of all else in their files.
+        """
+        images = [outcome.images for _, outcome in self._came]
+        first = min(requests.actors_max, max(1, len(images) // 2))
+        (warm_s, _), (end_s, _) = self._came[first - 1], self._came[-1]
+        before, after = sum(images[:first]), sum(images[first:])
+        images_per_s = sum(images) / end_s  # of one unit alone: its start is in the rate
+        if after and end_s > warm_s:
+            images_per_s = after / (end_s - warm_s)
         return Measured(
-            images=images,
-            images_per_unit=max(outcome.images for outcome in outcomes),
-            failed=sum(outcome.failed for outcome in outcomes),
+            images=sum(images),
+            images_per_unit=max(images),
+            failed=sum(outcome.failed for _, outcome in self._came),
             boxes=counts.boxes,
             masks=counts.masks,
             empty=counts.empty,
             start_s=ray_s + max(0.0, warm_s - before / images_per_s),
             images_per_s=images_per_s,
-            row_bytes=row_bytes,
-            part_bytes=part_bytes,
-            actors=actors,
-            gpus=gpus,
+            row_bytes=rows,
+            part_bytes=other,
+            actors=requests.actors_max,
+            gpus=requests.gpus_per_actor * requests.actors_max,
             device=device,
         )
 
@@ -221,10 +216,8 @@ def carry_over(measured: Measured, plan: Plan, *, left: int, usd_per_gpu_hour: f
     """Return the estimate for `left` images of the plan."""
     summary = plan.summary
     hours = (measured.start_s + left / measured.images_per_s) / 3600
-    per_part = units_per_part(
-        images=summary.images, boxes=summary.boxes, images_per_unit=plan.images_per_unit
-    )
-    parts = -(-summary.units // per_part)
+    sizes = {"images": summary.images, "boxes": summary.boxes, "images_per_unit": plan.images_per_unit}
+    parts = -(-summary.units // units_per_part(**sizes))
     gpu_hours = hours * measured.gpus
     return Estimate(
         measured=measured,

@@ -59,10 +59,11 @@ def run(given: ConfigSources, outputs: Sequence[str], *, json: bool) -> int:
         raise UsageError(f"{store.place.uri}: is not empty; merged tables want a new folder or prefix")
     winners, doubled = choose(sources)
     names = _names_by_id(sources)
-    job = _open_merged_job(store, sources, winners.num_rows, names)
-    save_config(store, _merged_config(sources, store.place.uri))
-    parts = list(_write_parts(store, job, sources, winners, names))
+    new_ids = _renumbering(names)
     newest = max(sources, key=lambda source: source.manifest.published_at)
+    job = _open_merged_job(store, sources, newest, winners.num_rows, names, new_ids)
+    save_config(store, _merged_config(sources, newest, store.place.uri))
+    parts = list(_write_parts(store, job, sources, winners, names, new_ids))
     manifest = Manifest(
         state="complete",
         run_id=job.context.run_id,
@@ -75,7 +76,7 @@ def run(given: ConfigSources, outputs: Sequence[str], *, json: bool) -> int:
         lineage=newest.manifest.lineage,
     )
     write_manifest(store, manifest)
-    _report(store, sources, manifest, doubled, names, json=json)
+    _report(sources, manifest, doubled, store.place.uri, renumbered=new_ids is not None, json=json)
     return 0
 
 
@@ -132,44 +133,44 @@ def _renumbering(names: Mapping[int, Mapping[int, str]]) -> dict[str, int] | Non
 
 
 def _open_merged_job(
-    store: Store, sources: Sequence[MergedOutput], images: int, names: Mapping[int, Mapping[int, str]]
+    store: Store,
+    sources: Sequence[MergedOutput],
+    newest: MergedOutput,
+    images: int,
+    names: Mapping[int, Mapping[int, str]],
+    new_ids: Mapping[str, int] | None,
 ) -> Job:
-    newest = max(sources, key=lambda source: source.manifest.published_at)
     merged = [
         {"run_id": source.manifest.run_id, "plan_sha256": source.manifest.plan_sha256} for source in sources
     ]
     digest = hashlib.sha256("".join(one["plan_sha256"] for one in merged).encode()).hexdigest()
     run_id = "merge-" + dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S")
     context = replace(newest.saved.job.context, output=store.place, plan_sha256=digest, run_id=run_id)
-    new_ids = _renumbering(names)
-    by_id: dict[int, str | None] = {
-        int(one["id"]): None for source in sources for one in source.saved.job.categories
-    }
-    by_id |= {number: name for of_source in names.values() for number, name in of_source.items()}
-    if new_ids is not None:
+    by_id: dict[int, str | None]
+    if new_ids is None:
+        by_id = {int(one["id"]): None for source in sources for one in source.saved.job.categories}
+        by_id |= {number: name for of_source in names.values() for number, name in of_source.items()}
+    else:
         by_id = {number: name for name, number in new_ids.items()}
     boxes = sum(source.manifest.counts.boxes for source in sources)
-    return open_job(
-        store,
-        Job(
-            identity={"merged": merged},
-            context=context,
-            plan={"images": images, "boxes": boxes, "units": 0},
-            categories=tuple({"id": number, "name": name} for number, name in sorted(by_id.items())),
-            units_per_part=units_per_part(images=images, boxes=boxes, images_per_unit=1),
-        ),
+    job = Job(
+        identity={"merged": merged},
+        context=context,
+        plan={"images": images, "boxes": boxes, "units": 0},
+        categories=tuple({"id": number, "name": name} for number, name in sorted(by_id.items())),
+        units_per_part=units_per_part(images=images, boxes=boxes, images_per_unit=1),
     )
+    return open_job(store, job)
 
 
-def _merged_config(sources: Sequence[MergedOutput], output: str) -> Config:
-    """Return the newest source's configuration, which may read the images of all."""
-    newest = max(sources, key=lambda source: source.manifest.published_at).saved.config
-    places = [place for source in sources for place in (source.saved.config.input.images,) if place]
-    roots = [root for source in sources for root in source.saved.config.input.allow_roots]
-    local = [place for place in places if resolve_settings.is_local(place)]
-    inputs = newest.input.model_copy(update={"allow_roots": list(dict.fromkeys([*roots, *local]))})
-    outputs = newest.output.model_copy(update={"uri": output})
-    return newest.model_copy(update={"input": inputs, "output": outputs})
+def _merged_config(sources: Sequence[MergedOutput], newest: MergedOutput, uri: str) -> Config:
+    """Return the newest output's configuration, which may read the images of all."""
+    config, inputs = newest.saved.config, [source.saved.config.input for source in sources]
+    roots = [root for one in inputs for root in one.allow_roots]
+    local = [one.images for one in inputs if one.images and resolve_settings.is_local(one.images)]
+    merged = config.input.model_copy(update={"allow_roots": list(dict.fromkeys([*roots, *local]))})
+    output = config.output.model_copy(update={"uri": uri})
+    return config.model_copy(update={"input": merged, "output": output})
 
 
 def _write_parts(
@@ -178,39 +179,33 @@ def _write_parts(
     sources: Sequence[MergedOutput],
     winners: pa.Table,
     names: Mapping[int, Mapping[int, str]],
+    new_ids: Mapping[str, int] | None,
 ) -> Iterator[Part]:
-    new_ids = _renumbering(names)
-    if new_ids is None:  # nobody contradicts: what one output names is named in all
+    if new_ids is None:  # no contradiction: what one output names is named in all
         every = {number: name for of_source in names.values() for number, name in of_source.items()}
         names = dict.fromkeys(names, every)
     footer = {"schema_version": str(schema.SCHEMA_VERSION), "run_id": job.context.run_id, "merged": "true"}
     for index, start in enumerate(range(0, max(winners.num_rows, 1), job.units_per_part)):
         chosen = winners.slice(start, job.units_per_part)
-        sinks = {
-            "images": checksummed_parquet.ParquetSink(schema.IMAGES, footer),
-            "instances": checksummed_parquet.ParquetSink(schema.INSTANCES, footer),
-        }
         images = _rows(sources, chosen, "images", schema.IMAGES)
         instances = _renumbered(_rows(sources, chosen, "instances", schema.INSTANCES, names), new_ids)
-        sinks["images"].write(images)
-        sinks["instances"].write(instances)
-        files = {}
-        for table in ("images", "instances"):
-            body = sinks[table].finish()
-            key = part_key(table, index)
-            store.put(key, body)
-            files[table] = PartFile(
-                key=key, rows=sinks[table].rows, bytes=len(body), sha256=hashlib.sha256(body).hexdigest()
-            )
         yield Part(
             index=index,
             first_unit=0,
             stop_unit=0,
             generations={},
-            images=files["images"],
-            instances=files["instances"],
+            images=_write_file(store, part_key("images", index), images, footer),
+            instances=_write_file(store, part_key("instances", index), instances, footer),
             counts=counts_of(images, instances),
         )
+
+
+def _write_file(store: Store, key: str, rows: pa.Table, footer: Mapping[str, str]) -> PartFile:
+    sink = checksummed_parquet.ParquetSink(rows.schema, footer)
+    sink.write(rows)
+    body = sink.finish()
+    store.put(key, body)
+    return PartFile(key=key, rows=sink.rows, bytes=len(body), sha256=hashlib.sha256(body).hexdigest())
 
 
 def _rows(
@@ -265,24 +260,24 @@ def _renumbered(rows: pa.Table, new_ids: Mapping[str, int] | None) -> pa.Table:
 
 
 def _report(
-    store: Store,
     sources: Sequence[MergedOutput],
     manifest: Manifest,
     doubled: int,
-    names: Mapping[int, Mapping[int, str]],
+    uri: str,
     *,
+    renumbered: bool,
     json: bool,
 ) -> None:
     counts = manifest.counts
     total = f"{count(counts.images, 'image')}, {count(counts.boxes, 'box', 'boxes')}"
-    console.say(f"merged {len(sources)} outputs into {store.place.uri}: {total}")
+    console.say(f"merged {len(sources)} outputs into {uri}: {total}")
     lines: list[tuple[str, str]] = []
     if doubled:
         rows = count(doubled, "older row was", "older rows were")
         lines.append(
             ("doubled", f"{rows} left out: the newest row of an image holds, a failed one only alone")
         )
-    if _renumbering(names) is not None:
+    if renumbered:
         lines.append(("classes", "numbered anew by their names, because the outputs contradict each other"))
     filters: list[Any] = [source.manifest.filters for source in sources]
     if any(one != filters[0] for one in filters):
@@ -292,10 +287,10 @@ def _report(
     if json:
         console.data_json(
             {
-                "output": store.place.uri,
+                "output": uri,
                 "merged": [source.saved.store.place.uri for source in sources],
                 "counts": asdict(counts),
                 "doubled": doubled,
-                "classes_renumbered": _renumbering(names) is not None,
+                "classes_renumbered": renumbered,
             }
         )
