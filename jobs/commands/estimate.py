@@ -175,14 +175,7 @@ class _Clock:
         self._came.append((time.monotonic() - self._began, outcome))
 
     def measured(
-        self,
-        rows: int,
-        other: int,
-        counts: Counts,
-        requests: Requests,
-        device: str,
-        *,
-        ray_s: float,
+        self, rows: int, other: int, counts: Counts, requests: Requests, device: str, *, ray_s: float
     ) -> Measured:
         """Return the rate after the first unit of every actor, the start before it, and the counts.
 

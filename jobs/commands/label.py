@@ -51,10 +51,7 @@ def run(config: Config, options: LabelOptions, interrupts: Interrupts) -> int:
     with Machine(config, interrupts) as machine, contextlib.ExitStack() as stack:
         machine.check()
         opened = open_or_create(
-            config,
-            check_inputs=options.check_inputs,
-            probe_dtype=machine.native_dtype,
-            device=machine.device,
+            config, check_inputs=options.check_inputs, probe_dtype=machine.native_dtype, device=machine.device
         )
         store, job = opened.store, opened.job
         pending = pending_units(store, job, options.part)
@@ -77,11 +74,7 @@ def run(config: Config, options: LabelOptions, interrupts: Interrupts) -> int:
         manifest = picture = None
         if not pending_units(store, job, WHOLE):
             manifest = publish(
-                store,
-                job,
-                config.filter,
-                require_owner=job_lock.require,
-                mapper=machine.map_parts,
+                store, job, config.filter, require_owner=job_lock.require, mapper=machine.map_parts
             )
             picture = write_contact_sheet(store, job, manifest, again=counts.units > 0)
         end = Ending(

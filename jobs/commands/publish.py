@@ -22,10 +22,7 @@ def run(given: ConfigSources, interrupts: Interrupts, *, json: bool) -> int:
     """Publish every range of units that is whole, with the filters given now, and return the exit code."""
     saved = open_saved(given)
     filters = saved.config.filter
-    with (
-        Machine(saved.config, interrupts) as machine,
-        JobLock(saved.store, interrupts) as lock,
-    ):
+    with Machine(saved.config, interrupts) as machine, JobLock(saved.store, interrupts) as lock:
         manifest = publish(
             saved.store, saved.job, filters, require_owner=lock.require, mapper=machine.map_parts
         )

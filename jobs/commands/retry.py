@@ -67,11 +67,7 @@ def run(given: ConfigSources, options: RetryOptions, interrupts: Interrupts) -> 
         lock = stack.enter_context(JobLock(saved.store, interrupts))
         counts = _redo(saved, targets, machine, lock, options, interrupts) if targets else CallCounts()
         manifest = publish(
-            saved.store,
-            saved.job,
-            saved.config.filter,
-            require_owner=lock.require,
-            mapper=machine.map_parts,
+            saved.store, saved.job, saved.config.filter, require_owner=lock.require, mapper=machine.map_parts
         )
         picture = write_contact_sheet(saved.store, saved.job, manifest, again=counts.units > 0)
         if targets:

@@ -97,11 +97,7 @@ def require_library() -> None:
 
 
 def average_precision(
-    images: Sequence[EvaluatedImage],
-    categories: Sequence[int],
-    *,
-    boundary: bool,
-    max_per_image: int = 100,
+    images: Sequence[EvaluatedImage], categories: Sequence[int], *, boundary: bool, max_per_image: int = 100
 ) -> Precision:
     """Mask AP, or boundary AP, of all masks of these images, ranked by their scores.
 

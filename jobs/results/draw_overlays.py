@@ -214,12 +214,7 @@ def _dashed(pen: ImageDraw.ImageDraw, corners: Corners, colour: Colour) -> None:
 
 
 def _write_line(
-    pen: ImageDraw.ImageDraw,
-    at: tuple[int, int],
-    text: str,
-    px: int,
-    colour: Colour,
-    width: int,
+    pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, px: int, colour: Colour, width: int
 ) -> None:
     pen.text(at, _fitted(clean_text(text), px, width), font=_font(px), fill=colour)
 
