@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -93,12 +93,16 @@ def running_ray(section: ClusterSettings, environ: MutableMapping[str, str]) -> 
             environ.setdefault("RAY_DATA_CLUSTER_AUTOSCALER", "V2")
             with _private_folder() as folder, _token_in(folder / "auth_token", environ):
                 ray = _import_ray(environ)
-                yield from _session(ray, _start_private(ray, section, folder))
+                info = _start_private(ray, section, folder)
+                with _unless_interrupted(ray.shutdown):
+                    yield info
         else:
             if _JOB_VARIABLE not in environ:  # a submitted job goes by what its cluster was started with
                 environ.setdefault("RAY_AUTH_MODE", "token")
             ray = _import_ray(environ)
-            yield from _session(ray, _join(ray, address, environ))
+            info = _join(ray, address, environ)
+            with _unless_interrupted(ray.shutdown):
+                yield info
 
 
 def refuse_local_output(info: ClusterInfo, output_uri: str, *, is_local: bool, shared_paths: bool) -> None:
@@ -126,15 +130,21 @@ def _quota_cpus(path: Path) -> int | None:
         return None
 
 
-def _session(ray: ModuleType, info: ClusterInfo) -> Iterator[ClusterInfo]:
+@contextlib.contextmanager
+def _unless_interrupted(clean_up: Callable[[], None]) -> Iterator[None]:
+    """Clean up at the end of a block, but not after a signal.
+
+    The process then ends within seconds, while cleaning up takes longer: a private Ray ends with the process,
+    still writing into its folder, which the next start removes.
+    """
     try:
-        yield info
-    except Interrupted:  # the process ends within seconds, and a private Ray follows it; this takes longer
+        yield
+    except Interrupted:
         raise
     except BaseException:
-        ray.shutdown()
+        clean_up()
         raise
-    ray.shutdown()
+    clean_up()
 
 
 def _import_ray(environ: MutableMapping[str, str]) -> ModuleType:
@@ -143,9 +153,8 @@ def _import_ray(environ: MutableMapping[str, str]) -> ModuleType:
     # By default a worker beyond one a core ends after a second without a task, and its successor's imports
     # cost two seconds of a core: on two cores that was two thirds of what the chain did.
     environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
-    environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # leave CUDA_VISIBLE_DEVICES of CPU tasks alone
+    # Leave CUDA_VISIBLE_DEVICES of CPU tasks as it is.
+    environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     return ray
@@ -252,14 +261,8 @@ def _private_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="r", dir=root))
     with (folder / _IN_USE).open("w") as mark:
         fcntl.flock(mark, fcntl.LOCK_EX)  # the kernel releases it however the process dies
-        try:
+        with _unless_interrupted(lambda: shutil.rmtree(folder, ignore_errors=True)):
             yield folder
-        except Interrupted:  # Ray still writes there; the next start removes it
-            raise
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _private_root() -> Path:

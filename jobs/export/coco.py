@@ -11,13 +11,12 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
-from jobs.export.export_source import Classes, ExportSource, is_crowd, number_text
+from jobs.export.export_source import Classes, ExportSource, is_crowd
 from jobs.results.read_tables import ImageRows, Row, row_groups
 from pipeline import schema
 from pipeline.storage import checksummed_parquet
@@ -48,25 +47,25 @@ def write_coco(
     counts = source.manifest.counts
     annotations = counts.masks + counts.rejected.get("crowd", 0)
     name = "instances-{:05d}.json" if max(annotations, counts.images) > per_file else "instances.json"
-    frame = _Frame(source, keep_ids, numbers)
-    ids = _Ids()
-    body, written, annotation_id = _Body(), 0, 0
+    categories = [{"id": new, "name": source.classes.names[number]} for number, new in numbers.items()]
+    file, ids = _InstancesFile(_info(source, keep_ids, numbers), categories), _Ids()
+    written = annotation_id = 0
     for place_, rows in enumerate(source.images(), start=1):
-        if body.is_full(len(rows.instances), per_file):
+        if file.is_full(len(rows.instances), per_file):
             written += 1
-            place.put(name.format(written), frame.around(body))
+            place.put(name.format(written), file.body())
             yield name.format(written)
-            body = _Body()
+            file.clear()
         image_id = int(rows.image["image_id"]) if keep_ids else place_
         file_name = source.file_name(rows.image)
-        body.images.add(_image(rows, image_id, file_name))
+        file.images.add(_image(rows, image_id, file_name))
         ids.add(image_id, str(rows.image["image_id"]), file_name)
         for row in rows.instances:
             annotation_id += 1
             shown = _region(row, rows.image) if is_crowd(row) else row
             number = numbers[source.classes.id_of(row)]
-            body.annotations.add(_annotation(shown, annotation_id, image_id, number))
-    place.put(name.format(written + 1), frame.around(body))
+            file.annotations.add(_annotation(shown, annotation_id, image_id, number))
+    place.put(name.format(written + 1), file.body())
     yield name.format(written + 1)
     if not keep_ids:
         place.put(_IDS_KEY, ids.finish())
@@ -102,37 +101,29 @@ class _Records:
         return self._text.getbuffer()
 
 
-@dataclass(kw_only=True)
-class _Body:
-    """One file as it grows."""
+class _InstancesFile:
+    """One file as it grows, around its images and annotations what all files of an export have in common."""
 
-    images: _Records = field(default_factory=_Records)
-    annotations: _Records = field(default_factory=_Records)
+    def __init__(self, info: Mapping[str, object], categories: Sequence[Mapping[str, object]]) -> None:
+        self._info = json.dumps(info, ensure_ascii=False)
+        self._categories = json.dumps(categories, ensure_ascii=False)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin the next file."""
+        self.images, self.annotations = _Records(), _Records()
 
     def is_full(self, more: int, per_file: int) -> bool:
         """Return whether an image with that many more annotations belongs in the next file."""
         too_many = self.annotations.number + more > per_file or self.images.number >= per_file
         return bool(self.images.number) and too_many
 
-
-class _Frame:
-    """What every file of an export has in common."""
-
-    def __init__(self, source: ExportSource, keep_ids: bool, numbers: Mapping[int, int]) -> None:
-        names = source.classes.names
-        categories = [{"id": new, "name": names[number]} for number, new in numbers.items()]
-        as_given = all(number == new for number, new in numbers.items())
-        of_categories = "as given" if as_given else f"numbered from 1, see {_CATEGORIES_KEY}"
-        info = {**_info(source, keep_ids), "category_ids": of_categories}
-        self._info = json.dumps(info, ensure_ascii=False)
-        self._categories = json.dumps(categories, ensure_ascii=False)
-
-    def around(self, body: _Body) -> bytes:
+    def body(self) -> bytes:
         """Return the whole file."""
         head = f'{{"info":{self._info},"images":[\n'.encode()
         tail = f'\n],"categories":{self._categories}}}\n'.encode()
         between = b'\n],"annotations":[\n'
-        return b"".join([head, body.images.view(), between, body.annotations.view(), tail])
+        return b"".join([head, self.images.view(), between, self.annotations.view(), tail])
 
 
 class _Ids:
@@ -140,11 +131,11 @@ class _Ids:
 
     def __init__(self) -> None:
         self._sink = checksummed_parquet.ParquetSink(_IDS, {})
-        self._waiting: list[tuple[int, str, str]] = []
+        self._waiting: list[dict[str, object]] = []
 
     def add(self, number: int, image_id: str, file_name: str) -> None:
         """Append an image."""
-        self._waiting.append((number, image_id, file_name))
+        self._waiting.append({"id": number, "image_id": image_id, "file_name": file_name})
         if len(self._waiting) >= 8192:
             self._write()
 
@@ -154,9 +145,7 @@ class _Ids:
         return self._sink.finish()
 
     def _write(self) -> None:
-        columns = [[row[place] for row in self._waiting] for place in range(len(_IDS))]
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, _IDS, strict=True)]
-        self._sink.write(pa.Table.from_arrays(arrays, schema=_IDS))
+        self._sink.write(pa.Table.from_pylist(self._waiting, schema=_IDS))
         self._waiting = []
 
 
@@ -171,8 +160,9 @@ def _ids_are_numbers(source: ExportSource) -> bool:
     return True
 
 
-def _info(source: ExportSource, keep_ids: bool) -> dict[str, object]:
+def _info(source: ExportSource, keep_ids: bool, numbers: Mapping[int, int]) -> dict[str, object]:
     lineage = source.manifest.lineage
+    as_given = all(number == new for number, new in numbers.items())
     return {
         "description": "masks made by hqlabel (SAM-HQ) from given boxes",
         "run_id": source.manifest.run_id,
@@ -181,6 +171,7 @@ def _info(source: ExportSource, keep_ids: bool) -> dict[str, object]:
         "image_root": source.root,
         "frame": "upright: EXIF orientation is applied before boxes and masks are measured",
         "image_ids": "as given" if keep_ids else f"numbered from 1, see {_IDS_KEY}",
+        "category_ids": "as given" if as_given else f"numbered from 1, see {_CATEGORIES_KEY}",
     }
 
 
@@ -217,7 +208,12 @@ def _annotation(row: Row, number: int, image: int, category: int) -> str:
         f'"bbox":[{x},{y},{width},{height}],'
         f'"segmentation":{{"size":[{rle["size"][0]},{rle["size"][1]}],"counts":"{counts}"}},'
         f'"instance_index":{row["instance_index"]},"box_id":{box_id},'
-        f'"detector_score":{number_text(row["detector_score"])},'
-        f'"predicted_iou":{number_text(row["predicted_iou"])},'
-        f'"stability_score":{number_text(row["stability_score"])}}}'
+        f'"detector_score":{_number(row["detector_score"])},'
+        f'"predicted_iou":{_number(row["predicted_iou"])},'
+        f'"stability_score":{_number(row["stability_score"])}}}'
     )
+
+
+def _number(value: float | None) -> str:
+    """Return a float32 as JSON with all it holds, `null` for none."""
+    return "null" if value is None else f"{value:.9g}"

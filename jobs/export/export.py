@@ -27,16 +27,31 @@ from pipeline.storage.uri_rules import split_scheme
 Format = Literal["coco", "yolo-seg", "label-studio", "hf"]
 FORMATS: tuple[str, ...] = get_args(Format)
 _PER_FILE = {"coco": 250_000, "label-studio": 1000, "hf": 500_000}
-# What is counted and not skipped; it has its own sentences.
-_EXPECTED = (
-    *("images", "masks", "crowds", "images turned by EXIF", "masks that the filters did not accept"),
-    *("masks without a class", "images inside other files", PASSED_OVER),
-)
+_COUNTED_NOTES = {
+    "masks that the filters did not accept": (
+        *("mask is", "masks are"),
+        "not accepted by the job's filters; --accepted-only leaves them out",
+    ),
+    "crowds": (
+        *("crowd region has", "crowd regions have"),
+        "iscrowd 1, the box filled: COCOeval and trainers ignore what lies in it",
+    ),
+    "images turned by EXIF": (
+        *("image is", "images are"),
+        "stored turned: readers must apply EXIF, boxes and masks are upright",
+    ),
+    "images inside other files": (
+        *("image lies", "images lie"),
+        "inside tars or Parquet files, which readers of pictures do not open: unpack them",
+    ),
+}
+"""What is counted and not skipped: subject and verb for one and for many, and the rest of the sentence."""
+_NOT_SKIPPED = ("images", "masks", "masks without a class", PASSED_OVER, *_COUNTED_NOTES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What was asked. `per_file`: masks (tasks for Label Studio) a file; None: the format's own number.
+    """The call's choices. `per_file`: masks (tasks for Label Studio) a file; None: the format's own number.
 
     `categories_from_1`: COCO's categories are numbered anew.
     """
@@ -92,7 +107,7 @@ def _numbers(options: ExportOptions, source: ExportSource) -> dict[int, int] | N
 
 def _report(options: ExportOptions, source: ExportSource, loss: Loss, keys: list[str]) -> None:
     tally, files = source.tally, len(keys)
-    left_out = {what: number for what, number in tally.items() if number and what not in _EXPECTED}
+    left_out = {what: number for what, number in tally.items() if number and what not in _NOT_SKIPPED}
     notes = list(_notes(options, source, loss))
     if options.json:
         lost = None if options.format != "yolo-seg" else {"mean_iou": loss.mean, "least_iou": loss.least}
@@ -124,24 +139,9 @@ def _report(options: ExportOptions, source: ExportSource, loss: Loss, keys: list
 
 def _notes(options: ExportOptions, source: ExportSource, loss: Loss) -> Iterator[tuple[str, str]]:
     tally = source.tally
-    if tally["masks that the filters did not accept"]:
-        number = tally["masks that the filters did not accept"]
-        yield (
-            "note",
-            f"{number:,} masks are not accepted by the job's filters; --accepted-only leaves them out",
-        )
-    if tally["crowds"]:
-        crowds = count(tally["crowds"], "crowd region has", "crowd regions have")
-        yield "note", f"{crowds} iscrowd 1, the box filled: COCOeval and trainers ignore what lies in it"
-    if tally["images turned by EXIF"]:
-        turned = count(tally["images turned by EXIF"], "image is", "images are")
-        yield "note", f"{turned} stored turned: readers must apply EXIF, boxes and masks are upright"
-    if tally["images inside other files"]:
-        inside = count(tally["images inside other files"], "image lies", "images lie")
-        yield (
-            "note",
-            f"{inside} inside tars or Parquet files, which readers of pictures do not open: unpack them",
-        )
+    for name, (one, many, rest) in _COUNTED_NOTES.items():
+        if tally[name]:
+            yield "note", f"{count(tally[name], one, many)} {rest}"
     for sentence in _class_notes(options, source):
         yield "note", sentence
     if not options.selection.is_all:

@@ -8,6 +8,7 @@ image that the tables do not know: a failed one is no picture without objects.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -232,15 +233,14 @@ def find_classes(store: Store, manifest: Manifest) -> Classes:
 
 
 def _common_folder(store: Store, manifest: Manifest) -> str:
-    common: str | None = None
+    """Return the folder that all uris are in, ending in "/", or ""."""
+    ends: list[str] = []
     for part in manifest.parts:
         for group in row_groups(store, part.images, schema.IMAGES, ["image_uri"]):
-            ends = pc.min_max(group["image_uri"]).as_py()  # the least and greatest share most
-            for uri in (ends["min"], ends["max"]):
-                if uri is not None:
-                    folder = uri[: uri.rfind("/") + 1]
-                    common = folder if common is None else _shared(common, folder)
-    return common or ""
+            uris = pc.min_max(group["image_uri"]).as_py()  # the least and the greatest have least in common
+            ends += [uri for uri in uris.values() if uri is not None]
+            ends = [os.path.commonprefix(ends)] if ends else []  # noqa: RUF071, cut at a "/" below
+    return ends[0][: ends[0].rfind("/") + 1] if ends else ""
 
 
 def _naming(store: Store, manifest: Manifest, folder: str) -> tuple[bool, str | None]:
@@ -257,14 +257,6 @@ def _naming(store: Store, manifest: Manifest, folder: str) -> tuple[bool, str | 
     return True, roots.pop() if len(roots) == 1 else None
 
 
-def _shared(one: str, other: str) -> str:
-    """Return the folder that both are in, ending in "/", or ""."""
-    same = 0
-    while same < min(len(one), len(other)) and one[same] == other[same]:
-        same += 1
-    return one[: one.rfind("/", 0, same) + 1]
-
-
 def is_crowd(instance: Row) -> bool:
     """Return whether a row is a region of many objects, which has no mask."""
     return bool(instance["reject_reason"] == "crowd")
@@ -272,10 +264,4 @@ def is_crowd(instance: Row) -> bool:
 
 def mask_of(instance: Row) -> npt.NDArray[np.uint8]:
     """Return the mask of a row, uint8 (H, W), 1 inside."""
-    rle = instance["segmentation"]
-    return np.asarray(coco_mask.decode({"size": rle["size"], "counts": rle["counts"].encode("ascii")}))
-
-
-def number_text(value: float | None) -> str:
-    """Return a float32 as JSON with all it holds, `null` for none."""
-    return "null" if value is None else f"{value:.9g}"
+    return np.asarray(coco_mask.decode(instance["segmentation"]))

@@ -136,5 +136,4 @@ def kept_iou(polygon: Points, counts: str, size_hw: tuple[int, int]) -> float:
     """IoU of the polygon, drawn by pycocotools, with the mask it was made from (COCO compressed runs)."""
     height, width = size_hw
     drawn = coco_mask.frPyObjects([polygon.ravel().tolist()], height, width)
-    mask = {"size": [height, width], "counts": counts.encode("ascii")}
-    return float(coco_mask.iou(drawn, [mask], [0])[0, 0])
+    return float(coco_mask.iou(drawn, [{"size": size_hw, "counts": counts}], [0])[0, 0])

@@ -55,7 +55,7 @@ class ShownTile:
 
     @property
     def alt(self) -> str:
-        """What the picture shows, for who does not see it."""
+        """What the picture shows, for screen readers."""
         score = self.row["predicted_iou"]
         what = "no mask" if score is None else f"mask with predicted IoU {score:.2f}"
         return f"{self.name}, {what}, in {self.image['image_id']}"
@@ -111,18 +111,15 @@ def page(saved: SavedJob, manifest: Manifest) -> str:
 
 
 def _tile(key: Key, rows: Mapping[str, ImageRows], pictures: Mapping[Key, Pictures]) -> ShownTile:
-    return ShownTile(row=_row(key, rows), image=rows[key[0]].image, pictures=pictures[key])
-
-
-def _row(key: Key, rows: Mapping[str, ImageRows]) -> Row:
-    return next(row for row in rows[key[0]].instances if row["instance_index"] == key[1])
+    image_id, index = key
+    return ShownTile(row=rows[image_id].instance(index), image=rows[image_id].image, pictures=pictures[key])
 
 
 def _disagreements(pairs: Sequence[tuple[Key, Key]], rows: Mapping[str, ImageRows]) -> list[tuple[Key, Key]]:
     """Return, of pairs whose boxes overlap, those whose masks do."""
     found = []
     for pair in pairs:
-        one, other = (_row(key, rows)["segmentation"] for key in pair)
+        one, other = (rows[image_id].instance(index)["segmentation"] for image_id, index in pair)
         if float(coco_mask.iou([one], [other], [0])[0, 0]) > _PAIR_IOU:
             found.append(pair)
     return found[:_MOST_PAIRS]
@@ -215,15 +212,11 @@ def _totals(saved: SavedJob, manifest: Manifest, data: ReportData) -> list[tuple
     failed, no_boxes = counts.status.get("failed", 0), counts.status.get("no_boxes", 0)
     size = sum(part.images.bytes + part.instances.bytes for part in manifest.parts)
     empty = f", {counts.empty:,} empty besides" if counts.empty else ""
-    of_boxes = f"of {counts.boxes:,} boxes{empty}"
+    share = console.share(counts.accepted, counts.boxes)
     found = [
         (f"{counts.images:,}", "images", f"{failed:,} failed, {no_boxes:,} without boxes"),
-        (f"{counts.masks:,}", "masks", of_boxes),
-        (
-            console.share(counts.accepted, counts.boxes),
-            "accepted",
-            f"{counts.accepted:,} of {counts.boxes:,}",
-        ),
+        (f"{counts.masks:,}", "masks", f"of {counts.boxes:,} boxes{empty}"),
+        (share, "accepted", f"{counts.accepted:,} of {counts.boxes:,}"),
         (console.size(size), "tables", f"{size / max(counts.boxes, 1):.0f} bytes a box"),
     ]
     if data.model_s:
@@ -255,7 +248,7 @@ def _line(manifest: Manifest, name: str) -> float | None:
 
 
 def _lines(data: ReportData) -> list[tuple[str, list[str]]]:
-    """For each score, the share of masks that each of STEPS would keep, from the histogram."""
+    """Return, for each score, the share of masks that each of STEPS would keep, from the histogram."""
     rows = []
     for one in data.histograms:
         total = sum(one.counts)

@@ -7,7 +7,7 @@ The SQL is written for DuckDB.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -129,32 +129,24 @@ def _side(name: str, line: float, number: int, *, above: bool) -> ReportSection:
 
 def _disagreeing_scores(number: int) -> list[ReportSection]:
     gap = "CAST(predicted_iou AS DOUBLE) - CAST(detector_score AS DOUBLE)"
-    return [
-        ReportSection(
-            key=key,
-            group="Scores that disagree",
-            title=title,
-            note=note,
-            where="predicted_iou IS NOT NULL AND detector_score IS NOT NULL",
-            order_by=order_by,
-            number=number,
-            column="detector_score",
-        )
-        for key, title, note, order_by in (
-            (
-                "sure-detector",
-                "The detector is sure, the mask is not",
-                "detector_score high, predicted_iou low.",
-                gap,
-            ),
-            (
-                "sure-mask",
-                "The mask is sure, the detector is not",
-                "predicted_iou high, detector_score low.",
-                f"{gap} DESC",
-            ),
-        )
-    ]
+    detector = ReportSection(
+        key="sure-detector",
+        group="Scores that disagree",
+        title="The detector is sure, the mask is not",
+        note="detector_score high, predicted_iou low.",
+        where="predicted_iou IS NOT NULL AND detector_score IS NOT NULL",
+        order_by=gap,
+        number=number,
+        column="detector_score",
+    )
+    mask = replace(
+        detector,
+        key="sure-mask",
+        title="The mask is sure, the detector is not",
+        note="predicted_iou high, detector_score low.",
+        order_by=f"{gap} DESC",
+    )
+    return [detector, mask]
 
 
 def _rejected(reason: str, number: int) -> ReportSection:

@@ -1,7 +1,7 @@
 """The pictures of a report: each instance in its whole picture and close by, as small JPEGs.
 
 The picture is fetched and decoded anew, once an image, in the supervised decoder. An image that cannot
-be had any more leaves its tiles without pictures, with the reason.
+be read any more leaves its tiles without pictures, with the reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 from jobs.report.numbers import Key
 from jobs.results.draw_overlays import Box, DrawnInstance, Tile, draw_overlay
 from jobs.results.read_tables import ImageRows, Row
-from jobs.results.render_images import drawn_instance, picture_decoder, upright_picture
+from jobs.results.render_images import drawn_instance, picture_decoder, size_in_tables, upright_picture
 from jobs.terminal import console
 from pipeline.errors import HqlabelError
 from pipeline.job_context import JobContext
@@ -63,14 +63,10 @@ def draw_tiles(
                 found.update(dict.fromkeys(mine, Pictures(whole=None, close=None, why=str(error))))
                 continue
             for key in mine:
-                row = next(row for row in rows[image_id].instances if row["instance_index"] == key[1])
-                found[key] = _pictures(picture, _size_hw(image, picture), row, context)
+                row = rows[image_id].instance(key[1])
+                found[key] = _pictures(picture, size_in_tables(image, picture), row, context)
                 made += sum(len(text or "") for text in (found[key].whole, found[key].close))
     return found
-
-
-def _size_hw(image: Row, picture: Image.Image) -> tuple[int, int]:
-    return (int(image["height"]), int(image["width"])) if image["height"] else (picture.height, picture.width)
 
 
 def _pictures(picture: Image.Image, size_hw: tuple[int, int], row: Row, context: JobContext) -> Pictures:
@@ -126,7 +122,7 @@ def _window(
 
 
 def _cut_mask(counts: str, size_hw: tuple[int, int], part: tuple[int, int, int, int]) -> str:
-    whole: Any = coco_mask.decode({"size": list(size_hw), "counts": counts.encode("ascii")})
+    whole: Any = coco_mask.decode({"size": list(size_hw), "counts": counts})
     left, top, right, bottom = part
     cut = coco_mask.encode(np.asfortranarray(whole[top:bottom, left:right]))
     return str(cut["counts"].decode("ascii"))

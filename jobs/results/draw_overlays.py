@@ -144,8 +144,7 @@ def _shrunk_mask(instance: DrawnInstance, drawn_wh: tuple[int, int]) -> Image.Im
     """The mask at the drawn size, mode L, 0 or 255; anything that covers a quarter of a pixel shows."""
     assert instance.size_hw is not None
     assert instance.counts is not None
-    rle = {"size": list(instance.size_hw), "counts": instance.counts.encode("ascii")}
-    full: npt.NDArray[np.uint8] = coco_mask.decode(rle)
+    full: npt.NDArray[np.uint8] = coco_mask.decode({"size": instance.size_hw, "counts": instance.counts})
     shrunk = Image.fromarray(full * np.uint8(255)).resize(drawn_wh, Image.Resampling.BOX)
     return shrunk.point([255 if level >= 64 else 0 for level in range(256)])
 

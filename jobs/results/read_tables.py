@@ -6,6 +6,7 @@ greatest id that each row group's footer states.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -30,6 +31,10 @@ class ImageRows:
 
     image: Row
     instances: tuple[Row, ...]
+
+    def instance(self, index: int) -> Row:
+        """Return the row with this instance_index."""
+        return next(row for row in self.instances if row["instance_index"] == index)
 
     def masks(self) -> tuple[int, int]:
         """Return how many of its boxes have a mask of at least one pixel, and how many an empty one."""
@@ -92,14 +97,13 @@ def failed_examples(store: Store, manifest: Manifest, *, per_code: int = 2) -> d
 
 def failed_units(store: Store, file: PartFile, codes: Sequence[str]) -> dict[int, int]:
     """Return how many images of each unit of a part failed with one of `codes` (empty: with any)."""
-    found: dict[int, int] = {}
+    images: Counter[int] = Counter()
     for table in row_groups(store, file, schema.IMAGES, ["unit_id", "error_code"]):
         failed = table.filter(table["error_code"].is_valid())
         if codes:
             failed = failed.filter(pc.is_in(failed["error_code"], pa.array(codes)))
-        for unit in failed["unit_id"].to_pylist():
-            found[unit] = found.get(unit, 0) + 1
-    return found
+        images.update(failed["unit_id"].to_pylist())
+    return images
 
 
 def _rows_in(store: Store, file: PartFile, kind: pa.Schema, image_ids: Sequence[str]) -> Iterator[Row]:
@@ -128,11 +132,9 @@ def _bytes(value: str | bytes) -> bytes:
 
 
 def _labelled_ids(store: Store, file: PartFile) -> list[str]:
-    columns = ["image_id", "num_instances"]
-    tables = row_groups(store, file, schema.IMAGES, columns)
     return [
         image_id
-        for table in tables
+        for table in row_groups(store, file, schema.IMAGES, ["image_id", "num_instances"])
         for image_id in table.filter(pc.greater(table["num_instances"], 0))["image_id"].to_pylist()
     ]
 

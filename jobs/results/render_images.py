@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 from PIL import Image
@@ -91,16 +91,17 @@ def upright_picture(context: JobContext, image: Row, child: DecodeChild) -> Imag
     return Image.fromarray(np.asarray(child.decode(fetched.data).pixels_hwc))
 
 
+def size_in_tables(image: Row, picture: Image.Image) -> tuple[int, int]:
+    """Return (height, width) of an image as boxes and masks are measured; the picture may be smaller."""
+    return (int(image["height"]), int(image["width"])) if image["height"] else (picture.height, picture.width)
+
+
 def _tile(rows: ImageRows, picture: Image.Image, context: JobContext) -> Tile:
-    image = rows.image
-    size_hw = (
-        (int(image["height"]), int(image["width"])) if image["height"] else (picture.height, picture.width)
-    )
     return Tile(
         picture=picture,
-        size_hw=size_hw,
+        size_hw=size_in_tables(rows.image, picture),
         instances=tuple(drawn_instance(row, context.box_rules.box_format) for row in rows.instances),
-        caption=image["image_id"],
+        caption=rows.image["image_id"],
         remark=_remark(rows),
     )
 
@@ -136,19 +137,15 @@ def _label(row: Row) -> str:
 
 
 def shown_box(row: Row, box_format: str) -> Box | None:
-    """The prompt as used; of a box that could not be used, the place it was given for, if it says one."""
+    """Return the prompt as used; of a box that could not be used, as given, if that is four numbers."""
     used = row["prompt_bbox"]
     if used is not None:
         x, y, width, height = used
         return x, y, x + width, y + height
-    given: list[Any] | None = row["prompt_bbox_given"]
-    plain = box_format in ("xyxy", "xywh", "cxcywh")
-    if (
-        not plain
-        or given is None
-        or len(given) != 4
-        or not all(v is not None and math.isfinite(v) for v in given)
-    ):
+    given: list[Any] = row["prompt_bbox_given"] or []
+    if box_format not in get_args(PixelFormat) or len(given) != 4:
+        return None
+    if not all(value is not None and math.isfinite(value) for value in given):
         return None
     x1, y1, x2, y2 = boxes_to_xyxy(np.array([given], np.float64), cast(PixelFormat, box_format))[0].tolist()
     return x1, y1, x2, y2
