@@ -79,26 +79,26 @@ OF_TENSORS = re.compile(
     r"torch\.(?:\w+Storage|Size|device|_utils\.\w+|storage\.\w+|_tensor\.\w+)|collections\.OrderedDict"
 )
 """What a pickle of tensors is made of."""
-PACKED = {
-    b"\x1f\x8b": "gunzip",
-    b"\xfd7zXZ\x00": "unxz",
-    b"BZh": "bunzip2",
-    b"\x28\xb5\x2f\xfd": "unzstd",
-    b"7z\xbc\xaf": "7z x",
-    b"Rar!": "unrar x",
+NOT_WEIGHTS = {
+    rb"\Z": "it is empty: fetch it again",
+    rb"version https://git-lfs": "it is a Git LFS pointer, fetch the file itself with `git lfs pull`",
+    rb"\x1f\x8b": "it is a packed file: unpack it with `gunzip`",
+    rb"\xfd7zXZ\x00": "it is a packed file: unpack it with `unxz`",
+    rb"BZh": "it is a packed file: unpack it with `bunzip2`",
+    rb"\x28\xb5\x2f\xfd": "it is a packed file: unpack it with `unzstd`",
+    rb"7z\xbc\xaf": "it is a packed file: unpack it with `7z x`",
+    rb"Rar!": "it is a packed file: unpack it with `unrar x`",
+    rb".{257}ustar": "it is a tar archive: unpack it, and name the file in it",
+    rb"(?:\xef\xbb\xbf)?\s{0,60}<": "it is a web page saved under this name: the address led to no file, "
+    "fetch it again",
+    rb"[ -~\t\r\n]{1,9999}\Z": "it is a text, perhaps what a server answered instead of the file: read it, "
+    "fetch it again",  # weights are longer
 }
-"""How packed files begin, and what unpacks them."""
-SHORTEST = 10_000
-"""Fewer bytes than any weights have: such a text is a server's answer."""
+"""How files begin that are often found in place of weights (patterns), and what to do about each."""
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+))?")
-PUBLISHED_LICENSES = {
-    "lkeab/hq-sam": "Apache-2.0",
-    "syscv-community/sam-hq-vit-base": "Apache-2.0",
-    "syscv-community/sam-hq-vit-large": "Apache-2.0",
-    "syscv-community/sam-hq-vit-huge": "Apache-2.0",
-}
+APACHE_2 = re.compile(r"lkeab/hq-sam|syscv-community/sam-hq-vit-(?:base|large|huge)")
+"""The hub's repositories of the published weights, which are under Apache-2.0."""
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +166,12 @@ def load(
 
 def read_config(tensors: Tensors, values: Mapping[str, Any], layout: Layout) -> SamHQConfig:
     """Return the architecture of the tensors; `config.json` adds what does not follow from them."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
-        config = config_from_shapes(
-            {name: tuple(tensor.shape) for name, tensor in tensors.items()}, image_size=stated_side(values)
-        )
+        config = config_from_shapes(shapes, image_size=stated_side(values))
     except ConfigError as error:
-        raise CheckpointError(in_file_names(str(error), layout)) from error
+        message = f"{error} ({deciding_shapes(shapes)})"
+        raise CheckpointError(in_file_names(message, layout)) from error
     vision, grid = config.vision, config.vision.grid
     # Every block may be global, as in a ViT-B at 224 pixels, whose grid of 14 is as wide as its windows.
     if (
@@ -250,42 +250,52 @@ def read_weights(source: Source, *, revision: str | None = None) -> WeightFiles:
         CheckpointError: nothing there, or not a weights file.
     """
     if isinstance(source, Mapping):
-        there = [name for name in sorted(source) if name.endswith(ENDINGS)]
+        candidates = [name for name in sorted(source) if name.endswith(ENDINGS)]
         return read_files(
-            lambda name: as_bytes(source[name]) if name in source else None, "given files", there=there
+            lambda name: as_bytes(source[name]) if name in source else None, "given files", near=candidates
         )
     if not isinstance(source, (str, Path)):
         return read_files({"": as_bytes(source)}.get, str(getattr(source, "name", "given bytes")), ALONE)
     path = Path(source)
-    if path.is_dir():
-        there = [] if any((path / name).is_file() for name in IN_FOLDER) else near(path)
-        return read_files(lambda name: read_if_there(path / name), str(path), there=there)
-    if path.name in IN_FOLDER and path.exists():
-        return read_files(lambda name: read_if_there(path.parent / name), str(path), (path.name,))
-    if path.name == CONFIG and path.exists():
-        raise CheckpointError(f"{source}: describes a model and holds no weights; name the folder it is in")
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{source}: a pipe or device; wanted a file, which every worker can open again")
-    if path.exists():
-        return read_files({"": path.read_bytes()}.get, str(path), ALONE)
-    hub_id = HUB_ID.fullmatch(str(source))
-    if hub_id is None:
+    if not path.exists():
+        if hub_id := HUB_ID.fullmatch(str(source)):
+            return read_hub(hub_id["repo"], hub_id["file"], revision)
         raise CheckpointError(
             f"{source}: no such file or folder, nor a hub id (org/name or org/name/file.pth)"
         )
-    return read_hub(hub_id["repo"], hub_id["file"], revision)
+    if path.is_dir():
+        candidates = [] if any((path / name).is_file() for name in IN_FOLDER) else weights_near(path)
+        return read_files(folder_reader(path), str(path), near=candidates)
+    if path.name == CONFIG:
+        raise CheckpointError(f"{source}: describes a model and holds no weights; name the folder it is in")
+    if not path.is_file():
+        raise CheckpointError(f"{source}: a pipe or device; wanted a file, which every worker can open again")
+    if path.name in IN_FOLDER:
+        return read_files(folder_reader(path.parent), str(path), (path.name,))
+    return read_files({"": path.read_bytes()}.get, str(path), ALONE)
 
 
-def near(folder: Path) -> list[str]:
+def as_bytes(file: bytes | BinaryIO) -> bytes:
+    """Return the bytes, or the rest of an open binary file."""
+    data = file if isinstance(file, (bytes, bytearray, memoryview)) else file.read()
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise CheckpointError(f"{file!r} gives {type(data).__name__}; open it in binary mode")
+    return bytes(data)
+
+
+def folder_reader(folder: Path) -> Read:
+    """Return a function that reads files of a local folder."""
+    return lambda name: (folder / name).read_bytes() if (folder / name).is_file() else None
+
+
+def weights_near(folder: Path) -> list[str]:
     """Return what may be meant in a folder without weights of a known name: files, and folders with some.
 
     Such as `checkpoint-500` of a trainer, or `snapshots/<commit>` in the hub's cache.
     """
     files = [x for x in sorted(folder.iterdir()) if x.name.endswith(ENDINGS) and x.is_file()]
-    deeper = (
-        x for depth in ("*", "*/*") for name in IN_FOLDER for x in sorted(folder.glob(f"{depth}/{name}"))
-    )
-    return [str(x.relative_to(folder)) for x in files] + [str(x.parent.relative_to(folder)) for x in deeper]
+    below = [x.parent for deep in ("*", "*/*") for y in IN_FOLDER for x in sorted(folder.glob(f"{deep}/{y}"))]
+    return [str(x.relative_to(folder)) for x in files + below]
 
 
 def read_files(
@@ -293,20 +303,19 @@ def read_files(
     source: str,
     names: Sequence[str] = IN_FOLDER,
     *,
-    there: Sequence[str] = (),
+    near: Sequence[str] = (),
     license: str | None = None,
 ) -> WeightFiles:
     """Return the tensors of a file, or of a folder as transformers writes it: one file or an index of shards.
 
-    `names`: of files that may hold the weights; the first that is there counts. `ALONE`: `source` is a file.
-    `there`: the folder's files that may be weights under other names, for the message.
+    `names`: of files that may hold the weights; the first that exists counts. `ALONE`: `source` is a file.
+    `near`: the folder's files that may be weights under other names, for the message.
     """
     name, data = next(((name, data) for name in names if (data := read(name)) is not None), ("", None))
     if data is None:
-        hint = f"; it holds {', '.join(there[:8])}: name one of them" if there else ""
-        if names == ALONE:
-            raise CheckpointError(f"{source} is not there")
-        raise CheckpointError(f"{source}: neither {' nor '.join(names)} is there{hint}")
+        hint = f"; it holds {', '.join(near[:8])}: name one of them" if near else ""
+        missing = "is not there" if names == ALONE else f"neither {' nor '.join(names)} is there{hint}"
+        raise CheckpointError(f"{source}: {missing}")
     config = read(CONFIG)
     index = parse_index(data, source, name) if name.endswith(".json") else {}
     tensors, digest = Tensors(), hashlib.sha256()
@@ -339,102 +348,104 @@ def parse_index(data: bytes, source: str, name: str) -> dict[str, str]:
     return index
 
 
+def parse_json(data: bytes, *, name: str) -> dict[str, Any]:
+    """Return a JSON object, or raise `CheckpointError` naming the file."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: not JSON ({error}){what_instead(data)}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{name}: holds a {type(values).__name__}; wanted a JSON object")
+    return values
+
+
+def stated_license(data: bytes) -> str | None:
+    """Return the licence in a safetensors file's metadata (`save_transformers` writes it there), if any."""
+    if data[8:9] != b"{":
+        return None
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    license = (header.get("__metadata__") or {}).get("license")  # null is allowed, and is none
+    return license if isinstance(license, str) else None
+
+
 def read_hub(repo: str, file: str | None, revision: str | None) -> WeightFiles:
     """Return the tensors of a Hugging Face hub repository, or of one file in it; from its cache if there."""
-    commits: list[str] = []
-    reasons: list[str] = []
-    unreached: list[str] = []
+    commit, unreached, absent = "", "", ""
+    source = f"{repo}/{file}" if file else repo
 
     def read(name: str) -> bytes | None:
+        nonlocal commit, unreached, absent
         if file and name:
             return None  # one file has no config.json
         name = file or name
         try:
             # One commit for all files, also while somebody pushes to the branch. A hub that once did not
             # answer is not asked again, 20 s for each name: then the cache alone.
-            commit, offline = commits[0] if commits else revision, bool(unreached)
-            path = huggingface_hub.hf_hub_download(repo, name, revision=commit, local_files_only=offline)
+            path = huggingface_hub.hf_hub_download(
+                repo, name, revision=commit or revision, local_files_only=bool(unreached)
+            )
         except LocalEntryNotFoundError:
-            unreached.append(f"the hub was not asked for {name}: it does not answer")
+            unreached = f"; the hub was not asked for {name}: it does not answer"
             return None
         except EntryNotFoundError as error:
-            reasons.append(str(error).splitlines()[0])
+            absent = absent or f"; {str(error).splitlines()[0]}"
             return None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{repo}: {name} could not be fetched from the hub: {error}") from error
         # `.../snapshots/<commit>/<name>`; the hub's cache itself may lie in a folder of that name.
-        commits.append(path.rpartition("/snapshots/")[2].partition("/")[0])
+        commit = path.rpartition("/snapshots/")[2].partition("/")[0]
         return Path(path).read_bytes()
 
-    source, names, license = (
-        f"{repo}/{file}" if file else repo,
-        ALONE if file else IN_FOLDER,
-        PUBLISHED_LICENSES,
-    )
     try:
-        files = read_files(read, source, names, license=license.get(repo))
+        files = read_files(
+            read,
+            source,
+            ALONE if file else IN_FOLDER,
+            license="Apache-2.0" if APACHE_2.fullmatch(repo) else None,
+        )
     except CheckpointError as error:
-        if unreached and not commits:
+        if unreached and not commit:
             raise CheckpointError(
                 f"{repo}: the hub does not answer, and {file or 'a file of the model'} is not in "
                 f"the cache of this machine: connect it, or fetch the weights elsewhere (hf download {repo} "
                 f"--local-dir FOLDER) and name {f'FOLDER/{file}' if file else 'FOLDER'}"
             ) from error
-        hint = "; name a file of it, as in lkeab/hq-sam/sam_hq_vit_b.pth" if file is None else ""
-        raise CheckpointError("; ".join([str(error) + hint, *unreached[-1:], *reasons[:1]])) from error
-    return replace(files, source=f"{source}@{commits[0]}")
+        hint = "" if file else "; name a file of it, as in lkeab/hq-sam/sam_hq_vit_b.pth"
+        raise CheckpointError(f"{error}{hint}{unreached}{absent}") from error
+    return replace(files, source=f"{source}@{commit}")
 
 
 def parse_tensors(data: bytes, *, name: str) -> Tensors:
-    """Return the tensors of a PyTorch or safetensors file, distinguished by its first bytes."""
-    if data[8:9] == b"{" and len(data) > 9:
-        return parse_safetensors(data, name=name)
-    if data[:2] == b"PK" or data[:1] == b"\x80":
-        return parse_pth(data, name=name)
-    raise CheckpointError(
-        f"{name}: neither a .pth nor a safetensors file ({len(data)} bytes, starting "
-        f"{data[:16]!r}){what_else(data)}"
-    )
-
-
-def what_else(data: bytes) -> str:
-    """Return what a file is that holds no weights, and what to do, as far as its first bytes show."""
-    if not data:
-        return "; it is empty: fetch it again"
-    if data.startswith(b"version https://git-lfs"):
-        return "; it is a Git LFS pointer, fetch the file itself with `git lfs pull`"
-    packed = next((tool for start, tool in PACKED.items() if data.startswith(start)), None)
-    if packed:
-        return f"; it is a packed file: unpack it with `{packed}`"
-    if data[257:262] == b"ustar":
-        return "; it is a tar archive: unpack it, and name the file in it"
-    if data[:64].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
-        return "; it is a web page saved under this name: the address led to no file, fetch it again"
-    if len(data) < SHORTEST and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in data):
-        return "; it is a text, perhaps what a server answered instead of the file: read it, fetch it again"
-    return ""
-
-
-def parse_safetensors(data: bytes, *, name: str) -> Tensors:
-    """Return the tensors of a safetensors file."""
-    try:
-        return safetensors.torch.load(data)
-    except Exception as error:
-        raise CheckpointError(f"{name}: damaged safetensors file ({error}): fetch it again") from error
-
-
-def parse_pth(data: bytes, *, name: str) -> Tensors:
-    """Return the tensors of a PyTorch file, from whatever dicts they are wrapped in.
+    """Return the tensors of a PyTorch or safetensors file, distinguished by its first bytes.
 
     `weights_only` is written out: only then does torch not let TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, if someone
     has set it, turn the load into an execution of whatever the file holds.
     """
+    safe = data[8:9] == b"{" and len(data) > 9
+    if not safe and not data.startswith((b"PK", b"\x80")):
+        raise CheckpointError(
+            f"{name}: neither a .pth nor a safetensors file ({len(data)} bytes, starting "
+            f"{data[:16]!r}){what_instead(data)}"
+        )
     try:
+        if safe:
+            return safetensors.torch.load(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch asks for a report of what the refusals below explain
             values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{name}: {why_unread(data, str(error))}") from error
+        reason = f"damaged safetensors file ({error}): fetch it again" if safe else why_unread(data, error)
+        raise CheckpointError(f"{name}: {reason}") from error
+    return find_model(values, name=name)
+
+
+def what_instead(data: bytes) -> str:
+    """Return what a file without weights is and what to do, as far as its first bytes show."""
+    return next((f"; {text}" for start, text in NOT_WEIGHTS.items() if re.match(start, data, re.DOTALL)), "")
+
+
+def find_model(values: object, *, name: str) -> Tensors:
+    """Return the tensors of the one model in an unpickled file, from whatever dicts they are wrapped in."""
     dicts = list(tensor_dicts(values))
     if not dicts:
         held = f" of {', '.join(map(repr, list(values)[:8]))}" if isinstance(values, dict) and values else ""
@@ -456,54 +467,51 @@ def parse_pth(data: bytes, *, name: str) -> Tensors:
     return tensors
 
 
-def tensor_dicts(values: object) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def tensor_dicts(values: object) -> Iterator[tuple[str, Tensors]]:
     """Yield every dict, at any depth of wrapping, that holds tensors by name, and the subscripts to it."""
     seen, waiting = set(), [("", values, 0)]
     for path, value, depth in waiting:
         if not isinstance(value, dict) or id(value) in seen:  # a pickle may hold a dict in itself
             continue
         seen.add(id(value))
-        parts = {key: value[key] for key in PARTS if isinstance(value.get(key), dict)}
-        tensors = tensors_of(value)
-        for part, held in parts.items():  # each part saved on its own
-            tensors |= {f"{part}.{key}": tensor for key, tensor in tensors_of(held).items()}
+        inner = {key: one for key, one in value.items() if isinstance(one, dict)}
+        parts = {f"{key}.": inner.pop(key) for key in PARTS if key in inner}  # each part saved on its own
+        tensors = {
+            prefix + key: tensor
+            for prefix, held in {"": value, **parts}.items()
+            for key, tensor in held.items()
+            if isinstance(key, str) and isinstance(tensor, torch.Tensor)
+        }
         if tensors:
             yield path, tensors
         if depth < DEEPEST_WRAPPER:
-            inner = [(key, one) for key, one in value.items() if isinstance(one, dict) and key not in parts]
-            waiting += [(f"{path}[{key!r}]", one, depth + 1) for key, one in inner]
+            waiting += [(f"{path}[{key!r}]", one, depth + 1) for key, one in inner.items()]
 
 
-def tensors_of(values: Mapping[object, object]) -> Tensors:
-    """Return the tensors by name of a dict itself."""
-    return {k: v for k, v in values.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+def same_tensors(one: Tensors, other: Tensors) -> bool:
+    """Return whether two dicts hold equal tensors under equal names: never of tensors without data."""
+    try:
+        return one.keys() == other.keys() and all(
+            tensor.dtype == other[name].dtype and torch.equal(tensor, other[name])
+            for name, tensor in one.items()
+        )
+    except RuntimeError:
+        return False
 
 
-def same_tensors(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    """Return whether two dicts hold equal tensors under equal names."""
-    return one.keys() == other.keys() and all(
-        tensor.dtype == other[name].dtype
-        and tensor.layout == other[name].layout == torch.strided
-        and not (tensor.is_meta or other[name].is_meta)
-        and torch.equal(tensor, other[name])
-        for name, tensor in one.items()
-    )
-
-
-def why_unread(data: bytes, message: str) -> str:
+def why_unread(data: bytes, error: Exception) -> str:
     """Return why torch did not read a file. Of its message, which advises to lift the restriction, only the
     name of a class or function is used.
     """
     alone = (
         "in the program that made it, save the weights alone: torch.save(model.state_dict(), 'sam_hq.pth')"
     )
-    foreign = re.search(r"GLOBAL ([\w.]+)", message)
-    if foreign:
+    if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return (
             f"not a file of plain tensors: {foreign[1]} is in it, and what could run code is not read; "
             f"{alone}"
         )
-    if "TorchScript" in message:
+    if "TorchScript" in str(error):
         return f"a TorchScript archive, which holds code; {alone}"
     pickled = data
     with contextlib.suppress(Exception):  # of a torn or hostile archive zipfile raises errors of many kinds
@@ -516,66 +524,12 @@ def why_unread(data: bytes, message: str) -> str:
             return f"{what}: unpack it, and name the file in it" if inner else f"{what}; {alone}"
         pickled = archive.read(pickles[0])
     if pickled[:2] in (b"\x80\x04", b"\x80\x05"):
-        name = foreign_class(pickled)
-        held = f" with {name} in it" if name else ""
+        # Of a class: two short memoized strings, module and name, then the opcode that joins them.
+        pairs = re.findall(rb"\x8c.([\w.]+)\x94\x8c.([\w.]+)\x94\x93", pickled, flags=re.DOTALL)
+        classes = [f"{module.decode()}.{name.decode()}" for module, name in pairs]
+        held = next((f" with {name} in it" for name in classes if not OF_TENSORS.fullmatch(name)), "")
         return f"a pickle of protocol {pickled[1]}{held}, which is not read (torch.save writes 2); {alone}"
     return f"damaged, or more than plain tensors; fetch it again, or {alone}"
-
-
-def foreign_class(pickled: bytes) -> str | None:
-    """Return the first class or function in a pickle of protocol 4 or 5 that belongs to no tensor.
-
-    Nothing is unpickled: two short memoized strings, module and name, precede the opcode that joins them.
-    """
-    pairs = re.findall(rb"\x8c.([\w.]+)\x94\x8c.([\w.]+)\x94\x93", pickled, flags=re.DOTALL)
-    names = (f"{module.decode()}.{name.decode()}" for module, name in pairs)
-    return next((name for name in names if not OF_TENSORS.fullmatch(name)), None)
-
-
-def parse_json(data: bytes, *, name: str) -> dict[str, Any]:
-    """Return a JSON object, or raise `CheckpointError` naming the file."""
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name}: not JSON ({error}){what_else(data)}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{name}: holds a {type(values).__name__}; wanted a JSON object")
-    return values
-
-
-def stated_license(data: bytes) -> str | None:
-    """Return the licence in a safetensors file's metadata (`save_transformers` writes it there), if any."""
-    if data[8:9] != b"{":
-        return None
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    license = (header.get("__metadata__") or {}).get("license")  # null is allowed, and is none
-    return license if isinstance(license, str) else None
-
-
-def as_bytes(file: bytes | BinaryIO) -> bytes:
-    """Return the bytes, or the rest of an open binary file."""
-    data = file if isinstance(file, (bytes, bytearray, memoryview)) else file.read()
-    if not isinstance(data, (bytes, bytearray, memoryview)):
-        raise CheckpointError(f"{file!r} gives {type(data).__name__}; open it in binary mode")
-    return bytes(data)
-
-
-def read_if_there(path: Path) -> bytes | None:
-    """Return the file's bytes, None when there is none."""
-    return path.read_bytes() if path.is_file() else None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary name in the same folder, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # Writing
@@ -603,7 +557,7 @@ def save_transformers(
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_atomically(Path(folder) / SINGLE, data)
     write_atomically(Path(folder) / CONFIG, config.encode())
-    return written(model, data, "transformers", str(folder), license)
+    return record_of(model, data, "transformers", str(folder), license)
 
 
 def save_original(model: SamHQ, path: str | Path) -> WeightsInfo:
@@ -617,7 +571,7 @@ def save_original(model: SamHQ, path: str | Path) -> WeightsInfo:
     buffer = io.BytesIO()
     torch.save(stored_tensors(model, "original"), buffer)
     write_atomically(Path(path), buffer.getvalue())
-    return written(model, buffer.getvalue(), "original", str(path), None)
+    return record_of(model, buffer.getvalue(), "original", str(path), None)
 
 
 def stored_tensors(model: SamHQ, layout: Layout) -> Tensors:
@@ -636,12 +590,25 @@ def to_half(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_floating_point() or "positional_embedding" in name or ".running_" in name:
         return tensor
     largest = tensor.abs().max().item()
-    if largest > FP16_MAX:
+    if largest > torch.finfo(torch.float16).max:
         raise CheckpointError(f"tensor {name} holds {largest:g}, too large for fp16; save with half=False")
     return tensor.half()
 
 
-def written(model: SamHQ, data: bytes, layout: Layout, source: str, license: str | None) -> WeightsInfo:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary name in the same folder, synced, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def record_of(model: SamHQ, data: bytes, layout: Layout, source: str, license: str | None) -> WeightsInfo:
     """Return the record of a file just written."""
     return WeightsInfo(
         sha256=hashlib.sha256(data).hexdigest(),

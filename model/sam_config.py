@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 PATCH_SIZE = 16
@@ -30,11 +30,27 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionConfig:
+class InputSide:
+    """What all parts on the image's side share. `image_size`: input side S in pixels."""
+
+    image_size: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.image_size <= 0 or self.image_size % PATCH_SIZE:
+            raise ConfigError(f"image_size {self.image_size} must be a positive multiple of {PATCH_SIZE}")
+
+    @property
+    def grid(self) -> int:
+        """Tokens along a side, G."""
+        return self.image_size // PATCH_SIZE
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(InputSide):
     """A ViT image encoder. Names as in transformers' `SamHQVisionConfig`.
 
     `window_size`: tokens along a window of the blocks not named in `global_attn_indexes` (0-based).
-    `image_size`: input side S in pixels. `output_channels`: width of the neck's output.
+    `output_channels`: width of the neck's output.
     """
 
     hidden_size: int = 768
@@ -43,11 +59,10 @@ class VisionConfig:
     mlp_dim: int = 3072
     window_size: int = 14
     global_attn_indexes: tuple[int, ...] = (2, 5, 8, 11)
-    image_size: int = 1024
     output_channels: int = 256
 
     def __post_init__(self) -> None:
-        check_side(self.image_size)
+        super().__post_init__()
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} must be a multiple of the "
@@ -70,11 +85,6 @@ class VisionConfig:
             )
 
     @property
-    def grid(self) -> int:
-        """Tokens along a side, G."""
-        return self.image_size // PATCH_SIZE
-
-    @property
     def early_channels(self) -> int:
         """Width of the early feature, which the HQ head reads."""
         return self.hidden_size
@@ -88,32 +98,26 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyVisionConfig:
+class TinyVisionConfig(InputSide):
     """The TinyViT image encoder of Light HQ-SAM: four stages, the first of convolutions.
 
     `num_heads` and `window_sizes` are those of stages 1 to 3. All ratios are of the original: MLP and
     MBConv 4, heads as wide as `embed_dims[i] / num_heads[i]`.
     """
 
-    embed_dims: tuple[int, int, int, int] = (64, 128, 160, 320)
-    depths: tuple[int, int, int, int] = (2, 2, 6, 2)
-    num_heads: tuple[int, int, int] = (4, 5, 10)
-    window_sizes: tuple[int, int, int] = (7, 14, 7)
-    image_size: int = 1024
+    embed_dims: tuple[int, ...] = (64, 128, 160, 320)
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (4, 5, 10)
+    window_sizes: tuple[int, ...] = (7, 14, 7)
     output_channels: int = 256
 
     def __post_init__(self) -> None:
-        check_side(self.image_size)
+        super().__post_init__()
         for width, heads in zip(self.embed_dims[1:], self.num_heads, strict=True):
             if width % heads:
                 raise ConfigError(
                     f"embed_dims {self.embed_dims}: {width} is no multiple of its {heads} heads"
                 )
-
-    @property
-    def grid(self) -> int:
-        """Tokens along a side of the final grid, G."""
-        return self.image_size // PATCH_SIZE
 
     @property
     def early_channels(self) -> int:
@@ -129,22 +133,16 @@ class TinyVisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptEncoderConfig:
-    """The prompt encoder. `image_size`: S. `mask_input_channels`: inner width of the mask embedding."""
+class PromptEncoderConfig(InputSide):
+    """The prompt encoder. `mask_input_channels`: inner width of the mask embedding."""
 
     hidden_size: int = 256
-    image_size: int = 1024
     mask_input_channels: int = 16
 
     def __post_init__(self) -> None:
-        check_side(self.image_size)
+        super().__post_init__()
         if self.mask_input_channels < 1 or self.mask_input_channels % 4:
             raise ConfigError(f"mask_input_channels {self.mask_input_channels} must be a multiple of 4")
-
-    @property
-    def grid(self) -> int:
-        """Tokens along a side, G."""
-        return self.image_size // PATCH_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,12 +208,6 @@ class SamHQConfig:
         )
 
 
-def check_side(image_size: int) -> None:
-    """Raise `ConfigError` unless the input side is a positive multiple of the patch size, 16."""
-    if image_size <= 0 or image_size % PATCH_SIZE:
-        raise ConfigError(f"image_size {image_size} must be a positive multiple of {PATCH_SIZE}")
-
-
 def vit_config(
     *,
     embed_dim: int,
@@ -265,46 +257,34 @@ WITHOUT_EFFECT = frozenset({
     "_attn_implementation_autoset", "output_attentions", "output_hidden_states", "return_dict",
     "use_return_dict", "torchscript", "use_bfloat16", "chunk_size_feed_forward", "is_encoder_decoder",
     "is_decoder", "id2label", "label2id", "problem_type", "tf_legacy_loss", "pruned_heads",
-    "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "max_length",
-    "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
-    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
-    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
-    "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
-    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
-    "begin_suppress_tokens", "finetuning_task", "tokenizer_class", "prefix", "bos_token_id",
-    "pad_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "task_specific_params",
+    "cross_attention_hidden_size", "add_cross_attention", "tie_encoder_decoder", "max_length", "min_length",
+    "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature",
+    "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "finetuning_task",
+    "tokenizer_class", "prefix", "bos_token_id", "pad_token_id", "eos_token_id", "sep_token_id",
+    "decoder_start_token_id", "task_specific_params",
 })
 # fmt: on
 """Keys that transformers of some version writes into every part; none of them changes a mask."""
 
-FIXED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "vision_config": {
-        "num_channels": (3,),
-        "patch_size": (PATCH_SIZE,),
-        "hidden_act": ("gelu",),
-        "layer_norm_eps": (1e-6,),
-        "qkv_bias": (True,),
-        "use_abs_pos": (True,),
-        "use_rel_pos": (True,),
-    },
-    "prompt_encoder_config": {
-        "patch_size": (PATCH_SIZE,),
-        "num_point_embeddings": (4,),
-        "hidden_act": ("gelu",),
-        "layer_norm_eps": (1e-6,),
-    },
+_VIT: Mapping[str, Any] = {"patch_size": PATCH_SIZE, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+FIXED: Mapping[str, Mapping[str, Any]] = {
+    "vision_config": {**_VIT, "num_channels": 3, "qkv_bias": True, "use_abs_pos": True, "use_rel_pos": True},
+    "prompt_encoder_config": {**_VIT, "num_point_embeddings": 4},
     "mask_decoder_config": {
-        "hidden_act": ("relu",),
-        "iou_head_depth": (3,),
-        "num_attention_heads": (DECODER_HEADS,),
-        "attention_downsample_rate": (ATTENTION_DOWNSAMPLE_RATE,),
-        "num_multimask_outputs": (NUM_MULTIMASK_OUTPUTS,),
+        "hidden_act": "relu",
+        "iou_head_depth": 3,
+        "num_attention_heads": DECODER_HEADS,
+        "attention_downsample_rate": ATTENTION_DOWNSAMPLE_RATE,
+        "num_multimask_outputs": NUM_MULTIMASK_OUTPUTS,
         # The published files have 1e-6, the port's default. The weights were trained with 1e-5, and both are
         # computed with 1e-5 here; masks differ by 1e-4 of the largest logit.
         "layer_norm_eps": (1e-5, 1e-6),
     },
 }
-"""The values known for what no tensor tells; the first is written."""
+"""The values known for what does not follow from the tensors; of several the first is written."""
 
 
 def config_to_json(config: SamHQConfig) -> dict[str, Any]:
@@ -313,34 +293,29 @@ def config_to_json(config: SamHQConfig) -> dict[str, Any]:
     The decoder's `layer_norm_eps` is written as the 1e-5 that is computed with. Transformers has no TinyViT:
     of one's vision part only the two values that have a name there are returned.
     """
-    vision, prompt, decoder = config.vision, config.prompt_encoder, config.mask_decoder
-    sizes: dict[str, Any] = {"image_size": vision.image_size, "output_channels": vision.output_channels}
+    vision, prompt = config.vision, config.prompt_encoder
     if isinstance(vision, VisionConfig):
-        sizes = {
-            **_json_fields(vision),
+        sizes = asdict(vision) | {
+            "model_type": "sam_hq_vision_model",
             "mlp_ratio": vision.mlp_dim / vision.hidden_size,
             "num_pos_feats": vision.output_channels // 2,
+            "global_attn_indexes": list(vision.global_attn_indexes),
+        }
+    else:
+        sizes = {
+            "model_type": "TinyViT",
+            "image_size": vision.image_size,
+            "output_channels": vision.output_channels,
         }
     parts = (
-        {"model_type": "sam_hq_vision_model" if isinstance(vision, VisionConfig) else "TinyViT", **sizes},
-        {
-            "model_type": "sam_hq_prompt_encoder",
-            **_json_fields(prompt),
-            "image_embedding_size": prompt.grid,
-        },
-        {"model_type": "sam_hq_mask_decoder", **_json_fields(decoder)},
+        sizes,
+        {"model_type": "sam_hq_prompt_encoder", **asdict(prompt), "image_embedding_size": prompt.grid},
+        {"model_type": "sam_hq_mask_decoder", **asdict(config.mask_decoder)},
     )
-    fixed = ({key: values[0] for key, values in FIXED[name].items()} for name in JSON_PARTS)
-    return {
-        "architectures": ["SamHQModel"],
-        "model_type": "sam_hq",
-        **{name: part | rest for name, part, rest in zip(JSON_PARTS, parts, fixed, strict=True)},
-    }
-
-
-def _json_fields(part: VisionConfig | PromptEncoderConfig | MaskDecoderConfig) -> dict[str, Any]:
-    values = {f.name: getattr(part, f.name) for f in fields(part)}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    values: dict[str, Any] = {"architectures": ["SamHQModel"], "model_type": "sam_hq"}
+    for name, part in zip(JSON_PARTS, parts, strict=True):
+        values[name] = part | {key: _choices(value)[0] for key, value in FIXED[name].items()}
+    return values
 
 
 def check_config_json(values: Mapping[str, Any], config: SamHQConfig) -> tuple[str, ...]:
@@ -361,13 +336,13 @@ def check_config_json(values: Mapping[str, Any], config: SamHQConfig) -> tuple[s
         raise ConfigError(f"config.json: model_type {values['model_type']!r}; wanted 'sam_hq'")
     unknown, wrong = sorted(set(values) - set(expected) - WITHOUT_EFFECT), []
     for name in JSON_PARTS:
-        part = json_part(values, name)
-        unknown += sorted(f"{name}.{key}" for key in set(part) - set(expected[name]) - WITHOUT_EFFECT)
-        for key in sorted(set(part) & set(expected[name])):
-            known = FIXED[name].get(key, (expected[name][key],))
-            if not _is_same(key, part[key], known) and not _has_no_effect(key, part, config):
-                values_known = " or ".join(map(repr, known))
-                reason = f"; only {values_known} is known" if key in FIXED[name] else f", but {values_known}"
+        part, known = json_part(values, name), expected[name] | FIXED[name]
+        unknown += sorted(f"{name}.{key}" for key in set(part) - set(known) - WITHOUT_EFFECT)
+        for key in sorted(set(part) & set(known)):
+            choices = _choices(known[key])
+            if not _is_same(key, part[key], choices) and not _has_no_effect(key, part, config.vision):
+                texts = " or ".join(map(repr, choices))
+                reason = f"; only {texts} is known" if key in FIXED[name] else f", but {texts}"
                 wrong.append(f"{name}.{key} is {part[key]!r}{reason}")
     if wrong:
         raise ConfigError(f"config.json and tensors disagree: {', '.join(wrong)} by the tensors")
@@ -398,9 +373,12 @@ def _is_same(key: str, value: Any, known: tuple[Any, ...]) -> bool:
     return value is None or value in known or value in ([one, one] for one in known)
 
 
-def _has_no_effect(key: str, part: Mapping[str, Any], config: SamHQConfig) -> bool:
+def _choices(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _has_no_effect(key: str, part: Mapping[str, Any], vision: VisionConfig | TinyVisionConfig) -> bool:
     """Return whether nothing follows from this key of a part, next to its other keys."""
-    vision = config.vision
     if not isinstance(vision, VisionConfig):
         return False
     if key == "mlp_ratio":  # where mlp_dim is given, transformers does not read it, else it rounds down

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Literal
 
@@ -137,47 +137,6 @@ def rename(name: str, source: Layout, target: Layout) -> str | None:
     return name if source == target == "original" and TINY.fullmatch(name) else None
 
 
-def prefixes(names: Iterable[str]) -> list[str]:
-    """Return what is before the model's own names: `["model."]` where it was kept as `self.model`."""
-    return sorted({match[1] for match in map(BEFORE_PARTS.match, names) if match})
-
-
-def detect_layout(names: Iterable[str]) -> Layout | None:
-    """Return the layout that the names are of, None when of neither."""
-    first = {name.split(".")[0] for name in names}
-    if "vision_encoder" in first:
-        return "transformers"
-    return "original" if "image_encoder" in first else None
-
-
-def decoder_alone(names: Iterable[str]) -> Literal["SAM-HQ", "SAM"] | None:
-    """Return whose mask decoder the names are of, when there is no image encoder next to it; else None.
-
-    Of SAM-HQ's it may be the HQ layers alone, which are all that its training changes.
-    """
-    if detect_layout(names):
-        return None
-    if any(name.endswith(("hf_token.weight", "hq_token.weight")) for name in names):
-        return "SAM-HQ"
-    return "SAM" if any("iou_prediction_head." in name for name in names) else None
-
-
-def foreign_model(names: Iterable[str]) -> str | None:
-    """Return which related model the names are of, when not SAM-HQ; None when nothing speaks against it."""
-
-    def have(*starts: str) -> bool:
-        return any(name.startswith(starts) for name in names)
-
-    if have("sam_mask_decoder.", "sam_prompt_encoder.", "image_encoder.trunk."):
-        hq = any(".hf_" in name or ".compress_vit_feat" in name for name in names)
-        return "HQ-SAM 2" if hq else "SAM 2"
-    if have("vision_encoder.backbone.", "mask_decoder.conv_s0"):
-        return "SAM 2"
-    if have("mask_decoder.") and not have("mask_decoder.hf_token", "mask_decoder.hq_token"):
-        return "MobileSAM" if any(".patch_embed.seq." in name for name in names) else "plain SAM"
-    return None
-
-
 # The names of a file
 
 NAMES_LISTED = 8
@@ -193,24 +152,7 @@ class CheckpointError(ValueError):
 def original_names(tensors: Tensors) -> tuple[Layout, Tensors, list[str]]:
     """Return the layout, the tensors under the model's names, and the names that are known not to matter."""
     tensors = without_prefix(tensors)
-    foreign, decoder, layout = foreign_model(tensors), decoder_alone(tensors), detect_layout(tensors)
-    if foreign:
-        raise CheckpointError(
-            f"the file holds {foreign}, not SAM-HQ: there is no HQ token in it. Use a SAM-HQ checkpoint, "
-            "such as sam_hq_vit_b.pth or syscv-community/sam-hq-vit-base"
-        )
-    if decoder:
-        advice = (
-            how_to_merge(tensors)
-            if decoder == "SAM-HQ"
-            else (", from which the training of SAM-HQ begins; it is not SAM-HQ")
-        )
-        raise CheckpointError(f"the file holds the mask decoder of {decoder} alone{advice}")
-    if layout is None:
-        raise CheckpointError(
-            f"the file holds {len(tensors)} tensors, none of an image encoder; it is not SAM-HQ "
-            f"(first names: {listed(sorted(tensors))})"
-        )
+    layout = check_family(tensors)
     named, ignored, left_over = Tensors(), list[str](), list[str]()
     for name, tensor in tensors.items():
         if layout == "transformers" and name == TIED_POSITIONS:
@@ -234,32 +176,66 @@ def original_names(tensors: Tensors) -> tuple[Layout, Tensors, list[str]]:
     return layout, named, ignored
 
 
-def how_to_merge(tensors: Tensors) -> str:
-    """Return what to do with SAM-HQ's mask decoder alone."""
-    if any("hq_token." in name for name in tensors):
-        return "; save the whole model: model.save_pretrained('sam_hq')"
-    whole = "mask_decoder.hf_token.weight" in tensors
-    merged = "hq" if whole else "{'mask_decoder.' + k: hq[k] for k in hq}"
-    return (
-        ", as training saves it after each epoch. Name the sam_hq_epoch_*.pth that it saves at its end, or "
-        "merge it with its SAM: sam = torch.load('sam_vit_l.pth', weights_only=True); "
-        "hq = torch.load('epoch_11.pth', weights_only=True); "
-        f"sam.update({merged}); torch.save(sam, 'sam_hq.pth')"
-    )
+def check_family(names: Collection[str]) -> Layout:
+    """Return the layout that the names are of.
+
+    Raises:
+        CheckpointError: names of a related model, of no model known here, or of a mask decoder alone. Of
+            SAM-HQ's it may be the HQ layers alone, which are all that its training changes.
+    """
+
+    def have(pattern: str) -> bool:
+        return any(re.match(pattern, name) for name in names)
+
+    related = None
+    if have(r"sam_mask_decoder\.|sam_prompt_encoder\.|image_encoder\.trunk\."):
+        related = "HQ-SAM 2" if have(r".*\.(?:hf_|compress_vit_feat)") else "SAM 2"
+    elif have(r"vision_encoder\.backbone\.|mask_decoder\.conv_s0"):
+        related = "SAM 2"
+    elif have(r"mask_decoder\.") and not have(r"mask_decoder\.h[fq]_token"):
+        related = "MobileSAM" if have(r".*\.patch_embed\.seq\.") else "plain SAM"
+    if related:
+        raise CheckpointError(
+            f"the file holds {related}, not SAM-HQ: there is no HQ token in it. Use a SAM-HQ checkpoint, "
+            "such as sam_hq_vit_b.pth or syscv-community/sam-hq-vit-base"
+        )
+    if have(r"vision_encoder\."):
+        return "transformers"
+    if have(r"image_encoder\."):
+        return "original"
+    if have(r".*hq_token\.weight$"):
+        advice = "SAM-HQ alone; save the whole model: model.save_pretrained('sam_hq')"
+    elif have(r".*hf_token\.weight$"):
+        whole = have(r"mask_decoder\.hf_token\.weight$")
+        merged = "hq" if whole else "{'mask_decoder.' + k: hq[k] for k in hq}"
+        advice = (
+            "SAM-HQ alone, as training saves it after each epoch. Name the sam_hq_epoch_*.pth that it saves "
+            "at its end, or merge it with its SAM: sam = torch.load('sam_vit_l.pth', weights_only=True); "
+            "hq = torch.load('epoch_11.pth', weights_only=True); "
+            f"sam.update({merged}); torch.save(sam, 'sam_hq.pth')"
+        )
+    elif have(r".*iou_prediction_head\."):
+        advice = "SAM alone, from which the training of SAM-HQ begins; it is not SAM-HQ"
+    else:
+        raise CheckpointError(
+            f"the file holds {len(names)} tensors, none of an image encoder; it is not SAM-HQ "
+            f"(first names: {listed(sorted(names))})"
+        )
+    raise CheckpointError(f"the file holds the mask decoder of {advice}")
 
 
 def without_prefix(tensors: Tensors) -> Tensors:
     """Return the tensors under the names inside the model, whatever training code had wrapped it in."""
     bare = {name: WRAPPED.sub("", name) for name in tensors}
-    before = prefixes(bare.values())
-    if len(before) > 1:
+    prefixes = sorted({match[1] for match in map(BEFORE_PARTS.match, bare.values()) if match})
+    if len(prefixes) > 1:
         raise CheckpointError(
-            f"the parts of the model are under {len(before)} prefixes, {listed([repr(x) for x in before])}; "
+            f"the parts of the model are under {len(prefixes)} prefixes, {listed([*map(repr, prefixes)])}; "
             "wanted one model: save the tensors of one prefix alone"
         )
     result = Tensors()
     for name, tensor in tensors.items():
-        short = bare[name].removeprefix(before[0] if before else "")
+        short = bare[name].removeprefix("".join(prefixes))
         if short in result:
             wrapped = next(x for x in tensors if x != short and bare[x] == bare[name])
             raise CheckpointError(
@@ -297,6 +273,11 @@ DECIDING = (
 """Tensors whose sides must agree with one another. Which of two is wrong is not known, so all are named."""
 
 
+def deciding_shapes(shapes: Shapes) -> str:
+    """Return as text what an architecture was read from."""
+    return "read from the shapes of " + ", ".join(f"{x} {shapes[x]}" for x in DECIDING if x in shapes)
+
+
 def config_from_shapes(shapes: Shapes, *, image_size: int | None = None) -> SamHQConfig:
     """Return the architecture that tensors of these shapes, under the original's names, belong to.
 
@@ -307,18 +288,6 @@ def config_from_shapes(shapes: Shapes, *, image_size: int | None = None) -> SamH
         ConfigError: a tensor that the architecture is read from is missing or has an impossible shape, or
             such tensors contradict each other; the message names them.
     """
-    try:
-        return _config(shapes, image_size)
-    except ConfigError as error:
-        raise ConfigError(f"{error} ({deciding_shapes(shapes)})") from error
-
-
-def deciding_shapes(shapes: Shapes) -> str:
-    """Return as text what an architecture was read from."""
-    return "read from the shapes of " + ", ".join(f"{x} {shapes[x]}" for x in DECIDING if x in shapes)
-
-
-def _config(shapes: Shapes, image_size: int | None) -> SamHQConfig:
     tiny = "image_encoder.patch_embed.seq.0.c.weight" in shapes
     vision = _tiny_vit(shapes, image_size or 1024) if tiny else _vit(shapes)
     layers = f"{TRANSFORMER}.layers"
@@ -371,16 +340,14 @@ def _vit(shapes: Shapes) -> VisionConfig:
 def _tiny_vit(shapes: Shapes, image_size: int) -> TinyVisionConfig:
     layers = "image_encoder.layers"
     stem = _side(shapes, "image_encoder.patch_embed.seq.2.c.weight", 0, of=4)
-    one, two, three = (_side(shapes, f"{layers}.{i}.downsample.conv1.c.weight", 0, of=4) for i in range(3))
-    biases = [f"{layers}.{i}.blocks.0.attn.attention_biases" for i in (1, 2, 3)]
-    heads = [_side(shapes, name, 0, of=2) for name in biases]
-    windows = [math.isqrt(_side(shapes, name, 1, of=2)) for name in biases]
+    widths = [_side(shapes, f"{layers}.{i}.downsample.conv1.c.weight", 0, of=4) for i in range(3)]
     depths = [_count(shapes, f"{layers}.{i}.blocks") for i in range(4)]
+    biases = [f"{layers}.{i}.blocks.0.attn.attention_biases" for i in (1, 2, 3)]
     return TinyVisionConfig(
-        embed_dims=(stem, one, two, three),
-        depths=(depths[0], depths[1], depths[2], depths[3]),
-        num_heads=(heads[0], heads[1], heads[2]),
-        window_sizes=(windows[0], windows[1], windows[2]),
+        embed_dims=(stem, *widths),
+        depths=tuple(depths),
+        num_heads=tuple(_side(shapes, name, 0, of=2) for name in biases),
+        window_sizes=tuple(math.isqrt(_side(shapes, name, 1, of=2)) for name in biases),
         image_size=image_size,
         output_channels=_side(shapes, "image_encoder.neck.0.weight", 0, of=4),
     )
