@@ -26,7 +26,7 @@ from torch.utils import benchmark
 
 from model.kernels import (
     blocked_attention,
-    fold,
+    fold_offsets,
     folded_attention,
     offset_tables,
     offset_terms,
@@ -118,7 +118,7 @@ def biased(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tables: torch.Ten
 def folded_narrow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
     """`folded_attention` without widening v, by whichever kernel takes values of another width than keys."""
     squares, heads, length, _ = q.shape
-    wide = fold(q.flatten(0, 1), k.flatten(0, 1), offset_tables(*tables))
+    wide = fold_offsets(q.flatten(0, 1), k.flatten(0, 1), offset_tables(*tables))
     q_nhLD, k_nhLD = (x.view(squares, heads, length, -1) for x in wide)
     return F.scaled_dot_product_attention(q_nhLD, k_nhLD, v, scale=1.0)
 

@@ -90,9 +90,9 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class HostThread:
-    """Does the host's part of finished numbers, in order of submission, while a device makes the next ones.
+    """Runs the host's tasks, in order of submission, while the GPU computes the next masks.
 
-    `own_thread`: in one thread, so that the caller can queue the GPU's next work; else at once.
+    `own_thread`: run them in a thread, so that the caller can queue the GPU's next work; else at once.
     """
 
     def __init__(self, *, own_thread: bool) -> None:
@@ -100,7 +100,7 @@ class HostThread:
         self._pending: deque[Future[Any]] = deque()
 
     def submit(self, task: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Return the future result of a task; without a thread it is there already."""
+        """Return the future result of a task; without a thread it is already done."""
         if self._pool is None:
             done: Future[T] = Future()
             done.set_result(task(*args, **kwargs))
@@ -132,7 +132,7 @@ def compile_calls(
 ) -> None:
     """Compile the calls of `call_shape` with boxes alone that ask for `mask_tokens`.
 
-    Two functions of the model are replaced: `SamHQ.embed` (pictures to their embeddings) and
+    Two functions of the model are replaced: `SamHQ.embed` (images to their embeddings) and
     `MaskDecoder.decode_tokens` (the tokens of some prompts to their masks). Each is compiled as a whole; its
     work on the GPU is recorded once as a CUDA graph, and played back from then on. Calls of any other shape
     (points, an image that memory did not suffice for) run the model's own functions, whose last bits may
@@ -149,10 +149,10 @@ def compile_calls(
     compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend, **options)
     keep = record or partial(record_cuda_graph, device=model.device)
     side, decoder = model.config.image_size, model.mask_decoder
-    pictures = (call_shape.images_per_call, 3, side, side)
+    images = (call_shape.images_per_call, 3, side, side)
     tokens = (call_shape.boxes_per_call, decoder.tokens_of_a_box, decoder.mask_tokens.embedding_dim)
     functions: tuple[tuple[Any, str, tuple[int, ...], tuple[Any, ...]], ...] = (
-        (model, "embed", pictures, ()),
+        (model, "embed", images, ()),
         (decoder, "decode_tokens", tokens, (mask_tokens,)),
     )
     for owner, name, shape, constants in functions:

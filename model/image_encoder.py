@@ -37,10 +37,11 @@ def neck(channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
-class Attention(nn.Module):
+class RelPosAttention(nn.Module):
     """Multi-head attention with decomposed relative position over squares of `side` x `side` tokens.
 
-    `forward` is the plain definition on squares; `attend_rows` is what inference takes.
+    The original's `image_encoder.Attention`. `forward` is the plain definition on squares; `attend_rows` is
+    what inference takes.
     """
 
     def __init__(self, width: int, heads: int, side: int) -> None:
@@ -146,7 +147,7 @@ class Block(nn.Module):
         super().__init__()
         self.window = window
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=VIT_NORM_EPS)
-        self.attn = Attention(config.hidden_size, config.num_attention_heads, window or config.grid)
+        self.attn = RelPosAttention(config.hidden_size, config.num_attention_heads, window or config.grid)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=VIT_NORM_EPS)
         self.mlp = MLPBlock(config.hidden_size, config.mlp_dim)
 
@@ -209,7 +210,7 @@ class ImageEncoderViT(nn.Module):
         self.early_block = min(config.global_attn_indexes)
 
     def forward(self, pixels_B3SS: torch.Tensor) -> EncoderFeatures:
-        """Return the features of B normalised, zero-padded square pictures, (B, 3, S, S), in their dtype."""
+        """Return the features of B normalised, zero-padded square images, (B, 3, S, S), in their dtype."""
         x = self.patch_embed(pixels_B3SS) + self.pos_embed
         early = x
         for i, block in enumerate(self.blocks):
@@ -395,7 +396,7 @@ class TinyViT(nn.Module):
         self.neck = neck(dims[3], config.output_channels)
 
     def forward(self, pixels_B3SS: torch.Tensor) -> EncoderFeatures:
-        """Return the features of B normalised, zero-padded square pictures, (B, 3, S, S), in their dtype."""
+        """Return the features of B normalised, zero-padded square images, (B, 3, S, S), in their dtype."""
         convolutions, *stages = self.layers
         early = stages[0](convolutions(self.patch_embed(pixels_B3SS)))
         x = stages[2](stages[1](early))

@@ -11,8 +11,9 @@ tests check; where gradients are wanted, or autocast is on, the definition is ta
 - SAM's 2x2 transposed convolutions of stride 2, as matrix products.
 - The HQ branch's 3x3 convolutions, contracted with the HQ token's vector.
 
-Letters: as in `records.py`; h heads, n squares (windows of all images, or whole grids), L = side * side
-tokens of a square, d width of a head, D the width after folding, R rows of tokens, U upscaled channels.
+Letters: as in `records.py` and `mask_decoder.py`; h heads, n squares (windows of all images, or whole grids),
+m squares computed together, of one head or of all, L = side * side tokens of a square, d width of a head, D
+the width after `fold_offsets`, T = 2 (2 side - 1) entries of both tables, R rows of tokens.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class LayerNorm2d(nn.LayerNorm):
         """Return the normalised tensor, same shape and dtype."""
         return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def last(self, x_C: torch.Tensor) -> torch.Tensor:
+    def over_last_axis(self, x_C: torch.Tensor) -> torch.Tensor:
         """Return the same norm of a tensor (..., C) whose channels are its last axis."""
         return F.layer_norm(x_C, self.normalized_shape, self.weight, self.bias, self.eps)
 
@@ -60,7 +61,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 STRIP_TOKENS = 512
 """Tokens that go through an MLP together on a CPU: their hidden values, 3 MiB in bfloat16 for ViT-B, stay
-in a core's share of the caches; those of a whole picture go out to memory and back twice."""
+in a core's share of the caches; those of a whole image go out to memory and back twice."""
 
 
 def mlp(x: torch.Tensor, lin1: nn.Linear, lin2: nn.Linear) -> torch.Tensor:
@@ -90,7 +91,7 @@ def plain_attention(
     table_h: torch.Tensor,
     table_w: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the definition, (n, h, L, d); it can be differentiated.
+    """Return softmax(q k' / sqrt(d) + rel_h + rel_w) v, (n, h, L, d): the definition, differentiable.
 
     It holds the (L, L) logits of every head, 0.8 GiB in fp32 for one image in a global block of ViT-B.
     """
@@ -156,8 +157,8 @@ def _attend_folded(
     tables_dT: torch.Tensor,
     out_mLd: torch.Tensor,
 ) -> None:
-    """Squares that are small next to a head: a few more columns cost less than a pass over the logits."""
-    q_mLD, k_mLD = fold(q_mLd, k_mLd, tables_dT)
+    """Attend in small squares: a few more columns of q and k cost less than a pass over the logits."""
+    q_mLD, k_mLD = fold_offsets(q_mLd, k_mLd, tables_dT)
     weights_mLL = torch.bmm(q_mLD, k_mLD.transpose(1, 2)).softmax(-1)
     torch.bmm(weights_mLL, v_mLd, out=out_mLd)
 
@@ -169,7 +170,7 @@ def _attend_in_strips(
     tables_dT: torch.Tensor,
     out_mLd: torch.Tensor,
 ) -> None:
-    """Large squares: the terms are written first, and the product of q and k is added onto them."""
+    """Attend in large squares: write the terms first, and add the product of q and k onto them."""
     m, length, d = q_mLd.shape
     side = (tables_dT.shape[1] // 2 + 1) // 2
     rel_h, rel_w = offset_terms(q_mLd, tables_dT)
@@ -199,11 +200,11 @@ def folded_attention(
     """Return `plain_attention`, (n, h, L, d), by PyTorch's fused attention.
 
     It is for GPUs: the terms become further columns of q and k, so that any fused kernel takes them, and no
-    logits are ever stored.
-    Its kernels want q, k and v of one width, so v is widened by zeros; that costs less than logits in memory.
+    logits are ever stored. Its kernels want q, k and v of one
+    width, so v is widened by zeros; that costs less than logits in memory.
     """
     n, h, length, d = q_nhLd.shape
-    q_mLD, k_mLD = fold(
+    q_mLD, k_mLD = fold_offsets(
         q_nhLd.reshape(n * h, length, d), k_nhLd.reshape(n * h, length, d), offset_tables(table_h, table_w)
     )
     shape = (n, h, length, q_mLD.shape[-1])
@@ -212,7 +213,7 @@ def folded_attention(
     return out_nhLD[..., :d]
 
 
-def fold(
+def fold_offsets(
     q_mLd: torch.Tensor, k_mLd: torch.Tensor, tables_dT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return q' and k', (m, L, D) each, whose product is q k' / sqrt(d) + rel_h + rel_w.
@@ -269,7 +270,9 @@ def upscale_cells(layers: nn.Sequential, x_RC: torch.Tensor) -> torch.Tensor:
     norm and activation in between depend on no order of pixels. `cells_to_map` puts them in place.
     """
     conv1, norm, activation, conv2, *last = layers
-    hidden = activation(cast(LayerNorm2d, norm).last(_patches(cast(nn.ConvTranspose2d, conv1), x_RC)))
+    hidden = activation(
+        cast(LayerNorm2d, norm).over_last_axis(_patches(cast(nn.ConvTranspose2d, conv1), x_RC))
+    )
     cells = _patches(cast(nn.ConvTranspose2d, conv2), hidden.flatten(0, 2)).view(len(x_RC), 2, 2, 2, 2, -1)
     for layer in last:
         cells = layer(cells)
@@ -297,7 +300,7 @@ def dot_maskfeature(
 
     `layers`: 3x3 convolution, norm, GELU, 3x3 convolution. vector . (last convolution) is a 3x3 convolution
     with one output channel and its own kernel for each prompt: nine products a pixel and prompt, then nine
-    shifted sums. `fold` adds at the pixel of the tap, a convolution reads from there, hence the flip.
+    shifted sums. `F.fold` adds at the pixel of the tap, a convolution reads from there, hence the flip.
     """
     conv1, norm, activation, conv2 = (cast(nn.Conv2d, layer) for layer in layers)
     N, _, H, W = upscaled_NUHW.shape
@@ -309,7 +312,7 @@ def dot_maskfeature(
     hidden_NLC = hidden.permute(0, 2, 3, 1).flatten(1, 2)
     # In strips that a CPU's inner caches hold: what follows is otherwise a matter of memory, not of sums.
     strips = torch.split(hidden_NLC, STRIP_PIXELS if hidden_NLC.device.type == "cpu" else H * W, dim=1)
-    activated = (activation(cast(LayerNorm2d, norm).last(strip)) for strip in strips)
+    activated = (activation(cast(LayerNorm2d, norm).over_last_axis(strip)) for strip in strips)
     products_N9L = torch.cat([taps_N9C @ strip.float().transpose(1, 2) for strip in activated], dim=2)
     bias_N = vector_NU @ bias
     return F.fold(products_N9L, (H, W), 3, padding=1)[:, 0] + bias_N[:, None, None]

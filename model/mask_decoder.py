@@ -1,7 +1,8 @@
 """SAM's mask decoder with the HQ token, over the prompts of many images at once.
 
-Order of work: `hq_features` once per image when it is encoded; `share` once per image and decode call;
-`decode` for each chunk of prompts. `forward` is `share` and `decode` together, for training.
+`MaskDecoderHQ` of the original, its `predict_masks` in three steps: `hq_features` once per image when it is
+encoded; `share` once per image and decode call; `decode` for each chunk of prompts. `forward` is `share` and
+`decode` together, for training.
 
 Three identities reduce the cost; each equals the plain definition up to rounding, as tests check:
 - What depends on the image alone is not done again for each prompt (see `transformer.py`).
@@ -10,8 +11,9 @@ Three identities reduce the cost; each equals the plain definition up to roundin
 - The last 3x3 convolution of the HQ branch is contracted with the HQ token's vector before it is applied:
   one output channel for each prompt in place of 32.
 
-Letters: B images, N prompts, T prompt tokens, K mask tokens asked for, C width, U = C / 8 upscaled channels,
-G grid, H = W = 4G mask side, L = G * G.
+Letters: B images, N prompts, T tokens of a prompt (learned and sparse), K mask tokens to compute, C width,
+U = C / 8 upscaled channels, G grid, H = W = 4G mask side, L tokens of an image (G * G), or its pixels (H * W)
+next to U.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ ALL_MASK_TOKENS = (0, 1, 2, 3)
 class TokenMasks:
     """What each output token gives for N prompts, before any choice or sum. All fp32.
 
-    `sam_NKHW`: logits (N, K, 4G, 4G) of the mask tokens asked for, in their order. `hq_NHW`: the HQ
+    `sam_NKHW`: logits (N, K, 4G, 4G) of the mask tokens to compute, in their order. `hq_NHW`: the HQ
     token's, (N, 4G, 4G). `predicted_iou_N4`: SAM's estimate for mask tokens 0 to 3; there is none for HQ.
     """
 
@@ -120,7 +122,7 @@ class MaskDecoder(nn.Module):
 
     @property
     def tokens_of_a_box(self) -> int:
-        """The tokens T of a prompt that is a box: predicted IoU, mask tokens, HQ token, two corners."""
+        """The number T of tokens of a box prompt: predicted IoU, mask tokens, HQ token, two corners."""
         return len(self.output_tokens()) + 2
 
     def output_tokens(self) -> torch.Tensor:
@@ -187,10 +189,10 @@ class MaskDecoder(nn.Module):
     def decode_tokens(
         self, tokens_NTC: torch.Tensor, image: ImageTokens, terms: PositionTerms, mask_tokens: tuple[int, ...]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what the tokens of N prompts give for their images; all on the device, nothing waited for.
+        """Return what the tokens of N prompts give for their images; the host waits for nothing.
 
-        That is: the masks of `mask_tokens` (N, K, 4G, 4G); the HQ token's (N, 4G, 4G) but for the HQ
-        features; its vector (N, U) for these; and the predicted IoU (N, 4). All fp32. `image`: one row a
+        These are: the masks of `mask_tokens` (N, K, 4G, 4G); the HQ token's (N, 4G, 4G) without the
+        HQ features; its vector (N, U) for these; and the predicted IoU (N, 4). All fp32. `image`: one row a
         prompt.
         """
         out_NTC, keys_NLC = self.transformer(tokens_NTC, image, terms)
@@ -208,7 +210,7 @@ class MaskDecoder(nn.Module):
     def _masks(
         self, keys_NLC: torch.Tensor, sam_NKU: torch.Tensor, hq_NU: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return masks of mask tokens (N, K, H, W), and of the HQ token (N, H, W) but for the HQ features."""
+        """Return masks of mask tokens (N, K, H, W), and the HQ token's (N, H, W) without the HQ features."""
         cells = kernels.upscale_cells(self.output_upscaling, keys_NLC.flatten(0, 1))
         upscaled_NUHW = kernels.cells_to_map(cells, math.isqrt(keys_NLC.shape[1]))
         N, _, H, W = upscaled_NUHW.shape
@@ -256,7 +258,7 @@ def image_products(
 ) -> torch.Tensor:
     """Return vector_NU[n] . features[index[n]], fp32 (N, L), without copying features for each prompt.
 
-    `index_N` is on the host. Each stretch of equal indices costs one product of all N vectors with its image,
+    `index_N` is on the host. Each run of equal indices costs one product of all N vectors with its image,
     of which its own rows are kept: the product's shape stays the same whatever the mix of images, and so do
     its last bits. At N = 16 that is 67 MFLOP a stretch, against 85 GFLOP for the chunk.
     """

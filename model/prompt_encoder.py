@@ -209,8 +209,8 @@ def group_prompts(
     resized_hw: Sequence[SizeHW],
     *,
     mask_size: int,
-) -> tuple[list[PromptBatch], list[int]]:
-    """Return the prompts of all images by kind, and the number of prompts of each image.
+) -> list[PromptBatch]:
+    """Return the prompts of all images, one batch for each kind.
 
     `mask_size`: side of low-resolution masks, 4G. The order of `place_N` is that of images, then of
     prompts. Images without prompts are in no batch.
@@ -218,7 +218,7 @@ def group_prompts(
     Raises:
         ValueError: as `SamHQ.decode_prompts`.
     """
-    counts = [check_prompts(p, mask_size, image=i) for i, p in enumerate(prompts)]
+    counts = [check_prompts(one, mask_size, image=i) for i, one in enumerate(prompts)]
     kinds: dict[tuple[bool, int, bool], list[PromptBatch]] = {}
     start = 0
     for image, count in enumerate(counts):
@@ -228,7 +228,7 @@ def group_prompts(
             )
             kinds.setdefault(batch.kind(), []).append(batch)
         start += count
-    return [concatenate(batches) for batches in kinds.values()], counts
+    return [concatenate(batches) for batches in kinds.values()]
 
 
 def box_rows(boxes_xyxy: npt.ArrayLike) -> npt.NDArray[np.generic]:

@@ -1,10 +1,12 @@
 """SAM-HQ: images to embeddings, embeddings and prompts to mask logits. No state between calls.
 
-One call: `encode_images` (resize, normalise, pad, encoder, HQ features) gives an
-`ImageEmbedding`; `decode_boxes` or `decode_prompts` give `MaskLogits` at low resolution for any number of
-prompts of each image. Full-resolution masks are made in `masks.py`.
+`encode_images` (resize, normalise, pad, encoder, HQ features) gives an `ImageEmbedding`; `decode_boxes` or
+`decode_prompts` give `MaskLogits` at low resolution for any number of prompts of each image. `masks.py`
+makes full-resolution masks of them.
 
-Follows the original predictor (`segment-anything-hq`, arXiv 2306.01567); tests compare with its answers.
+Follows the original's `Sam` and `SamPredictor` (`segment-anything-hq`, arXiv 2306.01567); tests compare with
+their answers. A suffix of a tensor's name is its shape, with the letters of `records.py` and
+`mask_decoder.py`.
 """
 
 from __future__ import annotations
@@ -118,34 +120,34 @@ class SamHQ(nn.Module):
 
     # Images to embeddings
 
-    def normalise(self, pixels: Sequence[UInt8Array]) -> torch.Tensor:
-        """Return (B, 3, S, S) in the model's dtype, on its device, from resized RGB uint8 (h, w, 3) pictures.
+    def preprocess(self, pixels: Sequence[UInt8Array]) -> torch.Tensor:
+        """Return (B, 3, S, S) in the model's dtype, on its device, from resized RGB uint8 (h, w, 3) images.
 
         Mean and deviation first, then zeros at the right and the bottom: padding is 0 *after*
         normalising, not black.
 
         Raises:
-            ValueError: not a uint8 RGB picture, or one whose long side is not S.
+            ValueError: not a uint8 RGB image, or one whose long side is not S.
         """
         S = self.config.image_size
         batch = torch.zeros(len(pixels), 3, S, S, device=self.device)
         mean, std = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
-        for row, picture in zip(batch, pixels, strict=True):
-            check_image(picture)
-            height, width = picture.shape[:2]
+        for row, image in zip(batch, pixels, strict=True):
+            check_image(image)
+            height, width = image.shape[:2]
             if max(height, width) != S:
-                raise ValueError(f"a prepared picture is {height}x{width}; its long side must be {S}")
-            picture_hwc = torch.from_numpy(np.require(picture, requirements=["C", "W"]))
-            values = to_device(picture_hwc, self.device).permute(2, 0, 1)
+                raise ValueError(f"a prepared image is {height}x{width}; its long side must be {S}")
+            image_hwc = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+            values = to_device(image_hwc, self.device).permute(2, 0, 1)
             row[:, :height, :width] = (values - mean) / std
         return batch.to(self.dtype)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[UInt8Array]) -> ImageEmbedding:
-        """Return the embedding of upright RGB uint8 (H, W, 3) pictures of any sizes, in one encoder call.
+        """Return the embedding of upright RGB uint8 (H, W, 3) images of any sizes, in one encoder call.
 
         Raises:
-            ValueError: no picture, one that is not uint8 (H, W, 3), or one so elongated that its short
+            ValueError: no image, one that is not uint8 (H, W, 3), or one so elongated that its short
                 side would be resized to nothing.
         """
         prepared = [resize_longest_side(image, self.config.image_size) for image in images]
@@ -153,27 +155,27 @@ class SamHQ(nn.Module):
 
     @torch.no_grad()
     def encode_prepared(self, pixels: Sequence[UInt8Array], sizes_hw: Sequence[SizeHW]) -> ImageEmbedding:
-        """Return the embedding of pictures resized by `records.resize_longest_side`, in one encoder call.
+        """Return the embedding of images resized by `records.resize_longest_side`, in one encoder call.
 
         `sizes_hw`: the upright (height, width) of each before that resize.
 
         Raises:
-            ValueError: no picture, or one whose size does not follow from its upright size.
+            ValueError: no image, or one whose size does not follow from its upright size.
         """
         self._check_ready()
         if not pixels or len(pixels) != len(sizes_hw):
             raise ValueError(
-                f"{len(pixels)} pictures and {len(sizes_hw)} sizes; wanted one size each, and at least one"
+                f"{len(pixels)} images and {len(sizes_hw)} sizes; wanted one size each, and at least one"
             )
         resized_hw = tuple(target_size_hw(size_hw, self.config.image_size) for size_hw in sizes_hw)
-        for picture, size_hw, expected_hw in zip(pixels, sizes_hw, resized_hw, strict=True):
-            if picture.shape[:2] != expected_hw:
+        for image, size_hw, expected_hw in zip(pixels, sizes_hw, resized_hw, strict=True):
+            if image.shape[:2] != expected_hw:
                 raise ValueError(
-                    f"a picture of upright size {size_hw} was prepared as {picture.shape[:2]}; "
+                    f"an image of upright size {size_hw} was prepared as {image.shape[:2]}; "
                     f"wanted {expected_hw}"
                 )
         with self._own_precision():
-            embedding, hq_features = self.embed(self.normalise(pixels))
+            embedding, hq_features = self.embed(self.preprocess(pixels))
         return ImageEmbedding(
             embedding_BCGG=embedding,
             hq_features_BCHW=hq_features,
@@ -223,7 +225,7 @@ class SamHQ(nn.Module):
         """Return the masks of all prompts, in the order of the images and of the prompts of each.
 
         One `Prompts` for each image of `embedding`. Prompts of one kind go through the decoder together,
-        whatever their image, `prompts_per_call` at a time; the last call is filled with copies of its last
+        whatever their image, `prompts_per_call` at a time; the last call is padded with copies of its last
         prompt, and their masks are dropped. M is 1, or 3 with `multimask="three"`. The HQ token's logits
         are added to each mask at low resolution; with `hq_token_only` they are the answer alone (M equal
         masks) and only the predicted IoU, which does not depend on them, depends on `multimask`.
@@ -268,7 +270,7 @@ class SamHQ(nn.Module):
             raise ValueError(
                 f"prompts for {len(prompts)} images; the embedding holds {len(embedding.sizes_hw)}"
             )
-        batches, _ = group_prompts(
+        batches = group_prompts(
             prompts, embedding.sizes_hw, embedding.resized_hw, mask_size=self.config.mask_size
         )
         decoder = PromptDecoder(self, embedding, multimask=multimask, hq_token_only=hq_token_only)
@@ -300,7 +302,7 @@ class SamHQ(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedCall:
-    """The masks of one decoder call, without what filled it up.
+    """The masks of one decoder call, without those of the copies that pad it.
 
     `place_N`, `image_N`: int64 on the host, the place among all prompts and the image of each.
     `low_res_NMHW`, `predicted_iou_NM`: as in `MaskLogits`.
@@ -313,7 +315,7 @@ class DecodedCall:
 
 
 class PromptDecoder:
-    """Decodes chunks of prompts of one embedding; what the images share is computed once, when needed."""
+    """Decodes chunks of prompts of one embedding; what the prompts of an image share is computed once."""
 
     def __init__(
         self, model: SamHQ, embedding: ImageEmbedding, *, multimask: Multimask, hq_token_only: bool
@@ -331,7 +333,7 @@ class PromptDecoder:
 
     @cached_property
     def shared(self) -> SharedImages:
-        """What the decoder computes once for each image, without mask prompts."""
+        """What the decoder computes once for each image; only without mask prompts."""
         return self._share(self.embedding.embedding_BCGG, self.model.prompt_encoder.no_mask())
 
     def decode(self, chunk: PromptBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -345,7 +347,7 @@ class PromptDecoder:
         if chunk.masks_NHW is None:
             shared, key_index = self.shared, chunk.image_N
         else:
-            # With a mask prompt each prompt's image tokens are its own.
+            # A mask prompt is added to the image's tokens: each prompt has its own.
             images = self.embedding.embedding_BCGG
             shared = self._share(images.index_select(0, chunk.image_N.to(images.device)), dense)
             key_index = torch.arange(len(chunk.image_N))
@@ -380,7 +382,7 @@ def tokens_needed(multimask: Multimask, hq_token_only: bool) -> tuple[int, ...]:
 def choose_masks(
     tokens: TokenMasks, *, multimask: Multimask, hq_token_only: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mask logits (N, M, H, W) and predicted IoU (N, M) of the tokens asked for by `tokens_needed`.
+    """Return mask logits (N, M, H, W) and predicted IoU (N, M) of the tokens that `tokens_needed` names.
 
     Of equal scores the lower token comes first.
     """

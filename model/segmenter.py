@@ -1,9 +1,11 @@
 """Images and prompts in, finished masks out: the model's calls at fixed shapes, in bounded memory.
 
 Matrix kernels answer differently in the last bits for one box and for three. So every call has exactly the
-shape of `CallShape`, the last one padded, and an image's result does not depend on what else is in the
-batch. Masks become runs before the next boxes are decoded: an image with 10,000 boxes holds the logits of
-one call at a time.
+shape of `CallShape`, the last one padded with copies, and an image's result does not depend on what else is
+in the batch. Masks become runs before the next boxes are decoded: an image with 10,000 boxes holds the logits
+of one call at a time.
+
+Letters: N masks, L = 4G the side of their logits.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
 
 REDUCED_CALL_SHAPE = "reduced_call_shape"
-"""Flag of an image that was done at `reduced_shape` because memory ran out at the configured one."""
+"""Flag of an image that was segmented at `reduced_shape` because memory ran out at the configured one."""
 
 
 class Segmenter:
@@ -126,8 +128,8 @@ class Segmenter:
         """Return the masks of images already resized, one result an image, in order: the production entry.
 
         An image without prompts gives no instances and never reaches the encoder. An image for which memory
-        runs out is done again alone, then alone at `reduced_shape` with the flag `reduced_call_shape`; the
-        other images of its call keep the bytes they would have had.
+        runs out is segmented again alone, then alone at `reduced_shape` with the flag `reduced_call_shape`;
+        the other images of its call keep the bytes they would have had.
 
         Raises:
             ValueError: pixels that do not fit `size_hw`, or malformed prompts; nothing has been computed
@@ -233,7 +235,7 @@ class Segmenter:
         resized_hw: tuple[int, int],
         size_hw: tuple[int, int],
     ) -> Future[Instances]:
-        """Return some masks of one image; one whose numbers are not finite is empty, and its score NaN.
+        """Return the masks of some prompts of one image; of numbers not finite, empty ones with the IoU NaN.
 
         `logits_NLL`: (n, 4G, 4G), `iou_N`: (n,), on the device.
         """
@@ -252,7 +254,7 @@ class Segmenter:
 
 
 def _instances(traced: TracedMasks, predicted_iou: Float32Array) -> Instances:
-    """Return some masks of one image as the caller gets them: the host's part."""
+    """Return traced masks as the caller gets them; the host's part, for `HostThread`."""
     runs = traced.runs()
     return Instances(
         size_hw=traced.size_hw,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model.image_encoder import Attention, WindowAttention, from_windows, to_windows
+from model.image_encoder import RelPosAttention, WindowAttention, from_windows, to_windows
 from model.kernels import TORCH_NORM_EPS, plain_attention
 from model.sam_config import vit_config
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, lively
@@ -26,7 +26,7 @@ def test_relative_position_is_the_unscaled_query_with_the_offset_from_key_to_que
 @pytest.mark.parametrize("head_width", [32, 64, 80])
 @torch.no_grad()
 def test_one_window_alone_gives_what_it_gives_in_a_batch(head_width):
-    layer = Attention(2 * head_width, 2, 6)
+    layer = RelPosAttention(2 * head_width, 2, 6)
     torch.nn.init.normal_(layer.rel_pos_h, std=0.5)
     x = torch.randn(5, 6, 6, 2 * head_width)
 

@@ -105,15 +105,14 @@ def test_prompts_of_one_kind_are_worked_together_in_the_callers_order():
         Prompts(points_xy=POINTS, point_labels=LABELS),
         Prompts(boxes_xyxy=BOX),
     ]
-    batches, counts = group_prompts(prompts, [(50, 50)] * 3, [(64, 64)] * 3, mask_size=16)
+    batches = group_prompts(prompts, [(50, 50)] * 3, [(64, 64)] * 3, mask_size=16)
 
-    assert counts == [2, 1, 1]
     assert [b.place_N.tolist() for b in batches] == [[0, 1, 3], [2]]
     assert [b.image_N.tolist() for b in batches] == [[0, 0, 2], [1]]
 
 
 def test_coordinates_are_scaled_by_two_separate_factors_of_the_rounded_sizes():
-    batches, _ = group_prompts([Prompts(boxes_xyxy=BOX)], [(97, 140)], [(44, 64)], mask_size=16)
+    batches = group_prompts([Prompts(boxes_xyxy=BOX)], [(97, 140)], [(44, 64)], mask_size=16)
     wide, high = 64 / 140, 44 / 97
 
     assert batches[0].boxes_N4.dtype == torch.float32
@@ -121,7 +120,7 @@ def test_coordinates_are_scaled_by_two_separate_factors_of_the_rounded_sizes():
 
 
 def test_chunks_have_one_size_and_the_last_is_filled_with_its_last_prompt():
-    batches, _ = group_prompts(
+    batches = group_prompts(
         [Prompts(boxes_xyxy=BOX + np.arange(5)[:, None])], [(9, 9)], [(9, 9)], mask_size=16
     )
     chunks = list(batches[0].chunks(3))
@@ -192,10 +191,9 @@ def test_lists_tensors_and_arrays_that_must_not_be_written_to_are_prompts_like_a
         (torch.from_numpy(POINTS), torch.from_numpy(LABELS)),
         (np.asfortranarray(POINTS), labels),
     ]:
-        (batch,), counts = group_prompts(
+        (batch,) = group_prompts(
             [Prompts(points_xy=points, point_labels=their_labels)], [(9, 9)], [(9, 9)], mask_size=16
         )
-        assert counts == [1]
         assert batch.points_NP2.tolist() == POINTS.tolist()
         assert batch.labels_NP.tolist() == LABELS.tolist()
 

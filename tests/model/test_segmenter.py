@@ -176,7 +176,7 @@ def test_pixels_are_normalised_and_then_padded(model: SamHQ) -> None:
     for size_hw in [(427, 640), (333, 500), (2000, 333)]:
         pixels = resize_longest_side(picture(size_hw, 1), 256)
         height, width = target_size_hw(size_hw, 256)
-        tensor = model.normalise([pixels])
+        tensor = model.preprocess([pixels])
         mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
         expected = ((pixels.astype(np.float64) - mean) / std).transpose(2, 0, 1)
         assert tensor.shape == (1, 3, 256, 256)

@@ -70,7 +70,7 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 def pixels_of(model: SamHQ, images: list[np.ndarray]) -> torch.Tensor:
     """The encoder's input (B, 3, S, S) of upright pictures of any sizes."""
-    return model.normalise([resize_longest_side(image, model.config.image_size) for image in images])
+    return model.preprocess([resize_longest_side(image, model.config.image_size) for image in images])
 
 
 def boxes_in(height: int, width: int, count: int, seed: int = 0) -> np.ndarray:

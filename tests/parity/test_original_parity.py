@@ -203,7 +203,7 @@ def test_the_encoder_sees_bit_for_bit_what_the_originals_does(size_hw):
     predictor, image = predictor_of(model), photo(*size_hw)
     resized = predictor.transform.apply_image(image)
     reference = predictor.model.preprocess(torch.as_tensor(resized).permute(2, 0, 1)[None])
-    ours = model.normalise([resize_longest_side(image, model.config.image_size)])
+    ours = model.preprocess([resize_longest_side(image, model.config.image_size)])
 
     assert torch.equal(ours, reference)
 
