@@ -199,7 +199,7 @@ def read_job(store: Store, *, access: AccessRules | None = None) -> Job | None:
 
 
 def require_job(store: Store, *, access: AccessRules | None = None) -> Job:
-    """`read_job`, but JobRefused when there is none."""
+    """Return the job in this folder; JobRefused when it has none."""
     job = read_job(store, access=access)
     if job is None:
         raise JobRefused(

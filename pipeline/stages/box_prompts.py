@@ -44,7 +44,7 @@ of 16) 256 took 0.5 GiB more than one, 1,000 took 2, and 3,000 took 6."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Frame:
+class _PictureFrame:
     """The picture that coordinates are measured in, and the orientation that makes it upright."""
 
     size_hw: tuple[int, int]
@@ -132,7 +132,7 @@ def any_of_row(where_NK: BoolArray) -> BoolArray:
 
 
 def _judge(
-    given: Sequence[Sequence[float | None] | None], box_format: BoxFormat, frame: _Frame
+    given: Sequence[Sequence[float | None] | None], box_format: BoxFormat, frame: _PictureFrame
 ) -> tuple[npt.NDArray[np.float32], BoolArray, Codes]:
     """Return boxes (N, 4) in the upright picture, whether each was cut to it, and each one's code."""
     sound = np.array([box is not None and len(box) == 4 and None not in box for box in given], dtype=np.bool_)
@@ -175,12 +175,12 @@ def _frame(
     upright_size_hw: tuple[int, int],
     stored_size_hw: tuple[int, int] | None,
     orientation: int | None,
-) -> _Frame:
+) -> _PictureFrame:
     turn = 1 if orientation is None else orientation
     if turn not in range(1, 9):
         raise ValueError(f"EXIF orientation {orientation} does not exist; wanted 1 to 8 or None")
     if box_frame == "upright":
-        return _Frame(size_hw=upright_size_hw, orientation=1, upright_size_hw=upright_size_hw)
+        return _PictureFrame(size_hw=upright_size_hw, orientation=1, upright_size_hw=upright_size_hw)
     height, width = upright_size_hw
     stored = (width, height) if turn >= 5 else (height, width)
     if stored_size_hw is not None and stored_size_hw != stored:
@@ -188,10 +188,10 @@ def _frame(
             f"a picture of upright size {upright_size_hw} and EXIF orientation {turn} is stored as {stored}, "
             f"not {stored_size_hw}"
         )
-    return _Frame(size_hw=stored, orientation=turn, upright_size_hw=upright_size_hw)
+    return _PictureFrame(size_hw=stored, orientation=turn, upright_size_hw=upright_size_hw)
 
 
-def _turn_boxes(xyxy_N4: Float64Array, frame: _Frame) -> Float64Array:
+def _turn_boxes(xyxy_N4: Float64Array, frame: _PictureFrame) -> Float64Array:
     """Return boxes of the frame in the upright picture, each with its corners in order again."""
     if frame.orientation == 1:
         return xyxy_N4
@@ -199,7 +199,7 @@ def _turn_boxes(xyxy_N4: Float64Array, frame: _Frame) -> Float64Array:
     return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
 
 
-def _turn_points(points_xy: Float64Array, frame: _Frame) -> Float64Array:
+def _turn_points(points_xy: Float64Array, frame: _PictureFrame) -> Float64Array:
     """Return points (P, 2) of the frame in the upright picture.
 
     EXIF 2.32, tag 0x0112: 2 mirrored left to right, 3 upside down, 4 mirrored top to bottom, 6 and 8 to be
@@ -262,7 +262,7 @@ def _is_point(labels: Sequence[int | None]) -> BoolArray:
     return np.array([label != -1 for label in labels], dtype=np.bool_)
 
 
-def _extra(box: Mapping[str, Any], fault: str | None, frame: _Frame) -> _Extra:
+def _extra(box: Mapping[str, Any], fault: str | None, frame: _PictureFrame) -> _Extra:
     """Return the points and the mask of a box's prompt, in the upright picture."""
     if fault is not None:
         return _Extra(sound=False)

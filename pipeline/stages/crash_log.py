@@ -8,25 +8,36 @@ not an image's fault: with it all workers go, and an innocent image may be in wo
 drivers count only in bulk. Processes that die while they load their model are counted likewise.
 
 Nothing here needs a delete: a commit makes the marks of its unit meaningless.
+
+`CallGuard` ends the process when a call of a model takes too long or its GPU is lost.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
+import logging
 import secrets
+import sys
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import HqlabelError, SystemicFault
 from pipeline.failpoints import visit
+from pipeline.settings import Limits
 from pipeline.storage.output_store import Store
 
 DEATHS_UNDER_ONE_DRIVER = 2
 DEATHS_UNDER_ANY_DRIVER = 4
 MAX_DEATHS_IN_LOADING = 3
+
+EXIT_STATUS = 1
+_BACKSTOP_S = 15.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,3 +145,70 @@ def _read(store: Store, key: str) -> dict[str, Any]:
         raise HqlabelError(
             f"{store.place.uri}/{key} cannot be read ({error}); delete this one file"
         ) from error
+
+
+class CallGuard:
+    """Guards the calls of the models for one start of a unit."""
+
+    def __init__(
+        self, crash_log: CrashLog, start: Start, limits: Limits, end_process: Callable[[int], Any]
+    ) -> None:
+        self._crash_log, self._start = crash_log, start
+        self._limits, self._end_process = limits, end_process
+
+    @property
+    def image_by_image(self) -> bool:
+        """Whether an earlier process died of this unit; each image is then noted before it is tried."""
+        return self._start.image_by_image
+
+    def note_image(self, image_id: str | None) -> None:
+        """Note the image that is tried from now on."""
+        self._crash_log.note_image(self._start, image_id)
+
+    def deadline(
+        self, image_ids: Sequence[str], timeout_s: float | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Bound the block, a call with these images, by their time; after it the process ends."""
+        if timeout_s is None:
+            timeout_s = self._limits.segment_timeout_s * len(image_ids)
+        return deadline(timeout_s, lambda: self._exit_on_timeout(image_ids))
+
+    def exit_if_device_lost(self, error: BaseException) -> None:
+        """End the process when the error shows that the device is gone."""
+        if is_device_lost(error):
+            _log.error("the GPU is lost to this process, which ends: %s", error)
+            self._end_process(EXIT_STATUS)
+
+    def _exit_on_timeout(self, image_ids: Sequence[str]) -> None:
+        with contextlib.suppress(Exception):  # without the note, this counts as a crash
+            if len(image_ids) == 1:
+                self._crash_log.note_image(self._start, image_ids[0], code="timeout")
+        self._end_process(EXIT_STATUS)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Return whether the GPU is gone for this process: a CUDA error that is not about memory.
+
+    After one, every later call in the process fails or gives wrong numbers.
+    """
+    text = str(error)
+    lost = "CUDA error" in text or type(error).__name__ == "AcceleratorError"
+    return lost and "out of memory" not in text.lower()
+
+
+@contextlib.contextmanager
+def deadline(timeout_s: float, on_timeout: Callable[[], None]) -> Iterator[None]:
+    """Call `on_timeout` in another thread when the block takes too long; it ends the process.
+
+    A block that never lets go of the interpreter also keeps that thread from running. For it there is
+    Python's own watchdog, which needs no interpreter: it prints where all threads are and exits.
+    """
+    timer = threading.Timer(timeout_s, on_timeout)
+    timer.daemon = True
+    timer.start()
+    faulthandler.dump_traceback_later(timeout_s + _BACKSTOP_S, exit=True, file=sys.__stderr__ or 2)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()

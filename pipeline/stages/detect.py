@@ -11,10 +11,9 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +30,7 @@ from pipeline.box_geometry import best_first
 from pipeline.errors import JobRefused, SystemicFault, clean_text
 from pipeline.image_result import ImageResult, UInt8Array
 from pipeline.job_context import JobDetector
+from pipeline.stages.crash_log import CallGuard
 
 HF, ZERO_SHOT = "hf:", "hf-zero-shot:"
 WANTED = "wanted hf:ID_OR_FOLDER, hf-zero-shot:ID_OR_FOLDER or your own module:Class"
@@ -131,23 +131,6 @@ def try_out(detector: Detector, settings: JobDetector) -> None:
         _checked(detector.detect([blank]), [blank], detector.categories)
     except Exception as error:
         raise JobRefused(f"detector {settings.name}: on a blank picture: {_message(error)}") from error
-
-
-class CallGuard(Protocol):
-    """How the process around the models guards one unit's calls."""
-
-    @property
-    def image_by_image(self) -> bool:
-        """Whether an earlier process died of this unit; each image is then noted before it is tried."""
-
-    def note_image(self, image_id: str | None) -> None:
-        """Note the image that is tried from now on."""
-
-    def deadline(self, image_ids: Sequence[str]) -> AbstractContextManager[None]:
-        """Bound the block, a call with these images, by their time; after it the process ends."""
-
-    def exit_if_device_lost(self, error: BaseException) -> None:
-        """End the process when the error shows that the device is gone."""
 
 
 class DetectStep:

@@ -15,15 +15,10 @@ No Ray here, and no torch: the model comes by the name of its factory (`JobConte
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import importlib
-import logging
 import os
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -36,7 +31,7 @@ from pipeline.failpoints import visit
 from pipeline.image_result import ImageResult
 from pipeline.job_context import JobContext
 from pipeline.settings import Limits
-from pipeline.stages.crash_log import CrashLog, Start
+from pipeline.stages.crash_log import EXIT_STATUS, CallGuard, CrashLog, Start, deadline, is_device_lost
 from pipeline.stages.detect import DetectStep, ModelRecord, is_out_of_memory
 from pipeline.stages.prompt_groups import PromptGroup, group_by_kind, join, with_boxes, without_numbers
 from pipeline.stages.rows_between_stages import UnitRow
@@ -46,13 +41,10 @@ from pipeline.worker.process_env import prepare_for_torch, refuse_unsafe_env
 
 BOXES_PER_DEADLINE = 100
 """That many boxes give an image `limits.segment_timeout_s` once more."""
-_BACKSTOP_S = 15.0
-_EXIT_STATUS = 1
 _KILLED = {
     "crashed": "the process that worked on this image died each time; twice it was tried alone",
     "timeout": "this image did not finish within its deadline, also alone (limits.segment_timeout_s)",
 }
-_log = logging.getLogger(__name__)
 
 
 class MaskModel(Protocol):
@@ -153,7 +145,7 @@ class SegmentWorker:
 
     def _segment(self, unit: UnitRow) -> tuple[ImageResult, ...]:
         start = self._crash_log.note_start(unit.unit_id, unit.generation)
-        guard = _CallGuard(self._crash_log, start, self._context.limits, self._end_process)
+        guard = CallGuard(self._crash_log, start, self._context.limits, self._end_process)
         images = [_started(image, start) for image in unit.images]
         if self._detect is not None:
             images = self._detect.run(images, guard)
@@ -173,7 +165,7 @@ class SegmentWorker:
             return image
         return with_boxes(image, self._context.box_rules)
 
-    def _work(self, works: Sequence[_ImageWork], guard: _CallGuard) -> None:
+    def _work(self, works: Sequence[_ImageWork], guard: CallGuard) -> None:
         """Do the images of one call of the model; of a call that raises each is tried alone.
 
         Raises:
@@ -189,7 +181,7 @@ class SegmentWorker:
         else:
             works[0].result = self._charged(works[0].result, error, guard)
 
-    def _call(self, works: Sequence[_ImageWork], guard: _CallGuard) -> Exception | None:
+    def _call(self, works: Sequence[_ImageWork], guard: CallGuard) -> Exception | None:
         """Call the model once and keep its answers; return what was raised instead, if so."""
         began = time.monotonic()
         timeout_s = sum(deadline_s(self._context.limits, work.prompts) for work in works)
@@ -212,7 +204,7 @@ class SegmentWorker:
             return error.with_traceback(None)
         return None
 
-    def _charged(self, image: ImageResult, error: Exception, guard: _CallGuard) -> ImageResult:
+    def _charged(self, image: ImageResult, error: Exception, guard: CallGuard) -> ImageResult:
         """Return the image, failed for what was raised while it was worked on alone.
 
         Raises:
@@ -221,7 +213,7 @@ class SegmentWorker:
         message = clean_text(" ".join(f"{type(error).__name__}: {error}".split()))
         if is_out_of_memory(error):
             return replace(image, error_code="out_of_memory", error_message=message)
-        with _deadline(self._context.limits.segment_timeout_s, lambda: self._end_process(_EXIT_STATUS)):
+        with deadline(self._context.limits.segment_timeout_s, lambda: self._end_process(EXIT_STATUS)):
             blank = self._raised_on_blank()
         if blank is not None and not is_out_of_memory(blank):
             guard.exit_if_device_lost(blank)
@@ -256,41 +248,6 @@ class SegmentWorker:
         return None
 
 
-class _CallGuard:
-    """Guards the calls of the models for one start of a unit; a `detect.CallGuard`."""
-
-    def __init__(
-        self, crash_log: CrashLog, start: Start, limits: Limits, end_process: Callable[[int], Any]
-    ) -> None:
-        self._crash_log, self._start = crash_log, start
-        self._limits, self._end_process = limits, end_process
-
-    @property
-    def image_by_image(self) -> bool:
-        return self._start.image_by_image
-
-    def note_image(self, image_id: str | None) -> None:
-        self._crash_log.note_image(self._start, image_id)
-
-    def deadline(
-        self, image_ids: Sequence[str], timeout_s: float | None = None
-    ) -> contextlib.AbstractContextManager[None]:
-        if timeout_s is None:
-            timeout_s = self._limits.segment_timeout_s * len(image_ids)
-        return _deadline(timeout_s, lambda: self._exit_on_timeout(image_ids))
-
-    def exit_if_device_lost(self, error: BaseException) -> None:
-        if is_device_lost(error):
-            _log.error("the GPU is lost to this process, which ends: %s", error)
-            self._end_process(_EXIT_STATUS)
-
-    def _exit_on_timeout(self, image_ids: Sequence[str]) -> None:
-        with contextlib.suppress(Exception):  # without the note, this counts as a crash
-            if len(image_ids) == 1:
-                self._crash_log.note_image(self._start, image_ids[0], code="timeout")
-        self._end_process(_EXIT_STATUS)
-
-
 def _started(image: ImageResult, start: Start) -> ImageResult:
     """Return the image as this start begins with it: failed, where it has killed too many before."""
     image = replace(image, attempts=start.earlier + 1)
@@ -309,16 +266,6 @@ def load_by_name(name: str) -> Any:
 def deadline_s(limits: Limits, boxes: int) -> float:
     """Return the seconds that the model may take for one image with that many boxes."""
     return limits.segment_timeout_s * (1 + boxes / BOXES_PER_DEADLINE)
-
-
-def is_device_lost(error: BaseException) -> bool:
-    """Return whether the GPU is gone for this process: a CUDA error that is not about memory.
-
-    After one, every later call in the process fails or gives wrong numbers.
-    """
-    text = str(error)
-    lost = "CUDA error" in text or type(error).__name__ == "AcceleratorError"
-    return lost and "out of memory" not in text.lower()
 
 
 def _check_answers(groups: Sequence[PromptGroup], answers: Sequence[Instances | SegmentFailure]) -> None:
@@ -348,21 +295,3 @@ def _with_masks(
         for group, answer in zip(groups, answers, strict=True)
     ]
     return replace(image, instances=join(groups, masks))
-
-
-@contextlib.contextmanager
-def _deadline(timeout_s: float, on_timeout: Callable[[], None]) -> Iterator[None]:
-    """Call `on_timeout` in another thread when the block takes too long; it ends the process.
-
-    A block that never lets go of the interpreter also keeps that thread from running. For it there is
-    Python's own watchdog, which needs no interpreter: it prints where all threads are and exits.
-    """
-    timer = threading.Timer(timeout_s, on_timeout)
-    timer.daemon = True
-    timer.start()
-    faulthandler.dump_traceback_later(timeout_s + _BACKSTOP_S, exit=True, file=sys.__stderr__ or 2)
-    try:
-        yield
-    finally:
-        timer.cancel()
-        faulthandler.cancel_dump_traceback_later()

@@ -43,7 +43,9 @@ def clean(store: Store, *, require_owner: Callable[[str], None]) -> Cleaned:
             "finish the job with label, then clean"
         )
     replaced = _replaced(store, manifest)
-    _check_parts(store, manifest)
+    for file in (file for part in manifest.parts for file in (part.images, part.instances)):
+        if hashlib.sha256(store.read(file.key)).hexdigest() != file.sha256:
+            raise DamageFound(f"{file.key}: its sha256 is not the one in the manifest; nothing was removed")
     require_owner("clean")
     if not manifest.cleaned:
         write_manifest(store, replace(manifest, cleaned=True))
@@ -71,12 +73,3 @@ def _replaced(store: Store, manifest: Manifest) -> list[CommittedUnit]:
                 f"{store.place.uri}: {unit.key} is newer than the published parts; publish first"
             )
     return list_generations(store)
-
-
-def _check_parts(store: Store, manifest: Manifest) -> None:
-    for part in manifest.parts:
-        for file in (part.images, part.instances):
-            if hashlib.sha256(store.read(file.key)).hexdigest() != file.sha256:
-                raise DamageFound(
-                    f"{file.key}: its sha256 is not the one in the manifest; nothing was removed"
-                )

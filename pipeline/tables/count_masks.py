@@ -62,6 +62,11 @@ def count_masks(images: pa.Table, areas: pa.Array) -> Counts:
     )
 
 
+def count_unit(table: pa.Table) -> Counts:
+    """Return the counts of a unit's table (schema.UNIT)."""
+    return count_masks(table, table["instances"].combine_chunks().flatten().field("area"))
+
+
 def counts_of(images: pa.Table, instances: pa.Table) -> Counts:
     """Return the sums over published rows: schema.IMAGES, and schema.INSTANCES of the same images."""
     reasons = instances["reject_reason"].to_pylist()

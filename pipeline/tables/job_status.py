@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from pipeline.job_state.driver_lock import Holder, current_holder
 from pipeline.job_state.job_file import Job
 from pipeline.storage.output_store import Store
-from pipeline.tables.count_masks import Counts, add_counts, count_masks
+from pipeline.tables.count_masks import Counts, add_counts, count_unit
 from pipeline.tables.manifest import Manifest, finished_units, read_manifest
 from pipeline.tables.unit_files import CommittedUnit, list_committed, read_committed
 
@@ -113,8 +113,7 @@ def _count(store: Store, units: Sequence[CommittedUnit], seen: Seen) -> list[Uni
 
 def _count_unit(store: Store, unit: CommittedUnit) -> UnitCounts:
     table = read_committed(store, unit)
-    boxes = table["instances"].combine_chunks().flatten()
-    return count_masks(table, boxes.field("area")), pc.max(table["processed_at"]).as_py()
+    return count_unit(table), pc.max(table["processed_at"]).as_py()
 
 
 def _rate(counted: Sequence[UnitCounts]) -> tuple[float | None, dt.datetime | None]:

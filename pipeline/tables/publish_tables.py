@@ -83,14 +83,21 @@ def publish(
     committed = list_committed(store)
     before = read_manifest(store)
     if before is not None and before.cleaned:
-        return _already_cleaned(before, filters)
+        if before.filters == filters:
+            return before
+        raise JobRefused(
+            "the working files of this job were removed by clean, so its tables cannot be marked anew; "
+            "filter the columns predicted_iou, stability_score, area, ... in a query instead"
+        )
     _refuse_foreign_parts(store, job)
     tasks = _whole_ranges(job, committed, filters)
     stored = _stored_parts(store, before, job, filters)
     kept = [stored[task.index] for task in tasks if _same_units(stored.get(task.index), task)]
     due = [task for task in tasks if task.index not in {part.index for part in kept}]
-    if not due and before is not None and _is_current(before, _manifest(job, filters, kept, complete=True)):
-        return before
+    if not due and before is not None:
+        current = _manifest(job, filters, kept, complete=True)
+        if before == dataclasses.replace(current, published_at=before.published_at):
+            return before
     require_owner("publish")  # may take the job now
     driver = latest_number(store)
     require_owner("publish")  # so `driver` is ours: a later one has a higher number
@@ -108,15 +115,6 @@ def publish(
     write_manifest(store, after)
     visit("publish.done")
     return after
-
-
-def _already_cleaned(before: Manifest, filters: FilterSettings) -> Manifest:
-    if before.filters == filters:
-        return before
-    raise JobRefused(
-        "the working files of this job were removed by clean, so its tables cannot be marked anew; "
-        "filter the columns predicted_iou, stability_score, area, ... in a query instead"
-    )
 
 
 def _whole_ranges(
@@ -149,10 +147,6 @@ def _same_units(part: Part | None, task: PartTask) -> bool:
     return part is not None and [
         (unit_id, part.generation_of(unit_id)) for unit_id in range(part.first_unit, part.stop_unit)
     ] == [(unit.unit_id, unit.generation) for unit in task.part_units]
-
-
-def _is_current(before: Manifest, after: Manifest) -> bool:
-    return before == dataclasses.replace(after, published_at=before.published_at)
 
 
 def _manifest(job: Job, filters: FilterSettings, parts: Sequence[Part], *, complete: bool) -> Manifest:

@@ -52,7 +52,7 @@ def find_faults(table: pa.Table, *, check_masks: bool = True) -> list[str]:
     """
     if not table.schema.equals(schema.UNIT, check_metadata=False):
         return [f"the columns are not those of schema.UNIT: {table.schema.names}"]
-    faults = list(_null_faults(table)) + list(_number_faults(table))
+    faults = list(_value_faults(table))
     if faults:
         return faults
     rows = table.to_pylist()
@@ -86,16 +86,11 @@ def _all_columns(table: pa.Table) -> Iterator[tuple[str, pa.Field, pa.Array]]:
         yield from _leaves(field.name, array)
 
 
-def _null_faults(table: pa.Table) -> Iterator[str]:
-    """Yield nulls where the schema allows none: Arrow itself does not check."""
+def _value_faults(table: pa.Table) -> Iterator[str]:
+    """Yield nulls where the schema allows none, and NaN and infinity anywhere but in the boxes as given."""
     for name, field, array in _all_columns(table):
-        if not field.nullable and array.null_count:
+        if not field.nullable and array.null_count:  # Arrow itself does not check
             yield f"{name} has {array.null_count} nulls, and may have none"
-
-
-def _number_faults(table: pa.Table) -> Iterator[str]:
-    """Yield NaN and infinity anywhere but in the boxes as given."""
-    for name, _, array in _all_columns(table):
         if pa.types.is_floating(array.type) and "prompt_bbox_given" not in name:
             bad = len(array) - array.null_count - (pc.sum(pc.is_finite(array)).as_py() or 0)
             if bad:
@@ -113,15 +108,11 @@ def _status_faults(row: Mapping[str, Any]) -> Iterator[str]:
     masks = sum(instance["segmentation"] is not None for instance in row["instances"])
     if (status == "labelled") != (masks > 0):
         yield f"status {status} with {masks} masks"
-    if status == "no_boxes" and row["instances"] and not _has_skipped(row["instances"]):
+    codes = {box_code(one["box_error"]) for one in row["instances"] if one["box_error"]}
+    if status == "no_boxes" and row["instances"] and codes.isdisjoint(SKIP_CODES):
         yield f"status no_boxes with {len(row['instances'])} boxes"
     if status == "labelled" and None in (row["width"], row["height"]):
         yield "labelled without a size"
-
-
-def _has_skipped(instances: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether the job's rules skipped boxes of the image."""
-    return any(box_code(one["box_error"]) in SKIP_CODES for one in instances if one["box_error"])
 
 
 def _instance_faults(row: Mapping[str, Any]) -> Iterator[str]:

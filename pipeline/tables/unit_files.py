@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import schema
 from pipeline.failpoints import visit
 from pipeline.job_context import JobContext, UnitOutcome
 from pipeline.storage import checksummed_parquet
 from pipeline.storage.output_store import Store
+from pipeline.tables.count_masks import count_unit
 
 _KEY = re.compile(r"units/(\d{8,})\.g(\d+)\.parquet")
 
@@ -57,16 +56,12 @@ def list_committed(store: Store) -> dict[int, CommittedUnit]:
 
 def list_generations(store: Store) -> list[CommittedUnit]:
     """Return every unit's file, older generations too, in order of their keys."""
-    units = []
-    for entry in store.list("units/"):
-        parsed = parse_key(entry.key)
-        if parsed is not None:
-            units.append(
-                CommittedUnit(
-                    unit_id=parsed[0], generation=parsed[1], key=entry.key, size=entry.size, etag=entry.etag
-                )
-            )
-    return units
+    parsed = [(entry, parse_key(entry.key)) for entry in store.list("units/")]
+    return [
+        CommittedUnit(unit_id=ids[0], generation=ids[1], key=entry.key, size=entry.size, etag=entry.etag)
+        for entry, ids in parsed
+        if ids is not None
+    ]
 
 
 def footer(context: JobContext) -> dict[str, str]:
@@ -144,7 +139,7 @@ def read_committed(store: Store, unit: CommittedUnit) -> pa.Table:
 
 
 def read_generation(store: Store, unit_id: int, generation: int) -> pa.Table:
-    """Return the rows of one generation of a unit, without a listing of the store; see `read`."""
+    """Return the rows of one generation of a unit, without a listing of the store; see `read_committed`."""
     key = unit_key(unit_id, generation)
     return read_committed(store, CommittedUnit(unit_id=unit_id, generation=generation, key=key, size=0))
 
@@ -169,18 +164,17 @@ def outcome_of(
     table: pa.Table, unit_id: int, generation: int, *, size: int, created: bool, seconds: float
 ) -> UnitOutcome:
     """Return what the driver learns of a committed unit."""
-    statuses = Counter(table["status"].to_pylist())
-    codes = Counter(code for code in table["error_code"].to_pylist() if code is not None)
+    counts = count_unit(table)
     return UnitOutcome(
         unit_id=unit_id,
         generation=generation,
-        images=table.num_rows,
-        labelled=statuses["labelled"],
-        no_boxes=statuses["no_boxes"],
-        failed=statuses["failed"],
-        instances=pc.sum(pc.list_value_length(table["instances"])).as_py() or 0,
+        images=counts.images,
+        labelled=counts.status.get("labelled", 0),
+        no_boxes=counts.status.get("no_boxes", 0),
+        failed=counts.status.get("failed", 0),
+        instances=counts.boxes,
         bytes=size,
         repeated=not created,
-        failed_by_code=dict(sorted(codes.items())),
+        failed_by_code=counts.failed,
         seconds=seconds,
     )

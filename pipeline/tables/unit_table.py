@@ -265,7 +265,12 @@ def _struct_array(per_image: Sequence[Mapping[str, Any]]) -> pa.StructArray:
     for column in schema.UNIT_INSTANCE:
         parts = [one[column.name] for one in per_image]
         if pa.types.is_fixed_size_list(column.type):
-            arrays.append(_box_array(np.concatenate([np.zeros((0, 4)), *parts]), column.type))
+            # (n, 4) boxes of float32; a row with NaN is null, and zero below the null
+            boxes = np.concatenate([np.zeros((0, 4)), *parts])
+            missing = np.isnan(boxes).any(axis=1)
+            values = pa.array(np.where(missing[:, None], 0, boxes).astype(np.float32).reshape(-1))
+            mask = pa.array(missing)
+            arrays.append(pa.FixedSizeListArray.from_arrays(values, type=column.type, mask=mask))
         elif parts and isinstance(parts[0], np.ndarray):
             # float64 holds every int of these columns exactly; NaN becomes null
             numbers = pa.array(np.concatenate(parts), pa.float64(), from_pandas=True)
@@ -273,10 +278,3 @@ def _struct_array(per_image: Sequence[Mapping[str, Any]]) -> pa.StructArray:
         else:
             arrays.append(pa.array([value for part in parts for value in part], column.type))
     return pa.StructArray.from_arrays(arrays, fields=list(schema.UNIT_INSTANCE))
-
-
-def _box_array(boxes: Float64Array, kind: pa.DataType) -> pa.Array:
-    """Return (n, 4) boxes as fixed-size lists of float32; a row with NaN is null, and zero below the null."""
-    missing = np.asarray(np.isnan(boxes).any(axis=1), dtype=np.bool_)
-    values = np.where(missing[:, None], 0, boxes).astype(np.float32).reshape(-1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(values), type=kind, mask=pa.array(missing))

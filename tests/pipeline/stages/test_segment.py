@@ -21,10 +21,11 @@ from pipeline.errors import SystemicFault
 from pipeline.images.decode_process import DecodeChild
 from pipeline.settings import Limits, ModelSettings
 from pipeline.stages.commit import commit_unit
+from pipeline.stages.crash_log import is_device_lost
 from pipeline.stages.detect import MOST_RAISED
 from pipeline.stages.prepare import prepare_unit
 from pipeline.stages.rows_between_stages import UnitRow, pack, unpack
-from pipeline.stages.segment import SegmentWorker, deadline_s, is_device_lost
+from pipeline.stages.segment import SegmentWorker, deadline_s
 from pipeline.storage.output_store import Store
 from pipeline.tables.unit_files import list_committed, read_committed
 from tests import fakes
@@ -174,7 +175,7 @@ def run_in_process(job, unit, folder, *, first="pass"):
     (folder / "unit.pickle").write_bytes(pickle.dumps((job.context, unit)))
     code = (
         f"import sys; sys.path[:] = {sys.path!r}\n"
-        "import pickle, pathlib; from pipeline.stages import segment\n"
+        "import pickle, pathlib; from pipeline.stages import crash_log, segment\n"
         f"folder = pathlib.Path({str(folder)!r}); {first}\n"
         "context, unit = pickle.loads((folder / 'unit.pickle').read_bytes())\n"
         "found = segment.SegmentWorker(context, epoch=1, use_gpu=False).run(unit)\n"
@@ -189,7 +190,7 @@ def test_a_hang_that_keeps_the_interpreter_ends_too(tmp_path, child):
     job = make_job(tmp_path, pictures, limits=Limits(segment_timeout_s=0.3))
     began = time.monotonic()
 
-    assert run_in_process(job, prepared(job, child), tmp_path, first="segment._BACKSTOP_S = 1") == 1
+    assert run_in_process(job, prepared(job, child), tmp_path, first="crash_log._BACKSTOP_S = 1") == 1
 
     assert time.monotonic() - began < 30
 
