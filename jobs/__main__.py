@@ -2,5 +2,5 @@
 
 from jobs.cli.main import main
 
-if __name__ == "__main__":  # processes that `bench` starts import this file, too
+if __name__ == "__main__":
     main()

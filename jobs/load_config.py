@@ -62,7 +62,7 @@ class ConfigSources:
     sets: Sequence[str] = ()
 
     def load(self, saved: str | None = None) -> Config:
-        """The configuration: the saved one of a job (YAML), then the file, then flags, then `--set`.
+        """Return the configuration: the saved one of a job (YAML), then the file, then flags, then `--set`.
 
         Raises `UsageError` with every mistake named.
         """
@@ -84,7 +84,7 @@ class ConfigSources:
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a local YAML file. Raises `UsageError` with the file, the line and the fault."""
+    """Return the mapping in a local YAML file. Raises `UsageError` with the file, the line and the fault."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -106,7 +106,7 @@ def _parse_yaml(text: str, name: str) -> dict[str, Any]:
 
 
 def parse_prompts(text: str | None) -> dict[str, str] | None:
-    """`person; red car` as {"person": "person", "red car": "red car"}; None for None."""
+    """Return `person; red car` as {"person": "person", "red car": "red car"}; None for None."""
     if text is None:
         return None
     prompts = [prompt.strip() for prompt in text.split(";") if prompt.strip()]
@@ -116,7 +116,7 @@ def parse_prompts(text: str | None) -> dict[str, str] | None:
 
 
 def parse_set(text: str) -> tuple[str, Any]:
-    """The dotted name and the YAML-typed value of one `--set a.b=v`."""
+    """Return the dotted name and the YAML-typed value of one `--set a.b=v`."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise UsageError(f"--set {text!r}: wanted name=value, such as --set model.dtype=float32")
@@ -127,13 +127,13 @@ def parse_set(text: str) -> tuple[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML that `--config` reads back to an equal `Config`."""
+    """Return the resolved configuration as YAML that `--config` reads back to an equal `Config`."""
     text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, default_flow_style=False)
     return f"# the resolved configuration of this job; `hqlabel label --config` reads it\n{text}"
 
 
 def known_names() -> list[str]:
-    """Every dotted name of the configuration, in the order of the sections."""
+    """Return every dotted name of the configuration, in the order of the sections."""
     names: list[str] = []
     for name, info in Config.model_fields.items():
         section = info.annotation

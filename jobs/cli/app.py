@@ -46,8 +46,8 @@ interrupts = Interrupts()
 def command(*flags: Flag) -> Callable[[Callable[..., int]], Callable[..., None]]:
     """Make a command of a function whose result is its exit code, called with `given` and `json` first.
 
-    `flags` go into `given`, besides them the command has the function's further parameters and the options of
-    every command. Every error becomes a sentence and a code.
+    `flags` go into `given`; the command also has the function's further parameters and the options of every
+    command. Every error becomes a sentence and a code.
     """
 
     def decorate(function: Callable[..., int]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""The options of the command line that several commands share, each with the words a newcomer needs."""
+"""The options of the command line that several commands share, each with its help text."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Where the model runs: the private Ray, started when work needs it, or the cluster that was named.
 
-One object for the life of a command. It answers the three questions that come before work (does what
-is asked for fit, on which kind of device, in which number format) without starting a private Ray for
+One object for the life of a command. It answers the three questions that come before work (do the
+requests fit, on which kind of device, in which number format) without starting a private Ray for
 them, so that a finished job costs no start of Ray at all.
 """
 

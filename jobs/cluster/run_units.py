@@ -1,4 +1,4 @@
-"""Pending units through the chain, in passes, until the store says that none is left.
+"""Pending units through the chain, in passes, until the store lists all as committed.
 
 What Ray reports is not what decides: after every pass the store is listed again, and a pass that ends
 well without having finished anything is a fault, not a reason to try for ever.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a pass needs besides its units. `config`: resolved. `show_progress`: on stderr."""
+    """What a pass needs with its units. `config`: resolved. `show_progress`: on stderr."""
 
     config: Config
     store: Store
@@ -48,7 +48,7 @@ def run_pending(
     generations: Mapping[int, int] | None = None,
     codes: tuple[str, ...] = (),
 ) -> CallCounts:
-    """Run units until `pending` (asked of the store before every pass) names none; return what was done.
+    """Run units until `pending` (read from the store before every pass) names none; return what was done.
 
     `total_images`, `done_images`: for the progress. `generations`, `codes`: of a retry; see `chain.Retry`.
 
@@ -104,7 +104,7 @@ def _new_progress(work: Work, *, total_images: int, done_images: int) -> Progres
 
 
 def working_context(context: JobContext, device: str) -> JobContext:
-    """Return the context for new units: their footers say which code and kind of device made them."""
+    """Return the context for new units: their footers state which code and kind of device made them."""
     return replace(context, lineage={**context.lineage, "code_version": code_version(), "device": device})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.job_setup.saved_job import SavedJob, open_saved
 from jobs.load_config import ConfigSources
-from jobs.results.read_tables import ImageRows, Row, find_image
+from jobs.results.read_tables import ImageRows, find_images
 from jobs.results.render_images import overlay_png
 from jobs.terminal import console
 from pipeline.errors import HqlabelError, UsageError
@@ -42,7 +42,8 @@ def run(given: ConfigSources, image_id: str, *, picture: str | None, json: bool)
     rows = _find(saved, image_id)
     place = _draw(saved, rows, picture or _picture_name(image_id))
     if json:
-        console.data_json({"image": _for_json(rows.image), "instances": rows.instances, "picture": place})
+        image = {**rows.image, "processed_at": rows.image["processed_at"].isoformat()}
+        console.data_json({"image": image, "instances": rows.instances, "picture": place})
         return 0
     console.data(console.pairs(_image_lines(rows)))
     if rows.instances:
@@ -54,9 +55,9 @@ def run(given: ConfigSources, image_id: str, *, picture: str | None, json: bool)
 def _find(saved: SavedJob, image_id: str) -> ImageRows:
     """Return the published rows of the image; of one that is not published yet, its unit's."""
     manifest = read_manifest(saved.store)
-    found = find_image(saved.store, manifest, image_id) if manifest else None
-    if found is not None:
-        return found
+    published = find_images(saved.store, manifest, [image_id]) if manifest else {}
+    if image_id in published:
+        return published[image_id]
     for unit_id, planned in enumerate(iter_plan(saved.store, saved.job.context.plan_sha256)):
         if image_id in planned["image_id"].to_pylist():
             return _from_unit(saved, unit_id, image_id)
@@ -131,7 +132,3 @@ def _text(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
-
-
-def _for_json(image: Row) -> Row:
-    return {**image, "processed_at": image["processed_at"].isoformat()}

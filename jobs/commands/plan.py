@@ -47,27 +47,22 @@ def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> i
         if weights is None:
             raise UsageError("--sample measures the model: name one with --checkpoint")
         left = plan.summary.images - plan.images_per_unit * (done or 0)
-        asked = None if detector is None else detector.settings
-        measured = measure(config, plan, weights, interrupts, sample=sample, detector=asked)
+        settings = None if detector is None else detector.settings
+        measured = measure(config, plan, weights, interrupts, sample=sample, detector=settings)
         estimate = carry_over(measured, plan, left=left, usd_per_gpu_hour=config.cost.usd_per_gpu_hour)
     if json:
-        found = None if estimate is None else asdict(estimate)
-        shown = {"detector": to_jsonable_python(detector), "estimate": found}
-        console.data_json({**_as_json(config, plan, weights, done), **shown})
+        measured_too = {"detector": to_jsonable_python(detector), "estimate": estimate and asdict(estimate)}
+        console.data_json({**_as_json(config, plan, weights, done), **measured_too})
     else:
         rows = _rows(config, plan, weights, done, detector)
         console.data(console.pairs([*rows, *(describe(estimate) if estimate else [])]))
-        for line in input_report.warnings(config, _facts(plan)):
+        for line in input_report.warnings(config, asdict(plan.summary)):
             console.data(line)
     if estimate is None and not json:
         also = "" if weights else ", with --checkpoint"
         console.say(f"for time, money and bytes: --sample 64{also}")
     console.say("nothing was written; `hqlabel label` with the same options begins the work")
     return 0
-
-
-def _facts(plan: Plan) -> dict[str, Any]:
-    return asdict(plan.summary)
 
 
 def _done(config: Config, plan: Plan) -> int:
@@ -93,7 +88,7 @@ def _done(config: Config, plan: Plan) -> int:
 def _rows(
     config: Config, plan: Plan, weights: Weights | None, done: int | None, detector: CheckedDetector | None
 ) -> list[tuple[str, str]]:
-    rows = input_report.describe_inputs(config, _facts(plan))
+    rows = input_report.describe_inputs(config, asdict(plan.summary))
     if detector is not None:
         rows.append(("detector", str(detector)))
     if weights is not None:
@@ -109,7 +104,7 @@ def _rows(
 
 def _as_json(config: Config, plan: Plan, weights: Weights | None, done: int | None) -> dict[str, Any]:
     return {
-        **input_report.as_json(config, _facts(plan)),
+        **input_report.as_json(config, asdict(plan.summary)),
         "plan_sha256": plan.sha256,
         "images_per_unit": plan.images_per_unit,
         "categories": list(plan.categories),

@@ -9,17 +9,16 @@ from jobs.cluster.run_units import save_config
 from jobs.commands.end_summary import EXIT_OVER_BUDGET, describe_counts, over_budget
 from jobs.job_setup import resolve_settings
 from jobs.job_setup.driver_slice import JobLock
-from jobs.job_setup.saved_job import SavedJob, open_saved
+from jobs.job_setup.saved_job import open_saved
 from jobs.load_config import ConfigSources
 from jobs.terminal import console
 from jobs.terminal.signals import Interrupts
 from pipeline.errors import count
-from pipeline.tables.manifest import Manifest
 from pipeline.tables.publish_tables import publish
 
 
 def run(given: ConfigSources, interrupts: Interrupts, *, json: bool) -> int:
-    """Publish every range of units that is whole, with the filters given now, and return the exit code."""
+    """Publish every range of units that is whole, with the call's filters, and return the exit code."""
     saved = open_saved(given)
     filters = saved.config.filter
     with Machine(saved.config, interrupts) as machine, JobLock(saved.store, interrupts) as lock:
@@ -30,10 +29,13 @@ def run(given: ConfigSources, interrupts: Interrupts, *, json: bool) -> int:
         # A hub id must not be taken for a folder in the current one.
         save_config(saved.store, config.model_copy(update={"model": saved.config.model}))
     uri = saved.store.place.uri
-    asked = ", ".join(f"{name} {value}" for name, value in filters.model_dump().items() if value is not None)
+    chosen = ", ".join(f"{name} {value}" for name, value in filters.model_dump().items() if value is not None)
     console.say(f"published {manifest.published_units:,} of {count(manifest.units, 'unit')} in {uri}")
-    console.say(console.pairs([*describe_counts(manifest), ("filters", asked)]))
-    over = _over_budget(saved, manifest)
+    console.say(console.pairs([*describe_counts(manifest), ("filters", chosen)]))
+    over, counts = None, manifest.counts
+    if manifest.state == "complete":
+        failed = counts.status.get("failed", 0)
+        over = over_budget(saved.config.limits, images=counts.images, failed=failed)
     if over is not None:
         console.say(over)
     code = 0 if over is None else EXIT_OVER_BUDGET
@@ -45,16 +47,7 @@ def run(given: ConfigSources, interrupts: Interrupts, *, json: bool) -> int:
                 "state": manifest.state,
                 "units": {"planned": manifest.units, "published": manifest.published_units},
                 "filters": filters.model_dump(),
-                "counts": asdict(manifest.counts),
+                "counts": asdict(counts),
             }
         )
     return code
-
-
-def _over_budget(saved: SavedJob, manifest: Manifest) -> str | None:
-    """Return the sentence on a whole job with too many failed images; None for an unfinished one."""
-    if manifest.state != "complete":
-        return None
-    counts = manifest.counts
-    limits, failed = saved.config.limits, counts.status.get("failed", 0)
-    return over_budget(limits, images=counts.images, failed=failed)

@@ -1,4 +1,4 @@
-"""`hqlabel status`: how far a job is, from its output alone; no cluster and no driver is asked.
+"""`hqlabel status`: how far a job is, from its output alone; it contacts no cluster and no driver.
 
 With `--watch` it reads again and again until every unit is committed: one page that is redrawn on a
 terminal, one line each time elsewhere.
@@ -40,15 +40,11 @@ def run(config: Config, *, json: bool, watch: bool = False, every_s: float = WAT
                 show(store, job, found)
                 time.sleep(every_s)
                 found = status(store, job, seen=seen)
-    _print(store, job, found, json=json)
-    return 0
-
-
-def _print(store: Store, job: Job, found: JobStatus, *, json: bool) -> None:
     if json:
         console.data_json(_as_json(store, job, found))
     else:
         console.data(_page(store, job, found))
+    return 0
 
 
 def _page(store: Store, job: Job, found: JobStatus) -> str:

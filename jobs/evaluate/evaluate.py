@@ -132,7 +132,7 @@ def match_truth(saved: SavedJob, truth: Truth, options: EvaluateOptions) -> Matc
     An image that failed counts, as one without masks; one that the job never had does not.
 
     Raises:
-        UsageError: no image or no class is known to both, or the scores asked for are missing.
+        UsageError: no image or no class is known to both, or the chosen scores are missing.
     """
     manifest = require_published(saved.store)
     published = selected_images(saved.store, manifest, options.selection, _COLUMNS)
@@ -225,7 +225,7 @@ def _match_images(
     named = [image for image in truth.images.values() if image.file_name]
     by_file = {image.file_name: image for image in named}
     if len(by_file) < len(named):
-        by_file = {}  # names that repeat tell nothing
+        by_file = {}  # names that repeat identify no image
     by_last = {name.rsplit("/", 1)[-1]: image for name, image in by_file.items()}
     if len(by_last) < len(by_file):
         by_last = {}

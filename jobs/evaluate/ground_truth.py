@@ -2,7 +2,7 @@
 
 Other programs write such files, each with its own habits, and the C code of pycocotools checks nothing:
 runs that stop early make it loop for ever, a point at 1e8 fills the memory, four numbers become a box. So
-every number is checked here before any work, and docs/results.md says for each habit what becomes of it:
+every number is checked here before any work, and docs/results.md states for each habit what becomes of it:
 read as pycocotools reads it, read by a rule and counted, or refused with the record's id.
 """
 
@@ -68,7 +68,7 @@ class TruthObject:
     """One annotated object. `bbox_xywh`, `area`: as in the file (COCO's sizes rest on its `area`).
 
     `counts`: the mask as COCO compressed runs, of the size of its image. `category_id`: one of the file's
-    categories; None where classes were not asked for.
+    categories; None where classes do not count.
     """
 
     annotation_id: str

@@ -17,7 +17,7 @@ _CHANNELS = 4
 
 
 def encode_brush(mask_hw: npt.NDArray[np.uint8]) -> list[int]:
-    """The mask (1 inside) as Label Studio's `rle`: bytes as integers; inside is 255 in all four channels."""
+    """Return a mask (1 inside) as Label Studio's `rle`: integers of bytes, 255 inside in all channels."""
     flat = mask_hw.reshape(-1)
     stops = np.append(np.flatnonzero(flat[1:] != flat[:-1]) + 1, flat.size)
     lengths = np.diff(stops, prepend=0) * _CHANNELS

@@ -1,7 +1,7 @@
 """Tables -> COCO instances JSON: compressed runs, unchanged, as text; written and cut in bounded memory.
 
 Ids of annotations count from 1 through all files, because COCO's own evaluation takes 0 for "no match".
-`iscrowd` of a mask is 0: runs say nothing about crowds, and trainers skip what is marked so. Boxes that came
+`iscrowd` of a mask is 0: runs do not mark crowds, and trainers skip what is marked so. Boxes that came
 with `iscrowd` 1 have no mask; they are written with it, their box filled, as the region that readers ignore.
 `area` is the mask's, `bbox` the mask's tight box.
 """
@@ -39,7 +39,7 @@ def write_coco(
     """Write the files, at most `per_file` annotations each (an image is never cut); yields their keys.
 
     One file is `instances.json`, several are `instances-00001.json` and so on. Where ids of images had to
-    be numbered, `image_ids.parquet` says which is which; where categories were to be, `category_ids.json`
+    be numbered, `image_ids.parquet` maps them; where categories were to be, `category_ids.json`
     does. Memory: one file.
     """
     keep_ids = _ids_are_numbers(source)

@@ -97,7 +97,7 @@ def _distances(points: Points, start: Points, end: Points) -> Points:
 
 
 def join_rings(rings: Sequence[Points]) -> Points:
-    """All rings as one, in their order, each reached and left by the shortest bridge from what is there."""
+    """Return all rings as one, in order, each reached and left by the shortest bridge from those before."""
     joined = rings[0]
     for ring in rings[1:]:
         ours, theirs = _nearest(joined, ring)
@@ -133,7 +133,7 @@ def _window(mask_hw: Mask) -> tuple[int, int, int, int]:
 
 
 def kept_iou(polygon: Points, counts: str, size_hw: tuple[int, int]) -> float:
-    """IoU of the polygon, drawn by pycocotools, with the mask it was made from (COCO compressed runs)."""
+    """Return the IoU of the polygon, drawn by pycocotools, with its own mask (COCO compressed runs)."""
     height, width = size_hw
     drawn = coco_mask.frPyObjects([polygon.ravel().tolist()], height, width)
     return float(coco_mask.iou(drawn, [{"size": size_hw, "counts": counts}], [0])[0, 0])

@@ -2,7 +2,7 @@
 
 Ultralytics finds a label file by the picture's path alone: the last `/images/` in it becomes `/labels/`, what
 follows the last dot becomes `txt`; where there is no such file, it trains on the picture as background and
-says nothing. Pictures are in `images/` under their names here, each label file where that rule looks.
+does not warn. Pictures are in `images/` under their names here, each label file where that rule finds it.
 
 The format has one polygon an object and no scores. Parts and holes are bridged into it, so most of a mask
 survives; how much is measured on every line as it is written, and reported.
@@ -11,9 +11,8 @@ survives; how much is measured on every line as it is written, and reported.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -38,7 +37,6 @@ class Loss:
     total: float = 0.0
     least: float = 1.0
     low: int = 0
-    of_classes: Counter[int] = field(default_factory=Counter)
 
     def add(self, iou: float) -> None:
         """Count one polygon."""

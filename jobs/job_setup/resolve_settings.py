@@ -24,7 +24,7 @@ _REMOTE = re.compile(r"[a-z][a-z0-9+.\-]*://")
 
 
 def is_local(uri: str) -> bool:
-    """True for a plain path or `file://`."""
+    """Return True for a plain path or `file://`."""
     return uri.startswith("file://") or not _REMOTE.match(uri)
 
 
@@ -93,7 +93,7 @@ def require(value: str | None, flag: str, wanted: str) -> str:
 
 
 def check_inputs(config: Config) -> AccessRules:
-    """Return what image uris may point at, besides the folders that the inputs imply.
+    """Return what image uris may point at, in addition to the folders that the inputs imply.
 
     Raises:
         UsageError: inputs that are missing or contradict each other, a folder that does not exist, a secret.

@@ -1,4 +1,4 @@
-"""The numbers of a report, and the keys of the rows that it shows, asked of DuckDB (`queries`, `sections`).
+"""The numbers of a report and the keys of the rows it shows, computed by DuckDB (`queries`, `sections`).
 
 The columns that the queries name are read once from the published tables, row group by row group and without
 masks, into a temporary DuckDB file; memory is bounded, because DuckDB spills to that folder. Counts and

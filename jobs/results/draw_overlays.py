@@ -37,7 +37,7 @@ _FILL = 0.26
 _TEXT_PX, _HEAD_PX = 13, 20
 _MOST_ENLARGED = 4.0
 _MOST_LABELS = 40
-"""More scores than this on one picture cover it; the caption still says their range."""
+"""More scores than this on one picture cover it; the caption still has their range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ def _colour(index: int) -> Colour:
 
 
 def _shrunk_mask(instance: DrawnInstance, drawn_wh: tuple[int, int]) -> Image.Image:
-    """The mask at the drawn size, mode L, 0 or 255; anything that covers a quarter of a pixel shows."""
+    """Return the mask at the drawn size, mode L, 0 or 255; what covers a quarter of a pixel shows."""
     assert instance.size_hw is not None
     assert instance.counts is not None
     full: npt.NDArray[np.uint8] = coco_mask.decode({"size": instance.size_hw, "counts": instance.counts})

@@ -50,11 +50,6 @@ def require_published(store: Store) -> Manifest:
     return manifest
 
 
-def find_image(store: Store, manifest: Manifest, image_id: str) -> ImageRows | None:
-    """Return the rows of one image, or None when no part has it."""
-    return find_images(store, manifest, [image_id]).get(image_id)
-
-
 def find_images(store: Store, manifest: Manifest, image_ids: Collection[str]) -> dict[str, ImageRows]:
     """Return the rows of several images by id, those that some part has. Each row group is read once."""
     wanted = sorted(set(image_ids), key=str.encode)

@@ -60,7 +60,8 @@ def overlay_png(context: JobContext, rows: ImageRows, *, longest_side: int) -> b
     Raises:
         ImageError: it cannot be fetched or decoded.
     """
-    with picture_decoder(context, min(longest_side, _longest(rows.image))) as child:
+    image_side = max(int(rows.image["width"] or 1024), int(rows.image["height"] or 1024))
+    with picture_decoder(context, min(longest_side, image_side)) as child:
         tile = _tile(rows, upright_picture(context, rows.image, child), context)
     return png_bytes(draw_overlay(tile, longest_side=longest_side))
 
@@ -149,7 +150,3 @@ def shown_box(row: Row, box_format: str) -> Box | None:
         return None
     x1, y1, x2, y2 = boxes_to_xyxy(np.array([given], np.float64), cast(PixelFormat, box_format))[0].tolist()
     return x1, y1, x2, y2
-
-
-def _longest(image: Row) -> int:
-    return max(int(image["width"] or 1024), int(image["height"] or 1024))

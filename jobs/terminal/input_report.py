@@ -13,7 +13,7 @@ from pipeline.job_state.job_file import Job
 
 
 def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values about images, boxes and how they were joined; `plan`: the fields of a PlanSummary."""
+    """Return names and values about images, boxes and their join; `plan`: the fields of a PlanSummary."""
     limited = plan["listed_images"] > plan["images"]
     images = count(plan["images"], "image") + (
         f", the first of {plan['listed_images']:,} (--limit)" if limited else ""
@@ -68,7 +68,7 @@ def describe_work(job: Job, *, done_units: int, pending_units: int, part: str | 
 
 
 def warnings(config: Config, plan: Mapping[str, Any]) -> list[str]:
-    """The sentences on likely mistakes, each its own line; `plan`: the fields of a PlanSummary."""
+    """Return the sentences on likely mistakes, each its own line; `plan`: the fields of a PlanSummary."""
     sentences = list(plan["warnings"])
     if not plan["boxes"] and plan["without_boxes"] == plan["images"] and config.detector.name is None:
         sentences.insert(0, f"no image has a box, so there will be no mask; {_NO_BOXES}")

@@ -2,7 +2,7 @@
 
 The line is written by its own thread, so that it keeps coming when nothing moves: a stall is
 seen as a rate that falls, not as silence. Time left comes from the last three minutes, because the
-start (loading the model, filling the pipe) says nothing about the rest.
+start (loading the model, filling the pipe) does not predict the rest.
 """
 
 from __future__ import annotations
@@ -118,10 +118,6 @@ class Progress:
         """Return what `add` has counted."""
         with self._lock:
             return self._counts
-
-    def seconds(self) -> float:
-        """Return seconds since this object was made."""
-        return self._clock() - self._began
 
     def line(self) -> str:
         """Return the progress in one line of plain text."""

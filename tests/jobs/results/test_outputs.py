@@ -12,7 +12,7 @@ from PIL import Image
 
 from jobs.commands import end_summary
 from jobs.commands.retry import find_targets
-from jobs.results.read_tables import failed_examples, find_image, sample_labelled
+from jobs.results.read_tables import failed_examples, find_images, sample_labelled
 from pipeline.errors import JobRefused
 from pipeline.job_context import Place
 from pipeline.settings import Limits
@@ -208,11 +208,11 @@ def test_rows_are_found_by_the_footers_of_the_parts(made: MadeJob, output: str) 
     manifest = read_manifest(made.store)
     assert manifest is not None
     for image_id in made.plan["image_id"].to_pylist():
-        found = find_image(made.store, manifest, image_id)
+        found = find_images(made.store, manifest, [image_id]).get(image_id)
         assert found is not None
         assert found.image["image_id"] == image_id
         assert len(found.instances) == found.image["num_boxes"]
-    assert find_image(made.store, manifest, "img-00007") is None
+    assert find_images(made.store, manifest, ["img-00007"]).get("img-00007") is None
     sample = [rows.image["image_id"] for rows in sample_labelled(made.store, manifest, 5)]
     assert sample == sorted(set(sample))
     assert len(sample) == 5
@@ -297,7 +297,7 @@ def test_an_overlay_is_drawn_from_the_published_rows(tmp_path: Path) -> None:
     run("publish", "--output", str(tmp_path / "out"))
     manifest = read_manifest(made.store)
     assert manifest is not None
-    rows = find_image(made.store, manifest, "img-00009.jpg")
+    rows = find_images(made.store, manifest, ["img-00009.jpg"]).get("img-00009.jpg")
     assert rows is not None
     here = ImageRows(image={**rows.image, "image_uri": str(photo)}, instances=rows.instances)
     context = make_context()
