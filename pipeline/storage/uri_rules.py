@@ -182,6 +182,19 @@ def refuse_secrets(options: Mapping[str, Any], *, where: str) -> None:
         )
 
 
+def refuse_password(uri: str | None, *, where: str) -> None:
+    """Refuse a place whose uri carries a user name and a password: places are kept in job.json.
+
+    Raises:
+        UsageError: names the flag or setting, never the uri, and states where credentials belong.
+    """
+    if uri and _USER_AND_PASSWORD.search(uri):
+        raise UsageError(
+            f"{where}: the uri carries a user name and a password, and places are written to job.json. "
+            "Leave them out: credentials come from the environment, a profile, a role or a mounted file."
+        )
+
+
 def secret_options(options: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return dotted names of the options that look like secrets, in the order given."""
     found: list[str] = []

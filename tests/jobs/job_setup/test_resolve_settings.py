@@ -64,6 +64,22 @@ def test_a_secret_in_the_configuration_is_refused_and_not_shown(name: str) -> No
         assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("input.images", "--images"), ("input.boxes", "--boxes"), ("input.image_root", "input.image_root"),
+        ("model.checkpoint", "--checkpoint"), ("output.uri", "--output"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("scheme", ["s3", "https"])
+def test_a_place_with_a_password_is_refused_and_not_shown(name: str, flag: str, scheme: str) -> None:
+    given = config("output.uri=/out", "input.images=/in", f"{name}={scheme}://user:hunter2@host/x.csv")
+    for make in (settings.output_place, settings.check_inputs):
+        with pytest.raises(UsageError, match=f"^{flag}: .*job.json") as caught:
+            make(given)
+        assert "hunter2" not in str(caught.value)
+
+
 def test_what_is_missing_is_named_with_its_flag() -> None:
     with pytest.raises(UsageError, match="--output is missing"):
         settings.output_place(config())
