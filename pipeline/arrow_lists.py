@@ -102,18 +102,11 @@ def _hash_array(digest: Any, array: pa.Array) -> None:
         _hash_array(digest, array.flatten())
     elif pa.types.is_string(kind):
         digest.update(_numpy(pc.fill_null(pc.binary_length(array), 0)).astype("<i4").tobytes())
-        digest.update(_text_bytes(array))
+        whole = pa.LargeListArray.from_arrays(pa.array([0, len(array)], pa.int64()), pc.fill_null(array, ""))
+        digest.update(pc.binary_join(whole, "")[0].as_buffer() or b"")  # all strings end to end
     else:
         values = _numpy(pc.fill_null(array, pa.scalar(0).cast(kind)))
         digest.update(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes())
-
-
-def _text_bytes(array: pa.Array) -> bytes:
-    """Return the UTF-8 bytes of all strings end to end."""
-    joined = pc.binary_join(
-        pa.LargeListArray.from_arrays(pa.array([0, len(array)], pa.int64()), pc.fill_null(array, "")), ""
-    )
-    return bytes(joined[0].as_buffer() or b"")
 
 
 def _numpy(array: pa.Array) -> npt.NDArray[Any]:

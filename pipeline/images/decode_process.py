@@ -302,8 +302,8 @@ def _answer(decoder: Decoder, config: _ChildConfig, size: int) -> dict[str, Any]
     _, _, data_file, pixel_file = config.files
     try:
         data = _read_all(data_file, size)
-        asked = {"detector_side": config.detector_side, "draft_jpeg": config.draft_jpeg}
-        more = {name: value for name, value in asked.items() if value}
+        options = {"detector_side": config.detector_side, "draft_jpeg": config.draft_jpeg}
+        more = {name: value for name, value in options.items() if value}
         found = decoder(data, max_pixels=config.max_pixels, side=config.side, **more)
     except ImageError as error:
         return {"code": error.code, "message": error.message}

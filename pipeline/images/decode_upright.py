@@ -16,7 +16,7 @@ Rules, one each:
   refused, as are pixel types that Pillow does not know (`pixel_type`).
 - CMYK goes through Pillow's plain conversion (Adobe's inverted JPEGs included); ICC profiles are ignored.
 - Of an animation or a file of many pages, the first.
-- Reduced JPEG decoding changes pixels, so it is done only where it was asked for (`draft_jpeg`), and never to
+- Reduced JPEG decoding changes pixels, so it is done only where it is set (`draft_jpeg`), and never to
   less than the picture is resized to afterwards.
 """
 
@@ -60,7 +60,7 @@ class DecodedImage:
     `pixels_hwc`: uint8 RGB (h, w, 3) with max(h, w) == side; may be read-only. `size_hw`: upright, full size.
     `stored_size_hw`: as stored in the file, before its orientation was applied. `exif_orientation`: 1 to 8,
     or None where the file states none that can be used. `format`: Pillow's name, such as `JPEG`.
-    `detector_hwc`: the same at the detector's size, where one was asked for and it is another size.
+    `detector_hwc`: the same at the detector's size, where there is a detector and it is another size.
     """
 
     pixels_hwc: UInt8Array

@@ -173,7 +173,9 @@ def missing_columns(
         near = {ours: theirs for ours, theirs in near.items() if ours != "category_id"}
         rows = _first_rows(uri, mapping, near, access)
     if not near:
-        return JobRefused(message + (_no_names(names) or called_otherwise(lacking[0])))
+        is_headless = any(re.fullmatch(r"[+-]?[0-9.]+", name) for name in names)
+        hint = "; the first line holds numbers: does it lack the names of its columns?"
+        return JobRefused(message + (hint if is_headless else called_otherwise(lacking[0])))
     if box_format is not None and _are_shares(rows):
         box_format = cast(BoxFormat, f"{box_format}-normalised")
     flag = f" --box-format {box_format}" if box_format not in (None, "xyxy") else ""
@@ -188,11 +190,6 @@ def missing_columns(
         f"{message}. If {meant} {'is' if len(near) == 1 else 'are'} meant: "
         f"{setting_of(near, mapping)}{flag}{rest}"
     )
-
-
-def _no_names(names: Sequence[str]) -> str:
-    numbers = [name for name in names if re.fullmatch(r"[+-]?[0-9.]+", name)]
-    return "; the first line holds numbers: does it lack the names of its columns?" if numbers else ""
 
 
 def _proposal(

@@ -257,8 +257,8 @@ def _other_lengths(counts: Int64Array, total: int) -> tuple[str, ...]:
     elif same == len(counts):
         many = f"all of {same:,} boxes checked have {most} numbers each"
     else:
-        looked = "boxes" if len(counts) == total else "boxes checked"
-        many = f"{len(others):,} of {len(counts):,} {looked} have other than 4 numbers, most of them {most}"
+        boxes = "boxes" if len(counts) == total else "boxes checked"
+        many = f"{len(others):,} of {len(counts):,} {boxes} have other than 4 numbers, most of them {most}"
     return (f"{many}{_LENGTHS.get(most, '')}; wanted 4, so they get no mask (box_malformed): {_FIX}",)
 
 

@@ -78,7 +78,7 @@ class FsspecBackend:
         return getattr(self._fs, name)(*args, **kwargs)
 
     def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject:
-        """Return the object's bytes; its size is asked first, so two requests."""
+        """Return the object's bytes; its size is requested first, so two requests."""
         found = self.stat(path, timeout_s=timeout_s)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, "no such object", path)
@@ -187,8 +187,8 @@ async def _drain(read: Callable[[int], Any], max_bytes: int | None) -> bytes:
 class S3Backend:
     """S3 and its likes. s3fs makes the client; the requests are spelled out, one for each promise.
 
-    Retries of s3fs (5) and botocore (4) are off: `retries.with_retries` is the only loop (but for aiohttp,
-    which repeats an idempotent request once when a kept connection turns out to be closed).
+    Retries of s3fs (5) and botocore (4) are off: `request_retries.with_retries` is the only loop (but for
+    aiohttp, which repeats an idempotent request once when a kept connection turns out to be closed).
     """
 
     page_size = 1000

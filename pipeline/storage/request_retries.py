@@ -39,7 +39,7 @@ class Verdict:
 
 
 class StorageFault(HqlabelError):
-    """A storage call that is given up; the door turns it into the error its caller promises.
+    """A storage call that is given up; the caller turns it into the error that it promises itself.
 
     `broken_body`: the store answered, but what it sent was never whole: that object's own trouble.
     """

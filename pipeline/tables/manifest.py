@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import TypeAdapter
 
@@ -112,9 +112,10 @@ def read_manifest(store: Store) -> Manifest | None:
         content = json.loads(body)
         if content["format"] != MANIFEST_FORMAT:
             raise ValueError(f"format {content['format']}, wanted {MANIFEST_FORMAT}")
-        for part in content["parts"]:
-            if "empty" not in part["counts"]:
-                _count_empty_masks(part["counts"])
+        for counts in (part["counts"] for part in content["parts"]):
+            if "empty" not in counts:  # older manifests count masks without a pixel among the others
+                counts["empty"] = int(counts["rejected"].get("empty", 0))
+                counts["masks"] -= counts["empty"]
         return TypeAdapter(Manifest).validate_python(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -122,12 +123,6 @@ def read_manifest(store: Store) -> Manifest | None:
             f"{store.place.uri}/{MANIFEST_KEY} cannot be read ({reason}). "
             "Move it away and publish again: the units are the truth."
         ) from error
-
-
-def _count_empty_masks(counts: dict[str, Any]) -> None:
-    """Count masks without a pixel by themselves, as manifests from before `empty` did not."""
-    counts["empty"] = int(counts["rejected"].get("empty", 0))
-    counts["masks"] -= counts["empty"]
 
 
 def finished_units(committed: Sequence[int], manifest: Manifest | None) -> set[int]:

@@ -1,11 +1,10 @@
-"""One JSON object a line for what workers do, so that a log store can be asked for a run, a unit or an image.
+"""One JSON object a line for what workers do, so that a log store can be searched for a run, unit or image.
 
     {"time": "2026-11-25T17:03:12.482+00:00", "level": "WARNING", "event": "image_failed",
      "run_id": "…", "unit_id": 1234, "image_id": "street/0001.jpg", "code": "truncated", "message": "…"}
 
 Workers write to their stderr, which Ray keeps as `worker-*.err` in the log folder of its session; nothing
-comes to the driver's terminal. A line holds what the tables hold, without
-credentials that a uri may carry.
+comes to the driver's terminal. A line holds what the tables hold, without credentials that a uri may carry.
 """
 
 from __future__ import annotations
