@@ -53,16 +53,13 @@ def over_budget(limits: Limits, *, images: int, failed: int) -> str | None:
     # Divided, not multiplied: 29 / 100 is the very number that 0.29 is, while 0.29 * 100 is below 29.
     if not failed or images < limits.failure_rate_from_images or failed / images <= limits.max_failure_rate:
         return None
+    next_tenth = math.ceil(10 * (failed / images)) / 10
     return (
         f"over the failure budget: {failed:,} of {count(images, 'image')} failed "
         f"({console.share(failed, images)}), limits.max_failure_rate is {limits.max_failure_rate:g}; fix "
-        f"the cause and retry, or allow more: --set limits.max_failure_rate={_next_tenth(failed / images):g} "
+        f"the cause and retry, or allow more: --set limits.max_failure_rate={next_tenth:g} "
         f"(exit code {EXIT_OVER_BUDGET})"
     )
-
-
-def _next_tenth(rate: float) -> float:
-    return math.ceil(10 * rate) / 10
 
 
 def report_done(end: Ending, *, json: bool) -> int:

@@ -161,7 +161,7 @@ def _prefix_notes(prefix: str | None, folder: str) -> Iterator[str]:
             "if a folder is meant, end it with /"
         )
     scheme = split_scheme(folder)[0]
-    if prefix is None and _is_local(folder):
+    if prefix is None and folder.startswith("/"):
         yield _LOCAL_PATHS
     elif prefix is None and folder and scheme not in ("s3", "gs", "azure-blob", "http", "https"):
         yield (
@@ -221,14 +221,10 @@ def _yolo_steps(options: ExportOptions, source: ExportSource) -> Iterator[tuple[
     to = resolve_settings.absolute(options.to).rstrip("/")
     yield "next", f"the pictures alone go into {to}/images/, under their names in images.txt"
     root = next(iter(source.roots)) if len(source.roots) == 1 else None
-    if root is not None and _is_local(root) and _is_local(to):
+    if root is not None and root.startswith("/") and to.startswith("/"):
         to, here = shlex.quote(to), shlex.quote(root)
         yield (
             "",
             f"mkdir -p {to}/images && cd {here} && sed 's|^./images/||' {to}/images.txt | "
             f"xargs -r -d '\\n' cp --parents -t {to}/images --",
         )
-
-
-def _is_local(uri: str) -> bool:
-    return uri.startswith("/")

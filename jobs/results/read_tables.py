@@ -119,11 +119,8 @@ def _may_meet(body: pq.ParquetFile, group: int, low: str, high: str) -> bool:
     facts = column.statistics
     if facts is None or not facts.has_min_max:
         return True
-    return bool(_bytes(facts.min) <= high.encode() and low.encode() <= _bytes(facts.max))
-
-
-def _bytes(value: str | bytes) -> bytes:
-    return value.encode() if isinstance(value, str) else value
+    least, most = (end.encode() if isinstance(end, str) else end for end in (facts.min, facts.max))
+    return bool(least <= high.encode() and low.encode() <= most)
 
 
 def _labelled_ids(store: Store, file: PartFile) -> list[str]:
