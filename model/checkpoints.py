@@ -314,8 +314,8 @@ def read_files(
     name, data = next(((name, data) for name in names if (data := read(name)) is not None), ("", None))
     if data is None:
         hint = f"; it holds {', '.join(near[:8])}: name one of them" if near else ""
-        missing = "is not there" if names == ALONE else f"neither {' nor '.join(names)} is there{hint}"
-        raise CheckpointError(f"{source}: {missing}")
+        missing = " is not there" if names == ALONE else f": neither {' nor '.join(names)} is there{hint}"
+        raise CheckpointError(f"{source}{missing}")
     config = read(CONFIG)
     index = parse_index(data, source, name) if name.endswith(".json") else {}
     tensors, digest = Tensors(), hashlib.sha256()

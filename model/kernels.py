@@ -270,9 +270,8 @@ def upscale_cells(layers: nn.Sequential, x_RC: torch.Tensor) -> torch.Tensor:
     norm and activation in between depend on no order of pixels. `cells_to_map` puts them in place.
     """
     conv1, norm, activation, conv2, *last = layers
-    hidden = activation(
-        cast(LayerNorm2d, norm).over_last_axis(_patches(cast(nn.ConvTranspose2d, conv1), x_RC))
-    )
+    hidden = _patches(cast(nn.ConvTranspose2d, conv1), x_RC)
+    hidden = activation(cast(LayerNorm2d, norm).over_last_axis(hidden))
     cells = _patches(cast(nn.ConvTranspose2d, conv2), hidden.flatten(0, 2)).view(len(x_RC), 2, 2, 2, 2, -1)
     for layer in last:
         cells = layer(cells)

@@ -191,20 +191,13 @@ class SamHQConfig:
         return 4 * self.vision.grid
 
     @classmethod
-    def around(
-        cls, vision: VisionConfig | TinyVisionConfig, *, mlp_dim: int = 2048, iou_head_hidden_dim: int = 256
-    ) -> SamHQConfig:
+    def around(cls, vision: VisionConfig | TinyVisionConfig, *, mlp_dim: int = 2048) -> SamHQConfig:
         """Return the configuration of a model with this encoder and the usual prompt encoder and decoder."""
         width = vision.output_channels
         return cls(
             vision=vision,
             prompt_encoder=PromptEncoderConfig(hidden_size=width, image_size=vision.image_size),
-            mask_decoder=MaskDecoderConfig(
-                hidden_size=width,
-                mlp_dim=mlp_dim,
-                iou_head_hidden_dim=iou_head_hidden_dim,
-                vit_dim=vision.early_channels,
-            ),
+            mask_decoder=MaskDecoderConfig(hidden_size=width, mlp_dim=mlp_dim, vit_dim=vision.early_channels),
         )
 
 

@@ -174,7 +174,7 @@ class SamHQ(nn.Module):
                     f"an image of upright size {size_hw} was prepared as {image.shape[:2]}; "
                     f"wanted {expected_hw}"
                 )
-        with self._own_precision():
+        with self._without_autocast():
             embedding, hq_features = self.embed(self.preprocess(pixels))
         return ImageEmbedding(
             embedding_BCGG=embedding,
@@ -276,7 +276,7 @@ class SamHQ(nn.Module):
         decoder = PromptDecoder(self, embedding, multimask=multimask, hq_token_only=hq_token_only)
         for batch in batches:
             for chunk, real in batch.chunks(prompts_per_call):
-                with torch.no_grad(), self._own_precision():
+                with torch.no_grad(), self._without_autocast():
                     masks, ious = decoder.decode(chunk)
                 yield DecodedCall(
                     place_N=chunk.place_N[:real],
@@ -285,7 +285,7 @@ class SamHQ(nn.Module):
                     predicted_iou_NM=ious[:real],
                 )
 
-    def _own_precision(self) -> torch.autocast:
+    def _without_autocast(self) -> torch.autocast:
         """Turn a caller's autocast off: `cast` alone decides what runs in which dtype."""
         return torch.autocast(self.device.type, enabled=False)
 

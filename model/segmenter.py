@@ -136,7 +136,7 @@ class Segmenter:
                 then. What goes wrong with one image's numbers or memory is a `SegmentFailure` in its place.
         """
         results: list[Instances | SegmentFailure] = [_join([], image.size_hw, ()) for image in images]
-        with_prompts = [i for i, image in enumerate(images) if self._check(image, i)]
+        with_prompts = [i for i, image in enumerate(images) if self._count_prompts(image, i)]
         for start in range(0, len(with_prompts), self.call_shape.images_per_call):
             indices = with_prompts[start : start + self.call_shape.images_per_call]
             call = [images[i] for i in indices]
@@ -147,8 +147,8 @@ class Segmenter:
                 results[index] = answer
         return results
 
-    def _check(self, image: PreparedImage, index: int) -> int:
-        """Return the number of an image's prompts. Raises ValueError as `segment_prepared`."""
+    def _count_prompts(self, image: PreparedImage, index: int) -> int:
+        """Return the number of an image's prompts; check both. Raises ValueError as `segment_prepared`."""
         check_image(image.pixels_hwc)
         resized_hw = target_size_hw(image.size_hw, self.input_side)
         if image.pixels_hwc.shape[:2] != resized_hw:
@@ -203,7 +203,7 @@ class Segmenter:
         pending: list[list[Future[Instances]]] = [[] for _ in images]
         for index, logits_NLL, iou_N in self._logits_by_image(embedding, prompts, shape.boxes_per_call):
             pending[index].append(
-                self._finish(logits_NLL, iou_N, embedding.resized_hw[index], images[index].size_hw)
+                self._trace(logits_NLL, iou_N, embedding.resized_hw[index], images[index].size_hw)
             )
         return [
             _join([part.result() for part in parts], image.size_hw, flags)
@@ -228,7 +228,7 @@ class Segmenter:
                 yield index, call.low_res_NMHW[part, 0], call.predicted_iou_NM[part, 0]
                 start += count
 
-    def _finish(
+    def _trace(
         self,
         logits_NLL: torch.Tensor,
         iou_N: torch.Tensor,

@@ -497,7 +497,7 @@ def test_numbers_that_are_not_finite_fail_their_box_alone(
 def test_logits_whose_sum_alone_is_not_finite_are_sound(model: SamHQ, segment_all: Segmenter) -> None:
     low = torch.full((2, 64, 64), 3e38)
     low[0, :32] = -3e38
-    found = segment_all._finish(low, torch.tensor([0.5, float("nan")]), (256, 256), (40, 40)).result()
+    found = segment_all._trace(low, torch.tensor([0.5, float("nan")]), (256, 256), (40, 40)).result()
 
     assert found.area.tolist() == [800, 0]
     assert np.isnan(found.predicted_iou).tolist() == [False, True]
