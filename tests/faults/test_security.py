@@ -326,10 +326,10 @@ OPENING_SCRIPT = """
     from pipeline.settings import Limits
     import pyarrow as pa
     root, uris = sys.argv[1], json.loads(sys.argv[2])
-    access = AccessRules(roots=(root,))
+    access, limits = AccessRules(roots=(root,)), Limits()  # pydantic looks for plugins at the first one
     open(root + "/BEGIN").close() if Path(root + "/BEGIN").exists() else None
     refused = refused_uris(pa.array(uris, pa.large_string()), access)
-    outcomes = [one.error.code if one.error else "opened" for one in fetch_ahead(uris, access, Limits())]
+    outcomes = [one.error.code if one.error else "opened" for one in fetch_ahead(uris, access, limits)]
     print(json.dumps([len(refused), outcomes]))
 """
 
