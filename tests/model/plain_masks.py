@@ -58,3 +58,24 @@ def coco_counts(masks_NHW: Any) -> tuple[str, ...]:
     """The string that pycocotools makes of each dense mask."""
     columns = (np.asfortranarray(np.asarray(mask).astype(np.uint8)) for mask in masks_NHW)
     return tuple(coco_mask.encode(mask)["counts"].decode("ascii") for mask in columns)
+
+
+def plain_components(mask: np.ndarray) -> int:
+    """Flood fill over 8 neighbours, pixel by pixel."""
+    todo = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask), strict=True)}
+    found = 0
+    while todo:
+        found += 1
+        stack = [todo.pop()]
+        while stack:
+            y, x = stack.pop()
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & todo
+            todo -= near
+            stack += near
+    return found
+
+
+def random_masks(seed: int, n: int, height: int, width: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    densities = rng.choice([0.0, 0.05, 0.3, 0.5, 0.8, 1.0], n)
+    return [rng.random((height, width)) < d for d in densities]

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from model import rle
 from model.masks import runs_from_edges
-from tests.model.plain_masks import bboxes_xywh, coco_counts
+from tests.model.plain_masks import bboxes_xywh, coco_counts, plain_components, random_masks
 
 
 def edges_of(masks_nhw: np.ndarray) -> np.ndarray:
@@ -148,27 +148,6 @@ def test_a_string_that_is_not_of_the_mask_is_refused(text: str, reason: str) -> 
 
 def count_of(mask: np.ndarray) -> str:
     return coco_counts([mask])[0]
-
-
-def plain_components(mask: np.ndarray) -> int:
-    """Flood fill over 8 neighbours, pixel by pixel."""
-    todo = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask), strict=True)}
-    found = 0
-    while todo:
-        found += 1
-        stack = [todo.pop()]
-        while stack:
-            y, x = stack.pop()
-            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & todo
-            todo -= near
-            stack += near
-    return found
-
-
-def random_masks(seed: int, n: int, height: int, width: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    densities = rng.choice([0.0, 0.05, 0.3, 0.5, 0.8, 1.0], n)
-    return [rng.random((height, width)) < d for d in densities]
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,6 +15,7 @@ from model.records import Instances
 from pipeline.schema import UNIT_INSTANCE
 from pipeline.settings import FilterSettings
 from pipeline.tables.mask_quality import FLAGS, mark, measure, order_flags
+from tests.model.plain_masks import random_masks
 
 
 def counts_of(mask: np.ndarray) -> str:
@@ -34,27 +35,6 @@ def instances_of(*masks: np.ndarray, flags: tuple[str, ...] = ()) -> Instances:
         stability_score=np.full(len(masks), 0.9, np.float32),
         flags=flags,
     )
-
-
-def plain_components(mask: np.ndarray) -> int:
-    """Flood fill over 8 neighbours, pixel by pixel."""
-    todo = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask), strict=True)}
-    found = 0
-    while todo:
-        found += 1
-        stack = [todo.pop()]
-        while stack:
-            y, x = stack.pop()
-            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & todo
-            todo -= near
-            stack += near
-    return found
-
-
-def random_masks(seed: int, n: int, height: int, width: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    densities = rng.choice([0.0, 0.05, 0.3, 0.5, 0.8, 1.0], n)
-    return [rng.random((height, width)) < d for d in densities]
 
 
 @settings(max_examples=40, deadline=None)
