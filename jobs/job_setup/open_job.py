@@ -151,7 +151,7 @@ def _reading(inputs: InputSettings) -> dict[str, Any]:
 
 
 def _plan_holds(store: Store, stored: Job, inputs: InputSettings) -> bool:
-    """Whether the stored plan is of these settings, and was written whole before the first start ended."""
+    """Return whether the stored plan is of these settings, and was written whole by the first start."""
     files = store.list(f"plan/{stored.context.plan_sha256[:16]}/")
     return stored.plan.get("asked") == _reading(inputs) and len(files) == -(-stored.units // UNITS_PER_FILE)
 

@@ -302,7 +302,7 @@ def _data_context_overrides(context: JobContext, watch: type[node_watch.NodeWatc
 
 
 def _no_progress_s(context: JobContext) -> float:
-    """How long nothing at all may finish: two hours, or twice what one unit may take within its limits."""
+    """Return how long nothing may finish: two hours, or twice what one unit may take within its limits."""
     return max(NO_PROGRESS_AT_LEAST_S, 2 * context.images_per_unit * context.limits.segment_timeout_s)
 
 

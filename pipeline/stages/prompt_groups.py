@@ -34,7 +34,7 @@ class PromptGroup:
     prompts: Prompts
 
     def __len__(self) -> int:
-        """The number of prompts."""
+        """Return the number of prompts."""
         return int(self.row_of.max()) + 1
 
 
