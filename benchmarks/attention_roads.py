@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils import benchmark
 
-from model.kernels import (
+from hqlabel.model.kernels import (
     blocked_attention,
     fold_offsets,
     folded_attention,
@@ -32,7 +32,7 @@ from model.kernels import (
     offset_terms,
     plain_attention,
 )
-from model.sam_config import PUBLISHED, VisionConfig
+from hqlabel.model.sam_config import PUBLISHED, VisionConfig
 
 Road = Callable[..., torch.Tensor]
 

@@ -21,16 +21,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.made_inputs import boxes_of
-from jobs.job_setup.check_models import read_checkpoint
-from jobs.load_config import Config, ConfigSources
-from jobs.terminal import console
-from model.device import Dtype, probe_dtype
-from model.records import CallShape, Instances, PreparedImage, Prompts
-from model.sam_config import PUBLISHED, SamHQConfig
-from model.sam_hq import SamHQ
-from model.segmenter import Segmenter
-from pipeline.errors import UsageError
-from pipeline.stages.load_model import load_model
+from hqlabel.jobs.job_setup.check_models import read_checkpoint
+from hqlabel.jobs.load_config import Config, ConfigSources
+from hqlabel.jobs.terminal import console
+from hqlabel.model.device import Dtype, probe_dtype
+from hqlabel.model.records import CallShape, Instances, PreparedImage, Prompts
+from hqlabel.model.sam_config import PUBLISHED, SamHQConfig
+from hqlabel.model.sam_hq import SamHQ
+from hqlabel.model.segmenter import Segmenter
+from hqlabel.pipeline.errors import UsageError
+from hqlabel.pipeline.stages.load_model import load_model
 
 _HEAD = (
     *("model", "dtype", "images a call", "boxes", "boxes a call"),

@@ -23,19 +23,19 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.made_inputs import boxes_of, write_boxes, write_pictures
-from jobs.cluster.ray_cluster import usable_cpus
-from jobs.commands.estimate import Measured, measure
-from jobs.job_setup import resolve_settings
-from jobs.job_setup.check_models import read_checkpoint
-from jobs.job_setup.open_job import plan_inputs
-from jobs.load_config import Config, ConfigSources
-from jobs.terminal import console
-from jobs.terminal.signals import Interrupts
-from model.records import Instances, PreparedImage, Prompts, target_size_hw
-from pipeline.images.decode_upright import decode_image
-from pipeline.job_context import Weights
-from pipeline.settings import ModelSettings
-from pipeline.stages.load_model import load_model, native_dtype
+from hqlabel.jobs.cluster.ray_cluster import usable_cpus
+from hqlabel.jobs.commands.estimate import Measured, measure
+from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.job_setup.check_models import read_checkpoint
+from hqlabel.jobs.job_setup.open_job import plan_inputs
+from hqlabel.jobs.load_config import Config, ConfigSources
+from hqlabel.jobs.terminal import console
+from hqlabel.jobs.terminal.signals import Interrupts
+from hqlabel.model.records import Instances, PreparedImage, Prompts, target_size_hw
+from hqlabel.pipeline.images.decode_upright import decode_image
+from hqlabel.pipeline.job_context import Weights
+from hqlabel.pipeline.settings import ModelSettings
+from hqlabel.pipeline.stages.load_model import load_model, native_dtype
 
 _ONE_MEGAPIXEL, _TWELVE_MEGAPIXELS = (864, 1152), (3000, 4000)
 _STUB_SIDE = 1024
@@ -175,7 +175,7 @@ def loop_of_pillow(name: str, side: int) -> int:
 
 def loop_of_model(name: str) -> int:
     """The bytes of all runs of the picture's masks, after `_load_model` in this process."""
-    from model.segmenter import Segmenter
+    from hqlabel.model.segmenter import Segmenter
 
     segmenter = _MODELS[-1]
     assert isinstance(segmenter, Segmenter)
@@ -194,8 +194,8 @@ _MODELS: list[object] = []
 
 
 def _load_model(weights: Weights, asked: ModelSettings, device: str) -> None:
-    from model.device import set_cpu_threads
-    from model.segmenter import Segmenter
+    from hqlabel.model.device import set_cpu_threads
+    from hqlabel.model.segmenter import Segmenter
 
     set_cpu_threads(asked.cpu_threads)
     model = load_model(weights, device).model

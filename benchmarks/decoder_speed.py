@@ -19,10 +19,10 @@ from collections.abc import Callable
 
 import torch
 
-from model.records import CallShape, Instances
-from model.sam_config import PATCH_SIZE, vit_config
-from model.sam_hq import SamHQ
-from model.segmenter import Segmenter
+from hqlabel.model.records import CallShape, Instances
+from hqlabel.model.sam_config import PATCH_SIZE, vit_config
+from hqlabel.model.sam_hq import SamHQ
+from hqlabel.model.segmenter import Segmenter
 from tests.model.plain_decoder import plain_decode
 from tests.parity.lively import boxes_in, lively, photo
 

@@ -49,11 +49,11 @@ def measure(images: int, images_per_unit: int) -> str:
     """One line of figures for a job of so many images."""
     import ray
 
-    from pipeline.job_context import BoxRules, JobContext, Place, UnitOutcome, Weights
-    from pipeline.planning.make_plan import make_plan, write_plan
-    from pipeline.ray_execution.chain import run_units
-    from pipeline.settings import ClusterSettings, InputSettings, Limits, ModelSettings
-    from pipeline.storage.output_store import Store
+    from hqlabel.pipeline.job_context import BoxRules, JobContext, Place, UnitOutcome, Weights
+    from hqlabel.pipeline.planning.make_plan import make_plan, write_plan
+    from hqlabel.pipeline.ray_execution.chain import run_units
+    from hqlabel.pipeline.settings import ClusterSettings, InputSettings, Limits, ModelSettings
+    from hqlabel.pipeline.storage.output_store import Store
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from benchmarks import chain
 from benchmarks.made_inputs import write_pictures
-from jobs.cluster.ray_cluster import running_ray, usable_cpus
-from jobs.load_config import Config
-from jobs.terminal.signals import Interrupts
-from model.records import target_size_hw
+from hqlabel.jobs.cluster.ray_cluster import running_ray, usable_cpus
+from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.terminal.signals import Interrupts
+from hqlabel.model.records import target_size_hw
 
 SIZE_HW = (864, 1152)
 SIDE = 1024

@@ -27,19 +27,19 @@ import pyarrow as pa
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from model.records import Instances
-from pipeline import schema
-from pipeline.image_result import ImageResult
-from pipeline.job_context import AccessRules, BoxRules, JobContext, Place, Weights
-from pipeline.job_state.job_file import Job, identity_of, open_job
-from pipeline.settings import FilterSettings, Limits, ModelSettings
-from pipeline.stages.box_prompts import resolve_boxes
-from pipeline.storage.checksummed_parquet import ParquetSink
-from pipeline.storage.output_store import Store
-from pipeline.tables.count_masks import Counts
-from pipeline.tables.images_and_instances import flatten_unit
-from pipeline.tables.manifest import Manifest, Part, PartFile, write_manifest
-from pipeline.tables.unit_table import build_unit_table
+from hqlabel.model.records import Instances
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.image_result import ImageResult
+from hqlabel.pipeline.job_context import AccessRules, BoxRules, JobContext, Place, Weights
+from hqlabel.pipeline.job_state.job_file import Job, identity_of, open_job
+from hqlabel.pipeline.settings import FilterSettings, Limits, ModelSettings
+from hqlabel.pipeline.stages.box_prompts import resolve_boxes
+from hqlabel.pipeline.storage.checksummed_parquet import ParquetSink
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.count_masks import Counts
+from hqlabel.pipeline.tables.images_and_instances import flatten_unit
+from hqlabel.pipeline.tables.manifest import Manifest, Part, PartFile, write_manifest
+from hqlabel.pipeline.tables.unit_table import build_unit_table
 
 SIZE_HW = (480, 640)
 MASKS_PER_IMAGE = 7
@@ -231,7 +231,7 @@ def write_truth(folder: Path, images: int) -> Path:
 def measured(arguments: list[str]) -> tuple[float, float, float]:
     """(seconds, CPU seconds, peak MB) of one command in a process of its own."""
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "jobs", *arguments], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "hqlabel", *arguments], stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{arguments} ended with status {status}")

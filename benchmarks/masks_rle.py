@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
-from model.masks import trace_masks
-from model.records import target_size_hw
+from hqlabel.model.masks import trace_masks
+from hqlabel.model.records import target_size_hw
 
 SIZES_HW = [(480, 640), (1080, 1920), (1536, 2048)]
 # Radius as a share of the long side. Noise alone is what random weights give: no outline to be fast on.

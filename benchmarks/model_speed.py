@@ -40,13 +40,13 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch.profiler import ProfilerActivity, profile
 
-from model.checkpoints import save_transformers
-from model.device import Dtype
-from model.records import CallShape, Instances, scale_boxes, target_size_hw
-from model.rle import rle_to_mask
-from model.sam_config import PUBLISHED
-from model.sam_hq import SamHQ
-from model.segmenter import Segmenter
+from hqlabel.model.checkpoints import save_transformers
+from hqlabel.model.device import Dtype
+from hqlabel.model.records import CallShape, Instances, scale_boxes, target_size_hw
+from hqlabel.model.rle import rle_to_mask
+from hqlabel.model.sam_config import PUBLISHED
+from hqlabel.model.sam_hq import SamHQ
+from hqlabel.model.segmenter import Segmenter
 from tests.parity.lively import boxes_in, lively, photo, pixels_of
 from tests.parity.oracle import predictor_of
 

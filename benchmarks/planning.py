@@ -47,11 +47,11 @@ def main() -> None:
 
 def measure(kind: str, images: int, folder: Path) -> None:
     """One line of figures."""
-    from pipeline.job_context import Place
-    from pipeline.job_state.plan_files import iter_plan
-    from pipeline.planning.make_plan import make_plan, write_plan
-    from pipeline.settings import InputSettings
-    from pipeline.storage.output_store import Store
+    from hqlabel.pipeline.job_context import Place
+    from hqlabel.pipeline.job_state.plan_files import iter_plan
+    from hqlabel.pipeline.planning.make_plan import make_plan, write_plan
+    from hqlabel.pipeline.settings import InputSettings
+    from hqlabel.pipeline.storage.output_store import Store
 
     if kind == "coco":
         settings = InputSettings(images=str(folder / "instances.json"), boxes=str(folder / "results.json"))

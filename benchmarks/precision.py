@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model.checkpoints import DEMO_FOLDER, load
-from model.records import CallShape, Instances
-from model.rle import rle_to_mask
-from model.sam_hq import SamHQ
-from model.segmenter import Segmenter
+from hqlabel.model.checkpoints import DEMO_FOLDER, load
+from hqlabel.model.records import CallShape, Instances
+from hqlabel.model.rle import rle_to_mask
+from hqlabel.model.sam_hq import SamHQ
+from hqlabel.model.segmenter import Segmenter
 from tests.parity.lively import SMALL_VITS, boxes_in, lively, photo
 from tools.demo_model.evaluate import held_out_scene
 

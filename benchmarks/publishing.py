@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.labels_out import IMAGES_PER_UNIT, measured, one_image, open_output, size_of
-from pipeline.job_state.job_file import units_per_part
-from pipeline.tables.unit_files import encode_unit, put_unit
-from pipeline.tables.unit_table import build_unit_table
+from hqlabel.pipeline.job_state.job_file import units_per_part
+from hqlabel.pipeline.tables.unit_files import encode_unit, put_unit
+from hqlabel.pipeline.tables.unit_table import build_unit_table
 
 MASKS_PER_IMAGE = 3
 DIFFERENT_UNITS = 100

@@ -19,8 +19,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.cluster.ray_cluster import usable_cpus
-from jobs.cluster.ray_session import memory_bytes
+from hqlabel.jobs.cluster.ray_cluster import usable_cpus
+from hqlabel.jobs.cluster.ray_session import memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"

@@ -23,19 +23,19 @@ from PIL import Image
 
 from benchmarks.chain import STUB_NAME
 from benchmarks.made_inputs import many_name, write_many_boxes
-from jobs.cluster.ray_session import Machine
-from jobs.cluster.run_units import working_context
-from jobs.commands.label import pending_units
-from jobs.job_setup.job_slices import WHOLE
-from jobs.job_setup.open_job import open_or_create
-from jobs.load_config import Config, ConfigSources
-from jobs.terminal import console
-from jobs.terminal.signals import Interrupts
-from pipeline.errors import count
-from pipeline.job_context import JobContext, UnitOutcome
-from pipeline.job_state.plan_files import iter_plan
-from pipeline.planning.make_plan import write_plan
-from pipeline.tables.unit_files import unit_key
+from hqlabel.jobs.cluster.ray_session import Machine
+from hqlabel.jobs.cluster.run_units import working_context
+from hqlabel.jobs.commands.label import pending_units
+from hqlabel.jobs.job_setup.job_slices import WHOLE
+from hqlabel.jobs.job_setup.open_job import open_or_create
+from hqlabel.jobs.load_config import Config, ConfigSources
+from hqlabel.jobs.terminal import console
+from hqlabel.jobs.terminal.signals import Interrupts
+from hqlabel.pipeline.errors import count
+from hqlabel.pipeline.job_context import JobContext, UnitOutcome
+from hqlabel.pipeline.job_state.plan_files import iter_plan
+from hqlabel.pipeline.planning.make_plan import write_plan
+from hqlabel.pipeline.tables.unit_files import unit_key
 
 _DONE = 0.9
 _HEAD = ("step", "seconds", "CPU s", "driver's peak MB")
@@ -104,7 +104,7 @@ def _written_elsewhere(folder: Path, rows: int) -> Path:
 
 
 def _first_outcome(config: Config, context: JobContext, machine: Machine, pending: list[int]) -> None:
-    from pipeline.ray_execution.chain import run_units
+    from hqlabel.pipeline.ray_execution.chain import run_units
 
     seen: list[UnitOutcome] = []
     run_units(

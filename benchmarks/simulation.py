@@ -141,10 +141,10 @@ class State:
         pq.write_table(pa.table({"image_uri": names, "boxes": boxes}), self._folder / "boxes.parquet")
 
     def _plan(self, meter: Meter) -> None:
-        from pipeline.job_context import BoxRules, JobContext, Weights
-        from pipeline.job_state.job_file import Job, identity_of, open_job, units_per_part
-        from pipeline.planning.make_plan import make_plan, write_plan
-        from pipeline.settings import InputSettings, Limits, ModelSettings
+        from hqlabel.pipeline.job_context import BoxRules, JobContext, Weights
+        from hqlabel.pipeline.job_state.job_file import Job, identity_of, open_job, units_per_part
+        from hqlabel.pipeline.planning.make_plan import make_plan, write_plan
+        from hqlabel.pipeline.settings import InputSettings, Limits, ModelSettings
 
         plan = make_plan(
             InputSettings(boxes=str(self._folder / "boxes.parquet")), images_per_unit=IMAGES_PER_UNIT
@@ -168,8 +168,8 @@ class State:
         write_plan(self._store(), plan)
 
     def _label(self, meter: Meter) -> None:
-        from pipeline.job_state.driver_lock import Owner
-        from pipeline.job_state.job_file import require_job
+        from hqlabel.pipeline.job_state.driver_lock import Owner
+        from hqlabel.pipeline.job_state.job_file import require_job
 
         with self._ray(), Owner.take(self._store()) as owner:
             meter.restart()
@@ -187,11 +187,11 @@ class State:
             assert not self._pending()
 
     def _publish(self, meter: Meter) -> None:
-        from pipeline.job_state.driver_lock import Owner
-        from pipeline.job_state.job_file import require_job
-        from pipeline.ray_execution.ray_tasks import map_parts
-        from pipeline.settings import FilterSettings
-        from pipeline.tables.publish_tables import publish
+        from hqlabel.pipeline.job_state.driver_lock import Owner
+        from hqlabel.pipeline.job_state.job_file import require_job
+        from hqlabel.pipeline.ray_execution.ray_tasks import map_parts
+        from hqlabel.pipeline.settings import FilterSettings
+        from hqlabel.pipeline.tables.publish_tables import publish
 
         with self._ray(), Owner.take(self._store()) as owner:
             meter.restart()
@@ -208,22 +208,22 @@ class State:
         return private_ray() if self._with_ray else contextlib.nullcontext()
 
     def _validate(self, meter: Meter) -> None:
-        from pipeline.job_state.job_file import require_job
-        from pipeline.tables.verify_output import verify
+        from hqlabel.pipeline.job_state.job_file import require_job
+        from hqlabel.pipeline.tables.verify_output import verify
 
         found = verify(self._store(), require_job(self._store()))
         assert found.findings == [], found.findings[:3]
         meter.figures |= {"images": found.images, "MB": found.bytes / 1e6}
 
     def _store(self) -> Any:
-        from pipeline.job_context import Place
-        from pipeline.storage.output_store import Store
+        from hqlabel.pipeline.job_context import Place
+        from hqlabel.pipeline.storage.output_store import Store
 
         return Store(Place(uri=str(self._folder / "out")))
 
     def _pending(self) -> list[int]:
-        from pipeline.tables.manifest import finished_units, read_manifest
-        from pipeline.tables.unit_files import list_committed
+        from hqlabel.pipeline.tables.manifest import finished_units, read_manifest
+        from hqlabel.pipeline.tables.unit_files import list_committed
 
         store = self._store()
         done = finished_units(list(list_committed(store)), read_manifest(store))
@@ -232,8 +232,8 @@ class State:
 
 def run_with_ray(pending: Sequence[int], context: Any, driver: int, count: Callable[[object], None]) -> None:
     """The pending units through Ray Data's graph."""
-    from pipeline.ray_execution.chain import run_units
-    from pipeline.settings import ClusterSettings
+    from hqlabel.pipeline.ray_execution.chain import run_units
+    from hqlabel.pipeline.settings import ClusterSettings
 
     run_units(
         pending, context, ClusterSettings(actors=1, cpus_per_actor=0.5), epoch=driver, on_outcome=count,
@@ -245,9 +245,9 @@ def run_in_this_process(
     pending: Sequence[int], context: Any, driver: int, count: Callable[[object], None]
 ) -> None:
     """The pending units through the stages and what travels between them, one after the other."""
-    from pipeline.stages.commit import commit_unit, read_outcome
-    from pipeline.stages.rows_between_stages import UnitRow, pack, unpack
-    from pipeline.storage.output_store import Store
+    from hqlabel.pipeline.stages.commit import commit_unit, read_outcome
+    from hqlabel.pipeline.stages.rows_between_stages import UnitRow, pack, unpack
+    from hqlabel.pipeline.storage.output_store import Store
 
     store, stub = Store(context.output), UnitStub(context, epoch=driver)
     for unit_id in pending:
@@ -312,7 +312,7 @@ def private_ray() -> Iterator[None]:
     os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": path}
     os.environ |= {
         "RAY_idle_worker_killing_time_threshold_ms": "600000"
-    }  # as `jobs.cluster.ray_cluster` asks for
+    }  # as `hqlabel.jobs.cluster.ray_cluster` asks for
     import ray
 
     ray.init(
@@ -330,7 +330,7 @@ def private_ray() -> Iterator[None]:
 
 def put_stubs() -> None:
     """Run by Ray at the start of every worker: units are made instead of read and segmented."""
-    import pipeline.ray_execution.chain as graph
+    import hqlabel.pipeline.ray_execution.chain as graph
 
     graph.prepare_unit = made_unit  # type: ignore[assignment]
     graph.SegmentWorker = UnitStub  # type: ignore[misc,assignment]
@@ -338,9 +338,9 @@ def put_stubs() -> None:
 
 def made_unit(unit: Any, context: Any, store: Any, _child: object) -> tuple[Any, Any]:
     """The unit with its planned images, each a picture of a few kB; in place of `prepare_unit`."""
-    from pipeline.image_result import ImageResult
-    from pipeline.stages.prepare import planned_rows
-    from pipeline.stages.rows_between_stages import PixelArena
+    from hqlabel.pipeline.image_result import ImageResult
+    from hqlabel.pipeline.stages.prepare import planned_rows
+    from hqlabel.pipeline.stages.rows_between_stages import PixelArena
 
     rows = planned_rows(unit, context, store)
     arena = PixelArena(len(rows), SIDE)
@@ -359,8 +359,8 @@ class UnitStub:
     """The start of every unit is noted as ever, and every image has the same masks."""
 
     def __init__(self, context: Any, *, epoch: int, **_of_a_real_model: object) -> None:
-        from pipeline.stages.crash_log import CrashLog
-        from pipeline.storage.output_store import Store
+        from hqlabel.pipeline.stages.crash_log import CrashLog
+        from hqlabel.pipeline.storage.output_store import Store
 
         self._attempts = CrashLog(Store(context.output), epoch=epoch)
 
@@ -376,7 +376,7 @@ class UnitStub:
 
 @functools.cache
 def _masks() -> Any:
-    from model.records import PreparedImage, Prompts
+    from hqlabel.model.records import PreparedImage, Prompts
     from tests.fakes import box_masks
 
     prompts = Prompts(boxes_xyxy=np.array(BOXES, np.float32))

@@ -265,10 +265,10 @@ class Soak:
 
     def _close_round(self) -> None:
         """Count what is in the tables of a finished round, and forget the round."""
-        from pipeline.job_context import Place
-        from pipeline.job_state.job_file import require_job
-        from pipeline.storage.output_store import Store
-        from pipeline.tables.verify_output import verify
+        from hqlabel.pipeline.job_context import Place
+        from hqlabel.pipeline.job_state.job_file import require_job
+        from hqlabel.pipeline.storage.output_store import Store
+        from hqlabel.pipeline.tables.verify_output import verify
 
         ids, digests = _read_out(self.out)
         planned, totals = self._planned(), self.totals

@@ -88,18 +88,18 @@ def main() -> None:
 
 def run(endpoint: str, counting: Counting, folder: Path, images: int) -> None:
     """All steps of one job, each with its requests printed."""
-    from pipeline.job_context import AccessRules, BoxRules, JobContext, Place, Weights
-    from pipeline.job_state.driver_lock import Owner
-    from pipeline.job_state.job_file import Job, identity_of, open_job, require_job, units_per_part
-    from pipeline.planning.make_plan import make_plan, write_plan
-    from pipeline.settings import FilterSettings, InputSettings, Limits, ModelSettings
-    from pipeline.stages.rows_between_stages import UnitRow
-    from pipeline.storage.output_store import Store
-    from pipeline.tables.job_status import status
-    from pipeline.tables.manifest import read_manifest
-    from pipeline.tables.publish_tables import publish
-    from pipeline.tables.unit_files import list_committed
-    from pipeline.tables.verify_output import verify
+    from hqlabel.pipeline.job_context import AccessRules, BoxRules, JobContext, Place, Weights
+    from hqlabel.pipeline.job_state.driver_lock import Owner
+    from hqlabel.pipeline.job_state.job_file import Job, identity_of, open_job, require_job, units_per_part
+    from hqlabel.pipeline.planning.make_plan import make_plan, write_plan
+    from hqlabel.pipeline.settings import FilterSettings, InputSettings, Limits, ModelSettings
+    from hqlabel.pipeline.stages.rows_between_stages import UnitRow
+    from hqlabel.pipeline.storage.output_store import Store
+    from hqlabel.pipeline.tables.job_status import status
+    from hqlabel.pipeline.tables.manifest import read_manifest
+    from hqlabel.pipeline.tables.publish_tables import publish
+    from hqlabel.pipeline.tables.unit_files import list_committed
+    from hqlabel.pipeline.tables.verify_output import verify
     from tests.faults.chain import do_unit
 
     options = {"endpoint_url": endpoint}

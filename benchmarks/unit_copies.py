@@ -13,8 +13,8 @@ import time
 
 import numpy as np
 
-from pipeline.image_result import ImageResult
-from pipeline.stages.rows_between_stages import PixelArena, UnitRow, pack, unpack
+from hqlabel.pipeline.image_result import ImageResult
+from hqlabel.pipeline.stages.rows_between_stages import PixelArena, UnitRow, pack, unpack
 
 
 def main() -> None:

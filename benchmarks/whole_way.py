@@ -26,11 +26,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from moto.server import ThreadedMotoServer
 
-from model import checkpoints
-from model.device import set_cpu_threads
-from model.records import CallShape, Instances, PreparedImage, Prompts
-from model.segmenter import Segmenter
-from pipeline.images.decode_upright import decode_image
+from hqlabel.model import checkpoints
+from hqlabel.model.device import set_cpu_threads
+from hqlabel.model.records import CallShape, Instances, PreparedImage, Prompts
+from hqlabel.model.segmenter import Segmenter
+from hqlabel.pipeline.images.decode_upright import decode_image
 from tests.e2e import commands
 from tests.e2e.scenes import DataSet, make_data_set, small_checkpoint
 

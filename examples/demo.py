@@ -18,9 +18,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-from model.checkpoints import DEMO_FOLDER, save_transformers
-from model.sam_config import vit_config
-from model.sam_hq import SamHQ
+from hqlabel.model.checkpoints import DEMO_FOLDER, save_transformers
+from hqlabel.model.sam_config import vit_config
+from hqlabel.model.sam_hq import SamHQ
 
 PHOTOS = Path(os.path.relpath(Path(__file__).resolve().parent / "photos"))
 SHOWN = ("flower.jpg", "astronaut.jpg", "coins.png")
@@ -34,7 +34,7 @@ RANDOM = (
 def hqlabel(*arguments: str) -> int:
     """The exit code of `hqlabel` with these arguments, its output on this terminal."""
     print(f"\n$ hqlabel {' '.join(arguments)}", flush=True)
-    return subprocess.run([sys.executable, "-m", "jobs", *arguments], check=False).returncode
+    return subprocess.run([sys.executable, "-m", "hqlabel", *arguments], check=False).returncode
 
 
 def checkpoint(place: Path) -> str:

@@ -1,6 +1,6 @@
 """The configuration of a job: one YAML file, flags for the common cases, `--set a.b=v` on top.
 
-Every name that a user can write is a field of a section in `pipeline.settings`; an unknown name is an error
+Every name that a user can write is a field of a section in `hqlabel.pipeline.settings`; an unknown name is an error
 that proposes the nearest known one. Secrets have no field: they come from the environment, a profile or a
 role of the machine. The resolved configuration is written to `config.yaml` in the output.
 """
@@ -16,8 +16,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from pipeline.errors import UsageError
-from pipeline.settings import (
+from hqlabel.pipeline.errors import UsageError
+from hqlabel.pipeline.settings import (
     BoxSettings,
     ClusterSettings,
     CostSettings,

@@ -32,8 +32,8 @@ import safetensors.torch
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from model.records import WeightsInfo
-from model.sam_config import (
+from hqlabel.model.records import WeightsInfo
+from hqlabel.model.sam_config import (
     ConfigError,
     SamHQConfig,
     TinyVisionConfig,
@@ -43,8 +43,8 @@ from model.sam_config import (
     json_part,
     stated_side,
 )
-from model.sam_hq import SamHQ
-from model.weight_names import (
+from hqlabel.model.sam_hq import SamHQ
+from hqlabel.model.weight_names import (
     PARTS,
     CheckpointError,
     Layout,

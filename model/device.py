@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from model.records import CallShape
-    from model.sam_hq import SamHQ
+    from hqlabel.model.records import CallShape
+    from hqlabel.model.sam_hq import SamHQ
 
 P = ParamSpec("P")
 T = TypeVar("T")

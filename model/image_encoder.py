@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import kernels
-from model.kernels import TORCH_NORM_EPS, VIT_NORM_EPS, LayerNorm2d
-from model.records import EncoderFeatures
-from model.sam_config import PATCH_SIZE, TinyVisionConfig, VisionConfig
+from hqlabel.model import kernels
+from hqlabel.model.kernels import TORCH_NORM_EPS, VIT_NORM_EPS, LayerNorm2d
+from hqlabel.model.records import EncoderFeatures
+from hqlabel.model.sam_config import PATCH_SIZE, TinyVisionConfig, VisionConfig
 
 
 def neck(channels: int, out_channels: int) -> nn.Sequential:

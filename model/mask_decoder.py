@@ -27,12 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import kernels
-from model.device import to_device
-from model.kernels import LayerNorm2d
-from model.records import EncoderFeatures
-from model.sam_config import NUM_MULTIMASK_OUTPUTS, MaskDecoderConfig
-from model.transformer import ImageTokens, PositionTerms, TwoWayTransformer
+from hqlabel.model import kernels
+from hqlabel.model.device import to_device
+from hqlabel.model.kernels import LayerNorm2d
+from hqlabel.model.records import EncoderFeatures
+from hqlabel.model.sam_config import NUM_MULTIMASK_OUTPUTS, MaskDecoderConfig
+from hqlabel.model.transformer import ImageTokens, PositionTerms, TwoWayTransformer
 
 ALL_MASK_TOKENS = (0, 1, 2, 3)
 """Mask token 0 is the answer to an unambiguous prompt (a box); 1 to 3 are alternatives for a single point."""

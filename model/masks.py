@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from model.rle import Runs
+from hqlabel.model.rle import Runs
 
 # Masks traced at a time: bounds memory where a call has thousands, or where logits are noise.
 MASKS_PER_STEP = 32

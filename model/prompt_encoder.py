@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.kernels import LayerNorm2d
-from model.records import Prompts, scale_boxes, scale_points, target_size_hw
-from model.sam_config import PATCH_SIZE, PromptEncoderConfig
+from hqlabel.model.kernels import LayerNorm2d
+from hqlabel.model.records import Prompts, scale_boxes, scale_points, target_size_hw
+from hqlabel.model.sam_config import PATCH_SIZE, PromptEncoderConfig
 
 SizeHW = tuple[int, int]
 

@@ -21,11 +21,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from model.device import to_device
-from model.image_encoder import ImageEncoderViT, TinyViT
-from model.mask_decoder import MaskDecoder, SharedImages, TokenMasks
-from model.prompt_encoder import PromptBatch, PromptEncoder, box_rows, check_prompts, group_prompts
-from model.records import (
+from hqlabel.model.device import to_device
+from hqlabel.model.image_encoder import ImageEncoderViT, TinyViT
+from hqlabel.model.mask_decoder import MaskDecoder, SharedImages, TokenMasks
+from hqlabel.model.prompt_encoder import PromptBatch, PromptEncoder, box_rows, check_prompts, group_prompts
+from hqlabel.model.records import (
     EncoderFeatures,
     ImageEmbedding,
     MaskLogits,
@@ -34,7 +34,7 @@ from model.records import (
     resize_longest_side,
     target_size_hw,
 )
-from model.sam_config import PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
+from hqlabel.model.sam_config import PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
 
 Multimask = Literal["single", "best", "three"]
 """`single`: mask token 0. `best`: of tokens 1 to 3 the one with the highest predicted IoU (the original's

@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.device import Dtype, HostThread, compile_calls, is_out_of_memory, use_full_precision
-from model.masks import TracedMasks, trace_masks
-from model.prompt_encoder import box_rows, check_prompts, mask_to_prompt
-from model.records import (
+from hqlabel.model.device import Dtype, HostThread, compile_calls, is_out_of_memory, use_full_precision
+from hqlabel.model.masks import TracedMasks, trace_masks
+from hqlabel.model.prompt_encoder import box_rows, check_prompts, mask_to_prompt
+from hqlabel.model.records import (
     CallShape,
     ImageEmbedding,
     Instances,
@@ -34,8 +34,8 @@ from model.records import (
     resize_longest_side,
     target_size_hw,
 )
-from model.rle import rle_to_mask
-from model.sam_hq import SamHQ, tokens_needed
+from hqlabel.model.rle import rle_to_mask
+from hqlabel.model.sam_hq import SamHQ, tokens_needed
 
 UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.kernels import TORCH_NORM_EPS
-from model.sam_config import ATTENTION_DOWNSAMPLE_RATE, DECODER_HEADS, MaskDecoderConfig
+from hqlabel.model.kernels import TORCH_NORM_EPS
+from hqlabel.model.sam_config import ATTENTION_DOWNSAMPLE_RATE, DECODER_HEADS, MaskDecoderConfig
 
 
 class Attention(nn.Module):

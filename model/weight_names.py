@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from model.sam_config import (
+from hqlabel.model.sam_config import (
     PATCH_SIZE,
     ConfigError,
     MaskDecoderConfig,

@@ -3,7 +3,7 @@
 `HQLABEL_FAILPOINT=name=action` or `name=action@3` arms one place: `kill` ends the process at the third
 visit as SIGKILL does, `stop` stops it until SIGCONT, `raise` raises `FailPointReached`. That is all it
 can do: no path, no code and no text of the variable goes anywhere, and the command line refuses to start
-with it set (`pipeline.worker.process_env`). A value that cannot be read is an error at import.
+with it set (`hqlabel.pipeline.worker.process_env`). A value that cannot be read is an error at import.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.settings import (
+from hqlabel.pipeline.settings import (
     BoxFormat,
     BoxFrame,
     BoxSettings,
@@ -98,10 +98,10 @@ class JobContext:
     """As read from job.json it is for reports only: what a worker loads comes from this process."""
     lineage: Mapping[str, str] = field(default_factory=dict)
     """Footer entries beyond the fixed ones, already strings; keys without the `hqlabel.` prefix."""
-    segmenter: str = "pipeline.stages.load_model:load_segmenter"
+    segmenter: str = "hqlabel.pipeline.stages.load_model:load_segmenter"
     """`module:function` that makes a worker's segmenter from (context, use_gpu). Tests and benchmarks put a
     stub here. It names code that is run: it comes from this process, never from a file of the output."""
-    decoder: str = "pipeline.images.decode_upright:decode_image"
+    decoder: str = "hqlabel.pipeline.images.decode_upright:decode_image"
     """`module:function` that the decoding child calls; this process's as well."""
 
 

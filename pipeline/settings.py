@@ -1,7 +1,7 @@
 """Every setting of a job, declared once.
 
 A setting is a field of the section that users write it in: its default, range, meaning, unit and whether it
-can change a row are here and nowhere else. The configuration of a job (`jobs.load_config`), the code that
+can change a row are here and nowhere else. The configuration of a job (`hqlabel.jobs.load_config`), the code that
 reads the setting, the identity in job.json and docs/configuration.md all use these classes. A value that is
 chosen when a job begins, such as the number format for `auto`, replaces the one that was written:
 `model_copy`.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 if TYPE_CHECKING:  # it brings NumPy, and every command imports the settings
-    from model.records import CallShape
+    from hqlabel.model.records import CallShape
 
 T = TypeVar("T")
 CHANGES_ROWS, IDENTITY = "changes rows", "identity"
@@ -131,7 +131,7 @@ class ModelSettings(Section):
     @property
     def call_shape(self) -> CallShape:
         """The fixed shapes of the model's calls; `boxes_per_call` must be resolved."""
-        from model.records import CallShape
+        from hqlabel.model.records import CallShape
 
         if self.boxes_per_call is None:
             raise ValueError("model.boxes_per_call is not resolved")

@@ -12,8 +12,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from pipeline.job_context import Place
-from pipeline.storage.output_store import Store
+from hqlabel.pipeline.job_context import Place
+from hqlabel.pipeline.storage.output_store import Store
 from tests.s3_proxy import FaultProxy, fault_proxy
 
 # A busy machine is no finding: only tests that say so bound the time of an example.

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from model.records import CallShape, Instances, PreparedImage, SegmentFailure
-from pipeline.images.decode_upright import DecodedImage, decode_image
-from pipeline.job_context import JobContext
+from hqlabel.model.records import CallShape, Instances, PreparedImage, SegmentFailure
+from hqlabel.pipeline.images.decode_upright import DecodedImage, decode_image
+from hqlabel.pipeline.job_context import JobContext
 
 TROUBLE = b"TROUBLE:"
 

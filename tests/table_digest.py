@@ -7,8 +7,8 @@ from collections.abc import Collection
 
 import pyarrow as pa
 
-from pipeline import schema
-from pipeline.storage import checksummed_parquet
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.storage import checksummed_parquet
 
 
 def mask_columns_digest(table: pa.Table, *, without: Collection[str] = schema.VOLATILE) -> str:

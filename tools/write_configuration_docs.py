@@ -13,8 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from jobs.load_config import Config
-from pipeline.settings import CHANGES_ROWS, IDENTITY, Unit
+from hqlabel.jobs.load_config import Config
+from hqlabel.pipeline.settings import CHANGES_ROWS, IDENTITY, Unit
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """# Configuration

@@ -16,12 +16,12 @@ from typing import Any
 
 import typer
 
-from jobs.cli.options import SHARED, Flag
-from jobs.load_config import ConfigSources
-from jobs.terminal import console
-from jobs.terminal.signals import Interrupted, Interrupts, end_now
-from pipeline.errors import HqlabelError
-from pipeline.worker.process_env import refuse_to_start
+from hqlabel.jobs.cli.options import SHARED, Flag
+from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.jobs.terminal import console
+from hqlabel.jobs.terminal.signals import Interrupted, Interrupts, end_now
+from hqlabel.pipeline.errors import HqlabelError
+from hqlabel.pipeline.worker.process_env import refuse_to_start
 
 EXIT_BUG = 1
 _EPILOG = (

@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli import options
-from jobs.cli.app import app, command, interrupts
-from jobs.cli.options import JOB, OUTPUT, RAY_ADDRESS
-from jobs.load_config import ConfigSources
-from pipeline.errors import UsageError, clean_text
+from hqlabel.jobs.cli import options
+from hqlabel.jobs.cli.app import app, command, interrupts
+from hqlabel.jobs.cli.options import JOB, OUTPUT, RAY_ADDRESS
+from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.pipeline.errors import UsageError, clean_text
 
 
 @app.command(rich_help_panel="Labelling", context_settings={"allow_extra_args": True})
@@ -37,10 +37,10 @@ def label(
     """
     _refuse_more(ctx.args)
     settings = given.load()
-    from jobs.job_setup.driver_slice import parse_slice
+    from hqlabel.jobs.job_setup.driver_slice import parse_slice
 
     part = parse_slice(slice_)  # before the slow imports below
-    from jobs.commands.label import LabelOptions, run
+    from hqlabel.jobs.commands.label import LabelOptions, run
 
     chosen = LabelOptions(part=part, check_inputs=check_inputs, progress=not no_progress, json=json)
     return run(settings, chosen, interrupts)
@@ -69,7 +69,7 @@ def plan(
     """
     _refuse_more(ctx.args)
     settings = given.load()
-    from jobs.commands.plan import run
+    from hqlabel.jobs.commands.plan import run
 
     return run(settings, interrupts, sample=sample, json=json)
 
@@ -91,7 +91,7 @@ def status(
     Example:  hqlabel status --output out --watch
     """
     settings = given.load()
-    from jobs.commands.status import run
+    from hqlabel.jobs.commands.status import run
 
     return run(settings, json=json, watch=watch)
 
@@ -117,7 +117,7 @@ def retry(
     Example:  hqlabel retry --output out --code not_found
     """
     given.load()  # report what is wrong with the call before the slow imports below
-    from jobs.commands.retry import RetryOptions, run
+    from hqlabel.jobs.commands.retry import RetryOptions, run
 
     chosen = RetryOptions(codes=tuple(code or ()), progress=not no_progress, json=json)
     return run(given, chosen, interrupts)

@@ -1,4 +1,4 @@
-"""The command line: `hqlabel COMMAND`, also `python -m jobs COMMAND`.
+"""The command line: `hqlabel COMMAND`, also `python -m hqlabel COMMAND`.
 
 The commands are in `labelling_commands` and `results_commands`, in the order of `--help`; importing those
 files registers them.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 
-from jobs.cli import labelling_commands, results_commands
-from jobs.cli.app import app, command, end_interrupted, interrupts
-from jobs.terminal.signals import Interrupted
-from pipeline.worker.process_env import prepare_for_torch
+from hqlabel.jobs.cli import labelling_commands, results_commands
+from hqlabel.jobs.cli.app import app, command, end_interrupted, interrupts
+from hqlabel.jobs.terminal.signals import Interrupted
+from hqlabel.pipeline.worker.process_env import prepare_for_torch
 
 __all__ = ["app", "command", "labelling_commands", "main", "results_commands"]
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from jobs.load_config import parse_prompts
-from pipeline.settings import BoxFormat, BoxFrame
+from hqlabel.jobs.load_config import parse_prompts
+from hqlabel.pipeline.settings import BoxFormat, BoxFrame
 
 _FORMATS, _FRAMES = ", ".join(get_args(BoxFormat)), " or ".join(get_args(BoxFrame))
 _INPUT, _RUN, _SHARED = "Input and output", "Running", "Every command"

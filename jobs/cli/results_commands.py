@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli import options
-from jobs.cli.app import app, command, interrupts
-from jobs.cli.options import CHECKPOINT, DETECTOR, FILTERS, OUTPUT, RAY_ADDRESS
-from jobs.load_config import ConfigSources
-from pipeline.errors import UsageError
+from hqlabel.jobs.cli import options
+from hqlabel.jobs.cli.app import app, command, interrupts
+from hqlabel.jobs.cli.options import CHECKPOINT, DETECTOR, FILTERS, OUTPUT, RAY_ADDRESS
+from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.pipeline.errors import UsageError
 
 
 @app.command(rich_help_panel="Results")
@@ -48,14 +48,14 @@ def publish(
     if merge:
         if any(given.flags[flag.setting] is not None for flag in FILTERS):
             raise UsageError("--merge takes the marks as they are; publish each output with the filter first")
-        from jobs.commands.merge import run as merge_outputs
+        from hqlabel.jobs.commands.merge import run as merge_outputs
 
         return merge_outputs(given, [*merge, *(more or ())], json=json)
     if more:
         raise UsageError(
             f"publish {' '.join(more)}: wanted --output OUTPUT, or --merge before several outputs"
         )
-    from jobs.commands.publish import run
+    from hqlabel.jobs.commands.publish import run
 
     return run(given, interrupts, json=json)
 
@@ -79,7 +79,7 @@ def validate(
     Example:  hqlabel validate --output out
     """
     settings = given.load()
-    from jobs.commands.validate import run
+    from hqlabel.jobs.commands.validate import run
 
     return run(settings, sample=None if all_masks else sample, json=json)
 
@@ -100,7 +100,7 @@ def inspect(
 
     Example:  hqlabel inspect street/0001.jpg --output out
     """
-    from jobs.commands.inspect_image import run
+    from hqlabel.jobs.commands.inspect_image import run
 
     return run(given, image_id, picture=picture, json=json)
 
@@ -126,7 +126,7 @@ def report(
 
     Example:  hqlabel report --output out
     """
-    from jobs.report.page import run
+    from hqlabel.jobs.report.page import run
 
     return run(given, to=to, as_json=json)
 
@@ -179,8 +179,8 @@ def export(
 
     Every format reports what it skips and what it loses: coco, label-studio and hf keep each mask whole.
     """
-    from jobs.export.export import ExportOptions, run
-    from jobs.results.select_rows import Selection
+    from hqlabel.jobs.export.export import ExportOptions, run
+    from hqlabel.jobs.results.select_rows import Selection
 
     chosen = ExportOptions(
         format=format_,
@@ -227,8 +227,8 @@ def evaluate(
 
     Example:  hqlabel evaluate --truth instances_val.json --output out
     """
-    from jobs.evaluate.evaluate import EvaluateOptions, run
-    from jobs.results.select_rows import Selection
+    from hqlabel.jobs.evaluate.evaluate import EvaluateOptions, run
+    from hqlabel.jobs.results.select_rows import Selection
 
     chosen = EvaluateOptions(
         truth=truth,
@@ -257,7 +257,7 @@ def clean(
     Needs the right to delete; no other command does.
     """
     settings = given.load()
-    from jobs.commands.clean import run
+    from hqlabel.jobs.commands.clean import run
 
     return run(settings, interrupts, sure=yes, json=json)
 
@@ -275,6 +275,6 @@ def doctor(
     Example:  hqlabel doctor --checkpoint demo --output s3://bucket/labels
     """
     settings = given.load()
-    from jobs.commands.doctor import run
+    from hqlabel.jobs.commands.doctor import run
 
     return run(settings, with_ray=not no_ray, json=json)

@@ -20,10 +20,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.terminal.console import stdout_for_data_alone
-from jobs.terminal.signals import Interrupted
-from pipeline.errors import JobRefused, SystemicFault, UsageError, clean_text
-from pipeline.settings import ClusterSettings
+import hqlabel
+from hqlabel.jobs.terminal.console import stdout_for_data_alone
+from hqlabel.jobs.terminal.signals import Interrupted
+from hqlabel.pipeline.errors import JobRefused, SystemicFault, UsageError, clean_text
+from hqlabel.pipeline.settings import ClusterSettings
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -33,7 +34,7 @@ _LONGEST_ROOT = 31
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _IN_USE = "in-use"
 _CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
-_SOURCE_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(hqlabel.__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +66,12 @@ def address_to_join(wanted: str | None, environ: Mapping[str, str]) -> str | Non
     if address.startswith("ray://"):
         raise UsageError(
             f"--ray-address {address}: the Ray Client is not supported, because the job would end with this "
-            "terminal; submit it instead: ray job submit --working-dir . -- python -m jobs label ..."
+            "terminal; submit it instead: ray job submit --working-dir . -- python -m hqlabel label ..."
         )
     if address.startswith(("http://", "https://")):
         raise UsageError(
             f"--ray-address {address} is a dashboard; give the cluster's host:port (often port 6379), or "
-            f"submit the job: ray job submit --address {address} --working-dir . -- python -m jobs label ..."
+            f"submit the job: ray job submit --address {address} --working-dir . -- python -m hqlabel label ..."
         )
     return address
 
@@ -225,7 +226,7 @@ def _without_side_processes() -> Iterator[None]:
 def _join(ray: ModuleType, address: str, environ: Mapping[str, str]) -> ClusterInfo:
     options: dict[str, Any] = {}
     if _JOB_VARIABLE not in environ:  # a submitted job has brought its code as working_dir
-        options["runtime_env"] = {"py_modules": [str(_SOURCE_ROOT / name) for name in ("model", "pipeline")]}
+        options["runtime_env"] = {"py_modules": [str(_PACKAGE)]}
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:

@@ -15,21 +15,21 @@ from typing import Literal, Self
 
 import torch
 
-from jobs.cluster.ray_cluster import (
+from hqlabel.jobs.cluster.ray_cluster import (
     ClusterInfo,
     address_to_join,
     refuse_local_output,
     running_ray,
     usable_cpus,
 )
-from jobs.job_setup import resolve_settings
-from jobs.load_config import Config
-from jobs.terminal.signals import Interrupts
-from pipeline.errors import JobRefused, SystemicFault, count
-from pipeline.ray_execution.placement import Node, Requests, fit
-from pipeline.stages.load_model import native_dtype
-from pipeline.tables.manifest import Part
-from pipeline.tables.publish_tables import PartTask
+from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.terminal.signals import Interrupts
+from hqlabel.pipeline.errors import JobRefused, SystemicFault, count
+from hqlabel.pipeline.ray_execution.placement import Node, Requests, fit
+from hqlabel.pipeline.stages.load_model import native_dtype
+from hqlabel.pipeline.tables.manifest import Part
+from hqlabel.pipeline.tables.publish_tables import PartTask
 
 RAY_MEMORY_SHARE = 0.7
 """What a private Ray leaves for processes; the rest is its object store."""
@@ -77,7 +77,7 @@ class Machine:
     def _requests(self) -> Requests:
         if self._joins:
             self.start()
-            from pipeline.ray_execution.node_watch import check_resources
+            from hqlabel.pipeline.ray_execution.node_watch import check_resources
 
             return check_resources(self._cluster, self._cpu_threads)
         cpus = float(self._config.cluster.cpus or usable_cpus())
@@ -93,7 +93,7 @@ class Machine:
         if not self._joins:
             return native_dtype(self.device() == "cuda")
         self.start()
-        from pipeline.ray_execution.ray_tasks import run_on_model_node
+        from hqlabel.pipeline.ray_execution.ray_tasks import run_on_model_node
 
         return run_on_model_node(native_dtype, self._cluster, self._cpu_threads)
 
@@ -131,6 +131,6 @@ class Machine:
         if self._info is None and size < SERIAL_BYTES:
             return map(function, tasks)
         self.start()
-        from pipeline.ray_execution.ray_tasks import map_parts
+        from hqlabel.pipeline.ray_execution.ray_tasks import map_parts
 
         return map_parts(function, tasks)

@@ -11,19 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from jobs.cluster.ray_session import Machine
-from jobs.job_setup.open_job import code_version
-from jobs.load_config import CONFIG_KEY, Config, to_yaml
-from jobs.terminal.progress import CallCounts, Progress, choose_mode
-from jobs.terminal.signals import Interrupted, Interrupts
-from pipeline.errors import SystemicFault
-from pipeline.job_context import JobContext
-from pipeline.job_state.driver_lock import Owner
-from pipeline.job_state.job_file import Job
-from pipeline.storage.output_store import NotFound, Store
+from hqlabel.jobs.cluster.ray_session import Machine
+from hqlabel.jobs.job_setup.open_job import code_version
+from hqlabel.jobs.load_config import CONFIG_KEY, Config, to_yaml
+from hqlabel.jobs.terminal.progress import CallCounts, Progress, choose_mode
+from hqlabel.jobs.terminal.signals import Interrupted, Interrupts
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.job_context import JobContext
+from hqlabel.pipeline.job_state.driver_lock import Owner
+from hqlabel.pipeline.job_state.job_file import Job
+from hqlabel.pipeline.storage.output_store import NotFound, Store
 
 if TYPE_CHECKING:
-    from pipeline.ray_execution.chain import Retry
+    from hqlabel.pipeline.ray_execution.chain import Retry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def run_pending(
         Interrupted: a signal came.
     """
     work.machine.start()
-    from pipeline.ray_execution.chain import Retry  # imports Ray, which must be configured before
+    from hqlabel.pipeline.ray_execution.chain import Retry  # imports Ray, which must be configured before
 
     retry = None if generations is None else Retry(generations=generations, codes=codes)
     with _new_progress(work, total_images=total_images, done_images=done_images) as progress:
@@ -76,7 +76,7 @@ def run_pending(
 
 
 def _run_pass(work: Work, units: Sequence[int], progress: Progress, retry: Retry | None) -> None:
-    from pipeline.ray_execution.chain import run_units
+    from hqlabel.pipeline.ray_execution.chain import run_units
 
     run_units(
         units,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from jobs.job_setup import resolve_settings
-from jobs.job_setup.driver_slice import JobLock
-from jobs.load_config import Config
-from jobs.terminal import console
-from jobs.terminal.signals import Interrupts
-from pipeline.errors import JobRefused, count
-from pipeline.job_state.job_file import require_job
-from pipeline.storage.output_store import Store
-from pipeline.tables.clean_output import clean
-from pipeline.tables.manifest import read_manifest
+from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.job_setup.driver_slice import JobLock
+from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.terminal import console
+from hqlabel.jobs.terminal.signals import Interrupts
+from hqlabel.pipeline.errors import JobRefused, count
+from hqlabel.pipeline.job_state.job_file import require_job
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.clean_output import clean
+from hqlabel.pipeline.tables.manifest import read_manifest
 
 
 def run(config: Config, interrupts: Interrupts, *, sure: bool, json: bool) -> int:

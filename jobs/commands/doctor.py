@@ -18,16 +18,16 @@ from typing import Literal
 
 import torch
 
-from jobs.cluster.ray_cluster import running_ray, usable_cpus
-from jobs.cluster.ray_session import memory_bytes
-from jobs.job_setup.check_models import read_checkpoint, read_detector
-from jobs.job_setup.resolve_settings import is_local, output_place
-from jobs.load_config import Config
-from jobs.terminal import console
-from model.device import probe_dtype
-from pipeline.errors import HqlabelError, clean_text, count
-from pipeline.storage.output_store import Store
-from pipeline.worker.process_env import REFUSED, loosening_in
+from hqlabel.jobs.cluster.ray_cluster import running_ray, usable_cpus
+from hqlabel.jobs.cluster.ray_session import memory_bytes
+from hqlabel.jobs.job_setup.check_models import read_checkpoint, read_detector
+from hqlabel.jobs.job_setup.resolve_settings import is_local, output_place
+from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.terminal import console
+from hqlabel.model.device import probe_dtype
+from hqlabel.pipeline.errors import HqlabelError, clean_text, count
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.worker.process_env import REFUSED, loosening_in
 
 State = Literal["ok", "note", "fail"]
 

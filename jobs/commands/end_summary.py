@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs.job_setup.driver_slice import Slice
-from jobs.load_config import Config
-from jobs.results.read_tables import Row, failed_examples
-from jobs.terminal import console, input_report
-from jobs.terminal.progress import CallCounts
-from pipeline.errors import SystemicFault, count
-from pipeline.job_state.job_file import Job
-from pipeline.settings import Limits
-from pipeline.storage.output_store import Store
-from pipeline.tables.manifest import Manifest
+from hqlabel.jobs.job_setup.driver_slice import Slice
+from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.results.read_tables import Row, failed_examples
+from hqlabel.jobs.terminal import console, input_report
+from hqlabel.jobs.terminal.progress import CallCounts
+from hqlabel.pipeline.errors import SystemicFault, count
+from hqlabel.pipeline.job_state.job_file import Job
+from hqlabel.pipeline.settings import Limits
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.manifest import Manifest
 
 EXIT_OVER_BUDGET = 3
 _MOST_CODES = 5

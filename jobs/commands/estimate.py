@@ -14,25 +14,25 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from jobs.cluster.ray_session import Machine
-from jobs.cluster.run_units import working_context
-from jobs.job_setup import resolve_settings
-from jobs.job_setup.open_job import new_context
-from jobs.load_config import Config
-from jobs.terminal import console
-from jobs.terminal.signals import Interrupted, Interrupts
-from pipeline.arrow_lists import table_sha256
-from pipeline.errors import JobRefused, count
-from pipeline.job_context import JobContext, JobDetector, Place, UnitOutcome, Weights
-from pipeline.job_state.job_file import units_per_part
-from pipeline.planning.make_plan import Plan, write_plan
-from pipeline.ray_execution.placement import Requests
-from pipeline.settings import FilterSettings
-from pipeline.storage.checksummed_parquet import compressed_bytes
-from pipeline.storage.output_store import Store
-from pipeline.tables.count_masks import Counts
-from pipeline.tables.publish_tables import PartTask, publish_part
-from pipeline.tables.unit_files import list_committed
+from hqlabel.jobs.cluster.ray_session import Machine
+from hqlabel.jobs.cluster.run_units import working_context
+from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.job_setup.open_job import new_context
+from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.terminal import console
+from hqlabel.jobs.terminal.signals import Interrupted, Interrupts
+from hqlabel.pipeline.arrow_lists import table_sha256
+from hqlabel.pipeline.errors import JobRefused, count
+from hqlabel.pipeline.job_context import JobContext, JobDetector, Place, UnitOutcome, Weights
+from hqlabel.pipeline.job_state.job_file import units_per_part
+from hqlabel.pipeline.planning.make_plan import Plan, write_plan
+from hqlabel.pipeline.ray_execution.placement import Requests
+from hqlabel.pipeline.settings import FilterSettings
+from hqlabel.pipeline.storage.checksummed_parquet import compressed_bytes
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.count_masks import Counts
+from hqlabel.pipeline.tables.publish_tables import PartTask, publish_part
+from hqlabel.pipeline.tables.unit_files import list_committed
 
 _UNITS_PER_ACTOR = 8
 
@@ -119,7 +119,7 @@ def measure(
             segmenter = segmenter or context.segmenter
             context = replace(context, images_per_unit=small.images_per_unit, segmenter=segmenter)
             write_plan(Store(context.output), small)
-            from pipeline.ray_execution.chain import run_units
+            from hqlabel.pipeline.ray_execution.chain import run_units
 
             clock = _Clock()
             run_units(

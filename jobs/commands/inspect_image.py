@@ -9,17 +9,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jobs.job_setup.saved_job import SavedJob, open_saved
-from jobs.load_config import ConfigSources
-from jobs.results.read_tables import ImageRows, find_images
-from jobs.results.render_images import overlay_png
-from jobs.terminal import console
-from pipeline.errors import HqlabelError, UsageError
-from pipeline.job_state.plan_files import iter_plan
-from pipeline.settings import FilterSettings
-from pipeline.tables.images_and_instances import flatten_unit
-from pipeline.tables.manifest import read_manifest
-from pipeline.tables.unit_files import list_committed, read_committed
+from hqlabel.jobs.job_setup.saved_job import SavedJob, open_saved
+from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.jobs.results.read_tables import ImageRows, find_images
+from hqlabel.jobs.results.render_images import overlay_png
+from hqlabel.jobs.terminal import console
+from hqlabel.pipeline.errors import HqlabelError, UsageError
+from hqlabel.pipeline.job_state.plan_files import iter_plan
+from hqlabel.pipeline.settings import FilterSettings
+from hqlabel.pipeline.tables.images_and_instances import flatten_unit
+from hqlabel.pipeline.tables.manifest import read_manifest
+from hqlabel.pipeline.tables.unit_files import list_committed, read_committed
 
 _LONGEST_SIDE = 1600
 _SCORES = {

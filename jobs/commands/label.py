@@ -14,24 +14,24 @@ import shlex
 import time
 from dataclasses import dataclass
 
-from jobs.cluster.ray_session import Machine
-from jobs.cluster.run_units import Work, images_in, run_pending, save_config
-from jobs.commands.end_summary import Ending, report_done, report_slice_done
-from jobs.job_setup import resolve_settings
-from jobs.job_setup.driver_slice import WHOLE, JobLock, Slice
-from jobs.job_setup.open_job import Opened, code_version, open_or_create
-from jobs.load_config import CONFIG_KEY, Config
-from jobs.results.render_images import write_contact_sheet
-from jobs.terminal import console, input_report
-from jobs.terminal.progress import CallCounts
-from jobs.terminal.signals import Interrupts
-from pipeline.errors import UsageError
-from pipeline.job_state.job_file import Job, read_job
-from pipeline.planning.make_plan import Plan, write_plan
-from pipeline.storage.output_store import Store
-from pipeline.tables.manifest import finished_units, read_manifest
-from pipeline.tables.publish_tables import publish
-from pipeline.tables.unit_files import list_committed
+from hqlabel.jobs.cluster.ray_session import Machine
+from hqlabel.jobs.cluster.run_units import Work, images_in, run_pending, save_config
+from hqlabel.jobs.commands.end_summary import Ending, report_done, report_slice_done
+from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.job_setup.driver_slice import WHOLE, JobLock, Slice
+from hqlabel.jobs.job_setup.open_job import Opened, code_version, open_or_create
+from hqlabel.jobs.load_config import CONFIG_KEY, Config
+from hqlabel.jobs.results.render_images import write_contact_sheet
+from hqlabel.jobs.terminal import console, input_report
+from hqlabel.jobs.terminal.progress import CallCounts
+from hqlabel.jobs.terminal.signals import Interrupts
+from hqlabel.pipeline.errors import UsageError
+from hqlabel.pipeline.job_state.job_file import Job, read_job
+from hqlabel.pipeline.planning.make_plan import Plan, write_plan
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.manifest import finished_units, read_manifest
+from hqlabel.pipeline.tables.publish_tables import publish
+from hqlabel.pipeline.tables.unit_files import list_committed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,19 +18,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.cluster.run_units import save_config
-from jobs.job_setup import resolve_settings
-from jobs.job_setup.saved_job import SavedJob, open_saved
-from jobs.load_config import Config, ConfigSources
-from jobs.results.read_tables import require_published, row_groups
-from jobs.terminal import console
-from pipeline import schema
-from pipeline.errors import UsageError, count
-from pipeline.job_state.job_file import Job, open_job, units_per_part
-from pipeline.storage import checksummed_parquet
-from pipeline.storage.output_store import Store
-from pipeline.tables.count_masks import counts_of
-from pipeline.tables.manifest import Manifest, Part, PartFile, part_key, write_manifest
+from hqlabel.jobs.cluster.run_units import save_config
+from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.job_setup.saved_job import SavedJob, open_saved
+from hqlabel.jobs.load_config import Config, ConfigSources
+from hqlabel.jobs.results.read_tables import require_published, row_groups
+from hqlabel.jobs.terminal import console
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.errors import UsageError, count
+from hqlabel.pipeline.job_state.job_file import Job, open_job, units_per_part
+from hqlabel.pipeline.storage import checksummed_parquet
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.count_masks import counts_of
+from hqlabel.pipeline.tables.manifest import Manifest, Part, PartFile, part_key, write_manifest
 
 _KEYS = ["image_id", "processed_at", "status"]
 

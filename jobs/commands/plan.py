@@ -11,21 +11,21 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from jobs.commands.estimate import carry_over, describe, measure
-from jobs.job_setup import resolve_settings
-from jobs.job_setup.check_models import CheckedDetector, read_checkpoint, read_detector
-from jobs.job_setup.open_job import before_work, plan_inputs
-from jobs.load_config import Config
-from jobs.terminal import console, input_report
-from jobs.terminal.signals import Interrupts
-from pipeline.errors import JobRefused, UsageError, count
-from pipeline.job_context import Weights
-from pipeline.job_state.job_file import read_job
-from pipeline.planning.make_plan import Plan
-from pipeline.planning.preview import with_preview_warnings
-from pipeline.storage.output_store import Store
-from pipeline.tables.manifest import finished_units, read_manifest
-from pipeline.tables.unit_files import list_committed
+from hqlabel.jobs.commands.estimate import carry_over, describe, measure
+from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.job_setup.check_models import CheckedDetector, read_checkpoint, read_detector
+from hqlabel.jobs.job_setup.open_job import before_work, plan_inputs
+from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.terminal import console, input_report
+from hqlabel.jobs.terminal.signals import Interrupts
+from hqlabel.pipeline.errors import JobRefused, UsageError, count
+from hqlabel.pipeline.job_context import Weights
+from hqlabel.pipeline.job_state.job_file import read_job
+from hqlabel.pipeline.planning.make_plan import Plan
+from hqlabel.pipeline.planning.preview import with_preview_warnings
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.manifest import finished_units, read_manifest
+from hqlabel.pipeline.tables.unit_files import list_committed
 
 
 def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> int:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from jobs.cluster.ray_session import Machine
-from jobs.cluster.run_units import save_config
-from jobs.commands.end_summary import EXIT_OVER_BUDGET, describe_counts, over_budget
-from jobs.job_setup import resolve_settings
-from jobs.job_setup.driver_slice import JobLock
-from jobs.job_setup.saved_job import open_saved
-from jobs.load_config import ConfigSources
-from jobs.terminal import console
-from jobs.terminal.signals import Interrupts
-from pipeline.errors import count
-from pipeline.tables.publish_tables import publish
+from hqlabel.jobs.cluster.ray_session import Machine
+from hqlabel.jobs.cluster.run_units import save_config
+from hqlabel.jobs.commands.end_summary import EXIT_OVER_BUDGET, describe_counts, over_budget
+from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.job_setup.driver_slice import JobLock
+from hqlabel.jobs.job_setup.saved_job import open_saved
+from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.jobs.terminal import console
+from hqlabel.jobs.terminal.signals import Interrupts
+from hqlabel.pipeline.errors import count
+from hqlabel.pipeline.tables.publish_tables import publish
 
 
 def run(given: ConfigSources, interrupts: Interrupts, *, json: bool) -> int:

@@ -12,25 +12,25 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from jobs.cluster.ray_session import Machine
-from jobs.cluster.run_units import Work, images_in, run_pending
-from jobs.commands.end_summary import Ending, report_done
-from jobs.job_setup import resolve_settings
-from jobs.job_setup.check_models import read_checkpoint, read_detector
-from jobs.job_setup.driver_slice import JobLock
-from jobs.job_setup.saved_job import SavedJob, open_saved
-from jobs.load_config import ConfigSources
-from jobs.results.read_tables import failed_units
-from jobs.results.render_images import write_contact_sheet
-from jobs.terminal import console
-from jobs.terminal.progress import CallCounts
-from jobs.terminal.signals import Interrupts
-from pipeline.errors import IMAGE_CODES, JobRefused, UsageError, count
-from pipeline.job_state.job_file import Job, differences, mask_settings
-from pipeline.storage.output_store import Store
-from pipeline.tables.manifest import Manifest, Part, read_manifest
-from pipeline.tables.publish_tables import publish
-from pipeline.tables.unit_files import CommittedUnit, list_committed, read_committed
+from hqlabel.jobs.cluster.ray_session import Machine
+from hqlabel.jobs.cluster.run_units import Work, images_in, run_pending
+from hqlabel.jobs.commands.end_summary import Ending, report_done
+from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.job_setup.check_models import read_checkpoint, read_detector
+from hqlabel.jobs.job_setup.driver_slice import JobLock
+from hqlabel.jobs.job_setup.saved_job import SavedJob, open_saved
+from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.jobs.results.read_tables import failed_units
+from hqlabel.jobs.results.render_images import write_contact_sheet
+from hqlabel.jobs.terminal import console
+from hqlabel.jobs.terminal.progress import CallCounts
+from hqlabel.jobs.terminal.signals import Interrupts
+from hqlabel.pipeline.errors import IMAGE_CODES, JobRefused, UsageError, count
+from hqlabel.pipeline.job_state.job_file import Job, differences, mask_settings
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.manifest import Manifest, Part, read_manifest
+from hqlabel.pipeline.tables.publish_tables import publish
+from hqlabel.pipeline.tables.unit_files import CommittedUnit, list_committed, read_committed
 
 _READERS = 16
 

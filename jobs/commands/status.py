@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from jobs.commands.end_summary import over_budget
-from jobs.job_setup import resolve_settings
-from jobs.load_config import Config
-from jobs.terminal import console
-from pipeline.errors import count
-from pipeline.job_state.job_file import Job, require_job
-from pipeline.storage.output_store import Store
-from pipeline.tables.job_status import JobStatus, Seen, status
+from hqlabel.jobs.commands.end_summary import over_budget
+from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.terminal import console
+from hqlabel.pipeline.errors import count
+from hqlabel.pipeline.job_state.job_file import Job, require_job
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.job_status import JobStatus, Seen, status
 
 WATCH_EVERY_S = 5.0
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from jobs.job_setup import resolve_settings
-from jobs.load_config import Config
-from jobs.terminal import console
-from pipeline.errors import DamageFound, count
-from pipeline.job_state.job_file import require_job
-from pipeline.storage.output_store import Store
-from pipeline.tables.verify_output import Verified, verify
+from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.terminal import console
+from hqlabel.pipeline.errors import DamageFound, count
+from hqlabel.pipeline.job_state.job_file import require_job
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.verify_output import Verified, verify
 
 
 def run(config: Config, *, sample: int | None, json: bool) -> int:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
-from jobs.evaluate.ground_truth import Box, TruthObject
-from pipeline.errors import UsageError
+from hqlabel.jobs.evaluate.ground_truth import Box, TruthObject
+from hqlabel.pipeline.errors import UsageError
 
 Float64Array = npt.NDArray[np.float64]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from jobs.evaluate.average_precision import (
+from hqlabel.jobs.evaluate.average_precision import (
     ANY_CLASS,
     SIZES,
     EvaluatedImage,
@@ -30,15 +30,15 @@ from jobs.evaluate.average_precision import (
     pair_up,
     require_library,
 )
-from jobs.evaluate.ground_truth import Truth, TruthImage, TruthObject, read_truth
-from jobs.job_setup.saved_job import SavedJob, open_saved
-from jobs.load_config import ConfigSources
-from jobs.results.read_tables import ImageRows, Row, require_published
-from jobs.results.select_rows import Selection, selected_images
-from jobs.terminal import console
-from pipeline.errors import UsageError, clean_text
-from pipeline.job_context import AccessRules
-from pipeline.planning.join_boxes_to_images import why
+from hqlabel.jobs.evaluate.ground_truth import Truth, TruthImage, TruthObject, read_truth
+from hqlabel.jobs.job_setup.saved_job import SavedJob, open_saved
+from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.jobs.results.read_tables import ImageRows, Row, require_published
+from hqlabel.jobs.results.select_rows import Selection, selected_images
+from hqlabel.jobs.terminal import console
+from hqlabel.pipeline.errors import UsageError, clean_text
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.planning.join_boxes_to_images import why
 
 EVALUATION_KEY = "report/evaluation.json"
 SCORE_COLUMNS = {

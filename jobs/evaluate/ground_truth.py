@@ -21,12 +21,12 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
 
-from model.rle import MASKS_PER_BATCH, SHORT_PIXELS, compress_lengths, rle_faults
-from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.json_records import Lines, TextDamage, refuse_other_bytes, split_arrays
-from pipeline.job_context import AccessRules
-from pipeline.storage.read_objects import open_input
-from pipeline.storage.uri_rules import options_for
+from hqlabel.model.rle import MASKS_PER_BATCH, SHORT_PIXELS, compress_lengths, rle_faults
+from hqlabel.pipeline.errors import JobRefused, clean_text
+from hqlabel.pipeline.inputs.json_records import Lines, TextDamage, refuse_other_bytes, split_arrays
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.storage.read_objects import open_input
+from hqlabel.pipeline.storage.uri_rules import options_for
 
 Box = tuple[float, float, float, float]
 Record = Mapping[str, Any]

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
-from jobs.export.export_source import Classes, ExportSource, is_crowd
-from jobs.results.read_tables import ImageRows, Row, row_groups
-from pipeline import schema
-from pipeline.storage import checksummed_parquet
-from pipeline.storage.output_store import Store
+from hqlabel.jobs.export.export_source import Classes, ExportSource, is_crowd
+from hqlabel.jobs.results.read_tables import ImageRows, Row, row_groups
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.storage import checksummed_parquet
+from hqlabel.pipeline.storage.output_store import Store
 
 _EXACT = 2**53  # above it, JavaScript and float64 readers round
 _IDS_KEY = "image_ids.parquet"

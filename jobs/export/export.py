@@ -8,21 +8,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from jobs.export.coco import category_numbers, write_coco
-from jobs.export.export_source import ExportSource, open_source
-from jobs.export.hf_dataset import write_hf
-from jobs.export.label_studio import write_label_studio
-from jobs.export.yolo import ENDINGS, PASSED_OVER, Loss, write_yolo
-from jobs.job_setup import resolve_settings
-from jobs.job_setup.saved_job import open_saved
-from jobs.load_config import ConfigSources
-from jobs.results.read_tables import require_published
-from jobs.results.select_rows import Selection
-from jobs.terminal import console
-from pipeline.errors import UsageError, count
-from pipeline.job_context import Place
-from pipeline.storage.output_store import Store
-from pipeline.storage.uri_rules import split_scheme
+from hqlabel.jobs.export.coco import category_numbers, write_coco
+from hqlabel.jobs.export.export_source import ExportSource, open_source
+from hqlabel.jobs.export.hf_dataset import write_hf
+from hqlabel.jobs.export.label_studio import write_label_studio
+from hqlabel.jobs.export.yolo import ENDINGS, PASSED_OVER, Loss, write_yolo
+from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.job_setup.saved_job import open_saved
+from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.jobs.results.read_tables import require_published
+from hqlabel.jobs.results.select_rows import Selection
+from hqlabel.jobs.terminal import console
+from hqlabel.pipeline.errors import UsageError, count
+from hqlabel.pipeline.job_context import Place
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.storage.uri_rules import split_scheme
 
 Format = Literal["coco", "yolo-seg", "label-studio", "hf"]
 FORMATS: tuple[str, ...] = get_args(Format)

@@ -18,14 +18,14 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 from pycocotools import mask as coco_mask
 
-from jobs.results.read_tables import ImageRows, Row, row_groups
-from jobs.results.select_rows import Selection, selected_images
-from pipeline import schema
-from pipeline.errors import UsageError
-from pipeline.job_state.job_file import Job
-from pipeline.storage.archive_uris import parse_archive_uri
-from pipeline.storage.output_store import Store
-from pipeline.tables.manifest import Manifest
+from hqlabel.jobs.results.read_tables import ImageRows, Row, row_groups
+from hqlabel.jobs.results.select_rows import Selection, selected_images
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.errors import UsageError
+from hqlabel.pipeline.job_state.job_file import Job
+from hqlabel.pipeline.storage.archive_uris import parse_archive_uri
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.manifest import Manifest
 
 INSTANCE_COLUMNS = (
     *("instance_index", "box_id", "category_id", "category_name", "prompt_bbox", "bbox"),

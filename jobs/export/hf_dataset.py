@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.export.export_source import ExportSource
-from jobs.results.read_tables import ImageRows
-from pipeline.errors import clean_text
-from pipeline.storage.output_store import Store
+from hqlabel.jobs.export.export_source import ExportSource
+from hqlabel.jobs.results.read_tables import ImageRows
+from hqlabel.pipeline.errors import clean_text
+from hqlabel.pipeline.storage.output_store import Store
 
 _RLE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 _OBJECT = pa.struct(

@@ -13,10 +13,10 @@ from typing import Any
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
-from jobs.export.brush_rle import encode_brush
-from jobs.export.export_source import ExportSource, mask_of
-from jobs.results.read_tables import ImageRows, Row
-from pipeline.storage.output_store import Store
+from hqlabel.jobs.export.brush_rle import encode_brush
+from hqlabel.jobs.export.export_source import ExportSource, mask_of
+from hqlabel.jobs.results.read_tables import ImageRows, Row
+from hqlabel.pipeline.storage.output_store import Store
 
 FROM_NAME, TO_NAME = "mask", "image"
 _BUCKETS = ("s3://", "gs://", "azure-blob://")

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jobs.export.export_source import ExportSource, mask_of
-from jobs.export.polygons import kept_iou, polygon_of
-from jobs.results.read_tables import Row
-from pipeline.errors import UsageError, count
-from pipeline.storage.output_store import Store
+from hqlabel.jobs.export.export_source import ExportSource, mask_of
+from hqlabel.jobs.export.polygons import kept_iou, polygon_of
+from hqlabel.jobs.results.read_tables import Row
+from hqlabel.pipeline.errors import UsageError, count
+from hqlabel.pipeline.storage.output_store import Store
 
 _LOW = 0.95
 # What Ultralytics opens: by the end of the name, and by the shorter side in pixels.

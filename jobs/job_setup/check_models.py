@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.job_setup.resolve_settings import (
+from hqlabel.jobs.job_setup.resolve_settings import (
     absolute,
     absolute_if_there,
     detector_settings,
@@ -19,15 +19,15 @@ from jobs.job_setup.resolve_settings import (
     require,
     storage_options,
 )
-from jobs.load_config import Config
-from jobs.terminal import console
-from model.checkpoints import ENDINGS, CheckpointError, LoadedModel, load
-from model.sam_config import ConfigError
-from pipeline.errors import HqlabelError, JobRefused, clean_text, count
-from pipeline.job_context import JobDetector, Weights
-from pipeline.settings import DEMO
-from pipeline.stages.detect import load_detector, try_out
-from pipeline.stages.load_model import open_weights
+from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.terminal import console
+from hqlabel.model.checkpoints import ENDINGS, CheckpointError, LoadedModel, load
+from hqlabel.model.sam_config import ConfigError
+from hqlabel.pipeline.errors import HqlabelError, JobRefused, clean_text, count
+from hqlabel.pipeline.job_context import JobDetector, Weights
+from hqlabel.pipeline.settings import DEMO
+from hqlabel.pipeline.stages.detect import load_detector, try_out
+from hqlabel.pipeline.stages.load_model import open_weights
 
 DEMO_NOTE = (
     "made with the demo checkpoint: for trying the pipeline and for its tests, not for labelling your data"

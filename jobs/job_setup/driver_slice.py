@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
-from jobs.terminal.signals import Interrupts
-from pipeline.errors import UsageError
-from pipeline.job_state.driver_lock import Owner
-from pipeline.storage.output_store import Store
+from hqlabel.jobs.terminal.signals import Interrupts
+from hqlabel.pipeline.errors import UsageError
+from hqlabel.pipeline.job_state.driver_lock import Owner
+from hqlabel.pipeline.storage.output_store import Store
 
 _SLICE = re.compile(r"(\d+)/(\d+)")
 

@@ -16,21 +16,21 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from jobs.job_setup import resolve_settings as settings
-from jobs.job_setup.check_models import CheckedDetector, read_checkpoint, read_detector
-from jobs.load_config import Config
-from model.records import MODEL_PROTOCOL
-from pipeline.errors import JobRefused, SystemicFault, UsageError
-from pipeline.inputs.open_inputs import allowed_access
-from pipeline.job_context import AccessRules, BoxRules, JobContext, JobDetector, Place, Weights
-from pipeline.job_state.job_file import Job, identity_of, open_job, read_job, units_per_part
-from pipeline.job_state.plan_files import UNITS_PER_FILE
-from pipeline.planning.make_plan import Plan, make_plan
-from pipeline.planning.preview import with_preview_warnings
-from pipeline.settings import InputSettings
-from pipeline.storage.output_store import Store
-from pipeline.storage.read_objects import fingerprint
-from pipeline.storage.uri_rules import options_for
+from hqlabel.jobs.job_setup import resolve_settings as settings
+from hqlabel.jobs.job_setup.check_models import CheckedDetector, read_checkpoint, read_detector
+from hqlabel.jobs.load_config import Config
+from hqlabel.model.records import MODEL_PROTOCOL
+from hqlabel.pipeline.errors import JobRefused, SystemicFault, UsageError
+from hqlabel.pipeline.inputs.open_inputs import allowed_access
+from hqlabel.pipeline.job_context import AccessRules, BoxRules, JobContext, JobDetector, Place, Weights
+from hqlabel.pipeline.job_state.job_file import Job, identity_of, open_job, read_job, units_per_part
+from hqlabel.pipeline.job_state.plan_files import UNITS_PER_FILE
+from hqlabel.pipeline.planning.make_plan import Plan, make_plan
+from hqlabel.pipeline.planning.preview import with_preview_warnings
+from hqlabel.pipeline.settings import InputSettings
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.storage.read_objects import fingerprint
+from hqlabel.pipeline.storage.uri_rules import options_for
 
 _ELSEWHERE = ("limit", "box_format", "box_frame", "draft_jpeg")
 """Settings of the section `input` that other parts of the identity hold, as what they were resolved to."""

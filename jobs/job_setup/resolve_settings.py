@@ -10,12 +10,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.load_config import Config
-from pipeline.errors import UsageError
-from pipeline.job_context import AccessRules, BoxRules, JobDetector, Place
-from pipeline.settings import DEMO, BoxFormat, BoxFrame
-from pipeline.stages.detect import HF, ZERO_SHOT
-from pipeline.storage.uri_rules import refuse_password, refuse_secrets
+from hqlabel.jobs.load_config import Config
+from hqlabel.pipeline.errors import UsageError
+from hqlabel.pipeline.job_context import AccessRules, BoxRules, JobDetector, Place
+from hqlabel.pipeline.settings import DEMO, BoxFormat, BoxFrame
+from hqlabel.pipeline.stages.detect import HF, ZERO_SHOT
+from hqlabel.pipeline.storage.uri_rules import refuse_password, refuse_secrets
 
 BOXES_PER_CALL = {"cpu": 2, "cuda": 16}
 """By the kind of device. On one CPU core a box costs the same in calls of 2 to 16 (56 to 63 ms at full size),

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jobs.job_setup import resolve_settings as settings
-from jobs.load_config import CONFIG_KEY, Config, ConfigSources
-from pipeline.errors import UsageError
-from pipeline.inputs.open_inputs import allowed_access
-from pipeline.job_state.job_file import Job, require_job
-from pipeline.stages.detect import is_own_code
-from pipeline.storage.output_store import NotFound, Store
+from hqlabel.jobs.job_setup import resolve_settings as settings
+from hqlabel.jobs.load_config import CONFIG_KEY, Config, ConfigSources
+from hqlabel.pipeline.errors import UsageError
+from hqlabel.pipeline.inputs.open_inputs import allowed_access
+from hqlabel.pipeline.job_state.job_file import Job, require_job
+from hqlabel.pipeline.stages.detect import is_own_code
+from hqlabel.pipeline.storage.output_store import NotFound, Store
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import math
 
 from markupsafe import Markup, escape
 
-from jobs.report.numbers import Histogram, Pace
-from jobs.terminal import console
+from hqlabel.jobs.report.numbers import Histogram, Pace
+from hqlabel.jobs.terminal import console
 
 _WIDTH, _HEIGHT, _FOOT = 320, 110, 16
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from jobs.report.queries import (
+from hqlabel.jobs.report.queries import (
     BINS,
     BINS_PER_DECADE,
     CLASS_COUNTS,
@@ -30,11 +30,11 @@ from jobs.report.queries import (
     by_class,
     queries,
 )
-from jobs.report.sections import KEY_COLUMNS, SHUFFLED, ReportSection
-from jobs.results.read_tables import row_groups
-from pipeline import schema
-from pipeline.storage.output_store import Store
-from pipeline.tables.manifest import Manifest, PartFile
+from hqlabel.jobs.report.sections import KEY_COLUMNS, SHUFFLED, ReportSection
+from hqlabel.jobs.results.read_tables import row_groups
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.manifest import Manifest, PartFile
 
 _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
     "memory_limit": "500MB",

@@ -16,19 +16,19 @@ from typing import Any
 import jinja2
 from pycocotools import mask as coco_mask
 
-from jobs.job_setup.saved_job import SavedJob, open_saved
-from jobs.load_config import ConfigSources
-from jobs.report.charts import bars, histogram
-from jobs.report.numbers import Key, ReportData, gather
-from jobs.report.queries import SAMPLE_ROWS, SCORES, STEPS, published, queries
-from jobs.report.sections import ReportSection, sections
-from jobs.report.tiles import Pictures, draw_tiles
-from jobs.results.read_tables import ImageRows, Row, failed_examples, find_images, require_published
-from jobs.terminal import console
-from jobs.terminal.input_report import describe_detector
-from pipeline.errors import count, stage_of
-from pipeline.storage.output_store import NotFound
-from pipeline.tables.manifest import Manifest
+from hqlabel.jobs.job_setup.saved_job import SavedJob, open_saved
+from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.jobs.report.charts import bars, histogram
+from hqlabel.jobs.report.numbers import Key, ReportData, gather
+from hqlabel.jobs.report.queries import SAMPLE_ROWS, SCORES, STEPS, published, queries
+from hqlabel.jobs.report.sections import ReportSection, sections
+from hqlabel.jobs.report.tiles import Pictures, draw_tiles
+from hqlabel.jobs.results.read_tables import ImageRows, Row, failed_examples, find_images, require_published
+from hqlabel.jobs.terminal import console
+from hqlabel.jobs.terminal.input_report import describe_detector
+from hqlabel.pipeline.errors import count, stage_of
+from hqlabel.pipeline.storage.output_store import NotFound
+from hqlabel.pipeline.tables.manifest import Manifest
 
 REPORT_KEY = "report/index.html"
 EVALUATION_KEY = "report/evaluation.json"

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jobs.report.queries import literal
-from pipeline.settings import FilterSettings
+from hqlabel.jobs.report.queries import literal
+from hqlabel.pipeline.settings import FilterSettings
 
 SHUFFLED = "md5(image_id || ':' || instance_index)"
 """A fixed shuffle: by the md5 of image_id, a colon and instance_index."""

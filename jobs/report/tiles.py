@@ -17,13 +17,18 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from jobs.report.numbers import Key
-from jobs.results.draw_overlays import Box, DrawnInstance, Tile, draw_overlay
-from jobs.results.read_tables import ImageRows, Row
-from jobs.results.render_images import drawn_instance, picture_decoder, size_in_tables, upright_picture
-from jobs.terminal import console
-from pipeline.errors import HqlabelError
-from pipeline.job_context import JobContext
+from hqlabel.jobs.report.numbers import Key
+from hqlabel.jobs.results.draw_overlays import Box, DrawnInstance, Tile, draw_overlay
+from hqlabel.jobs.results.read_tables import ImageRows, Row
+from hqlabel.jobs.results.render_images import (
+    drawn_instance,
+    picture_decoder,
+    size_in_tables,
+    upright_picture,
+)
+from hqlabel.jobs.terminal import console
+from hqlabel.pipeline.errors import HqlabelError
+from hqlabel.pipeline.job_context import JobContext
 
 _DECODED_PX, _SHOWN_PX = 1600, 360
 _MARGIN = 0.25  # of the object's extent, around the close-up

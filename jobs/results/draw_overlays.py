@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as coco_mask
 
-from pipeline.errors import clean_text
+from hqlabel.pipeline.errors import clean_text
 
 _PALETTE = (  # after Okabe and Ito: distinct with the common colour blindnesses, and on photographs
     (0, 158, 255),

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import schema
-from pipeline.errors import JobRefused
-from pipeline.storage import checksummed_parquet
-from pipeline.storage.output_store import Store
-from pipeline.tables.manifest import Manifest, PartFile, read_manifest
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.storage import checksummed_parquet
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.manifest import Manifest, PartFile, read_manifest
 
 T = TypeVar("T")
 Row = dict[str, Any]

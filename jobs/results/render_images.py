@@ -14,17 +14,24 @@ from typing import Any, cast, get_args
 import numpy as np
 from PIL import Image
 
-from jobs.results.draw_overlays import Box, DrawnInstance, Tile, contact_sheet, draw_overlay, png_bytes
-from jobs.results.read_tables import ImageRows, Row, sample_labelled
-from jobs.terminal import console
-from pipeline.box_geometry import PixelFormat, boxes_to_xyxy
-from pipeline.errors import HqlabelError, count
-from pipeline.images.decode_process import DecodeChild
-from pipeline.images.fetch import fetch_object
-from pipeline.job_context import JobContext
-from pipeline.job_state.job_file import Job
-from pipeline.storage.output_store import Store
-from pipeline.tables.manifest import Manifest
+from hqlabel.jobs.results.draw_overlays import (
+    Box,
+    DrawnInstance,
+    Tile,
+    contact_sheet,
+    draw_overlay,
+    png_bytes,
+)
+from hqlabel.jobs.results.read_tables import ImageRows, Row, sample_labelled
+from hqlabel.jobs.terminal import console
+from hqlabel.pipeline.box_geometry import PixelFormat, boxes_to_xyxy
+from hqlabel.pipeline.errors import HqlabelError, count
+from hqlabel.pipeline.images.decode_process import DecodeChild
+from hqlabel.pipeline.images.fetch import fetch_object
+from hqlabel.pipeline.job_context import JobContext
+from hqlabel.pipeline.job_state.job_file import Job
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.manifest import Manifest
 
 CONTACT_SHEET_KEY = "report/contact_sheet.png"
 _TILES = 12

@@ -14,11 +14,11 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.results.read_tables import ImageRows, Row, row_groups
-from pipeline import schema
-from pipeline.errors import UsageError, clean_text
-from pipeline.storage.output_store import Store
-from pipeline.tables.manifest import Manifest, PartFile
+from hqlabel.jobs.results.read_tables import ImageRows, Row, row_groups
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.errors import UsageError, clean_text
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.manifest import Manifest, PartFile
 
 Condition = Callable[[pa.Table], pa.Array]
 _BATCH_ROWS = 8192  # rows that are Python objects at one time

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.errors import clean_text
+from hqlabel.pipeline.errors import clean_text
 
 _stdout_for_data: list[TextIO] = []  # the real one, while `sys.stdout` is something else
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.load_config import Config
-from jobs.terminal import console
-from pipeline.errors import count
-from pipeline.job_context import JobContext
-from pipeline.job_state.job_file import Job
+from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.terminal import console
+from hqlabel.pipeline.errors import count
+from hqlabel.pipeline.job_context import JobContext
+from hqlabel.pipeline.job_state.job_file import Job
 
 
 def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from jobs.terminal import console
-from pipeline.errors import count
-from pipeline.job_context import UnitOutcome
+from hqlabel.jobs.terminal import console
+from hqlabel.pipeline.errors import count
+from hqlabel.pipeline.job_context import UnitOutcome
 
 Mode = Literal["live", "lines", "silent"]
 LINE_EVERY_S = 30.0

@@ -31,11 +31,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import ImageError, SystemicFault, clean_text
-from pipeline.images.decode_upright import DecodedImage
+import hqlabel
+from hqlabel.pipeline.errors import ImageError, SystemicFault, clean_text
+from hqlabel.pipeline.images.decode_upright import DecodedImage
 
 if TYPE_CHECKING:  # the child reads no settings, and pydantic would cost it 14 MB
-    from pipeline.settings import Limits
+    from hqlabel.pipeline.settings import Limits
 
 MAX_DEATHS = 3
 START_TIMEOUT_S = 60.0
@@ -46,9 +47,7 @@ _KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "TZ"
 # measured, that doubled the CPU time of decoding (16 against 7 ms at 1 megapixel). 128 MiB stay in the child.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20)}
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-_BOOT = (
-    "import sys; sys.path[:] = {path!r}; from pipeline.images.decode_process import serve; serve({config!r})"
-)
+_BOOT = "import sys; sys.path[:] = {path!r}; from hqlabel.pipeline.images.decode_process import serve; serve({config!r})"
 
 Decoder = Callable[..., DecodedImage]
 
@@ -78,7 +77,7 @@ class DecodeChild:
         limits: Limits,
         side: int,
         *,
-        decoder: str = "pipeline.images.decode_upright:decode_image",
+        decoder: str = "hqlabel.pipeline.images.decode_upright:decode_image",
         detector_side: int | None = None,
         draft_jpeg: bool = False,
     ) -> None:
@@ -230,7 +229,7 @@ def _import_path() -> list[str]:
 
     An editable install is found by a hook that only `site` sets up, and the child starts without `site`.
     """
-    here = str(Path(__file__).resolve().parents[2])
+    here = str(Path(hqlabel.__file__).resolve().parents[1])
     return sys.path if here in sys.path else [*sys.path, here]
 
 

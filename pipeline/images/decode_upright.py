@@ -34,9 +34,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from model.records import resize_image, target_size_hw
-from pipeline.errors import ImageError
-from pipeline.images.picture_formats import ALLOWED_FORMATS, damaged, unidentified
+from hqlabel.model.records import resize_image, target_size_hw
+from hqlabel.pipeline.errors import ImageError
+from hqlabel.pipeline.images.picture_formats import ALLOWED_FORMATS, damaged, unidentified
 
 UInt8Array = npt.NDArray[np.uint8]
 

@@ -13,15 +13,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
-from pipeline.errors import ImageError, SystemicFault
-from pipeline.job_context import AccessRules
-from pipeline.settings import Limits
-from pipeline.storage.archive_uris import parse_archive_uri
-from pipeline.storage.backend import FetchedObject
-from pipeline.storage.read_archives import read_archived
-from pipeline.storage.read_objects import read_object
-from pipeline.storage.request_retries import StorageFault
-from pipeline.storage.uri_rules import check_uri, options_for
+from hqlabel.pipeline.errors import ImageError, SystemicFault
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.settings import Limits
+from hqlabel.pipeline.storage.archive_uris import parse_archive_uri
+from hqlabel.pipeline.storage.backend import FetchedObject
+from hqlabel.pipeline.storage.read_archives import read_archived
+from hqlabel.pipeline.storage.read_objects import read_object
+from hqlabel.pipeline.storage.request_retries import StorageFault
+from hqlabel.pipeline.storage.uri_rules import check_uri, options_for
 
 FETCH_THREADS = 8
 """Requests in flight for one unit: at 50 ms each they feed 160 images/s, and hold 8 objects at most."""

@@ -19,7 +19,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from pipeline.errors import ImageError
+from hqlabel.pipeline.errors import ImageError
 
 _PLUGINS = (
     JpegImagePlugin.JpegImageFile,

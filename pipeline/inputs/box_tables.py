@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrow_lists import (
+from hqlabel.pipeline.arrow_lists import (
     BoolArray,
     Int64Array,
     list_lengths,
@@ -27,9 +27,9 @@ from pipeline.arrow_lists import (
     starts_of,
     to_lists,
 )
-from pipeline.errors import JobRefused
-from pipeline.inputs.columns import CORNERS, Kind, locate
-from pipeline.inputs.image_box_lists import (
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.inputs.columns import CORNERS, Kind, locate
+from hqlabel.pipeline.inputs.image_box_lists import (
     BOX_COLUMNS,
     NUMBERS,
     TEXT,
@@ -39,7 +39,7 @@ from pipeline.inputs.image_box_lists import (
     group_rows,
     grouped_boxes,
 )
-from pipeline.inputs.propose_columns import (
+from hqlabel.pipeline.inputs.propose_columns import (
     BOX_ROWS,
     IMAGE_ROWS,
     KEYS,
@@ -47,9 +47,9 @@ from pipeline.inputs.propose_columns import (
     missing_columns,
     unread_note,
 )
-from pipeline.inputs.read_table import TableFile, inspect_tables, naming_values, read_batches
-from pipeline.job_context import AccessRules
-from pipeline.settings import BoxFormat
+from hqlabel.pipeline.inputs.read_table import TableFile, inspect_tables, naming_values, read_batches
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.settings import BoxFormat
 
 
 def read_box_tables(

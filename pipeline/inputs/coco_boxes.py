@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrow_lists import Int64Array, first_null, single
-from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.box_tables import box_columns, crowds
-from pipeline.inputs.columns import Kind, plain, sampled_leaf
-from pipeline.inputs.image_box_lists import (
+from hqlabel.pipeline.arrow_lists import Int64Array, first_null, single
+from hqlabel.pipeline.errors import JobRefused, clean_text
+from hqlabel.pipeline.inputs.box_tables import box_columns, crowds
+from hqlabel.pipeline.inputs.columns import Kind, plain, sampled_leaf
+from hqlabel.pipeline.inputs.image_box_lists import (
     TEXT,
     BoxList,
     ImageList,
@@ -29,7 +29,7 @@ from pipeline.inputs.image_box_lists import (
     refuse_repeated,
     with_all_images,
 )
-from pipeline.inputs.json_records import (
+from hqlabel.pipeline.inputs.json_records import (
     Lines,
     TextDamage,
     first_byte,
@@ -38,10 +38,10 @@ from pipeline.inputs.json_records import (
     refuse_other_bytes,
     split_arrays,
 )
-from pipeline.inputs.read_table import naming_values, open_named
-from pipeline.job_context import AccessRules
-from pipeline.storage.read_objects import open_input
-from pipeline.storage.uri_rules import options_for
+from hqlabel.pipeline.inputs.read_table import naming_values, open_named
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.storage.read_objects import open_input
+from hqlabel.pipeline.storage.uri_rules import options_for
 
 _BOX = {
     "image_id": Kind(0, "key"),

@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from model.rle import compress_lengths
-from pipeline.arrow_lists import list_lengths, null_mask, to_lists
-from pipeline.errors import JobRefused, clean_text
-from pipeline.settings import BoxFormat
+from hqlabel.model.rle import compress_lengths
+from hqlabel.pipeline.arrow_lists import list_lengths, null_mask, to_lists
+from hqlabel.pipeline.errors import JobRefused, clean_text
+from hqlabel.pipeline.settings import BoxFormat
 
 Leaf = Literal["text", "key", "number", "integer", "whole", "big", "flag", "rle", "null"]
 """`whole`: integers kept as floats; `big`: integers that may not fit int64; never wanted as such."""

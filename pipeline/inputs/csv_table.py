@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
-from pipeline.inputs.columns import ARROW_WORDS, Kind, plain_masks
-from pipeline.inputs.json_records import (
+from hqlabel.pipeline.inputs.columns import ARROW_WORDS, Kind, plain_masks
+from hqlabel.pipeline.inputs.json_records import (
     BLOCK_BYTES,
     BOM,
     HEAD_BYTES,

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.errors import JobRefused, clean_text
-from pipeline.images.picture_formats import SIGNATURE_BYTES, signature
-from pipeline.inputs.image_box_lists import examples, has_picture_name, is_picture
-from pipeline.inputs.read_table import TABLE_SUFFIXES, TableFormat, instead_of, table_format
-from pipeline.inputs.yolo_boxes import label_files
-from pipeline.job_context import AccessRules
-from pipeline.storage.archive_uris import TAR
-from pipeline.storage.backend import Entry
-from pipeline.storage.list_folders import Listed, allow_root
-from pipeline.storage.read_objects import (
+from hqlabel.pipeline.errors import JobRefused, clean_text
+from hqlabel.pipeline.images.picture_formats import SIGNATURE_BYTES, signature
+from hqlabel.pipeline.inputs.image_box_lists import examples, has_picture_name, is_picture
+from hqlabel.pipeline.inputs.read_table import TABLE_SUFFIXES, TableFormat, instead_of, table_format
+from hqlabel.pipeline.inputs.yolo_boxes import label_files
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.storage.archive_uris import TAR
+from hqlabel.pipeline.storage.backend import Entry
+from hqlabel.pipeline.storage.list_folders import Listed, allow_root
+from hqlabel.pipeline.storage.read_objects import (
     LABEL_SUFFIXES,
     head_object,
     is_no_utf8,
@@ -29,7 +29,7 @@ from pipeline.storage.read_objects import (
     open_input,
     what_is,
 )
-from pipeline.storage.uri_rules import is_inside, options_for, split_scheme
+from hqlabel.pipeline.storage.uri_rules import is_inside, options_for, split_scheme
 
 
 def absolute(uri: str) -> str:

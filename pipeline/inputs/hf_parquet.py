@@ -19,15 +19,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrow_lists import list_lengths, null_mask, to_lists
-from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.box_tables import boxes_of_rows
-from pipeline.inputs.columns import Kind, check_type, plain
-from pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList
-from pipeline.inputs.read_table import naming_values, open_named
-from pipeline.job_context import AccessRules
-from pipeline.storage.archive_uris import check_column
-from pipeline.storage.checksummed_parquet import open_closed
+from hqlabel.pipeline.arrow_lists import list_lengths, null_mask, to_lists
+from hqlabel.pipeline.errors import JobRefused, clean_text
+from hqlabel.pipeline.inputs.box_tables import boxes_of_rows
+from hqlabel.pipeline.inputs.columns import Kind, check_type, plain
+from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList
+from hqlabel.pipeline.inputs.read_table import naming_values, open_named
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.storage.archive_uris import check_column
+from hqlabel.pipeline.storage.checksummed_parquet import open_closed
 
 IMAGE, OBJECTS = "image", "objects"
 HF_COLUMNS = (IMAGE, OBJECTS, "objects.bbox", "objects.category", "objects.score", "objects.iscrowd")

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrow_lists import BoolArray, Int64Array, positions, ranges, starts_of
-from pipeline.errors import JobRefused, clean_text
-from pipeline.settings import BoxFormat, BoxFrame
+from hqlabel.pipeline.arrow_lists import BoolArray, Int64Array, positions, ranges, starts_of
+from hqlabel.pipeline.errors import JobRefused, clean_text
+from hqlabel.pipeline.settings import BoxFormat, BoxFrame
 
 TEXT = pa.large_string()
 NUMBERS = pa.list_(pa.float64())

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.json as pa_json
 
-from pipeline.inputs.columns import ARROW_WORDS, Kind, plain_masks
+from hqlabel.pipeline.inputs.columns import ARROW_WORDS, Kind, plain_masks
 
 BLOCK_BYTES = 32 * 2**20
 """The longest row; a longer one is refused."""

@@ -15,15 +15,15 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrow_lists import first_null, list_lengths, null_mask, to_lists
-from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.box_tables import boxes_of_rows
-from pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList
-from pipeline.inputs.json_records import CUT_BYTES, first_byte, read_lines, split_arrays
-from pipeline.inputs.read_table import open_named
-from pipeline.job_context import AccessRules
-from pipeline.storage.read_objects import open_input
-from pipeline.storage.uri_rules import options_for
+from hqlabel.pipeline.arrow_lists import first_null, list_lengths, null_mask, to_lists
+from hqlabel.pipeline.errors import JobRefused, clean_text
+from hqlabel.pipeline.inputs.box_tables import boxes_of_rows
+from hqlabel.pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList
+from hqlabel.pipeline.inputs.json_records import CUT_BYTES, first_byte, read_lines, split_arrays
+from hqlabel.pipeline.inputs.read_table import open_named
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.storage.read_objects import open_input
+from hqlabel.pipeline.storage.uri_rules import options_for
 
 _DETECTION = pa.struct([("category", TEXT), ("conf", pa.float64()), ("bbox", NUMBERS)])
 _IMAGES = pa.schema([("file", TEXT), ("detections", pa.list_(_DETECTION)), ("failure", TEXT)])

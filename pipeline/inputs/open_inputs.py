@@ -13,11 +13,11 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrow_lists import single
-from pipeline.errors import ImageError, JobRefused, UsageError, clean_text
-from pipeline.inputs.box_tables import image_keys, read_box_tables, unused_columns
-from pipeline.inputs.coco_boxes import is_results, read_coco_images, read_instances, read_results
-from pipeline.inputs.find_files import (
+from hqlabel.pipeline.arrow_lists import single
+from hqlabel.pipeline.errors import ImageError, JobRefused, UsageError, clean_text
+from hqlabel.pipeline.inputs.box_tables import image_keys, read_box_tables, unused_columns
+from hqlabel.pipeline.inputs.coco_boxes import is_results, read_coco_images, read_instances, read_results
+from hqlabel.pipeline.inputs.find_files import (
     InputFiles,
     absolute,
     is_json,
@@ -28,22 +28,22 @@ from pipeline.inputs.find_files import (
     pointed_at,
     states_ending,
 )
-from pipeline.inputs.hf_parquet import HF_COLUMNS, holds_pictures, read_hf_boxes, read_hf_images
-from pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, has_picture_name, is_picture
-from pipeline.inputs.megadetector_boxes import is_megadetector, read_megadetector
-from pipeline.inputs.previous_output import (
+from hqlabel.pipeline.inputs.hf_parquet import HF_COLUMNS, holds_pictures, read_hf_boxes, read_hf_images
+from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, has_picture_name, is_picture
+from hqlabel.pipeline.inputs.megadetector_boxes import is_megadetector, read_megadetector
+from hqlabel.pipeline.inputs.previous_output import (
     PublishedParts,
     find_parts,
     read_previous_boxes,
     read_previous_images,
 )
-from pipeline.inputs.propose_columns import BOX_ROWS, IMAGE_ROWS, missing_column
-from pipeline.inputs.read_table import inspect_tables, read_batches
-from pipeline.inputs.webdataset import read_tar_boxes, read_tar_images
-from pipeline.inputs.yolo_boxes import read_yolo
-from pipeline.job_context import AccessRules
-from pipeline.settings import InputSettings
-from pipeline.storage.uri_rules import check_uri, split_scheme
+from hqlabel.pipeline.inputs.propose_columns import BOX_ROWS, IMAGE_ROWS, missing_column
+from hqlabel.pipeline.inputs.read_table import inspect_tables, read_batches
+from hqlabel.pipeline.inputs.webdataset import read_tar_boxes, read_tar_images
+from hqlabel.pipeline.inputs.yolo_boxes import read_yolo
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.settings import InputSettings
+from hqlabel.pipeline.storage.uri_rules import check_uri, split_scheme
 
 _COLUMN_NAMES = frozenset(IMAGE_ROWS) | frozenset(BOX_ROWS) | frozenset(HF_COLUMNS)
 

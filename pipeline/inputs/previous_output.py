@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrow_lists import Int64Array, single, starts_of
-from pipeline.errors import JobRefused
-from pipeline.inputs.box_tables import box_columns
-from pipeline.inputs.columns import Kind
-from pipeline.inputs.image_box_lists import (
+from hqlabel.pipeline.arrow_lists import Int64Array, single, starts_of
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.inputs.box_tables import box_columns
+from hqlabel.pipeline.inputs.columns import Kind
+from hqlabel.pipeline.inputs.image_box_lists import (
     NUMBERS,
     BoxList,
     ImageList,
@@ -28,12 +28,12 @@ from pipeline.inputs.image_box_lists import (
     refuse_repeated,
     with_all_images,
 )
-from pipeline.inputs.propose_columns import missing_column
-from pipeline.inputs.read_table import inspect_tables, naming_values, open_named, read_batches
-from pipeline.job_context import AccessRules, BoxRules
-from pipeline.settings import BoxFormat, BoxFrame
-from pipeline.storage.backend import Entry
-from pipeline.storage.checksummed_parquet import open_closed
+from hqlabel.pipeline.inputs.propose_columns import missing_column
+from hqlabel.pipeline.inputs.read_table import inspect_tables, naming_values, open_named, read_batches
+from hqlabel.pipeline.job_context import AccessRules, BoxRules
+from hqlabel.pipeline.settings import BoxFormat, BoxFrame
+from hqlabel.pipeline.storage.backend import Entry
+from hqlabel.pipeline.storage.checksummed_parquet import open_closed
 
 _IMAGES = {
     "image_id": Kind(0, "text"),

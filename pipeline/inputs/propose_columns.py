@@ -14,11 +14,19 @@ from typing import cast
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.columns import CORNER_NAMES, CORNERS, Kind, bare_name, can_be_pasted, locate, setting_of
-from pipeline.inputs.read_table import TableFile, inspect_tables, read_batches
-from pipeline.job_context import AccessRules
-from pipeline.settings import BoxFormat
+from hqlabel.pipeline.errors import JobRefused, clean_text
+from hqlabel.pipeline.inputs.columns import (
+    CORNER_NAMES,
+    CORNERS,
+    Kind,
+    bare_name,
+    can_be_pasted,
+    locate,
+    setting_of,
+)
+from hqlabel.pipeline.inputs.read_table import TableFile, inspect_tables, read_batches
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.settings import BoxFormat
 
 LARGEST_SHARE = 1.5  # shares of a picture reach over 1 where a detector lets its boxes reach over the edge
 

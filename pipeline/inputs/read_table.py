@@ -17,14 +17,14 @@ from typing import Any, BinaryIO, Literal, cast
 
 import pyarrow as pa
 
-from pipeline.errors import HqlabelError, JobRefused, clean_text
-from pipeline.inputs.columns import UNSETTLED, Kind, check_type, locate, plain, sampled_leaf, settle
-from pipeline.inputs.csv_table import csv_batches, csv_header
-from pipeline.inputs.json_records import BLOCK_BYTES, TextDamage, jsonl_batches, jsonl_sample
-from pipeline.job_context import AccessRules
-from pipeline.storage.checksummed_parquet import open_closed
-from pipeline.storage.read_objects import open_input
-from pipeline.storage.uri_rules import options_for
+from hqlabel.pipeline.errors import HqlabelError, JobRefused, clean_text
+from hqlabel.pipeline.inputs.columns import UNSETTLED, Kind, check_type, locate, plain, sampled_leaf, settle
+from hqlabel.pipeline.inputs.csv_table import csv_batches, csv_header
+from hqlabel.pipeline.inputs.json_records import BLOCK_BYTES, TextDamage, jsonl_batches, jsonl_sample
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.storage.checksummed_parquet import open_closed
+from hqlabel.pipeline.storage.read_objects import open_input
+from hqlabel.pipeline.storage.uri_rules import options_for
 
 TableFormat = Literal["parquet", "csv", "jsonl"]
 TABLE_SUFFIXES: dict[str, TableFormat] = {

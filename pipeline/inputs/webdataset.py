@@ -21,19 +21,19 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from pipeline.errors import JobRefused, clean_text
-from pipeline.inputs.box_tables import boxes_of_rows
-from pipeline.inputs.columns import Kind, locate, plain, sampled_leaf, settle
-from pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, examples, has_picture_name
-from pipeline.inputs.json_records import SAMPLE_ROWS, TextDamage, json_word, jsonl_batches
-from pipeline.inputs.propose_columns import IMAGE_ROWS, KEYS, missing_column
-from pipeline.inputs.read_table import naming, naming_values
-from pipeline.job_context import AccessRules
-from pipeline.settings import TarIds
-from pipeline.storage.archive_uris import TarMember
-from pipeline.storage.list_folders import is_hidden_path
-from pipeline.storage.read_objects import is_no_utf8, open_input
-from pipeline.storage.uri_rules import options_for, split_scheme
+from hqlabel.pipeline.errors import JobRefused, clean_text
+from hqlabel.pipeline.inputs.box_tables import boxes_of_rows
+from hqlabel.pipeline.inputs.columns import Kind, locate, plain, sampled_leaf, settle
+from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, examples, has_picture_name
+from hqlabel.pipeline.inputs.json_records import SAMPLE_ROWS, TextDamage, json_word, jsonl_batches
+from hqlabel.pipeline.inputs.propose_columns import IMAGE_ROWS, KEYS, missing_column
+from hqlabel.pipeline.inputs.read_table import naming, naming_values
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.settings import TarIds
+from hqlabel.pipeline.storage.archive_uris import TarMember
+from hqlabel.pipeline.storage.list_folders import is_hidden_path
+from hqlabel.pipeline.storage.read_objects import is_no_utf8, open_input
+from hqlabel.pipeline.storage.uri_rules import options_for, split_scheme
 
 READERS = 16
 JSON_BYTES = 64 * 2**20

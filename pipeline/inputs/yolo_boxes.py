@@ -20,14 +20,14 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from pipeline.arrow_lists import to_lists
-from pipeline.errors import ImageError, JobRefused, clean_text
-from pipeline.inputs.box_tables import box_columns
-from pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList, Groups, grouped_boxes
-from pipeline.job_context import AccessRules
-from pipeline.storage.backend import Entry
-from pipeline.storage.read_objects import read_object
-from pipeline.storage.uri_rules import options_for
+from hqlabel.pipeline.arrow_lists import to_lists
+from hqlabel.pipeline.errors import ImageError, JobRefused, clean_text
+from hqlabel.pipeline.inputs.box_tables import box_columns
+from hqlabel.pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList, Groups, grouped_boxes
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.storage.backend import Entry
+from hqlabel.pipeline.storage.read_objects import read_object
+from hqlabel.pipeline.storage.uri_rules import options_for
 
 READERS = 16
 _FILE_BYTES = 16 * 2**20

@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from pipeline.errors import HqlabelError, JobRefused
-from pipeline.failpoints import visit
-from pipeline.storage.output_store import NotFound, Store
+from hqlabel.pipeline.errors import HqlabelError, JobRefused
+from hqlabel.pipeline.failpoints import visit
+from hqlabel.pipeline.storage.output_store import NotFound, Store
 
 BEAT_EVERY_S = 2.0
 TAKEOVER_AFTER_S = 8.0

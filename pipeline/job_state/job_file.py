@@ -16,12 +16,12 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from pipeline.errors import JobRefused
-from pipeline.failpoints import visit
-from pipeline.job_context import AccessRules, BoxRules, JobContext, JobDetector, Weights
-from pipeline.schema import SCHEMA_VERSION
-from pipeline.settings import Limits, ModelSettings
-from pipeline.storage.output_store import NotFound, Store
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.failpoints import visit
+from hqlabel.pipeline.job_context import AccessRules, BoxRules, JobContext, JobDetector, Weights
+from hqlabel.pipeline.schema import SCHEMA_VERSION
+from hqlabel.pipeline.settings import Limits, ModelSettings
+from hqlabel.pipeline.storage.output_store import NotFound, Store
 
 JOB_KEY = "job.json"
 JOB_FORMAT = 1

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import DamageFound
-from pipeline.schema import PLAN
-from pipeline.storage import checksummed_parquet
-from pipeline.storage.output_store import Store
+from hqlabel.pipeline.errors import DamageFound
+from hqlabel.pipeline.schema import PLAN
+from hqlabel.pipeline.storage import checksummed_parquet
+from hqlabel.pipeline.storage.output_store import Store
 
 UNITS_PER_FILE = 64
 

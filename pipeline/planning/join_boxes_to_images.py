@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrow_lists import BoolArray, Int64Array, positions
-from pipeline.errors import JobRefused, clean_text, count
-from pipeline.inputs.image_box_lists import BoxList, ImageList, examples, repeated
-from pipeline.inputs.open_inputs import resolve_uris
+from hqlabel.pipeline.arrow_lists import BoolArray, Int64Array, positions
+from hqlabel.pipeline.errors import JobRefused, clean_text, count
+from hqlabel.pipeline.inputs.image_box_lists import BoxList, ImageList, examples, repeated
+from hqlabel.pipeline.inputs.open_inputs import resolve_uris
 
 _MOST_CHECKED = 20_000  # ids checked to find out why nothing matches
 

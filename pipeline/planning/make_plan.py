@@ -15,25 +15,25 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrow_lists import table_sha256
-from pipeline.errors import UsageError
-from pipeline.failpoints import visit
-from pipeline.inputs.image_box_lists import BoxList
-from pipeline.inputs.open_inputs import allowed_access, check_columns, read_boxes, read_images
-from pipeline.job_context import AccessRules, BoxRules
-from pipeline.job_state.plan_files import UNITS_PER_FILE, plan_key
-from pipeline.planning.join_boxes_to_images import images_of, join
-from pipeline.planning.plan_summary import JoinedInputs, PlanSummary, summarise
-from pipeline.planning.plan_table import (
+from hqlabel.pipeline.arrow_lists import table_sha256
+from hqlabel.pipeline.errors import UsageError
+from hqlabel.pipeline.failpoints import visit
+from hqlabel.pipeline.inputs.image_box_lists import BoxList
+from hqlabel.pipeline.inputs.open_inputs import allowed_access, check_columns, read_boxes, read_images
+from hqlabel.pipeline.job_context import AccessRules, BoxRules
+from hqlabel.pipeline.job_state.plan_files import UNITS_PER_FILE, plan_key
+from hqlabel.pipeline.planning.join_boxes_to_images import images_of, join
+from hqlabel.pipeline.planning.plan_summary import JoinedInputs, PlanSummary, summarise
+from hqlabel.pipeline.planning.plan_table import (
     Categories,
     number_categories,
     plan_table,
     refuse_if_a_flag_is_missing,
 )
-from pipeline.schema import PLAN, SCHEMA_VERSION
-from pipeline.settings import InputSettings
-from pipeline.storage import checksummed_parquet
-from pipeline.storage.output_store import Store
+from hqlabel.pipeline.schema import PLAN, SCHEMA_VERSION
+from hqlabel.pipeline.settings import InputSettings
+from hqlabel.pipeline.storage import checksummed_parquet
+from hqlabel.pipeline.storage.output_store import Store
 
 WRITERS = 4  # compressing takes cores, and putting waits
 

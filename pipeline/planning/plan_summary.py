@@ -11,16 +11,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrow_lists import Int64Array, list_lengths, null_mask, single
-from pipeline.errors import clean_text, count
-from pipeline.inputs.image_box_lists import BoxList, ImageList
-from pipeline.job_context import AccessRules, BoxRules
-from pipeline.planning.join_boxes_to_images import Joined, Unmatched
-from pipeline.planning.suspicious_boxes import SUSPICIOUS_SHARE, suspicions
-from pipeline.settings import BoxFormat, BoxFrame
-from pipeline.stages.box_prompts import MOST_POINTS, PROMPT_COLUMNS, prompt_faults
-from pipeline.storage.read_objects import fingerprint
-from pipeline.storage.uri_rules import options_for, without_credentials
+from hqlabel.pipeline.arrow_lists import Int64Array, list_lengths, null_mask, single
+from hqlabel.pipeline.errors import clean_text, count
+from hqlabel.pipeline.inputs.image_box_lists import BoxList, ImageList
+from hqlabel.pipeline.job_context import AccessRules, BoxRules
+from hqlabel.pipeline.planning.join_boxes_to_images import Joined, Unmatched
+from hqlabel.pipeline.planning.suspicious_boxes import SUSPICIOUS_SHARE, suspicions
+from hqlabel.pipeline.settings import BoxFormat, BoxFrame
+from hqlabel.pipeline.stages.box_prompts import MOST_POINTS, PROMPT_COLUMNS, prompt_faults
+from hqlabel.pipeline.storage.read_objects import fingerprint
+from hqlabel.pipeline.storage.uri_rules import options_for, without_credentials
 
 _PROMPTS_AT_ONCE = 4096
 _BOXES_CHECKED = 200_000  # boxes checked for likely mistakes, spread evenly over all

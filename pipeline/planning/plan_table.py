@@ -15,15 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.arrow_lists import Int64Array, list_lengths, null_mask, single, to_lists
-from pipeline.errors import ImageError, JobRefused, clean_text, count
-from pipeline.inputs.image_box_lists import BOX_COLUMNS, TEXT, BoxList, examples
-from pipeline.job_context import AccessRules
-from pipeline.planning.join_boxes_to_images import Joined
-from pipeline.schema import PLAN, PLAN_BOX
-from pipeline.storage.archive_uris import PLACE, container_of
-from pipeline.storage.list_folders import allow_root
-from pipeline.storage.uri_rules import check_uri, is_inside, split_scheme, without_credentials
+from hqlabel.pipeline.arrow_lists import Int64Array, list_lengths, null_mask, single, to_lists
+from hqlabel.pipeline.errors import ImageError, JobRefused, clean_text, count
+from hqlabel.pipeline.inputs.image_box_lists import BOX_COLUMNS, TEXT, BoxList, examples
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.planning.join_boxes_to_images import Joined
+from hqlabel.pipeline.schema import PLAN, PLAN_BOX
+from hqlabel.pipeline.storage.archive_uris import PLACE, container_of
+from hqlabel.pipeline.storage.list_folders import allow_root
+from hqlabel.pipeline.storage.uri_rules import check_uri, is_inside, split_scheme, without_credentials
 
 SLICE_ROWS = 65_536
 

@@ -16,16 +16,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import ImageError, SystemicFault, clean_text
-from pipeline.images.decode_process import DecodeChild
-from pipeline.images.decode_upright import DecodedImage
-from pipeline.images.fetch import fetch_ahead
-from pipeline.inputs.image_box_lists import examples
-from pipeline.inputs.propose_columns import LARGEST_SHARE
-from pipeline.job_context import AccessRules, BoxRules
-from pipeline.planning.make_plan import Plan
-from pipeline.planning.suspicious_boxes import suspicions_of_place
-from pipeline.settings import Limits
+from hqlabel.pipeline.errors import ImageError, SystemicFault, clean_text
+from hqlabel.pipeline.images.decode_process import DecodeChild
+from hqlabel.pipeline.images.decode_upright import DecodedImage
+from hqlabel.pipeline.images.fetch import fetch_ahead
+from hqlabel.pipeline.inputs.image_box_lists import examples
+from hqlabel.pipeline.inputs.propose_columns import LARGEST_SHARE
+from hqlabel.pipeline.job_context import AccessRules, BoxRules
+from hqlabel.pipeline.planning.make_plan import Plan
+from hqlabel.pipeline.planning.suspicious_boxes import suspicions_of_place
+from hqlabel.pipeline.settings import Limits
 
 PICTURES = 32
 SUSPICIOUS_SHARE = 0.1
@@ -103,7 +103,7 @@ def _sample(table: pa.Table, *, detected: bool) -> list[dict[str, Any]]:
 def _seen(rows: list[dict[str, Any]], access: AccessRules, limits: Limits) -> list[_Seen]:
     timeout_s = min(limits.fetch_timeout_s, _FETCH_TIMEOUT_S)
     soon = limits.model_copy(update={"fetch_timeout_s": timeout_s})
-    child = DecodeChild(soon, side=1, decoder="pipeline.images.decode_upright:measure_image")
+    child = DecodeChild(soon, side=1, decoder="hqlabel.pipeline.images.decode_upright:measure_image")
     found = []
     try:
         for row, outcome in zip(rows, fetch_ahead([r["image_uri"] for r in rows], access, soon), strict=True):

@@ -7,11 +7,11 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.box_geometry import PixelFormat, boxes_to_xyxy
-from pipeline.inputs.propose_columns import LARGEST_SHARE
-from pipeline.job_context import BoxRules
-from pipeline.settings import BoxFormat
-from pipeline.stages.box_prompts import NORMALISED, any_of_row
+from hqlabel.pipeline.box_geometry import PixelFormat, boxes_to_xyxy
+from hqlabel.pipeline.inputs.propose_columns import LARGEST_SHARE
+from hqlabel.pipeline.job_context import BoxRules
+from hqlabel.pipeline.settings import BoxFormat
+from hqlabel.pipeline.stages.box_prompts import NORMALISED, any_of_row
 
 Float64Array = npt.NDArray[np.float64]
 

@@ -27,19 +27,19 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from pipeline.errors import SystemicFault
-from pipeline.images.decode_process import DecodeChild
-from pipeline.job_context import JobContext, UnitOutcome
-from pipeline.ray_execution import metrics, node_watch
-from pipeline.ray_execution.placement import Requests
-from pipeline.ray_execution.ray_errors import raise_original
-from pipeline.settings import ClusterSettings, Limits
-from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.prepare import prepare_unit
-from pipeline.stages.rows_between_stages import UNIT_COLUMN, UnitRow, pack, unit_to_json, unpack
-from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.output_store import Store
-from pipeline.worker import logs
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.images.decode_process import DecodeChild
+from hqlabel.pipeline.job_context import JobContext, UnitOutcome
+from hqlabel.pipeline.ray_execution import metrics, node_watch
+from hqlabel.pipeline.ray_execution.placement import Requests
+from hqlabel.pipeline.ray_execution.ray_errors import raise_original
+from hqlabel.pipeline.settings import ClusterSettings, Limits
+from hqlabel.pipeline.stages.commit import commit_unit, read_outcome
+from hqlabel.pipeline.stages.prepare import prepare_unit
+from hqlabel.pipeline.stages.rows_between_stages import UNIT_COLUMN, UnitRow, pack, unit_to_json, unpack
+from hqlabel.pipeline.stages.segment import SegmentWorker
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.worker import logs
 
 UNITS_PER_WAVE = 5000
 """Units of one Ray Data execution. Ray keeps some 20 KB a unit on the driver until an execution ends, and a

@@ -14,9 +14,9 @@ from typing import Literal
 
 from ray.util import metrics as ray_metrics
 
-from pipeline.image_result import ImageResult
-from pipeline.job_context import UnitOutcome
-from pipeline.stages.rows_between_stages import UnitRow
+from hqlabel.pipeline.image_result import ImageResult
+from hqlabel.pipeline.job_context import UnitOutcome
+from hqlabel.pipeline.stages.rows_between_stages import UnitRow
 
 Kind = Literal["counter", "gauge", "histogram"]
 RUN = "run"

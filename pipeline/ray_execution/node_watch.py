@@ -16,10 +16,10 @@ import ray.exceptions
 from ray.autoscaler.sdk import request_resources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from pipeline.errors import SystemicFault
-from pipeline.ray_execution import metrics
-from pipeline.ray_execution.placement import Node, Requests, fit, still_fits
-from pipeline.settings import ClusterSettings
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.ray_execution import metrics
+from hqlabel.pipeline.ray_execution.placement import Node, Requests, fit, still_fits
+from hqlabel.pipeline.settings import ClusterSettings
 
 NODES_GONE_S = 60.0
 """How long nodes may be gone and nothing finish, before the rest is begun anew on the remaining ones."""

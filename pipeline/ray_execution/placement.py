@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.errors import SystemicFault
-from pipeline.settings import ClusterSettings
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.settings import ClusterSettings
 
 COMMIT_CPUS = 0.05
 """Request of a commit task. With a whole core, finished units waited behind decoding (38 of 40, measured)."""

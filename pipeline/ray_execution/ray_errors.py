@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import ray.data.exceptions
 import ray.exceptions
 
-from pipeline.errors import SystemicFault, clean_text
+from hqlabel.pipeline.errors import SystemicFault, clean_text
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import ray
 
-from pipeline.ray_execution.node_watch import check_resources
-from pipeline.ray_execution.ray_errors import raise_original
-from pipeline.settings import ClusterSettings
-from pipeline.worker.process_env import refuse_unsafe_env
+from hqlabel.pipeline.ray_execution.node_watch import check_resources
+from hqlabel.pipeline.ray_execution.ray_errors import raise_original
+from hqlabel.pipeline.settings import ClusterSettings
+from hqlabel.pipeline.worker.process_env import refuse_unsafe_env
 
 T = TypeVar("T")
 A = TypeVar("A")

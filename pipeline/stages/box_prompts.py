@@ -16,8 +16,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from model.rle import rle_faults
-from pipeline.box_geometry import (
+from hqlabel.model.rle import rle_faults
+from hqlabel.pipeline.box_geometry import (
     PixelFormat,
     best_first,
     box_iou,
@@ -26,9 +26,9 @@ from pipeline.box_geometry import (
     denormalise_boxes,
     suppress,
 )
-from pipeline.image_result import ResolvedBoxes
-from pipeline.job_context import BoxRules
-from pipeline.settings import BoxFormat, BoxFrame
+from hqlabel.pipeline.image_result import ResolvedBoxes
+from hqlabel.pipeline.job_context import BoxRules
+from hqlabel.pipeline.settings import BoxFormat, BoxFrame
 
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]

@@ -12,18 +12,24 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from pipeline.errors import SystemicFault
-from pipeline.failpoints import visit
-from pipeline.job_context import JobContext, UnitOutcome
-from pipeline.job_state.plan_files import read_unit
-from pipeline.stages.prompt_groups import with_boxes
-from pipeline.stages.rows_between_stages import UnitRow
-from pipeline.storage.output_store import Store
-from pipeline.tables.unit_checks import check_against_plan
-from pipeline.tables.unit_files import encode_unit, outcome_of, put_unit, read_generation, replace_rows
-from pipeline.tables.unit_table import build_unit_table
-from pipeline.worker import logs
-from pipeline.worker.process_env import refuse_unsafe_env
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.failpoints import visit
+from hqlabel.pipeline.job_context import JobContext, UnitOutcome
+from hqlabel.pipeline.job_state.plan_files import read_unit
+from hqlabel.pipeline.stages.prompt_groups import with_boxes
+from hqlabel.pipeline.stages.rows_between_stages import UnitRow
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.unit_checks import check_against_plan
+from hqlabel.pipeline.tables.unit_files import (
+    encode_unit,
+    outcome_of,
+    put_unit,
+    read_generation,
+    replace_rows,
+)
+from hqlabel.pipeline.tables.unit_table import build_unit_table
+from hqlabel.pipeline.worker import logs
+from hqlabel.pipeline.worker.process_env import refuse_unsafe_env
 
 OUTCOME = "outcome"
 """The one column of what the driver gets for a unit: JSON of a UnitOutcome, or of a systemic fault."""

@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import HqlabelError, SystemicFault
-from pipeline.failpoints import visit
-from pipeline.settings import Limits
-from pipeline.storage.output_store import Store
+from hqlabel.pipeline.errors import HqlabelError, SystemicFault
+from hqlabel.pipeline.failpoints import visit
+from hqlabel.pipeline.settings import Limits
+from hqlabel.pipeline.storage.output_store import Store
 
 DEATHS_UNDER_ONE_DRIVER = 2
 DEATHS_UNDER_ANY_DRIVER = 4

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.detectors import (
+from hqlabel.model.detectors import (
     Category,
     ClosedSetDetector,
     Detections,
@@ -26,11 +26,11 @@ from model.detectors import (
     DetectorError,
     ZeroShotDetector,
 )
-from pipeline.box_geometry import best_first
-from pipeline.errors import JobRefused, SystemicFault, clean_text
-from pipeline.image_result import ImageResult, UInt8Array
-from pipeline.job_context import JobDetector
-from pipeline.stages.crash_log import CallGuard
+from hqlabel.pipeline.box_geometry import best_first
+from hqlabel.pipeline.errors import JobRefused, SystemicFault, clean_text
+from hqlabel.pipeline.image_result import ImageResult, UInt8Array
+from hqlabel.pipeline.job_context import JobDetector
+from hqlabel.pipeline.stages.crash_log import CallGuard
 
 HF, ZERO_SHOT = "hf:", "hf-zero-shot:"
 WANTED = "wanted hf:ID_OR_FOLDER, hf-zero-shot:ID_OR_FOLDER or your own module:Class"

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from model.checkpoints import DEMO_FOLDER, ENDINGS, CheckpointError, LoadedModel, Source, load
-from model.device import probe_dtype, set_cpu_threads
-from model.sam_config import ConfigError
-from model.segmenter import Segmenter
-from pipeline.errors import JobRefused, SystemicFault, clean_text
-from pipeline.job_context import JobContext, Weights
-from pipeline.settings import DEMO, ModelSettings
-from pipeline.storage.read_objects import list_objects, open_input
-from pipeline.storage.uri_rules import split_scheme
+from hqlabel.model.checkpoints import DEMO_FOLDER, ENDINGS, CheckpointError, LoadedModel, Source, load
+from hqlabel.model.device import probe_dtype, set_cpu_threads
+from hqlabel.model.sam_config import ConfigError
+from hqlabel.model.segmenter import Segmenter
+from hqlabel.pipeline.errors import JobRefused, SystemicFault, clean_text
+from hqlabel.pipeline.job_context import JobContext, Weights
+from hqlabel.pipeline.settings import DEMO, ModelSettings
+from hqlabel.pipeline.storage.read_objects import list_objects, open_input
+from hqlabel.pipeline.storage.uri_rules import split_scheme
 
 
 def open_weights(source: str, options: Mapping[str, Any]) -> Source:

@@ -11,19 +11,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pipeline.errors import ImageError, SystemicFault
-from pipeline.failpoints import visit
-from pipeline.image_result import ImageResult
-from pipeline.images.decode_process import DecodeChild
-from pipeline.images.fetch import FetchOutcome, fetch_ahead, stop_if_denied, stop_if_unreachable
-from pipeline.job_context import JobContext
-from pipeline.job_state.plan_files import read_unit
-from pipeline.settings import Limits
-from pipeline.stages.prompt_groups import with_boxes
-from pipeline.stages.rows_between_stages import PixelArena, UnitRow
-from pipeline.storage.output_store import Store
-from pipeline.tables.unit_files import read_generation
-from pipeline.worker.process_env import refuse_unsafe_env
+from hqlabel.pipeline.errors import ImageError, SystemicFault
+from hqlabel.pipeline.failpoints import visit
+from hqlabel.pipeline.image_result import ImageResult
+from hqlabel.pipeline.images.decode_process import DecodeChild
+from hqlabel.pipeline.images.fetch import FetchOutcome, fetch_ahead, stop_if_denied, stop_if_unreachable
+from hqlabel.pipeline.job_context import JobContext
+from hqlabel.pipeline.job_state.plan_files import read_unit
+from hqlabel.pipeline.settings import Limits
+from hqlabel.pipeline.stages.prompt_groups import with_boxes
+from hqlabel.pipeline.stages.rows_between_stages import PixelArena, UnitRow
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.unit_files import read_generation
+from hqlabel.pipeline.worker.process_env import refuse_unsafe_env
 
 
 def prepare_unit(

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from model.records import Instances, Prompts
-from model.rle import compress_lengths
-from pipeline.image_result import ImageResult, ResolvedBoxes
-from pipeline.job_context import BoxRules
-from pipeline.stages.box_prompts import resolve_boxes
+from hqlabel.model.records import Instances, Prompts
+from hqlabel.model.rle import compress_lengths
+from hqlabel.pipeline.image_result import ImageResult, ResolvedBoxes
+from hqlabel.pipeline.job_context import BoxRules
+from hqlabel.pipeline.stages.box_prompts import resolve_boxes
 
 MaskPrompt = Callable[[str, tuple[int, int]], npt.NDArray[np.float32]]
 """Compressed runs and their (height, width) -> low-resolution logits for `Prompts.mask_logits`."""

@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from model.records import Instances
-from pipeline.errors import SystemicFault
-from pipeline.image_result import ImageResult, Pixels, UInt8Array
-from pipeline.schema import PLAN
+from hqlabel.model.records import Instances
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.image_result import ImageResult, Pixels, UInt8Array
+from hqlabel.pipeline.schema import PLAN
 
 UNIT_COLUMN, PLANNED = "unit", "planned"
 PIXEL_FIELDS = ("pixels_hwc", "detector_pixels_hwc")  # of ImageResult, and columns here

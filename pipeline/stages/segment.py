@@ -25,19 +25,32 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from model.records import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
-from pipeline.errors import SystemicFault, clean_text
-from pipeline.failpoints import visit
-from pipeline.image_result import ImageResult
-from pipeline.job_context import JobContext
-from pipeline.settings import Limits
-from pipeline.stages.crash_log import EXIT_STATUS, CallGuard, CrashLog, Start, deadline, is_device_lost
-from pipeline.stages.detect import DetectStep, ModelRecord, is_out_of_memory
-from pipeline.stages.prompt_groups import PromptGroup, group_by_kind, join, with_boxes, without_numbers
-from pipeline.stages.rows_between_stages import UnitRow
-from pipeline.storage.output_store import Store
-from pipeline.worker import logs
-from pipeline.worker.process_env import prepare_for_torch, refuse_unsafe_env
+from hqlabel.model.records import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
+from hqlabel.pipeline.errors import SystemicFault, clean_text
+from hqlabel.pipeline.failpoints import visit
+from hqlabel.pipeline.image_result import ImageResult
+from hqlabel.pipeline.job_context import JobContext
+from hqlabel.pipeline.settings import Limits
+from hqlabel.pipeline.stages.crash_log import (
+    EXIT_STATUS,
+    CallGuard,
+    CrashLog,
+    Start,
+    deadline,
+    is_device_lost,
+)
+from hqlabel.pipeline.stages.detect import DetectStep, ModelRecord, is_out_of_memory
+from hqlabel.pipeline.stages.prompt_groups import (
+    PromptGroup,
+    group_by_kind,
+    join,
+    with_boxes,
+    without_numbers,
+)
+from hqlabel.pipeline.stages.rows_between_stages import UnitRow
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.worker import logs
+from hqlabel.pipeline.worker.process_env import prepare_for_torch, refuse_unsafe_env
 
 BOXES_PER_DEADLINE = 100
 """That many boxes give an image `limits.segment_timeout_s` once more."""
@@ -55,7 +68,7 @@ class MaskModel(Protocol):
         """The fixed shapes of the model's calls."""
 
     def segment_prepared(self, images: Sequence[PreparedImage]) -> list[Instances | SegmentFailure]:
-        """Return one result an image, in order; see `model.segmenter.Segmenter`."""
+        """Return one result an image, in order; see `hqlabel.model.segmenter.Segmenter`."""
 
     def mask_prompt(self, counts: str, size_hw: tuple[int, int]) -> npt.NDArray[np.float32]:
         """Return compressed runs of the upright picture as low-resolution logits."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pipeline.errors import JobRefused, clean_text
+from hqlabel.pipeline.errors import JobRefused, clean_text
 
 TAR = ".tar"
 _TAR_MEMBER = re.compile(r"(.+?\.tar)#(\d{1,15}):(\d{1,15})/(.+)", re.DOTALL | re.IGNORECASE)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.errors import ImageError
-from pipeline.storage.request_retries import ShortBody
+from hqlabel.pipeline.errors import ImageError
+from hqlabel.pipeline.storage.request_retries import ShortBody
 
 CHUNK = 4 * 2**20
 

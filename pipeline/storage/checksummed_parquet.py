@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import DamageFound
-from pipeline.schema import REPEATING
+from hqlabel.pipeline.errors import DamageFound
+from hqlabel.pipeline.schema import REPEATING
 
 ROW_GROUP_ROWS = 122_880  # DuckDB's own: far below what viewers scan, large enough to compress
 

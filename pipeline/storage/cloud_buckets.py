@@ -16,9 +16,16 @@ from typing import Any
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
-from pipeline.errors import ImageError, UsageError
-from pipeline.storage.backend import CHUNK, Backend, Entry, FetchedObject, check_complete, too_many_bytes
-from pipeline.storage.local_disk import LocalBackend
+from hqlabel.pipeline.errors import ImageError, UsageError
+from hqlabel.pipeline.storage.backend import (
+    CHUNK,
+    Backend,
+    Entry,
+    FetchedObject,
+    check_complete,
+    too_many_bytes,
+)
+from hqlabel.pipeline.storage.local_disk import LocalBackend
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
 _ONE_PUT = 5 * 2**30  # S3's largest single PUT

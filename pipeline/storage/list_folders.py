@@ -19,9 +19,9 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.errors import clean_text, count
-from pipeline.storage.backend import Entry
-from pipeline.storage.uri_rules import is_inside
+from hqlabel.pipeline.errors import clean_text, count
+from hqlabel.pipeline.storage.backend import Entry
+from hqlabel.pipeline.storage.uri_rules import is_inside
 
 SKIPPED = frozenset(
     [

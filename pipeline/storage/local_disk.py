@@ -11,10 +11,10 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from pipeline.errors import ImageError, UsageError
-from pipeline.failpoints import visit
-from pipeline.storage.backend import CHUNK, Entry, FetchedObject, too_many_bytes
-from pipeline.storage.uri_rules import check_regular
+from hqlabel.pipeline.errors import ImageError, UsageError
+from hqlabel.pipeline.failpoints import visit
+from hqlabel.pipeline.storage.backend import CHUNK, Entry, FetchedObject, too_many_bytes
+from hqlabel.pipeline.storage.uri_rules import check_regular
 
 STALE_TEMPORARY_S = 3600.0
 

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import BinaryIO, TypeVar
 
-from pipeline.errors import SystemicFault, UsageError
-from pipeline.job_context import Place
-from pipeline.storage.backend import Backend, Entry
-from pipeline.storage.cloud_buckets import backend_for
-from pipeline.storage.read_objects import blockwise
-from pipeline.storage.request_retries import StorageFault, with_retries
-from pipeline.storage.uri_rules import refuse_secrets, split_scheme
+from hqlabel.pipeline.errors import SystemicFault, UsageError
+from hqlabel.pipeline.job_context import Place
+from hqlabel.pipeline.storage.backend import Backend, Entry
+from hqlabel.pipeline.storage.cloud_buckets import backend_for
+from hqlabel.pipeline.storage.read_objects import blockwise
+from hqlabel.pipeline.storage.request_retries import StorageFault, with_retries
+from hqlabel.pipeline.storage.uri_rules import refuse_secrets, split_scheme
 
 T = TypeVar("T")
 

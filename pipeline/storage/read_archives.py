@@ -18,11 +18,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.errors import ImageError
-from pipeline.storage.archive_uris import ParquetRow, TarMember
-from pipeline.storage.backend import FetchedObject, too_many_bytes
-from pipeline.storage.checksummed_parquet import open_closed
-from pipeline.storage.read_objects import ObjectUri, blockwise, call_for_image
+from hqlabel.pipeline.errors import ImageError
+from hqlabel.pipeline.storage.archive_uris import ParquetRow, TarMember
+from hqlabel.pipeline.storage.backend import FetchedObject, too_many_bytes
+from hqlabel.pipeline.storage.checksummed_parquet import open_closed
+from hqlabel.pipeline.storage.read_objects import ObjectUri, blockwise, call_for_image
 
 KEPT_GROUPS = 2
 GROUP_BYTES = 2**30

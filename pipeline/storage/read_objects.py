@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, TypeVar
 
-from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError, clean_text, count
-from pipeline.storage import list_folders
-from pipeline.storage.backend import Backend, Entry, FetchedObject
-from pipeline.storage.cloud_buckets import backend_for
-from pipeline.storage.request_retries import StorageFault, with_retries
-from pipeline.storage.uri_rules import check_regular, split_scheme
+from hqlabel.pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError, clean_text, count
+from hqlabel.pipeline.storage import list_folders
+from hqlabel.pipeline.storage.backend import Backend, Entry, FetchedObject
+from hqlabel.pipeline.storage.cloud_buckets import backend_for
+from hqlabel.pipeline.storage.request_retries import StorageFault, with_retries
+from hqlabel.pipeline.storage.uri_rules import check_regular, split_scheme
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from pipeline.errors import HqlabelError, clean_text
+from hqlabel.pipeline.errors import HqlabelError, clean_text
 
 T = TypeVar("T")
 

@@ -16,9 +16,9 @@ import stat
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.errors import ImageError, UsageError
-from pipeline.job_context import AccessRules
-from pipeline.storage.archive_uris import container_of
+from hqlabel.pipeline.errors import ImageError, UsageError
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.storage.archive_uris import container_of
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.\-]*)://(.*)", re.DOTALL)
 _SIGNED = re.compile(

@@ -12,11 +12,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pipeline.errors import DamageFound, JobRefused
-from pipeline.failpoints import visit
-from pipeline.storage.output_store import Store
-from pipeline.tables.manifest import Manifest, read_manifest, write_manifest
-from pipeline.tables.unit_files import CommittedUnit, list_committed, list_generations
+from hqlabel.pipeline.errors import DamageFound, JobRefused
+from hqlabel.pipeline.failpoints import visit
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.manifest import Manifest, read_manifest, write_manifest
+from hqlabel.pipeline.tables.unit_files import CommittedUnit, list_committed, list_generations
 
 _ATTEMPT = re.compile(r"attempts/\d{8,}\.g\d+/\d{4,}\.(start|image)\.json")
 

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import schema
-from pipeline.settings import FilterSettings
-from pipeline.tables.count_masks import Counts, counts_of
-from pipeline.tables.mask_quality import mark
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.settings import FilterSettings
+from hqlabel.pipeline.tables.count_masks import Counts, counts_of
+from hqlabel.pipeline.tables.mask_quality import mark
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import pyarrow.compute as pc
 
-from pipeline.job_state.driver_lock import Holder, current_holder
-from pipeline.job_state.job_file import Job
-from pipeline.storage.output_store import Store
-from pipeline.tables.count_masks import Counts, add_counts, count_unit
-from pipeline.tables.manifest import Manifest, finished_units, read_manifest
-from pipeline.tables.unit_files import CommittedUnit, list_committed, read_committed
+from hqlabel.pipeline.job_state.driver_lock import Holder, current_holder
+from hqlabel.pipeline.job_state.job_file import Job
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.count_masks import Counts, add_counts, count_unit
+from hqlabel.pipeline.tables.manifest import Manifest, finished_units, read_manifest
+from hqlabel.pipeline.tables.unit_files import CommittedUnit, list_committed, read_committed
 
 READERS = 16
 RATE_WINDOW_S = 1200.0

@@ -15,10 +15,10 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from pipeline.errors import DamageFound
-from pipeline.settings import FilterSettings
-from pipeline.storage.output_store import NotFound, Store
-from pipeline.tables.count_masks import Counts, add_counts
+from hqlabel.pipeline.errors import DamageFound
+from hqlabel.pipeline.settings import FilterSettings
+from hqlabel.pipeline.storage.output_store import NotFound, Store
+from hqlabel.pipeline.tables.count_masks import Counts, add_counts
 
 MANIFEST_KEY = "manifest.json"
 CATEGORIES_KEY = "categories.json"

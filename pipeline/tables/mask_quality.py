@@ -15,10 +15,10 @@ import numpy.typing as npt
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
-from model import rle
-from model.records import Instances
-from pipeline.box_geometry import best_first, box_iou, boxes_to_xyxy, suppress
-from pipeline.settings import FilterSettings
+from hqlabel.model import rle
+from hqlabel.model.records import Instances
+from hqlabel.pipeline.box_geometry import best_first, box_iou, boxes_to_xyxy, suppress
+from hqlabel.pipeline.settings import FilterSettings
 
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]

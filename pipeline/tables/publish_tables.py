@@ -20,18 +20,18 @@ from typing import Literal
 
 import pyarrow as pa
 
-from pipeline import schema
-from pipeline.errors import DamageFound, JobRefused
-from pipeline.failpoints import visit
-from pipeline.job_context import JobContext
-from pipeline.job_state.driver_lock import latest_number, require_latest
-from pipeline.job_state.job_file import Job
-from pipeline.settings import FilterSettings
-from pipeline.storage import checksummed_parquet
-from pipeline.storage.output_store import NotFound, Store
-from pipeline.tables.count_masks import Counts, add_counts
-from pipeline.tables.images_and_instances import flatten_unit
-from pipeline.tables.manifest import (
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.errors import DamageFound, JobRefused
+from hqlabel.pipeline.failpoints import visit
+from hqlabel.pipeline.job_context import JobContext
+from hqlabel.pipeline.job_state.driver_lock import latest_number, require_latest
+from hqlabel.pipeline.job_state.job_file import Job
+from hqlabel.pipeline.settings import FilterSettings
+from hqlabel.pipeline.storage import checksummed_parquet
+from hqlabel.pipeline.storage.output_store import NotFound, Store
+from hqlabel.pipeline.tables.count_masks import Counts, add_counts
+from hqlabel.pipeline.tables.images_and_instances import flatten_unit
+from hqlabel.pipeline.tables.manifest import (
     CATEGORIES_KEY,
     Manifest,
     Part,
@@ -40,7 +40,7 @@ from pipeline.tables.manifest import (
     read_manifest,
     write_manifest,
 )
-from pipeline.tables.unit_files import CommittedUnit, footer, list_committed, read_committed
+from hqlabel.pipeline.tables.unit_files import CommittedUnit, footer, list_committed, read_committed
 
 READERS = 8
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pycocotools import mask as coco_mask
 
-from model import rle
-from pipeline import schema
-from pipeline.errors import BOX_CODES, IMAGE_CODES, SKIP_CODES, box_code
+from hqlabel.model import rle
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.errors import BOX_CODES, IMAGE_CODES, SKIP_CODES, box_code
 
 
 def check_against_plan(table: pa.Table, planned: pa.Table, *, detected: bool = False) -> None:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from pipeline import schema
-from pipeline.failpoints import visit
-from pipeline.job_context import JobContext, UnitOutcome
-from pipeline.storage import checksummed_parquet
-from pipeline.storage.output_store import Store
-from pipeline.tables.count_masks import count_unit
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.failpoints import visit
+from hqlabel.pipeline.job_context import JobContext, UnitOutcome
+from hqlabel.pipeline.storage import checksummed_parquet
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.count_masks import count_unit
 
 _KEY = re.compile(r"units/(\d{8,})\.g(\d+)\.parquet")
 

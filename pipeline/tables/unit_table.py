@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from model.records import Instances
-from pipeline import schema
-from pipeline.errors import BOX_CODES, SKIP_CODES, box_code, clean_text, stage_of
-from pipeline.image_result import ImageResult, ResolvedBoxes
-from pipeline.job_context import JobContext
-from pipeline.tables.mask_quality import MaskQuality, measure, order_flags
+from hqlabel.model.records import Instances
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.errors import BOX_CODES, SKIP_CODES, box_code, clean_text, stage_of
+from hqlabel.pipeline.image_result import ImageResult, ResolvedBoxes
+from hqlabel.pipeline.job_context import JobContext
+from hqlabel.pipeline.tables.mask_quality import MaskQuality, measure, order_flags
 
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]

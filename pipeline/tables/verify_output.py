@@ -19,16 +19,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pycocotools import mask as coco_mask
 
-from pipeline import schema
-from pipeline.errors import DamageFound, HqlabelError
-from pipeline.job_state.job_file import Job
-from pipeline.job_state.plan_files import UNITS_PER_FILE, iter_plan
-from pipeline.storage import checksummed_parquet
-from pipeline.storage.output_store import NotFound, Store
-from pipeline.tables.manifest import MANIFEST_KEY, Manifest, Part, PartFile, read_manifest
-from pipeline.tables.publish_tables import foreign_parts
-from pipeline.tables.unit_checks import find_faults, plan_faults
-from pipeline.tables.unit_files import CommittedUnit, list_generations, parse_key, read_committed, unit_key
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.errors import DamageFound, HqlabelError
+from hqlabel.pipeline.job_state.job_file import Job
+from hqlabel.pipeline.job_state.plan_files import UNITS_PER_FILE, iter_plan
+from hqlabel.pipeline.storage import checksummed_parquet
+from hqlabel.pipeline.storage.output_store import NotFound, Store
+from hqlabel.pipeline.tables.manifest import MANIFEST_KEY, Manifest, Part, PartFile, read_manifest
+from hqlabel.pipeline.tables.publish_tables import foreign_parts
+from hqlabel.pipeline.tables.unit_checks import find_faults, plan_faults
+from hqlabel.pipeline.tables.unit_files import (
+    CommittedUnit,
+    list_generations,
+    parse_key,
+    read_committed,
+    unit_key,
+)
 
 READERS = 8
 UNITS_AT_A_TIME = 64

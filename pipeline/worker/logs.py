@@ -16,11 +16,11 @@ import logging
 import sys
 from typing import Any
 
-from pipeline.storage.uri_rules import without_credentials
+from hqlabel.pipeline.storage.uri_rules import without_credentials
 
-_LOGGER = logging.getLogger("pipeline")
+_LOGGER = logging.getLogger("hqlabel.pipeline")
 _LOGGER.addHandler(logging.NullHandler())  # without it, Python prints warnings of a process with no handler
-_events = logging.getLogger("pipeline.events")
+_events = logging.getLogger("hqlabel.pipeline.events")
 _FIELDS = "hqlabel_fields"
 
 

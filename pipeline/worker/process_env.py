@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, MutableMapping
 
-from pipeline.errors import JobRefused, SystemicFault
+from hqlabel.pipeline.errors import JobRefused, SystemicFault
 
 LOOSENING: dict[str, str] = {
     "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR": "lets a Parquet file run code when Ray Data is loaded",

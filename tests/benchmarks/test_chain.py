@@ -13,9 +13,9 @@ from PIL import Image
 
 from benchmarks import call_shapes, chain
 from benchmarks.made_inputs import boxes_of, write_boxes, write_pictures
-from jobs.load_config import ConfigSources
-from model.sam_config import PUBLISHED
-from pipeline.images.decode_upright import decode_image
+from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.model.sam_config import PUBLISHED
+from hqlabel.pipeline.images.decode_upright import decode_image
 from tests.e2e.scenes import small_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from benchmarks.scale_model import tables
 from benchmarks.simulation import State, UnitStub, made_unit
-from pipeline.job_state.job_file import require_job
-from pipeline.settings import FilterSettings
-from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.rows_between_stages import UnitRow, pack, unpack
-from pipeline.tables.publish_tables import publish
+from hqlabel.pipeline.job_state.job_file import require_job
+from hqlabel.pipeline.settings import FilterSettings
+from hqlabel.pipeline.stages.commit import commit_unit, read_outcome
+from hqlabel.pipeline.stages.rows_between_stages import UnitRow, pack, unpack
+from hqlabel.pipeline.tables.publish_tables import publish
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scale.md"
 

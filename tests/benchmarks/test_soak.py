@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.soak import Soak, Totals, Wanted, _read_out
-from pipeline.job_context import Place
+from hqlabel.pipeline.job_context import Place
 from tests.faults import chain
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-from jobs.load_config import ConfigSources
+from hqlabel.jobs.load_config import ConfigSources
 
 ROOT = Path(__file__).resolve().parents[2]
 

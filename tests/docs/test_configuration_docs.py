@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from jobs.load_config import ConfigSources
+from hqlabel.jobs.load_config import ConfigSources
 from tests.docs.markdown import blocks
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline import errors
+from hqlabel.pipeline import errors
 from tests.docs.markdown import column, section, table
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "errors.md").read_text()

@@ -50,7 +50,7 @@ def test_the_make_targets_of_the_pages_exist() -> None:
 
 
 def test_the_commands_of_the_pages_are_commands_of_the_program() -> None:
-    from jobs.cli.main import app
+    from hqlabel.jobs.cli.main import app
 
     known = {
         command.name or command.callback.__name__ for command in app.registered_commands if command.callback

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.ray_execution.metrics import METRICS
+from hqlabel.pipeline.ray_execution.metrics import METRICS
 from tests.docs.markdown import section, table
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "cluster.md").read_text()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from model.checkpoints import save_transformers
-from model.sam_config import PUBLISHED
-from model.sam_hq import SamHQ
+from hqlabel.model.checkpoints import save_transformers
+from hqlabel.model.sam_config import PUBLISHED
+from hqlabel.model.sam_hq import SamHQ
 from tests.docs.markdown import blocks, column, section, table
 from tests.parity.lively import SMALL_VITS, lively, photo
 

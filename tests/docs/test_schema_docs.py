@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools import mask as coco_mask
 
-from pipeline import schema
-from pipeline.tables import mask_quality as quality
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.tables import mask_quality as quality
 from tests.docs.markdown import blocks, column, section, table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

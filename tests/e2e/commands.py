@@ -29,7 +29,7 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     if arguments[0] in ("label", "retry") and not any("cluster.actors" in one for one in arguments):
         arguments = (*arguments, "--set", "cluster.actors=1")
     return subprocess.Popen(
-        [sys.executable, "-m", "jobs", *arguments],
+        [sys.executable, "-m", "hqlabel", *arguments],
         cwd=tempfile.gettempdir(),
         env={**os.environ, "RAY_worker_niceness": "0", **environment},
         stdout=subprocess.PIPE,

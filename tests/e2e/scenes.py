@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from model.checkpoints import save_transformers
-from model.sam_config import vit_config
+from hqlabel.model.checkpoints import save_transformers
+from hqlabel.model.sam_config import vit_config
 from tests.parity.lively import lively
 
 SIZES_WH = ((97, 140), (160, 120), (200, 90), (64, 64), (320, 240), (61, 300))

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from model.checkpoints import DEMO_FOLDER
+from hqlabel.model.checkpoints import DEMO_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = (ROOT / "examples" / "photos" / "boxes.jsonl").read_text().splitlines()

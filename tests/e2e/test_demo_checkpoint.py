@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from model.checkpoints import DEMO_FOLDER, load
+from hqlabel.model.checkpoints import DEMO_FOLDER, load
 from tests.e2e import commands
 from tools.demo_model.evaluate import evaluate, held_out_scene, mask_iou
 from tools.demo_model.scenes import Scene

@@ -14,8 +14,8 @@ import torch
 import transformers
 from PIL import Image
 
-from model.records import resize_longest_side
-from pipeline.images.decode_upright import decode_image
+from hqlabel.model.records import resize_longest_side
+from hqlabel.pipeline.images.decode_upright import decode_image
 from tests.docs.markdown import blocks
 from tests.e2e import commands
 from tests.e2e.scenes import picture

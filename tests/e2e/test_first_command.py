@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoints import save_original, save_transformers
-from model.sam_config import vit_config
+from hqlabel.model.checkpoints import save_original, save_transformers
+from hqlabel.model.sam_config import vit_config
 from tests.e2e import commands
 from tests.e2e.scenes import DataSet
 from tests.parity.lively import lively

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from model import checkpoints, rle
-from model.prompt_encoder import mask_to_prompt
-from model.records import CallShape, Instances, PreparedImage, Prompts
-from model.segmenter import Segmenter
-from pipeline.images.decode_upright import decode_image
+from hqlabel.model import checkpoints, rle
+from hqlabel.model.prompt_encoder import mask_to_prompt
+from hqlabel.model.records import CallShape, Instances, PreparedImage, Prompts
+from hqlabel.model.segmenter import Segmenter
+from hqlabel.pipeline.images.decode_upright import decode_image
 from tests.e2e import commands
 from tests.e2e.scenes import picture
 from tests.faults.fuzzing import MASK_MAKES

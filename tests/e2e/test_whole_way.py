@@ -16,10 +16,10 @@ import pyarrow as pa
 import pytest
 from pycocotools import mask as coco_mask
 
-from model import checkpoints
-from model.records import CallShape, Instances, PreparedImage, Prompts
-from model.segmenter import Segmenter
-from pipeline.images.decode_upright import decode_image
+from hqlabel.model import checkpoints
+from hqlabel.model.records import CallShape, Instances, PreparedImage, Prompts
+from hqlabel.model.segmenter import Segmenter
+from hqlabel.pipeline.images.decode_upright import decode_image
 from tests.conftest import MotoS3
 from tests.e2e import commands
 from tests.e2e.scenes import DataSet, write_coco

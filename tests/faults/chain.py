@@ -18,22 +18,22 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import failpoints
-from pipeline.images.decode_upright import DecodedImage
-from pipeline.job_context import JobContext, Place
-from pipeline.job_state.driver_lock import Owner
-from pipeline.job_state.job_file import Job, identity_of, open_job
-from pipeline.planning.make_plan import Plan, write_plan
-from pipeline.settings import FilterSettings, Limits
-from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.prepare import prepare_unit
-from pipeline.stages.rows_between_stages import UnitRow
-from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.output_store import Store
-from pipeline.tables.clean_output import clean
-from pipeline.tables.manifest import finished_units, read_manifest
-from pipeline.tables.publish_tables import publish
-from pipeline.tables.unit_files import list_committed, read_committed
+from hqlabel.pipeline import failpoints
+from hqlabel.pipeline.images.decode_upright import DecodedImage
+from hqlabel.pipeline.job_context import JobContext, Place
+from hqlabel.pipeline.job_state.driver_lock import Owner
+from hqlabel.pipeline.job_state.job_file import Job, identity_of, open_job
+from hqlabel.pipeline.planning.make_plan import Plan, write_plan
+from hqlabel.pipeline.settings import FilterSettings, Limits
+from hqlabel.pipeline.stages.commit import commit_unit, read_outcome
+from hqlabel.pipeline.stages.prepare import prepare_unit
+from hqlabel.pipeline.stages.rows_between_stages import UnitRow
+from hqlabel.pipeline.stages.segment import SegmentWorker
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.clean_output import clean
+from hqlabel.pipeline.tables.manifest import finished_units, read_manifest
+from hqlabel.pipeline.tables.publish_tables import publish
+from hqlabel.pipeline.tables.unit_files import list_committed, read_committed
 from tests.fakes import troubled_decoder
 from tests.pipeline import made_jobs
 from tests.pipeline.made_jobs import noise, png

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.job_context import Place
+from hqlabel.pipeline.job_context import Place
 from tests.conftest import make_place
 from tests.faults import chain
 

@@ -32,26 +32,26 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from jobs.evaluate.evaluate import EvaluateOptions
-from jobs.evaluate.evaluate import run as evaluate_truth
-from jobs.load_config import ConfigSources
-from jobs.results.select_rows import Selection
-from model.checkpoints import load
-from model.segmenter import Segmenter
-from pipeline.errors import BOX_CODES, ImageError, JobRefused, UsageError
-from pipeline.images.decode_process import DecodeChild
-from pipeline.job_context import BoxRules, JobContext, Place, Weights
-from pipeline.planning.make_plan import Plan, make_plan, write_plan
-from pipeline.planning.suspicious_boxes import suspicions
-from pipeline.settings import InputSettings, Limits, ModelSettings
-from pipeline.stages.box_prompts import prompt_faults, resolve_boxes
-from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.load_model import load_segmenter
-from pipeline.stages.prepare import prepare_unit
-from pipeline.stages.rows_between_stages import UnitRow, pack, unpack
-from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.output_store import Store
-from pipeline.tables.unit_files import list_committed, read_committed
+from hqlabel.jobs.evaluate.evaluate import EvaluateOptions
+from hqlabel.jobs.evaluate.evaluate import run as evaluate_truth
+from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.jobs.results.select_rows import Selection
+from hqlabel.model.checkpoints import load
+from hqlabel.model.segmenter import Segmenter
+from hqlabel.pipeline.errors import BOX_CODES, ImageError, JobRefused, UsageError
+from hqlabel.pipeline.images.decode_process import DecodeChild
+from hqlabel.pipeline.job_context import BoxRules, JobContext, Place, Weights
+from hqlabel.pipeline.planning.make_plan import Plan, make_plan, write_plan
+from hqlabel.pipeline.planning.suspicious_boxes import suspicions
+from hqlabel.pipeline.settings import InputSettings, Limits, ModelSettings
+from hqlabel.pipeline.stages.box_prompts import prompt_faults, resolve_boxes
+from hqlabel.pipeline.stages.commit import commit_unit, read_outcome
+from hqlabel.pipeline.stages.load_model import load_segmenter
+from hqlabel.pipeline.stages.prepare import prepare_unit
+from hqlabel.pipeline.stages.rows_between_stages import UnitRow, pack, unpack
+from hqlabel.pipeline.stages.segment import SegmentWorker
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.unit_files import list_committed, read_committed
 from tests.jobs.evaluate.test_ground_truth import RUNS, WRITTEN
 from tests.jobs.made_outputs import MadeImage, blob, make_output
 

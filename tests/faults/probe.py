@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-import jobs.job_setup.open_job
-from jobs.cli import main as cli
-from model.records import Instances, PreparedImage, SegmentFailure
-from model.segmenter import Segmenter
-from pipeline.job_context import JobContext
-from pipeline.stages.load_model import load_segmenter
+import hqlabel.jobs.job_setup.open_job
+from hqlabel.jobs.cli import main as cli
+from hqlabel.model.records import Instances, PreparedImage, SegmentFailure
+from hqlabel.model.segmenter import Segmenter
+from hqlabel.pipeline.job_context import JobContext
+from hqlabel.pipeline.stages.load_model import load_segmenter
 
 
 def probe_segmenter(context: JobContext, use_gpu: bool) -> Segmenter:
@@ -53,12 +53,12 @@ def colour_of(number: float) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    made = jobs.job_setup.open_job.JobContext
+    made = hqlabel.jobs.job_setup.open_job.JobContext
 
     def context(**fields: Any) -> JobContext:
         return made(**fields, segmenter="tests.faults.probe:probe_segmenter")
 
-    jobs.job_setup.open_job.JobContext = context  # type: ignore[assignment,misc]
+    hqlabel.jobs.job_setup.open_job.JobContext = context  # type: ignore[assignment,misc]
     cli.main()
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import jobs.commands.retry
-import jobs.job_setup.open_job
-import pipeline.job_state.job_file
-from jobs.cli import main as cli
-from jobs.load_config import Config
-from pipeline.failpoints import VARIABLE
-from pipeline.job_context import JobContext, Weights
-from pipeline.worker import process_env
+import hqlabel.jobs.commands.retry
+import hqlabel.jobs.job_setup.open_job
+import hqlabel.pipeline.job_state.job_file
+from hqlabel.jobs.cli import main as cli
+from hqlabel.jobs.load_config import Config
+from hqlabel.pipeline.failpoints import VARIABLE
+from hqlabel.pipeline.job_context import JobContext, Weights
+from hqlabel.pipeline.worker import process_env
 
 SIDE = 64
 
@@ -38,8 +38,10 @@ def stub_context(**fields: Any) -> JobContext:
 
 
 def main() -> None:
-    jobs.job_setup.open_job.read_checkpoint = jobs.commands.retry.read_checkpoint = stub_weights  # type: ignore[assignment]
-    jobs.job_setup.open_job.JobContext = pipeline.job_state.job_file.JobContext = stub_context  # type: ignore[assignment,misc]
+    hqlabel.jobs.job_setup.open_job.read_checkpoint = hqlabel.jobs.commands.retry.read_checkpoint = (
+        stub_weights  # type: ignore[assignment]
+    )
+    hqlabel.jobs.job_setup.open_job.JobContext = hqlabel.pipeline.job_state.job_file.JobContext = stub_context  # type: ignore[assignment,misc]
     process_env.REFUSED.pop(VARIABLE)  # what the real command refuses is what these tests are about
     cli.main()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 
-from pipeline.job_context import JobContext
+from hqlabel.pipeline.job_context import JobContext
 from tests.fakes import BoxSegmenter, box_segmenter
 
 

@@ -14,20 +14,20 @@ import pyarrow as pa
 import pytest
 import torch
 
-from jobs.job_setup.check_models import read_checkpoint
-from jobs.load_config import ConfigSources
-from model.records import SegmentFailure
-from model.segmenter import Segmenter
-from pipeline.errors import SystemicFault
-from pipeline.images.decode_process import DecodeChild
-from pipeline.job_context import JobContext
-from pipeline.settings import Limits
-from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.prepare import prepare_unit
-from pipeline.stages.rows_between_stages import UnitRow
-from pipeline.stages.segment import SegmentWorker, deadline_s
-from pipeline.storage.output_store import Store
-from pipeline.tables.unit_files import list_committed, read_committed
+from hqlabel.jobs.job_setup.check_models import read_checkpoint
+from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.model.records import SegmentFailure
+from hqlabel.model.segmenter import Segmenter
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.images.decode_process import DecodeChild
+from hqlabel.pipeline.job_context import JobContext
+from hqlabel.pipeline.settings import Limits
+from hqlabel.pipeline.stages.commit import commit_unit, read_outcome
+from hqlabel.pipeline.stages.prepare import prepare_unit
+from hqlabel.pipeline.stages.rows_between_stages import UnitRow
+from hqlabel.pipeline.stages.segment import SegmentWorker, deadline_s
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.unit_files import list_committed, read_committed
 from tests.e2e.scenes import picture, small_checkpoint
 from tests.fakes import harmful_picture, trouble
 from tests.faults.chain import do_unit, in_child
@@ -220,7 +220,7 @@ def network_job(folder: Path, weights: Path, images: int, **options: object) -> 
     pictures = {f"{n:03}.png": png(picture(n)) for n in range(images)}
     record_of_weights = read_checkpoint(ConfigSources(flags={"model.checkpoint": str(weights)}).load())
     return make_job(
-        folder, pictures, segmenter="pipeline.stages.load_model:load_segmenter", weights=record_of_weights,
+        folder, pictures, segmenter="hqlabel.pipeline.stages.load_model:load_segmenter", weights=record_of_weights,
         limits=Limits(segment_timeout_s=300), **options,
     )  # fmt: skip
 
@@ -261,8 +261,8 @@ def test_row_57_masks_are_the_same_bytes_whatever_happens(
 
 
 def at_another_place(made: MadeJob, folder: Path) -> MadeJob:
-    from pipeline.job_context import Place
-    from pipeline.planning.make_plan import write_plan
+    from hqlabel.pipeline.job_context import Place
+    from hqlabel.pipeline.planning.make_plan import write_plan
 
     context = replace(made.context, output=Place(uri=str(folder)))
     write_plan(Store(context.output), made.plan)

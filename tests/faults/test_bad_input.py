@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import BOX_CODES, MAX_MESSAGE_CHARS, stage_of
+from hqlabel.pipeline.errors import BOX_CODES, MAX_MESSAGE_CHARS, stage_of
 from tests.e2e import commands
 from tests.e2e.scenes import small_checkpoint
 from tests.faults import corpus, probe

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import SystemicFault
-from pipeline.job_context import Place
-from pipeline.job_state.job_file import read_job
-from pipeline.tables.verify_output import verify
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.job_context import Place
+from hqlabel.pipeline.job_state.job_file import read_job
+from hqlabel.pipeline.tables.verify_output import verify
 from tests.faults import chain
 from tests.faults.chain import SmallJob, in_child, look, lost_and_doubled, run_job
 from tests.faults.conftest import Record

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import DamageFound, JobRefused
-from pipeline.job_context import Place
-from pipeline.job_state.driver_lock import Owner, current_holder
-from pipeline.job_state.job_file import JOB_KEY, Job, open_job, read_job
-from pipeline.storage.output_store import Store
-from pipeline.tables.clean_output import clean
-from pipeline.tables.manifest import read_manifest
-from pipeline.tables.unit_files import list_committed
-from pipeline.tables.verify_output import verify
+from hqlabel.pipeline.errors import DamageFound, JobRefused
+from hqlabel.pipeline.job_context import Place
+from hqlabel.pipeline.job_state.driver_lock import Owner, current_holder
+from hqlabel.pipeline.job_state.job_file import JOB_KEY, Job, open_job, read_job
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.clean_output import clean
+from hqlabel.pipeline.tables.manifest import read_manifest
+from hqlabel.pipeline.tables.unit_files import list_committed
+from hqlabel.pipeline.tables.verify_output import verify
 from tests.conftest import make_place
 from tests.faults import chain
 from tests.faults.chain import SmallJob, look, lost_and_doubled, run_job, start_child

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from pipeline.images.decode_process import DecodeChild
-from pipeline.settings import Limits
+from hqlabel.pipeline.images.decode_process import DecodeChild
+from hqlabel.pipeline.settings import Limits
 from tests.e2e.scenes import small_checkpoint
 from tests.faults import fuzzing
 

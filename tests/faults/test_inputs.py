@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import SystemicFault
-from pipeline.job_context import AccessRules, Place
-from pipeline.planning.make_plan import make_plan
-from pipeline.settings import InputSettings, Limits
-from pipeline.storage.output_store import Store
-from pipeline.tables.unit_files import list_committed
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.job_context import AccessRules, Place
+from hqlabel.pipeline.planning.make_plan import make_plan
+from hqlabel.pipeline.settings import InputSettings, Limits
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.unit_files import list_committed
 from tests.conftest import MotoS3
 from tests.faults import chain
 from tests.faults.chain import SmallJob, as_job, look, lost_and_doubled, read_table, run_job

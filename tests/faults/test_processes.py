@@ -275,9 +275,9 @@ import numpy as np
 import ray
 from dataclasses import replace
 from pathlib import Path
-from pipeline.errors import SystemicFault
-from pipeline.ray_execution.chain import run_units
-from pipeline.settings import ClusterSettings
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.ray_execution.chain import run_units
+from hqlabel.pipeline.settings import ClusterSettings
 job, spill = pickle.loads(Path(sys.argv[1]).read_bytes()), sys.argv[2]
 limit = {} if spill == "-" else {"object_store_memory": 80 * 2**20, "object_spilling_directory": spill}
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, **limit)
@@ -304,10 +304,10 @@ def test_row_45_a_full_object_store_slows_or_stops_the_job(tmp_path: Path, recor
     import numpy as np
     from PIL import Image
 
-    from pipeline.job_context import Weights
-    from pipeline.settings import Limits
-    from pipeline.storage.output_store import Store
-    from pipeline.tables.unit_files import list_committed
+    from hqlabel.pipeline.job_context import Weights
+    from hqlabel.pipeline.settings import Limits
+    from hqlabel.pipeline.storage.output_store import Store
+    from hqlabel.pipeline.tables.unit_files import list_committed
     from tests.pipeline.made_jobs import make_job
 
     spill = tmp_path / "spill"

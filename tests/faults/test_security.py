@@ -25,11 +25,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.job_setup.check_models import read_checkpoint
-from jobs.load_config import Config
-from pipeline.errors import JobRefused, SystemicFault
-from pipeline.job_context import Weights
-from pipeline.stages.load_model import load_model
+from hqlabel.jobs.job_setup.check_models import read_checkpoint
+from hqlabel.jobs.load_config import Config
+from hqlabel.pipeline.errors import JobRefused, SystemicFault
+from hqlabel.pipeline.job_context import Weights
+from hqlabel.pipeline.stages.load_model import load_model
 from tests.conftest import MotoS3
 from tests.e2e import commands
 from tests.e2e.scenes import small_checkpoint
@@ -159,14 +159,14 @@ PARQUET_SCRIPT = """
     from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
     from ray.data.extensions import ArrowTensorType
     import ray.cloudpickle as cloudpickle
-    from pipeline import schema
-    from pipeline.errors import HqlabelError
-    from pipeline.settings import InputSettings
-    from pipeline.planning.make_plan import make_plan
-    from pipeline.job_context import AccessRules, Place
-    from pipeline.storage import checksummed_parquet
-    from pipeline.storage.output_store import Store
-    from pipeline.tables.unit_files import CommittedUnit, read_committed
+    from hqlabel.pipeline import schema
+    from hqlabel.pipeline.errors import HqlabelError
+    from hqlabel.pipeline.settings import InputSettings
+    from hqlabel.pipeline.planning.make_plan import make_plan
+    from hqlabel.pipeline.job_context import AccessRules, Place
+    from hqlabel.pipeline.storage import checksummed_parquet
+    from hqlabel.pipeline.storage.output_store import Store
+    from hqlabel.pipeline.tables.unit_files import CommittedUnit, read_committed
 
     folder = Path(sys.argv[1])
 
@@ -288,7 +288,7 @@ def test_every_extension_type_that_python_registers_is_taken_off_before_a_file_i
     import pandas.core.arrays.arrow.extension_types  # noqa: F401
     import ray.data.extensions  # noqa: F401
 
-    from pipeline.storage.checksummed_parquet import _TYPES_WITH_CODE
+    from hqlabel.pipeline.storage.checksummed_parquet import _TYPES_WITH_CODE
 
     def below(kind: type) -> Iterator[type]:
         for one in kind.__subclasses__():
@@ -320,10 +320,10 @@ needs_strace = pytest.mark.skipif(
 OPENING_SCRIPT = """
     import json, sys
     from pathlib import Path
-    from pipeline.images.fetch import fetch_ahead
-    from pipeline.planning.plan_table import refused_uris
-    from pipeline.job_context import AccessRules
-    from pipeline.settings import Limits
+    from hqlabel.pipeline.images.fetch import fetch_ahead
+    from hqlabel.pipeline.planning.plan_table import refused_uris
+    from hqlabel.pipeline.job_context import AccessRules
+    from hqlabel.pipeline.settings import Limits
     import pyarrow as pa
     root, uris = sys.argv[1], json.loads(sys.argv[2])
     access, limits = AccessRules(roots=(root,)), Limits()  # pydantic looks for plugins at the first one
@@ -382,9 +382,9 @@ def test_refused_uris_open_no_file_and_call_no_host(tmp_path: Path) -> None:
 
 PLANNING_SCRIPT = """
     import json, sys
-    from pipeline.errors import JobRefused
-    from pipeline.settings import InputSettings
-    from pipeline.planning.make_plan import make_plan
+    from hqlabel.pipeline.errors import JobRefused
+    from hqlabel.pipeline.settings import InputSettings
+    from hqlabel.pipeline.planning.make_plan import make_plan
     found = []
     for inputs in json.loads(sys.argv[1]):
         open(inputs["images"] + "/BEGIN").close()
@@ -470,15 +470,15 @@ SECRETS = {
 }
 IN_URIS = "canaryuripassword0123456789"
 KNOWN_LISTENERS = re.compile(
-    r"gcs_server|raylet|ray::|default_worker|dashboard/agent|runtime_env/agent|jobs.cluster.ray_cluster.shutil"
+    r"gcs_server|raylet|ray::|default_worker|dashboard/agent|runtime_env/agent|hqlabel.jobs.cluster.ray_cluster.shutil"
 )
 
 # The command, but the private Ray's files stay, so that they can be searched.
 KEEPING = """
     import shutil, sys
-    import jobs.cluster.ray_cluster
-    jobs.cluster.ray_cluster.shutil = type("keeping", (), {"rmtree": staticmethod(lambda *a, **k: None)})
-    from jobs.cli.main import main
+    import hqlabel.jobs.cluster.ray_cluster
+    hqlabel.jobs.cluster.ray_cluster.shutil = type("keeping", (), {"rmtree": staticmethod(lambda *a, **k: None)})
+    from hqlabel.jobs.cli.main import main
     sys.argv[0] = "keeping"
     main()
 """
@@ -669,7 +669,7 @@ def test_a_whole_job_opens_nothing_beyond_its_inputs_and_calls_nobody(
     pq.write_table(table, root / "boxes.parquet")
     temporary = Path(tempfile.mkdtemp(prefix="hq", dir="/tmp"))
     command = [
-        sys.executable, "-m", "jobs", "label", "--boxes", str(root / "boxes.parquet"), "--checkpoint",
+        sys.executable, "-m", "hqlabel", "label", "--boxes", str(root / "boxes.parquet"), "--checkpoint",
         str(checkpoint), "--output", str(tmp_path / "out"), "--set", "model.dtype=float32",
         "--set", "cluster.actors=1",
     ]  # fmt: skip

@@ -14,15 +14,15 @@ import boto3
 import pyarrow as pa
 import pytest
 
-from pipeline import failpoints, schema
-from pipeline.errors import SystemicFault
-from pipeline.job_context import Place
-from pipeline.job_state.job_file import read_job
-from pipeline.storage import checksummed_parquet
-from pipeline.storage.checksummed_parquet import ParquetSink
-from pipeline.storage.output_store import Store
-from pipeline.tables.verify_output import verify
-from pipeline.worker.process_env import REFUSED
+from hqlabel.pipeline import failpoints, schema
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.job_context import Place
+from hqlabel.pipeline.job_state.job_file import read_job
+from hqlabel.pipeline.storage import checksummed_parquet
+from hqlabel.pipeline.storage.checksummed_parquet import ParquetSink
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.verify_output import verify
+from hqlabel.pipeline.worker.process_env import REFUSED
 from tests.conftest import MotoS3, make_place
 from tests.faults import chain
 from tests.faults.chain import SmallJob, in_child, look, lost_and_doubled, run_job
@@ -143,7 +143,7 @@ def test_a_fail_point_is_data_and_the_command_line_refuses_it() -> None:
         with pytest.raises(ValueError, match="wanted name=action@visit"):
             failpoints.parse(text)
     done = subprocess.run(
-        [sys.executable, "-m", "jobs", "status", "--output", "nowhere"],
+        [sys.executable, "-m", "hqlabel", "status", "--output", "nowhere"],
         env={**os.environ, failpoints.VARIABLE: "job.created=kill"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

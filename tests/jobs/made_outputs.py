@@ -11,18 +11,18 @@ import numpy as np
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
-from pipeline import schema
-from pipeline.arrow_lists import table_sha256
-from pipeline.image_result import ImageResult
-from pipeline.job_context import AccessRules, BoxRules, Place
-from pipeline.job_state.job_file import Job, identity_of, open_job
-from pipeline.planning.make_plan import Plan, write_plan
-from pipeline.settings import FilterSettings
-from pipeline.stages.box_prompts import resolve_boxes
-from pipeline.storage.output_store import Store
-from pipeline.tables.publish_tables import publish
-from pipeline.tables.unit_files import encode_unit, put_unit
-from pipeline.tables.unit_table import build_unit_table
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.arrow_lists import table_sha256
+from hqlabel.pipeline.image_result import ImageResult
+from hqlabel.pipeline.job_context import AccessRules, BoxRules, Place
+from hqlabel.pipeline.job_state.job_file import Job, identity_of, open_job
+from hqlabel.pipeline.planning.make_plan import Plan, write_plan
+from hqlabel.pipeline.settings import FilterSettings
+from hqlabel.pipeline.stages.box_prompts import resolve_boxes
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.publish_tables import publish
+from hqlabel.pipeline.tables.unit_files import encode_unit, put_unit
+from hqlabel.pipeline.tables.unit_table import build_unit_table
 from tests.pipeline.made_units import make_context, planned_box, planned_image, segment
 
 

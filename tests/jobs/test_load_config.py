@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.load_config import Config, ConfigSources, known_names, parse_set, to_yaml
-from pipeline.errors import UsageError
+from hqlabel.jobs.load_config import Config, ConfigSources, known_names, parse_set, to_yaml
+from hqlabel.pipeline.errors import UsageError
 
 
 def written(folder: Path, text: str) -> str:

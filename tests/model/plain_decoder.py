@@ -5,7 +5,7 @@ It reads the weights of a `MaskDecoder` and is what that module's shortcuts are 
 
 import torch
 
-from model.mask_decoder import MaskDecoder, TokenMasks
+from hqlabel.model.mask_decoder import MaskDecoder, TokenMasks
 
 
 def attention(layer, q, k, v):

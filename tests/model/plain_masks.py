@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from model.masks import stability, upsample_logits
+from hqlabel.model.masks import stability, upsample_logits
 
 
 @dataclass(frozen=True, kw_only=True)

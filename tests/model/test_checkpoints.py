@@ -14,11 +14,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from model import checkpoints
-from model.checkpoints import CheckpointError, load, save_original, save_transformers
-from model.sam_config import ConfigError, SamHQConfig, TinyVisionConfig, vit_config
-from model.sam_hq import SamHQ
-from model.weight_names import DECIDING, POSITIONS, TIED_POSITIONS, rename
+from hqlabel.model import checkpoints
+from hqlabel.model.checkpoints import CheckpointError, load, save_original, save_transformers
+from hqlabel.model.sam_config import ConfigError, SamHQConfig, TinyVisionConfig, vit_config
+from hqlabel.model.sam_hq import SamHQ
+from hqlabel.model.weight_names import DECIDING, POSITIONS, TIED_POSITIONS, rename
 
 VIT = vit_config(
     embed_dim=32, depth=3, num_heads=2, global_attn_indexes=(1, 2), window_size=3, image_size=64,

@@ -26,9 +26,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from model.checkpoints import CheckpointError, load, save_transformers
-from model.sam_config import ConfigError, vit_config
-from model.sam_hq import SamHQ
+from hqlabel.model.checkpoints import CheckpointError, load, save_transformers
+from hqlabel.model.sam_config import ConfigError, vit_config
+from hqlabel.model.sam_hq import SamHQ
 from tests.parity.oracle import original_of
 
 CONFIGS = Path(__file__).parent / "saved_configs"

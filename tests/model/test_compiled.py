@@ -10,11 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import image_encoder
-from model.device import Recorded, compile_calls
-from model.records import CallShape, Instances, Prompts
-from model.segmenter import Segmenter
-from model.transformer import ImageTokens
+from hqlabel.model import image_encoder
+from hqlabel.model.device import Recorded, compile_calls
+from hqlabel.model.records import CallShape, Instances, Prompts
+from hqlabel.model.segmenter import Segmenter
+from hqlabel.model.transformer import ImageTokens
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, boxes_in, lively, photo
 
 CONFIGS = {**SMALL_VITS, "tiny": SMALL_TINY}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoints import LoadedModel, load
+from hqlabel.model.checkpoints import LoadedModel, load
 from tools.demo_model.evaluate import evaluate, held_out_scene, mask_iou, predict
 
 FOLDER = Path(__file__).parents[2] / "model" / "weights" / "hqlabel-demo"

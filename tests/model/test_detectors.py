@@ -13,7 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
-from model.detectors import ClosedSetDetector, DetectorError, ZeroShotDetector
+from hqlabel.model.detectors import ClosedSetDetector, DetectorError, ZeroShotDetector
 from tests.model import made_detectors
 from tests.model.made_detectors import PROMPTS
 
@@ -105,7 +105,7 @@ def test_a_zero_shot_detector_gives_what_a_plain_loop_gives_with_our_categories(
 
 
 def test_a_box_of_grounding_dino_has_the_prompt_of_its_best_word(folders):
-    from model.detectors import _prompt_of_each_query
+    from hqlabel.model.detectors import _prompt_of_each_query
 
     words = torch.tensor([[2, 7, 8, 5, 10, 11, 5, 12, 5, 3]])  # [CLS] a cat . red car . person . [SEP]
     logits = torch.full((1, 3, 12), float("-inf"))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import device
-from model.device import MAX_PENDING, HostThread
+from hqlabel.model import device
+from hqlabel.model.device import MAX_PENDING, HostThread
 
 CPUINFO = "processor\t: {core}\nvendor_id\t: X\n{name}\t\t: fpu sse2 {features}\nbugs\t\t: amx_bf16_bug\n\n"
 

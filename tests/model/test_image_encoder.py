@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from model.image_encoder import RelPosAttention, WindowAttention, from_windows, to_windows
-from model.kernels import TORCH_NORM_EPS, plain_attention
-from model.sam_config import vit_config
+from hqlabel.model.image_encoder import RelPosAttention, WindowAttention, from_windows, to_windows
+from hqlabel.model.kernels import TORCH_NORM_EPS, plain_attention
+from hqlabel.model.sam_config import vit_config
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, lively
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from model import kernels
-from model.image_encoder import from_windows, to_windows, window_rows
-from model.kernels import (
+from hqlabel.model import kernels
+from hqlabel.model.image_encoder import from_windows, to_windows, window_rows
+from hqlabel.model.kernels import (
     LayerNorm2d,
     blocked_attention,
     cells_to_map,
@@ -14,7 +14,7 @@ from model.kernels import (
     plain_attention,
     upscale_cells,
 )
-from model.mask_decoder import upscaling
+from hqlabel.model.mask_decoder import upscaling
 from tests.parity.lively import SMALL_VITS, lively
 
 # Squares, heads, side, width of a head: small sides are folded, large ones go strip by strip.

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from model.kernels import TORCH_NORM_EPS, VIT_NORM_EPS
-from model.mask_decoder import image_products
-from model.transformer import Attention
+from hqlabel.model.kernels import TORCH_NORM_EPS, VIT_NORM_EPS
+from hqlabel.model.mask_decoder import image_products
+from hqlabel.model.transformer import Attention
 from tests.model.plain_decoder import plain_decode
 from tests.parity.lively import SMALL_VITS, lively
 

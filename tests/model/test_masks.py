@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import masks, rle
-from model.records import target_size_hw
+from hqlabel.model import masks, rle
+from hqlabel.model.records import target_size_hw
 from tests.model import plain_masks
 
 LOW_SIDE = 256

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.prompt_encoder import check_prompts, group_prompts, mask_to_prompt
-from model.records import Prompts
+from hqlabel.model.prompt_encoder import check_prompts, group_prompts, mask_to_prompt
+from hqlabel.model.records import Prompts
 from tests.parity.lively import SMALL_VITS, lively, photo
 
 BOX = np.array([[1.0, 2.0, 30.0, 40.0]])

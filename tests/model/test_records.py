@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from model import records
+from hqlabel.model import records
 
 SIZES_HW = [
     (97, 140),

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
 from pycocotools import mask as coco_mask
 
-from model import rle
-from model.masks import runs_from_edges
+from hqlabel.model import rle
+from hqlabel.model.masks import runs_from_edges
 from tests.model.plain_masks import bboxes_xywh, coco_counts, plain_components, random_masks
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.sam_config import (
+from hqlabel.model.sam_config import (
     PUBLISHED,
     ConfigError,
     SamHQConfig,
@@ -16,8 +16,8 @@ from model.sam_config import (
     stated_side,
     vit_config,
 )
-from model.sam_hq import SamHQ
-from model.weight_names import config_from_shapes
+from hqlabel.model.sam_hq import SamHQ
+from hqlabel.model.weight_names import config_from_shapes
 
 SMALL = vit_config(
     embed_dim=96, depth=3, num_heads=3, global_attn_indexes=(1, 2), window_size=7, image_size=224

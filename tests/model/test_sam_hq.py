@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.records import Prompts, resize_longest_side
-from model.sam_config import vit_config
-from model.sam_hq import SamHQ, choose_masks, tokens_needed
+from hqlabel.model.records import Prompts, resize_longest_side
+from hqlabel.model.sam_config import vit_config
+from hqlabel.model.sam_hq import SamHQ, choose_masks, tokens_needed
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, boxes_in, lively, photo, pixels_of
 
 SIZES = [(97, 140), (60, 60), (200, 70)]

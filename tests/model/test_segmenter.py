@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from model import rle, segmenter
-from model.device import Dtype, HostThread
-from model.records import (
+from hqlabel.model import rle, segmenter
+from hqlabel.model.device import Dtype, HostThread
+from hqlabel.model.records import (
     CallShape,
     Instances,
     PreparedImage,
@@ -21,9 +21,9 @@ from model.records import (
     resize_longest_side,
     target_size_hw,
 )
-from model.sam_config import vit_config
-from model.sam_hq import PromptDecoder, SamHQ
-from model.segmenter import Segmenter
+from hqlabel.model.sam_config import vit_config
+from hqlabel.model.sam_hq import PromptDecoder, SamHQ
+from hqlabel.model.segmenter import Segmenter
 from tests.model.plain_masks import coco_counts, plain_masks
 from tests.parity.lively import lively
 

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from model.records import resize_longest_side
-from model.sam_config import SamHQConfig, TinyVisionConfig, vit_config
-from model.sam_hq import SamHQ
+from hqlabel.model.records import resize_longest_side
+from hqlabel.model.sam_config import SamHQConfig, TinyVisionConfig, vit_config
+from hqlabel.model.sam_hq import SamHQ
 
 TABLES = ("rel_pos_h", "rel_pos_w", "attention_biases")
 

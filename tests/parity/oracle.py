@@ -5,8 +5,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from model.sam_config import DECODER_HEADS, PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
-from model.sam_hq import SamHQ
+from hqlabel.model.sam_config import DECODER_HEADS, PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
+from hqlabel.model.sam_hq import SamHQ
 from tests.parity.stand_ins import import_original
 
 

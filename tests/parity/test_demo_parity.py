@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from model.checkpoints import DEMO_FOLDER, load, save_original
-from model.masks import upsample_logits
+from hqlabel.model.checkpoints import DEMO_FOLDER, load, save_original
+from hqlabel.model.masks import upsample_logits
 from tests.parity.oracle import build_original, predict_boxes
 from tests.parity.stand_ins import import_original
 from tools.demo_model.evaluate import held_out_scene

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.masks import upsample_logits
-from model.records import Prompts, resize_longest_side
-from model.sam_config import PUBLISHED, vit_config
-from model.sam_hq import SamHQ
+from hqlabel.model.masks import upsample_logits
+from hqlabel.model.records import Prompts, resize_longest_side
+from hqlabel.model.sam_config import PUBLISHED, vit_config
+from hqlabel.model.sam_hq import SamHQ
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, TINY, boxes_in, lively, photo, pixels_of
 from tests.parity.oracle import original_of, predict_boxes, predictor_of
 

@@ -5,10 +5,10 @@ import torch
 from transformers import SamHQConfig as TheirConfig
 from transformers import SamHQModel
 
-from model.checkpoints import load, save_original, save_transformers
-from model.sam_config import PUBLISHED, check_config_json, config_to_json
-from model.sam_hq import SamHQ
-from model.weight_names import IGNORED, config_from_shapes, rename
+from hqlabel.model.checkpoints import load, save_original, save_transformers
+from hqlabel.model.sam_config import PUBLISHED, check_config_json, config_to_json
+from hqlabel.model.sam_hq import SamHQ
+from hqlabel.model.weight_names import IGNORED, config_from_shapes, rename
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, lively
 from tests.parity.oracle import build_original, original_of
 

@@ -15,9 +15,9 @@ from transformers import SamHQConfig as TheirConfig
 from transformers import SamHQModel
 from transformers.models.sam_hq import modeling_sam_hq
 
-from model.checkpoints import load, save_transformers
-from model.records import Prompts, scale_boxes
-from model.sam_config import config_to_json
+from hqlabel.model.checkpoints import load, save_transformers
+from hqlabel.model.records import Prompts, scale_boxes
+from hqlabel.model.sam_config import config_to_json
 from tests.parity.lively import SMALL_VITS, boxes_in, lively, photo, pixels_of
 
 DROPPED = "point_embedding, iou_token_out = self.transformer("

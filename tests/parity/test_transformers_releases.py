@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoints import load
-from model.weight_names import TIED_POSITIONS, rename
+from hqlabel.model.checkpoints import load
+from hqlabel.model.weight_names import TIED_POSITIONS, rename
 
 SCRIPT = Path(__file__).with_name("save_with_transformers.py")
 CONFIGS = Path(__file__).parents[1] / "model" / "saved_configs"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.settings import InputSettings
+from hqlabel.pipeline.settings import InputSettings
 from tests.pipeline.made_jobs import noise, png
 
 SIZE_HW = (48, 64)

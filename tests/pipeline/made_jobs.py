@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.job_context import BoxRules, JobContext, Place, Weights
-from pipeline.planning.make_plan import Plan, make_plan, write_plan
-from pipeline.settings import InputSettings, Limits, ModelSettings
-from pipeline.storage.output_store import Store
+from hqlabel.pipeline.job_context import BoxRules, JobContext, Place, Weights
+from hqlabel.pipeline.planning.make_plan import Plan, make_plan, write_plan
+from hqlabel.pipeline.settings import InputSettings, Limits, ModelSettings
+from hqlabel.pipeline.storage.output_store import Store
 
 SIDE = 64
 BOXES = [[4.2, 5.0, 30.7, 40.0], [0.0, 0.0, 12.0, 9.0]]

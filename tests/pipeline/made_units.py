@@ -9,19 +9,19 @@ import numpy as np
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
-from model.records import Instances
-from pipeline import schema
-from pipeline.arrow_lists import table_sha256
-from pipeline.image_result import ImageResult, ResolvedBoxes
-from pipeline.job_context import AccessRules, BoxRules, JobContext, Place, Weights
-from pipeline.job_state.job_file import Job, identity_of, open_job
-from pipeline.planning.make_plan import Plan, write_plan
-from pipeline.settings import Limits, ModelSettings
-from pipeline.stages.box_prompts import resolve_boxes
-from pipeline.storage.output_store import Store
-from pipeline.tables.unit_checks import check_against_plan
-from pipeline.tables.unit_files import encode_unit, put_unit
-from pipeline.tables.unit_table import build_unit_table
+from hqlabel.model.records import Instances
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.arrow_lists import table_sha256
+from hqlabel.pipeline.image_result import ImageResult, ResolvedBoxes
+from hqlabel.pipeline.job_context import AccessRules, BoxRules, JobContext, Place, Weights
+from hqlabel.pipeline.job_state.job_file import Job, identity_of, open_job
+from hqlabel.pipeline.planning.make_plan import Plan, write_plan
+from hqlabel.pipeline.settings import Limits, ModelSettings
+from hqlabel.pipeline.stages.box_prompts import resolve_boxes
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.unit_checks import check_against_plan
+from hqlabel.pipeline.tables.unit_files import encode_unit, put_unit
+from hqlabel.pipeline.tables.unit_table import build_unit_table
 
 SIZE_HW = (40, 60)
 WHEN = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)

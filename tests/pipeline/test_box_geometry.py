@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline import box_geometry
+from hqlabel.pipeline import box_geometry
 
 
 def test_no_boxes_stay_no_boxes() -> None:

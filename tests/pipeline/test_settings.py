@@ -7,8 +7,8 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
-from pipeline.job_context import BoxRules
-from pipeline.settings import (
+from hqlabel.pipeline.job_context import BoxRules
+from hqlabel.pipeline.settings import (
     CHANGES_ROWS,
     IDENTITY,
     BoxSettings,

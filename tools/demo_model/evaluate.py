@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model.checkpoints import load
-from model.sam_hq import SamHQ
+from hqlabel.model.checkpoints import load
+from hqlabel.model.sam_hq import SamHQ
 from tools.demo_model.cache import HELD_OUT_FIRST_SEED
 from tools.demo_model.scenes import Scene, jitter_boxes, make_scene
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoints import save_transformers
-from model.sam_hq import SamHQ
+from hqlabel.model.checkpoints import save_transformers
+from hqlabel.model.sam_hq import SamHQ
 from tools.demo_model.network import DemoNetwork, demo_config
 
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.checkpoints import load
-from model.image_encoder import ImageEncoderViT
-from model.mask_decoder import MaskDecoder
-from model.prompt_encoder import PromptEncoder
-from model.sam_config import SamHQConfig, vit_config
+from hqlabel.model.checkpoints import load
+from hqlabel.model.image_encoder import ImageEncoderViT
+from hqlabel.model.mask_decoder import MaskDecoder
+from hqlabel.model.prompt_encoder import PromptEncoder
+from hqlabel.model.sam_config import SamHQConfig, vit_config
 from tools.demo_model.batches import FINE, PATCH, PIXEL_MEAN, PIXEL_STD, Batch
 from tools.demo_model.cache import SceneCache
 

@@ -18,11 +18,11 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from jobs.cli import main as cli
-from jobs.job_setup.check_models import read_checkpoint
-from jobs.load_config import Config, ConfigSources
-from jobs.terminal.input_report import describe_model
-from pipeline.errors import DamageFound, JobRefused, SystemicFault, UsageError
+from hqlabel.jobs.cli import main as cli
+from hqlabel.jobs.job_setup.check_models import read_checkpoint
+from hqlabel.jobs.load_config import Config, ConfigSources
+from hqlabel.jobs.terminal.input_report import describe_model
+from hqlabel.pipeline.errors import DamageFound, JobRefused, SystemicFault, UsageError
 from tests.e2e.scenes import DataSet
 
 ROOT = Path(__file__).parents[3]
@@ -68,7 +68,7 @@ def test_every_command_shows_an_example_and_its_first_sentence_whole(name: str) 
 
 
 def test_help_is_quick_and_loads_neither_ray_nor_torch() -> None:
-    code = "import sys, jobs.cli.main; print(sorted({'ray', 'torch', 'pyarrow'} & set(sys.modules)))"
+    code = "import sys, hqlabel.jobs.cli.main; print(sorted({'ray', 'torch', 'pyarrow'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -167,7 +167,7 @@ def test_verbose_shows_where_an_error_arose(capsys: pytest.CaptureFixture[str]) 
 
 def test_python_m_jobs_is_the_same_command_line() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "jobs", "label", "--set", "a"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "hqlabel", "label", "--set", "a"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2
     assert done.stderr == "hqlabel: --set 'a': wanted name=value, such as --set model.dtype=float32\n"

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cluster import ray_cluster as cluster
-from jobs.cluster.ray_cluster import ClusterInfo, address_to_join, refuse_local_output
-from pipeline.errors import JobRefused, UsageError
+from hqlabel.jobs.cluster import ray_cluster as cluster
+from hqlabel.jobs.cluster.ray_cluster import ClusterInfo, address_to_join, refuse_local_output
+from hqlabel.pipeline.errors import JobRefused, UsageError
 
 ROOT = Path(__file__).parents[3]
 
@@ -69,7 +69,7 @@ def test_the_session_of_a_killed_process_is_removed_by_the_next(private_tmp: Pat
     code = """
         import os, signal, sys, tempfile
         tempfile.tempdir = sys.argv[1]
-        from jobs.cluster import ray_cluster as cluster
+        from hqlabel.jobs.cluster import ray_cluster as cluster
         with cluster._private_folder() as folder:
             (folder / "spilled").write_text("much")
             print(folder, flush=True)
@@ -96,9 +96,9 @@ def test_a_folder_that_others_may_write_is_refused(private_tmp: Path) -> None:
 
 RAY_SCRIPT = """
     import json, os, stat, time
-    from jobs.terminal import console
-    from jobs.cluster.ray_cluster import running_ray
-    from pipeline.settings import ClusterSettings
+    from hqlabel.jobs.terminal import console
+    from hqlabel.jobs.cluster.ray_cluster import running_ray
+    from hqlabel.pipeline.settings import ClusterSettings
     with running_ray(ClusterSettings(cpus=1), os.environ) as info:
         import ray
         token = os.environ["RAY_AUTH_TOKEN_PATH"]

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.commands.estimate import Measured, carry_over, sampled_plan
-from pipeline.planning.make_plan import make_plan
-from pipeline.settings import InputSettings
+from hqlabel.jobs.commands.estimate import Measured, carry_over, sampled_plan
+from hqlabel.pipeline.planning.make_plan import make_plan
+from hqlabel.pipeline.settings import InputSettings
 from tests.e2e import commands
 from tests.e2e.scenes import DataSet, make_data_set
 from tests.jobs.cli.test_cli import run

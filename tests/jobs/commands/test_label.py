@@ -14,9 +14,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.job_context import Place
-from pipeline.job_state.driver_lock import Owner
-from pipeline.storage.output_store import Store
+from hqlabel.pipeline.job_context import Place
+from hqlabel.pipeline.job_state.driver_lock import Owner
+from hqlabel.pipeline.storage.output_store import Store
 from tests.e2e import commands
 from tests.e2e.scenes import DataSet
 from tests.jobs.conftest import broken_image

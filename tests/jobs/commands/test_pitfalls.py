@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pipeline import schema
+from hqlabel.pipeline import schema
 from tests.jobs.cli.test_cli import run
 from tests.jobs.export.test_polygons import decode_brush
 from tests.jobs.made_outputs import MadeImage, blob, make_output

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.commands import status
-from jobs.load_config import ConfigSources
-from pipeline.job_context import Place
-from pipeline.storage.output_store import Store
-from pipeline.tables.job_status import status as look
+from hqlabel.jobs.commands import status
+from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.pipeline.job_context import Place
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.job_status import status as look
 from tests.e2e import commands
 from tests.pipeline.made_units import MadeJob, make_job
 
@@ -87,7 +87,7 @@ def test_a_terminal_gets_one_picture_drawn_anew(made: MadeJob) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ |= {"TERM": "xterm", "COLUMNS": "100", "PYTHONPATH": str(commands.REPOSITORY)}
-        words = ["-m", "jobs", "status", "--watch", "--output", made.store.place.uri]
+        words = ["-m", "hqlabel", "status", "--watch", "--output", made.store.place.uri]
         os.execv(sys.executable, [sys.executable, *words])
     shown = ""
     while "committed" not in shown:

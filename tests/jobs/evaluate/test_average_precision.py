@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from jobs.evaluate.average_precision import (
+from hqlabel.jobs.evaluate.average_precision import (
     EvaluatedImage,
     FoundMask,
     average_precision,
@@ -21,7 +21,7 @@ from jobs.evaluate.average_precision import (
     choose_match,
     pair_up,
 )
-from jobs.evaluate.ground_truth import TruthObject
+from hqlabel.jobs.evaluate.ground_truth import TruthObject
 from tests.jobs.made_outputs import blob, rle_of, tight_box
 
 SIZE = (120, 160)

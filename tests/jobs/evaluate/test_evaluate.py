@@ -17,9 +17,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from jobs.evaluate import evaluate
-from pipeline.errors import SystemicFault
-from pipeline.storage.output_store import Store
+from hqlabel.jobs.evaluate import evaluate
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.storage.output_store import Store
 from tests.jobs.cli.test_cli import run
 from tests.jobs.made_outputs import (
     MadeImage,

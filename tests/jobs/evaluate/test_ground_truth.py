@@ -13,9 +13,9 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from jobs.evaluate.ground_truth import MAX_OUTLINE, Truth, TruthObject, read_truth
-from pipeline.errors import JobRefused
-from pipeline.job_context import AccessRules
+from hqlabel.jobs.evaluate.ground_truth import MAX_OUTLINE, Truth, TruthObject, read_truth
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.job_context import AccessRules
 from tests.jobs.made_outputs import blob, lengths_of, rle_of
 
 SIZE = (60, 80)

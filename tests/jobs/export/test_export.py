@@ -15,8 +15,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from pipeline.job_context import BoxRules
-from pipeline.settings import FilterSettings
+from hqlabel.pipeline.job_context import BoxRules
+from hqlabel.pipeline.settings import FilterSettings
 from tests.jobs.cli.test_cli import run
 from tests.jobs.export.test_polygons import decode_brush
 from tests.jobs.made_outputs import MadeImage, blob, make_output
@@ -240,8 +240,8 @@ def test_two_images_that_differ_in_their_ending_alone_are_refused_for_yolo(tmp_p
 
 
 def test_an_export_goes_to_a_bucket_as_to_a_folder(output: str, moto_s3, tmp_path: Path) -> None:
-    from pipeline.job_context import Place
-    from pipeline.storage.output_store import Store
+    from hqlabel.pipeline.job_context import Place
+    from hqlabel.pipeline.storage.output_store import Store
 
     to = f"s3://{moto_s3.bucket}/exports/coco"
     code, _, err = run(

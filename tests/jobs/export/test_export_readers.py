@@ -19,9 +19,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from jobs.export.yolo import yaml_text
-from pipeline.job_context import BoxRules
-from pipeline.settings import FilterSettings
+from hqlabel.jobs.export.yolo import yaml_text
+from hqlabel.pipeline.job_context import BoxRules
+from hqlabel.pipeline.settings import FilterSettings
 from tests.jobs.cli.test_cli import run
 from tests.jobs.made_outputs import MadeImage, blob, make_output
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from jobs.export.brush_rle import encode_brush
-from jobs.export.polygons import kept_iou, outline_rings, polygon_of, simplify
+from hqlabel.jobs.export.brush_rle import encode_brush
+from hqlabel.jobs.export.polygons import kept_iou, outline_rings, polygon_of, simplify
 from tests.jobs.made_outputs import blob, rle_of
 
 masks = arrays(

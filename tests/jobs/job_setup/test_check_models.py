@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jobs.job_setup.resolve_settings import box_rules, detector_settings, resolved
-from jobs.load_config import Config, ConfigSources, parse_prompts
-from pipeline.errors import UsageError
-from pipeline.job_context import BoxRules
+from hqlabel.jobs.job_setup.resolve_settings import box_rules, detector_settings, resolved
+from hqlabel.jobs.load_config import Config, ConfigSources, parse_prompts
+from hqlabel.pipeline.errors import UsageError
+from hqlabel.pipeline.job_context import BoxRules
 from tests.jobs.cli.test_cli import run
 from tests.jobs.made_outputs import MadeImage, blob, make_output
 from tests.model import made_detectors

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from jobs.cluster.ray_session import Machine
-from jobs.job_setup.open_job import open_or_create
-from jobs.load_config import Config, ConfigSources
-from jobs.terminal.signals import Interrupts
-from pipeline.errors import UsageError
+from hqlabel.jobs.cluster.ray_session import Machine
+from hqlabel.jobs.job_setup.open_job import open_or_create
+from hqlabel.jobs.load_config import Config, ConfigSources
+from hqlabel.jobs.terminal.signals import Interrupts
+from hqlabel.pipeline.errors import UsageError
 from tests.e2e.scenes import DataSet
 
 WITH_BFLOAT16 = {"avx512f", "avx512_bf16"}
@@ -72,6 +72,6 @@ def test_a_cpu_decodes_few_boxes_a_call_unless_asked(config, tmp_path, monkeypat
 
 def test_a_job_goes_on_with_the_boxes_a_call_it_began_with(config, monkeypatch) -> None:
     begin(config, WITHOUT, monkeypatch)
-    monkeypatch.setattr("jobs.job_setup.resolve_settings.BOXES_PER_CALL", {"cpu": 7})
+    monkeypatch.setattr("hqlabel.jobs.job_setup.resolve_settings.BOXES_PER_CALL", {"cpu": 7})
 
     assert begin(config, WITHOUT, monkeypatch)["call_shape"]["boxes_per_call"] == 2

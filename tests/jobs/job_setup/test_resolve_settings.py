@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.job_setup import resolve_settings as settings
-from jobs.load_config import Config, ConfigSources
-from pipeline.errors import UsageError
+from hqlabel.jobs.job_setup import resolve_settings as settings
+from hqlabel.jobs.load_config import Config, ConfigSources
+from hqlabel.pipeline.errors import UsageError
 
 
 def config(*sets: str) -> Config:

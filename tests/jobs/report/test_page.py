@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.report import page as report
-from jobs.report.numbers import gather
-from jobs.report.queries import published
-from jobs.report.sections import sections
-from jobs.results.read_tables import require_published
-from pipeline.job_context import Place
-from pipeline.settings import FilterSettings
-from pipeline.storage.output_store import Store
+from hqlabel.jobs.report import page as report
+from hqlabel.jobs.report.numbers import gather
+from hqlabel.jobs.report.queries import published
+from hqlabel.jobs.report.sections import sections
+from hqlabel.jobs.results.read_tables import require_published
+from hqlabel.pipeline.job_context import Place
+from hqlabel.pipeline.settings import FilterSettings
+from hqlabel.pipeline.storage.output_store import Store
 from tests.jobs.browser import CHROMIUM, browser
 from tests.jobs.cli.test_cli import run
 from tests.jobs.made_outputs import MadeImage, blob, make_output, write_truth

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from jobs.results.draw_overlays import DrawnInstance, Tile, contact_sheet, draw_overlay, png_bytes
+from hqlabel.jobs.results.draw_overlays import DrawnInstance, Tile, contact_sheet, draw_overlay, png_bytes
 
 GREY = (100, 100, 100)
 

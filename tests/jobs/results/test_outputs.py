@@ -10,14 +10,14 @@ import pytest
 import yaml
 from PIL import Image
 
-from jobs.commands import end_summary
-from jobs.commands.retry import find_targets
-from jobs.results.read_tables import failed_examples, find_images, sample_labelled
-from pipeline.errors import JobRefused
-from pipeline.job_context import Place
-from pipeline.settings import Limits
-from pipeline.storage.output_store import Store
-from pipeline.tables.manifest import read_manifest
+from hqlabel.jobs.commands import end_summary
+from hqlabel.jobs.commands.retry import find_targets
+from hqlabel.jobs.results.read_tables import failed_examples, find_images, sample_labelled
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.job_context import Place
+from hqlabel.pipeline.settings import Limits
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.manifest import read_manifest
 from tests.jobs.cli.test_cli import run
 from tests.pipeline.made_units import MadeJob, make_job
 
@@ -285,9 +285,9 @@ def test_the_next_command_can_be_pasted() -> None:
 
 
 def test_an_overlay_is_drawn_from_the_published_rows(tmp_path: Path) -> None:
-    from jobs.results.read_tables import ImageRows
-    from jobs.results.render_images import overlay_png
-    from pipeline.job_context import AccessRules
+    from hqlabel.jobs.results.read_tables import ImageRows
+    from hqlabel.jobs.results.render_images import overlay_png
+    from hqlabel.pipeline.job_context import AccessRules
     from tests.pipeline.made_units import make_context
 
     photo = tmp_path / "a.png"

@@ -11,15 +11,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.commands.end_summary import describe_counts
-from jobs.commands.estimate import Measured, carry_over, describe
-from pipeline.image_result import ImageResult
-from pipeline.job_context import BoxRules, Place
-from pipeline.planning.make_plan import make_plan
-from pipeline.ray_execution.metrics import _masks
-from pipeline.settings import InputSettings
-from pipeline.storage.output_store import Store
-from pipeline.tables.manifest import read_manifest
+from hqlabel.jobs.commands.end_summary import describe_counts
+from hqlabel.jobs.commands.estimate import Measured, carry_over, describe
+from hqlabel.pipeline.image_result import ImageResult
+from hqlabel.pipeline.job_context import BoxRules, Place
+from hqlabel.pipeline.planning.make_plan import make_plan
+from hqlabel.pipeline.ray_execution.metrics import _masks
+from hqlabel.pipeline.settings import InputSettings
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.manifest import read_manifest
 from tests.docs.markdown import blocks
 from tests.jobs.cli.test_cli import run
 from tests.jobs.made_outputs import MadeImage, blob, make_output

@@ -9,8 +9,8 @@ import sys
 import pytest
 from rich.cells import cell_len
 
-from jobs.terminal import console
-from pipeline.errors import count
+from hqlabel.jobs.terminal import console
+from hqlabel.pipeline.errors import count
 
 
 @pytest.mark.parametrize(

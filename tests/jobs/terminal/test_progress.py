@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from jobs.terminal.progress import Progress, choose_mode
-from pipeline.job_context import UnitOutcome
+from hqlabel.jobs.terminal.progress import Progress, choose_mode
+from hqlabel.pipeline.job_context import UnitOutcome
 
 
 class Clock:

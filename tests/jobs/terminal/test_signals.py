@@ -13,7 +13,7 @@ import pytest
 
 START = """
 import sys, time, hashlib
-from jobs.terminal.signals import Interrupted, Interrupts, end_now
+from hqlabel.jobs.terminal.signals import Interrupted, Interrupts, end_now
 interrupts = Interrupts()
 interrupts.install()
 def release():

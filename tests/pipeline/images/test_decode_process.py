@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import ImageError, SystemicFault
-from pipeline.images import decode_process as decode_child
-from pipeline.images.decode_process import MAX_DEATHS, DecodeChild
-from pipeline.images.decode_upright import decode_image
-from pipeline.settings import Limits
+from hqlabel.pipeline.errors import ImageError, SystemicFault
+from hqlabel.pipeline.images import decode_process as decode_child
+from hqlabel.pipeline.images.decode_process import MAX_DEATHS, DecodeChild
+from hqlabel.pipeline.images.decode_upright import decode_image
+from hqlabel.pipeline.settings import Limits
 from tests.fakes import trouble
 
 SIDE = 96
@@ -184,7 +184,7 @@ def test_a_decoder_that_cannot_be_imported_stops_the_job():
 def test_the_child_ends_with_its_parent():
     code = (
         f"import sys, time; sys.path[:] = {sys.path!r}\n"
-        "from pipeline.images.decode_process import DecodeChild; from pipeline.settings import Limits\n"
+        "from hqlabel.pipeline.images.decode_process import DecodeChild; from hqlabel.pipeline.settings import Limits\n"
         "from tests.pipeline.images.test_decode_process import picture\n"
         "child = DecodeChild(Limits(), 64); child.decode(picture()); print(child._process.pid, flush=True)\n"
         "time.sleep(100)"

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from model.records import resize_longest_side
-from pipeline.errors import ImageError
-from pipeline.images.decode_upright import decode_image
+from hqlabel.model.records import resize_longest_side
+from hqlabel.pipeline.errors import ImageError
+from hqlabel.pipeline.images.decode_upright import decode_image
 
 SIDE = 64
 MAX_PIXELS = 89_478_485

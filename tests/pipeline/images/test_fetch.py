@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from pipeline.errors import ImageError, SystemicFault
-from pipeline.images.fetch import fetch_ahead, fetch_object, stop_if_denied, stop_if_unreachable
-from pipeline.job_context import AccessRules
-from pipeline.settings import Limits
-from pipeline.storage.output_store import Store
+from hqlabel.pipeline.errors import ImageError, SystemicFault
+from hqlabel.pipeline.images.fetch import fetch_ahead, fetch_object, stop_if_denied, stop_if_unreachable
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.settings import Limits
+from hqlabel.pipeline.storage.output_store import Store
 
 
 @pytest.fixture
@@ -110,7 +110,9 @@ def test_every_uri_of_a_unit_gets_one_outcome_in_order(folder):
 
 def test_no_more_objects_are_held_ahead_than_there_are_threads(folder, monkeypatch):
     opened = []
-    monkeypatch.setattr("pipeline.images.fetch.fetch_object", lambda uri, access, limits: opened.append(uri))
+    monkeypatch.setattr(
+        "hqlabel.pipeline.images.fetch.fetch_object", lambda uri, access, limits: opened.append(uri)
+    )
     arriving = fetch_ahead([f"{i}.jpg" for i in range(50)], rules(folder), Limits(), threads=4)
 
     next(arriving)
@@ -138,7 +140,7 @@ def test_a_systemic_fault_ends_the_unit_at_once(folder, monkeypatch):
             raise SystemicFault("credentials", "expired")
         time.sleep(0.01)
 
-    monkeypatch.setattr("pipeline.images.fetch.fetch_object", broken)
+    monkeypatch.setattr("hqlabel.pipeline.images.fetch.fetch_object", broken)
 
     with pytest.raises(SystemicFault, match="expired"):
         list(fetch_ahead([str(i) for i in range(40)], rules(folder), Limits()))

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import JobRefused
-from pipeline.inputs.box_tables import align, flatten_points, read_box_tables
-from pipeline.inputs.image_box_lists import BoxList
-from pipeline.job_context import AccessRules
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.inputs.box_tables import align, flatten_points, read_box_tables
+from hqlabel.pipeline.inputs.image_box_lists import BoxList
+from hqlabel.pipeline.job_context import AccessRules
 
 
 def read(tmp_path, *tables, mapping=None, suffix=".parquet") -> BoxList:

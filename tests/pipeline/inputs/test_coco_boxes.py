@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import JobRefused
-from pipeline.inputs import json_records as json_arrays
-from pipeline.inputs.coco_boxes import is_results, read_coco_images, read_instances, read_results
-from pipeline.inputs.image_box_lists import BoxList
-from pipeline.job_context import AccessRules
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.inputs import json_records as json_arrays
+from hqlabel.pipeline.inputs.coco_boxes import is_results, read_coco_images, read_instances, read_results
+from hqlabel.pipeline.inputs.image_box_lists import BoxList
+from hqlabel.pipeline.job_context import AccessRules
 
 ACCESS = AccessRules()
 

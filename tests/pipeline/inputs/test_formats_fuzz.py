@@ -8,11 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import ImageError, JobRefused
-from pipeline.images.fetch import fetch_object
-from pipeline.job_context import AccessRules
-from pipeline.planning.make_plan import make_plan
-from pipeline.settings import InputSettings, Limits
+from hqlabel.pipeline.errors import ImageError, JobRefused
+from hqlabel.pipeline.images.fetch import fetch_object
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.planning.make_plan import make_plan
+from hqlabel.pipeline.settings import InputSettings, Limits
 from tests.pipeline.made_formats import FORMATS, PICTURES, sample, tar_of
 
 FILES = {"yolo": "labels/b/3.txt", "megadetector": "md.json", "tars": "shards/1.tar"}

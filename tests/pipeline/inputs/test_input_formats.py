@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import JobRefused, UsageError
-from pipeline.images.fetch import fetch_object
-from pipeline.job_context import BoxRules
-from pipeline.planning.make_plan import make_plan
-from pipeline.settings import InputSettings, Limits
-from pipeline.stages.box_prompts import resolve_boxes
+from hqlabel.pipeline.errors import JobRefused, UsageError
+from hqlabel.pipeline.images.fetch import fetch_object
+from hqlabel.pipeline.job_context import BoxRules
+from hqlabel.pipeline.planning.make_plan import make_plan
+from hqlabel.pipeline.settings import InputSettings, Limits
+from hqlabel.pipeline.stages.box_prompts import resolve_boxes
 from tests.pipeline import made_formats
 from tests.pipeline.made_formats import BOXES, FORMATS, NAMES, PICTURES, SIZE_HW, sample, tar_of
 

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import JobRefused
-from pipeline.inputs.propose_columns import IMAGE_ROWS
-from pipeline.inputs.read_table import inspect_tables, read_batches
-from pipeline.job_context import AccessRules
-from pipeline.planning.make_plan import make_plan
-from pipeline.settings import InputSettings
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.inputs.propose_columns import IMAGE_ROWS
+from hqlabel.pipeline.inputs.read_table import inspect_tables, read_batches
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.planning.make_plan import make_plan
+from hqlabel.pipeline.settings import InputSettings
 
 BOX = [1.0, 2.0, 3.0, 4.0]
 

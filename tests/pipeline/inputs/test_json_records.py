@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.inputs import json_records
-from pipeline.inputs.json_records import Lines, TextDamage, first_byte, split_arrays
+from hqlabel.pipeline.inputs import json_records
+from hqlabel.pipeline.inputs.json_records import Lines, TextDamage, first_byte, split_arrays
 
 keys = st.text(max_size=6) | st.sampled_from(['"', "\\", "]}", "a,b"])
 values = st.recursive(

@@ -6,10 +6,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import JobRefused
-from pipeline.inputs.open_inputs import absolute, allowed_access, read_boxes, read_images, resolve_uris
-from pipeline.job_context import AccessRules
-from pipeline.settings import InputSettings
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.inputs.open_inputs import (
+    absolute,
+    allowed_access,
+    read_boxes,
+    read_images,
+    resolve_uris,
+)
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.settings import InputSettings
 
 
 @pytest.mark.parametrize(

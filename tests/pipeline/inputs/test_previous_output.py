@@ -6,12 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import JobRefused, UsageError
-from pipeline.job_context import AccessRules, Place
-from pipeline.planning.make_plan import Plan, make_plan
-from pipeline.settings import FilterSettings, InputSettings
-from pipeline.storage.output_store import Store
-from pipeline.tables.publish_tables import publish
+from hqlabel.pipeline.errors import JobRefused, UsageError
+from hqlabel.pipeline.job_context import AccessRules, Place
+from hqlabel.pipeline.planning.make_plan import Plan, make_plan
+from hqlabel.pipeline.settings import FilterSettings, InputSettings
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.publish_tables import publish
 from tests.pipeline.made_units import make_job
 
 ROOMY = AccessRules(schemes=("s3",))

@@ -11,11 +11,11 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import JobRefused
-from pipeline.inputs import csv_table as text_tables
-from pipeline.inputs.columns import Kind
-from pipeline.inputs.read_table import inspect_tables, read_batches
-from pipeline.job_context import AccessRules
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.inputs import csv_table as text_tables
+from hqlabel.pipeline.inputs.columns import Kind
+from hqlabel.pipeline.inputs.read_table import inspect_tables, read_batches
+from hqlabel.pipeline.job_context import AccessRules
 
 ACCESS = AccessRules()
 WANTED = {
@@ -292,7 +292,7 @@ def test_other_column_names_are_used_only_when_mapped(tmp_path):
 
 
 def test_a_wide_table_reads_in_small_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.inputs.read_table.BATCH_BYTES", 10_000)
+    monkeypatch.setattr("hqlabel.pipeline.inputs.read_table.BATCH_BYTES", 10_000)
     rng = np.random.default_rng(0)
     path = parquet(tmp_path / "a.parquet", {"boxes": [rng.random((50, 4)).tolist() for _ in range(40)]})
     (file,) = inspect_tables([str(path)], WANTED, {}, ACCESS)
@@ -351,7 +351,7 @@ def test_a_csv_that_is_not_sound_is_refused(tmp_path, content, reason):
 
 
 def test_a_csv_of_many_blocks_reads_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.inputs.csv_table.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("hqlabel.pipeline.inputs.csv_table.BLOCK_BYTES", 1000)
     rows = 2000
     pa_csv.write_csv(
         pa.table({"image_uri": [f"{i}.jpg" for i in range(rows)], "score": [i / 8 for i in range(rows)]}),
@@ -366,7 +366,7 @@ def test_a_csv_of_many_blocks_reads_whole(tmp_path, monkeypatch):
 
 def test_a_row_longer_than_a_block_is_refused(tmp_path, monkeypatch):
     for module in ("csv_table", "json_records"):
-        monkeypatch.setattr(f"pipeline.inputs.{module}.BLOCK_BYTES", 1000)
+        monkeypatch.setattr(f"hqlabel.pipeline.inputs.{module}.BLOCK_BYTES", 1000)
     long = "x" * 5000
 
     assert "longer than" in refusal(text(tmp_path / "a.csv", f"image_uri\na\n{long}\n"))

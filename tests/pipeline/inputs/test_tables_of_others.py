@@ -24,13 +24,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.load_config import ConfigSources
-from jobs.terminal.input_report import describe_inputs
-from pipeline.errors import JobRefused
-from pipeline.inputs.csv_table import read_list
-from pipeline.inputs.json_records import TextDamage
-from pipeline.planning.make_plan import Plan, make_plan
-from pipeline.settings import InputSettings
+from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.jobs.terminal.input_report import describe_inputs
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.inputs.csv_table import read_list
+from hqlabel.pipeline.inputs.json_records import TextDamage
+from hqlabel.pipeline.planning.make_plan import Plan, make_plan
+from hqlabel.pipeline.settings import InputSettings
 from tests.pipeline.made_formats import tar_of
 
 Box = tuple[list[float | None] | None, int | None, str | None, float | None]
@@ -285,8 +285,8 @@ def test_numbers_that_could_be_two_are_refused(tmp_path: Path, line: str, parts:
 
 def test_a_late_odd_field_costs_no_row_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrow has given out blocks before it meets the first field that it does not take."""
-    monkeypatch.setattr("pipeline.inputs.csv_table.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("pipeline.inputs.csv_table.SAMPLE_BYTES", 500)
+    monkeypatch.setattr("hqlabel.pipeline.inputs.csv_table.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("hqlabel.pipeline.inputs.csv_table.SAMPLE_BYTES", 500)
     rows = [f'"{i}.jpg","{i}","0","{i + 9}","9","{i}{".0" if i > 900 else ""}"' for i in range(1000)]
     body = "\n".join([*rows, '"none.jpg","","","","",""'])
     path = written(tmp_path / "t.csv", f'"image_id","x1","y1","x2","y2","category_id"\n{body}\n')
@@ -305,8 +305,8 @@ def test_a_late_odd_field_costs_no_row_before_it(tmp_path: Path, monkeypatch: py
 def test_quoted_empty_fields_are_null_in_every_column_however_late_numbers_show_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: int
 ) -> None:
-    monkeypatch.setattr("pipeline.inputs.csv_table.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("pipeline.inputs.csv_table.SAMPLE_BYTES", sample)
+    monkeypatch.setattr("hqlabel.pipeline.inputs.csv_table.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("hqlabel.pipeline.inputs.csv_table.SAMPLE_BYTES", sample)
     early = "".join(f'"{i}.jpg","1","2","3","4","{"" if sample > 500 else "cat"}"\n' for i in range(100))
     path = written(
         tmp_path / "t.csv", f'"image_uri","x1","y1","x2","y2","label"\n{early}"none.jpg","","","","",""\n'
@@ -767,7 +767,7 @@ def test_any_name_is_proposed_so_that_yaml_and_the_shell_keep_it(tmp_path: Path,
     pq.write_table(
         pa.table({"image_uri": ["a"], f"bbox {name}": [[1.0, 2.0, 3.0, 4.0]]}), tmp_path / "t.parquet"
     )
-    from pipeline.inputs.columns import setting_of
+    from hqlabel.pipeline.inputs.columns import setting_of
 
     for columns in ({"bbox": name}, {"bbox": name, "image_uri": f"bbox {name}"}):
         setting = setting_of(columns, {})

@@ -13,11 +13,11 @@ import time
 
 import pytest
 
-from pipeline.errors import HqlabelError, JobRefused
-from pipeline.job_context import AccessRules, JobDetector, Place
-from pipeline.job_state import driver_lock as owner
-from pipeline.job_state.driver_lock import Holder, Owner, current_holder, this_process
-from pipeline.job_state.job_file import (
+from hqlabel.pipeline.errors import HqlabelError, JobRefused
+from hqlabel.pipeline.job_context import AccessRules, JobDetector, Place
+from hqlabel.pipeline.job_state import driver_lock as owner
+from hqlabel.pipeline.job_state.driver_lock import Holder, Owner, current_holder, this_process
+from hqlabel.pipeline.job_state.job_file import (
     JOB_KEY,
     Job,
     differences,
@@ -27,8 +27,8 @@ from pipeline.job_state.job_file import (
     require_job,
     units_per_part,
 )
-from pipeline.storage import cloud_buckets as buckets
-from pipeline.storage.output_store import Store
+from hqlabel.pipeline.storage import cloud_buckets as buckets
+from hqlabel.pipeline.storage.output_store import Store
 from tests.pipeline.made_units import make_context
 
 INPUTS = {

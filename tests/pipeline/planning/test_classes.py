@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import JobRefused
-from pipeline.planning.make_plan import Plan, make_plan
-from pipeline.settings import InputSettings
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.planning.make_plan import Plan, make_plan
+from hqlabel.pipeline.settings import InputSettings
 from tests.pipeline.made_formats import tar_of
 from tests.pipeline.made_jobs import noise, png
 

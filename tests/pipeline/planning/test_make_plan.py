@@ -10,15 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import DamageFound, JobRefused, UsageError
-from pipeline.job_context import AccessRules, Place
-from pipeline.job_state.plan_files import iter_plan, plan_key, read_unit
-from pipeline.planning import make_plan as plan_module
-from pipeline.planning.make_plan import Plan, make_plan, write_plan
-from pipeline.schema import PLAN
-from pipeline.settings import InputSettings
-from pipeline.stages.box_prompts import prompt_faults
-from pipeline.storage.output_store import NotFound, Store
+from hqlabel.pipeline.errors import DamageFound, JobRefused, UsageError
+from hqlabel.pipeline.job_context import AccessRules, Place
+from hqlabel.pipeline.job_state.plan_files import iter_plan, plan_key, read_unit
+from hqlabel.pipeline.planning import make_plan as plan_module
+from hqlabel.pipeline.planning.make_plan import Plan, make_plan, write_plan
+from hqlabel.pipeline.schema import PLAN
+from hqlabel.pipeline.settings import InputSettings
+from hqlabel.pipeline.stages.box_prompts import prompt_faults
+from hqlabel.pipeline.storage.output_store import NotFound, Store
 
 A, B, C = [1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [9.0, 10.0, 11.0, 12.0]
 
@@ -714,7 +714,7 @@ def test_prompts_made_of_something_else_are_told_in_words(tmp_path, prompt, said
 
 
 def test_of_many_points_each_that_cannot_be_used_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.planning.plan_summary._PROMPTS_AT_ONCE", 50)
+    monkeypatch.setattr("hqlabel.pipeline.planning.plan_summary._PROMPTS_AT_ONCE", 50)
     rng = random.Random(0)
     odd = [None, math.nan, math.inf, 1e308, 1.0, 0.0, 5.0]
     points, labels = [], []
@@ -912,8 +912,8 @@ def test_damage_in_a_plan_file_is_found(tmp_path):
 
 def test_a_large_plan_is_cut_into_slices_without_a_seam(tmp_path, monkeypatch):
     whole = many(tmp_path, count=97, per_unit=10)
-    monkeypatch.setattr("pipeline.planning.plan_table.SLICE_ROWS", 7)
-    monkeypatch.setattr("pipeline.arrow_lists.HASH_ROWS", 97)
+    monkeypatch.setattr("hqlabel.pipeline.planning.plan_table.SLICE_ROWS", 7)
+    monkeypatch.setattr("hqlabel.pipeline.arrow_lists.HASH_ROWS", 97)
 
     cut = many(tmp_path, count=97, per_unit=10)
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import ImageError
-from pipeline.job_context import AccessRules
-from pipeline.planning.plan_table import refused_uris
-from pipeline.storage.uri_rules import check_uri
+from hqlabel.pipeline.errors import ImageError
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.planning.plan_table import refused_uris
+from hqlabel.pipeline.storage.uri_rules import check_uri
 
 FOLDERS = [
     "s3://b/x",
@@ -91,7 +91,9 @@ def test_local_folders_are_followed_to_where_they_lead(tmp_path):
 
 def test_a_million_plain_names_cost_one_check_a_folder(monkeypatch):
     calls = []
-    monkeypatch.setattr("pipeline.planning.plan_table.check_uri", lambda uri, access: calls.append(uri))
+    monkeypatch.setattr(
+        "hqlabel.pipeline.planning.plan_table.check_uri", lambda uri, access: calls.append(uri)
+    )
     names = np.char.add("s3://bucket/", np.arange(10_000).astype(str)).astype(object)
 
     assert {} == refused_uris(
@@ -110,7 +112,7 @@ def test_what_is_known_of_folders_holds_for_the_next_slice(tmp_path, monkeypatch
     looked_at = []
     check = check_uri
     monkeypatch.setattr(
-        "pipeline.planning.plan_table.check_uri",
+        "hqlabel.pipeline.planning.plan_table.check_uri",
         lambda uri, access: (looked_at.append(uri), check(uri, access)),
     )
     second = ["/dev/1.jpg", f"{inside}/6.jpg", "/dev/2.jpg"]

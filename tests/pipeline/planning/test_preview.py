@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from model.rle import compress_lengths
-from pipeline.errors import JobRefused
-from pipeline.images.decode_upright import decode_image, measure_image
-from pipeline.job_context import AccessRules, BoxRules
-from pipeline.planning.make_plan import make_plan
-from pipeline.planning.preview import PICTURES, preview_pictures, with_preview_warnings
-from pipeline.settings import BoxFrame, InputSettings, Limits
+from hqlabel.model.rle import compress_lengths
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.images.decode_upright import decode_image, measure_image
+from hqlabel.pipeline.job_context import AccessRules, BoxRules
+from hqlabel.pipeline.planning.make_plan import make_plan
+from hqlabel.pipeline.planning.preview import PICTURES, preview_pictures, with_preview_warnings
+from hqlabel.pipeline.settings import BoxFrame, InputSettings, Limits
 
 LIMITS = Limits()
 STORED_WH = (320, 200)

@@ -16,17 +16,17 @@ import pytest
 import ray
 from PIL import Image
 
-from model.records import PreparedImage, Prompts, resize_longest_side
-from pipeline.errors import SystemicFault
-from pipeline.ray_execution import node_watch
-from pipeline.ray_execution.chain import Retry, chain, run_units
-from pipeline.ray_execution.node_watch import check_resources
-from pipeline.ray_execution.placement import Node, Requests, fit
-from pipeline.ray_execution.ray_tasks import map_parts, run_on_model_node
-from pipeline.settings import ClusterSettings, Limits
-from pipeline.stages.rows_between_stages import UnitRow
-from pipeline.storage.output_store import Store
-from pipeline.tables.unit_files import list_committed, read_committed
+from hqlabel.model.records import PreparedImage, Prompts, resize_longest_side
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.ray_execution import node_watch
+from hqlabel.pipeline.ray_execution.chain import Retry, chain, run_units
+from hqlabel.pipeline.ray_execution.node_watch import check_resources
+from hqlabel.pipeline.ray_execution.placement import Node, Requests, fit
+from hqlabel.pipeline.ray_execution.ray_tasks import map_parts, run_on_model_node
+from hqlabel.pipeline.settings import ClusterSettings, Limits
+from hqlabel.pipeline.stages.rows_between_stages import UnitRow
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.unit_files import list_committed, read_committed
 from tests.conftest import make_place
 from tests.fakes import box_masks, harmful_picture, trouble
 from tests.pipeline.made_jobs import SIDE, make_job, noise, png
@@ -257,7 +257,9 @@ def run_holding(job, gate, *, after, hold_s=0, **options):
 def test_a_systemic_fault_rises_as_itself_and_marks_nothing(tmp_path):
     job = make_job(tmp_path, {f"{i}.png": png(noise(i)) for i in range(8)})
     weights = replace(job.context.weights, source=str(tmp_path / "missing.pth"))
-    broken = replace(job.context, weights=weights, segmenter="pipeline.stages.load_model:load_segmenter")
+    broken = replace(
+        job.context, weights=weights, segmenter="hqlabel.pipeline.stages.load_model:load_segmenter"
+    )
 
     with pytest.raises(SystemicFault, match=r"missing\.pth") as caught:
         run(replace(job, context=broken))
@@ -337,7 +339,7 @@ def test_the_rest_is_begun_anew_when_nodes_are_gone_and_nothing_finishes(tmp_pat
 
 
 def test_many_units_go_in_waves(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.ray_execution.chain.UNITS_PER_WAVE", 2)
+    monkeypatch.setattr("hqlabel.pipeline.ray_execution.chain.UNITS_PER_WAVE", 2)
     job = make_job(tmp_path, {f"{i}.png": png(noise(i)) for i in range(3)}, images_per_unit=1)
 
     outcomes = run(job)

@@ -10,11 +10,11 @@ from collections import defaultdict
 
 import pytest
 
-from pipeline.job_context import UnitOutcome
-from pipeline.ray_execution import metrics
-from pipeline.ray_execution.chain import run_units
-from pipeline.settings import ClusterSettings
-from pipeline.stages.rows_between_stages import UnitRow
+from hqlabel.pipeline.job_context import UnitOutcome
+from hqlabel.pipeline.ray_execution import metrics
+from hqlabel.pipeline.ray_execution.chain import run_units
+from hqlabel.pipeline.settings import ClusterSettings
+from hqlabel.pipeline.stages.rows_between_stages import UnitRow
 from tests.pipeline.made_jobs import BOXES, make_job, noise, png
 from tests.pipeline.made_units import labelled, planned_box, planned_image
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import SystemicFault
-from pipeline.ray_execution.placement import COMMIT_CPUS, Node, fit, still_fits
-from pipeline.settings import ClusterSettings
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.ray_execution.placement import COMMIT_CPUS, Node, fit, still_fits
+from hqlabel.pipeline.settings import ClusterSettings
 
 GIB = 2**30
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from model.rle import compress_lengths
-from pipeline.errors import BOX_CODES
-from pipeline.image_result import ResolvedBoxes
-from pipeline.job_context import BoxRules
-from pipeline.planning.suspicious_boxes import suspicions
-from pipeline.stages.box_prompts import MOST_POINTS, resolve_boxes
+from hqlabel.model.rle import compress_lengths
+from hqlabel.pipeline.errors import BOX_CODES
+from hqlabel.pipeline.image_result import ResolvedBoxes
+from hqlabel.pipeline.job_context import BoxRules
+from hqlabel.pipeline.planning.suspicious_boxes import suspicions
+from hqlabel.pipeline.stages.box_prompts import MOST_POINTS, resolve_boxes
 
 SIZE_HW = (480, 640)
 WHOLE = compress_lengths([0, 480 * 640])

@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from pipeline.errors import HqlabelError
-from pipeline.stages.crash_log import CrashLog
-from pipeline.storage.output_store import Store
+from hqlabel.pipeline.errors import HqlabelError
+from hqlabel.pipeline.stages.crash_log import CrashLog
+from hqlabel.pipeline.storage.output_store import Store
 
 
 def test_starts_are_counted_across_processes_and_generations(store: Store):

@@ -13,19 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.terminal import input_report as understood
-from pipeline.errors import JobRefused
-from pipeline.image_result import ImageResult
-from pipeline.job_context import AccessRules, BoxRules, Place
-from pipeline.job_state.job_file import require_job
-from pipeline.planning.make_plan import Plan, make_plan
-from pipeline.settings import FilterSettings, InputSettings
-from pipeline.stages.box_prompts import resolve_boxes
-from pipeline.storage.output_store import Store
-from pipeline.tables.images_and_instances import flatten_unit
-from pipeline.tables.publish_tables import publish
-from pipeline.tables.unit_checks import check_against_plan
-from pipeline.tables.unit_table import build_unit_table
+from hqlabel.jobs.terminal import input_report as understood
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.image_result import ImageResult
+from hqlabel.pipeline.job_context import AccessRules, BoxRules, Place
+from hqlabel.pipeline.job_state.job_file import require_job
+from hqlabel.pipeline.planning.make_plan import Plan, make_plan
+from hqlabel.pipeline.settings import FilterSettings, InputSettings
+from hqlabel.pipeline.stages.box_prompts import resolve_boxes
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.images_and_instances import flatten_unit
+from hqlabel.pipeline.tables.publish_tables import publish
+from hqlabel.pipeline.tables.unit_checks import check_against_plan
+from hqlabel.pipeline.tables.unit_table import build_unit_table
 from tests.jobs.made_outputs import MadeImage, blob, make_output
 from tests.pipeline.made_formats import BOXES, FORMATS, Written, write_coco
 from tests.pipeline.made_units import SIZE_HW, labelled, make_context, plan_table, planned_box, planned_image

@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.detectors import Category, Detections
-from model.records import resize_longest_side
-from pipeline.errors import JobRefused, SystemicFault
-from pipeline.images.decode_process import DecodeChild
-from pipeline.job_context import BoxRules, JobDetector
-from pipeline.job_state.job_file import Job
-from pipeline.settings import Limits
-from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.detect import load_detector, try_out
-from pipeline.stages.prepare import prepare_unit
-from pipeline.stages.rows_between_stages import UnitRow, pack, unpack
-from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.output_store import Store
-from pipeline.tables.unit_files import list_committed, read_committed
-from pipeline.tables.verify_output import verify
+from hqlabel.model.detectors import Category, Detections
+from hqlabel.model.records import resize_longest_side
+from hqlabel.pipeline.errors import JobRefused, SystemicFault
+from hqlabel.pipeline.images.decode_process import DecodeChild
+from hqlabel.pipeline.job_context import BoxRules, JobDetector
+from hqlabel.pipeline.job_state.job_file import Job
+from hqlabel.pipeline.settings import Limits
+from hqlabel.pipeline.stages.commit import commit_unit, read_outcome
+from hqlabel.pipeline.stages.detect import load_detector, try_out
+from hqlabel.pipeline.stages.prepare import prepare_unit
+from hqlabel.pipeline.stages.rows_between_stages import UnitRow, pack, unpack
+from hqlabel.pipeline.stages.segment import SegmentWorker
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.unit_files import list_committed, read_committed
+from hqlabel.pipeline.tables.verify_output import verify
 from tests.docs.markdown import blocks
 from tests.pipeline.made_jobs import SIDE, make_job, noise, png
 
@@ -87,7 +87,9 @@ def made(tmp_path, pictures, detector=None, **context):
     """A job over pictures without boxes, whose boxes a detector is to find."""
     job = make_job(tmp_path, pictures, {name: [] for name in pictures}, **context)
     changed = replace(
-        job.context, detector=detector or settings(), decoder="pipeline.images.decode_upright:decode_image"
+        job.context,
+        detector=detector or settings(),
+        decoder="hqlabel.pipeline.images.decode_upright:decode_image",
     )
     return replace(job, context=changed)
 

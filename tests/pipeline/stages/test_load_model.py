@@ -9,9 +9,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from model.checkpoints import CheckpointError, load
-from pipeline.errors import JobRefused
-from pipeline.stages.load_model import open_weights
+from hqlabel.model.checkpoints import CheckpointError, load
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.stages.load_model import open_weights
 from tests.conftest import MotoS3
 from tests.e2e.scenes import small_checkpoint
 

@@ -7,16 +7,16 @@ import dataclasses
 import numpy as np
 import pytest
 
-from model.records import resize_longest_side
-from pipeline.errors import ImageError, SystemicFault
-from pipeline.images.decode_process import DecodeChild
-from pipeline.settings import Limits
-from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.prepare import prepare_unit
-from pipeline.stages.rows_between_stages import UnitRow
-from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.output_store import Store
-from pipeline.tables.unit_files import list_committed, read_committed
+from hqlabel.model.records import resize_longest_side
+from hqlabel.pipeline.errors import ImageError, SystemicFault
+from hqlabel.pipeline.images.decode_process import DecodeChild
+from hqlabel.pipeline.settings import Limits
+from hqlabel.pipeline.stages.commit import commit_unit, read_outcome
+from hqlabel.pipeline.stages.prepare import prepare_unit
+from hqlabel.pipeline.stages.rows_between_stages import UnitRow
+from hqlabel.pipeline.stages.segment import SegmentWorker
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.unit_files import list_committed, read_committed
 from tests.fakes import trouble
 from tests.pipeline.made_jobs import BOXES, SIDE, make_job, noise, png
 from tests.table_digest import mask_columns_digest
@@ -106,7 +106,7 @@ def test_a_store_that_refuses_all_images_stops_the_job(tmp_path, child, monkeypa
     def refuse(uri, access, limits):
         raise ImageError("denied", "403 AccessDenied")
 
-    monkeypatch.setattr("pipeline.images.fetch.fetch_object", refuse)
+    monkeypatch.setattr("hqlabel.pipeline.images.fetch.fetch_object", refuse)
     job = make_job(tmp_path, {f"{i}.png": png(noise(i)) for i in range(3)})
 
     found = prepare(job, child, unit_id=0)

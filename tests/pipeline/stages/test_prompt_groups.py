@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from model.records import PreparedImage
-from pipeline.image_result import ImageResult
-from pipeline.job_context import BoxRules
-from pipeline.stages.box_prompts import resolve_boxes
-from pipeline.stages.prompt_groups import group_by_kind, join, with_boxes
+from hqlabel.model.records import PreparedImage
+from hqlabel.pipeline.image_result import ImageResult
+from hqlabel.pipeline.job_context import BoxRules
+from hqlabel.pipeline.stages.box_prompts import resolve_boxes
+from hqlabel.pipeline.stages.prompt_groups import group_by_kind, join, with_boxes
 from tests.fakes import box_masks
 from tests.pipeline.made_units import planned_box, planned_image
 

@@ -11,21 +11,21 @@ import pytest
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from model import checkpoints, rle
-from model.prompt_encoder import mask_to_prompt
-from model.records import CallShape, PreparedImage, Prompts
-from model.segmenter import Segmenter
-from pipeline.images.decode_process import DecodeChild
-from pipeline.images.decode_upright import decode_image
-from pipeline.job_context import BoxRules, JobContext, Place, Weights
-from pipeline.planning.make_plan import make_plan, write_plan
-from pipeline.settings import InputSettings, Limits, ModelSettings
-from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.prepare import prepare_unit
-from pipeline.stages.rows_between_stages import UnitRow, pack, unpack
-from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.output_store import Store
-from pipeline.tables.unit_files import list_committed, read_committed
+from hqlabel.model import checkpoints, rle
+from hqlabel.model.prompt_encoder import mask_to_prompt
+from hqlabel.model.records import CallShape, PreparedImage, Prompts
+from hqlabel.model.segmenter import Segmenter
+from hqlabel.pipeline.images.decode_process import DecodeChild
+from hqlabel.pipeline.images.decode_upright import decode_image
+from hqlabel.pipeline.job_context import BoxRules, JobContext, Place, Weights
+from hqlabel.pipeline.planning.make_plan import make_plan, write_plan
+from hqlabel.pipeline.settings import InputSettings, Limits, ModelSettings
+from hqlabel.pipeline.stages.commit import commit_unit, read_outcome
+from hqlabel.pipeline.stages.prepare import prepare_unit
+from hqlabel.pipeline.stages.rows_between_stages import UnitRow, pack, unpack
+from hqlabel.pipeline.stages.segment import SegmentWorker
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.unit_files import list_committed, read_committed
 from tests.e2e.scenes import picture, small_checkpoint
 
 BOX, OTHER = [10.0, 20.0, 90.0, 110.0], [40.0, 40.0, 70.0, 130.0]

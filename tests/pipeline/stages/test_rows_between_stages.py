@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from model.records import Instances
-from pipeline.errors import SystemicFault
-from pipeline.image_result import ImageResult
-from pipeline.stages.rows_between_stages import (
+from hqlabel.model.records import Instances
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.image_result import ImageResult
+from hqlabel.pipeline.stages.rows_between_stages import (
     PIXEL_FIELDS,
     UNIT_COLUMN,
     UNIT_ROW,

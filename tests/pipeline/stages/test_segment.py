@@ -14,20 +14,20 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from model.checkpoints import DEMO_FOLDER, load
-from model.records import SegmentFailure
-from model.rle import compress_lengths
-from pipeline.errors import SystemicFault
-from pipeline.images.decode_process import DecodeChild
-from pipeline.settings import Limits, ModelSettings
-from pipeline.stages.commit import commit_unit
-from pipeline.stages.crash_log import is_device_lost
-from pipeline.stages.detect import MOST_RAISED
-from pipeline.stages.prepare import prepare_unit
-from pipeline.stages.rows_between_stages import UnitRow, pack, unpack
-from pipeline.stages.segment import SegmentWorker, deadline_s
-from pipeline.storage.output_store import Store
-from pipeline.tables.unit_files import list_committed, read_committed
+from hqlabel.model.checkpoints import DEMO_FOLDER, load
+from hqlabel.model.records import SegmentFailure
+from hqlabel.model.rle import compress_lengths
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.images.decode_process import DecodeChild
+from hqlabel.pipeline.settings import Limits, ModelSettings
+from hqlabel.pipeline.stages.commit import commit_unit
+from hqlabel.pipeline.stages.crash_log import is_device_lost
+from hqlabel.pipeline.stages.detect import MOST_RAISED
+from hqlabel.pipeline.stages.prepare import prepare_unit
+from hqlabel.pipeline.stages.rows_between_stages import UnitRow, pack, unpack
+from hqlabel.pipeline.stages.segment import SegmentWorker, deadline_s
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.unit_files import list_committed, read_committed
 from tests import fakes
 from tests.fakes import box_masks, harmful_picture, trouble
 from tests.pipeline.made_jobs import BOXES, make_job, noise, png
@@ -175,7 +175,7 @@ def run_in_process(job, unit, folder, *, first="pass"):
     (folder / "unit.pickle").write_bytes(pickle.dumps((job.context, unit)))
     code = (
         f"import sys; sys.path[:] = {sys.path!r}\n"
-        "import pickle, pathlib; from pipeline.stages import crash_log, segment\n"
+        "import pickle, pathlib; from hqlabel.pipeline.stages import crash_log, segment\n"
         f"folder = pathlib.Path({str(folder)!r}); {first}\n"
         "context, unit = pickle.loads((folder / 'unit.pickle').read_bytes())\n"
         "found = segment.SegmentWorker(context, epoch=1, use_gpu=False).run(unit)\n"
@@ -230,7 +230,9 @@ def test_weights_that_are_not_the_jobs_stop_the_job(tmp_path, child):
     checkpoint.write_bytes(b"not weights")
     job = make_job(tmp_path, {"a.png": png(noise(1))})
     weights = replace(job.context.weights, source=str(checkpoint))
-    context = replace(job.context, weights=weights, segmenter="pipeline.stages.load_model:load_segmenter")
+    context = replace(
+        job.context, weights=weights, segmenter="hqlabel.pipeline.stages.load_model:load_segmenter"
+    )
 
     found = SegmentWorker(context, epoch=1, use_gpu=False).run(prepared(job, child))
 
@@ -241,7 +243,7 @@ def test_weights_that_are_not_the_jobs_stop_the_job(tmp_path, child):
 def test_a_job_of_compiled_calls_stops_where_there_is_no_gpu(tmp_path, child):
     job = make_job(tmp_path, {"a.png": png(noise(1))})
     model = job.context.model.model_copy(update={"compile": True})
-    context = replace(job.context, model=model, segmenter="pipeline.stages.load_model:load_segmenter")
+    context = replace(job.context, model=model, segmenter="hqlabel.pipeline.stages.load_model:load_segmenter")
 
     found = SegmentWorker(context, epoch=1, use_gpu=False).run(prepared(job, child))
 
@@ -258,7 +260,7 @@ def test_a_model_on_a_cpu_computes_with_the_threads_of_the_job(tmp_path, threads
         job.context,
         weights=replace(job.context.weights, source="demo", sha256=weights.sha256, input_side=512),
         model=job.context.model.model_copy(update={"cpu_threads": threads}),
-        segmenter="pipeline.stages.load_model:load_segmenter",
+        segmenter="hqlabel.pipeline.stages.load_model:load_segmenter",
     )
     before = torch.get_num_threads()
     try:

@@ -14,14 +14,14 @@ import os
 
 import pytest
 
-from pipeline.errors import ImageError, JobRefused
-from pipeline.images.fetch import fetch_object
-from pipeline.job_context import AccessRules, Place
-from pipeline.job_state.job_file import open_job
-from pipeline.planning.make_plan import make_plan
-from pipeline.settings import InputSettings, Limits
-from pipeline.storage.output_store import NotFound, Store
-from pipeline.storage.read_objects import fingerprint
+from hqlabel.pipeline.errors import ImageError, JobRefused
+from hqlabel.pipeline.images.fetch import fetch_object
+from hqlabel.pipeline.job_context import AccessRules, Place
+from hqlabel.pipeline.job_state.job_file import open_job
+from hqlabel.pipeline.planning.make_plan import make_plan
+from hqlabel.pipeline.settings import InputSettings, Limits
+from hqlabel.pipeline.storage.output_store import NotFound, Store
+from hqlabel.pipeline.storage.read_objects import fingerprint
 from tests.pipeline.job_state.test_job_file import make_job
 from tests.pipeline.made_formats import PICTURES, sample, tar_of
 

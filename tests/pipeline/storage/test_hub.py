@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from pipeline.errors import ImageError, JobRefused
-from pipeline.images.fetch import fetch_object
-from pipeline.job_context import AccessRules
-from pipeline.planning.make_plan import Plan, make_plan
-from pipeline.settings import InputSettings, Limits
-from pipeline.storage import read_objects as objects
-from pipeline.storage.read_objects import fingerprint, head_object, open_input
-from pipeline.storage.request_retries import classify
+from hqlabel.pipeline.errors import ImageError, JobRefused
+from hqlabel.pipeline.images.fetch import fetch_object
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.planning.make_plan import Plan, make_plan
+from hqlabel.pipeline.settings import InputSettings, Limits
+from hqlabel.pipeline.storage import read_objects as objects
+from hqlabel.pipeline.storage.read_objects import fingerprint, head_object, open_input
+from hqlabel.pipeline.storage.request_retries import classify
 from tests.hub_server import Hub, hub_server
 from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
 

@@ -22,15 +22,15 @@ from huggingface_hub import snapshot_download
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import ImageError, JobRefused
-from pipeline.images.fetch import fetch_object
-from pipeline.inputs.find_files import pointed_at
-from pipeline.job_context import AccessRules, Place
-from pipeline.planning.make_plan import Plan, make_plan, write_plan
-from pipeline.settings import InputSettings, Limits
-from pipeline.storage.list_folders import Pattern, allow_root
-from pipeline.storage.output_store import Store
-from pipeline.storage.read_objects import list_inputs
+from hqlabel.pipeline.errors import ImageError, JobRefused
+from hqlabel.pipeline.images.fetch import fetch_object
+from hqlabel.pipeline.inputs.find_files import pointed_at
+from hqlabel.pipeline.job_context import AccessRules, Place
+from hqlabel.pipeline.planning.make_plan import Plan, make_plan, write_plan
+from hqlabel.pipeline.settings import InputSettings, Limits
+from hqlabel.pipeline.storage.list_folders import Pattern, allow_root
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.storage.read_objects import list_inputs
 from tests.hub_server import REPOSITORY, hub_server
 from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
 from tests.pipeline.made_units import make_job

@@ -18,13 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError
-from pipeline.job_context import AccessRules, Place
-from pipeline.storage import cloud_buckets as buckets
-from pipeline.storage.backend import check_complete
-from pipeline.storage.local_disk import LocalBackend
-from pipeline.storage.output_store import NotFound, Store
-from pipeline.storage.read_objects import (
+from hqlabel.pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError
+from hqlabel.pipeline.job_context import AccessRules, Place
+from hqlabel.pipeline.storage import cloud_buckets as buckets
+from hqlabel.pipeline.storage.backend import check_complete
+from hqlabel.pipeline.storage.local_disk import LocalBackend
+from hqlabel.pipeline.storage.output_store import NotFound, Store
+from hqlabel.pipeline.storage.read_objects import (
     fingerprint,
     head_object,
     list_inputs,
@@ -32,8 +32,8 @@ from pipeline.storage.read_objects import (
     open_input,
     read_object,
 )
-from pipeline.storage.request_retries import ShortBody, classify
-from pipeline.storage.uri_rules import check_uri
+from hqlabel.pipeline.storage.request_retries import ShortBody, classify
+from hqlabel.pipeline.storage.uri_rules import check_uri
 from tests.s3_proxy import Fault
 
 # ---------------------------------------------------------------------------------------------
@@ -238,9 +238,9 @@ def test_a_store_travels_to_another_process(store: Store):
 
 KILLED_WRITE = """
 import os, signal, sys
-from pipeline.storage import local_disk
-from pipeline.job_context import AccessRules, Place
-from pipeline.storage.output_store import Store
+from hqlabel.pipeline.storage import local_disk
+from hqlabel.pipeline.job_context import AccessRules, Place
+from hqlabel.pipeline.storage.output_store import Store
 step, verb, uri = sys.argv[1:4]
 real = getattr(os, step)
 def die(*args, **kwargs):
@@ -280,9 +280,9 @@ def test_temporary_files_of_dead_writers_are_dropped_after_an_hour(local_store: 
 
 FULL_DISK = """
 import sys
-from pipeline.errors import SystemicFault
-from pipeline.job_context import AccessRules, Place
-from pipeline.storage.output_store import Store
+from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.job_context import AccessRules, Place
+from hqlabel.pipeline.storage.output_store import Store
 store = Store(Place(uri=sys.argv[1]))
 for verb in (store.put_if_absent, store.put):
     try:
@@ -352,7 +352,7 @@ def test_a_file_that_changes_while_it_is_read_is_said_to(tmp_path, monkeypatch):
     path = tmp_path / "a"
     path.write_bytes(b"1" * 10)
     monkeypatch.setattr(
-        "pipeline.storage.local_disk._read_within", lambda *_: path.write_bytes(b"22") and b"2"
+        "hqlabel.pipeline.storage.local_disk._read_within", lambda *_: path.write_bytes(b"22") and b"2"
     )
     with pytest.raises(ImageError, match="changed"):
         LocalBackend().get(str(path), max_bytes=None, timeout_s=5)
@@ -660,7 +660,7 @@ def test_secrets_in_options_are_refused_by_name_and_never_shown():
 
 
 def test_error_text_carries_no_query_and_no_login():
-    from pipeline.storage.request_retries import describe
+    from hqlabel.pipeline.storage.request_retries import describe
 
     text = describe(OSError("GET http://me:CANARY1@host/a.jpg?X-Amz-Signature=CANARY2 failed\n\x1b[31m"))
     assert "CANARY" not in text

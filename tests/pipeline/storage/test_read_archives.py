@@ -11,16 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import ImageError
-from pipeline.images.fetch import fetch_ahead, fetch_object
-from pipeline.job_context import AccessRules
-from pipeline.planning.make_plan import make_plan
-from pipeline.planning.plan_table import refused_uris
-from pipeline.settings import InputSettings, Limits
-from pipeline.storage.archive_uris import ParquetRow, TarMember, container_of, parse_archive_uri
-from pipeline.storage.output_store import Store
-from pipeline.storage.read_archives import GROUP_BYTES
-from pipeline.storage.uri_rules import check_uri
+from hqlabel.pipeline.errors import ImageError
+from hqlabel.pipeline.images.fetch import fetch_ahead, fetch_object
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.planning.make_plan import make_plan
+from hqlabel.pipeline.planning.plan_table import refused_uris
+from hqlabel.pipeline.settings import InputSettings, Limits
+from hqlabel.pipeline.storage.archive_uris import ParquetRow, TarMember, container_of, parse_archive_uri
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.storage.read_archives import GROUP_BYTES
+from hqlabel.pipeline.storage.uri_rules import check_uri
 from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
 
 LIMITS = Limits(fetch_timeout_s=10)
@@ -88,7 +88,7 @@ def test_members_and_rows_are_read_whole_from_a_store(kind, tmp_path, request):
 
 
 def _place(tmp_path):
-    from pipeline.job_context import Place
+    from hqlabel.pipeline.job_context import Place
 
     return Place(uri=str(tmp_path / "store"))
 
@@ -203,7 +203,7 @@ def test_damage_in_a_row_group_is_found_by_its_checksum_and_named(tmp_path):
 
 
 def test_a_row_group_is_read_once_for_the_images_of_a_unit(tmp_path, monkeypatch):
-    from pipeline.storage import read_archives as contained
+    from hqlabel.pipeline.storage import read_archives as contained
 
     table = pa.table({"image": [{"bytes": bytes([i]) * 100, "path": None} for i in range(64)]})
     pq.write_table(table, tmp_path / "rows.parquet", row_group_size=32)

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from pipeline.errors import ImageError
-from pipeline.job_context import AccessRules
-from pipeline.storage.uri_rules import check_uri, secret_options, split_scheme
+from hqlabel.pipeline.errors import ImageError
+from hqlabel.pipeline.job_context import AccessRules
+from hqlabel.pipeline.storage.uri_rules import check_uri, secret_options, split_scheme
 
 
 @pytest.fixture

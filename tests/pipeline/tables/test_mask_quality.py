@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from model.records import Instances
-from pipeline.schema import UNIT_INSTANCE
-from pipeline.settings import FilterSettings
-from pipeline.tables.mask_quality import FLAGS, mark, measure, order_flags
+from hqlabel.model.records import Instances
+from hqlabel.pipeline.schema import UNIT_INSTANCE
+from hqlabel.pipeline.settings import FilterSettings
+from hqlabel.pipeline.tables.mask_quality import FLAGS, mark, measure, order_flags
 from tests.model.plain_masks import random_masks
 
 

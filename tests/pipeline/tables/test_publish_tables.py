@@ -22,19 +22,19 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools import mask as coco_mask
 
-from pipeline import schema
-from pipeline.errors import DamageFound, JobRefused
-from pipeline.job_state.job_file import mask_settings
-from pipeline.settings import FilterSettings
-from pipeline.storage import checksummed_parquet
-from pipeline.storage.output_store import Store
-from pipeline.tables import publish_tables
-from pipeline.tables.clean_output import clean
-from pipeline.tables.images_and_instances import flatten_unit
-from pipeline.tables.job_status import status
-from pipeline.tables.manifest import MANIFEST_KEY, finished_units, read_manifest, write_manifest
-from pipeline.tables.publish_tables import publish_part
-from pipeline.tables.unit_files import (
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.errors import DamageFound, JobRefused
+from hqlabel.pipeline.job_state.job_file import mask_settings
+from hqlabel.pipeline.settings import FilterSettings
+from hqlabel.pipeline.storage import checksummed_parquet
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables import publish_tables
+from hqlabel.pipeline.tables.clean_output import clean
+from hqlabel.pipeline.tables.images_and_instances import flatten_unit
+from hqlabel.pipeline.tables.job_status import status
+from hqlabel.pipeline.tables.manifest import MANIFEST_KEY, finished_units, read_manifest, write_manifest
+from hqlabel.pipeline.tables.publish_tables import publish_part
+from hqlabel.pipeline.tables.unit_files import (
     CommittedUnit,
     encode_unit,
     footer,
@@ -42,8 +42,8 @@ from pipeline.tables.unit_files import (
     put_unit,
     read_committed,
 )
-from pipeline.tables.unit_table import build_unit_table
-from pipeline.tables.verify_output import verify
+from hqlabel.pipeline.tables.unit_table import build_unit_table
+from hqlabel.pipeline.tables.verify_output import verify
 from tests.pipeline.made_units import (
     WHEN,
     MadeJob,

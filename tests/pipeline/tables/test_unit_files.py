@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools import mask as coco_mask
 
-from pipeline import schema
-from pipeline.errors import DamageFound
-from pipeline.image_result import ImageResult
-from pipeline.storage import checksummed_parquet
-from pipeline.tables.unit_checks import check_against_plan, find_faults
-from pipeline.tables.unit_files import (
+from hqlabel.pipeline import schema
+from hqlabel.pipeline.errors import DamageFound
+from hqlabel.pipeline.image_result import ImageResult
+from hqlabel.pipeline.storage import checksummed_parquet
+from hqlabel.pipeline.tables.unit_checks import check_against_plan, find_faults
+from hqlabel.pipeline.tables.unit_files import (
     encode_unit,
     list_committed,
     outcome_of,
@@ -27,7 +27,7 @@ from pipeline.tables.unit_files import (
     replace_rows,
     unit_key,
 )
-from pipeline.tables.unit_table import build_unit_table
+from hqlabel.pipeline.tables.unit_table import build_unit_table
 from tests.pipeline.made_units import (
     SIZE_HW,
     WHEN,

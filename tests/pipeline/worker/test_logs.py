@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.uri_rules import without_credentials
+from hqlabel.pipeline.storage.uri_rules import without_credentials
 
 ROOT = Path(__file__).resolve().parents[3]
 
 WORKER = """
     import logging, sys
-    from pipeline.worker import logs
+    from hqlabel.pipeline.worker import logs
     logs.event("unit_committed", unit_id=1)   # before: nobody keeps it
     logs.keep_in_this_process()
     logs.keep_in_this_process()
@@ -27,7 +27,7 @@ WORKER = """
     try:
         raise ValueError("in a library")
     except ValueError:
-        logging.getLogger("pipeline.stages.segment").exception("the GPU is lost: %s", "x")
+        logging.getLogger("hqlabel.pipeline.stages.segment").exception("the GPU is lost: %s", "x")
     logging.getLogger("somebody.else").info("not ours")
 """
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import JobRefused, SystemicFault
-from pipeline.stages.commit import commit_unit, read_outcome
-from pipeline.stages.prepare import prepare_unit
-from pipeline.stages.rows_between_stages import UnitRow
-from pipeline.stages.segment import SegmentWorker
-from pipeline.storage.output_store import Store
-from pipeline.tables.unit_files import list_committed
-from pipeline.worker import process_env
-from pipeline.worker.process_env import prepare_for_torch
+from hqlabel.pipeline.errors import JobRefused, SystemicFault
+from hqlabel.pipeline.stages.commit import commit_unit, read_outcome
+from hqlabel.pipeline.stages.prepare import prepare_unit
+from hqlabel.pipeline.stages.rows_between_stages import UnitRow
+from hqlabel.pipeline.stages.segment import SegmentWorker
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.unit_files import list_committed
+from hqlabel.pipeline.worker import process_env
+from hqlabel.pipeline.worker.process_env import prepare_for_torch
 from tests.faults.chain import DirectDecoder
 from tests.pipeline.made_jobs import make_job, noise, png
 
@@ -41,7 +41,7 @@ def openmp_says(before: str) -> str:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch brings GNU's OpenMP on Linux alone")
 def test_idle_threads_of_torch_sleep() -> None:
     says = openmp_says(
-        "import os\nfrom pipeline.worker.process_env import prepare_for_torch\nprepare_for_torch(os.environ)"
+        "import os\nfrom hqlabel.pipeline.worker.process_env import prepare_for_torch\nprepare_for_torch(os.environ)"
     )
 
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in says
@@ -73,7 +73,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
     not THP.exists() or "[never]" in THP.read_text(), reason="this kernel gives nobody huge pages"
 )
 def test_a_large_tensor_comes_in_large_pages() -> None:
-    before = "from pipeline.worker.process_env import prepare_for_torch\nprepare_for_torch(os.environ)"
+    before = (
+        "from hqlabel.pipeline.worker.process_env import prepare_for_torch\nprepare_for_torch(os.environ)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", LARGE_TENSORS.format(before=before)],
         capture_output=True, text=True, check=True, timeout=120,
@@ -92,7 +94,7 @@ def test_a_model_process_is_told_before_its_model_is_made(tmp_path, monkeypatch)
     def factory(context, use_gpu):
         seen.update(os.environ)
 
-    monkeypatch.setattr("pipeline.stages.segment.load_by_name", lambda name: factory)
+    monkeypatch.setattr("hqlabel.pipeline.stages.segment.load_by_name", lambda name: factory)
     SegmentWorker(job.context, epoch=1, use_gpu=False)
 
     assert (seen["OMP_WAIT_POLICY"], seen["THP_MEM_ALLOC_ENABLE"]) == ("passive", "1")
@@ -100,7 +102,10 @@ def test_a_model_process_is_told_before_its_model_is_made(tmp_path, monkeypatch)
 
 def test_the_command_line_and_the_chain_load_no_torch_of_their_own() -> None:
     # Too late is as bad as never: torch reads the environment while it is imported.
-    for modules in ("jobs.cli.main", "pipeline.ray_execution.chain, pipeline.stages.segment"):
+    for modules in (
+        "hqlabel.jobs.cli.main",
+        "hqlabel.pipeline.ray_execution.chain, hqlabel.pipeline.stages.segment",
+    ):
         code = f"import sys\nimport {modules}\nassert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

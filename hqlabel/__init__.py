@@ -1,0 +1,1 @@
+"""SAM-HQ masks for detector boxes, over millions of images."""

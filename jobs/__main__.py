@@ -1,6 +1,0 @@
-"""`python -m jobs`: the same command line as `hqlabel`, for a checkout that is not installed."""
-
-from jobs.cli.main import main
-
-if __name__ == "__main__":
-    main()
