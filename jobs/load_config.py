@@ -1,8 +1,8 @@
 """The configuration of a job: one YAML file, flags for the common cases, `--set a.b=v` on top.
 
-Every name that a user can write is a field of a section in `hqlabel.pipeline.settings`; an unknown name is an error
-that proposes the nearest known one. Secrets have no field: they come from the environment, a profile or a
-role of the machine. The resolved configuration is written to `config.yaml` in the output.
+Every name that a user can write is a field of a section in `hqlabel.pipeline.settings`; an unknown name is
+an error that proposes the nearest known one. Secrets have no field: they come from the environment, a profile
+or a role of the machine. The resolved configuration is written to `config.yaml` in the output.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Every setting of a job, declared once.
 
 A setting is a field of the section that users write it in: its default, range, meaning, unit and whether it
-can change a row are here and nowhere else. The configuration of a job (`hqlabel.jobs.load_config`), the code that
-reads the setting, the identity in job.json and docs/configuration.md all use these classes. A value that is
-chosen when a job begins, such as the number format for `auto`, replaces the one that was written:
+can change a row are here and nowhere else. The configuration of a job (`hqlabel.jobs.load_config`), the code
+that reads the setting, the identity in job.json and docs/configuration.md all use these classes. A value that
+is chosen when a job begins, such as the number format for `auto`, replaces the one that was written:
 `model_copy`.
 """
 

@@ -71,7 +71,8 @@ def address_to_join(wanted: str | None, environ: Mapping[str, str]) -> str | Non
     if address.startswith(("http://", "https://")):
         raise UsageError(
             f"--ray-address {address} is a dashboard; give the cluster's host:port (often port 6379), or "
-            f"submit the job: ray job submit --address {address} --working-dir . -- python -m hqlabel label ..."
+            f"submit the job: ray job submit --address {address} --working-dir . -- "
+            "python -m hqlabel label ..."
         )
     return address
 

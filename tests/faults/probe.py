@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-import hqlabel.jobs.job_setup.open_job
 from hqlabel.jobs.cli import main as cli
+from hqlabel.jobs.job_setup import open_job
 from hqlabel.model.records import Instances, PreparedImage, SegmentFailure
 from hqlabel.model.segmenter import Segmenter
 from hqlabel.pipeline.job_context import JobContext
@@ -53,12 +53,12 @@ def colour_of(number: float) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    made = hqlabel.jobs.job_setup.open_job.JobContext
+    made = open_job.JobContext
 
     def context(**fields: Any) -> JobContext:
         return made(**fields, segmenter="tests.faults.probe:probe_segmenter")
 
-    hqlabel.jobs.job_setup.open_job.JobContext = context  # type: ignore[assignment,misc]
+    open_job.JobContext = context  # type: ignore[assignment,misc]
     cli.main()
 
 

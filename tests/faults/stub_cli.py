@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import hqlabel.jobs.commands.retry
-import hqlabel.jobs.job_setup.open_job
-import hqlabel.pipeline.job_state.job_file
 from hqlabel.jobs.cli import main as cli
+from hqlabel.jobs.commands import retry
+from hqlabel.jobs.job_setup import open_job
 from hqlabel.jobs.load_config import Config
 from hqlabel.pipeline.failpoints import VARIABLE
 from hqlabel.pipeline.job_context import JobContext, Weights
+from hqlabel.pipeline.job_state import job_file
 from hqlabel.pipeline.worker import process_env
 
 SIDE = 64
@@ -38,10 +38,8 @@ def stub_context(**fields: Any) -> JobContext:
 
 
 def main() -> None:
-    hqlabel.jobs.job_setup.open_job.read_checkpoint = hqlabel.jobs.commands.retry.read_checkpoint = (
-        stub_weights  # type: ignore[assignment]
-    )
-    hqlabel.jobs.job_setup.open_job.JobContext = hqlabel.pipeline.job_state.job_file.JobContext = stub_context  # type: ignore[assignment,misc]
+    open_job.read_checkpoint = retry.read_checkpoint = stub_weights  # type: ignore[assignment]
+    open_job.JobContext = job_file.JobContext = stub_context  # type: ignore[assignment,misc]
     process_env.REFUSED.pop(VARIABLE)  # what the real command refuses is what these tests are about
     cli.main()
 

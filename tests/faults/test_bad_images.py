@@ -220,8 +220,8 @@ def network_job(folder: Path, weights: Path, images: int, **options: object) -> 
     pictures = {f"{n:03}.png": png(picture(n)) for n in range(images)}
     record_of_weights = read_checkpoint(ConfigSources(flags={"model.checkpoint": str(weights)}).load())
     return make_job(
-        folder, pictures, segmenter="hqlabel.pipeline.stages.load_model:load_segmenter", weights=record_of_weights,
-        limits=Limits(segment_timeout_s=300), **options,
+        folder, pictures, segmenter="hqlabel.pipeline.stages.load_model:load_segmenter",
+        weights=record_of_weights, limits=Limits(segment_timeout_s=300), **options,
     )  # fmt: skip
 
 

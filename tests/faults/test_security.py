@@ -477,7 +477,8 @@ KNOWN_LISTENERS = re.compile(
 KEEPING = """
     import shutil, sys
     import hqlabel.jobs.cluster.ray_cluster
-    hqlabel.jobs.cluster.ray_cluster.shutil = type("keeping", (), {"rmtree": staticmethod(lambda *a, **k: None)})
+    kept = type("keeping", (), {"rmtree": staticmethod(lambda *a, **k: None)})
+    hqlabel.jobs.cluster.ray_cluster.shutil = kept
     from hqlabel.jobs.cli.main import main
     sys.argv[0] = "keeping"
     main()

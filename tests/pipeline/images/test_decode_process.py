@@ -184,7 +184,8 @@ def test_a_decoder_that_cannot_be_imported_stops_the_job():
 def test_the_child_ends_with_its_parent():
     code = (
         f"import sys, time; sys.path[:] = {sys.path!r}\n"
-        "from hqlabel.pipeline.images.decode_process import DecodeChild; from hqlabel.pipeline.settings import Limits\n"
+        "from hqlabel.pipeline.images.decode_process import DecodeChild\n"
+        "from hqlabel.pipeline.settings import Limits\n"
         "from tests.pipeline.images.test_decode_process import picture\n"
         "child = DecodeChild(Limits(), 64); child.decode(picture()); print(child._process.pid, flush=True)\n"
         "time.sleep(100)"

@@ -41,7 +41,8 @@ def openmp_says(before: str) -> str:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch brings GNU's OpenMP on Linux alone")
 def test_idle_threads_of_torch_sleep() -> None:
     says = openmp_says(
-        "import os\nfrom hqlabel.pipeline.worker.process_env import prepare_for_torch\nprepare_for_torch(os.environ)"
+        "import os\nfrom hqlabel.pipeline.worker.process_env import prepare_for_torch\n"
+        "prepare_for_torch(os.environ)"
     )
 
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in says
