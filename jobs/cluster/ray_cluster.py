@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _LONGEST_ROOT = 31
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _IN_USE = "in-use"
+_UNMARKED_S = 3600.0
 _CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 _PACKAGE = Path(hqlabel.__file__).parent
 
@@ -261,10 +263,22 @@ def _private_folder() -> Iterator[Path]:
     root = _private_root()
     _remove_abandoned(root)
     folder = Path(tempfile.mkdtemp(prefix="r", dir=root))
-    with (folder / _IN_USE).open("w") as mark:
-        fcntl.flock(mark, fcntl.LOCK_EX)  # the kernel releases it however the process dies
-        with _unless_interrupted(lambda: shutil.rmtree(folder, ignore_errors=True)):
-            yield folder
+    with _held_mark(root, folder), _unless_interrupted(lambda: shutil.rmtree(folder, ignore_errors=True)):
+        yield folder
+
+
+@contextlib.contextmanager
+def _held_mark(root: Path, folder: Path) -> Iterator[None]:
+    """Hold the mark of a folder in use; the kernel releases it however the process dies.
+
+    It is locked before it moves into the folder: a mark that is there and free, even for the moment between
+    making and locking it, is what others take for a dead process's, and remove with the whole folder.
+    """
+    descriptor, made = tempfile.mkstemp(prefix="m", dir=root)
+    with os.fdopen(descriptor, "w") as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)
+        os.rename(made, folder / _IN_USE)
+        yield
 
 
 def _private_root() -> Path:
@@ -283,8 +297,17 @@ def _private_root() -> Path:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Remove the sessions whose process was killed; their spilled objects may fill the disk."""
-    for mark in root.glob(f"*/{_IN_USE}"):
-        with contextlib.suppress(OSError), mark.open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(mark.parent, ignore_errors=True)
+    """Remove the sessions whose process was killed; their spilled objects may fill the disk.
+
+    What has no mark is of a process killed within the milliseconds before it had one, or while it removed its
+    folder, unless it is new: then its process may be about to mark it.
+    """
+    for path in root.iterdir():
+        mark = path / _IN_USE
+        with contextlib.suppress(OSError):
+            if mark.exists():
+                with mark.open("r") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+            elif time.time() - path.stat().st_mtime > _UNMARKED_S:
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)

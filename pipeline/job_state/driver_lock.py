@@ -36,7 +36,7 @@ _KEY = re.compile(r"owner/(\d+)\.json")
 @dataclass(frozen=True, kw_only=True)
 class Holder:
     """One driver process, as its owner file states it. `boot`, `pids` and `started` tell pids of one
-    machine apart: kernel boot id, pid namespace, and the process's start time in clock ticks.
+    machine apart: kernel boot id, pid and time namespaces, and the process's start time in clock ticks.
     """
 
     token: str
@@ -47,11 +47,23 @@ class Holder:
     started: str
 
     def is_surely_dead(self) -> bool:
-        """Return whether this was a process of this machine and namespace, and is gone; False: unknown."""
+        """Return whether this was a process of this machine and namespaces, and is gone; False: unknown.
+
+        /proc alone does not tell: with hidepid it hides the processes of others. The kernel does not hide
+        from a signal whether there is such a process.
+        """
         here = this_process()
-        if not self.boot or (self.boot, self.pids) != (here.boot, here.pids):
+        place = (self.boot, self.pids, self.host)
+        if place != (here.boot, here.pids, here.host) or not all((*place, self.started, self.pid > 0)):
             return False
-        return _started(self.pid) != self.started
+        try:
+            os.kill(self.pid, 0)  # signal 0 only asks
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):  # there is one, of another user; or no number of a process
+            pass
+        state, started = _state_and_start(self.pid)
+        return state in ("Z", "X") or started not in ("", self.started)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -59,13 +71,14 @@ class Holder:
 
 def this_process() -> Holder:
     """Return the record of the running process, with a token of its own."""
+    pids, clock = _link("/proc/self/ns/pid"), _link("/proc/self/ns/time")
     return Holder(
         token=secrets.token_hex(16),
         host=socket.gethostname(),
         pid=os.getpid(),
         boot=_text("/proc/sys/kernel/random/boot_id"),
-        pids=_link("/proc/self/ns/pid"),
-        started=_started(os.getpid()),
+        pids=f"{pids} {clock}" if pids else "",
+        started=_state_and_start(os.getpid())[1],
     )
 
 
@@ -81,10 +94,10 @@ def _link(path: str) -> str:
     return ""
 
 
-def _started(pid: int) -> str:
-    """Return start time of a process in ticks since boot; "" when there is none, or when it is a zombie."""
+def _state_and_start(pid: int) -> tuple[str, str]:
+    """Return a process's state and its start in ticks since boot; "" when /proc does not show it."""
     after_name = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return after_name[19] if len(after_name) > 19 and after_name[0] not in ("Z", "X") else ""
+    return (after_name[0], after_name[19]) if len(after_name) > 19 else ("", "")
 
 
 class Owner:
@@ -126,6 +139,7 @@ class Owner:
             body = json.dumps(asdict(holder)).encode()
             if store.put_if_absent(_owner_key(number + 1), body):
                 visit("owner.created")
+                store.refuse_unconditional(_owner_key(number + 1), body)
                 owner = cls(store, number + 1, holder, beat_every_s=beat_every_s)
                 owner._beat()
                 visit("owner.taken")
@@ -204,7 +218,10 @@ def latest_number(store: Store) -> int:
 def _read_holder(store: Store, number: int) -> Holder:
     try:
         content = json.loads(store.read(_owner_key(number)))
-        return Holder(**{field.name: content[field.name] for field in fields(Holder)})
+        holder = Holder(**{field.name: content[field.name] for field in fields(Holder)})
+        if not isinstance(holder.pid, int):
+            raise ValueError(f"pid is {holder.pid!r:.80}")
+        return holder
     except (ValueError, KeyError, TypeError) as error:
         raise JobRefused(
             f"{store.place.uri}/{_owner_key(number)} cannot be read ({error}); nothing was changed"

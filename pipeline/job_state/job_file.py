@@ -166,7 +166,7 @@ def open_job(store: Store, job: Job) -> Job:
         body = _as_json(job)
         if store.put_if_absent(JOB_KEY, body):
             visit("job.created")
-            _check_creates_are_honoured(store, body)
+            store.refuse_unconditional(JOB_KEY, body)
         stored = _parse_json(store.read(JOB_KEY), store)
     _refuse_other_job(store, stored, job)
     context = replace(job.context, run_id=stored["context"]["run_id"])
@@ -218,15 +218,6 @@ def _refuse_foreign_files(store: Store) -> None:
         raise JobRefused(
             f"{store.place.uri}: this folder has files but no {JOB_KEY} ({examples}); nothing was changed. "
             "Choose an empty folder for the output."
-        )
-
-
-def _check_creates_are_honoured(store: Store, body: bytes) -> None:
-    """Refuse a store that ignores If-None-Match: two drivers would overwrite each other in silence."""
-    if store.put_if_absent(JOB_KEY, body + b"\n"):
-        raise JobRefused(
-            f"{store.place.uri}: this store replaces objects that were to be created only if absent "
-            "(If-None-Match is ignored), so commits would not be safe; use a newer version of it, or another"
         )
 
 

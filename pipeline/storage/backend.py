@@ -42,7 +42,8 @@ class Backend(Protocol):
     """One kind of store. `path`: without scheme. `timeout_s`: for this one try.
 
     `get` raises FileNotFoundError, and ImageError `too_many_bytes` before it reads more than
-    `max_bytes`. `create` raises FileExistsError and then has changed nothing.
+    `max_bytes`. `create` raises FileExistsError and then has changed nothing; so does `replace_if`, when what
+    is there is not the version `seen`, by size and tag.
     """
 
     def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject: ...  # noqa: D102
@@ -50,6 +51,7 @@ class Backend(Protocol):
     def stat(self, path: str, *, timeout_s: float) -> Entry | None: ...  # noqa: D102
     def create(self, path: str, data: bytes, *, timeout_s: float) -> None: ...  # noqa: D102
     def replace(self, path: str, data: bytes, *, timeout_s: float) -> None: ...  # noqa: D102
+    def replace_if(self, path: str, data: bytes, seen: Entry, *, timeout_s: float) -> None: ...  # noqa: D102
     def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]: ...  # noqa: D102
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None: ...  # noqa: D102
     def abort_stale(self, prefix: str, *, timeout_s: float) -> int: ...  # noqa: D102

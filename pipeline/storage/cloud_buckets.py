@@ -6,6 +6,7 @@ fsspec's event loop does not survive a fork, so backends are made once per proce
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import errno
 import json
 import os
@@ -115,6 +116,16 @@ class FsspecBackend:
         """Write the object with new bytes, whole."""
         self._call("pipe_file", path, data, timeout_s=timeout_s)
 
+    def replace_if(self, path: str, data: bytes, seen: Entry, *, timeout_s: float) -> None:
+        """Write the object anew unless it is no longer the one `seen`: FileExistsError.
+
+        These drivers have no condition for it, so a moment remains between the comparison and the write.
+        """
+        there = self.stat(path, timeout_s=timeout_s)
+        if there is None or (there.size, there.etag) != (seen.size, seen.etag):
+            raise FileExistsError(errno.EEXIST, "another version is there", path)
+        self.replace(path, data, timeout_s=timeout_s)
+
     def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]:
         """Return every object whose path begins with `prefix`."""
         folder = prefix.rpartition("/")[0]
@@ -138,6 +149,8 @@ def _found(info: Mapping[str, Any]) -> Entry:
     tag = next(
         (info[k] for k in ("ETag", "etag", "md5Hash", "blob_id", "created", "mtime") if info.get(k)), None
     )
+    if isinstance(tag, dt.datetime):  # fsspec's memory gives a number in a listing, and this elsewhere
+        tag = tag.timestamp()
     text = None if tag is None else str(tag).strip('"')
     return Entry(key=str(info["name"]).lstrip("/"), size=int(info.get("size") or 0), etag=text)
 
@@ -151,6 +164,11 @@ class MemoryBackend(FsspecBackend):
     def _call(self, name: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
         with _MEMORY_LOCK:
             return super()._call(name, *args, timeout_s=timeout_s, **kwargs)
+
+    def replace_if(self, path: str, data: bytes, seen: Entry, *, timeout_s: float) -> None:
+        """Compare and write in one step."""
+        with _MEMORY_LOCK:
+            super().replace_if(path, data, seen, timeout_s=timeout_s)
 
 
 class HttpBackend(FsspecBackend):
@@ -257,14 +275,22 @@ class S3Backend:
     def create(self, path: str, data: bytes, *, timeout_s: float) -> None:
         """Create with one PUT with `If-None-Match: *`; FileExistsError on 412."""
         _check_one_put(data)
+        self._put_under_condition(path, data, timeout_s, IfNoneMatch="*")
+
+    def replace_if(self, path: str, data: bytes, seen: Entry, *, timeout_s: float) -> None:
+        """Write with one PUT with `If-Match`; FileExistsError on 412."""
+        _check_one_put(data)
+        self._put_under_condition(path, data, timeout_s, IfMatch=f'"{seen.etag}"')
+
+    def _put_under_condition(self, path: str, data: bytes, timeout_s: float, **condition: str) -> None:
         try:
-            self._call("put_object", path, Body=data, IfNoneMatch="*", timeout_s=timeout_s)
+            self._call("put_object", path, Body=data, timeout_s=timeout_s, **condition)
         except FileExistsError:
             raise
         except OSError as error:  # stores that leave <Condition> out of the 412
             response: Any = getattr(error.__cause__, "response", None) or {}
             if response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412:
-                raise FileExistsError(errno.EEXIST, "already there", path) from error
+                raise FileExistsError(errno.EEXIST, "the condition does not hold", path) from error
             raise
 
     def replace(self, path: str, data: bytes, *, timeout_s: float) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO
 
 from hqlabel.pipeline.errors import ImageError, UsageError
 from hqlabel.pipeline.failpoints import visit
@@ -17,6 +19,7 @@ from hqlabel.pipeline.storage.backend import CHUNK, Entry, FetchedObject, too_ma
 from hqlabel.pipeline.storage.uri_rules import check_regular
 
 STALE_TEMPORARY_S = 3600.0
+LOCK_PAUSE_S = 0.01
 
 
 class LocalBackend:
@@ -80,6 +83,20 @@ class LocalBackend:
         with self._synced_temporary(path, data) as temporary:
             os.replace(temporary, path)
 
+    def replace_if(self, path: str, data: bytes, seen: Entry, *, timeout_s: float) -> None:
+        """Write the file anew unless it is no longer the one `seen`: FileExistsError, FileNotFoundError.
+
+        Compared and replaced under a lock on the file that is there. Whoever waited for the lock holds that
+        of a file without a name by then, and finds another one under the name.
+        """
+        deadline = time.monotonic() + timeout_s
+        with _open_to_lock(path) as there, self._synced_temporary(path, data) as temporary:
+            _lock_within(there.fileno(), deadline)
+            held, now = os.fstat(there.fileno()), os.stat(path)
+            if not os.path.samestat(held, now) or (now.st_size, _local_tag(now)) != (seen.size, seen.etag):
+                raise FileExistsError(errno.EEXIST, "another version is there", path)
+            os.replace(temporary, path)
+
     @contextlib.contextmanager
     def _synced_temporary(self, path: str, data: bytes) -> Iterator[str]:
         folder, name = os.path.split(path)
@@ -127,6 +144,30 @@ class LocalBackend:
                         os.unlink(path)
                         removed += 1
         return removed
+
+
+def _open_to_lock(path: str) -> BinaryIO:
+    """Return the file, open for writing if it may be written: over NFS only such files can be locked."""
+    try:
+        return open(path, "r+b")
+    except PermissionError:
+        return open(path, "rb")
+
+
+def _lock_within(descriptor: int, deadline: float) -> None:
+    """Lock an open file against other writers, on this machine alone where its file system has no more."""
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError("another process holds the file's lock") from None
+            time.sleep(LOCK_PAUSE_S)
+        except OSError as error:
+            if error.errno in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                return  # compared all the same: what remains is the moment between that and the renaming
+            raise
 
 
 def _read_within(read: Callable[[int], bytes], deadline: float, max_bytes: int | None) -> bytes:

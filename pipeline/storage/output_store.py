@@ -1,20 +1,22 @@
-"""`Store`: the folder or prefix of a job, with the two writes everything rests on.
+"""`Store`: the folder or prefix of a job, with the conditional writes that everything rests on.
 
-`put_if_absent` (one creator wins, readers see all or nothing) and `put` (atomic replacement). A fault of the
-job's own store is everybody's: `SystemicFault`. Images and input files are read by `read_objects`.
+`put_if_absent` (one creator wins, readers see all or nothing) and `put_if_unchanged` (a writer that was
+overtaken replaces nothing); `put` for what nobody contends for. A fault of the job's own store is
+everybody's: `SystemicFault`. Images and input files are read by `read_objects`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import BinaryIO, TypeVar
 
-from hqlabel.pipeline.errors import SystemicFault, UsageError
+from hqlabel.pipeline.errors import JobRefused, SystemicFault, UsageError
 from hqlabel.pipeline.job_context import Place
-from hqlabel.pipeline.storage.backend import Backend, Entry
+from hqlabel.pipeline.storage.backend import Backend, Entry, FetchedObject
 from hqlabel.pipeline.storage.cloud_buckets import backend_for
 from hqlabel.pipeline.storage.read_objects import blockwise
 from hqlabel.pipeline.storage.request_retries import StorageFault, with_retries
@@ -74,6 +76,16 @@ class Store:
 
         return self._try(f"read {key}", get)
 
+    def fetch(self, key: str) -> FetchedObject | None:
+        """Return the bytes under `key` with the tag of this very version, None when it is absent."""
+        path = self._path(key)
+        try:
+            return self._try(
+                f"read {key}", lambda left: self._backend.get(path, max_bytes=None, timeout_s=left)
+            )
+        except NotFound:
+            return None
+
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """Return bytes start..stop (end-exclusive) under `key`; fewer at the end of the object."""
         path = self._path(key)
@@ -113,6 +125,54 @@ class Store:
         self._try(
             f"write {key}", lambda left: self._backend.replace(path, data, timeout_s=left), size=len(data)
         )
+
+    def put_if_unchanged(self, key: str, data: bytes, seen: Entry | None) -> bool:
+        """Return whether `key` now holds these bytes; False when it is no longer what was `seen`.
+
+        `seen`: of `head`, `fetch` or `list`; None: nothing. Atomic, and lost replies are read back, as in
+        `put_if_absent`. What is written must be unlike all that was there before, or an old version passes
+        for the seen one.
+        """
+        if seen is None:
+            return self.put_if_absent(key, data)
+        path = self._path(key)
+
+        def swap(left: float) -> bool:
+            try:
+                self._backend.replace_if(path, data, seen, timeout_s=left)
+            except (FileExistsError, FileNotFoundError):
+                return self._backend.get(path, max_bytes=None, timeout_s=left).data == data
+            return True
+
+        try:
+            return self._try(f"replace {key}", swap, size=len(data))
+        except NotFound:
+            return False
+
+    def refuse_unconditional(self, key: str, body: bytes) -> None:
+        """Raise JobRefused when this store ignores the conditions of writes; `key` holds `body` and is ours.
+
+        Tried at every start that writes, because a store may be another one than when the job began.
+        """
+        path, other = self._path(key), body + b"\n"
+        never_there = Entry(key=key, size=len(body), etag="0" * 32)
+
+        def ignored(left: float) -> str | None:
+            with contextlib.suppress(FileExistsError):
+                self._backend.create(path, other, timeout_s=left)
+                return "If-None-Match"
+            with contextlib.suppress(FileExistsError):
+                self._backend.replace_if(path, other, never_there, timeout_s=left)
+                return "If-Match"
+            return None
+
+        header = self._try(f"prove the conditions of writes with {key}", ignored)
+        if header is not None:
+            raise JobRefused(
+                f"{self.place.uri}: this store replaces objects that were to be written under a condition "
+                f"({header} is ignored), so two commands would overwrite each other in silence; use a newer "
+                "version of it, or another"
+            )
 
     def list(self, prefix: str = "", *, limit: int | None = None) -> list[Entry]:
         """Return the objects whose keys begin with `prefix`, at any depth, sorted; never from a cache.

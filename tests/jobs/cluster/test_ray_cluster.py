@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,41 @@ def test_the_session_of_a_killed_process_is_removed_by_the_next(private_tmp: Pat
     assert left.is_dir()
     with cluster._private_folder():
         assert not left.exists()
+
+
+def test_what_a_process_left_before_it_had_marked_its_folder_is_removed_after_an_hour(
+    private_tmp: Path,
+) -> None:
+    with cluster._private_folder() as folder:
+        root = folder.parent
+    for name in ("rnew", "rold"):
+        (root / name).mkdir()
+    for name in ("mnew", "mold"):
+        (root / name).touch()
+    for path in (root / "rold", root / "mold"):
+        os.utime(path, (time.time() - 4000,) * 2)
+    with cluster._private_folder() as folder:
+        assert sorted(path.name for path in root.iterdir()) == sorted([folder.name, "mnew", "rnew"])
+
+
+ENTER_OFTEN = """
+    import os, sys, tempfile
+    tempfile.tempdir = sys.argv[1]
+    from hqlabel.jobs.cluster import ray_cluster as cluster
+    for _ in range(int(sys.argv[2])):
+        with cluster._private_folder() as folder:
+            (folder / "session").write_text("mine")
+            assert sorted(os.listdir(folder)) == ["in-use", "session"], "removed as abandoned"
+"""
+
+
+@pytest.mark.parametrize("times", [50, pytest.param(1000, marks=pytest.mark.faults)])
+def test_processes_that_enter_at_once_never_take_each_other_for_dead(times: int, private_tmp: Path) -> None:
+    call = [sys.executable, "-c", textwrap.dedent(ENTER_OFTEN), str(private_tmp), str(times)]
+    six = [subprocess.Popen(call, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(6)]
+    errors = [process.communicate(timeout=300)[1][-300:] for process in six]
+    assert [process.returncode for process in six] == [0] * 6, errors
+    assert list((private_tmp / f"hqlabel-{os.getuid()}").iterdir()) == []
 
 
 def test_a_folder_that_others_may_write_is_refused(private_tmp: Path) -> None:

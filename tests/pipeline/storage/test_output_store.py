@@ -21,7 +21,7 @@ import pytest
 from hqlabel.pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError
 from hqlabel.pipeline.job_context import AccessRules, Place
 from hqlabel.pipeline.storage import cloud_buckets as buckets
-from hqlabel.pipeline.storage.backend import check_complete
+from hqlabel.pipeline.storage.backend import Entry, check_complete
 from hqlabel.pipeline.storage.local_disk import LocalBackend
 from hqlabel.pipeline.storage.output_store import NotFound, Store
 from hqlabel.pipeline.storage.read_objects import (
@@ -51,6 +51,49 @@ def test_a_second_create_of_equal_bytes_counts_as_ours(store: Store):
     """A winner cannot tell a repeat of his own request from this, and need not."""
     assert store.put_if_absent("a", b"same")
     assert store.put_if_absent("a", b"same")
+
+
+def test_a_writer_that_was_overtaken_replaces_nothing(store: Store):
+    assert store.put_if_unchanged("a", b"one", None)
+    seen = store.head("a")
+    assert store.put_if_unchanged("a", b"other", seen)
+    assert not store.put_if_unchanged("a", b"late", seen)
+    assert not store.put_if_unchanged("a", b"late", None)
+    assert store.read("a") == b"other"
+    assert store.put_if_unchanged("a", b"other", seen), "its own lost reply"
+    [listed] = store.list("a")
+    assert store.put_if_unchanged("a", b"third", listed)
+    now = store.fetch("a")
+    store.delete(["a"])
+    assert not store.put_if_unchanged("a", b"late", listed)
+    assert now.data == b"third"
+    assert store.fetch("a") is None
+
+
+@pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.faults)])
+def test_of_many_processes_that_count_none_overwrites_another(kind: str, request: pytest.FixtureRequest):
+    """Each adds its name to one object, again and again, by what it has read: every name must be there."""
+    store: Store = request.getfixturevalue(f"{kind}_store")
+    store.put("list", b"")
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_append, args=(store, f"{n}")) for n in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+    assert [writer.exitcode for writer in writers] == [0] * 4
+    assert sorted(store.read("list").split()) == sorted(
+        f"{n}.{i}".encode() for n in range(4) for i in range(8)
+    )
+
+
+def _append(store: Store, name: str) -> None:
+    for number in range(8):
+        while True:
+            there = store.fetch("list")
+            seen = Entry(key="list", size=there.size, etag=there.etag)
+            if store.put_if_unchanged("list", there.data + f"{name}.{number}\n".encode(), seen):
+                break
 
 
 def test_put_replaces_whole(store: Store):
