@@ -7,8 +7,9 @@
     ├── SystemicFault     the world is broken, not an image: the job stops, resumes exit 5
     └── DamageFound       what was written does not verify                          exit 6
 
-Unknown exceptions are bugs and end the job with 1. Messages name the thing, the value found, the
-expected value and the next step. `clean_text` bounds and escapes whatever comes from outside.
+An unknown exception of one image costs that image (`internal`); any other one is a bug and ends the job with
+1. Messages name the thing, the value found, the expected value and the next step. `clean_text` bounds and
+escapes whatever comes from outside.
 """
 
 from __future__ import annotations
@@ -57,15 +58,19 @@ class DamageFound(HqlabelError):
 
 
 class ImageError(HqlabelError):
-    """One image cannot be labelled; `code` is one of `IMAGE_CODES`, `message` is already clean."""
+    """One image cannot be labelled; `code` is one of `IMAGE_CODES`, `message` is already clean.
 
-    def __init__(self, code: str, message: str) -> None:
+    `fault`: what it means when most images of the job meet the same; None where it is this image's alone.
+    """
+
+    def __init__(self, code: str, message: str, *, fault: SystemicFault | None = None) -> None:
         if code not in IMAGE_CODES:
             raise ValueError(f"unknown image error code {code!r}; add it to pipeline/errors.py")
         clean = clean_text(message)
         super().__init__(code, clean)
         self.code = code
         self.message = clean
+        self.fault = fault
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
@@ -95,6 +100,7 @@ IMAGE_CODES: dict[str, tuple[str, str]] = {
     "crashed": ("worker", "the process that worked on this image died, three times"),
     "timeout": ("worker", "this image did not finish within its deadline"),
     "out_of_memory": ("worker", "this image does not fit in memory, even alone"),
+    "internal": ("worker", "hqlabel, or a library that it calls, raised on this image"),
     "detector_failed": ("detect", "the detector raised on this image"),
     "non_finite": ("segment", "the model gave NaN or infinity for every box"),
     "model_failed": ("segment", "the model, or what prepares its prompts, raised on this image"),
@@ -102,10 +108,12 @@ IMAGE_CODES: dict[str, tuple[str, str]] = {
 
 # codes that stop the job when they are not one image's fault (see `limits` in docs/errors.md)
 SYSTEMIC_CODES: dict[str, str] = {
-    "denied": "the store refuses everything in a window of images",
+    "denied": "the store refuses most images of the job",
     "credentials": "credentials are missing, expired or wrong",
     "clock": "the store refuses requests because of this machine's clock",
     "store": "the store, bucket or folder is gone or answers nothing but errors",
+    "driver": "a worker has no driver for the store of most images",
+    "internal": "hqlabel, or a library that it calls, raises on most images of the job",
     "disk": "the disk or the object store is full",
     "device": "the accelerator failed",
     "model": "the model or the detector raises on a blank picture too, or on every image of a process",

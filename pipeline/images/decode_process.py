@@ -208,16 +208,24 @@ class DecodeChild:
         kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         boot = _BOOT.format(path=_import_path(), config=json.dumps(vars(config)))
         with tempfile.TemporaryFile() as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", boot],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                pass_fds=files,
-                env={**kept, **_KEEP_MEMORY, **_ONE_THREAD},
-            )
-            os.close(request_end)
-            os.close(answer_end)
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-c", boot],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    pass_fds=files,
+                    env={**kept, **_KEEP_MEMORY, **_ONE_THREAD},
+                )
+            except OSError as error:  # no memory, no process numbers: the node's trouble
+                os.close(self._requests)
+                os.close(self._answers)
+                raise SystemicFault(
+                    "resources", clean_text(f"no decoder process can be started: {error}")
+                ) from error
+            finally:
+                os.close(request_end)
+                os.close(answer_end)
             answer = self._wait_for_answer(START_TIMEOUT_S)
             if answer is None or "ready" not in answer:
                 self.close()

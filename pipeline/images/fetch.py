@@ -13,21 +13,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
-from hqlabel.pipeline.errors import ImageError, SystemicFault
+from hqlabel.pipeline.errors import ImageError, SystemicFault, UsageError
+from hqlabel.pipeline.failpoints import FailPointReached
 from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.settings import Limits
 from hqlabel.pipeline.storage.archive_uris import parse_archive_uri
 from hqlabel.pipeline.storage.backend import FetchedObject
 from hqlabel.pipeline.storage.read_archives import read_archived
 from hqlabel.pipeline.storage.read_objects import read_object
-from hqlabel.pipeline.storage.request_retries import StorageFault
+from hqlabel.pipeline.storage.request_retries import StorageFault, class_names, describe, shown_uri
 from hqlabel.pipeline.storage.uri_rules import check_uri, options_for
+from hqlabel.pipeline.worker.image_guard import charge
 
 FETCH_THREADS = 8
 """Requests in flight for one unit: at 50 ms each they feed 160 images/s, and hold 8 objects at most."""
 
-DENIED_AT_LEAST = 3
-_NO_ANSWER = ("unreachable", "fetch_timeout")
+# What clients raise for a uri that they cannot take, by the names of their classes.
+_MALFORMED = (
+    *("ParamValidationError", "InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError"),
+    *("HFValidationError", "UnsupportedProtocol", "LocationParseError", "UnicodeError"),
+    "NotImplementedError",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +65,8 @@ def fetch_ahead(
 ) -> Iterator[FetchOutcome]:
     """Yield one outcome for every uri, in their order; hold at most `threads` objects ahead of the caller.
 
-    A slow object costs its unit its own time, while the next ones arrive behind it. Raises SystemicFault
-    when a request meets one.
+    A slow object costs its unit its own time, while the next ones arrive behind it. Nothing is raised for a
+    uri: `FetchOutcome.error` has what it met, and its `fault` where most images may meet the same.
     """
     pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="fetch")
     waiting = iter(uris)
@@ -77,59 +83,46 @@ def fetch_ahead(
 
 
 def _fetch_one(uri: str, access: AccessRules, limits: Limits) -> FetchOutcome:
+    """Return what became of one uri; whatever is raised becomes this image's error, which names the uri."""
     start = time.monotonic()
     fetched: FetchedObject | None = None
     problem: ImageError | None = None
     try:
         fetched = fetch_object(uri, access, limits)
-    except ImageError as error:
-        problem = error
+    except (KeyboardInterrupt, FailPointReached):
+        raise
+    except BaseException as error:  # in a thread of our own, so even SystemExit is no wish to end the process
+        problem = _naming(uri, _error_of(uri, error))
     return FetchOutcome(fetched=fetched, error=problem, fetch_ms=1000 * (time.monotonic() - start))
 
 
-def stop_if_denied(errors: Sequence[ImageError | None]) -> None:
-    """Stop the job when the store refuses a whole unit: at least 3 objects and half of those requested.
-
-    One forbidden object is that image's failure. A unit of them means a missing right, which must not
-    be written into a million rows.
-
-    Raises:
-        SystemicFault: `denied`.
-    """
-    denied = [error for error in errors if error is not None and error.code == "denied"]
-    if _is_most_of_a_unit(denied, errors):
-        raise SystemicFault(
-            "denied",
-            f"the store refused {len(denied)} of {len(errors)} images of a unit, for example: "
-            f"{denied[0].message}. Grant read access and start again (S3 also answers 403 for objects "
-            "that do not exist when listing the bucket is not allowed)",
-        )
+def _error_of(uri: str, error: BaseException) -> ImageError:
+    """Return what was raised as the image's error, with what it means when most images meet the same."""
+    if isinstance(error, SystemicFault):
+        cause = error.__cause__
+        alone = cause.verdict.alone if isinstance(cause, StorageFault) else "unreachable"
+        return ImageError(alone, error.message, fault=error)
+    if isinstance(error, UsageError):  # from the making of the client
+        return ImageError("unreachable", str(error), fault=SystemicFault("driver", str(error)))
+    if not isinstance(error, ImageError) and not set(class_names(error)).isdisjoint(_MALFORMED):
+        return ImageError("uri_refused", f"the uri cannot be used: {describe(error)}")
+    found = charge(error, uri=uri, step="fetch")
+    if found.fault is None and found.code in _OF_STORES and not _is_broken_body(found):
+        found.fault = SystemicFault(_OF_STORES[found.code], found.message)
+    return found
 
 
-def stop_if_unreachable(uris: Sequence[str], errors: Sequence[ImageError | None]) -> None:
-    """Stop the job when a store gives no answer for a whole unit: at least 3 objects, half of its own.
-
-    Images from web sites (http) do not count: one site that is down is no sign for the others. Nor do
-    objects that the store sends in a broken state: they would stop the job for ever.
-
-    Raises:
-        SystemicFault: `store`.
-    """
-    pairs = zip(uris, errors, strict=True)
-    of_stores = [error for uri, error in pairs if not uri.startswith(("http:", "https:"))]
-    silent = [e for e in of_stores if e is not None and e.code in _NO_ANSWER and not _is_broken_body(e)]
-    if _is_most_of_a_unit(silent, of_stores):
-        raise SystemicFault(
-            "store",
-            f"{len(silent)} of {len(of_stores)} images of a unit could not be read, for example: "
-            f"{silent[0].message}. Start again when the store answers; if it is only slow, raise "
-            "limits.fetch_timeout_s",
-        )
-
-
-def _is_most_of_a_unit(faults: Sequence[ImageError], errors: Sequence[ImageError | None]) -> bool:
-    return len(faults) >= DENIED_AT_LEAST and 2 * len(faults) >= len(errors)
+_OF_STORES = {"denied": "denied", "unreachable": "store", "fetch_timeout": "store"}
+"""Codes of one image -> the systemic code where a store answers so for most images."""
 
 
 def _is_broken_body(error: ImageError) -> bool:
+    """Return whether the store sent the object broken: that object's trouble, however many there are."""
     return isinstance(error.__cause__, StorageFault) and error.__cause__.broken_body
+
+
+def _naming(uri: str, error: ImageError) -> ImageError:
+    shown = shown_uri(uri)
+    if shown in error.message:
+        return error
+    return ImageError(error.code, f"{shown}: {error.message}", fault=error.fault)

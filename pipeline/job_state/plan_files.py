@@ -42,6 +42,21 @@ def read_unit(store: Store, plan_sha256: str, unit_id: int) -> pa.Table:
     return rows
 
 
+def count_images(store: Store, plan_sha256: str) -> int:
+    """Return the number of images of a plan, from its listing and the footers of its first and last file.
+
+    Raises:
+        NotFound: there is no such plan.
+    """
+    last = max(len(store.list(f"plan/{plan_sha256[:16]}/")) - 1, 0)
+    rows = []
+    for index in sorted({0, last}):
+        key = plan_key(plan_sha256, index)
+        with store.open_parquet(key) as stream, checksummed_parquet.open_body(stream, PLAN, key) as file:
+            rows.append(int(file.metadata.num_rows))
+    return rows[0] * last + rows[-1] if last else rows[0]
+
+
 def iter_plan(store: Store, plan_sha256: str) -> Iterator[pa.Table]:
     """Yield the units of a plan in order, one table (schema.PLAN) each; read every file once, seal verified.
 

@@ -26,6 +26,7 @@ from hqlabel.pipeline.job_context import AccessRules, BoxRules
 from hqlabel.pipeline.planning.make_plan import Plan
 from hqlabel.pipeline.planning.suspicious_boxes import suspicions_of_place
 from hqlabel.pipeline.settings import Limits
+from hqlabel.pipeline.worker.image_guard import charge
 
 PICTURES = 32
 SUSPICIOUS_SHARE = 0.1
@@ -76,6 +77,9 @@ def preview_pictures(
         seen = _seen(rows, access, limits)
     except SystemicFault as fault:
         return (f"no picture could be checked from this machine: {clean_text(str(fault))}",)
+    faults = [one.error.fault for one in seen if one.error is not None and one.error.fault is not None]
+    if len(faults) == len(seen):
+        return (f"no picture could be checked from this machine: {clean_text(str(faults[0]))}",)
     found = (_unopened(seen), *_misplaced(seen, rules), _odd_masks(seen), _odd_points(seen, rules))
     return tuple(sentence for sentence in found if sentence)
 
@@ -110,8 +114,8 @@ def _seen(rows: list[dict[str, Any]], access: AccessRules, limits: Limits) -> li
             header, error = None, outcome.error
             try:
                 header = child.decode(outcome.fetched.data) if outcome.fetched else None
-            except ImageError as failure:
-                error = failure
+            except BaseException as raised:
+                error = charge(raised, uri=row["image_uri"], step="decode")
             found.append(_Seen(row=row, header=header, error=error))
     finally:
         child.close()

@@ -35,6 +35,7 @@ from hqlabel.pipeline.ray_execution.placement import Requests
 from hqlabel.pipeline.ray_execution.ray_errors import raise_original
 from hqlabel.pipeline.settings import ClusterSettings, Limits
 from hqlabel.pipeline.stages.commit import commit_unit, read_outcome
+from hqlabel.pipeline.stages.crash_log import Restart, Stage
 from hqlabel.pipeline.stages.prepare import prepare_unit
 from hqlabel.pipeline.stages.rows_between_stages import UNIT_COLUMN, UnitRow, pack, unit_to_json, unpack
 from hqlabel.pipeline.stages.segment import SegmentWorker
@@ -172,7 +173,7 @@ def chain(
         ray.data.from_items(items, override_num_blocks=len(units))
         .map_batches(
             prepare,  # type: ignore[arg-type]  # Ray's types know no tables of Arrow's
-            fn_kwargs={"context": context},
+            fn_kwargs={"context": context, "epoch": epoch},
             num_cpus=requests.decode_cpus,
             **rows,
         )
@@ -190,7 +191,7 @@ def chain(
         )
         .map_batches(
             commit,  # type: ignore[arg-type]
-            fn_kwargs={"context": context},
+            fn_kwargs={"context": context, "epoch": epoch},
             compute=commits,
             num_cpus=requests.commit_cpus,
             **rows,
@@ -203,7 +204,7 @@ def chain(
 # ---------------------------------------------------------------------------------------------
 
 
-def prepare(table: pa.Table, context: JobContext) -> pa.Table:
+def prepare(table: pa.Table, context: JobContext, epoch: int) -> pa.Table:
     """Stage one: fetch and decode the unit that `table` names; schema rows_between_stages.UNIT_ROW."""
     logs.keep_in_this_process()
     began = time.monotonic()
@@ -215,9 +216,16 @@ def prepare(table: pa.Table, context: JobContext) -> pa.Table:
         detector and detector.longest_side,
         context.draft_jpeg,
     )
-    unit, arena = prepare_unit(unpack(table), context, Store(context.output), decoder)
+    store = Store(context.output)
+    unit, arena = prepare_unit(unpack(table), context, store, decoder, _restart(store, epoch, "prepare"))
     metrics.record(context.run_id, metrics.of_prepared(unit, time.monotonic() - began))
     return pack(unit, arena)
+
+
+def _restart(store: Store, epoch: int, stage: Stage) -> Restart | None:
+    """Return how to begin a task again whose process died; None at its first start."""
+    core: Any = ray._private.worker.global_worker.core_worker  # type: ignore[attr-defined]
+    return Restart(store, epoch=epoch, stage=stage) if core.get_current_task_attempt_number() else None
 
 
 @functools.lru_cache(maxsize=1)
@@ -249,12 +257,13 @@ class Segment:
         return pack(unit)
 
 
-def commit(table: pa.Table, context: JobContext) -> pa.Table:
+def commit(table: pa.Table, context: JobContext, epoch: int) -> pa.Table:
     """Stage three: put the unit's file into the store; what read_outcome reads."""
     logs.keep_in_this_process()
     began = time.monotonic()
     unit = unpack(table)
-    answer = commit_unit(unit, context, Store(context.output))
+    store = Store(context.output)
+    answer = commit_unit(unit, context, store, _restart(store, epoch, "commit"))
     try:
         outcome = read_outcome(answer)
         samples = metrics.of_committed(unit, outcome, time.monotonic() - began)

@@ -1,24 +1,31 @@
 """The last stage: a unit's results -> one checked Parquet body -> one create-if-absent request.
 
 The plan is read again here and the table is checked against it: what is committed answers every planned box,
-or nothing is written. Only counts go back to the driver.
+or nothing is written. An image of which no sound row can be made fails alone. Only counts go back to the
+driver.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from hqlabel.pipeline.errors import SystemicFault
+from hqlabel.pipeline.errors import ImageError, SystemicFault
 from hqlabel.pipeline.failpoints import visit
+from hqlabel.pipeline.image_result import ImageResult
 from hqlabel.pipeline.job_context import JobContext, UnitOutcome
 from hqlabel.pipeline.job_state.plan_files import read_unit
+from hqlabel.pipeline.stages.crash_log import Restart, TaskStart
+from hqlabel.pipeline.stages.detect import ModelRecord
 from hqlabel.pipeline.stages.prompt_groups import with_boxes
 from hqlabel.pipeline.stages.rows_between_stages import UnitRow
 from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.storage.request_retries import shown_uri
 from hqlabel.pipeline.tables.unit_checks import check_against_plan
 from hqlabel.pipeline.tables.unit_files import (
     encode_unit,
@@ -29,36 +36,44 @@ from hqlabel.pipeline.tables.unit_files import (
 )
 from hqlabel.pipeline.tables.unit_table import build_unit_table
 from hqlabel.pipeline.worker import logs
+from hqlabel.pipeline.worker.image_guard import charge, is_an_images
 from hqlabel.pipeline.worker.process_env import refuse_unsafe_env
 
 OUTCOME = "outcome"
 """The one column of what the driver gets for a unit: JSON of a UnitOutcome, or of a systemic fault."""
 
 
-def commit_unit(unit: UnitRow, context: JobContext, store: Store) -> pa.Table:
+def commit_unit(unit: UnitRow, context: JobContext, store: Store, restart: Restart | None = None) -> pa.Table:
     """Commit the unit; return a table of one OUTCOME, of a systemic fault too.
+
+    `restart`: where a process has ended over this unit's commit before.
 
     Raises:
         ValueError: the results do not answer the plan. A bug: nothing is written.
         DamageFound: there is a file of the unit's name already, and it does not verify.
     """
     try:
-        outcome = _commit(unit, context, store) if unit.fault is None else None
+        outcome = _commit(unit, context, store, restart) if unit.fault is None else None
     except SystemicFault as fault:
         return _pack(None, fault)
     return _pack(outcome, unit.fault)
 
 
-def _commit(unit: UnitRow, context: JobContext, store: Store) -> UnitOutcome:
+def _commit(unit: UnitRow, context: JobContext, store: Store, restart: Restart | None) -> UnitOutcome:
     refuse_unsafe_env()
     began = time.monotonic()
-    results = [with_boxes(image, context.box_rules) for image in unit.images]
-    table = build_unit_table(results, context)
+    planned = read_unit(store, context.plan_sha256, unit.unit_id)
+    images = list(unit.images)
+    if restart is not None:
+        start = restart.begin(unit.unit_id, unit.generation)
+        images = [_tried_alone(image, planned, context, start) for image in images]
+        start.end()
+    mine = planned if unit.redo_codes is None else _rows_of(images, planned)
+    table = _table_of_all(images, mine, context)
     if unit.redo_codes is not None:
         table = replace_rows(read_generation(store, unit.unit_id, unit.generation - 1), table)
         visit("retry.replaced")
-    planned = read_unit(store, context.plan_sha256, unit.unit_id)
-    check_against_plan(table, planned, detected=context.detector is not None)
+        check_against_plan(table, planned, detected=context.detector is not None)
     body = encode_unit(table, context)
     visit("unit.built")
     created = put_unit(store, unit.unit_id, unit.generation, body)
@@ -68,6 +83,68 @@ def _commit(unit: UnitRow, context: JobContext, store: Store) -> UnitOutcome:
     )
     _log(outcome, table, context)
     return replace(outcome, begun_before=sum(image.attempts > 1 for image in unit.images))
+
+
+# ---------------------------------------------------------------------------------------------
+# The rows
+# ---------------------------------------------------------------------------------------------
+
+_record = ModelRecord(code="internal")
+
+
+def _table_of_all(images: Sequence[ImageResult], planned: pa.Table, context: JobContext) -> pa.Table:
+    """Return the images' checked table; one that makes none, alone, is `internal` in it.
+
+    Raises:
+        SystemicFault: `internal`, where this process has made no image's row yet.
+        Exception: what makes no table although each image does.
+    """
+    try:
+        table = _table_of(images, planned, context)
+    except BaseException as error:
+        if not is_an_images(error):
+            raise
+    else:
+        _record.worked()
+        return table
+    return _table_of([_sound(image, planned, context) for image in images], planned, context)
+
+
+def _table_of(images: Sequence[ImageResult], planned: pa.Table, context: JobContext) -> pa.Table:
+    table = build_unit_table([with_boxes(image, context.box_rules) for image in images], context)
+    check_against_plan(table, planned, detected=context.detector is not None)
+    return table
+
+
+def _sound(image: ImageResult, planned: pa.Table, context: JobContext) -> ImageResult:
+    """Return the image, failed if no row can be made of it."""
+    uri = image.planned["image_uri"]
+    try:
+        _table_of([image], _rows_of([image], planned), context)
+    except BaseException as raised:
+        error = charge(raised, uri=uri, step="commit")
+        _record.raised(f"commit, the last time with {error.message}")
+        return _failed(image, ImageError(error.code, f"{shown_uri(uri)}: {error.message}"))
+    _record.worked()
+    return image
+
+
+def _tried_alone(image: ImageResult, planned: pa.Table, context: JobContext, start: TaskStart) -> ImageResult:
+    """Return the image, tried by itself under its mark: an earlier process ended over this unit."""
+    error = start.begin(image.planned["image_id"], image.planned["image_uri"])
+    return _sound(image, planned, context) if error is None else _failed(image, error)
+
+
+def _failed(image: ImageResult, error: ImageError) -> ImageResult:
+    """Return the image without anything that was made of it."""
+    return ImageResult(
+        planned=image.planned, error_code=error.code, error_message=error.message, attempts=image.attempts
+    )
+
+
+def _rows_of(images: Sequence[ImageResult], planned: pa.Table) -> pa.Table:
+    ids = pa.array([image.planned["image_id"] for image in images], pa.string())
+    return planned.filter(pc.is_in(planned.column("image_id"), ids))
 
 
 def _log(outcome: UnitOutcome, table: pa.Table, context: JobContext) -> None:

@@ -7,6 +7,9 @@ image in work is written down; one that was in work at two deaths is given up as
 not an image's fault: with it all workers go, and an innocent image may be in work. So marks of other
 drivers count only in bulk. Processes that die while they load their model are counted likewise.
 
+The stages before and after the model are tasks, of which Ray counts the starts: `Restart` marks those alone
+that follow a death, in folders of their own, and charges images by the same rule.
+
 Nothing here needs a delete: a commit makes the marks of its unit meaningless.
 
 `CallGuard` ends the process when a call of a model takes too long or its GPU is lost.
@@ -24,16 +27,20 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from hqlabel.pipeline.errors import HqlabelError, SystemicFault
+from hqlabel.pipeline.errors import HqlabelError, ImageError, SystemicFault
 from hqlabel.pipeline.failpoints import visit
 from hqlabel.pipeline.settings import Limits
 from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.storage.request_retries import shown_uri
+from hqlabel.pipeline.worker import logs
 
 DEATHS_UNDER_ONE_DRIVER = 2
 DEATHS_UNDER_ANY_DRIVER = 4
 MAX_DEATHS_IN_LOADING = 3
+MAX_UNEXPLAINED_DEATHS = 5
+Stage = Literal["prepare", "segment", "commit"]
 
 EXIT_STATUS = 1
 _BACKSTOP_S = 15.0
@@ -60,11 +67,12 @@ class Start:
 
 
 class CrashLog:
-    """The marks of one job. `epoch`: the number of its driver (`Owner.number`)."""
+    """The marks of one job. `epoch`: the number of its driver (`Owner.number`); `stage`: whose they are."""
 
-    def __init__(self, store: Store, *, epoch: int) -> None:
+    def __init__(self, store: Store, *, epoch: int, stage: Stage = "segment") -> None:
         self._store = store
         self._epoch = epoch
+        self._stage = stage
 
     def note_start(self, unit_id: int, generation: int = 0) -> Start:
         """Mark this start in the store before any work; one request when there was none before."""
@@ -73,6 +81,15 @@ class CrashLog:
             earlier += 1
         visit("attempt.started")
         crashed = self._crashed(unit_id, generation) if earlier else {}
+        if earlier:
+            logs.event(
+                "unit_started_again",
+                level=logging.WARNING,
+                stage=self._stage,
+                unit_id=unit_id,
+                earlier_starts=earlier,
+                given_up=crashed,
+            )
         return Start(unit_id=unit_id, generation=generation, earlier=earlier, crashed=crashed)
 
     def note_image(self, start: Start, image_id: str | None, *, code: str = "crashed") -> None:
@@ -114,13 +131,30 @@ class CrashLog:
         return json.dumps({"epoch": self._epoch, "number": number, "token": secrets.token_hex(8)}).encode()
 
     def _key(self, unit_id: int, generation: int, number: int, kind: str = "start") -> str:
-        return f"{_folder(unit_id, generation)}{number:04d}.{kind}.json"
+        return f"{self._folder(unit_id, generation)}{number:04d}.{kind}.json"
+
+    def _folder(self, unit_id: int, generation: int) -> str:
+        stage = "" if self._stage == "segment" else f".{self._stage}"
+        return f"attempts/{unit_id:08d}.g{generation}{stage}/"
+
+    def unexplained(self, start: Start) -> int:
+        """Return how many starts before this one, under this driver, ended and charged no image."""
+        starts = self._marks(start.unit_id, start.generation, "start")
+        images = self._marks(start.unit_id, start.generation, "image")
+        charged = {number for number, mark in images.items() if isinstance(mark.get("image_id"), str)}
+        mine = {number for number, mark in starts.items() if mark.get("epoch") == self._epoch}
+        return len(mine - charged - {start.earlier})
+
+    def _marks(self, unit_id: int, generation: int, kind: str) -> dict[int, dict[str, Any]]:
+        """Return the marks of a kind, by the number of their start."""
+        folder, ending = self._folder(unit_id, generation), f".{kind}.json"
+        keys = [entry.key for entry in self._store.list(folder) if entry.key.endswith(ending)]
+        return {int(key.removeprefix(folder).removesuffix(ending)): _read(self._store, key) for key in keys}
 
     def _crashed(self, unit_id: int, generation: int) -> dict[str, str]:
         """Return the images to give up, by the image marks of every start that ended with one in work."""
-        entries = self._store.list(_folder(unit_id, generation))
-        marks = [_read(self._store, one.key) for one in entries if one.key.endswith(".image.json")]
-        marks = [mark for mark in marks if isinstance(mark.get("image_id"), str)]
+        found = self._marks(unit_id, generation, "image").values()
+        marks = [mark for mark in found if isinstance(mark.get("image_id"), str)]
         everywhere = Counter(mark["image_id"] for mark in marks)
         here = Counter(mark["image_id"] for mark in marks if mark["epoch"] == self._epoch)
         codes = {
@@ -133,8 +167,54 @@ class CrashLog:
         }
 
 
-def _folder(unit_id: int, generation: int) -> str:
-    return f"attempts/{unit_id:08d}.g{generation}/"
+class Restart:
+    """A task of `prepare` or `commit` whose process died: Ray starts each again for ever.
+
+    The first start of a task asks nothing of the store. From the second one on, which Ray counts, its unit is
+    done image by image under marks, like a unit of a model process that died.
+    """
+
+    def __init__(self, store: Store, *, epoch: int, stage: Stage) -> None:
+        self._crash_log = CrashLog(store, epoch=epoch, stage=stage)
+        self._stage = stage
+
+    def begin(self, unit_id: int, generation: int) -> TaskStart:
+        """Mark this start of the unit, before any work.
+
+        Raises:
+            SystemicFault: `resources`, after too many deaths with no image in work.
+        """
+        start = self._crash_log.note_start(unit_id, generation)
+        unexplained = self._crash_log.unexplained(start)
+        if unexplained >= MAX_UNEXPLAINED_DEATHS:
+            raise SystemicFault(
+                "resources",
+                f"{unexplained} processes died one after another in {self._stage} of unit {unit_id}, none of "
+                "them with an image in work; Ray's log on their nodes has the reason, most likely a lack of "
+                "memory",
+            )
+        return TaskStart(crash_log=self._crash_log, start=start, stage=self._stage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskStart:
+    """A start of a task whose earlier processes died."""
+
+    crash_log: CrashLog
+    start: Start
+    stage: Stage
+
+    def begin(self, image_id: str, uri: str) -> ImageError | None:
+        """Note the image as the one in work; return its error instead where it has ended too many before."""
+        if image_id in self.start.crashed:
+            died = f"the process that had it in {self.stage} died each time; twice it was tried alone"
+            return ImageError("crashed", f"{shown_uri(uri)}: {died}")
+        self.crash_log.note_image(self.start, image_id)
+        return None
+
+    def end(self) -> None:
+        """Note that all are done, and no image is in work."""
+        self.crash_log.note_image(self.start, None)
 
 
 def _read(store: Store, key: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from hqlabel.pipeline.errors import JobRefused, SystemicFault, clean_text
 from hqlabel.pipeline.image_result import ImageResult, UInt8Array
 from hqlabel.pipeline.job_context import JobDetector
 from hqlabel.pipeline.stages.crash_log import CallGuard
+from hqlabel.pipeline.worker.image_guard import is_an_images, log_trace
 
 HF, ZERO_SHOT = "hf:", "hf-zero-shot:"
 WANTED = "wanted hf:ID_OR_FOLDER, hf-zero-shot:ID_OR_FOLDER or your own module:Class"
@@ -93,8 +94,12 @@ def _import(module: str) -> ModuleType:
 
 @dataclass(kw_only=True)
 class ModelRecord:
-    """What a model has done in this process: one that never worked is at fault itself, and no image is."""
+    """What a model, or a step, has done in this process: one that never worked is at fault itself.
 
+    `code`: the systemic code of that.
+    """
+
+    code: str = "model"
     _has_worked: bool = False
     _raised: int = 0
 
@@ -106,12 +111,13 @@ class ModelRecord:
         """Note an image that was raised on, alone; `whose` goes into the message.
 
         Raises:
-            SystemicFault: `model`, for the MOST_RAISED-th one of a model that never worked.
+            SystemicFault: `code`, for the MOST_RAISED-th one of a model that never worked.
         """
         self._raised += 1
         if not self._has_worked and self._raised >= MOST_RAISED:
             raise SystemicFault(
-                "model", f"none of the first {self._raised} images of a process could be worked on by {whose}"
+                self.code,
+                f"none of the first {self._raised} images of a process could be worked on by {whose}",
             )
 
 
@@ -129,7 +135,9 @@ def try_out(detector: Detector, settings: JobDetector) -> None:
     blank = np.full((*_BLANK_HW, 3), 127, np.uint8)
     try:
         _checked(detector.detect([blank]), [blank], detector.categories)
-    except Exception as error:
+    except BaseException as error:
+        if not is_an_images(error):
+            raise
         raise JobRefused(f"detector {settings.name}: on a blank picture: {_message(error)}") from error
 
 
@@ -178,7 +186,7 @@ class DetectStep:
 
     def _detect(
         self, images: Sequence[ImageResult], guard: CallGuard
-    ) -> list[list[dict[str, Any]] | Exception]:
+    ) -> list[list[dict[str, Any]] | BaseException]:
         """Return the boxes of each, or what went wrong with it; of a call that fails each is tried alone."""
         try:
             detections = self._call(images, guard)
@@ -186,9 +194,12 @@ class DetectStep:
                 planned_boxes(one, _picture(image).shape[:2], _size_of(image), self._settings, self._names)
                 for image, one in zip(images, detections, strict=True)
             ]
-        except Exception as error:
+        except BaseException as error:
+            if not is_an_images(error):
+                raise
             guard.exit_if_device_lost(error)
             if len(images) == 1:
+                log_trace(error, uri=images[0].planned["image_uri"], step="detect")
                 return [error]
         return [answer for image in images for answer in self._detect([image], guard)]
 
@@ -201,14 +212,14 @@ class DetectStep:
         return _checked(detections, filled, self._detector.categories)[: len(images)]
 
     def _with_answer(
-        self, image: ImageResult, answer: list[dict[str, Any]] | Exception, guard: CallGuard
+        self, image: ImageResult, answer: list[dict[str, Any]] | BaseException, guard: CallGuard
     ) -> ImageResult:
         """Return the image with its boxes, or failed for what the detector raised on it alone.
 
         Raises:
             SystemicFault: `model`, when it raises on a blank picture too, or on every image.
         """
-        if not isinstance(answer, Exception):
+        if not isinstance(answer, BaseException):
             self._record.worked()
             return replace(image, planned={**image.planned, "boxes": answer})
         message = _message(answer)

@@ -13,7 +13,7 @@ import json
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -89,6 +89,19 @@ class PixelArena:
         kept.flags.writeable = False
         self._used += pixels_hwc.size
         return kept
+
+    def keep_all(
+        self, image: ImageResult, pixels_hwc: UInt8Array, detector_hwc: Pixels = None
+    ) -> ImageResult:
+        """Return the image with copies of its pictures; if one cannot be kept, none is, and it raises."""
+        kept = self.keep(pixels_hwc)
+        if self.detector is None or detector_hwc is None:
+            return replace(image, pixels_hwc=kept)
+        try:
+            return replace(image, pixels_hwc=kept, detector_pixels_hwc=self.detector.keep(detector_hwc))
+        except BaseException:
+            self._used -= pixels_hwc.size
+            raise
 
     def column(self, pixels: Sequence[Pixels]) -> pa.LargeBinaryArray:
         """Return the kept pictures as one column over the arena's own memory.

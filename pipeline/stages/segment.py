@@ -50,6 +50,7 @@ from hqlabel.pipeline.stages.prompt_groups import (
 from hqlabel.pipeline.stages.rows_between_stages import UnitRow
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.worker import logs
+from hqlabel.pipeline.worker.image_guard import charge, describe_raised, is_an_images, log_trace
 from hqlabel.pipeline.worker.process_env import prepare_for_torch, refuse_unsafe_env
 
 BOXES_PER_DEADLINE = 100
@@ -125,6 +126,7 @@ class SegmentWorker:
         self._end_process = end_process
         self._fault: SystemicFault | None = None
         self._record = ModelRecord()
+        self._prompts_record = ModelRecord(code="internal")
         prepare_for_torch(os.environ)  # before the factory loads torch
         try:
             refuse_unsafe_env()
@@ -176,7 +178,14 @@ class SegmentWorker:
     def _with_boxes(self, image: ImageResult) -> ImageResult:
         if image.pixels_hwc is None or image.error_code is not None:
             return image
-        return with_boxes(image, self._context.box_rules)
+        try:
+            image = with_boxes(image, self._context.box_rules)
+        except BaseException as raised:
+            error = charge(raised, uri=image.planned["image_uri"], step="segment")
+            self._prompts_record.raised(f"the rules on boxes, the last time with {error.message}")
+            return replace(image, error_code=error.code, error_message=error.message)
+        self._prompts_record.worked()
+        return image
 
     def _work(self, works: Sequence[_ImageWork], guard: CallGuard) -> None:
         """Do the images of one call of the model; of a call that raises each is tried alone.
@@ -194,7 +203,7 @@ class SegmentWorker:
         else:
             works[0].result = self._charged(works[0].result, error, guard)
 
-    def _call(self, works: Sequence[_ImageWork], guard: CallGuard) -> Exception | None:
+    def _call(self, works: Sequence[_ImageWork], guard: CallGuard) -> BaseException | None:
         """Call the model once and keep its answers; return what was raised instead, if so."""
         began = time.monotonic()
         timeout_s = sum(deadline_s(self._context.limits, work.prompts) for work in works)
@@ -210,20 +219,22 @@ class SegmentWorker:
                 image = replace(work.result, segment_ms=segment_ms)
                 work.result = _with_masks(image, mine, answers[: len(mine)])
                 answers = answers[len(mine) :]
-        except SystemicFault:
-            raise
-        except Exception as error:  # whatever it is, it is one image's, or proves to be the model's
+        except BaseException as error:
+            if not is_an_images(error):
+                raise
             guard.exit_if_device_lost(error)
+            if len(works) == 1:
+                log_trace(error, uri=works[0].result.planned["image_uri"], step="segment")
             return error.with_traceback(None)
         return None
 
-    def _charged(self, image: ImageResult, error: Exception, guard: CallGuard) -> ImageResult:
+    def _charged(self, image: ImageResult, error: BaseException, guard: CallGuard) -> ImageResult:
         """Return the image, failed for what was raised while it was worked on alone.
 
         Raises:
             SystemicFault: `model`, when it is the model's fault and not the image's.
         """
-        message = clean_text(" ".join(f"{type(error).__name__}: {error}".split()))
+        message = describe_raised(error)
         if is_out_of_memory(error):
             return replace(image, error_code="out_of_memory", error_message=message)
         with deadline(self._context.limits.segment_timeout_s, lambda: self._end_process(EXIT_STATUS)):
@@ -246,7 +257,7 @@ class SegmentWorker:
             reason = str(error) if code == "device" else f"{type(error).__name__}: {error}"
             raise SystemicFault(code, clean_text(f"on a blank image: {reason}")) from error
 
-    def _raised_on_blank(self) -> Exception | None:
+    def _raised_on_blank(self) -> BaseException | None:
         """Return what the model raises on a blank picture with one box; None when it works."""
         side = self._context.weights.input_side
         blank = PreparedImage(
@@ -256,7 +267,9 @@ class SegmentWorker:
         )
         try:
             self._model.segment_prepared([blank])
-        except Exception as error:
+        except BaseException as error:
+            if not is_an_images(error):
+                raise
             return error.with_traceback(None)
         return None
 

@@ -32,10 +32,12 @@ class Verdict:
     `kind`: `retry` (may pass by itself), `image` (this object's own fault), `systemic` (everything
     will fail alike) or `bug` (nothing known: let it rise). `code`: of IMAGE_CODES for `image`, of
     SYSTEMIC_CODES for `systemic`, and for `retry` the systemic code to report when it never passes.
+    `alone`: for `systemic`, the code of IMAGE_CODES where one image meets it and most others do not.
     """
 
     kind: Literal["retry", "image", "systemic", "bug"]
     code: str = ""
+    alone: str = "unreachable"
 
 
 class StorageFault(HqlabelError):
@@ -60,8 +62,10 @@ class ShortBody(OSError):
 
 _RETRY = Verdict(kind="retry", code="store")
 _NOT_FOUND = Verdict(kind="image", code="not_found")
-_DENIED = Verdict(kind="systemic", code="denied")
-_CREDENTIALS = Verdict(kind="systemic", code="credentials")
+_DENIED = Verdict(kind="systemic", code="denied", alone="denied")
+_CREDENTIALS = Verdict(kind="systemic", code="credentials", alone="denied")
+_CLOCK = Verdict(kind="systemic", code="clock", alone="denied")
+_NO_BUCKET = Verdict(kind="systemic", code="store", alone="not_found")
 _STORE = Verdict(kind="systemic", code="store")
 _DISK = Verdict(kind="systemic", code="disk")
 _BUG = Verdict(kind="bug")
@@ -82,8 +86,9 @@ _BY_CODE: dict[str, Verdict] = {
     **dict.fromkeys(_CREDENTIAL_CODES.split(), _CREDENTIALS),
     **dict.fromkeys(["NoSuchKey", "NoSuchVersion", "KeyTooLongError"], _NOT_FOUND),
     **dict.fromkeys(["AccessDenied", "AllAccessDisabled", "InvalidObjectState"], _DENIED),
-    **dict.fromkeys(["NoSuchBucket", "InvalidBucketName", "PermanentRedirect"], _STORE),
-    **dict.fromkeys(["RequestTimeTooSkewed", "RequestExpired"], Verdict(kind="systemic", code="clock")),
+    **dict.fromkeys(["NoSuchBucket", "InvalidBucketName"], _NO_BUCKET),
+    "PermanentRedirect": _STORE,
+    **dict.fromkeys(["RequestTimeTooSkewed", "RequestExpired"], _CLOCK),
     **dict.fromkeys(["QuotaExceeded", "XMinioStorageFull", "InsufficientStorage"], _DISK),
 }
 _BY_ERRNO: dict[int, Verdict] = {
@@ -195,8 +200,28 @@ _LOGIN = re.compile(r"(\w+://)[^\s/@\"']+@")
 def describe(error: BaseException) -> str:
     """Return one safe line about an error: class, store code and text; no query string, no login."""
     code = next((c for c in (_response_error(e)[0] for e in _causes(error)) if c), "")
-    text = _LOGIN.sub(r"\1", _QUERY.sub(r"\1", str(error)))
-    return clean_text(f"{type(error).__name__}{f' {code}' if code else ''}: {text}")
+    return clean_text(f"{type(error).__name__}{f' {code}' if code else ''}: {redacted(str(error))}")
+
+
+_SHOWN_CHARS = 200
+
+
+def shown_uri(uri: str) -> str:
+    """Return a uri as messages name it: one line of about 200 characters, without query and login."""
+    half = _SHOWN_CHARS // 2
+    text = redacted(uri)
+    return clean_text(text if len(text) <= _SHOWN_CHARS else f"{text[:half]}…{text[-half:]}")
+
+
+def redacted(text: str) -> str:
+    """Return a text without the queries and logins of the uris in it: they may be secrets."""
+    return _LOGIN.sub(r"\1", _QUERY.sub(r"\1", text))
+
+
+def class_names(error: BaseException) -> Iterator[str]:
+    """Yield the names of the classes of an error and of its causes, bases included."""
+    for one in _causes(error):
+        yield from (kind.__name__ for kind in type(one).__mro__)
 
 
 def with_retries(

@@ -18,7 +18,7 @@ from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.manifest import Manifest, read_manifest, write_manifest
 from hqlabel.pipeline.tables.unit_files import CommittedUnit, list_committed, list_generations
 
-_ATTEMPT = re.compile(r"attempts/\d{8,}\.g\d+/\d{4,}\.(start|image)\.json")
+_ATTEMPT = re.compile(r"attempts/\d{8,}\.g\d+(\.prepare|\.commit)?/\d{4,}\.(start|image)\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
