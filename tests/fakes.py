@@ -22,7 +22,7 @@ TROUBLE = b"TROUBLE:"
 
 
 def trouble(kind: str) -> bytes:
-    """Bytes that make `troubled_decoder` misbehave: crash, exit, kill, sleep, spin, bomb or bug.
+    """Bytes that make `troubled_decoder` misbehave: crash, exit, kill, sleep, spin, bomb, bug or kill-parent.
 
     `until:PATH` decodes to nothing but an error, as soon as a file stands at PATH.
     """
@@ -41,6 +41,7 @@ _MISBEHAVE = {
     "crash": lambda: ctypes.string_at(0),
     "exit": lambda: os._exit(137),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "kill-parent": lambda: os.kill(os.getppid(), signal.SIGKILL),
     "sleep": lambda: time.sleep(10**6),
     "spin": lambda: re.match(r"(a+)+$", "a" * 64 + "b"),  # for ever, and never lets go of the GIL
     "bomb": lambda: bytearray(64 * 2**30),

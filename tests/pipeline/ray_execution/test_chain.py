@@ -276,13 +276,32 @@ def test_a_lost_plan_stops_the_job(tmp_path):
         run(replace(job, context=context))
 
 
-def test_a_bug_in_a_stage_ends_the_run_as_itself(tmp_path):
-    job = make_job(tmp_path, {"a.png": trouble("bug")})
+def test_a_bug_costs_the_image_that_meets_it_and_one_that_all_meet_stops_the_job(tmp_path):
+    pictures = {f"{i}.png": png(noise(i)) for i in range(8)}
+    one = make_job(tmp_path / "one", pictures | {"2.png": trouble("bug")})
+    every = make_job(tmp_path / "every", dict.fromkeys(pictures, trouble("bug")))
 
-    with pytest.raises(RuntimeError, match="a bug in the decoder"):
-        run(job)
+    run(one)
+    with pytest.raises(SystemicFault, match="a bug in the decoder") as caught:
+        run(every)
 
-    assert list_committed(Store(job.context.output)) == {}
+    assert failures(rows(one)) == {"2.png": "internal"}
+    assert caught.value.code == "internal"
+    assert list_committed(Store(every.context.output)) == {}
+
+
+def test_a_picture_that_kills_the_process_that_prepares_it_is_failed_after_three_deaths(tmp_path):
+    pictures = {f"{i:02}.png": png(noise(i)) for i in range(12)} | {"05.png": trouble("kill-parent")}
+    job = make_job(tmp_path, pictures)
+
+    outcomes = run(job)
+
+    assert failures(rows(job)) == {"05.png": "crashed"}
+    assert "prepare" in rows(job)["05.png"]["error_message"]
+    assert sorted(outcome.unit_id for outcome in outcomes) == job.unit_ids
+    marks = [entry.key for entry in Store(job.context.output).list("attempts/00000001.g0.prepare/")]
+    assert sum(key.endswith(".start.json") for key in marks) == 3  # the first start of all leaves none
+    assert Store(job.context.output).list("attempts/00000000.g0.prepare/") == []
 
 
 def test_a_run_that_is_told_to_stop_stops_and_the_rest_can_be_done_later(tmp_path):
