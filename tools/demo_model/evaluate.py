@@ -1,10 +1,11 @@
-"""Measures a checkpoint on held-out synthetic scenes, whose seeds the training never saw.
+"""Measures a checkpoint on held-out pictures: scenes whose seeds the training never saw, or cut-outs.
 
 python -m tools.demo_model.evaluate --checkpoint model/weights/hqlabel-demo --scenes 500
+python -m tools.demo_model.evaluate --checkpoint model/weights/hqlabel-demo --cutouts DIR --scenes 150
 
 Prints mean IoU and boundary IoU of mask 0 of the SAM part, of the HQ token's mask alone and of their sum
-(what `hqlabel` uses), the rank correlation of predicted and true IoU, the time an image takes, and the
-figures of an ellipse in the box, which looks at no picture.
+(what `hqlabel` uses), the same of one click inside the object, the rank correlation of predicted and true
+IoU, the time an image takes, and the figures of an ellipse in the box, which looks at no picture.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +22,10 @@ import torch
 import torch.nn.functional as F
 
 from hqlabel.model.checkpoints import load
+from hqlabel.model.records import Prompts
 from hqlabel.model.sam_hq import SamHQ
 from tools.demo_model.cache import HELD_OUT_FIRST_SEED
+from tools.demo_model.cutouts import cutout_scene, innermost
 from tools.demo_model.scenes import Scene, jitter_boxes, make_scene
 
 BOUNDARY_FRACTION = 0.02  # of the diagonal, as in the boundary IoU paper (arXiv 2103.16562)
@@ -73,9 +77,12 @@ def full_size(
 
 
 def predict(
-    model: SamHQ, pixels: np.ndarray, boxes: np.ndarray
+    model: SamHQ, pixels: np.ndarray, boxes: np.ndarray, clicks: np.ndarray | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
-    """Masks of "m0", "hq" and "sum", the predicted IoU, and the seconds that the product's way took."""
+    """Masks of "m0", "hq" and "sum", the predicted IoU, and the seconds that the product's way took.
+
+    With clicks, (N, 2) as (x, y), one a mask, there are masks of "click" too: the sum's, without a box.
+    """
     started = time.perf_counter()
     embedding = model.encode_images([pixels])
     both = model.decode_boxes(embedding, [boxes])
@@ -83,7 +90,12 @@ def predict(
     masks = {"sum": full_size(both.low_res_NMHW[:, 0], side=side, resized_hw=resized_hw, size_hw=size_hw)}
     seconds = time.perf_counter() - started
     alone = model.decode_boxes(embedding, [boxes], hq_token_only=True)
-    for name, logits in (("hq", alone.low_res_NMHW), ("m0", both.low_res_NMHW - alone.low_res_NMHW)):
+    found = {"hq": alone.low_res_NMHW, "m0": both.low_res_NMHW - alone.low_res_NMHW}
+    if clicks is not None:
+        labels = np.ones((len(clicks), 1), dtype=np.int64)
+        prompts = Prompts(points_xy=clicks[:, None].astype(np.float32), point_labels=labels)
+        found["click"] = model.decode_prompts(embedding, [prompts]).low_res_NMHW
+    for name, logits in found.items():
         masks[name] = full_size(logits[:, 0], side=side, resized_hw=resized_hw, size_hw=size_hw)
     return masks, both.predicted_iou_NM[:, 0].numpy(), seconds
 
@@ -96,16 +108,25 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
 
 def evaluate(model: SamHQ, *, scenes: int, side: int, boundaries: bool = True) -> dict[str, float]:
     """The figures over the first `scenes` held-out scenes of `side` pixels, averaged over objects."""
+    samples = (held_out_scene(index, side) for index in range(scenes))
+    return measure(model, samples, boundaries=boundaries)
+
+
+def measure(
+    model: SamHQ, samples: Iterable[tuple[Scene, np.ndarray]], *, boundaries: bool = True
+) -> dict[str, float]:
+    """The figures over scenes with their boxes, averaged over objects."""
     found: dict[str, list[float]] = defaultdict(list)
     by_kind: dict[str, list[float]] = defaultdict(list)
-    for index in range(scenes):
-        scene, boxes = held_out_scene(index, side)
-        masks, predicted, seconds = predict(model, scene.pixels_hwc, boxes)
+    for scene, boxes in samples:
+        truths = scene.masks()
+        clicks = np.array([innermost(truth) for truth in truths])
+        masks, predicted, seconds = predict(model, scene.pixels_hwc, boxes, clicks)
         masks["ellipse_baseline"] = np.stack([ellipse_in(box, scene.label_map_hw.shape) for box in boxes])
         found["predicted_iou"] += predicted.tolist()
         found["seconds"].append(seconds)
         for name, predicted_masks in masks.items():
-            for truth, mask, kind in zip(scene.masks(), predicted_masks, scene.kinds, strict=True):
+            for truth, mask, kind in zip(truths, predicted_masks, scene.kinds, strict=True):
                 value = mask_iou(truth, mask)
                 found[f"iou_{name}"].append(value)
                 if boundaries:
@@ -122,13 +143,18 @@ def evaluate(model: SamHQ, *, scenes: int, side: int, boundaries: bool = True) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--scenes", type=int, default=500, help="how many pictures")
+    parser.add_argument("--cutouts", type=Path, help="a folder with photographs/ and cutouts/, for those")
     parser.add_argument("--side", type=int, help="of the scenes; default: the model's input side")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = load(options.checkpoint).model
-    figures = evaluate(model, scenes=options.scenes, side=options.side or model.config.image_size)
+    side = options.side or model.config.image_size
+    if options.cutouts:
+        figures = measure(model, (cutout_scene(options.cutouts, i, side) for i in range(options.scenes)))
+    else:
+        figures = evaluate(model, scenes=options.scenes, side=side)
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}, indent=1))
 
 

@@ -18,7 +18,7 @@ from tools.demo_model.network import DemoNetwork, demo_config
 
 def averaged_model(state: Path, side: int) -> SamHQ:
     """The model of the average in a training state, moved to `side` where the stage had another."""
-    saved = torch.load(state, weights_only=True)
+    saved = torch.load(state, weights_only=True, map_location="cpu")
     average = saved["average"]
     grid = average["image_encoder.pos_embed"].shape[1]
     network = DemoNetwork()
@@ -27,9 +27,7 @@ def averaged_model(state: Path, side: int) -> SamHQ:
     if 16 * grid != side:
         network.set_side(side)
     model = SamHQ(demo_config(side)).eval()
-    model.load_state_dict(
-        {name: value for name, value in network.state_dict().items() if "affinity" not in name}
-    )
+    model.load_state_dict(network.checkpoint_state())
     return model
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from tools.demo_model.cache import UNKNOWN
+
 NEAR_BOX = 0.15  # of the box's side, on each side of it: what counts as near
 OUTSIDE_WEIGHT = 0.3
 
 
 def near_box(boxes_N4: torch.Tensor, *, cells: int, side: int) -> torch.Tensor:
     """1 where a cell of the `cells` x `cells` grid over `side` pixels lies in or near the box, else 0."""
-    centres = (torch.arange(cells) + 0.5) * (side / cells)
+    centres = (torch.arange(cells, device=boxes_N4.device) + 0.5) * (side / cells)
     margin = (boxes_N4[:, 2:] - boxes_N4[:, :2]) * NEAR_BOX + side / cells
     low, high = boxes_N4[:, :2] - margin, boxes_N4[:, 2:] + margin
     inside = (centres[None, None] >= low[..., None]) & (centres[None, None] <= high[..., None])
@@ -82,17 +84,23 @@ def fine_affinity(vectors_BFHW: torch.Tensor, labels_BHW: torch.Tensor) -> torch
     for step in (1, 2, 4):
         for axis in (-2, -1):
             length = unit.shape[axis] - step
-            pair = unit.narrow(axis, 0, length), unit.narrow(axis, step, length)
-            same = (labels_BHW.narrow(axis, 0, length) == labels_BHW.narrow(axis, step, length)).float()
-            losses.append(_pairs(8 * (pair[0] * pair[1]).sum(1) - 4, same))
+            near, far = unit.narrow(axis, 0, length), unit.narrow(axis, step, length)
+            pair = labels_BHW.narrow(axis, 0, length), labels_BHW.narrow(axis, step, length)
+            losses.append(_pairs(8 * (near * far).sum(1) - 4, *pair))
     return torch.stack(losses).mean()
 
 
-def _pairs(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of "the same thing" in which both answers weigh the same, picture by picture."""
+def _pairs(logits: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of "the same thing" in which both answers weigh the same, picture by picture.
+
+    Two places that both show a photograph are left out: nobody said what is on it.
+    """
+    same, known = (one == other).float(), ((one != UNKNOWN) | (other != UNKNOWN)).float()
     loss = F.binary_cross_entropy_with_logits(logits, same, reduction="none")
-    share = same.mean((1, 2), keepdim=True).clamp(0.02, 0.98)
-    return (loss * (same / share + (1 - same) / (1 - share))).mean() / 2
+    count = known.sum((1, 2), keepdim=True).clamp(min=1)
+    share = ((same * known).sum((1, 2), keepdim=True) / count).clamp(0.02, 0.98)
+    weighed = loss * known * (same / share + (1 - same) / (1 - share))
+    return (weighed.sum((1, 2), keepdim=True) / count).mean() / 2
 
 
 def affinity(vectors_BLC: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
@@ -103,5 +111,4 @@ def affinity(vectors_BLC: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor
     """
     unit = F.normalize(vectors_BLC, dim=-1)
     likeness = 8 * (unit @ unit.transpose(1, 2)) - 4
-    same = (labels_BL[:, :, None] == labels_BL[:, None]).float()
-    return _pairs(likeness, same)
+    return _pairs(likeness, labels_BL[:, :, None], labels_BL[:, None])

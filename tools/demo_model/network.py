@@ -6,6 +6,7 @@ The parts are those of `model/`; only the training's way through them is here.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from tools.demo_model.batches import FINE, PATCH, PIXEL_MEAN, PIXEL_STD, Batch
 from tools.demo_model.cache import SceneCache
 
 AFFINITY_WIDTH, FINE_AFFINITY_WIDTH = 64, 16
+TEACHER_WIDTH = 112  # channels of the teacher's features, `teacher.py`
+FOR_TRAINING_ALONE = ("affinity", "teacher")  # in the names of weights that a checkpoint does not have
 HQ_PARTS = ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
 
 
@@ -44,6 +47,21 @@ def position_frequencies() -> torch.Tensor:
     return torch.cat([*axes, 0.7 * torch.randn(2, 32)], dim=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamOutput:
+    """What the SAM part's losses read, float32.
+
+    `logits_NMHW`: four masks, (N, 4, 4G, 4G). `predicted_iou_NM`. Vectors of the patches (B, G * G, C) for
+    the affinity and for the teacher; those of cells of 4 pixels (B, 16, 4G, 4G) come from the early feature.
+    """
+
+    logits_NMHW: torch.Tensor
+    predicted_iou_NM: torch.Tensor
+    affinity_BLC: torch.Tensor
+    fine_affinity_BFHW: torch.Tensor
+    teacher_BLC: torch.Tensor
+
+
 class DemoNetwork(nn.Module):
     """The three parts of a SAM-HQ, trainable at any side that is a multiple of 128."""
 
@@ -56,6 +74,7 @@ class DemoNetwork(nn.Module):
         self.affinity = nn.Linear(config.mask_decoder.hidden_size, AFFINITY_WIDTH)  # for training alone
         cells = (PATCH // FINE) ** 2
         self.fine_affinity = nn.Linear(config.vision.hidden_size, cells * FINE_AFFINITY_WIDTH)  # likewise
+        self.teacher_head = nn.Linear(config.mask_decoder.hidden_size, TEACHER_WIDTH)  # likewise
         self._first_weights()
 
     def _first_weights(self) -> None:
@@ -79,12 +98,20 @@ class DemoNetwork(nn.Module):
             prompts.pe_matrix.copy_(position_frequencies())
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Takes over a finished demo checkpoint's weights, at its side; the affinity heads stay."""
+        """Takes over a finished demo checkpoint's weights, at its side; heads for training stay."""
         trained = load(folder).model
         self.set_side(trained.config.image_size)
         state = trained.state_dict()
-        state |= {name: value for name, value in self.state_dict().items() if "affinity" in name}
+        state |= {name: value for name, value in self.state_dict().items() if name not in state}
         self.load_state_dict(state)
+
+    def checkpoint_state(self) -> dict[str, torch.Tensor]:
+        """The weights that a checkpoint has."""
+        return {
+            name: value
+            for name, value in self.state_dict().items()
+            if not any(part in name for part in FOR_TRAINING_ALONE)
+        }
 
     @torch.no_grad()
     def whiten_patches(self, cache: SceneCache, *, pictures: int = 300) -> None:
@@ -134,19 +161,31 @@ class DemoNetwork(nn.Module):
         for name, weight in self.named_parameters():
             weight.requires_grad = name.split(".")[1] in HQ_PARTS and name.startswith("mask_decoder")
 
-    def sam_forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `sam_decode` returns, and the affinity vectors of the patches (B, G * G, 64) and of the cells
-        of 4 pixels (B, 16, 4G, 4G); the latter come from the early feature.
-        """
+    def sam_forward(self, batch: Batch) -> SamOutput:
+        """The SAM part's answers, and what the auxiliary losses look at."""
         features = self.image_encoder(batch.pixels_B3SS)
         embedding = features.embedding_BCGG
-        logits, predicted_iou = self.sam_decode(embedding, batch.boxes_N4, batch.image_index_N)
-        alike = self.affinity(embedding.flatten(2).transpose(1, 2))
+        logits, predicted_iou = self.sam_decode(embedding, self.tokens(batch), batch.image_index_N)
+        cells = embedding.flatten(2).transpose(1, 2)
         fine = self.fine_affinity(features.early_BGGC).permute(0, 3, 1, 2)
-        return logits, predicted_iou, alike, F.pixel_shuffle(fine, PATCH // FINE)
+        return SamOutput(
+            logits_NMHW=logits.float(),
+            predicted_iou_NM=predicted_iou.float(),
+            affinity_BLC=self.affinity(cells).float(),
+            fine_affinity_BFHW=F.pixel_shuffle(fine, PATCH // FINE).float(),
+            teacher_BLC=self.teacher_head(cells).float(),
+        )
+
+    def tokens(self, batch: Batch) -> torch.Tensor:
+        """Prompt tokens (N, T, C): a box and T - 2 clicks, or T - 1 clicks and the padding point."""
+        encoder = self.prompt_encoder
+        clicks = encoder.embed_points(batch.points_NP2, batch.point_labels_NP, pad=True)
+        few = encoder.embed_points(batch.points_NP2[:, :-1], batch.point_labels_NP[:, :-1], pad=False)
+        boxed = torch.cat([few, encoder.embed_boxes(batch.boxes_N4)], dim=1)
+        return torch.where(batch.boxless_N[:, None, None], clicks, boxed)
 
     def sam_decode(
-        self, embedding: torch.Tensor, boxes_N4: torch.Tensor, image_index_N: torch.Tensor
+        self, embedding: torch.Tensor, sparse: torch.Tensor, image_index_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the SAM masks (N, 4, 4G, 4G) and predicted IoUs (N, 4); no HQ branch.
 
@@ -154,11 +193,10 @@ class DemoNetwork(nn.Module):
         moves the SAM masks little.
         """
         decoder = self.mask_decoder
-        sparse, dense = self.prompt_encoder(boxes_N4=boxes_N4)
         shared = decoder.share(
             embedding_BCGG=embedding,
             hq_features_BCHW=embedding,  # not looked at on this road
-            dense_BCGG=dense,
+            dense_BCGG=self.prompt_encoder.no_mask(),
             image_pe_1CGG=self.prompt_encoder.image_pe(),
         )
         tokens = torch.cat([decoder.output_tokens().expand(len(sparse), -1, -1), sparse], dim=1)
@@ -175,13 +213,13 @@ class DemoNetwork(nn.Module):
         """Logits (N, 4G, 4G) of mask 0 and of the HQ token, and the predicted IoU (N,) of mask 0."""
         with torch.no_grad():
             features = self.image_encoder(batch.pixels_B3SS)
-            sparse, dense = self.prompt_encoder(boxes_N4=batch.boxes_N4)
+            sparse = self.tokens(batch)
         masks = self.mask_decoder(
             embedding_BCGG=features.embedding_BCGG,
             hq_features_BCHW=self.mask_decoder.hq_features(features),
             image_index_N=batch.image_index_N,
             sparse_NTC=sparse,
-            dense_BCGG=dense,
+            dense_BCGG=self.prompt_encoder.no_mask(),
             image_pe_1CGG=self.prompt_encoder.image_pe(),
             mask_tokens=(0,),
         )

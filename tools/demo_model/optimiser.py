@@ -32,7 +32,7 @@ def orthogonalise(matrices_KMN: torch.Tensor) -> torch.Tensor:
     tall = matrices_KMN.shape[1] > matrices_KMN.shape[2]
     x = matrices_KMN.transpose(1, 2) if tall else matrices_KMN
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    x = x.bfloat16() if native_bf16() else x
+    x = x.bfloat16() if x.is_cuda or native_bf16() else x
     for _ in range(ITERATIONS):
         gram = x @ x.transpose(1, 2)
         x = a * x + (b * gram + c * gram @ gram) @ x

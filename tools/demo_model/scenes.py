@@ -4,6 +4,10 @@
 background with up to 12 overlapping objects, painted back to front with shadows, soft edges, shading, noise
 and JPEG artefacts. The ground truth of an object is its *visible* part; its box is the tight box of that.
 Objects that are nearly hidden or tiny are painted but not labelled.
+
+`make_scene` is what the checkpoint is measured with: each object has one surface. `make_rich_scene` is what
+it learns from: objects of several surfaces, backgrounds of several, and with a `Material` photographs and
+cut-out pictures.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
+from tools.demo_model.parts import parts_paint, split
+from tools.demo_model.photographs import Material
 from tools.demo_model.shapes import SHAPES, random_kind
 from tools.demo_model.textures import (
     BACKGROUND_FIELDS,
@@ -30,10 +36,14 @@ MIN_VISIBLE_FRACTION = (
 MIN_AREA_FRACTION = 0.003  # of the picture
 MIN_BOX_FRACTION = 1 / 25  # of the long side, for the shorter side of the box
 SMALLEST_REACH = 0.11  # of the long side: an object's width and height before stretching
+SMALLEST_RICH_REACH = 0.16  # parts of smaller objects would be a few pixels
 SMALLEST_THIN_REACH = 0.22  # thin parts of smaller objects would be narrower than the mask's own pixels
 THIN_KINDS = ("ribbon", "branching", "lettering")
 SHIFT_FRACTION = 0.04
 SCALE_FRACTION = 0.06
+PHOTOGRAPH_SHARE = 0.6  # of the rich scenes stand on a photograph, where there is a Material
+CUTOUT_SHARE = 0.4  # of their objects are cut-out pictures, likewise
+SEVERAL_PARTS_SHARE = 0.8  # of their painted objects have several surfaces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +52,14 @@ class Scene:
 
         `pixels_hwc`: uint8 RGB, long side = the side asked for. `label_map_hw`: uint8, 0 background,
     k object k-1. `boxes_xyxy`: float32 (N, 4), tight, end-exclusive. `kinds`: the shape's name for each.
+    `known_ground`: the background is one thing; a photograph has things of its own in it.
     """
 
     pixels_hwc: np.ndarray
     label_map_hw: np.ndarray
     boxes_xyxy: np.ndarray
     kinds: tuple[str, ...]
+    known_ground: bool = True
 
     def masks(self) -> np.ndarray:
         """Bool (N, h, w): the visible pixels of each object; disjoint."""
@@ -94,6 +106,83 @@ def make_scene(seed: int, side: int) -> Scene:
     )
 
 
+def make_rich_scene(seed: int, side: int, material: Material | None = None) -> Scene:
+    """As `make_scene`, of objects that have parts. Equal arguments and pictures give equal arrays."""
+    rng = np.random.default_rng([seed, side, 1])
+    height, width = _picture_size(rng, side)
+    real = material is not None and rng.random() < PHOTOGRAPH_SHARE
+    canvas = material.ground(rng, height, width) if material and real else _rich_ground(rng, height, width)
+    labels = np.zeros((height, width), dtype=np.uint8)
+    kinds: list[str] = []
+    painted_areas: list[int] = []
+    close_up = rng.random() < 0.3
+    for _ in range(int(rng.integers(1, 4) if close_up else rng.integers(3, 9))):
+        kind, area = _paint_rich_object(
+            rng, canvas, labels, len(kinds) + 1, close_up=close_up, material=material
+        )
+        if area:
+            kinds.append(kind)
+            painted_areas.append(area)
+    labels, boxes, kept = _label_visible(labels, painted_areas, side)
+    if not kept:
+        return make_rich_scene(seed + 2**40, side, material)
+    return Scene(
+        pixels_hwc=_photograph(rng, canvas),
+        label_map_hw=labels,
+        boxes_xyxy=boxes,
+        kinds=tuple(kinds[i] for i in kept),
+        known_ground=not real,
+    )
+
+
+def _rich_ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """One surface, or several with edges between them that are no object's."""
+
+    def paint() -> np.ndarray:
+        return surface(rng, height, width, fields=BACKGROUND_FIELDS, base=random_colour(rng))
+
+    canvas = paint()
+    if rng.random() < 0.6:
+        parts = split(rng, np.full((height, width), 255, dtype=np.uint8))
+        for number in np.unique(parts)[1:]:
+            canvas[parts == number] = paint()[parts == number]
+    return canvas
+
+
+def _paint_rich_object(
+    rng: np.random.Generator,
+    canvas: np.ndarray,
+    labels: np.ndarray,
+    label: int,
+    *,
+    close_up: bool,
+    material: Material | None,
+) -> tuple[str, int]:
+    """Paints one object into `canvas` and `labels`; returns its kind and its area inside the picture."""
+    cut_out = material is not None and bool(material.cutouts) and rng.random() < CUTOUT_SHARE
+    kind = "cutout" if cut_out else random_kind(rng)
+    smallest = SMALLEST_THIN_REACH if kind in THIN_KINDS else SMALLEST_RICH_REACH
+    object_w, object_h = _object_size(rng, smallest, labels.shape, close_up=close_up)
+    if material and cut_out:
+        coverage, paint = material.cutout(rng, object_w, object_h)
+    else:
+        coverage, paint = SHAPES[kind][0](rng, object_w, object_h), None
+    object_h, object_w = coverage.shape
+    left = int(rng.uniform(-0.25 * object_w, labels.shape[1] - 0.75 * object_w))
+    top = int(rng.uniform(-0.25 * object_h, labels.shape[0] - 0.75 * object_h))
+    if paint is None and rng.random() < SEVERAL_PARTS_SHARE:
+        rows = np.arange(top, top + object_h).clip(0, labels.shape[0] - 1)
+        columns = np.arange(left, left + object_w).clip(0, labels.shape[1] - 1)
+        under, photographed = canvas[rows][:, columns], material.ground if material else None
+        paint = _light(rng, parts_paint(rng, coverage, under, photographed))
+    elif paint is None:
+        paint = _object_paint(rng, object_h, object_w, canvas.mean((0, 1)))
+    coverage = _soften(rng, coverage)
+    if rng.random() < 0.35:
+        _cast_shadow(rng, canvas, left, top, coverage)
+    return kind, _lay(canvas, labels, label, coverage=coverage, paint=paint, left=left, top=top)
+
+
 def _picture_size(rng: np.random.Generator, side: int) -> tuple[int, int]:
     short = side if rng.random() < 0.5 else int(side * rng.uniform(0.6, 1.0))
     return (side, short) if rng.random() < 0.5 else (short, side)
@@ -112,26 +201,49 @@ def _paint_object(
     height, width = labels.shape
     kind = random_kind(rng)
     smallest = SMALLEST_THIN_REACH if kind in THIN_KINDS else SMALLEST_REACH
+    object_w, object_h = _object_size(rng, smallest, labels.shape, close_up=close_up)
+    coverage = SHAPES[kind][0](rng, object_w, object_h)
+    left = int(rng.uniform(-0.25 * object_w, width - 0.75 * object_w))
+    top = int(rng.uniform(-0.25 * object_h, height - 0.75 * object_h))
+    coverage = _soften(rng, coverage)
+    if rng.random() < 0.35:
+        _cast_shadow(rng, canvas, left, top, coverage)
+    paint = _object_paint(rng, coverage.shape[0], coverage.shape[1], ground)
+    return kind, _lay(canvas, labels, label, coverage=coverage, paint=paint, left=left, top=top)
+
+
+def _lay(
+    canvas: np.ndarray,
+    labels: np.ndarray,
+    label: int,
+    *,
+    coverage: np.ndarray,
+    paint: np.ndarray,
+    left: int,
+    top: int,
+) -> int:
+    """Lays an object on the picture with its corner at (left, top); returns its area inside the picture."""
+    rows, columns, inside = _clip_window(left, top, coverage, labels.shape)
+    alpha = (coverage[inside].astype(np.float32) / 255)[..., None]
+    window = canvas[rows, columns]
+    window += alpha * (paint[inside] - window)
+    covered = coverage[inside] > 127
+    labels[rows, columns][covered] = label
+    return int(covered.sum())
+
+
+def _object_size(
+    rng: np.random.Generator, smallest: float, size_hw: tuple[int, int], *, close_up: bool
+) -> tuple[int, int]:
+    """Width and height in pixels; `smallest`: the least reach."""
+    height, width = size_hw
     reach = np.exp(
         rng.uniform(np.log(0.3), np.log(0.85)) if close_up else rng.uniform(np.log(smallest), np.log(0.55))
     )
     stretch = np.exp(rng.normal(0, 0.3))
     object_w = int(np.clip(reach * max(height, width) * np.sqrt(stretch), 10, 0.95 * width))
     object_h = int(np.clip(reach * max(height, width) / np.sqrt(stretch), 10, 0.95 * height))
-    coverage = SHAPES[kind][0](rng, object_w, object_h)
-    left = int(rng.uniform(-0.25 * object_w, width - 0.75 * object_w))
-    top = int(rng.uniform(-0.25 * object_h, height - 0.75 * object_h))
-    coverage = _soften(rng, coverage)
-    rows, columns, inside = _clip_window(left, top, coverage, (height, width))
-    if rng.random() < 0.35:
-        _cast_shadow(rng, canvas, left, top, coverage)
-    paint = _object_paint(rng, coverage.shape[0], coverage.shape[1], ground)[inside]
-    alpha = (coverage[inside].astype(np.float32) / 255)[..., None]
-    window = canvas[rows, columns]
-    window += alpha * (paint - window)
-    covered = coverage[inside] > 127
-    labels[rows, columns][covered] = label
-    return kind, int(covered.sum())
+    return object_w, object_h
 
 
 def _soften(rng: np.random.Generator, coverage: np.ndarray) -> np.ndarray:
@@ -164,8 +276,13 @@ def _cast_shadow(
 
 def _object_paint(rng: np.random.Generator, height: int, width: int, ground: np.ndarray) -> np.ndarray:
     base = near_colour(rng, ground, rng.uniform(18, 40)) if rng.random() < 0.15 else random_colour(rng)
-    paint = surface(rng, height, width, fields=OBJECT_FIELDS, base=base)
-    if rng.random() < 0.5:  # light from one side
+    return _light(rng, surface(rng, height, width, fields=OBJECT_FIELDS, base=base))
+
+
+def _light(rng: np.random.Generator, paint: np.ndarray) -> np.ndarray:
+    """The paint, half of the time lit from one side."""
+    if rng.random() < 0.5:
+        height, width = paint.shape[:2]
         angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.45)
         rows = np.linspace(-1, 1, height, dtype=np.float32)[:, None] * np.float32(np.sin(angle) * strength)
         columns = np.linspace(-1, 1, width, dtype=np.float32)[None] * np.float32(np.cos(angle) * strength)

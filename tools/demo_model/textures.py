@@ -30,7 +30,7 @@ def noise(rng: np.random.Generator, height: int, width: int, cell: float) -> np.
     return np.asarray(smooth, dtype=np.float32) / 255
 
 
-def _axis(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def axis(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Distance along a random direction, in pixels, float32 (height, width)."""
     angle = rng.uniform(0, 2 * np.pi)
     rows = np.arange(height, dtype=np.float32)[:, None] - height / 2
@@ -43,7 +43,7 @@ def flat(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def gradient(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    along = _axis(rng, height, width) / max(height, width)
+    along = axis(rng, height, width) / max(height, width)
     return np.clip(0.5 + along * np.float32(rng.uniform(0.6, 1.4)), 0, 1)
 
 
@@ -62,7 +62,7 @@ def grain(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 def stripes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     period = float(np.exp(rng.uniform(np.log(5), np.log(50))))
-    phase = _axis(rng, height, width) * np.float32(2 * np.pi / period)
+    phase = axis(rng, height, width) * np.float32(2 * np.pi / period)
     if rng.random() < 0.5:
         phase = phase + noise(rng, height, width, max(period, 16)) * np.float32(rng.uniform(1, 7))
     wave = np.sin(phase) * np.float32(rng.choice([0.5, 2.0]))
@@ -71,8 +71,8 @@ def stripes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 def checks(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     period = np.float32(np.exp(rng.uniform(np.log(8), np.log(60))))
-    across = np.sin(_axis(rng, height, width) * (2 * np.pi / period))
-    down = np.sin(_axis(rng, height, width) * (2 * np.pi / period))
+    across = np.sin(axis(rng, height, width) * (2 * np.pi / period))
+    down = np.sin(axis(rng, height, width) * (2 * np.pi / period))
     return np.clip(across * down * np.float32(rng.choice([1.0, 4.0])) + 0.5, 0, 1)
 
 

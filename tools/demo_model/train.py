@@ -7,12 +7,16 @@ Step one trains the SAM part (encoder, prompt encoder, decoder, IoU head) at sid
 Step two freezes it and trains the HQ token, its MLP and the fusion convolutions, with a loss heavy on edges.
 This is no fine-tuning tool: it knows only its own scenes and its own small network.
 
+Prompts are boxes, boxes with clicks, and clicks alone. `--teacher FILE` adds a loss towards a classifier's
+features (`teacher.py`). `--device cuda` trains on a GPU, in bfloat16, while `--workers` processes draw the
+batches.
+
 `--init CHECKPOINT` goes on from a finished demo checkpoint: the first two stages are left out, and both steps
 run again from its weights; with `--hq-only` step two alone, at the final side. The matrix work runs in
 bfloat16 where the processor multiplies it natively.
 
-The stages' lengths are shares of the time given, in processor time a thread: a process that is paused or
-outranked loses nothing, and a slow processor makes a weaker checkpoint.
+The stages' lengths are shares of the time given, in processor time a thread (on a GPU: on the clock): a
+process that is paused or outranked loses nothing, and a slow processor makes a weaker checkpoint.
 DIR/state.pt is written every two minutes and on SIGTERM; `--resume` goes on from it. Batches are drawn from
 (seed, stage, step), so a resumed run sees what it would have seen.
 """
@@ -25,6 +29,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,12 +41,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
 
 from tools.demo_model import losses
 from tools.demo_model.batches import PATCH, Batch, make_batch, random_boxes
 from tools.demo_model.cache import SceneCache
 from tools.demo_model.network import DemoNetwork
 from tools.demo_model.optimiser import Muon, native_bf16, split_parameters
+from tools.demo_model.teacher import Teacher, cosine_loss
 
 NOTICE = "This makes hqlabel's demo checkpoint from synthetic scenes. It is no fine-tuning tool."
 MUON_RATE, ADAM_RATE, HQ_RATE = 0.005, 1e-3, 2e-3
@@ -50,7 +57,7 @@ WARM_UP_STEPS, LAST_RATE = 60, 0.02
 EMA_STEPS = 150  # the exported weights average about this many steps
 SAVE_EVERY_S, REPORT_EVERY_S = 120, 30
 GRADIENT_LIMIT = 1.0
-AFFINITY_WEIGHT, FINE_AFFINITY_WEIGHT = 0.5, 0.3
+AFFINITY_WEIGHT, FINE_AFFINITY_WEIGHT, TEACHER_WEIGHT = 0.5, 0.3, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +103,39 @@ def stages_for(final_side: int, *, warm: bool, hq_only: bool = False) -> tuple[S
     return tuple(stage for stage in stages if stage.share)
 
 
+class Drawn(Dataset[Batch]):
+    """The batches of a stage; each is a function of (seed, stage, step) and of the caches."""
+
+    def __init__(self, caches: list[SceneCache], stage: Stage, key: tuple[int, int]) -> None:
+        self.caches, self.stage, self.key = caches, stage, key
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = np.random.default_rng([*self.key, step])
+        usable = [cache for cache in self.caches if len(cache)]
+        if self.stage.side < 256:
+            usable = usable[:1]
+        elif self.stage.side > 256:
+            usable = usable[-1:]
+        return make_batch(
+            usable[int(rng.integers(len(usable)))],
+            rng,
+            side=self.stage.side,
+            images=self.stage.images,
+            boxes=self.stage.boxes,
+            cell=2 if self.stage.hq else 4,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What a run trains with. `workers`: processes that draw batches, 0 draws them between the steps."""
+
+    device: str = "cpu"
+    workers: int = 0
+    teacher: Path | None = None
+    compiled: bool = True
+
+
 class Training:
     """One run: the network, its average, its optimisers, and where in the stages it stands."""
 
@@ -107,8 +147,12 @@ class Training:
         minutes: float,
         seed: int,
         init: Path | None = None,
+        means: Means | None = None,
     ) -> None:
         torch.manual_seed(seed)
+        self.means = means or Means()
+        self.device = torch.device(self.means.device)
+        self.teacher = Teacher.load(self.means.teacher).to(self.device) if self.means.teacher else None
         self.caches, self.stages, self.minutes, self.seed = caches, stages, minutes, seed
         self.network = DemoNetwork()
         self.sam_factor = 1.0 if init is None else WARM_FACTOR
@@ -127,6 +171,8 @@ class Training:
         """Sets the side, what trains, and fresh optimisers and average for the current stage."""
         torch.compiler.reset()
         self.network.set_side(self.stage.side)
+        self.network.to(self.device)
+        self._batches: Iterator[Batch] | None = None
         if self.stage.hq:
             self.network.freeze_sam_part()
         matrices, others = split_parameters(self.network)
@@ -137,8 +183,10 @@ class Training:
             rate = self.sam_factor * MUON_RATE
             self.optimisers.append((Muon(matrices, lr=rate), rate))
         # Compiled anew for every stage's shapes: two minutes, and a third of the time a step from then on.
-        self.sam_forward = torch.compile(self.network.sam_forward, dynamic=False)
-        self.hq_forward = torch.compile(self.network.hq_forward, dynamic=False)
+        self.sam_forward, self.hq_forward = self.network.sam_forward, self.network.hq_forward
+        if self.means.compiled:
+            self.sam_forward = torch.compile(self.sam_forward, dynamic=False)
+            self.hq_forward = torch.compile(self.hq_forward, dynamic=False)
         self.trained = [weight for group in (matrices, others) for weight in group]
         self.average = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 
@@ -164,20 +212,25 @@ class Training:
         cosine = LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * through)) / 2
         return min(1.0, (self.step + 1) / WARM_UP_STEPS) * cosine
 
-    def draw(self, *, cell: int) -> Batch:
-        rng = np.random.default_rng([self.seed, self.stage_index, self.step])
-        usable = [cache for cache in self.caches if len(cache)]
-        if self.stage.side < 256:
-            usable = usable[:1]
-        elif self.stage.side > 256:
-            usable = usable[-1:]
-        cache = usable[int(rng.integers(len(usable)))]
-        return make_batch(
-            cache, rng, side=self.stage.side, images=self.stage.images, boxes=self.stage.boxes, cell=cell
-        )
+    def draw(self) -> Batch:
+        """The batch of this step, on the device."""
+        if self.stage.kind == "boxes":
+            raise ValueError("the stage of empty pictures draws no scenes")
+        if self._batches is None:
+            drawn = Drawn(self.caches, self.stage, (self.seed, self.stage_index))
+            steps = range(self.step, sys.maxsize)
+            loader = DataLoader(drawn, batch_size=None, sampler=steps, num_workers=self.means.workers)
+            self._batches = iter(loader)
+        return next(self._batches).to(self.device)
+
+    def _clock(self) -> float:
+        """Seconds of work: of the processor, a thread; with a GPU, on the clock."""
+        if self.device.type == "cpu":
+            return time.process_time() / torch.get_num_threads()
+        return time.monotonic()
 
     def run_step(self) -> dict[str, float]:
-        started = time.process_time()
+        started = self._clock()
         makers = {"boxes": self._box_loss, "sam": self._sam_loss, "hq": self._hq_loss}
         loss, figures = makers[self.stage.kind]()
         loss.backward()
@@ -195,18 +248,21 @@ class Training:
         self.step += 1
         if self.step == 1:
             return {"loss": loss.item(), "norm": norm.item(), **figures}  # its time is the compiler's
-        self.spent_s += (time.process_time() - started) / torch.get_num_threads()
+        self.spent_s += self._clock() - started
         return {"loss": loss.item(), "norm": norm.item(), **figures}
 
     def _box_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         """The decoder alone learns to fill the box it is given: an empty picture, no encoder."""
         rng = np.random.default_rng([self.seed, self.stage_index, self.step])
-        boxes, targets = random_boxes(rng, side=self.stage.side, boxes=self.stage.boxes)
+        drawn = random_boxes(rng, side=self.stage.side, boxes=self.stage.boxes)
+        boxes, targets = (values.to(self.device) for values in drawn)
         grid = self.stage.side // PATCH
-        empty = torch.zeros(1, 256, grid, grid)
-        with fast_matrices():
+        empty = torch.zeros(1, 256, grid, grid, device=self.device)
+        with fast_matrices(self.device):
             logits, predicted_iou = self.network.sam_decode(
-                empty, boxes, torch.zeros(len(boxes), dtype=torch.int64)
+                empty,
+                self.network.prompt_encoder.embed_boxes(boxes),
+                torch.zeros(len(boxes), dtype=torch.int64, device=self.device),
             )
         logits, predicted_iou = logits.float(), predicted_iou.float()
         near = losses.near_box(boxes, cells=logits.shape[-1], side=self.stage.side)
@@ -214,26 +270,32 @@ class Training:
         return loss, {"iou_m0": true_iou.mean().item()}
 
     def _sam_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
-        batch = self.draw(cell=4)
-        with fast_matrices():
+        batch = self.draw()
+        with fast_matrices(self.device):
             found = self.sam_forward(batch)
-        logits, predicted_iou, vectors, fine_vectors = (value.float() for value in found)
-        near = losses.near_box(batch.boxes_N4, cells=logits.shape[-1], side=self.stage.side)
-        loss, true_iou = losses.step_one(logits, predicted_iou, batch.targets_NHW, near)
-        alike = losses.affinity(vectors, batch.labels_BL)
-        fine = losses.fine_affinity(fine_vectors, batch.labels_BHW)
-        error = (predicted_iou[:, 0].detach() - true_iou).square().mean().item()
-        return loss + AFFINITY_WEIGHT * alike + FINE_AFFINITY_WEIGHT * fine, {
-            "iou_m0": true_iou.mean().item(),
+        near = losses.near_box(batch.boxes_N4, cells=found.logits_NMHW.shape[-1], side=self.stage.side)
+        loss, true_iou = losses.step_one(found.logits_NMHW, found.predicted_iou_NM, batch.targets_NHW, near)
+        alike = losses.affinity(found.affinity_BLC, batch.labels_BL)
+        fine = losses.fine_affinity(found.fine_affinity_BFHW, batch.labels_BHW)
+        loss = loss + AFFINITY_WEIGHT * alike + FINE_AFFINITY_WEIGHT * fine
+        figures = {
+            "iou_boxed": masked_mean(true_iou, ~batch.boxless_N),
+            "iou_clicked": masked_mean(true_iou, batch.boxless_N),
             "affinity": alike.item(),
             "fine_affinity": fine.item(),
-            "score_mse": error,
+            "score_mse": (found.predicted_iou_NM[:, 0].detach() - true_iou).square().mean().item(),
         }
+        if self.teacher:
+            with fast_matrices(self.device):
+                wanted = self.teacher(batch.pixels_B3SS)
+            apart = cosine_loss(found.teacher_BLC, wanted.float())
+            loss, figures = loss + TEACHER_WEIGHT * apart, figures | {"teacher": apart.item()}
+        return loss, figures
 
     def _hq_loss(self) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of m_0 + m_hq, as inference sums them, at twice the low resolution."""
-        batch = self.draw(cell=2)
-        with fast_matrices():
+        batch = self.draw()
+        with fast_matrices(self.device):
             found = self.hq_forward(batch)
         sam, hq, _ = (value.float() for value in found)
         fine = {
@@ -269,13 +331,20 @@ class Training:
         self.step, self.spent_s = state["step"], state["spent_s"]
 
 
+def masked_mean(values: torch.Tensor, chosen: torch.Tensor) -> float:
+    """The mean of the chosen values; NaN, which the journal leaves out, when there are none."""
+    return values[chosen].mean().item()
+
+
 @contextlib.contextmanager
-def fast_matrices() -> Iterator[None]:
-    """bfloat16 where the processor multiplies it natively, and attention that the compiler can fuse.
+def fast_matrices(device: torch.device) -> Iterator[None]:
+    """bfloat16 where the device multiplies it natively, and on a CPU attention that the compiler can fuse.
 
     The flash kernel's backward on a CPU took a fifth of a step, for nine tokens a prompt.
     """
-    with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16()), sdpa_kernel(SDPBackend.MATH):
+    on_cpu = device.type == "cpu"
+    attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=not on_cpu or native_bf16()), attention:
         yield
 
 
@@ -290,12 +359,13 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.file = (folder / "log.jsonl").open("a")
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, list[float]] = {}
         self.count, self.last = 0, time.monotonic()
 
     def add(self, training: Training, figures: dict[str, float]) -> None:
         for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            if not math.isnan(value):
+                self.sums.setdefault(name, []).append(value)
         self.count += 1
         if time.monotonic() - self.last > REPORT_EVERY_S:
             self.report(training)
@@ -303,7 +373,7 @@ class Journal:
     def report(self, training: Training) -> None:
         if not self.count:
             return
-        means = {name: round(value / self.count, 4) for name, value in self.sums.items()}
+        means = {name: round(sum(values) / len(values), 4) for name, values in self.sums.items()}
         rate = round((time.monotonic() - self.last) / self.count, 2)
         line = {
             "stage": training.stage.name,
@@ -353,6 +423,12 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw batches, for a GPU")
+    parser.add_argument("--teacher", type=Path, help="efficientnet-lite0-*.pth of the PyPI package")
+    parser.add_argument(
+        "--eager", action="store_true", help="compile nothing: slower steps, no minutes before the first"
+    )
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     if options.hq_only and options.init is None:
@@ -366,9 +442,16 @@ def main() -> None:
         minutes=options.minutes,
         seed=options.seed,
         init=options.init,
+        means=Means(
+            device=options.device,
+            workers=options.workers,
+            teacher=options.teacher,
+            compiled=not options.eager,
+        ),
     )
     if options.resume:
-        training.restore(torch.load(options.out / "state.pt", weights_only=True))
+        state = torch.load(options.out / "state.pt", weights_only=True, map_location=options.device)
+        training.restore(state)
     finished = run(training, options.out)
     print("finished" if finished else "stopped; go on with --resume", flush=True)
 
