@@ -106,22 +106,28 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(ranks)[0, 1])
 
 
-def evaluate(model: SamHQ, *, scenes: int, side: int, boundaries: bool = True) -> dict[str, float]:
+def evaluate(
+    model: SamHQ, *, scenes: int, side: int, boundaries: bool = True, clicks: bool = False
+) -> dict[str, float]:
     """The figures over the first `scenes` held-out scenes of `side` pixels, averaged over objects."""
     samples = (held_out_scene(index, side) for index in range(scenes))
-    return measure(model, samples, boundaries=boundaries)
+    return measure(model, samples, boundaries=boundaries, clicks=clicks)
 
 
 def measure(
-    model: SamHQ, samples: Iterable[tuple[Scene, np.ndarray]], *, boundaries: bool = True
+    model: SamHQ,
+    samples: Iterable[tuple[Scene, np.ndarray]],
+    *,
+    boundaries: bool = True,
+    clicks: bool = False,
 ) -> dict[str, float]:
-    """The figures over scenes with their boxes, averaged over objects."""
+    """The figures over scenes with their boxes, averaged over objects; `clicks`: those of one click too."""
     found: dict[str, list[float]] = defaultdict(list)
     by_kind: dict[str, list[float]] = defaultdict(list)
     for scene, boxes in samples:
         truths = scene.masks()
-        clicks = np.array([innermost(truth) for truth in truths])
-        masks, predicted, seconds = predict(model, scene.pixels_hwc, boxes, clicks)
+        points = np.array([innermost(truth) for truth in truths]) if clicks else None
+        masks, predicted, seconds = predict(model, scene.pixels_hwc, boxes, points)
         masks["ellipse_baseline"] = np.stack([ellipse_in(box, scene.label_map_hw.shape) for box in boxes])
         found["predicted_iou"] += predicted.tolist()
         found["seconds"].append(seconds)
@@ -152,9 +158,10 @@ def main() -> None:
     model = load(options.checkpoint).model
     side = options.side or model.config.image_size
     if options.cutouts:
-        figures = measure(model, (cutout_scene(options.cutouts, i, side) for i in range(options.scenes)))
+        samples = (cutout_scene(options.cutouts, index, side) for index in range(options.scenes))
+        figures = measure(model, samples, clicks=True)
     else:
-        figures = evaluate(model, scenes=options.scenes, side=side)
+        figures = evaluate(model, scenes=options.scenes, side=side, clicks=True)
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}, indent=1))
 
 

@@ -71,7 +71,7 @@ class Teacher(nn.Module):
         self._blocks = nn.ModuleList(blocks)
         for name, values in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
             self.register_buffer(name, torch.from_numpy(values)[:, None, None], persistent=False)
-        self.eval().requires_grad_(False)
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @classmethod
     def load(cls, path: Path) -> Teacher:
@@ -88,6 +88,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, pixels_B3SS: torch.Tensor) -> torch.Tensor:
         x = (pixels_B3SS * self.std + self.mean - 127) / 128
+        x = x.contiguous(memory_format=torch.channels_last)  # a quarter less time on a CPU
         x = F.relu6(self._bn0(_convolve(x, self._conv_stem)))
         for block in self._blocks:
             x = block(x)
