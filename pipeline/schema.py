@@ -72,8 +72,12 @@ PLAN = pa.schema(
         _column("boxes", _list(PLAN_BOX)),
         _column("error_code", pa.string()),  # found while planning, for example labels_mismatch
         _column("error_message", pa.string()),
+        # of a picture inside another file: that file's version tag, which workers compare
+        _column("source_version", pa.string(), repeats=True),
     ]
 )
+PLAN_BEFORE = PLAN.remove(PLAN.get_field_index("source_version"))
+"""The plan as earlier versions wrote it, which is still read."""
 
 _PROMPT_COLUMNS = [
     _column("instance_index", pa.int32(), required=True, repeats=True),

@@ -30,6 +30,7 @@ from hqlabel.pipeline.images.decode_process import DecodeChild
 from hqlabel.pipeline.images.fetch import fetch_object
 from hqlabel.pipeline.job_context import JobContext
 from hqlabel.pipeline.job_state.job_file import Job
+from hqlabel.pipeline.storage.archive_uris import parse_archive_uri
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.manifest import Manifest
 
@@ -95,7 +96,9 @@ def _tiles(context: JobContext, sample: Sequence[ImageRows], child: DecodeChild)
 
 def upright_picture(context: JobContext, image: Row, child: DecodeChild) -> Image.Image:
     """Return the picture of a row of `images`, fetched and decoded anew; ImageError when that fails."""
-    fetched = fetch_object(image["image_uri"], context.access, context.limits)
+    uri = image["image_uri"]
+    version = image["source_etag"] if parse_archive_uri(uri) else None  # its place may hold another picture
+    fetched = fetch_object(uri, context.access, context.limits, version)
     return Image.fromarray(np.asarray(child.decode(fetched.data).pixels_hwc))
 
 

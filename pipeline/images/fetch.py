@@ -45,8 +45,10 @@ class FetchOutcome:
     fetch_ms: float
 
 
-def fetch_object(uri: str, access: AccessRules, limits: Limits) -> FetchedObject:
+def fetch_object(uri: str, access: AccessRules, limits: Limits, version: str | None = None) -> FetchedObject:
     """Return the bytes of one image with their size and etag, within `limits.fetch_timeout_s` in all.
+
+    `version`: the tag that the tar or Parquet file around the image must have; None for any.
 
     Raises:
         ImageError: uri_refused, not_found, denied, too_many_bytes, changed, unreachable, fetch_timeout.
@@ -56,39 +58,52 @@ def fetch_object(uri: str, access: AccessRules, limits: Limits) -> FetchedObject
     options, deadline = options_for(uri, access), time.monotonic() + limits.fetch_timeout_s
     member = parse_archive_uri(uri)
     if member is not None:
-        return read_archived(member, options, max_bytes=limits.max_image_bytes, deadline_monotonic=deadline)
+        return read_archived(
+            member,
+            options,
+            version=version,
+            max_bytes=limits.max_image_bytes,
+            deadline_monotonic=deadline,
+        )
     return read_object(uri, options, max_bytes=limits.max_image_bytes, deadline_monotonic=deadline)
 
 
 def fetch_ahead(
-    uris: Sequence[str], access: AccessRules, limits: Limits, *, threads: int = FETCH_THREADS
+    uris: Sequence[str],
+    access: AccessRules,
+    limits: Limits,
+    *,
+    versions: Sequence[str | None] | None = None,
+    threads: int = FETCH_THREADS,
 ) -> Iterator[FetchOutcome]:
     """Yield one outcome for every uri, in their order; hold at most `threads` objects ahead of the caller.
+
+    `versions`: of each uri, as in `fetch_object`.
 
     A slow object costs its unit its own time, while the next ones arrive behind it. Nothing is raised for a
     uri: `FetchOutcome.error` has what it met, and its `fault` where most images may meet the same.
     """
     pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="fetch")
-    waiting = iter(uris)
+    waiting = iter(zip(uris, versions or [None] * len(uris), strict=True))
     ahead: deque[Future[FetchOutcome]] = deque()
     try:
-        ahead.extend(pool.submit(_fetch_one, uri, access, limits) for uri in islice(waiting, threads))
+        ahead.extend(pool.submit(_fetch_one, *one, access, limits) for one in islice(waiting, threads))
         while ahead:
             outcome = ahead.popleft().result()
-            ahead.extend(pool.submit(_fetch_one, uri, access, limits) for uri in islice(waiting, 1))
+            ahead.extend(pool.submit(_fetch_one, *one, access, limits) for one in islice(waiting, 1))
             yield outcome
     finally:
         # No waiting: after a fault, or when the caller stops early, the rest is not needed.
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _fetch_one(uri: str, access: AccessRules, limits: Limits) -> FetchOutcome:
+def _fetch_one(uri: str, version: str | None, access: AccessRules, limits: Limits) -> FetchOutcome:
     """Return what became of one uri; whatever is raised becomes this image's error, which names the uri."""
     start = time.monotonic()
     fetched: FetchedObject | None = None
     problem: ImageError | None = None
     try:
-        fetched = fetch_object(uri, access, limits)
+        fetched = fetch_object(uri, access, limits, version)
     except (KeyboardInterrupt, FailPointReached):
         raise
     except BaseException as error:  # in a thread of our own, so even SystemExit is no wish to end the process

@@ -329,14 +329,15 @@ def _is_list(kind: pa.DataType) -> bool:
     return any(test(kind) for test in (*tests, *views))
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a type is one of Arrow's for text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _leaf_of(kind: pa.DataType) -> Leaf | None:
     if pa.types.is_null(kind):
         return "null"
-    if _is_text(kind):
+    if is_text(kind):
         return "text"
     if pa.types.is_uint64(kind):
         return "big"
@@ -354,14 +355,18 @@ def _is_rle(kind: pa.DataType) -> bool:
     if not pa.types.is_struct(kind) or {"size", "counts"} - {field.name for field in kind}:
         return False
     counts = kind.field("counts").type
-    is_counts = _is_text(counts) or _is_bytes(counts) or _kind_of(counts) == Kind(1, "integer")
+    is_counts = is_text(counts) or is_bytes(counts) or _kind_of(counts) == Kind(1, "integer")
     size = _kind_of(kind.field("size").type)
     return is_counts and size in (Kind(1, "integer"), Kind(1, "big"))
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
+def is_bytes(kind: pa.DataType) -> bool:
+    """Return whether a type is one of Arrow's for bytes."""
     return bool(
-        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
     )
 
 
@@ -384,7 +389,7 @@ def plain(array: pa.Array, kind: Kind) -> pa.Array:
         array = array.dictionary_decode()
     if kind.leaf == "rle":
         return _plain_rle(array)
-    if _is_text(array.type):
+    if is_text(array.type):
         array.validate(full=True)
     if kind.leaf == "whole":
         return _whole(array)
@@ -428,7 +433,7 @@ def _plain_rle(array: pa.Array) -> pa.Array:
     sides = pc.cast(pc.max_element_wise(pc.min_element_wise(sides, _INT32_MAX), -1), pa.int32())
     sides = pc.if_else(size.flatten().is_valid(), sides, pa.scalar(-1, pa.int32()))
     size = to_lists(list_lengths(size), sides, kind=_RLE_FIELDS[0].type, null=null_mask(size))
-    if _is_text(counts.type):
+    if is_text(counts.type):
         counts = plain(counts, Kind(0, "text"))
     else:
         counts = pa.array([None if one is None else _text(one) for one in counts.to_pylist()], _TEXT)

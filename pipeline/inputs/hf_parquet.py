@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from hqlabel.pipeline.arrow_lists import list_lengths, null_mask, to_lists
 from hqlabel.pipeline.errors import JobRefused, clean_text
 from hqlabel.pipeline.inputs.box_tables import boxes_of_rows
-from hqlabel.pipeline.inputs.columns import Kind, check_type, plain
+from hqlabel.pipeline.inputs.columns import Kind, check_type, is_bytes, is_text, plain
 from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList
 from hqlabel.pipeline.inputs.read_table import naming_values, open_named
 from hqlabel.pipeline.job_context import AccessRules
@@ -59,7 +59,7 @@ def holds_pictures(uri: str, mapping: Mapping[str, str], access: AccessRules) ->
     if not uri.lower().endswith((".parquet", ".pq")):
         return False
     schema, name = _schema(uri, access), mapping.get(IMAGE, IMAGE)
-    return schema.names.count(name) == 1 and _bytes_type(schema.field(name).type) is not None
+    return schema.names.count(name) == 1 and _field_type(schema.field(name).type, "bytes") is not None
 
 
 def _schema(uri: str, access: AccessRules) -> pa.Schema:
@@ -67,10 +67,12 @@ def _schema(uri: str, access: AccessRules) -> pa.Schema:
         return open_closed(stream).schema_arrow
 
 
-def _bytes_type(kind: pa.DataType) -> pa.DataType | None:
-    """Return the type of the field `bytes` of a column of pictures; None for another column."""
-    has_bytes = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    return kind.field("bytes").type if has_bytes else None
+def _field_type(kind: pa.DataType, name: str) -> pa.DataType | None:
+    """Return the type of a field of a column of pictures, dictionaries decoded; None where it has none."""
+    if not pa.types.is_struct(kind) or kind.get_field_index(name) < 0:
+        return None
+    found = kind.field(name).type
+    return found.value_type if pa.types.is_dictionary(found) else found
 
 
 def read_hf_images(
@@ -140,8 +142,8 @@ def _inspect(uri: str, mapping: Mapping[str, str], access: AccessRules) -> _HfFi
     image, objects = mapping.get(IMAGE, IMAGE), mapping.get(OBJECTS, OBJECTS)
     check_column(uri, image)
     kind = schema.field(image).type if image in schema.names else None
-    data = None if kind is None else _bytes_type(kind)
-    if data is None or not (pa.types.is_binary(data) or pa.types.is_large_binary(data)):
+    data = None if kind is None else _field_type(kind, "bytes")
+    if data is None or not is_bytes(data):
         raise JobRefused(
             f"{uri}: column {clean_text(image)!r} has type {kind or 'none'}; wanted struct<bytes: binary, "
             "path: string>"
@@ -217,7 +219,8 @@ def _batches(
     file: _HfFile, root: str, access: AccessRules, columns: list[str]
 ) -> Iterator[tuple[pa.RecordBatch, pa.Array, pa.Array]]:
     """Yield batches of some columns, with uri and id of every row; the pictures' bytes are not read."""
-    path = file.schema.field(file.image).type.get_field_index("path") >= 0
+    path_type = _field_type(file.schema.field(file.image).type, "path")
+    path = path_type is not None and is_text(path_type)
     wanted = [*columns, *([f"{file.image}.path"] if path else [])]
     name = file.uri.removeprefix(root).lstrip("/")
     with open_named(file.uri, "parquet", access) as stream:
@@ -227,7 +230,7 @@ def _batches(
             row = 0
             for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=wanted):
                 count = batch.num_rows
-                paths = batch.column(file.image).field("path").to_pylist() if path else [None] * count
+                paths = batch.column(file.image).flatten()[0].to_pylist() if path else [None] * count
                 uris = [
                     f"{file.uri}#{file.image}:{group}:{row + at}/{paths[at] or ''}" for at in range(count)
                 ]

@@ -32,7 +32,7 @@ from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.settings import TarIds
 from hqlabel.pipeline.storage.archive_uris import TarMember
 from hqlabel.pipeline.storage.list_folders import is_hidden_path
-from hqlabel.pipeline.storage.read_objects import is_no_utf8, open_input
+from hqlabel.pipeline.storage.read_objects import in_this_context, is_no_utf8, open_input
 from hqlabel.pipeline.storage.uri_rules import options_for, split_scheme
 
 READERS = 16
@@ -203,7 +203,7 @@ def _columns(
 def _read_all(uris: Sequence[str], access: AccessRules) -> Iterator[TarPictures]:
     """Yield the pictures of each tar, several tars at a time."""
     with ThreadPoolExecutor(min(READERS, len(uris)) or 1) as pool:
-        yield from pool.map(lambda uri: read_pictures(uri, access), uris)
+        yield from pool.map(in_this_context(lambda uri: read_pictures(uri, access)), uris)
 
 
 def read_pictures(uri: str, access: AccessRules) -> TarPictures:
@@ -231,8 +231,11 @@ def _members(stream: BinaryIO, uri: str) -> list[TarMember]:
     try:
         with tarfile.open(fileobj=bounded, mode="r:") as opened:
             tar: Any = opened
+            end = 0
             while (one := tar.next()) is not None:
-                name = one.name
+                if one.size < 0 or one.offset < end:
+                    raise tarfile.ReadError(f"the header at byte {one.offset} contradicts itself")
+                end, name = one.offset_data, one.name
                 if one.isreg() and not one.issparse():
                     if not name or "\x00" in name or is_no_utf8(name):
                         raise JobRefused(f"{uri}: the member name {name!a} is not UTF-8 text")

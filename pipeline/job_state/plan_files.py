@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hqlabel.pipeline.errors import DamageFound
-from hqlabel.pipeline.schema import PLAN
+from hqlabel.pipeline.schema import PLAN, PLAN_BEFORE
 from hqlabel.pipeline.storage import checksummed_parquet
 from hqlabel.pipeline.storage.output_store import Store
 
@@ -30,11 +30,14 @@ def read_unit(store: Store, plan_sha256: str, unit_id: int) -> pa.Table:
     """
     key = plan_key(plan_sha256, unit_id // UNITS_PER_FILE)
     group = unit_id % UNITS_PER_FILE
-    with store.open_parquet(key) as stream, checksummed_parquet.open_body(stream, PLAN, key) as file:
+    with (
+        store.open_parquet(key) as stream,
+        checksummed_parquet.open_body(stream, PLAN, key, or_schema=PLAN_BEFORE) as file,
+    ):
         if group >= file.num_row_groups:
             raise DamageFound(f"{key}: {file.num_row_groups} units, so there is no unit {unit_id}")
         try:
-            rows = file.read_row_group(group).replace_schema_metadata()
+            rows = _as_now(file.read_row_group(group).replace_schema_metadata())
         except (OSError, pa.ArrowException) as error:
             raise DamageFound(f"{key}: unit {unit_id} cannot be read back ({error})") from error
     if pc.unique(rows.column("unit_id")).to_pylist() != [unit_id]:
@@ -66,8 +69,16 @@ def iter_plan(store: Store, plan_sha256: str) -> Iterator[pa.Table]:
     for index, entry in enumerate(store.list(f"plan/{plan_sha256[:16]}/")):
         if entry.key != plan_key(plan_sha256, index):
             raise DamageFound(f"{plan_key(plan_sha256, index)}: missing; the next file is {entry.key}")
-        rows = checksummed_parquet.read_body(store.read(entry.key), PLAN, entry.key)
+        body = store.read(entry.key)
+        rows = _as_now(checksummed_parquet.read_body(body, PLAN, entry.key, or_schema=PLAN_BEFORE))
         ids = rows.column("unit_id").to_numpy()
         edges = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
         for start, stop in pairwise(edges):
             yield rows.slice(start, stop - start)
+
+
+def _as_now(rows: pa.Table) -> pa.Table:
+    """Return rows of a plan, also of one of an earlier version, as schema.PLAN."""
+    if rows.num_columns == len(PLAN):
+        return rows
+    return rows.append_column(PLAN.field("source_version"), pa.nulls(rows.num_rows, pa.string()))

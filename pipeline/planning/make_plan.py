@@ -34,6 +34,7 @@ from hqlabel.pipeline.schema import PLAN, SCHEMA_VERSION
 from hqlabel.pipeline.settings import InputSettings
 from hqlabel.pipeline.storage import checksummed_parquet
 from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.storage.read_objects import one_version_each
 
 WRITERS = 4  # compressing takes cores, and putting waits
 
@@ -67,7 +68,11 @@ def make_plan(
     """
     if settings.images is None and settings.boxes is None:
         raise UsageError("neither images nor boxes: name with --images or --boxes what to label")
-    access = allowed_access(settings, access)
+    with one_version_each():
+        return _make_plan(settings, allowed_access(settings, access), images_per_unit)
+
+
+def _make_plan(settings: InputSettings, access: AccessRules, images_per_unit: int) -> Plan:
     inputs = _read_and_join(settings, access, images_per_unit)
     boxes, categories = _numbered(inputs)
     inputs = replace(inputs, boxes=boxes)
@@ -81,10 +86,16 @@ def make_plan(
         table=table,
         summary=summarise(inputs, table, joined.mention[order.to_numpy()]),
         categories=categories,
-        sha256=table_sha256(table),
+        sha256=_sha256(table),
         images_per_unit=images_per_unit,
         access=access,
     )
+
+
+def _sha256(table: pa.Table) -> str:
+    """Return the hash of every row. For pictures that are files, as earlier versions made it."""
+    column = table.column("source_version")
+    return table_sha256(table.drop_columns(["source_version"]) if column.null_count == len(column) else table)
 
 
 def _read_and_join(settings: InputSettings, access: AccessRules, images_per_unit: int) -> JoinedInputs:

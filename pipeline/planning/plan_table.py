@@ -23,7 +23,14 @@ from hqlabel.pipeline.planning.join_boxes_to_images import Joined
 from hqlabel.pipeline.schema import PLAN, PLAN_BOX
 from hqlabel.pipeline.storage.archive_uris import PLACE, container_of
 from hqlabel.pipeline.storage.list_folders import allow_root
-from hqlabel.pipeline.storage.uri_rules import check_uri, is_inside, split_scheme, without_credentials
+from hqlabel.pipeline.storage.read_objects import planned_versions
+from hqlabel.pipeline.storage.uri_rules import (
+    check_uri,
+    is_inside,
+    options_for,
+    split_scheme,
+    without_credentials,
+)
 
 SLICE_ROWS = 65_536
 
@@ -45,19 +52,21 @@ def plan_table(
     `order`: the places in `joined` of the plan's images, in its order. `doubted`: uris that do not share what
     is known of their folder.
     """
-    slices, trusted = [], dict[str, bool]()
+    slices, trusted, versions = [], dict[str, bool](), dict[str, str | None]()
     links = pa.array(doubted, TEXT)
     for start in range(0, len(order), SLICE_ROWS):
         places = order[start : start + SLICE_ROWS]
         mention = joined.mention[places.to_numpy()]
         uris = joined.image_uri.take(places)
         units = (np.arange(len(places)) + start) // images_per_unit
+        refused = refused_uris(uris, access, trusted, links)
         columns = [
             pa.array(units.astype(np.int32)),
             pc.cast(joined.image_id.take(places), pa.string()),
             pc.cast(uris, pa.string()),
             _boxes(mention, boxes),
-            *_errors(mention, boxes, refused_uris(uris, access, trusted, links)),
+            *_errors(mention, boxes, refused),
+            _source_versions(uris, refused, access, versions),
         ]
         slices.append(pa.table(columns, schema=PLAN))
     return pa.concat_tables([PLAN.empty_table(), *slices])
@@ -159,6 +168,27 @@ def refused_uris(
     doubtful = np.flatnonzero(~(plain & is_trusted[codes])).tolist()
     reasons = {row: _refusal(uris[row].as_py(), access) for row in doubtful}
     return {row: reason for row, reason in reasons.items() if reason is not None}
+
+
+def _source_versions(
+    uris: pa.Array, refused: Mapping[int, str], access: AccessRules, known: dict[str, str | None]
+) -> pa.Array:
+    """Return the version tags of the files that hold the pictures; null for a picture that is a file.
+
+    `known`: the tags found already; those found here are added. Refused places are not looked up.
+    """
+    inside = pc.match_substring_regex(uris, PLACE).to_numpy(zero_copy_only=False).copy()
+    inside[list(refused)] = False
+    rows = np.flatnonzero(inside)
+    if not len(rows):
+        return pa.nulls(len(uris), pa.string())
+    files = pc.replace_substring_regex(uris.take(pa.array(rows)), PLACE, r"\1\2").dictionary_encode()
+    new = [uri for uri in files.dictionary.to_pylist() if uri not in known]
+    known.update(zip(new, planned_versions(new, lambda uri: options_for(uri, access)), strict=True))
+    tags = pa.array([known[uri] for uri in files.dictionary.to_pylist()], pa.string()).take(files.indices)
+    place = np.full(len(uris), -1, dtype=np.int64)
+    place[rows] = np.arange(len(rows))
+    return tags.take(pa.array(place, mask=place < 0))
 
 
 def refuse_if_a_flag_is_missing(plan: pa.Table, access: AccessRules) -> None:

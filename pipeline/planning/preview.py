@@ -110,7 +110,8 @@ def _seen(rows: list[dict[str, Any]], access: AccessRules, limits: Limits) -> li
     child = DecodeChild(soon, side=1, decoder="hqlabel.pipeline.images.decode_upright:measure_image")
     found = []
     try:
-        for row, outcome in zip(rows, fetch_ahead([r["image_uri"] for r in rows], access, soon), strict=True):
+        uris, versions = ([row[name] for row in rows] for name in ("image_uri", "source_version"))
+        for row, outcome in zip(rows, fetch_ahead(uris, access, soon, versions=versions), strict=True):
             header, error = None, outcome.error
             try:
                 header = child.decode(outcome.fetched.data) if outcome.fetched else None

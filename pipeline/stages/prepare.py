@@ -119,16 +119,17 @@ class _Work:
             yield from (self._open_alone(image, arena, start) for image in images)
             start.end()
             return
-        uris = [image.planned["image_uri"] for image in images]
-        for image, fetched in zip(images, self._fetch(uris), strict=True):
+        planned = [image.planned for image in images]
+        for image, fetched in zip(images, self._fetch(planned), strict=True):
             yield self._opened(image, fetched, arena)
 
     def attempt(self, rows: Sequence[Mapping[str, Any]]) -> list[Tried]:
         """Return what becomes of other images of the plan, which are not kept."""
         return [tried for _, tried in self.open_all([ImageResult(planned=row) for row in rows], None)]
 
-    def _fetch(self, uris: Sequence[str]) -> Iterator[FetchOutcome]:
-        return fetch_ahead(uris, self.context.access, self.context.limits)
+    def _fetch(self, planned: Sequence[Mapping[str, Any]]) -> Iterator[FetchOutcome]:
+        uris, versions = ([row[name] for row in planned] for name in ("image_uri", "source_version"))
+        return fetch_ahead(uris, self.context.access, self.context.limits, versions=versions)
 
     def _open_alone(
         self, image: ImageResult, arena: PixelArena | None, start: TaskStart
@@ -137,7 +138,7 @@ class _Work:
         error = start.begin(image.planned["image_id"], uri)
         if error is not None:
             return _failed(image, error), Tried(uri=uri, error=error)
-        [fetched] = self._fetch([uri])
+        [fetched] = self._fetch([image.planned])
         return self._opened(image, fetched, arena)
 
     def _opened(

@@ -7,9 +7,11 @@ streamed under its final name: an exception inside `with fs.open(...)` publishes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from hqlabel.pipeline.errors import ImageError
 from hqlabel.pipeline.storage.request_retries import ShortBody
@@ -22,6 +24,7 @@ class Entry:
     """One listed object: size in bytes, and a version tag where known.
 
     `key`: its path as the backend takes it; above the backends its uri, or its name below a store's place.
+    `etag`: the store's etag; of a local file its time and size. Equal tags mean the same bytes.
     """
 
     key: str
@@ -43,11 +46,15 @@ class Backend(Protocol):
 
     `get` raises FileNotFoundError, and ImageError `too_many_bytes` before it reads more than
     `max_bytes`. `create` raises FileExistsError and then has changed nothing; so does `replace_if`, when what
-    is there is not the version `seen`, by size and tag.
+    is there is not the version `seen`, by size and tag. `get_range` returns at most the bytes that were
+    requested, and raises ImageError `changed` unless they are of the version `version`, the tag that `stat`
+    gave (None: any).
     """
 
     def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject: ...  # noqa: D102
-    def get_range(self, path: str, start: int, stop: int, *, timeout_s: float) -> bytes: ...  # noqa: D102
+    def get_range(  # noqa: D102
+        self, path: str, start: int, stop: int, *, timeout_s: float, version: str | None = None
+    ) -> bytes: ...
     def stat(self, path: str, *, timeout_s: float) -> Entry | None: ...  # noqa: D102
     def create(self, path: str, data: bytes, *, timeout_s: float) -> None: ...  # noqa: D102
     def replace(self, path: str, data: bytes, *, timeout_s: float) -> None: ...  # noqa: D102
@@ -61,6 +68,54 @@ def too_many_bytes(size: int | None, max_bytes: int | None) -> None:
     """Raise ImageError `too_many_bytes` for a `size` over `max_bytes`."""
     if size is not None and max_bytes is not None and size > max_bytes:
         raise ImageError("too_many_bytes", f"{size} bytes, more than limits.max_image_bytes = {max_bytes}")
+
+
+def local_tag(status: os.stat_result) -> str:
+    """Return the version tag of a local file: when it was written to, and its size."""
+    return f"mtime-{status.st_mtime_ns}-size-{status.st_size}"
+
+
+def check_version(found: str | None, wanted: str | None) -> None:
+    """Raise ImageError `changed` unless the tag of what was read is the wanted one (None: any)."""
+    if wanted is not None and found != wanted:
+        raise ImageError(
+            "changed",
+            f"the file is not the version that was planned (it was {wanted}, now {found}); put that version "
+            "back and retry, or plan a new job",
+        )
+
+
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
+
+
+def check_range(content_range: str | None, announced: int | None, start: int, stop: int) -> int | None:
+    """Return the whole object's size, if an answer to a request for start..stop states it.
+
+    Raises:
+        ImageError: `unreachable`, the answer is of another range, or of none: a store that ignores ranges
+            sends the whole object, which may have no end.
+    """
+    match = _CONTENT_RANGE.fullmatch(content_range or "")
+    if match is None and start == 0 and announced is not None and announced <= stop:
+        return announced  # the whole object, and it fits
+    if match is None or int(match[1]) != start or int(match[2]) >= stop:
+        found = f"range {content_range!r}" if content_range else "a whole object"
+        raise ImageError(
+            "unreachable",
+            f"bytes {start} to {stop - 1} were requested, and {found} came; a server must answer ranges",
+        )
+    return None if match[3] == "*" else int(match[3])
+
+
+async def drain(read: Callable[[int], Any], max_bytes: int | None) -> bytes:
+    """Return all that a body's `read` gives; ImageError `too_many_bytes` at once when it is more."""
+    chunks: list[bytes] = []
+    size = 0
+    while chunk := await read(CHUNK):
+        chunks.append(chunk)
+        size += len(chunk)
+        too_many_bytes(size, max_bytes)
+    return b"".join(chunks)
 
 
 def check_complete(data: bytes, announced: int | None) -> None:

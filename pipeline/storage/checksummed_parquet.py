@@ -122,14 +122,16 @@ def check_seal(body: bytes, name: str) -> None:
     raise DamageFound(f"{name}: the file's sha256 is not the one in its footer; some bytes were changed")
 
 
-def read_body(body: bytes, schema: pa.Schema, name: str) -> pa.Table:
+def read_body(body: bytes, schema: pa.Schema, name: str, *, or_schema: pa.Schema | None = None) -> pa.Table:
     """Return all rows of a file, seal and page checksums verified, with exactly `schema`, no footer metadata.
+
+    `or_schema`: of an earlier version, as which the rows may come as well.
 
     Raises:
         DamageFound: with `name` and what is wrong.
     """
     check_seal(body, name)
-    with open_body(pa.BufferReader(body), schema, name) as file:
+    with open_body(pa.BufferReader(body), schema, name, or_schema=or_schema) as file:
         try:
             table = file.read().replace_schema_metadata()
             table.validate(full=True)
@@ -150,13 +152,15 @@ def open_closed(source: Any, **options: Any) -> pq.ParquetFile:
     return pq.ParquetFile(source, **options)
 
 
-def open_body(source: Any, schema: pa.Schema, name: str) -> pq.ParquetFile:
-    """Return a Parquet file with page checksums on; DamageFound unless its whole schema is the wanted one."""
+def open_body(
+    source: Any, schema: pa.Schema, name: str, *, or_schema: pa.Schema | None = None
+) -> pq.ParquetFile:
+    """Return a Parquet file with page checksums on; DamageFound unless its schema is one of the wanted."""
     try:
         file = open_closed(source, page_checksum_verification=True, pre_buffer=True)
     except (OSError, pa.ArrowException) as error:
         raise DamageFound(f"{name}: this is no readable Parquet file ({_one_line(error)})") from error
-    if not file.schema_arrow.equals(schema, check_metadata=False):
+    if not any(file.schema_arrow.equals(one, check_metadata=False) for one in (schema, or_schema or schema)):
         found, wanted = set(file.schema_arrow), set(schema)
         unlike = sorted(f.name for f in found ^ wanted) or ["the order of columns"]
         file.close()

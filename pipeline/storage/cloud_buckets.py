@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fsspec
@@ -19,13 +19,16 @@ from fsspec.asyn import AsyncFileSystem, sync
 
 from hqlabel.pipeline.errors import ImageError, UsageError
 from hqlabel.pipeline.storage.backend import (
-    CHUNK,
     Backend,
     Entry,
     FetchedObject,
     check_complete,
+    check_range,
+    check_version,
+    drain,
     too_many_bytes,
 )
+from hqlabel.pipeline.storage.http_backend import HttpBackend
 from hqlabel.pipeline.storage.local_disk import LocalBackend
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
@@ -65,12 +68,14 @@ def _make_backend(scheme: str, options_json: str) -> Backend:
             return S3Backend(options)
         if scheme == "memory":
             return MemoryBackend(fsspec.filesystem("memory"))
+        if scheme in ("http", "https"):
+            return HttpBackend(options)
         fs = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
     except (ImportError, ValueError) as error:
         extra = _EXTRAS.get(scheme)
         hint = f"install it: pip install 'hqlabel[{extra}]'" if extra else "install its fsspec driver"
         raise UsageError(f"no driver for {scheme}:// uris here ({error}); {hint}") from None
-    return HttpBackend(fs) if scheme in ("http", "https") else FsspecBackend(fs)
+    return FsspecBackend(fs)
 
 
 class FsspecBackend:
@@ -86,18 +91,31 @@ class FsspecBackend:
         return getattr(self._fs, name)(*args, **kwargs)
 
     def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject:
-        """Return the object's bytes; its size is requested first, so two requests."""
+        """Return the object's bytes; size and tag are requested before and after, so three requests."""
         found = self.stat(path, timeout_s=timeout_s)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, "no such object", path)
         too_many_bytes(found.size, max_bytes)
-        data: bytes = self._call("cat_file", path, timeout_s=timeout_s)
+        data = self.get_range(path, 0, found.size, timeout_s=timeout_s, version=found.etag)
         check_complete(data, found.size)
         return FetchedObject(data=data, size=len(data), etag=found.etag)
 
-    def get_range(self, path: str, start: int, stop: int, *, timeout_s: float) -> bytes:
-        """Return bytes start..stop (end-exclusive)."""
-        data: bytes = self._call("cat_file", path, start=start, end=stop, timeout_s=timeout_s)
+    def get_range(
+        self, path: str, start: int, stop: int, *, timeout_s: float, version: str | None = None
+    ) -> bytes:
+        """Return bytes start..stop (end-exclusive) of `version`.
+
+        These drivers cannot request a version, so what is there is looked up after the read: it was the same
+        before, when the version was found.
+        """
+        data: bytes = b""
+        if stop > start:
+            data = self._call("cat_file", path, start=start, end=stop, timeout_s=timeout_s)
+        if len(data) > stop - start:
+            raise ImageError("unreachable", f"{len(data)} bytes came for a range of {stop - start}")
+        if version is not None:
+            there = self.stat(path, timeout_s=timeout_s)
+            check_version(None if there is None else there.etag, version)
         return data
 
     def stat(self, path: str, *, timeout_s: float) -> Entry | None:
@@ -151,8 +169,9 @@ def _found(info: Mapping[str, Any]) -> Entry:
     )
     if isinstance(tag, dt.datetime):  # fsspec's memory gives a number in a listing, and this elsewhere
         tag = tag.timestamp()
-    text = None if tag is None else str(tag).strip('"')
-    return Entry(key=str(info["name"]).lstrip("/"), size=int(info.get("size") or 0), etag=text)
+    size = int(info.get("size") or 0)
+    text = f"size-{size}" if tag is None else str(tag).strip('"')
+    return Entry(key=str(info["name"]).lstrip("/"), size=size, etag=text)
 
 
 _MEMORY_LOCK = threading.RLock()  # one global store, whose files share their read position
@@ -169,44 +188,6 @@ class MemoryBackend(FsspecBackend):
         """Compare and write in one step."""
         with _MEMORY_LOCK:
             super().replace_if(path, data, seen, timeout_s=timeout_s)
-
-
-class HttpBackend(FsspecBackend):
-    """Reading over http(s): one request, cut off at `max_bytes` and at the deadline."""
-
-    def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject:
-        """Return the body of a GET; the store's status decides about errors."""
-        data, tag = sync(self._fs.loop, self._stream, path, max_bytes, timeout=timeout_s)
-        return FetchedObject(data=data, size=len(data), etag=tag)
-
-    async def _stream(self, url: str, max_bytes: int | None) -> tuple[bytes, str | None]:
-        session = await self._fs.set_session()
-        async with session.get(self._fs.encode_url(url)) as response:
-            _check_status(response)
-            too_many_bytes(response.content_length, max_bytes)
-            data = await _drain(response.content.read, max_bytes)
-            tag = response.headers.get("ETag")
-        return data, tag.strip('"') if tag else None
-
-
-def _check_status(response: Any) -> None:
-    """Raise for a status without a body to read. A site that refuses a request is no sign for others."""
-    status = response.status
-    if status in (401, 403):
-        raise ImageError("denied", f"HTTP {status} {response.reason}")
-    if 400 <= status < 500 and status not in (404, 408, 410, 425, 429):
-        raise ImageError("unreachable", f"HTTP {status} {response.reason}")
-    response.raise_for_status()
-
-
-async def _drain(read: Callable[[int], Any], max_bytes: int | None) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
-    while chunk := await read(CHUNK):
-        chunks.append(chunk)
-        size += len(chunk)
-        too_many_bytes(size, max_bytes)
-    return b"".join(chunks)
 
 
 class S3Backend:
@@ -251,18 +232,44 @@ class S3Backend:
         try:
             announced = response.get("ContentLength")
             too_many_bytes(announced, max_bytes)
-            data = await _drain(body.read, max_bytes)
+            data = await drain(body.read, max_bytes)
         finally:
             body.close()
         check_complete(data, announced)
         return FetchedObject(data=data, size=len(data), etag=_s3_tag(response))
 
-    def get_range(self, path: str, start: int, stop: int, *, timeout_s: float) -> bytes:
-        """Return bytes start..stop (end-exclusive). No checksum covers a range: Parquet's page sums do."""
+    def get_range(
+        self, path: str, start: int, stop: int, *, timeout_s: float, version: str | None = None
+    ) -> bytes:
+        """Return bytes start..stop (end-exclusive) of `version`, by one request with `If-Match`.
+
+        No checksum covers a range: Parquet's page sums do.
+        """
         bucket, _, key = path.partition("/")
+        try:
+            return sync(  # type: ignore[no-any-return]
+                self._fs.loop, self._range, bucket, key, start, stop, version, timeout=timeout_s
+            )
+        except OSError as error:
+            if _http_status(error) == 412:
+                check_version("another", version)
+            if _http_status(error) == 416:  # the object ends before
+                return b""
+            raise
+
+    async def _range(self, bucket: str, key: str, start: int, stop: int, version: str | None) -> bytes:
+        match = {} if version is None else {"IfMatch": f'"{version}"'}
         span = f"bytes={start}-{stop - 1}"
-        fetched = sync(self._fs.loop, self._get, bucket, key, None, Range=span, timeout=timeout_s)
-        return fetched.data  # type: ignore[no-any-return]
+        response = await self._request("get_object", bucket, key, Range=span, **match)
+        body, announced = response["Body"], response.get("ContentLength")
+        try:
+            check_version(_s3_tag(response), version)
+            check_range(response.get("ContentRange"), announced, start, stop)
+            data = await drain(body.read, stop - start)
+        finally:
+            body.close()
+        check_complete(data, announced)
+        return data
 
     def stat(self, path: str, *, timeout_s: float) -> Entry | None:
         """Return size and tag by HEAD; None when there is no object (or no bucket: HEAD cannot tell)."""
@@ -288,8 +295,7 @@ class S3Backend:
         except FileExistsError:
             raise
         except OSError as error:  # stores that leave <Condition> out of the 412
-            response: Any = getattr(error.__cause__, "response", None) or {}
-            if response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412:
+            if _http_status(error) == 412:
                 raise FileExistsError(errno.EEXIST, "the condition does not hold", path) from error
             raise
 
@@ -333,6 +339,13 @@ class S3Backend:
             path = f"{bucket}/{upload['Key']}"
             self._call("abort_multipart_upload", path, UploadId=upload["UploadId"], timeout_s=timeout_s)
         return len(uploads)
+
+
+def _http_status(error: OSError) -> int | None:
+    """Return the HTTP status behind an error of s3fs."""
+    response: Any = getattr(error.__cause__, "response", None) or {}
+    status: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status
 
 
 def _s3_tag(answer: Mapping[str, Any]) -> str | None:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hqlabel.pipeline.errors import clean_text, count
-from hqlabel.pipeline.storage.backend import Entry
+from hqlabel.pipeline.storage.backend import Entry, local_tag
 from hqlabel.pipeline.storage.uri_rules import is_inside
 
 SKIPPED = frozenset(
@@ -278,8 +278,7 @@ class _Walk:
             return
         if not stat.S_ISREG(status.st_mode):
             self.listed.odd.append(entry.path)
-        tag = f"mtime-{status.st_mtime_ns}"
-        self.listed.entries.append(Entry(key=entry.path, size=status.st_size, etag=tag))
+        self.listed.entries.append(Entry(key=entry.path, size=status.st_size, etag=local_tag(status)))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -15,7 +15,14 @@ from typing import BinaryIO
 
 from hqlabel.pipeline.errors import ImageError, UsageError
 from hqlabel.pipeline.failpoints import visit
-from hqlabel.pipeline.storage.backend import CHUNK, Entry, FetchedObject, too_many_bytes
+from hqlabel.pipeline.storage.backend import (
+    CHUNK,
+    Entry,
+    FetchedObject,
+    check_version,
+    local_tag,
+    too_many_bytes,
+)
 from hqlabel.pipeline.storage.uri_rules import check_regular
 
 STALE_TEMPORARY_S = 3600.0
@@ -28,26 +35,25 @@ class LocalBackend:
     def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject:
         """Return the file's bytes; ImageError `changed` when it was written to meanwhile."""
         deadline = time.monotonic() + timeout_s
-        # Non-blocking, because opening a named pipe would wait for ever for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            before = os.fstat(descriptor)
-            check_regular(before.st_mode)
+        with _opened(path) as (descriptor, before):
             too_many_bytes(before.st_size, max_bytes)
             data = _read_within(lambda size: os.read(descriptor, size), deadline, max_bytes)
             after = os.fstat(descriptor)
-        finally:
-            os.close(descriptor)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise ImageError("changed", "the file was written to while it was read")
-        return FetchedObject(data=data, size=len(data), etag=_local_tag(after))
+        return FetchedObject(data=data, size=len(data), etag=local_tag(after))
 
-    def get_range(self, path: str, start: int, stop: int, *, timeout_s: float) -> bytes:
-        """Return bytes start..stop (end-exclusive); fewer at the end of the file."""
+    def get_range(
+        self, path: str, start: int, stop: int, *, timeout_s: float, version: str | None = None
+    ) -> bytes:
+        """Return bytes start..stop (end-exclusive) of `version`; fewer at the end of the file."""
         del timeout_s
-        with open(path, "rb") as file:
-            file.seek(start)
-            return file.read(stop - start)
+        with _opened(path) as (descriptor, before):
+            check_version(local_tag(before), version)
+            os.lseek(descriptor, start, os.SEEK_SET)
+            data = _read_up_to(descriptor, min(stop, before.st_size) - start)
+            check_version(local_tag(os.fstat(descriptor)), version)
+        return data
 
     def stat(self, path: str, *, timeout_s: float) -> Entry | None:
         """Return size and tag of a regular file; None when there is none."""
@@ -58,7 +64,7 @@ class LocalBackend:
             return None
         if not stat.S_ISREG(status.st_mode):
             return None
-        return Entry(key=path, size=status.st_size, etag=_local_tag(status))
+        return Entry(key=path, size=status.st_size, etag=local_tag(status))
 
     def create(self, path: str, data: bytes, *, timeout_s: float) -> None:
         """Create the file, whole and synced, or raise FileExistsError: a hard link decides who was first."""
@@ -93,7 +99,7 @@ class LocalBackend:
         with _open_to_lock(path) as there, self._synced_temporary(path, data) as temporary:
             _lock_within(there.fileno(), deadline)
             held, now = os.fstat(there.fileno()), os.stat(path)
-            if not os.path.samestat(held, now) or (now.st_size, _local_tag(now)) != (seen.size, seen.etag):
+            if not os.path.samestat(held, now) or (now.st_size, local_tag(now)) != (seen.size, seen.etag):
                 raise FileExistsError(errno.EEXIST, "another version is there", path)
             os.replace(temporary, path)
 
@@ -170,6 +176,27 @@ def _lock_within(descriptor: int, deadline: float) -> None:
             raise
 
 
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[int, os.stat_result]]:
+    """Yield the descriptor of a regular file, and its status; ImageError `uri_refused` for what is none."""
+    # Non-blocking, because opening a named pipe would wait for ever for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        check_regular(status.st_mode)
+        yield descriptor, status
+    finally:
+        os.close(descriptor)
+
+
+def _read_up_to(descriptor: int, size: int) -> bytes:
+    chunks: list[bytes] = []
+    while size > 0 and (chunk := os.read(descriptor, size)):
+        chunks.append(chunk)
+        size -= len(chunk)
+    return b"".join(chunks)
+
+
 def _read_within(read: Callable[[int], bytes], deadline: float, max_bytes: int | None) -> bytes:
     chunks: list[bytes] = []
     size = 0
@@ -180,10 +207,6 @@ def _read_within(read: Callable[[int], bytes], deadline: float, max_bytes: int |
         if time.monotonic() > deadline:
             raise TimeoutError(f"only {size} bytes within the deadline")
     return b"".join(chunks)
-
-
-def _local_tag(status: os.stat_result) -> str:
-    return f"mtime-{status.st_mtime_ns}"
 
 
 def _is_temporary(name: str) -> bool:
@@ -220,7 +243,7 @@ def _walk_folder(folder: str) -> Iterator[Entry]:
         elif not _is_temporary(entry.name):
             try:
                 status = entry.stat()
-                yield Entry(key=entry.path, size=status.st_size, etag=_local_tag(status))
+                yield Entry(key=entry.path, size=status.st_size, etag=local_tag(status))
             except OSError:
                 if (
                     entry.is_symlink()

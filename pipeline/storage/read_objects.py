@@ -7,16 +7,26 @@ work.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, TypeVar
 
-from hqlabel.pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError, clean_text, count
+from hqlabel.pipeline.errors import (
+    HqlabelError,
+    ImageError,
+    JobRefused,
+    SystemicFault,
+    UsageError,
+    clean_text,
+    count,
+)
 from hqlabel.pipeline.storage import list_folders
 from hqlabel.pipeline.storage.backend import Backend, Entry, FetchedObject
 from hqlabel.pipeline.storage.cloud_buckets import backend_for
@@ -27,6 +37,7 @@ T = TypeVar("T")
 
 INPUT_BUDGET_S = 120.0
 READ_TRIES = 8
+LOOK_UP_S = 20.0
 FINGERPRINT_THREADS = 16
 BLOCK = 4 * 2**20
 
@@ -143,7 +154,66 @@ def head_object(uri: str, options: Mapping[str, Any]) -> Entry | None:
     """Return size and version tag of one object (`key` is the uri), or None when there is none."""
     source = ObjectUri(uri=uri, options=options)
     entry = _call_for_input(uri, "look up", lambda left: source.backend.stat(source.path, timeout_s=left))
-    return None if entry is None else replace(entry, key=uri)
+    if entry is None:
+        return None
+    note_version(uri, entry.etag)
+    return replace(entry, key=uri)
+
+
+_first_tags: ContextVar[dict[str, str | None] | None] = ContextVar("first_tags", default=None)
+
+
+@contextlib.contextmanager
+def one_version_each() -> Iterator[None]:
+    """Refuse, within the block, an input file that is opened again as another version than the first time.
+
+    A plan opens its tables several times (columns, rows, fingerprint) and must be of one version of each.
+    """
+    token = _first_tags.set({})
+    try:
+        yield
+    finally:
+        _first_tags.reset(token)
+
+
+def note_version(uri: str, tag: str | None) -> None:
+    """Take note of a file's version; JobRefused where `one_version_each` has seen another one of it."""
+    tags = _first_tags.get()
+    first = tag if tags is None else tags.setdefault(uri, tag)
+    if first != tag:
+        raise JobRefused(
+            f"{uri}: it was replaced or written to while it was read (it was {first}, now {tag}); start "
+            "again when nothing writes to it"
+        )
+
+
+def in_this_context(call: Callable[..., T]) -> Callable[..., T]:
+    """Return a function for other threads that calls `call` under this thread's `one_version_each`."""
+    context = copy_context()
+    return lambda *args: context.copy().run(call, *args)
+
+
+def planned_versions(uris: Sequence[str], options_of: Callable[[str], Mapping[str, Any]]) -> list[str | None]:
+    """Return the version tag of each file, as it was read within `one_version_each`, or as it is now.
+
+    None for what cannot be looked up: its images fail when they are read, or are compared by name alone.
+    """
+    seen = _first_tags.get() or {}
+
+    def tag_of(uri: str) -> str | None:
+        if uri in seen:
+            return seen[uri]
+        source, deadline = ObjectUri(uri=uri, options=options_of(uri)), time.monotonic() + LOOK_UP_S
+        try:
+            entry = call_for_image(
+                "look up", lambda left: source.backend.stat(source.path, timeout_s=left), deadline
+            )
+        except HqlabelError:
+            return None
+        return None if entry is None else entry.etag
+
+    with ThreadPoolExecutor(FINGERPRINT_THREADS) as pool:
+        return list(pool.map(tag_of, uris))
 
 
 def list_objects(uri: str, options: Mapping[str, Any]) -> list[Entry]:
@@ -254,7 +324,8 @@ def what_is(path: str) -> str:
 def open_input(uri: str, options: Mapping[str, Any], *, block: int = BLOCK) -> BinaryIO:
     """Return a seekable binary file over one object, read in blocks; JobRefused when it is absent or refused.
 
-    For tables, box files and weights: streams of any size in bounded memory. `block`: bytes of one read.
+    For tables, box files and weights: streams of any size in bounded memory. `block`: bytes of one read. All
+    blocks are of the version that was opened; JobRefused when the object changes in between.
     """
     source = ObjectUri(uri=uri, options=options)
     entry = head_object(uri, options)
@@ -263,9 +334,16 @@ def open_input(uri: str, options: Mapping[str, Any], *, block: int = BLOCK) -> B
         raise JobRefused(f"{uri}: {what_is(source.path) if is_there else 'there is no such file'}")
 
     def read_range(start: int, stop: int) -> bytes:
-        return _call_for_input(
-            uri, "read", lambda left: source.backend.get_range(source.path, start, stop, timeout_s=left)
+        data = _call_for_input(
+            uri,
+            "read",
+            lambda left: source.backend.get_range(
+                source.path, start, stop, timeout_s=left, version=entry.etag
+            ),
         )
+        if len(data) != stop - start:
+            raise JobRefused(f"read {uri}: {len(data)} bytes came of {stop - start} from byte {start} on")
+        return data
 
     return blockwise(read_range, entry.size, block=block)
 
@@ -278,7 +356,7 @@ def _folder_fingerprint(uri: str, options: Mapping[str, Any], roots: Sequence[st
     listing = list_inputs(uri, options, roots=roots)
     entries = [one for one in listing.entries if one.key.lower().endswith(LABEL_SUFFIXES)]
     with ThreadPoolExecutor(FINGERPRINT_THREADS) as pool:
-        found = list(pool.map(lambda one: _version(one, options), entries))
+        found = list(pool.map(in_this_context(lambda one: _version(one, options)), entries))
     digest = hashlib.sha256()
     for entry, version in zip(entries, found, strict=True):
         digest.update(f"{entry.key.removeprefix(uri)}\0{version}\n".encode())

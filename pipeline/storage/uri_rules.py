@@ -91,28 +91,90 @@ def _check_remote(scheme: str, rest: str) -> None:
     if any(part in (".", "..") for part in path.split("/")):
         raise _refused("the uri has a '.' or '..' segment")
     if scheme.startswith("http"):
-        _check_http(head, rest)
+        if _SIGNED.search(rest):
+            raise _refused("the uri carries a signature or token, which would be copied into the output")
+        check_web_place(scheme, re.split(r"[/?#]", rest, maxsplit=1)[0])
 
 
-def _check_http(head: str, rest: str) -> None:
-    if _SIGNED.search(rest):
-        raise _refused("the uri carries a signature or token, which would be copied into the output")
-    host = head.rsplit(":", 1)[0] if head.count(":") == 1 else head
-    host = host.strip("[]").split("]")[0].rstrip(".").lower()
-    if host == "metadata.google.internal" or _is_link_local(host):
-        raise _refused("the uri points at the machine's metadata address")
+_HOST = re.compile(
+    r"(?=.{1,253}\Z)(?:[A-Za-z0-9_](?:[A-Za-z0-9_\-]{0,61}[A-Za-z0-9_])?)(?:\.[A-Za-z0-9_\-]{1,63})*\.?"
+)
+_AUTHORITY = re.compile(
+    r"(?:\[(?P<v6>[0-9A-Fa-f:.]{2,45})\]|(?P<host>[^\[\]:@]{1,254}))(?::(?P<port>[0-9]{1,5}))?"
+)
 
 
-def _is_link_local(host: str) -> bool:
+def check_web_place(scheme: str, authority: str) -> None:
+    """Check what stands between "://" and the path of a web address, before any name is resolved.
+
+    Raises:
+        ImageError: `uri_refused`, unless it is a plain host (a name, or an address in any spelling) with at
+            most a port, and no address of a machine's own.
+    """
+    if scheme not in ("http", "https"):
+        raise _refused(f"scheme {scheme!r} is no web address")
+    match = _AUTHORITY.fullmatch(authority)
+    host = match and (match["v6"] or match["host"])
+    if match is None or not host or (match["host"] and _HOST.fullmatch(host) is None):
+        raise _refused(
+            f"{authority[:80]!r} is no host: expected letters, digits, '-' and '.' (others as xn--...), or "
+            "an address, with at most a port"
+        )
+    if int(match["port"] or 80) > 65535:
+        raise _refused(f"port {match['port']} is none: expected 1 to 65535")
+    if host.rstrip(".").lower() in _METADATA_NAMES:
+        raise _refused(_OWN)
+    address = _spelled_address(host)
+    if address is not None:
+        check_address(address)
+
+
+_METADATA_NAMES = ("metadata.google.internal", "metadata.goog", "instance-data.ec2.internal", "instance-data")
+_METADATA = frozenset(
+    map(
+        ipaddress.ip_address,
+        # AWS and GCP over IPv6, Alibaba, Azure, Oracle; 169.254.169.254 of all of them is link-local
+        ("fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"),
+    )
+)
+_OWN = "the uri points at the machine's metadata address, or another link-local one"
+_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+
+
+def check_address(text: str) -> None:
+    """Check one IP address, as a connection would go to it.
+
+    Loopback and private networks are allowed: object stores and file servers of an organisation live there.
+
+    Raises:
+        ImageError: `uri_refused` for a link-local or metadata address, in any IPv6 wrapping too.
+    """
+    address = ipaddress.ip_address(text)
+    for one in (address, *_wrapped(address)):
+        if one.is_link_local or one.is_multicast or one in _METADATA:
+            raise _refused(_OWN)
+
+
+def _wrapped(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """Return the IPv4 addresses that an IPv6 address stands for: mapped, compatible, 6to4, Teredo, NAT64."""
+    if not isinstance(address, ipaddress.IPv6Address):
+        return []
+    plain = ipaddress.IPv6Address(int(address))  # without the name of an interface
+    found = [plain.ipv4_mapped, plain.sixtofour, *(plain.teredo or ())]
+    if plain in _TRANSLATED or int(plain) < 2**32:
+        found.append(ipaddress.IPv4Address(int(plain) & 0xFFFFFFFF))
+    return [one for one in found if one is not None]
+
+
+def _spelled_address(host: str) -> str | None:
+    """Return the address that a host is as written, in any of inet_aton's spellings; None for a name."""
     try:
-        address = ipaddress.ip_address(host)
+        return str(ipaddress.ip_address(host))
     except ValueError:
-        try:  # 0xa9fea9fe and 2852039166 are addresses too
-            address = ipaddress.ip_address(socket.inet_aton(host))
+        try:  # 0xa9fea9fe, 2852039166, 0251.254.169.254 and 169.254.43518 are addresses too
+            return socket.inet_ntoa(socket.inet_aton(host.rstrip(".")))
         except OSError:
-            return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_link_local)
+            return None
 
 
 def _check_local(path: str, roots: tuple[str, ...]) -> None:

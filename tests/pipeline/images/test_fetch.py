@@ -110,9 +110,7 @@ def test_every_uri_of_a_unit_gets_one_outcome_in_order(folder):
 
 def test_no_more_objects_are_held_ahead_than_there_are_threads(folder, monkeypatch):
     opened = []
-    monkeypatch.setattr(
-        "hqlabel.pipeline.images.fetch.fetch_object", lambda uri, access, limits: opened.append(uri)
-    )
+    monkeypatch.setattr("hqlabel.pipeline.images.fetch.fetch_object", lambda uri, *_: opened.append(uri))
     arriving = fetch_ahead([f"{i}.jpg" for i in range(50)], rules(folder), Limits(), threads=4)
 
     next(arriving)
@@ -135,7 +133,7 @@ def test_a_dripping_object_meets_its_deadline_and_costs_no_other(folder, drippin
 
 
 def test_a_fault_of_the_surroundings_costs_the_uri_that_met_it_and_says_what_it_is(folder, monkeypatch):
-    def broken(uri, access, limits):
+    def broken(uri, *_):
         if uri == "4":
             raise SystemicFault("credentials", "expired")
 

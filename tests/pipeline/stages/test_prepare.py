@@ -103,7 +103,7 @@ def test_every_kind_of_bad_image_costs_itself_alone(tmp_path, child):
 
 
 def test_a_store_that_refuses_all_images_stops_the_job(tmp_path, child, monkeypatch):
-    def refuse(uri, access, limits):
+    def refuse(*_):
         raise ImageError("denied", "403 AccessDenied")
 
     monkeypatch.setattr("hqlabel.pipeline.images.fetch.fetch_object", refuse)

@@ -19,7 +19,7 @@ from hqlabel.pipeline.planning.plan_table import refused_uris
 from hqlabel.pipeline.settings import InputSettings, Limits
 from hqlabel.pipeline.storage.archive_uris import ParquetRow, TarMember, container_of, parse_archive_uri
 from hqlabel.pipeline.storage.output_store import Store
-from hqlabel.pipeline.storage.read_archives import GROUP_BYTES
+from hqlabel.pipeline.storage.parquet_pictures import GROUP_BYTES
 from hqlabel.pipeline.storage.uri_rules import check_uri
 from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
 
@@ -208,8 +208,10 @@ def test_a_row_group_is_read_once_for_the_images_of_a_unit(tmp_path, monkeypatch
     table = pa.table({"image": [{"bytes": bytes([i]) * 100, "path": None} for i in range(64)]})
     pq.write_table(table, tmp_path / "rows.parquet", row_group_size=32)
     reads = []
-    read = contained._read_group
-    monkeypatch.setattr(contained, "_read_group", lambda a, m: reads.append(m.group) or read(a, m))
+    read = contained.read_pictures
+    monkeypatch.setattr(
+        contained, "read_pictures", lambda *a, **named: reads.append(named["group"]) or read(*a, **named)
+    )
     plan = make_plan(InputSettings(images=str(tmp_path / "rows.parquet")))
 
     found = list(fetch_ahead(plan.table["image_uri"].to_pylist(), plan.access, LIMITS))
