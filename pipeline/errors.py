@@ -86,7 +86,7 @@ IMAGE_CODES: dict[str, tuple[str, str]] = {
     "not_found": ("fetch", "there is no object under this uri"),
     "denied": ("fetch", "the store refuses to read this object"),
     "too_many_bytes": ("fetch", "the object is larger than limits.max_image_bytes"),
-    "changed": ("fetch", "the object changed while it was read"),
+    "changed": ("fetch", "the object is not the one that was planned, or changed while it was read"),
     "unreachable": ("fetch", "the object could not be read within the retry budget"),
     "fetch_timeout": ("fetch", "the object did not arrive within limits.fetch_timeout_s"),
     "empty": ("decode", "the object has no bytes"),

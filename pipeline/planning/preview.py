@@ -110,7 +110,7 @@ def _seen(rows: list[dict[str, Any]], access: AccessRules, limits: Limits) -> li
     child = DecodeChild(soon, side=1, decoder="hqlabel.pipeline.images.decode_upright:measure_image")
     found = []
     try:
-        uris, versions = ([row[name] for row in rows] for name in ("image_uri", "source_version"))
+        uris, versions = [row["image_uri"] for row in rows], [row.get("source_version") for row in rows]
         for row, outcome in zip(rows, fetch_ahead(uris, access, soon, versions=versions), strict=True):
             header, error = None, outcome.error
             try:

@@ -128,7 +128,8 @@ class _Work:
         return [tried for _, tried in self.open_all([ImageResult(planned=row) for row in rows], None)]
 
     def _fetch(self, planned: Sequence[Mapping[str, Any]]) -> Iterator[FetchOutcome]:
-        uris, versions = ([row[name] for row in planned] for name in ("image_uri", "source_version"))
+        uris = [row["image_uri"] for row in planned]
+        versions = [row.get("source_version") for row in planned]
         return fetch_ahead(uris, self.context.access, self.context.limits, versions=versions)
 
     def _open_alone(

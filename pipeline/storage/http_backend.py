@@ -147,7 +147,7 @@ class HttpBackend:
         """Raise UsageError."""
         raise UsageError("http(s):// can be read, not written")
 
-    create = replace = delete = abort_stale = _read_only
+    create = replace = replace_if = delete = abort_stale = _read_only
 
 
 def _close(loop: Any, session: Any) -> None:

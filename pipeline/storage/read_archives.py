@@ -140,8 +140,9 @@ def _stated(headers: bytes, member: TarMember) -> str | None:
 def _header_at(headers: bytes) -> tarfile.TarInfo | None:
     """Return the regular member whose chain of headers is exactly these bytes; None for other bytes."""
     try:
-        with tarfile.open(fileobj=io.BytesIO(headers), mode="r:") as tar:
-            one = tar.firstmember
+        with tarfile.open(fileobj=io.BytesIO(headers), mode="r:") as opened:
+            tar: Any = opened
+            one: tarfile.TarInfo | None = tar.firstmember
     except (tarfile.TarError, ValueError, OverflowError):
         return None
     is_whole = one is not None and one.isreg() and not one.issparse() and one.offset_data == len(headers)
