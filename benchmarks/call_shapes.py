@@ -124,13 +124,13 @@ def flops(config: SamHQConfig, boxes: int) -> int:
         embedding, hq = model.embed(torch.empty(1, 3, side, side, device="meta"))
         shared = decoder.share(
             embedding_BCGG=embedding,
-            hq_features_BCHW=hq,
+            features=(hq,),
             dense_BCGG=model.prompt_encoder.no_mask(),
             image_pe_1CGG=model.prompt_encoder.image_pe(),
         )
     tokens = torch.empty(1, decoder.tokens_of_a_box, decoder.mask_tokens.embedding_dim, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as box:
-        decoder.decode_tokens(tokens, shared.first_layer, shared.terms, (0,))
+        decoder.decode_tokens(tokens, shared.first_layer, shared.terms, (), (0,))
     return int(image.get_total_flops() + boxes * box.get_total_flops())
 
 

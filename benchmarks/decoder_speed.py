@@ -49,7 +49,7 @@ def speed(model: SamHQ, boxes: int, per_call: int, rounds: int) -> None:
     sparse, dense = model.prompt_encoder(boxes_N4=torch.from_numpy(boxes_in(*SIZE_HW, boxes)).float())
     given = {
         "embedding_BCGG": embedding.embedding_BCGG,
-        "hq_features_BCHW": embedding.hq_features_BCHW,
+        "features": embedding.features,
         "dense_BCGG": dense.to(model.dtype),
         "image_pe_1CGG": model.prompt_encoder.image_pe().to(model.dtype),
     }
@@ -67,7 +67,7 @@ def speed(model: SamHQ, boxes: int, per_call: int, rounds: int) -> None:
                 shared,
                 sparse_NTC=call["sparse_NTC"],
                 key_index_N=index,
-                hq_index_N=index,
+                image_index_N=index,
                 mask_tokens=(0,),
             )
 

@@ -32,6 +32,8 @@ import safetensors.torch
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from hqlabel.model.hq_sam2.hiera_config import HieraConfig, hiera_from_shapes, unknown_keys
+from hqlabel.model.hq_sam2.hq_sam2 import HQSam2
 from hqlabel.model.records import WeightsInfo
 from hqlabel.model.sam_config import (
     ConfigError,
@@ -133,7 +135,7 @@ def load(
 ) -> LoadedModel:
     """Return the model in `source`, in evaluation mode.
 
-    `source`: a path of a PyTorch or safetensors file of either layout, of an index of shards, or of a folder
+    `source`: a path of a PyTorch or safetensors file of any layout, of an index of shards, or of a folder
     as transformers writes it; bytes or an open binary file of one of the two kinds of file; a mapping of
     file names to bytes or open files, for a folder that lies elsewhere; or a hub id, `org/name` (a folder) or
     `org/name/file.pth`, when no such path exists. `revision`: of a hub id.
@@ -148,7 +150,7 @@ def load(
     layout, tensors, ignored = original_names(files.tensors)
     values = files.config or {}
     config = read_config(tensors, values, layout)
-    unknown = check_config_json(values, config)
+    unknown = unknown_keys(values) if layout == "hq_sam2" else check_config_json(values, config)
     info = WeightsInfo(
         sha256=files.sha256,
         layout=layout,
@@ -168,6 +170,8 @@ def read_config(tensors: Tensors, values: Mapping[str, Any], layout: Layout) -> 
     """Return the architecture of the tensors; `config.json` adds what does not follow from them."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
+        if layout == "hq_sam2":
+            return hiera_from_shapes(shapes, values)
         config = config_from_shapes(shapes, image_size=stated_side(values))
     except ConfigError as error:
         message = f"{error} ({deciding_shapes(shapes)})"
@@ -189,8 +193,9 @@ def read_config(tensors: Tensors, values: Mapping[str, Any], layout: Layout) -> 
 
 def build(config: SamHQConfig, tensors: Tensors, layout: Layout) -> SamHQ:
     """Return the model with exactly these tensors, as fp32, for evaluation; errors use the file's names."""
+    family = HQSam2 if isinstance(config.vision, HieraConfig) else SamHQ
     with torch.device("meta"):
-        model = SamHQ(config)
+        model = family(config)
     expected = model.state_dict()
     # BatchNorm's counter of training steps: some files leave it out, and inference does not read it.
     counters = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}
@@ -544,10 +549,12 @@ def save_transformers(
     it the round trip through `load` is bit-exact. `license`: an SPDX name, kept in the file.
 
     Raises:
-        CheckpointError: weights that are not fp32 (cast down before), or too large for fp16; a TinyViT.
+        CheckpointError: weights that are not fp32 (cast down before), or too large for fp16; a TinyViT or an
+            HQ-SAM 2.
     """
-    if isinstance(model.config.vision, TinyVisionConfig):
-        raise CheckpointError("transformers has no TinyViT; save the model with save_original")
+    if not isinstance(model.config.vision, VisionConfig):
+        what = "TinyViT" if isinstance(model.config.vision, TinyVisionConfig) else "HQ-SAM 2"
+        raise CheckpointError(f"transformers has no {what}; save the model with save_original")
     tensors = stored_tensors(model, "transformers")
     if half:
         tensors = {name: to_half(name, tensor) for name, tensor in tensors.items()}
@@ -563,15 +570,18 @@ def save_transformers(
 def save_original(model: SamHQ, path: str | Path) -> WeightsInfo:
     """Write a `.pth` as the original loads it, and return what was written.
 
-    The round trip through `load` is bit-exact. TinyViT's classifier, which nothing reads, is not in it.
+    The round trip through `load` is bit-exact. TinyViT's classifier, which nothing reads, is not in it, nor
+    HQ-SAM 2's video part, without which the original does not take the file.
 
     Raises:
         CheckpointError: weights that are not fp32 (cast down before).
     """
     buffer = io.BytesIO()
-    torch.save(stored_tensors(model, "original"), buffer)
+    layout: Layout = "hq_sam2" if isinstance(model, HQSam2) else "original"
+    tensors = stored_tensors(model, layout)
+    torch.save({"model": tensors} if layout == "hq_sam2" else tensors, buffer)
     write_atomically(Path(path), buffer.getvalue())
-    return record_of(model, buffer.getvalue(), "original", str(path), None)
+    return record_of(model, buffer.getvalue(), layout, str(path), None)
 
 
 def stored_tensors(model: SamHQ, layout: Layout) -> Tensors:

@@ -18,7 +18,7 @@ the width after `fold_offsets`, T = 2 (2 side - 1) entries of both tables, R row
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -262,17 +262,25 @@ STRIP_PIXELS = 16384
 """Pixels of the HQ branch's 64 channels that a CPU processes together: 2 MiB in bfloat16."""
 
 
-def upscale_cells(layers: nn.Sequential, x_RC: torch.Tensor) -> torch.Tensor:
+def upscale_cells(
+    layers: nn.Sequential, x_RC: torch.Tensor, finer: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
     """Return `layers` of tokens (R, C), (R, 2, 2, 2, 2, U): 4 x 4 pixels each, as row, column, row, column.
 
     `layers`: two 2x2 transposed convolutions of stride 2 with norm and GELU between, and a last GELU or not.
     At stride 2 the 2x2 patches do not overlap, so each convolution is one matrix product of tokens, and
     norm and activation in between depend on no order of pixels. `cells_to_map` puts them in place.
+    `finer`: none, or two tensors, added to the first and to the second convolution's result, in their order
+    of pixels as `map_to_cells` makes it.
     """
     conv1, norm, activation, conv2, *last = layers
     hidden = _patches(cast(nn.ConvTranspose2d, conv1), x_RC)
+    if finer:
+        hidden = hidden + finer[0]
     hidden = activation(cast(LayerNorm2d, norm).over_last_axis(hidden))
     cells = _patches(cast(nn.ConvTranspose2d, conv2), hidden.flatten(0, 2)).view(len(x_RC), 2, 2, 2, 2, -1)
+    if finer:
+        cells = cells + finer[1]
     for layer in last:
         cells = layer(cells)
     return cells
@@ -290,6 +298,24 @@ def cells_to_map(cells_R2222U: torch.Tensor, grid: int) -> torch.Tensor:
     cells_BGG2222U = cells_R2222U.view(-1, grid, grid, *cells_R2222U.shape[1:])
     rows_then_columns = cells_BGG2222U.permute(0, 1, 3, 5, 2, 4, 6, 7)
     return rows_then_columns.reshape(-1, 4 * grid, 4 * grid, cells_R2222U.shape[-1]).permute(0, 3, 1, 2)
+
+
+def convolve_1x1(conv: nn.Conv2d, x_BHWC: torch.Tensor) -> torch.Tensor:
+    """Return a 1 x 1 convolution of a map whose channels are its last axis, (B, H, W, out)."""
+    return F.linear(x_BHWC, conv.weight.flatten(1), conv.bias)
+
+
+def map_to_cells(map_BHWU: torch.Tensor, grid: int) -> torch.Tensor:
+    """Return a map of twice or four times the grid's side in the order of `upscale_cells`, an image a row.
+
+    (B, G * G, 2, 2, U) of a map (B, 2G, 2G, U), and (B, G * G, 2, 2, 2, 2, U) of (B, 4G, 4G, U).
+    """
+    images, side, _, width = map_BHWU.shape
+    if side == 2 * grid:
+        cells = map_BHWU.view(images, grid, 2, grid, 2, width).transpose(2, 3)
+        return cells.reshape(images, grid * grid, 2, 2, width)
+    cells = map_BHWU.view(images, grid, 2, 2, grid, 2, 2, width).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    return cells.reshape(images, grid * grid, 2, 2, 2, 2, width)
 
 
 def dot_maskfeature(

@@ -55,12 +55,13 @@ class TokenMasks:
 class SharedImages:
     """What the decoder computes once for each of B images, whatever the number of prompts.
 
-    `hq_features_BLU`: fp32, (B, H * W, U).
+    `features`: what else of each image the masks are made of, one row an image; here the HQ features, fp32
+    (B, H * W, U).
     """
 
     first_layer: ImageTokens
     terms: PositionTerms
-    hq_features_BLU: torch.Tensor
+    features: tuple[torch.Tensor, ...]
 
 
 class MLP(nn.Module):
@@ -96,6 +97,9 @@ def upscaling(channels: int, hidden: int, out: int, *last: nn.Module) -> nn.Sequ
 class MaskDecoder(nn.Module):
     """Prompt tokens and image embedding to mask logits and scores, token by token."""
 
+    first_mask_token = 1
+    """Place of mask token 0 among the output tokens: the IoU token is before it, the HQ token after all."""
+
     def __init__(self, config: MaskDecoderConfig) -> None:
         super().__init__()
         width, upscaled = config.hidden_size, config.hidden_size // 8
@@ -111,14 +115,19 @@ class MaskDecoder(nn.Module):
         self.hf_mlp = MLP(width, width, width, upscaled)
         hidden = config.iou_head_hidden_dim
         self.iou_prediction_head = MLP(width, hidden, hidden, masks)
-        self.compress_vit_feat = upscaling(config.vit_dim, width, upscaled)
-        self.embedding_encoder = upscaling(width, width // 4, upscaled)
+        self.add_image_layers(config)
         self.embedding_maskfeature = nn.Sequential(
             nn.Conv2d(upscaled, 2 * upscaled, 3, padding=1),
             LayerNorm2d(2 * upscaled),
             nn.GELU(),
             nn.Conv2d(2 * upscaled, upscaled, 3, padding=1),
         )
+
+    def add_image_layers(self, config: MaskDecoderConfig) -> None:
+        """Make the layers of `hq_features`."""
+        width, upscaled = config.hidden_size, config.hidden_size // 8
+        self.compress_vit_feat = upscaling(config.vit_dim, width, upscaled)
+        self.embedding_encoder = upscaling(width, width // 4, upscaled)
 
     @property
     def tokens_of_a_box(self) -> int:
@@ -143,15 +152,15 @@ class MaskDecoder(nn.Module):
         self,
         *,
         embedding_BCGG: torch.Tensor,
-        hq_features_BCHW: torch.Tensor,
+        features: tuple[torch.Tensor, ...],
         dense_BCGG: torch.Tensor,
         image_pe_1CGG: torch.Tensor,
     ) -> SharedImages:
         """Return what all prompts of an image share.
 
-        `dense_BCGG`: the prompt encoder's dense map: (1, C, 1, 1) without mask prompts. With them every
-        prompt is its own image here: pass one row of `embedding_BCGG` for each.
-        `image_pe_1CGG`: the prompt encoder's `image_pe()`, fp32.
+        `features`: those of an `ImageEmbedding`. `dense_BCGG`: the prompt encoder's dense map: (1, C, 1, 1)
+        without mask prompts. With them every prompt is its own image here: pass one row of
+        `embedding_BCGG` for each. `image_pe_1CGG`: the prompt encoder's `image_pe()`, fp32.
         """
         dtype = embedding_BCGG.dtype
         keys_BLC = (embedding_BCGG + dense_BCGG.to(dtype)).flatten(2).transpose(1, 2)
@@ -160,8 +169,13 @@ class MaskDecoder(nn.Module):
         return SharedImages(
             first_layer=self.transformer.project_first(keys_BLC, terms),
             terms=terms,
-            hq_features_BLU=hq_features_BCHW.permute(0, 2, 3, 1).flatten(1, 2).float(),
+            features=self.feature_rows(features),
         )
+
+    def feature_rows(self, features: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Return an embedding's features as `decode` reads them."""
+        (hq_features_BCHW,) = features
+        return (hq_features_BCHW.permute(0, 2, 3, 1).flatten(1, 2).float(),)
 
     def decode(
         self,
@@ -169,49 +183,73 @@ class MaskDecoder(nn.Module):
         *,
         sparse_NTC: torch.Tensor,
         key_index_N: torch.Tensor,
-        hq_index_N: torch.Tensor,
+        image_index_N: torch.Tensor,
         mask_tokens: Sequence[int] = ALL_MASK_TOKENS,
     ) -> TokenMasks:
         """Return the masks of N prompts.
 
-        `key_index_N`, `hq_index_N`: int64 on the host, the row of `shared.first_layer` and of
-        `shared.hq_features_BLU` that belongs to each prompt (they differ only with mask prompts).
-        Equal neighbours in `hq_index_N` are computed together. `mask_tokens`: which of 0 to 3 to compute.
+        `key_index_N`, `image_index_N`: int64 on the host, the row of `shared.first_layer` and of
+        `shared.features` that belongs to each prompt (they differ only with mask prompts). Equal neighbours
+        in `image_index_N` are computed together. `mask_tokens`: which of 0 to 3 to compute.
         """
-        N = sparse_NTC.shape[0]
-        dtype, device = shared.first_layer.keys_NLC.dtype, shared.first_layer.keys_NLC.device
-        tokens = torch.cat([self.output_tokens().expand(N, -1, -1), sparse_NTC.to(dtype)], dim=1)
-        image = shared.first_layer.select(to_device(key_index_N, device))
-        sam, hq, hq_vector_NU, ious = self.decode_tokens(tokens, image, shared.terms, tuple(mask_tokens))
-        of_image = image_products(hq_vector_NU, shared.hq_features_BLU, hq_index_N)
+        tokens, image = self.tokens_and_images(shared, sparse_NTC, key_index_N)
+        sam, hq, hq_vector_NU, ious = self.decode_tokens(tokens, image, shared.terms, (), tuple(mask_tokens))
+        of_image = image_products(hq_vector_NU, shared.features[0], image_index_N)
         return TokenMasks(sam_NKHW=sam, hq_NHW=hq + of_image.view_as(hq), predicted_iou_N4=ious)
 
+    def tokens_and_images(
+        self, shared: SharedImages, sparse_NTC: torch.Tensor, key_index_N: torch.Tensor
+    ) -> tuple[torch.Tensor, ImageTokens]:
+        """Return the learned and sparse tokens of each prompt, (N, T, C), and the image tokens of each."""
+        dtype, device = shared.first_layer.keys_NLC.dtype, shared.first_layer.keys_NLC.device
+        learned = self.output_tokens().expand(len(sparse_NTC), -1, -1)
+        tokens = torch.cat([learned, sparse_NTC.to(dtype)], dim=1)
+        return tokens, shared.first_layer.select(to_device(key_index_N, device))
+
     def decode_tokens(
-        self, tokens_NTC: torch.Tensor, image: ImageTokens, terms: PositionTerms, mask_tokens: tuple[int, ...]
+        self,
+        tokens_NTC: torch.Tensor,
+        image: ImageTokens,
+        terms: PositionTerms,
+        finer: tuple[torch.Tensor, ...],
+        mask_tokens: tuple[int, ...],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return what the tokens of N prompts give for their images; the host waits for nothing.
 
         These are: the masks of `mask_tokens` (N, K, 4G, 4G); the HQ token's (N, 4G, 4G) without the
-        HQ features; its vector (N, U) for these; and the predicted IoU (N, 4). All fp32. `image`: one row a
-        prompt.
+        HQ features; its vector (N, U) for these; and the predicted IoU (N, 4). All fp32. `image`, `finer`:
+        one row a prompt; see `masks_of_vectors`.
         """
         out_NTC, keys_NLC = self.transformer(tokens_NTC, image, terms)
-        hq_vector_NU = self.hf_mlp(out_NTC[:, 1 + len(self.output_hypernetworks_mlps)]).float()
-        sam_NKU = self._mask_vectors(out_NTC, mask_tokens)
-        sam, hq = kernels.prompt_by_prompt(self._masks, keys_NLC, sam_NKU, hq_vector_NU)
-        return sam, hq, hq_vector_NU, self.iou_prediction_head(out_NTC[:, 0]).float()
+        sam_NKU, hq_vector_NU, ious_N4 = self.vectors_and_scores(out_NTC, mask_tokens)
+        sam, hq = kernels.prompt_by_prompt(self.masks_of_vectors, sam_NKU, hq_vector_NU, keys_NLC, *finer)
+        return sam, hq, hq_vector_NU, ious_N4
 
-    def _mask_vectors(self, out_NTC: torch.Tensor, mask_tokens: Sequence[int]) -> torch.Tensor:
-        if not mask_tokens:
-            return torch.zeros(len(out_NTC), 0, out_NTC.shape[2] // 8, device=out_NTC.device)
-        vectors = [self.output_hypernetworks_mlps[k](out_NTC[:, 1 + k]) for k in mask_tokens]
-        return torch.stack(vectors, dim=1).float()
+    def vectors_and_scores(
+        self, out_NTC: torch.Tensor, mask_tokens: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the vectors of mask tokens (N, K, U) and of the HQ token (N, U), and the IoU (N, 4)."""
+        first, mlps = self.first_mask_token, self.output_hypernetworks_mlps
+        vectors = [mlps[k](out_NTC[:, first + k]) for k in mask_tokens]
+        none_N0U = out_NTC.new_zeros(len(out_NTC), 0, out_NTC.shape[2] // 8)
+        sam_NKU = torch.stack(vectors, dim=1) if vectors else none_N0U
+        hq_NU, ious_N4 = self.hf_mlp(out_NTC[:, first + len(mlps)]), self.scores(out_NTC)
+        return sam_NKU.float(), hq_NU.float(), ious_N4.float()
 
-    def _masks(
-        self, keys_NLC: torch.Tensor, sam_NKU: torch.Tensor, hq_NU: torch.Tensor
+    def scores(self, out_NTC: torch.Tensor) -> torch.Tensor:
+        """Return the predicted IoU of mask tokens 0 to 3, (N, 4)."""
+        ious: torch.Tensor = self.iou_prediction_head(out_NTC[:, self.first_mask_token - 1])
+        return ious
+
+    def masks_of_vectors(
+        self, sam_NKU: torch.Tensor, hq_NU: torch.Tensor, keys_NLC: torch.Tensor, *finer: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return masks of mask tokens (N, K, H, W), and the HQ token's (N, H, W) without the HQ features."""
-        cells = kernels.upscale_cells(self.output_upscaling, keys_NLC.flatten(0, 1))
+        """Return masks of mask tokens (N, K, H, W), and the HQ token's (N, H, W) without the HQ features.
+
+        `finer`: what `upscale_cells` adds, one row a prompt; nothing here.
+        """
+        added = [x.flatten(0, 1) for x in finer]
+        cells = kernels.upscale_cells(self.output_upscaling, keys_NLC.flatten(0, 1), added)
         upscaled_NUHW = kernels.cells_to_map(cells, math.isqrt(keys_NLC.shape[1]))
         N, _, H, W = upscaled_NUHW.shape
         upscaled_NLU = upscaled_NUHW.permute(0, 2, 3, 1).flatten(1, 2).float()
@@ -222,7 +260,7 @@ class MaskDecoder(nn.Module):
         self,
         *,
         embedding_BCGG: torch.Tensor,
-        hq_features_BCHW: torch.Tensor,
+        features: tuple[torch.Tensor, ...],
         image_index_N: torch.Tensor,
         sparse_NTC: torch.Tensor,
         dense_BCGG: torch.Tensor,
@@ -240,7 +278,7 @@ class MaskDecoder(nn.Module):
             key_index_N = torch.arange(len(image_index_N))
         shared = self.share(
             embedding_BCGG=embedding_BCGG,
-            hq_features_BCHW=hq_features_BCHW,
+            features=features,
             dense_BCGG=dense_BCGG,
             image_pe_1CGG=image_pe_1CGG,
         )
@@ -248,7 +286,7 @@ class MaskDecoder(nn.Module):
             shared,
             sparse_NTC=sparse_NTC,
             key_index_N=key_index_N,
-            hq_index_N=image_index_N,
+            image_index_N=image_index_N,
             mask_tokens=mask_tokens,
         )
 

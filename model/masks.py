@@ -3,7 +3,10 @@
 The original predictor's masks: bilinear from 4G x 4G to the input side S, the padding cut off, bilinear to
 the upright size, `> 0` strictly, logits interpolated and thresholded last. `upsample_logits` does just that.
 
-`trace_masks`, which production takes, never makes a frame. Both bilinear steps together are one separable
+Logits of a model that stretches images (HQ-SAM 2) cover all of them: there it is one bilinear step from
+4G x 4G to the upright size. `resized_hw` is None for these.
+
+`trace_masks`, which production takes, never makes a frame. All bilinear steps together are one separable
 operator, A L B^T, with at most 3 neighbouring taps an axis and no negative weight. So where all taps of a
 tile of pixels lie on one side of a threshold, the tile does, and only the tiles that a contour crosses are
 computed: the cost grows with a mask's outline, not with its area. The positions at which a mask changes are
@@ -28,6 +31,8 @@ import torch
 import torch.nn.functional as F
 
 from hqlabel.model.rle import Runs
+
+SizeHW = tuple[int, int]
 
 # Masks traced at a time: bounds memory where a call has thousands, or where logits are noise.
 MASKS_PER_STEP = 32
@@ -63,19 +68,20 @@ class TracedMasks:
         return runs_from_edges(self.edges, len(self.stability_score), self.size_hw)
 
 
-def upsample_logits(
-    low_res_NLL: torch.Tensor, resized_hw: tuple[int, int], size_hw: tuple[int, int]
-) -> torch.Tensor:
-    """Return full-resolution logits, float32 (N, H, W), by the original's two bilinear steps.
+def upsample_logits(low_res_NLL: torch.Tensor, resized_hw: SizeHW | None, size_hw: SizeHW) -> torch.Tensor:
+    """Return full-resolution logits, float32 (N, H, W), by the original's bilinear steps.
 
     A mask is where they are greater than 0.
 
     Args:
-        low_res_NLL: float32 (N, 4G, 4G) in the padded model frame.
-        resized_hw: the image's (height, width) in model pixels; what lies outside is padding.
+        low_res_NLL: float32 (N, 4G, 4G) in the model frame.
+        resized_hw: the image's (height, width) in model pixels; what lies outside is padding. None: the model
+            stretches images, and there is one step.
         size_hw: (H, W), the upright size.
     """
     _check_logits(low_res_NLL, resized_hw, size_hw)
+    if resized_hw is None:
+        return F.interpolate(low_res_NLL[:, None], size_hw, mode="bilinear", align_corners=False)[:, 0]
     side = 4 * low_res_NLL.shape[-1]
     model_N1SS = F.interpolate(low_res_NLL[:, None], (side, side), mode="bilinear", align_corners=False)
     model_N1hw = model_N1SS[:, :, : resized_hw[0], : resized_hw[1]]
@@ -95,8 +101,8 @@ def stability(above_N: torch.Tensor, below_N: torch.Tensor) -> torch.Tensor:
 def trace_masks(
     low_res_NLL: torch.Tensor,
     *,
-    resized_hw: tuple[int, int],
-    size_hw: tuple[int, int],
+    resized_hw: SizeHW | None,
+    size_hw: SizeHW,
     stability_offset: float = 1.0,
 ) -> TracedMasks:
     """Return the masks of one image as runs, with their stability.
@@ -105,8 +111,8 @@ def trace_masks(
     differs). Memory is bounded whatever N, H and W; on a GPU only edges and counts come back.
 
     Args:
-        low_res_NLL: float32 (N, 4G, 4G), finite, in the padded model frame.
-        resized_hw: the image's (height, width) in model pixels.
+        low_res_NLL: float32 (N, 4G, 4G), finite, in the model frame.
+        resized_hw: the image's (height, width) in model pixels; None: the model stretches images.
         size_hw: (H, W), the upright size.
         stability_offset: distance of the two stability thresholds from 0, greater than 0.
 
@@ -262,7 +268,7 @@ class FrameTrace:
 
 
 def trace_frame(
-    low_LL: torch.Tensor, resized_hw: tuple[int, int], size_hw: tuple[int, int], offset: float
+    low_LL: torch.Tensor, resized_hw: SizeHW | None, size_hw: SizeHW, offset: float
 ) -> FrameTrace:
     """Return the edges and counts of one mask from its logits, float32 (4G, 4G) on the CPU, pixel by pixel.
 
@@ -270,8 +276,9 @@ def trace_frame(
     columns.
     """
     height, width = size_hw
-    row_taps_KF, row_weights_KF = _axis_taps(low_LL.shape[0], resized_hw[0], height)
-    taps_KF, weights_KF = _axis_taps(low_LL.shape[0], resized_hw[1], width)
+    resized_height, resized_width = resized_hw or (None, None)
+    row_taps_KF, row_weights_KF = _axis_taps(low_LL.shape[0], resized_height, height)
+    taps_KF, weights_KF = _axis_taps(low_LL.shape[0], resized_width, width)
     # Columns first, so that a strip of them lies in memory as COCO's runs go.
     rows_LH = _interpolate(low_LL, row_taps_KF, row_weights_KF).t().contiguous()
     edges, above, below, inside_before = [np.zeros(0, np.int64)], 0, 0, False
@@ -298,7 +305,7 @@ def _interpolate(samples: torch.Tensor, taps_KF: torch.Tensor, weights_KF: torch
 
 
 @lru_cache(maxsize=64)
-def _axis_taps(low_side: int, resized: int, full: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _axis_taps(low_side: int, resized: int | None, full: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the taps of each pixel of an axis, int64, and their weights, float32: (K, F) each."""
     first, weights_FK = composite_taps(low_side, resized, full)
     # A tap past the last sample has the weight 0.
@@ -306,7 +313,7 @@ def _axis_taps(low_side: int, resized: int, full: int) -> tuple[torch.Tensor, to
     return torch.from_numpy(taps_KF), torch.from_numpy(np.ascontiguousarray(weights_FK.T))
 
 
-# Tables of the two bilinear steps
+# Tables of the bilinear steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,8 +342,8 @@ class TileGrid:
     """
 
     tile: int
-    resized_hw: tuple[int, int]
-    size_hw: tuple[int, int]
+    resized_hw: SizeHW | None
+    size_hw: SizeHW
     rows: TileAxis
     columns: TileAxis
 
@@ -352,14 +359,13 @@ class TileGrid:
 
 
 @lru_cache(maxsize=64)
-def tile_grid(
-    low_side: int, resized_hw: tuple[int, int], size_hw: tuple[int, int], device: torch.device
-) -> TileGrid:
+def tile_grid(low_side: int, resized_hw: SizeHW | None, size_hw: SizeHW, device: torch.device) -> TileGrid:
     """Return the tiles of one image, with their tables on `device`; kept for the last few sizes.
 
     Args:
         low_side: 4G, the side of the logits.
-        resized_hw: the image's (height, width) in model pixels, the model frame being 4 * low_side square.
+        resized_hw: the image's (height, width) in model pixels, the model frame being 4 * low_side square;
+            None: the model stretches images.
         size_hw: its upright (height, width).
         device: where the logits are.
     """
@@ -367,19 +373,26 @@ def tile_grid(
     while max(size_hw) > TILES_PER_AXIS * tile:
         tile *= 2
     height, width = size_hw
+    resized_height, resized_width = resized_hw or (None, None)
     return TileGrid(
         tile=tile,
         resized_hw=resized_hw,
         size_hw=size_hw,
         rows=_tile_axis(
-            low_side, resized_hw[0], height, np.arange(height // tile + 1) * tile, tile, 1, device
+            low_side, resized_height, height, np.arange(height // tile + 1) * tile, tile, 1, device
         ),
-        columns=_tile_axis(low_side, resized_hw[1], width, np.arange(0, width, tile), tile, 0, device),
+        columns=_tile_axis(low_side, resized_width, width, np.arange(0, width, tile), tile, 0, device),
     )
 
 
 def _tile_axis(
-    low_side: int, resized: int, full: int, starts: Int64Array, tile: int, before: int, device: torch.device
+    low_side: int,
+    resized: int | None,
+    full: int,
+    starts: Int64Array,
+    tile: int,
+    before: int,
+    device: torch.device,
 ) -> TileAxis:
     """Return the tiles at `starts` along one axis, each with `before` pixels more ahead of its own."""
     first, weights = composite_taps(low_side, resized, full)
@@ -404,11 +417,15 @@ def _tile_axis(
     )
 
 
-def composite_taps(low_side: int, resized: int, full: int) -> tuple[Int64Array, Float32Array]:
+def composite_taps(low_side: int, resized: int | None, full: int) -> tuple[Int64Array, Float32Array]:
     """Return both bilinear steps of one axis as one: first taps, and the weights of each and the next two.
 
     int64 (full,) and float32 (full, 3). A tap that would lie past the last sample has the weight 0.
+    `resized` None: there is one step, and the third weight is 0.
     """
+    if resized is None:
+        first, two_weights = _bilinear_taps(low_side, full)
+        return first, np.pad(two_weights, ((0, 0), (0, 1)))
     model_first, model_weights = _bilinear_taps(low_side, 4 * low_side)
     full_first, full_weights = _bilinear_taps(resized, full)
     first = model_first[full_first]
@@ -468,11 +485,11 @@ def runs_from_edges(edges: Int64Array, num_masks: int, size_hw: tuple[int, int])
     return Runs(lengths=lengths, offsets=offsets, size_hw=size_hw)
 
 
-def _check_logits(low_res_NLL: torch.Tensor, resized_hw: tuple[int, int], size_hw: tuple[int, int]) -> None:
+def _check_logits(low_res_NLL: torch.Tensor, resized_hw: SizeHW | None, size_hw: SizeHW) -> None:
     shape = tuple(low_res_NLL.shape)
     if low_res_NLL.dtype != torch.float32 or len(shape) != 3 or shape[1] != shape[2]:
         raise ValueError(f"logits are {low_res_NLL.dtype} {shape}; wanted float32 (N, 4G, 4G)")
-    if not 1 <= min(resized_hw) <= max(resized_hw) <= 4 * shape[1]:
+    if resized_hw is not None and not 1 <= min(resized_hw) <= max(resized_hw) <= 4 * shape[1]:
         raise ValueError(
             f"resized_hw is {resized_hw}; wanted sides from 1 to {4 * shape[1]}, "
             f"the input side that logits of side {shape[1]} belong to"

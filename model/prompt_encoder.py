@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hqlabel.model.kernels import LayerNorm2d
-from hqlabel.model.records import Prompts, scale_boxes, scale_points, target_size_hw
+from hqlabel.model.records import Fit, Prompts, scale_boxes, scale_points, target_size_hw
 from hqlabel.model.sam_config import PATCH_SIZE, PromptEncoderConfig
 
 SizeHW = tuple[int, int]
@@ -65,10 +65,14 @@ class PositionEmbeddingRandom(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """Prompts in model pixels to sparse tokens and a dense map."""
+    """Prompts in model pixels to sparse tokens and a dense map.
 
-    def __init__(self, config: PromptEncoderConfig) -> None:
+    `pad_boxes`: a padding token follows a box too, as the weights of HQ-SAM 2 know it.
+    """
+
+    def __init__(self, config: PromptEncoderConfig, *, pad_boxes: bool = False) -> None:
         super().__init__()
+        self.pad_boxes = pad_boxes
         width = config.hidden_size
         self.side = config.image_size
         self.grid = config.grid
@@ -156,6 +160,8 @@ class PromptEncoder(nn.Module):
             tokens.append(self.embed_points(points_NP2, labels_NP, pad=boxes_N4 is None))
         if boxes_N4 is not None:
             tokens.append(self.embed_boxes(boxes_N4))
+            if self.pad_boxes:
+                tokens.append(self.not_a_point_embed.weight.expand(len(boxes_N4), 1, -1))
         if masks_NHW is None:
             if not tokens:
                 raise ValueError(
@@ -320,12 +326,12 @@ def concatenate(batches: Sequence[PromptBatch]) -> PromptBatch:
 
 
 def mask_to_prompt(
-    mask_hw: npt.NDArray[np.generic], *, side: int, certainty: float = MASK_CERTAINTY
+    mask_hw: npt.NDArray[np.generic], *, side: int, certainty: float = MASK_CERTAINTY, fit: Fit = "pad"
 ) -> npt.NDArray[np.float32]:
     """Return a user's mask as low-resolution logits (4G, 4G), a row of `Prompts.mask_logits`.
 
     `mask_hw`: (H, W) in upright pixels; bool, or float as the probability of being inside, in [0, 1].
-    `side`: the model's input side S = 16 G.
+    `side`, `fit`: the model's input side S = 16 G and the rule by which images come to it.
 
     The mask is treated as the image is: resized (bilinear, averaging over the footprint) to the size of the
     resized image, padded to S x S as outside, averaged over 4 x 4. The coverage p of a cell then becomes
@@ -347,7 +353,7 @@ def mask_to_prompt(
     inside = torch.from_numpy(mask_hw.astype(np.float32))
     if not bool(((inside >= 0) & (inside <= 1)).all()):
         raise ValueError("mask holds a value outside [0, 1]; give bool, or the probability of being inside")
-    height, width = target_size_hw((mask_hw.shape[0], mask_hw.shape[1]), side)
+    height, width = target_size_hw((mask_hw.shape[0], mask_hw.shape[1]), side, fit)
     resized = F.interpolate(inside[None, None], (height, width), mode="bilinear", antialias=True)
     padded = F.pad(resized, (0, side - width, 0, side - height))
     p = F.avg_pool2d(padded, 4)[0, 0].clamp(1 - certainty, certainty)

@@ -1,7 +1,8 @@
 """The frozen records of images, prompts and masks, and the step between their two frames: the one resize.
 
 Frames: "upright" pixels are the pixels of the image as it is viewed (EXIF orientation applied, full size);
-"model" pixels are those of the same image after the one resize to the checkpoint's input side. x runs right,
+"model" pixels are those of the same image after the one resize to the checkpoint's input side, by the rule
+of its family (`Fit`). x runs right,
 y runs down; a box is (x1, y1, x2, y2). Coordinates are continuous: pixel (0, 0) covers [0, 1) x [0, 1), and a
 box that covers a W x H image is (0, 0, W, H).
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 Float32Array = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
+
+Fit = Literal["pad", "stretch"]
+"""How an image comes to the model's S x S input. `pad`: its long side becomes S, and what is left is padding
+(HQ-SAM). `stretch`: both sides become S, each by its own factor (HQ-SAM 2)."""
 
 MODEL_PROTOCOL = 3
 """Changes when equal weights and settings give other masks or scores; part of a job's identity."""
@@ -48,13 +53,13 @@ class EncoderFeatures:
 class ImageEmbedding:
     """Everything the decoder needs of B images; one object, so that no part can be forgotten.
 
-    `embedding_BCGG`: (B, 256, G, G). `hq_features_BCHW`: (B, 32, 4G, 4G), the sum of the decoder's
-    `embedding_encoder` and `compress_vit_feat` branches. `sizes_hw`: upright (height, width) of each
-    image. `resized_hw`: its size in model pixels; the long side is S, the rest of S x S is padding.
+    `embedding_BCGG`: (B, 256, G, G). `features`: what else the model's decoder reads of each image, one row
+    an image: of HQ-SAM the HQ features (B, 32, 4G, 4G), of HQ-SAM 2 its two finer maps. `sizes_hw`: upright
+    (height, width) of each image. `resized_hw`: its size in model pixels; what is left of S x S is padding.
     """
 
     embedding_BCGG: torch.Tensor
-    hq_features_BCHW: torch.Tensor
+    features: tuple[torch.Tensor, ...]
     sizes_hw: tuple[tuple[int, int], ...]
     resized_hw: tuple[tuple[int, int], ...]
 
@@ -66,8 +71,8 @@ class Prompts:
     Any of the three may be None, but not all; those given agree on N. Lists and tensors on the host do
     as well as arrays.
     `boxes_xyxy`: (N, 4). `points_xy`: (N, P, 2), P from 1, with `point_labels` (N, P): 1 foreground,
-    0 background, -1 padding. `mask_logits`: (N, 4G, 4G) float low-resolution logits in the padded model
-    frame (what `mask_to_prompt` makes from a user's mask).
+    0 background, -1 padding. `mask_logits`: (N, 4G, 4G) float low-resolution logits in the model frame
+    (what `mask_to_prompt` makes from a user's mask).
     """
 
     boxes_xyxy: np.ndarray | None = None
@@ -80,7 +85,7 @@ class Prompts:
 class MaskLogits:
     """Decoder output for N prompts over the images of one `ImageEmbedding`, in prompt order.
 
-    `low_res_NMHW`: fp32 logits, (N, M, 4G, 4G), in the padded model frame; > 0 is inside.
+    `low_res_NMHW`: fp32 logits, (N, M, 4G, 4G), in the model frame; > 0 is inside.
     `predicted_iou_NM`: fp32, (N, M), SAM's own estimate; a regression, may leave [0, 1] a little.
     Both lie on the model's device. `image_index_N`: int64 (N,), on the host, the image of each prompt;
     non-decreasing.
@@ -116,7 +121,7 @@ class Instances:
 class PreparedImage:
     """One upright image, already resized once to the model's input side, with its boxes.
 
-    `pixels_hwc`: uint8 RGB (h, w, 3), max(h, w) == S, as `resize_longest_side` makes it.
+    `pixels_hwc`: uint8 RGB (h, w, 3), as `fit_image` makes it.
     `size_hw`: the upright size before that resize. `prompts`: in upright pixels.
     """
 
@@ -156,8 +161,9 @@ class CallShape:
 class WeightsInfo:
     """Where weights came from. `sha256` is of the file's bytes (of all shards in name order), hex.
 
-    `layout`: `original` or `transformers`. `architecture`: such as `vit_b` or `vit_192x6`.
-    `ignored_keys`: tensors that were read and are known not to matter (`pixel_mean`, TinyViT's classifier).
+    `layout`: `original`, `transformers` or `hq_sam2`. `architecture`: such as `vit_b` or `vit_192x6`.
+    `ignored_keys`: tensors that were read and are known not to matter (`pixel_mean`, TinyViT's classifier,
+    what HQ-SAM 2 needs for videos).
     `warnings`: sentences on what was found next to the weights and not followed.
     """
 
@@ -180,18 +186,21 @@ def check_image(image: UInt8Array) -> None:
         )
 
 
-def target_size_hw(size_hw: tuple[int, int], side: int) -> tuple[int, int]:
-    """Return the (height, width) in model pixels of an image of `size_hw` whose long side becomes `side`.
+def target_size_hw(size_hw: tuple[int, int], side: int, fit: Fit = "pad") -> tuple[int, int]:
+    """Return the (height, width) in model pixels of an image of `size_hw` for a model of input side `side`.
 
-    Each side is `int(x * side / max(h, w) + 0.5)`, as in the original predictor; floor differs from it
-    in more than half of all sizes and moves every mask. The long side always comes out as `side`.
+    `pad`: each side is `int(x * side / max(h, w) + 0.5)`, as in the original predictor; floor differs from
+    it in more than half of all sizes and moves every mask. The long side always comes out as `side`.
+    `stretch`: both sides are `side`.
 
     Raises:
-        ValueError: a side is below 1, or (`too_elongated`) the short side would round to 0.
+        ValueError: a side is below 1, or (`too_elongated`, with `pad`) the short side would round to 0.
     """
     height, width = size_hw
     if height < 1 or width < 1 or side < 1:
         raise ValueError(f"image size {height}x{width} with input side {side}: each must be at least 1")
+    if fit == "stretch":
+        return side, side
     scale = side / max(height, width)
     resized_hw = (int(height * scale + 0.5), int(width * scale + 0.5))
     if min(resized_hw) < 1:
@@ -203,21 +212,28 @@ def target_size_hw(size_hw: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def resize_longest_side(image_hwc: UInt8Array, side: int) -> UInt8Array:
-    """Return a new uint8 RGB image (h, w, 3) whose long side is `side`: the only resize in the product.
+    """Return `fit_image` of a model that pads: a new uint8 RGB image (h, w, 3) whose long side is `side`."""
+    return fit_image(image_hwc, side, "pad")
 
-    Pillow's bilinear filter on uint8, which averages over the whole footprint when it shrinks; the
-    original predictor was trained and published with it. An image that has the size already is copied.
+
+def fit_image(image_hwc: UInt8Array, side: int, fit: Fit) -> UInt8Array:
+    """Return a new uint8 RGB image (h, w, 3) of the size `target_size_hw`: the only resize in the product.
+
+    Pillow's bilinear filter on uint8, which averages over the whole footprint when it shrinks; HQ-SAM was
+    trained and published with it. An image that has the size already is copied.
 
     Raises:
         ValueError: not uint8 (H, W, 3), or `too_elongated` (see `target_size_hw`).
     """
     check_image(image_hwc)
-    if target_size_hw(image_hwc.shape[:2], side) == image_hwc.shape[:2]:
+    if target_size_hw(image_hwc.shape[:2], side, fit) == image_hwc.shape[:2]:
         return image_hwc.copy()
-    return resize_image(Image.fromarray(np.ascontiguousarray(image_hwc)), side)
+    return resize_image(Image.fromarray(np.ascontiguousarray(image_hwc)), side, fit=fit)
 
 
-def resize_image(image: Image.Image, side: int, *, full_hw: tuple[int, int] | None = None) -> UInt8Array:
+def resize_image(
+    image: Image.Image, side: int, *, full_hw: tuple[int, int] | None = None, fit: Fit = "pad"
+) -> UInt8Array:
     """Return the same of a Pillow image, mode RGB: at 12 megapixels two copies of 36 MB less.
 
     `full_hw`: its size before it was loaded reduced, from which the new one follows; None: as it is.
@@ -227,7 +243,7 @@ def resize_image(image: Image.Image, side: int, *, full_hw: tuple[int, int] | No
     """
     if image.mode != "RGB":
         raise ValueError(f"image has mode {image.mode}; wanted RGB")
-    height, width = target_size_hw(full_hw or (image.height, image.width), side)
+    height, width = target_size_hw(full_hw or (image.height, image.width), side, fit)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     # np.array, not asarray: the result must own its memory and be writable (torch warns otherwise).

@@ -14,7 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from hqlabel.model.records import Fit
 
 PATCH_SIZE = 16
 DECODER_HEADS = 8
@@ -46,11 +48,30 @@ class InputSide:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionConfig(InputSide):
+class EncoderConfig(InputSide):
+    """What all image encoders share. `output_channels`: width of the embedding."""
+
+    fit: ClassVar[Fit] = "pad"
+    """How an image comes to the input side."""
+
+    output_channels: int = 256
+
+    @property
+    def early_channels(self) -> int:
+        """Width of the early feature, which the HQ head reads; 0: it reads none."""
+        return 0
+
+    @property
+    def name(self) -> str:
+        """The published size, or the widths and depths of another."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(EncoderConfig):
     """A ViT image encoder. Names as in transformers' `SamHQVisionConfig`.
 
     `window_size`: tokens along a window of the blocks not named in `global_attn_indexes` (0-based).
-    `output_channels`: width of the neck's output.
     """
 
     hidden_size: int = 768
@@ -59,7 +80,6 @@ class VisionConfig(InputSide):
     mlp_dim: int = 3072
     window_size: int = 14
     global_attn_indexes: tuple[int, ...] = (2, 5, 8, 11)
-    output_channels: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,7 +118,7 @@ class VisionConfig(InputSide):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyVisionConfig(InputSide):
+class TinyVisionConfig(EncoderConfig):
     """The TinyViT image encoder of Light HQ-SAM: four stages, the first of convolutions.
 
     `num_heads` and `window_sizes` are those of stages 1 to 3. All ratios are of the original: MLP and
@@ -109,7 +129,6 @@ class TinyVisionConfig(InputSide):
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (4, 5, 10)
     window_sizes: tuple[int, ...] = (7, 14, 7)
-    output_channels: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,7 +166,7 @@ class PromptEncoderConfig(InputSide):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskDecoderConfig:
-    """The mask decoder. `vit_dim`: width of the early feature."""
+    """The mask decoder. `vit_dim`: width of the early feature; 0: it reads none."""
 
     hidden_size: int = 256
     mlp_dim: int = 2048
@@ -164,7 +183,7 @@ class MaskDecoderConfig:
 class SamHQConfig:
     """A whole model. The three parts must agree on sizes and widths."""
 
-    vision: VisionConfig | TinyVisionConfig
+    vision: EncoderConfig
     prompt_encoder: PromptEncoderConfig
     mask_decoder: MaskDecoderConfig
 
@@ -190,8 +209,13 @@ class SamHQConfig:
         """Side of the low-resolution masks, 4G."""
         return 4 * self.vision.grid
 
+    @property
+    def fit(self) -> Fit:
+        """How an image comes to the input side."""
+        return self.vision.fit
+
     @classmethod
-    def around(cls, vision: VisionConfig | TinyVisionConfig, *, mlp_dim: int = 2048) -> SamHQConfig:
+    def around(cls, vision: EncoderConfig, *, mlp_dim: int = 2048) -> SamHQConfig:
         """Return the configuration of a model with this encoder and the usual prompt encoder and decoder."""
         width = vision.output_channels
         return cls(
@@ -370,7 +394,7 @@ def _choices(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _has_no_effect(key: str, part: Mapping[str, Any], vision: VisionConfig | TinyVisionConfig) -> bool:
+def _has_no_effect(key: str, part: Mapping[str, Any], vision: EncoderConfig) -> bool:
     """Return whether nothing follows from this key of a part, next to its other keys."""
     if not isinstance(vision, VisionConfig):
         return False

@@ -4,6 +4,9 @@
 `decode_prompts` give `MaskLogits` at low resolution for any number of prompts of each image. `masks.py`
 makes full-resolution masks of them.
 
+`SamHQ` is what `Segmenter` and the rest know of any family of models; HQ-SAM 2 (`hq_sam2/hq_sam2.py`) is one
+of it, with other parts and rules.
+
 Follows the original's `Sam` and `SamPredictor` (`segment-anything-hq`, arXiv 2306.01567); tests compare with
 their answers. A suffix of a tensor's name is its shape, with the letters of `records.py` and
 `mask_decoder.py`.
@@ -14,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,18 +30,20 @@ from hqlabel.model.mask_decoder import MaskDecoder, SharedImages, TokenMasks
 from hqlabel.model.prompt_encoder import PromptBatch, PromptEncoder, box_rows, check_prompts, group_prompts
 from hqlabel.model.records import (
     EncoderFeatures,
+    Fit,
     ImageEmbedding,
     MaskLogits,
     Prompts,
     check_image,
-    resize_longest_side,
+    fit_image,
     target_size_hw,
 )
-from hqlabel.model.sam_config import PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig
+from hqlabel.model.sam_config import PIXEL_MEAN, PIXEL_STD, SamHQConfig, TinyVisionConfig, VisionConfig
 
 Multimask = Literal["single", "best", "three"]
 """`single`: mask token 0. `best`: of tokens 1 to 3 the one with the highest predicted IoU (the original's
-`multimask_output=True`). `three`: tokens 1 to 3, highest predicted IoU first (transformers')."""
+`multimask_output=True`). `three`: tokens 1 to 3, highest predicted IoU first (transformers'). HQ-SAM 2 has
+rules of its own for `single` and for the order of `three`."""
 
 SizeHW = tuple[int, int]
 UInt8Array = npt.NDArray[np.uint8]
@@ -59,15 +64,21 @@ class SamHQ(nn.Module):
     def __init__(self, config: SamHQConfig) -> None:
         super().__init__()
         self.config = config
-        if isinstance(config.vision, TinyVisionConfig):
-            self.image_encoder: ImageEncoderViT | TinyViT = TinyViT(config.vision)
+        self.image_encoder, self.prompt_encoder, self.mask_decoder = self.make_parts(config)
+
+    def make_parts(self, config: SamHQConfig) -> tuple[nn.Module, PromptEncoder, MaskDecoder]:
+        """Return the image encoder, the prompt encoder and the mask decoder, with fresh weights."""
+        vision = config.vision
+        if isinstance(vision, VisionConfig):
+            encoder: nn.Module = ImageEncoderViT(vision)
+        elif isinstance(vision, TinyVisionConfig):
+            encoder = TinyViT(vision)
         else:
-            self.image_encoder = ImageEncoderViT(config.vision)
-        self.prompt_encoder = PromptEncoder(config.prompt_encoder)
-        self.mask_decoder = MaskDecoder(config.mask_decoder)
+            raise TypeError(f"{type(self).__name__} has no encoder for a {type(vision).__name__}")
+        return encoder, PromptEncoder(config.prompt_encoder), MaskDecoder(config.mask_decoder)
 
     @classmethod
-    def from_config(cls, config: SamHQConfig, seed: int, *, position_std: float = 0.0) -> SamHQ:
+    def from_config(cls, config: SamHQConfig, seed: int, *, position_std: float = 0.0) -> Self:
         """Return a model with fresh weights, in evaluation mode on the CPU, fp32; the same for the same seed.
 
         Linear weights and the absolute position are drawn from a normal of deviation 0.02 cut at two
@@ -99,7 +110,12 @@ class SamHQ(nn.Module):
         """What the encoder and the decoder multiply in."""
         return self.mask_decoder.iou_token.weight.dtype
 
-    def cast(self, dtype: torch.dtype) -> SamHQ:
+    @property
+    def fit(self) -> Fit:
+        """How an image comes to the model's input side."""
+        return self.config.fit
+
+    def cast(self, dtype: torch.dtype) -> Self:
         """Return self with encoder and decoder weights in `dtype`: float32 or bfloat16.
 
         The prompt encoder stays fp32, as do TinyViT's BatchNorms, whose rounded statistics would shift
@@ -127,19 +143,28 @@ class SamHQ(nn.Module):
         normalising, not black.
 
         Raises:
-            ValueError: not a uint8 RGB image, or one whose long side is not S.
+            ValueError: not a uint8 RGB image, or one whose long side (`stretch`: either side) is not S.
         """
+        S = self.config.image_size
+        for image in pixels:
+            check_image(image)
+            height, width = image.shape[:2]
+            if max(height, width) != S or (self.fit == "stretch" and min(height, width) != S):
+                sides = "its long side" if self.fit == "pad" else "each of its sides"
+                raise ValueError(f"a prepared image is {height}x{width}; {sides} must be {S}")
+        on_device = (
+            to_device(torch.from_numpy(np.require(image, requirements=["C", "W"])), self.device)
+            for image in pixels
+        )
+        return self.normalise([image_hwc.permute(2, 0, 1) for image_hwc in on_device])
+
+    def normalise(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return (B, 3, S, S) in the model's dtype from (3, h, w) in 0 to 255; see `preprocess`."""
         S = self.config.image_size
         batch = torch.zeros(len(pixels), 3, S, S, device=self.device)
         mean, std = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
-        for row, image in zip(batch, pixels, strict=True):
-            check_image(image)
-            height, width = image.shape[:2]
-            if max(height, width) != S:
-                raise ValueError(f"a prepared image is {height}x{width}; its long side must be {S}")
-            image_hwc = torch.from_numpy(np.require(image, requirements=["C", "W"]))
-            values = to_device(image_hwc, self.device).permute(2, 0, 1)
-            row[:, :height, :width] = (values - mean) / std
+        for row, values in zip(batch, pixels, strict=True):
+            row[:, : values.shape[1], : values.shape[2]] = (values - mean) / std
         return batch.to(self.dtype)
 
     @torch.no_grad()
@@ -150,41 +175,49 @@ class SamHQ(nn.Module):
             ValueError: no image, one that is not uint8 (H, W, 3), or one so elongated that its short
                 side would be resized to nothing.
         """
-        prepared = [resize_longest_side(image, self.config.image_size) for image in images]
+        prepared = [fit_image(image, self.config.image_size, self.fit) for image in images]
         return self.encode_prepared(prepared, [(x.shape[0], x.shape[1]) for x in images])
 
     @torch.no_grad()
     def encode_prepared(self, pixels: Sequence[UInt8Array], sizes_hw: Sequence[SizeHW]) -> ImageEmbedding:
-        """Return the embedding of images resized by `records.resize_longest_side`, in one encoder call.
+        """Return the embedding of images resized by `records.fit_image`, in one encoder call.
 
         `sizes_hw`: the upright (height, width) of each before that resize.
 
         Raises:
             ValueError: no image, or one whose size does not follow from its upright size.
         """
-        self._check_ready()
         if not pixels or len(pixels) != len(sizes_hw):
             raise ValueError(
                 f"{len(pixels)} images and {len(sizes_hw)} sizes; wanted one size each, and at least one"
             )
-        resized_hw = tuple(target_size_hw(size_hw, self.config.image_size) for size_hw in sizes_hw)
+        resized_hw = [target_size_hw(size_hw, self.config.image_size, self.fit) for size_hw in sizes_hw]
         for image, size_hw, expected_hw in zip(pixels, sizes_hw, resized_hw, strict=True):
             if image.shape[:2] != expected_hw:
                 raise ValueError(
                     f"an image of upright size {size_hw} was prepared as {image.shape[:2]}; "
                     f"wanted {expected_hw}"
                 )
-        with self._without_autocast():
-            embedding, hq_features = self.embed(self.preprocess(pixels))
+        return self.encode_batch(self.preprocess(pixels), sizes_hw)
+
+    def encode_batch(self, batch_B3SS: torch.Tensor, sizes_hw: Sequence[SizeHW]) -> ImageEmbedding:
+        """Return the embedding of a normalised batch of images of these upright sizes."""
+        self._check_ready()
+        with torch.no_grad(), self._without_autocast():
+            embedding, *features = self.embed(batch_B3SS)
+        side = self.config.image_size
         return ImageEmbedding(
             embedding_BCGG=embedding,
-            hq_features_BCHW=hq_features,
+            features=tuple(features),
             sizes_hw=tuple((int(h), int(w)) for h, w in sizes_hw),
-            resized_hw=resized_hw,
+            resized_hw=tuple(target_size_hw(size_hw, side, self.fit) for size_hw in sizes_hw),
         )
 
-    def embed(self, batch_B3SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the embedding (B, C, G, G) and the HQ features (B, U, 4G, 4G) of a normalised batch."""
+    def embed(self, batch_B3SS: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the embedding (B, C, G, G) and the decoder's features of each image of a normalised batch.
+
+        Here one, the HQ features (B, U, 4G, 4G).
+        """
         features: EncoderFeatures = self.image_encoder(batch_B3SS)
         return features.embedding_BCGG, self.mask_decoder.hq_features(features)
 
@@ -285,6 +318,30 @@ class SamHQ(nn.Module):
                     predicted_iou_NM=ious[:real],
                 )
 
+    def tokens_needed(self, multimask: Multimask, hq_token_only: bool) -> tuple[int, ...]:
+        """Return the mask tokens whose logits the answer needs."""
+        if hq_token_only:
+            return ()
+        return (0,) if multimask == "single" else (1, 2, 3)
+
+    def choose_masks(
+        self, tokens: TokenMasks, *, multimask: Multimask, hq_token_only: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mask logits (N, M, H, W) and predicted IoU (N, M) of the tokens that `tokens_needed` names.
+
+        Of equal scores the lower token comes first.
+        """
+        hq_N1HW = tokens.hq_NHW[:, None]
+        if multimask == "single":
+            ious = tokens.predicted_iou_N4[:, :1]
+            return (hq_N1HW if hq_token_only else tokens.sam_NKHW + hq_N1HW), ious
+        ious, order_N3 = tokens.predicted_iou_N4[:, 1:].sort(dim=1, descending=True, stable=True)
+        M = 1 if multimask == "best" else 3
+        if hq_token_only:
+            return hq_N1HW.expand(-1, M, -1, -1), ious[:, :M]
+        index = order_N3[:, :M, None, None].expand(-1, -1, *hq_N1HW.shape[2:])
+        return tokens.sam_NKHW.gather(1, index) + hq_N1HW, ious[:, :M]
+
     def _without_autocast(self) -> torch.autocast:
         """Turn a caller's autocast off: `cast` alone decides what runs in which dtype."""
         return torch.autocast(self.device.type, enabled=False)
@@ -324,7 +381,7 @@ class PromptDecoder:
         self.embedding = embedding
         self.multimask: Multimask = multimask
         self.hq_token_only = hq_token_only
-        self.mask_tokens = tokens_needed(multimask, hq_token_only)
+        self.mask_tokens = model.tokens_needed(multimask, hq_token_only)
 
     @cached_property
     def image_pe(self) -> torch.Tensor:
@@ -355,10 +412,10 @@ class PromptDecoder:
             shared,
             sparse_NTC=sparse,
             key_index_N=key_index,
-            hq_index_N=chunk.image_N,
+            image_index_N=chunk.image_N,
             mask_tokens=self.mask_tokens,
         )
-        return choose_masks(tokens, multimask=self.multimask, hq_token_only=self.hq_token_only)
+        return self.model.choose_masks(tokens, multimask=self.multimask, hq_token_only=self.hq_token_only)
 
     def _move(self, part: torch.Tensor | None) -> torch.Tensor | None:
         return None if part is None else to_device(part, self.model.device)
@@ -366,33 +423,7 @@ class PromptDecoder:
     def _share(self, embedding_BCGG: torch.Tensor, dense: torch.Tensor) -> SharedImages:
         return self.model.mask_decoder.share(
             embedding_BCGG=embedding_BCGG,
-            hq_features_BCHW=self.embedding.hq_features_BCHW,
+            features=self.embedding.features,
             dense_BCGG=dense,
             image_pe_1CGG=self.image_pe,
         )
-
-
-def tokens_needed(multimask: Multimask, hq_token_only: bool) -> tuple[int, ...]:
-    """Return the mask tokens whose logits the answer needs."""
-    if hq_token_only:
-        return ()
-    return (0,) if multimask == "single" else (1, 2, 3)
-
-
-def choose_masks(
-    tokens: TokenMasks, *, multimask: Multimask, hq_token_only: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mask logits (N, M, H, W) and predicted IoU (N, M) of the tokens that `tokens_needed` names.
-
-    Of equal scores the lower token comes first.
-    """
-    hq_N1HW = tokens.hq_NHW[:, None]
-    if multimask == "single":
-        ious = tokens.predicted_iou_N4[:, :1]
-        return (hq_N1HW if hq_token_only else tokens.sam_NKHW + hq_N1HW), ious
-    ious, order_N3 = tokens.predicted_iou_N4[:, 1:].sort(dim=1, descending=True, stable=True)
-    M = 1 if multimask == "best" else 3
-    if hq_token_only:
-        return hq_N1HW.expand(-1, M, -1, -1), ious[:, :M]
-    index = order_N3[:, :M, None, None].expand(-1, -1, *hq_N1HW.shape[2:])
-    return tokens.sam_NKHW.gather(1, index) + hq_N1HW, ious[:, :M]

@@ -25,17 +25,18 @@ from hqlabel.model.masks import TracedMasks, trace_masks
 from hqlabel.model.prompt_encoder import box_rows, check_prompts, mask_to_prompt
 from hqlabel.model.records import (
     CallShape,
+    Fit,
     ImageEmbedding,
     Instances,
     PreparedImage,
     Prompts,
     SegmentFailure,
     check_image,
-    resize_longest_side,
+    fit_image,
     target_size_hw,
 )
 from hqlabel.model.rle import rle_to_mask
-from hqlabel.model.sam_hq import SamHQ, tokens_needed
+from hqlabel.model.sam_hq import SamHQ
 
 UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
@@ -94,7 +95,7 @@ class Segmenter:
         self.hq_token_only = hq_token_only
         self.stability_offset = stability_offset
         if compiled:
-            compile_calls(self.model, call_shape, tokens_needed(multimask, hq_token_only))
+            compile_calls(self.model, call_shape, self.model.tokens_needed(multimask, hq_token_only))
         self._host_thread = HostThread(own_thread=on_gpu)
 
     @property
@@ -102,9 +103,14 @@ class Segmenter:
         """The side S that images are resized to."""
         return self.model.config.image_size
 
+    @property
+    def fit(self) -> Fit:
+        """How images come to that side."""
+        return self.model.fit
+
     def mask_prompt(self, counts: str, size_hw: tuple[int, int]) -> Float32Array:
         """Return a mask of the upright image, compressed COCO runs, as a row of `Prompts.mask_logits`."""
-        return mask_to_prompt(rle_to_mask(counts, size_hw), side=self.input_side)
+        return mask_to_prompt(rle_to_mask(counts, size_hw), side=self.input_side, fit=self.fit)
 
     def segment(
         self, images: Sequence[UInt8Array], boxes_xyxy: Sequence[npt.ArrayLike]
@@ -119,7 +125,7 @@ class Segmenter:
         """
         prepared = []
         for image, boxes in zip(images, boxes_xyxy, strict=True):
-            pixels = resize_longest_side(image, self.input_side)
+            pixels = fit_image(image, self.input_side, self.fit)
             size_hw, prompts = (image.shape[0], image.shape[1]), Prompts(boxes_xyxy=box_rows(boxes))
             prepared.append(PreparedImage(pixels_hwc=pixels, size_hw=size_hw, prompts=prompts))
         return self.segment_prepared(prepared)
@@ -150,7 +156,7 @@ class Segmenter:
     def _count_prompts(self, image: PreparedImage, index: int) -> int:
         """Return the number of an image's prompts; check both. Raises ValueError as `segment_prepared`."""
         check_image(image.pixels_hwc)
-        resized_hw = target_size_hw(image.size_hw, self.input_side)
+        resized_hw = target_size_hw(image.size_hw, self.input_side, self.fit)
         if image.pixels_hwc.shape[:2] != resized_hw:
             raise ValueError(
                 f"image {index} of upright size {image.size_hw} was prepared as "
@@ -202,9 +208,8 @@ class Segmenter:
         prompts = [*[image.prompts for image in images], *[no_prompts] * num_padding]
         pending: list[list[Future[Instances]]] = [[] for _ in images]
         for index, logits_NLL, iou_N in self._logits_by_image(embedding, prompts, shape.boxes_per_call):
-            pending[index].append(
-                self._trace(logits_NLL, iou_N, embedding.resized_hw[index], images[index].size_hw)
-            )
+            resized_hw = None if self.fit == "stretch" else embedding.resized_hw[index]
+            pending[index].append(self._trace(logits_NLL, iou_N, resized_hw, images[index].size_hw))
         return [
             _join([part.result() for part in parts], image.size_hw, flags)
             for parts, image in zip(pending, images, strict=True)
@@ -232,7 +237,7 @@ class Segmenter:
         self,
         logits_NLL: torch.Tensor,
         iou_N: torch.Tensor,
-        resized_hw: tuple[int, int],
+        resized_hw: tuple[int, int] | None,
         size_hw: tuple[int, int],
     ) -> Future[Instances]:
         """Return the masks of some prompts of one image; of numbers not finite, empty ones with the IoU NaN.

@@ -1,9 +1,10 @@
-"""The names of SAM-HQ's tensors, the original's and transformers', and the architecture that shapes give.
+"""The names of the models' tensors in each layout, and the architecture that SAM-HQ's shapes give.
 
 The model's own names are the original's (`segment-anything-hq`), so a published `.pth` loads as it is.
-`NAMES` lists those of transformers' `SamHQModel` next to them. No tensor is reshaped or transposed between
-the two. A name is renamed whole, in one pass: the middle layer of an MLP is `layers.1` in one layout and
-`layers.0` in the other, so that replacing parts one after another would swap layers without an error.
+`NAMES` lists those of transformers' `SamHQModel` next to them; HQ-SAM 2's file has names of its own
+(`hq_sam2/hq_sam2_names.py`). No tensor is reshaped or transposed between layouts. A name is renamed whole, in
+one pass: the middle layer of an MLP is `layers.1` in one layout and `layers.0` in the other, so that
+replacing parts one after another would swap layers without an error.
 
 Depth, widths, heads, window, grid and which blocks attend over the whole grid all follow from shapes, so that
 a checkpoint of any size loads without a statement of what it is.
@@ -19,6 +20,7 @@ from typing import Literal
 
 import torch
 
+from hqlabel.model.hq_sam2.hq_sam2_names import VIDEO, name_in_file, name_in_model
 from hqlabel.model.sam_config import (
     PATCH_SIZE,
     ConfigError,
@@ -29,7 +31,7 @@ from hqlabel.model.sam_config import (
     VisionConfig,
 )
 
-Layout = Literal["original", "transformers"]
+Layout = Literal["original", "transformers", "hq_sam2"]
 Tensors = dict[str, torch.Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -127,7 +129,12 @@ def patterns(column: int) -> tuple[tuple[re.Pattern[str], tuple[str, str]], ...]
 
 
 def rename(name: str, source: Layout, target: Layout) -> str | None:
-    """Return the name in layout `target` of a tensor called `name` in `source`; None: it is not known."""
+    """Return the name in layout `target` of a tensor called `name` in `source`; None: it is not known.
+
+    Every model's own names count as the original's.
+    """
+    if "hq_sam2" in (source, target):
+        return name_in_model(name) if source == "hq_sam2" else name_in_file(name)
     columns: dict[Layout, int] = {"original": 0, "transformers": 1}
     for pattern, pair in patterns(columns[source]):
         if match := pattern.fullmatch(name):
@@ -162,7 +169,8 @@ def original_names(tensors: Tensors) -> tuple[Layout, Tensors, list[str]]:
         elif original := rename(name, layout, "original"):
             named[original] = tensor
         else:
-            (ignored if IGNORED.fullmatch(name) else left_over).append(name)
+            known = VIDEO if layout == "hq_sam2" else IGNORED
+            (ignored if known.fullmatch(name) else left_over).append(name)
     if left_over:
         # Without its adapters such a model is another one: to save the rest alone would be wrong advice.
         advice = (
@@ -189,7 +197,9 @@ def check_family(names: Collection[str]) -> Layout:
 
     related = None
     if have(r"sam_mask_decoder\.|sam_prompt_encoder\.|image_encoder\.trunk\."):
-        related = "HQ-SAM 2" if have(r".*\.(?:hf_|compress_vit_feat)") else "SAM 2"
+        if have(r"sam_mask_decoder\.(?:hf_|embedding_maskfeature)"):
+            return "hq_sam2"
+        related = "SAM 2"
     elif have(r"vision_encoder\.backbone\.|mask_decoder\.conv_s0"):
         related = "SAM 2"
     elif have(r"mask_decoder\.") and not have(r"mask_decoder\.h[fq]_token"):
@@ -197,7 +207,7 @@ def check_family(names: Collection[str]) -> Layout:
     if related:
         raise CheckpointError(
             f"the file holds {related}, not SAM-HQ: there is no HQ token in it. Use a SAM-HQ checkpoint, "
-            "such as sam_hq_vit_b.pth or syscv-community/sam-hq-vit-base"
+            "such as sam_hq_vit_b.pth, sam2.1_hq_hiera_large.pt or syscv-community/sam-hq-vit-base"
         )
     if have(r"vision_encoder\."):
         return "transformers"
@@ -264,6 +274,8 @@ DECIDING = (
     "image_encoder.blocks.0.attn.rel_pos_h",
     "image_encoder.patch_embed.seq.2.c.weight",
     *(f"image_encoder.layers.{i}.downsample.conv1.c.weight" for i in range(3)),
+    "image_encoder.trunk.patch_embed.proj.weight",
+    "image_encoder.neck.convs.0.conv.weight",
     "image_encoder.neck.0.weight",
     "prompt_encoder.no_mask_embed.weight",
     "prompt_encoder.mask_downscaling.3.weight",
@@ -294,16 +306,16 @@ def config_from_shapes(shapes: Shapes, *, image_size: int | None = None) -> SamH
     return SamHQConfig(
         vision=vision,
         prompt_encoder=PromptEncoderConfig(
-            hidden_size=_side(shapes, "prompt_encoder.no_mask_embed.weight", 1, of=2),
+            hidden_size=side_of(shapes, "prompt_encoder.no_mask_embed.weight", 1, of=2),
             image_size=vision.image_size,
-            mask_input_channels=_side(shapes, "prompt_encoder.mask_downscaling.3.weight", 0, of=4),
+            mask_input_channels=side_of(shapes, "prompt_encoder.mask_downscaling.3.weight", 0, of=4),
         ),
         mask_decoder=MaskDecoderConfig(
-            hidden_size=_side(shapes, "mask_decoder.iou_token.weight", 1, of=2),
-            mlp_dim=_side(shapes, f"{layers}.0.mlp.lin1.weight", 0, of=2),
-            num_hidden_layers=_count(shapes, layers),
-            iou_head_hidden_dim=_side(shapes, "mask_decoder.iou_prediction_head.layers.0.weight", 0, of=2),
-            vit_dim=_side(shapes, "mask_decoder.compress_vit_feat.0.weight", 0, of=4),
+            hidden_size=side_of(shapes, "mask_decoder.iou_token.weight", 1, of=2),
+            mlp_dim=side_of(shapes, f"{layers}.0.mlp.lin1.weight", 0, of=2),
+            num_hidden_layers=count_of(shapes, layers),
+            iou_head_hidden_dim=side_of(shapes, "mask_decoder.iou_prediction_head.layers.0.weight", 0, of=2),
+            vit_dim=side_of(shapes, "mask_decoder.compress_vit_feat.0.weight", 0, of=4),
         ),
     )
 
@@ -311,10 +323,10 @@ def config_from_shapes(shapes: Shapes, *, image_size: int | None = None) -> SamH
 def _vit(shapes: Shapes) -> VisionConfig:
     """Return the ViT of these tensors. A block is global when its table covers the whole grid."""
     positions, blocks = "image_encoder.pos_embed", "image_encoder.blocks"
-    width, grid = _side(shapes, positions, 3, of=4), _side(shapes, positions, 1, of=4)
-    tables = [f"{blocks}.{i}.attn.rel_pos_h" for i in range(_count(shapes, blocks))]
-    sides = [(_side(shapes, table, 0, of=2) + 1) // 2 for table in tables]
-    head_width = _side(shapes, tables[0], 1, of=2)
+    width, grid = side_of(shapes, positions, 3, of=4), side_of(shapes, positions, 1, of=4)
+    tables = [f"{blocks}.{i}.attn.rel_pos_h" for i in range(count_of(shapes, blocks))]
+    sides = [(side_of(shapes, table, 0, of=2) + 1) // 2 for table in tables]
+    head_width = side_of(shapes, tables[0], 1, of=2)
     if width % head_width:
         raise ConfigError(
             f"tensor {tables[0]} has shape {shapes[tables[0]]}: heads {head_width} wide do not divide the "
@@ -329,31 +341,31 @@ def _vit(shapes: Shapes) -> VisionConfig:
         hidden_size=width,
         num_hidden_layers=len(tables),
         num_attention_heads=width // head_width,
-        mlp_dim=_side(shapes, f"{blocks}.0.mlp.lin1.weight", 0, of=2),
+        mlp_dim=side_of(shapes, f"{blocks}.0.mlp.lin1.weight", 0, of=2),
         window_size=windows[0] if windows else min(14, grid - 1),  # without a windowed block: any
         global_attn_indexes=tuple(i for i, side in enumerate(sides) if side == grid),
         image_size=grid * PATCH_SIZE,
-        output_channels=_side(shapes, "image_encoder.neck.0.weight", 0, of=4),
+        output_channels=side_of(shapes, "image_encoder.neck.0.weight", 0, of=4),
     )
 
 
 def _tiny_vit(shapes: Shapes, image_size: int) -> TinyVisionConfig:
     layers = "image_encoder.layers"
-    stem = _side(shapes, "image_encoder.patch_embed.seq.2.c.weight", 0, of=4)
-    widths = [_side(shapes, f"{layers}.{i}.downsample.conv1.c.weight", 0, of=4) for i in range(3)]
-    depths = [_count(shapes, f"{layers}.{i}.blocks") for i in range(4)]
+    stem = side_of(shapes, "image_encoder.patch_embed.seq.2.c.weight", 0, of=4)
+    widths = [side_of(shapes, f"{layers}.{i}.downsample.conv1.c.weight", 0, of=4) for i in range(3)]
+    depths = [count_of(shapes, f"{layers}.{i}.blocks") for i in range(4)]
     biases = [f"{layers}.{i}.blocks.0.attn.attention_biases" for i in (1, 2, 3)]
     return TinyVisionConfig(
         embed_dims=(stem, *widths),
         depths=tuple(depths),
-        num_heads=tuple(_side(shapes, name, 0, of=2) for name in biases),
-        window_sizes=tuple(math.isqrt(_side(shapes, name, 1, of=2)) for name in biases),
+        num_heads=tuple(side_of(shapes, name, 0, of=2) for name in biases),
+        window_sizes=tuple(math.isqrt(side_of(shapes, name, 1, of=2)) for name in biases),
         image_size=image_size,
-        output_channels=_side(shapes, "image_encoder.neck.0.weight", 0, of=4),
+        output_channels=side_of(shapes, "image_encoder.neck.0.weight", 0, of=4),
     )
 
 
-def _side(shapes: Shapes, name: str, axis: int, *, of: int) -> int:
+def side_of(shapes: Shapes, name: str, axis: int, *, of: int) -> int:
     """Return one side of a tensor of `of` axes, or raise `ConfigError` naming the tensor."""
     if name not in shapes:
         raise ConfigError(f"the architecture cannot be read: tensor {name} is missing")
@@ -364,7 +376,7 @@ def _side(shapes: Shapes, name: str, axis: int, *, of: int) -> int:
     return shapes[name][axis]
 
 
-def _count(shapes: Shapes, prefix: str) -> int:
+def count_of(shapes: Shapes, prefix: str) -> int:
     """Return how many blocks `prefix.0`, `prefix.1`, ... there are, or raise `ConfigError` naming a gap."""
     numbers = {int(name[len(prefix) + 1 :].split(".")[0]) for name in shapes if name.startswith(prefix + ".")}
     gap = next((i for i in range(len(numbers) + 1) if i not in numbers), 0)

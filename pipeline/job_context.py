@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hqlabel.model.records import Fit
 from hqlabel.pipeline.settings import (
     BoxFormat,
     BoxFrame,
@@ -53,6 +54,8 @@ class Weights:
     license: str | None = None
     architecture: str = ""
     input_side: int = 1024
+    fit: Fit = "pad"
+    """How images come to that side; it follows from the tensors, as the side does."""
     note: str | None = None
     """A sentence that every summary and footer repeats, such as the demo checkpoint's warning."""
     warning: str | None = None

@@ -53,6 +53,7 @@ def read_checkpoint(config: Config) -> Weights:
         license=clean_text(loaded.weights.license or "") or None,
         architecture=loaded.weights.architecture,
         input_side=loaded.model.config.image_size,
+        fit=loaded.model.fit,
         note=DEMO_NOTE if source == DEMO else None,
         warning=clean_text("; ".join(loaded.weights.warnings)) or None,
     )

@@ -36,6 +36,7 @@ from hqlabel.pipeline.errors import ImageError, SystemicFault, clean_text
 from hqlabel.pipeline.images.decode_upright import DecodedImage
 
 if TYPE_CHECKING:  # the child reads no settings, and pydantic would cost it 14 MB
+    from hqlabel.model.records import Fit
     from hqlabel.pipeline.settings import Limits
 
 MAX_DEATHS = 3
@@ -64,6 +65,7 @@ class _ChildConfig:
     side: int
     memory_bytes: int
     files: tuple[int, int, int, int]  # requests, answers, bytes in, pixels out
+    fit: Fit = "pad"
     detector_side: int | None = None
     draft_jpeg: bool = False
 
@@ -81,10 +83,12 @@ class DecodeChild:
         side: int,
         *,
         decoder: str = "hqlabel.pipeline.images.decode_upright:decode_image",
+        fit: Fit = "pad",
         detector_side: int | None = None,
         draft_jpeg: bool = False,
     ) -> None:
         self._limits = limits
+        self._fit: Fit = fit
         self._draft_jpeg = draft_jpeg
         self._side = side
         self._detector_side = detector_side
@@ -202,6 +206,7 @@ class DecodeChild:
             side=self._side,
             memory_bytes=self._limits.decode_memory_bytes,
             files=files,
+            fit=self._fit,
             detector_side=self._detector_side,
             draft_jpeg=self._draft_jpeg,
         )
@@ -312,8 +317,8 @@ def _answer(decoder: Decoder, config: _ChildConfig, size: int) -> dict[str, Any]
     _, _, data_file, pixel_file = config.files
     try:
         data = _read_all(data_file, size)
-        options = {"detector_side": config.detector_side, "draft_jpeg": config.draft_jpeg}
-        more = {name: value for name, value in options.items() if value}
+        options = {"detector_side": config.detector_side, "draft_jpeg": config.draft_jpeg, "fit": config.fit}
+        more = {name: value for name, value in options.items() if value and value != "pad"}
         found = decoder(data, max_pixels=config.max_pixels, side=config.side, **more)
     except ImageError as error:
         return {"code": error.code, "message": error.message}

@@ -1,4 +1,4 @@
-"""Bytes of a picture -> upright RGB uint8, resized once to the model's input side.
+"""Bytes of a picture -> upright RGB uint8, resized once to the model's input side, by the model's rule.
 
 A pure function of the bytes; knows no storage, no Ray and no deadline. Hostile or unlucky bytes can
 crash a native codec, hang it or eat memory, so the pipeline calls it through `decode_process`.
@@ -26,7 +26,7 @@ import contextlib
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from hqlabel.model.records import resize_image, target_size_hw
+from hqlabel.model.records import Fit, resize_image, target_size_hw
 from hqlabel.pipeline.errors import ImageError
 from hqlabel.pipeline.images.picture_formats import ALLOWED_FORMATS, damaged, unidentified
 
@@ -57,10 +57,11 @@ _TO_RGB_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGB
 class DecodedImage:
     """One upright picture at the model's input side, and what it was before.
 
-    `pixels_hwc`: uint8 RGB (h, w, 3) with max(h, w) == side; may be read-only. `size_hw`: upright, full size.
-    `stored_size_hw`: as stored in the file, before its orientation was applied. `exif_orientation`: 1 to 8,
-    or None where the file states none that can be used. `format`: Pillow's name, such as `JPEG`.
-    `detector_hwc`: the same at the detector's size, where there is a detector and it is another size.
+    `pixels_hwc`: uint8 RGB (h, w, 3), of the size `target_size_hw`; may be read-only. `size_hw`: upright,
+    full size. `stored_size_hw`: as stored in the file, before its orientation was applied.
+    `exif_orientation`: 1 to 8, or None where the file states none that can be used. `format`: Pillow's name,
+    such as `JPEG`.
+    `detector_hwc`: the same as a detector sees it, where there is one and that is another picture.
     """
 
     pixels_hwc: UInt8Array
@@ -72,11 +73,19 @@ class DecodedImage:
 
 
 def decode_image(
-    data: bytes, *, max_pixels: int, side: int, detector_side: int | None = None, draft_jpeg: bool = False
+    data: bytes,
+    *,
+    max_pixels: int,
+    side: int,
+    fit: Fit = "pad",
+    detector_side: int | None = None,
+    draft_jpeg: bool = False,
 ) -> DecodedImage:
-    """Return the picture in `data`, upright, RGB, its long side resized to `side`.
+    """Return the picture in `data`, upright, RGB, resized for a model of input side `side`.
 
-    `detector_side`: also the picture as a detector sees it, with no side longer than this, never enlarged.
+    `fit`: how; see `hqlabel.model.records.Fit`.
+    `detector_side`: also the picture as a detector sees it, with no side longer than this, never enlarged and
+    never out of proportion.
     `draft_jpeg`: let a JPEG be decoded at a half, a quarter or an eighth of its size, if that is enough.
 
     Raises:
@@ -86,12 +95,14 @@ def decode_image(
     """
     if not data:
         raise ImageError("empty", "the object has 0 bytes; upload the picture again")
+    wanted: list[tuple[int, Fit]] = [(side, fit)]
+    if detector_side is not None:
+        wanted.append((detector_side, "pad"))
     with _pillow_faults(data, max_pixels):
-        least = min(side, detector_side or side)
-        _check_header(Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS), max_pixels, least)
+        _check_header(Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS), max_pixels, wanted)
         picture = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
         orientation = _orientation(picture) if picture.format == "TIFF" else None
-        stored_hw = _reduce(picture, max(side, detector_side or side)) if draft_jpeg else None
+        stored_hw = _reduce(picture, wanted) if draft_jpeg else None
         picture.load()
         if picture.format == "TIFF":  # Pillow turns TIFFs upright while loading, and forgets the tag
             upright = _to_rgb(picture)
@@ -105,9 +116,10 @@ def decode_image(
     if stored_hw is not None:
         size_hw = stored_hw[::-1] if swapped else stored_hw
     longest = None if detector_side is None else min(detector_side, max(size_hw))
+    own_picture = longest is not None and (longest != side or fit != "pad")
     return DecodedImage(
-        pixels_hwc=resize_image(upright, side, full_hw=size_hw),
-        detector_hwc=None if longest in (None, side) else resize_image(upright, longest, full_hw=size_hw),
+        pixels_hwc=resize_image(upright, side, full_hw=size_hw, fit=fit),
+        detector_hwc=resize_image(upright, longest, full_hw=size_hw) if longest and own_picture else None,
         size_hw=size_hw,
         stored_size_hw=size_hw[::-1] if swapped else size_hw,
         exif_orientation=orientation,
@@ -138,23 +150,25 @@ def measure_image(data: bytes, *, max_pixels: int, side: int) -> DecodedImage:
     )
 
 
-def _check_header(picture: Image.Image, max_pixels: int, side: int) -> None:
+def _check_header(picture: Image.Image, max_pixels: int, wanted: Sequence[tuple[int, Fit]]) -> None:
     """Raise ImageError by the header alone, then check stored checksums; `picture` is spent afterwards."""
     if picture.width * picture.height > max_pixels:
         raise ImageError("too_large", _too_many_pixels(f"{picture.width}x{picture.height}", max_pixels))
     try:
-        target_size_hw((picture.height, picture.width), side)
+        for side, fit in sorted(wanted):
+            target_size_hw((picture.height, picture.width), side, fit)
     except ValueError as error:
         raise ImageError("too_elongated", str(error)) from None
     picture.verify()
 
 
-def _reduce(picture: Image.Image, side: int) -> tuple[int, int] | None:
-    """Let a JPEG load reduced, no side below those at `side`; return its full size, else None."""
+def _reduce(picture: Image.Image, wanted: Sequence[tuple[int, Fit]]) -> tuple[int, int] | None:
+    """Let a JPEG load reduced, no side below any that is wanted; return its full size, else None."""
     if picture.format != "JPEG":
         return None
     stored_hw = (picture.height, picture.width)
-    height, width = target_size_hw(stored_hw, side)
+    sizes_hw = [target_size_hw(stored_hw, side, fit) for side, fit in wanted]
+    height, width = (max(sides) for sides in zip(*sizes_hw, strict=True))
     picture.draft(picture.mode, (width, height))
     return stored_hw
 

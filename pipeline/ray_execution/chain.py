@@ -27,6 +27,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from hqlabel.model.records import Fit
 from hqlabel.pipeline.errors import SystemicFault
 from hqlabel.pipeline.images.decode_process import DecodeChild
 from hqlabel.pipeline.job_context import JobContext, UnitOutcome
@@ -212,6 +213,7 @@ def prepare(table: pa.Table, context: JobContext, epoch: int) -> pa.Table:
     decoder = _decode_process(
         context.limits,
         context.weights.input_side,
+        context.weights.fit,
         context.decoder,
         detector and detector.longest_side,
         context.draft_jpeg,
@@ -230,10 +232,12 @@ def _restart(store: Store, epoch: int, stage: Stage) -> Restart | None:
 
 @functools.lru_cache(maxsize=1)
 def _decode_process(
-    limits: Limits, side: int, decoder: str, detector_side: int | None, draft_jpeg: bool
+    limits: Limits, side: int, fit: Fit, decoder: str, detector_side: int | None, draft_jpeg: bool
 ) -> DecodeChild:
     """Return this worker process's decoder; it serves every unit that the process gets."""
-    return DecodeChild(limits, side, decoder=decoder, detector_side=detector_side, draft_jpeg=draft_jpeg)
+    return DecodeChild(
+        limits, side, fit=fit, decoder=decoder, detector_side=detector_side, draft_jpeg=draft_jpeg
+    )
 
 
 class Segment:

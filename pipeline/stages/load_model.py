@@ -88,11 +88,12 @@ def load_segmenter(context: JobContext, use_gpu: bool) -> Segmenter:
         )
     except (RuntimeError, AssertionError) as error:  # torch on a broken driver, or built without CUDA
         raise SystemicFault("device", clean_text(f"the model cannot be put on {device}: {error}")) from error
-    if segmenter.input_side != context.weights.input_side:
+    weights, wanted = context.weights, (segmenter.input_side, segmenter.fit)
+    if wanted != (weights.input_side, weights.fit):
         raise SystemicFault(
             "weights",
-            f"{context.weights.source} takes images of side {segmenter.input_side}, the job's were resized "
-            f"to {context.weights.input_side}",
+            f"{weights.source} takes images of side {wanted[0]} ({wanted[1]}), the job's were resized to "
+            f"{weights.input_side} ({weights.fit})",
         )
     return segmenter
 

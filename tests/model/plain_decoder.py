@@ -41,7 +41,7 @@ def plain_decode(
     decoder: MaskDecoder,
     *,
     embedding_BCGG,
-    hq_features_BCHW,
+    features,
     image_index_N,
     sparse_NTC,
     dense_BCGG,
@@ -58,7 +58,7 @@ def plain_decode(
         image_pe_1CGG.flatten(2).transpose(1, 2),
     )
     upscaled = decoder.output_upscaling(keys.transpose(1, 2).reshape(N, -1, G, G))
-    upscaled_hq = decoder.embedding_maskfeature(upscaled) + hq_features_BCHW[image_index_N]
+    upscaled_hq = decoder.embedding_maskfeature(upscaled) + features[0][image_index_N]
     vectors = torch.stack(
         [mlp(out[:, 1 + k]) for k, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1
     )

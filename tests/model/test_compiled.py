@@ -38,7 +38,7 @@ def answer(model, boxes=4, mask_tokens=(0,)):
     embedding, hq = model.embed(torch.zeros(2, 3, side, side, dtype=model.dtype, device=device))
     shared = model.mask_decoder.share(
         embedding_BCGG=embedding,
-        hq_features_BCHW=hq,
+        features=(hq,),
         dense_BCGG=model.prompt_encoder.no_mask(),
         image_pe_1CGG=model.prompt_encoder.image_pe(),
     )
@@ -47,7 +47,7 @@ def answer(model, boxes=4, mask_tokens=(0,)):
     width = model.mask_decoder.mask_tokens.embedding_dim
     tokens = torch.zeros(boxes, model.mask_decoder.tokens_of_a_box, width, dtype=model.dtype, device=device)
     assert tokens.shape[1] == 6 + sparse.shape[1]
-    return embedding, hq, *model.mask_decoder.decode_tokens(tokens, image, shared.terms, mask_tokens)
+    return embedding, hq, *model.mask_decoder.decode_tokens(tokens, image, shared.terms, (), mask_tokens)
 
 
 class OneDevice(TorchDispatchMode):

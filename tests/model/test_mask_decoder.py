@@ -23,7 +23,7 @@ def inputs(model, index, *, with_masks=False):
     sparse, dense = model.prompt_encoder(boxes_N4=boxes, masks_NHW=masks)
     return {
         "embedding_BCGG": torch.randn(3, width, G, G, generator=generator),
-        "hq_features_BCHW": torch.randn(3, width // 8, 4 * G, 4 * G, generator=generator),
+        "features": (torch.randn(3, width // 8, 4 * G, 4 * G, generator=generator),),
         "image_index_N": torch.tensor(index),
         "sparse_NTC": sparse,
         "dense_BCGG": dense,
@@ -96,7 +96,7 @@ def test_every_norm_has_the_epsilon_the_weights_were_trained_with(model):
 def test_losses_on_mask_iou_and_hq_reach_every_weight(model):
     given = inputs(model, [0, 1, 1], with_masks=True)
     given["embedding_BCGG"].requires_grad_()
-    given["hq_features_BCHW"].requires_grad_()
+    given["features"][0].requires_grad_()
     out = model.mask_decoder(**given)
     (
         out.sam_NKHW.square().mean() + out.hq_NHW.square().mean() + out.predicted_iou_N4.square().mean()
@@ -110,5 +110,5 @@ def test_losses_on_mask_iou_and_hq_reach_every_weight(model):
     }
     assert untouched == set()
     assert given["embedding_BCGG"].grad is not None
-    assert given["hq_features_BCHW"].grad is not None
+    assert given["features"][0].grad is not None
     model.zero_grad()

@@ -4,7 +4,7 @@ import torch
 
 from hqlabel.model.records import Prompts, resize_longest_side
 from hqlabel.model.sam_config import vit_config
-from hqlabel.model.sam_hq import SamHQ, choose_masks, tokens_needed
+from hqlabel.model.sam_hq import SamHQ
 from tests.parity.lively import SMALL_TINY, SMALL_VITS, boxes_in, lively, photo, pixels_of
 
 SIZES = [(97, 140), (60, 60), (200, 70)]
@@ -101,7 +101,7 @@ def test_prepared_pictures_give_what_whole_pictures_give(model, images, embeddin
     other = model.encode_prepared(prepared, SIZES)
 
     assert torch.equal(other.embedding_BCGG, embedding.embedding_BCGG)
-    assert torch.equal(other.hq_features_BCHW, embedding.hq_features_BCHW)
+    assert torch.equal(other.features[0], embedding.features[0])
     assert (other.sizes_hw, other.resized_hw) == (embedding.sizes_hw, embedding.resized_hw)
 
 
@@ -158,14 +158,14 @@ def test_every_answer_is_a_sum_of_the_tokens_masks(model, multimask, hq_token_on
     features = model.image_encoder(pixels_of(model, [photo(97, 140)]))
     tokens = model.mask_decoder(
         embedding_BCGG=features.embedding_BCGG,
-        hq_features_BCHW=model.mask_decoder.hq_features(features),
+        features=(model.mask_decoder.hq_features(features),),
         image_index_N=torch.tensor([0, 0]),
         sparse_NTC=sparse,
         dense_BCGG=dense,
         image_pe_1CGG=model.prompt_encoder.image_pe(),
-        mask_tokens=tokens_needed(multimask, hq_token_only),
+        mask_tokens=model.tokens_needed(multimask, hq_token_only),
     )
-    masks, ious = choose_masks(tokens, multimask=multimask, hq_token_only=hq_token_only)
+    masks, ious = model.choose_masks(tokens, multimask=multimask, hq_token_only=hq_token_only)
 
     for n in range(2):
         order = (
@@ -175,7 +175,7 @@ def test_every_answer_is_a_sum_of_the_tokens_masks(model, multimask, hq_token_on
         )
         order = order[:1] if multimask != "three" else order
         for m, k in enumerate(order):
-            needed = tokens_needed(multimask, hq_token_only)
+            needed = model.tokens_needed(multimask, hq_token_only)
             sam = 0 if hq_token_only else tokens.sam_NKHW[n, needed.index(k)]
             assert torch.equal(masks[n, m], sam + tokens.hq_NHW[n])
             assert ious[n, m] == tokens.predicted_iou_N4[n, k]

@@ -195,7 +195,7 @@ class DemoNetwork(nn.Module):
         decoder = self.mask_decoder
         shared = decoder.share(
             embedding_BCGG=embedding,
-            hq_features_BCHW=embedding,  # not looked at on this road
+            features=(embedding,),  # not looked at on this road
             dense_BCGG=self.prompt_encoder.no_mask(),
             image_pe_1CGG=self.prompt_encoder.image_pe(),
         )
@@ -216,7 +216,7 @@ class DemoNetwork(nn.Module):
             sparse = self.tokens(batch)
         masks = self.mask_decoder(
             embedding_BCGG=features.embedding_BCGG,
-            hq_features_BCHW=self.mask_decoder.hq_features(features),
+            features=(self.mask_decoder.hq_features(features),),
             image_index_N=batch.image_index_N,
             sparse_NTC=sparse,
             dense_BCGG=self.prompt_encoder.no_mask(),
