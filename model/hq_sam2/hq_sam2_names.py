@@ -36,11 +36,11 @@ def name_in_model(name: str) -> str | None:
     """Return the model's name of a file's tensor; None: it is of no part of the model."""
     if name == MEMORY[0]:
         return MEMORY[1]
-    for theirs, ours in NAMES:
-        if name.startswith(theirs):
-            own = ours + name.removeprefix(theirs)
-            return MLP_OF_FILE.sub(lambda m: f"{m[1]}.lin{int(m[2]) + 1}.{m[3]}", own)
-    return None
+    theirs, ours = next((pair for pair in NAMES if name.startswith(pair[0])), ("", ""))
+    own = ours + name.removeprefix(theirs)
+    own = MLP_OF_FILE.sub(lambda m: f"{m[1]}.lin{int(m[2]) + 1}.{m[3]}", own)
+    # A file's name that reads like one of the model's own must not be taken for it.
+    return own if ours and name_in_file(own) == name else None
 
 
 def name_in_file(name: str) -> str:
