@@ -8,6 +8,8 @@ or a role of the machine. The resolved configuration is written to `config.yaml`
 from __future__ import annotations
 
 import difflib
+import re
+import reprlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,21 +18,27 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from hqlabel.pipeline.errors import UsageError
+from hqlabel.pipeline.errors import UsageError, clean_text
 from hqlabel.pipeline.settings import (
     BoxSettings,
     ClusterSettings,
     CostSettings,
     DetectorSettings,
     FilterSettings,
+    Given,
     InputSettings,
+    KeepsRows,
     Limits,
     ModelSettings,
     OutputSettings,
     Section,
 )
+from hqlabel.pipeline.storage.uri_rules import without_credentials
 
 CONFIG_KEY = "config.yaml"
+MOST_CHARS = 2**18
+MOST_DEEP = 50
+MOST_VALUES = 100_000
 
 
 class Config(Section):
@@ -46,7 +54,7 @@ class Config(Section):
     limits: Limits = Limits()
     cluster: ClusterSettings = ClusterSettings()
     cost: CostSettings = CostSettings()
-    storage: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    storage: Given[KeepsRows[dict[str, dict[str, Any]]]] = Field(default_factory=dict)
     """fsspec options by uri scheme, such as s3: {endpoint_url: ...}; no secrets."""
 
 
@@ -61,13 +69,12 @@ class ConfigSources:
     flags: Mapping[str, Any] = field(default_factory=dict)
     sets: Sequence[str] = ()
 
-    def load(self, saved: str | None = None) -> Config:
-        """Return the configuration: the saved one of a job (YAML), then the file, then flags, then `--set`.
+    def load(self) -> Config:
+        """Return the configuration: the file, then flags, then `--set`.
 
         Raises `UsageError` with every mistake named.
         """
-        tree = _parse_yaml(saved, "the saved configuration") if saved else {}
-        _merge(tree, _read_yaml(self.path) if self.path else {})
+        tree = _read_yaml(self.path) if self.path else {}
         flags = {name: value for name, value in self.flags.items() if value is not None}
         for name, value in flags.items():
             _put(tree, name, value, origin="a flag")
@@ -86,23 +93,47 @@ class ConfigSources:
 def _read_yaml(path: str) -> dict[str, Any]:
     """Return the mapping in a local YAML file. Raises `UsageError` with the file, the line and the fault."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARS + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"--config {path}: cannot be read: {reason}") from None
-    return _parse_yaml(text, f"--config {path}")
+    return parse_yaml(text, f"--config {path}")
 
 
-def _parse_yaml(text: str, name: str) -> dict[str, Any]:
-    try:
-        tree = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{name}: not valid YAML: {_one_line(error)}") from None
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """Return the mapping in a YAML text, bounded in size, depth and what its aliases repeat.
+
+    Raises:
+        UsageError: with `name`, the line and the fault.
+    """
+    tree = _load(text, name)
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise UsageError(f"{name}: wanted `name: value` lines at the top, found a {type(tree).__name__}")
     return tree
+
+
+def _load(text: str, name: str) -> Any:
+    if len(text) > MOST_CHARS:
+        raise UsageError(f"{name}: over {MOST_CHARS:,} characters, which no configuration has")
+    if _brackets_deep(text) > MOST_DEEP:  # the parser's time grows with the square of it
+        raise UsageError(f"{name}: over {MOST_DEEP} brackets inside each other")
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{name}: not valid YAML: {_one_line(error)}") from None
+    except (RecursionError, ValueError, TypeError) as error:  # a date that is none, a list as a name
+        raise UsageError(f"{name}: cannot be read: {clean_text(str(error)[:200])}") from None
+
+
+def _brackets_deep(text: str) -> int:
+    depth = deepest = 0
+    for sign in re.findall(r"[\[\]{}]", text):
+        depth = max(0, depth + (1 if sign in "[{" else -1))
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def parse_prompts(text: str | None) -> dict[str, str] | None:
@@ -120,15 +151,17 @@ def parse_set(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise UsageError(f"--set {text!r}: wanted name=value, such as --set model.dtype=float32")
-    try:
-        return name.strip(), yaml.safe_load(value) if value else None
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {text!r}: the value is not valid YAML: {_one_line(error)}") from None
+    return name.strip(), _load(value, f"--set {name.strip()}") if value else None
 
 
 def to_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML that `--config` reads back to an equal `Config`."""
-    text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True, default_flow_style=False)
+    return tree_to_yaml(config.model_dump())
+
+
+def tree_to_yaml(tree: Mapping[str, Any]) -> str:
+    """Return the content of `config.yaml` as YAML."""
+    text = yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True, default_flow_style=False)
     return f"# the resolved configuration of this job; `hqlabel label --config` reads it\n{text}"
 
 
@@ -142,15 +175,6 @@ def known_names() -> list[str]:
         else:
             names.append(name)
     return names
-
-
-def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Put `over` into `tree`: sections are merged name by name, anything else is replaced."""
-    for name, value in over.items():
-        if isinstance(value, dict) and isinstance(tree.get(name), dict):
-            _merge(tree[name], value)
-        else:
-            tree[name] = value
 
 
 def _put(tree: dict[str, Any], name: str, value: Any, *, origin: str) -> None:
@@ -168,23 +192,36 @@ def _put(tree: dict[str, Any], name: str, value: Any, *, origin: str) -> None:
 def _explain(error: ValidationError) -> str:
     lines = []
     for item in error.errors(include_url=False):
-        name = ".".join(str(part) for part in item["loc"])
+        name = clean_text(".".join(str(part)[:100] for part in item["loc"][:4]))
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.6)
             lines.append(f"{name}: no such name" + (f"; did you mean {near[0]}?" if near else ""))
         else:
-            found = "" if item["type"] == "value_error" else f" (found {item['input']!r})"
+            found = "" if item["type"] == "value_error" else f" (found {_short(item['input'])})"
             wanted = _SECTION if item["type"] == "model_type" else item["msg"]
             lines.append(f"{name}: {wanted.removeprefix('Value error, ')}{found}")
-    return "configuration: " + "; ".join(dict.fromkeys(lines))
+    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return "configuration: " + "; ".join([*dict.fromkeys(lines[:_SHOWN]), *more])
+
+
+def _short(value: Any) -> str:
+    """Return a value as a message repeats it: bounded, and without a credential."""
+    return without_credentials(reprlib.repr(value))
 
 
 def _one_line(error: yaml.YAMLError) -> str:
-    return " ".join(str(error).split())
+    return clean_text(" ".join(str(error)[:1000].split()))
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key written twice: YAML would silently keep the last."""
+    """Refuses a key written twice: YAML would silently keep the last; and what aliases repeat without end."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _size(node, {}) > MOST_VALUES:
+            problem = f"its aliases make more than {MOST_VALUES:,} values of it"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -197,4 +234,18 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many values a node is, each as often as aliases repeat it; a circle is more than any."""
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1  # until it is known: met again inside itself
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [one for pair in node.value for one in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = list(node.value)
+        known[id(node)] = 1 + sum(_size(child, known) for child in children)
+    return known[id(node)]
+
+
+_SHOWN = 10
 _SECTION = "wanted a section of `name: value` lines"

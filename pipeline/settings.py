@@ -19,11 +19,22 @@ if TYPE_CHECKING:  # it brings NumPy, and every command imports the settings
     from hqlabel.model.records import CallShape
 
 T = TypeVar("T")
-CHANGES_ROWS, IDENTITY = "changes rows", "identity"
-ChangesRows = Annotated[T, CHANGES_ROWS]
-"""The mark of a setting that can change a row: its masks, its values, or whether the image failed."""
+IDENTITY, MARKS, KEEPS_ROWS = "identity", "marks", "keeps rows"
+REDO, GIVEN = "redo", "given"
 Identity = Annotated[T, IDENTITY]
-"""The same of a setting that belongs to the job's identity: a resume with another value is refused."""
+"""The mark of a setting that can change a row: its masks, its values, or whether the image failed.
+
+It belongs to the job's identity: a resume with another value is refused."""
+Redo = Annotated[T, IDENTITY, REDO]
+"""The same of a setting that decides only whether an image fails: `retry` may do failed images again with
+another value, which the footers of their units state."""
+Marks = Annotated[T, MARKS]
+"""The mark of a setting that marks rows when tables are published, and changes nothing else."""
+KeepsRows = Annotated[T, KEEPS_ROWS]
+"""The mark of a setting that changes no row. Every setting has one of these marks."""
+Given = Annotated[T, GIVEN]
+"""A further mark: the setting says where to connect, what to read, with which rights, or on what to run. It
+is taken from the command line, a file that it names and the environment, never from an output."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +78,20 @@ class Section(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that belong to a job's identity."""
-        names = {name for name, info in type(self).model_fields.items() if IDENTITY in info.metadata}
-        return self.model_dump(include=names)
+        return self.model_dump(include=self.marked(IDENTITY))
+
+    @classmethod
+    def marked(cls, mark: str) -> set[str]:
+        """Return the names of the settings with a mark."""
+        return {name for name, info in cls.model_fields.items() if mark in info.metadata}
 
 
 class InputSettings(Section):
     """Which images, which boxes, and how the boxes are to be read."""
 
-    images: Identity[str | None] = None
+    images: Given[Identity[str | None]] = None
     """Folder, prefix, glob, table of uris, COCO instances, tars or Hugging Face Parquet (docs/inputs.md)."""
-    boxes: Identity[str | None] = None
+    boxes: Given[Identity[str | None]] = None
     """Table, COCO, MegaDetector or YOLO boxes, tars, Hugging Face Parquet, or an earlier output."""
     box_format: Identity[BoxFormat | None] = None
     """Default: what the kind of file means (docs/inputs.md): xyxy for tables, xywh for COCO files."""
@@ -84,7 +99,7 @@ class InputSettings(Section):
     """`upright`: boxes are in the picture as users see it (EXIF applied); `stored`: as the file has it."""
     columns: Identity[dict[str, str]] = {}
     """Where a table has other column names: our name (such as image_uri) to the table's."""
-    image_root: Identity[str | None] = None
+    image_root: Given[Identity[str | None]] = None
     """Folder or prefix that relative uris and COCO file names start from; null: the folder of their table."""
     limit: Identity[int | None] = Field(default=None, ge=1)
     """Only the first N images in the order of their ids."""
@@ -94,16 +109,16 @@ class InputSettings(Section):
     """What images in tars are called: their name in the tar, that up to its first dot, or tar and name."""
     allow_unmatched: Identity[bool] = False
     """Skip boxes whose image is not listed, instead of refusing the job."""
-    allow_roots: ChangesRows[list[str]] = []
+    allow_roots: Given[Redo[list[str]]] = []
     """Further local folders that image uris may point into."""
-    allow_schemes: ChangesRows[list[str]] = []
+    allow_schemes: Given[Redo[list[str]]] = []
     """Further uri schemes, such as https; s3, gs, az, abfs and hf are allowed anyway."""
 
 
 class ModelSettings(Section):
     """The checkpoint, and what the model is asked for; all of it changes masks."""
 
-    checkpoint: Identity[str | None] = None
+    checkpoint: Given[Identity[str | None]] = None
     """File, folder, uri, hub id, or `demo` for the small model that comes with hqlabel."""
     dtype: Identity[Literal["auto", "float32", "bfloat16"]] = "auto"
     """auto: bfloat16 where the hardware multiplies it natively, else float32; resolved once per job."""
@@ -141,7 +156,7 @@ class ModelSettings(Section):
 class DetectorSettings(Section):
     """The detector that finds the boxes of images that have none (docs/detectors.md)."""
 
-    name: Identity[str | None] = None
+    name: Given[Identity[str | None]] = None
     """`hf:ID_OR_FOLDER`, `hf-zero-shot:ID_OR_FOLDER`, or your own class as `module:Class`."""
     prompts: Identity[dict[str, str]] = {}
     """What a zero-shot detector searches for: text to the name of its category."""
@@ -177,26 +192,26 @@ class BoxSettings(Section):
 class FilterSettings(Section):
     """What is marked as not accepted when tables are published; nothing is ever deleted."""
 
-    min_predicted_iou: Share | None = None
+    min_predicted_iou: Marks[Share | None] = None
     """Masks below this are marked; null: no such filter."""
-    min_stability_score: Share | None = None
+    min_stability_score: Marks[Share | None] = None
     """Masks whose edge moves more than this with the threshold are marked."""
-    min_detector_score: Number | None = None
+    min_detector_score: Marks[Number | None] = None
     """Boxes with a lower score of the detector are marked; one without a score never is."""
-    min_box_iou: Share | None = None
+    min_box_iou: Marks[Share | None] = None
     """Masks whose tight box agrees less with the prompt box are marked."""
-    min_area_px: Pixels | None = Field(default=None, ge=0)
+    min_area_px: Marks[Pixels | None] = Field(default=None, ge=0)
     """Masks of fewer pixels are marked."""
-    nms_mode: Overlap = "none"
+    nms_mode: Marks[Overlap] = "none"
     """Mark the worse of two masks that overlap: within one class, or over all classes."""
-    nms_iou: Share = 0.7
+    nms_iou: Marks[Share] = 0.7
     """IoU of two masks over which `nms_mode` marks the worse."""
 
 
 class OutputSettings(Section):
     """Where the labels go."""
 
-    uri: str | None = None
+    uri: Given[KeepsRows[str | None]] = None
     """A folder or prefix that belongs to this job alone."""
     images_per_unit: Identity[int] = Field(default=64, ge=1, le=4096)
     """Images a unit of work and a commit; a decoded unit near 150 MB is good."""
@@ -205,46 +220,46 @@ class OutputSettings(Section):
 class Limits(Section):
     """Bounds on one image and on the job."""
 
-    max_image_bytes: ChangesRows[Bytes] = Field(default=256 * 2**20, ge=1)
+    max_image_bytes: Redo[Bytes] = Field(default=256 * 2**20, ge=1)
     """A larger object fails (too_many_bytes) before it is downloaded."""
-    max_image_pixels: ChangesRows[Pixels] = Field(default=89_478_485, ge=1)
+    max_image_pixels: Redo[Pixels] = Field(default=89_478_485, ge=1)
     """A picture of more pixels fails (too_large) before it is decoded."""
-    max_boxes_per_image: ChangesRows[int] = Field(default=10_000, ge=1)
+    max_boxes_per_image: Redo[int] = Field(default=10_000, ge=1)
     """Boxes that one image may have."""
-    fetch_timeout_s: ChangesRows[Seconds] = Field(default=60.0, gt=0)
+    fetch_timeout_s: Redo[Seconds] = Field(default=60.0, gt=0)
     """For one object, all retries together (fetch_timeout)."""
-    decode_timeout_s: ChangesRows[Seconds] = Field(default=60.0, gt=0)
+    decode_timeout_s: Redo[Seconds] = Field(default=60.0, gt=0)
     """For decoding one picture (timeout)."""
-    segment_timeout_s: ChangesRows[Seconds] = Field(default=300.0, gt=0)
+    segment_timeout_s: Redo[Seconds] = Field(default=300.0, gt=0)
     """For the masks of one image (timeout)."""
-    decode_memory_bytes: ChangesRows[Bytes] = Field(default=4 * 2**30, ge=2**20)
+    decode_memory_bytes: Redo[Bytes] = Field(default=4 * 2**30, ge=2**20)
     """Memory of the process that decodes one picture (out_of_memory)."""
-    max_failure_rate: Share = 0.05
+    max_failure_rate: KeepsRows[Share] = 0.05
     """More failed images than this share end the job with exit code 3."""
-    failure_rate_from_images: int = Field(default=1, ge=1)
+    failure_rate_from_images: KeepsRows[int] = Field(default=1, ge=1)
     """The share is judged from this many images on."""
 
 
 class ClusterSettings(Section):
-    """The machines; may change between resumes."""
+    """The machines; may change between resumes, and never come from an output."""
 
-    ray_address: str | None = None
+    ray_address: Given[KeepsRows[str | None]] = None
     """A running cluster (host:port); null: a private Ray on this machine. Also from RAY_ADDRESS."""
-    actors: int | None = Field(default=None, ge=1)
+    actors: Given[KeepsRows[int | None]] = Field(default=None, ge=1)
     """Model processes; null: one a GPU, or one a core."""
-    actors_min: int | None = Field(default=None, ge=1)
+    actors_min: Given[KeepsRows[int | None]] = Field(default=None, ge=1)
     """Let the pool begin with fewer than `actors` and grow; null: the same as `actors`."""
-    gpus_per_actor: Number | None = Field(default=None, ge=0, le=1)
+    gpus_per_actor: Given[KeepsRows[Number | None]] = Field(default=None, ge=0, le=1)
     """Share of a GPU for a model process; null: 1 where the cluster has GPUs, else 0."""
-    cpus_per_actor: Number | None = Field(default=None, gt=0)
+    cpus_per_actor: Given[KeepsRows[Number | None]] = Field(default=None, gt=0)
     """CPU cores for a model process; null: 1 with a GPU, else about `model.cpu_threads`."""
-    decode_cpus: Number | None = Field(default=None, gt=0)
+    decode_cpus: Given[KeepsRows[Number | None]] = Field(default=None, gt=0)
     """CPU cores for a task that fetches and decodes one unit; null: chosen from the machine."""
-    wait_for_nodes_s: Seconds = Field(default=0.0, ge=0)
+    wait_for_nodes_s: Given[KeepsRows[Seconds]] = Field(default=0.0, ge=0)
     """How long the nodes that an autoscaler brings may take at the start."""
-    cpus: int | None = Field(default=None, ge=1)
+    cpus: Given[KeepsRows[int | None]] = Field(default=None, ge=1)
     """Cores of the private local Ray; null: all this process may use."""
-    shared_paths: bool = False
+    shared_paths: Given[KeepsRows[bool]] = False
     """Local paths are one shared folder on every node; else several nodes refuse a local output."""
 
     @model_validator(mode="after")
@@ -257,5 +272,5 @@ class ClusterSettings(Section):
 class CostSettings(Section):
     """What the machines cost; only plan and report use it, and only to print it."""
 
-    usd_per_gpu_hour: Number | None = Field(default=None, ge=0)
+    usd_per_gpu_hour: KeepsRows[Number | None] = Field(default=None, ge=0)
     """Price of one model process's device for an hour; null: no cost is printed."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from hqlabel.jobs.load_config import Config
-from hqlabel.pipeline.settings import CHANGES_ROWS, IDENTITY, Unit
+from hqlabel.pipeline.settings import GIVEN, IDENTITY, MARKS, REDO, Unit
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """# Configuration
@@ -27,8 +27,12 @@ Secrets have no setting: they come from the environment, a profile or a role of 
 `null` means "not given"; the resolved configuration of a job is next to its tables as `config.yaml`.
 
 *Rows*: `identity` settings change masks or rows, and a job is resumed with the same ones or refused; of the
-checkpoint and the detector the content counts, not the place. `yes`: can change whether an image fails, and
-may change between resumes. The others change no row of a job.
+checkpoint and the detector the content counts, not the place. `redo`: so too, but `retry` does failed images
+again with another value, which the footers of their units state. `marks`: changes what published tables mark.
+`no`: changes no row. *Given*: where to connect, what to read, with which rights, on what to run; a command
+takes it from its own call, never from an output. `storage` is such a setting.
+
+A command refuses a `--set` that it does not use, and a value that contradicts the job of its output.
 
 ```yaml
 input:
@@ -42,7 +46,7 @@ storage:
   s3: {endpoint_url: https://minio.example.com}
 ```
 """
-TABLE = "| name | type | default | rows | meaning |\n|---|---|---|---|---|"
+TABLE = "| name | type | default | rows | given | meaning |\n|---|---|---|---|---|---|"
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
@@ -86,9 +90,13 @@ def default(field: FieldInfo) -> str:
 
 def rows(field: FieldInfo) -> str:
     """Whether a field can change a row, and is compared when a job is resumed."""
-    if IDENTITY in field.metadata:
-        return "identity"
-    return "yes" if CHANGES_ROWS in field.metadata else "no"
+    names = {REDO: "redo", IDENTITY: "identity", MARKS: "marks"}
+    return next((name for mark, name in names.items() if mark in field.metadata), "no")
+
+
+def given(field: FieldInfo) -> str:
+    """Whether a field is of the call alone, never from an output."""
+    return "yes" if GIVEN in field.metadata else ""
 
 
 def meaning(field: FieldInfo) -> str:
@@ -99,7 +107,7 @@ def meaning(field: FieldInfo) -> str:
 def row(name: str, field: FieldInfo) -> str:
     """A field as a row of its section's table."""
     values = f"{kind(field.annotation)}{unit(field.metadata)}{bounds(field)} | `{default(field)}`"
-    return f"| `{name}` | {values} | {rows(field)} | {meaning(field)} |"
+    return f"| `{name}` | {values} | {rows(field)} | {given(field)} | {meaning(field)} |"
 
 
 def page() -> str:

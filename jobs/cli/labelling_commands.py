@@ -12,7 +12,7 @@ import typer
 
 from hqlabel.jobs.cli import options
 from hqlabel.jobs.cli.app import app, command, interrupts
-from hqlabel.jobs.cli.options import JOB, OUTPUT, RAY_ADDRESS
+from hqlabel.jobs.cli.options import CHECKPOINT, DETECTOR, JOB, OUTPUT, RAY_ADDRESS, ROOTS
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.pipeline.errors import UsageError, clean_text
 
@@ -90,14 +90,13 @@ def status(
 
     Example:  hqlabel status --output out --watch
     """
-    settings = given.load()
     from hqlabel.jobs.commands.status import run
 
-    return run(settings, json=json, watch=watch)
+    return run(given, json=json, watch=watch)
 
 
 @app.command(rich_help_panel="Labelling")
-@command(OUTPUT, RAY_ADDRESS)
+@command(OUTPUT, CHECKPOINT, *DETECTOR, *ROOTS, RAY_ADDRESS)
 def retry(
     given: ConfigSources,
     json: bool,
@@ -112,9 +111,9 @@ def retry(
 ) -> int:
     """Do only the failed images again, once the cause is fixed.
 
-    All other rows keep every value.
+    All other rows keep every value. Where weights and images are is never taken from the output: name them.
 
-    Example:  hqlabel retry --output out --code not_found
+    Example:  hqlabel retry --output out --checkpoint hq.pth --allow-root photos --code not_found
     """
     given.load()  # report what is wrong with the call before the slow imports below
     from hqlabel.jobs.commands.retry import RetryOptions, run

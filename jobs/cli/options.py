@@ -89,6 +89,23 @@ DETECTOR = (
         read=parse_prompts,
     ),
 )
+ROOTS = (
+    Flag(
+        name="--allow-root",
+        setting="input.allow_roots",
+        metavar="FOLDER",
+        kind=list[str] | None,
+        help="A further local folder that image uris may point into. May be repeated.",
+    ),
+    Flag(
+        name="--allow-scheme",
+        setting="input.allow_schemes",
+        metavar="SCHEME",
+        kind=list[str] | None,
+        help="A further kind of uri, such as https. May be repeated.",
+    ),
+)
+"""What pictures may be read; never taken from an output."""
 JOB = (
     Flag(
         name="--images",
@@ -129,20 +146,7 @@ JOB = (
         help=f"{_FRAMES}: is the box measured in the picture as it is viewed (EXIF rotation "
         "applied; default), or as the file stores it?",
     ),
-    Flag(
-        name="--allow-root",
-        setting="input.allow_roots",
-        metavar="FOLDER",
-        kind=list[str] | None,
-        help="A further local folder that image uris may point into. May be repeated.",
-    ),
-    Flag(
-        name="--allow-scheme",
-        setting="input.allow_schemes",
-        metavar="SCHEME",
-        kind=list[str] | None,
-        help="A further kind of uri, such as https. May be repeated.",
-    ),
+    *ROOTS,
     Flag(
         name="--allow-unmatched",
         setting="input.allow_unmatched",

@@ -12,13 +12,13 @@ import typer
 
 from hqlabel.jobs.cli import options
 from hqlabel.jobs.cli.app import app, command, interrupts
-from hqlabel.jobs.cli.options import CHECKPOINT, DETECTOR, FILTERS, OUTPUT, RAY_ADDRESS
+from hqlabel.jobs.cli.options import CHECKPOINT, DETECTOR, FILTERS, OUTPUT, RAY_ADDRESS, ROOTS
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.pipeline.errors import UsageError
 
 
 @app.command(rich_help_panel="Results")
-@command(OUTPUT, *FILTERS)
+@command(OUTPUT, *FILTERS, RAY_ADDRESS)
 def publish(
     given: ConfigSources,
     json: bool,
@@ -78,14 +78,13 @@ def validate(
 
     Example:  hqlabel validate --output out
     """
-    settings = given.load()
     from hqlabel.jobs.commands.validate import run
 
-    return run(settings, sample=None if all_masks else sample, json=json)
+    return run(given, sample=None if all_masks else sample, json=json)
 
 
 @app.command(rich_help_panel="Results")
-@command(OUTPUT)
+@command(OUTPUT, *ROOTS)
 def inspect(
     given: ConfigSources,
     json: bool,
@@ -98,7 +97,7 @@ def inspect(
 ) -> int:
     """Show one image: its rows, and a picture with boxes and masks.
 
-    Example:  hqlabel inspect street/0001.jpg --output out
+    Example:  hqlabel inspect street/0001.jpg --output out --allow-root photos
     """
     from hqlabel.jobs.commands.inspect_image import run
 
@@ -106,7 +105,7 @@ def inspect(
 
 
 @app.command(rich_help_panel="Results")
-@command(OUTPUT)
+@command(OUTPUT, *ROOTS)
 def report(
     given: ConfigSources,
     json: bool,
@@ -124,7 +123,7 @@ def report(
 
     It is made from the published tables and the images, holds its pictures inside, and needs no server.
 
-    Example:  hqlabel report --output out
+    Example:  hqlabel report --output out --allow-root photos
     """
     from hqlabel.jobs.report.page import run
 
@@ -256,10 +255,9 @@ def clean(
     Afterwards the tables can be read and validated, but no longer be retried or published anew.
     Needs the right to delete; no other command does.
     """
-    settings = given.load()
     from hqlabel.jobs.commands.clean import run
 
-    return run(settings, interrupts, sure=yes, json=json)
+    return run(given, interrupts, sure=yes, json=json)
 
 
 @app.command(rich_help_panel="This machine")
@@ -275,6 +273,9 @@ def doctor(
     Example:  hqlabel doctor --checkpoint demo --output s3://bucket/labels
     """
     settings = given.load()
-    from hqlabel.jobs.commands.doctor import run
+    from hqlabel.jobs.commands.doctor import USES, run
+    from hqlabel.jobs.job_setup.saved_job import refuse_unused
+
+    refuse_unused(given, "doctor", USES)
 
     return run(settings, with_ray=not no_ray, json=json)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from hqlabel.jobs.job_setup import resolve_settings
 from hqlabel.jobs.job_setup.driver_slice import JobLock
-from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.job_setup.saved_job import STORE, open_saved
+from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.terminal import console
 from hqlabel.jobs.terminal.signals import Interrupts
 from hqlabel.pipeline.errors import JobRefused, count
-from hqlabel.pipeline.job_state.job_file import require_job
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.clean_output import clean
 from hqlabel.pipeline.tables.manifest import read_manifest
 
 
-def run(config: Config, interrupts: Interrupts, *, sure: bool, json: bool) -> int:
+def run(given: ConfigSources, interrupts: Interrupts, *, sure: bool, json: bool) -> int:
     """Delete, or without `sure` only report what would go, and return 0."""
-    store = Store(resolve_settings.output_place(config))
-    require_job(store)
+    store = open_saved(given, "clean", STORE).store
     if not sure:
         return _report_candidates(store, json=json)
     with JobLock(store, interrupts) as lock:

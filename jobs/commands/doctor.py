@@ -60,6 +60,10 @@ class Check:
     text: str
 
 
+USES = ("model", "detector", "output.uri", "cluster", "storage")
+"""The settings that the command takes from the call."""
+
+
 def run(config: Config, *, with_ray: bool, json: bool) -> int:
     """Check everything, print it, and return 0, or 4 when something would stop a job."""
     checks: list[dict[str, str]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_text
 import math
 import shlex
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from hqlabel.jobs.terminal import console, input_report
 from hqlabel.jobs.terminal.progress import CallCounts
 from hqlabel.pipeline.errors import SystemicFault, count
 from hqlabel.pipeline.job_state.job_file import Job
-from hqlabel.pipeline.settings import Limits
+from hqlabel.pipeline.settings import DEMO, Limits
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.manifest import Manifest
 
@@ -127,17 +128,47 @@ def describe_failures(failed: Mapping[str, int], examples: Mapping[str, list[Row
     return rows
 
 
-def next_commands(output: str, *, failed: int, limited: bool) -> list[str]:
-    """Return what to type next, the most useful first."""
-    place = ["--output", output]
+def next_commands(output: str, config: Config, job: Job, *, failed: int) -> list[str]:
+    """Return what to type next, the most useful first, with all that a command takes from its call alone."""
+    place, pictures = ["--output", output, *_storage_flags(config)], _picture_flags(config, job)
+    limited = config.input.limit is not None
     commands = []
     if failed:
-        commands.append(shlex.join(["hqlabel", "retry", *place]) + "   # once the cause is fixed")
+        needed = [*place, *_model_flags(config, job), *pictures]
+        commands.append(shlex.join(["hqlabel", "retry", *needed]) + "   # once the cause is fixed")
     if limited:
         commands.append("the same command without --limit and with another --output, for all images")
-    commands.append(shlex.join(["hqlabel", "report", *place]))
+    commands.append(shlex.join(["hqlabel", "report", *place, *pictures]))
     commands.append(shlex.join(["hqlabel", "validate", *place]))
     return commands
+
+
+def _storage_flags(config: Config) -> list[str]:
+    """Return the options of the stores as flags."""
+    flags = []
+    for scheme, options in config.storage.items():
+        flags += ["--set", f"storage.{scheme}={json_text.dumps(options)}"]
+    return flags
+
+
+def _model_flags(config: Config, job: Job) -> list[str]:
+    """Return the weights, the detector and the cluster as flags."""
+    flags = [] if job.context.weights.source == DEMO else ["--checkpoint", job.context.weights.source]
+    if job.context.detector is not None:
+        flags += ["--detector", job.context.detector.name]
+    if config.cluster.ray_address is not None:
+        flags += ["--ray-address", config.cluster.ray_address]
+    return flags
+
+
+def _picture_flags(config: Config, job: Job) -> list[str]:
+    """Return the folders and schemes that images may be read from as flags."""
+    flags = []
+    for root in job.context.access.roots:
+        flags += ["--allow-root", root]
+    for scheme in config.input.allow_schemes:
+        flags += ["--allow-scheme", scheme]
+    return flags
 
 
 def _whole_manifest(end: Ending) -> Manifest:
@@ -159,8 +190,7 @@ def _lines(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], o
         rows.append(("picture", f"{output}/{end.picture}"))
     if end.job.context.weights.note:
         rows.append(("note", end.job.context.weights.note))
-    limited = end.config.input.limit is not None
-    for place, text in enumerate(next_commands(output, failed=failed, limited=limited)):
+    for place, text in enumerate(next_commands(output, end.config, end.job, failed=failed)):
         rows.append(("next" if place == 0 else "", text))
     lines = [f"done: {count(counts.images, 'image')} in {output}; {head}", console.pairs(rows)]
     return lines if over is None else [*lines, over]
@@ -181,7 +211,6 @@ def _as_json(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]],
     output, job = end.store.place.uri, end.job
     counts = manifest.counts
     failed = counts.status.get("failed", 0)
-    limited = end.config.input.limit is not None
     return {
         "output": output,
         "state": manifest.state,
@@ -193,7 +222,7 @@ def _as_json(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]],
         "failed_examples": examples,
         "bytes": sum(part.images.bytes + part.instances.bytes for part in manifest.parts),
         "picture": end.picture,
-        "next": next_commands(output, failed=failed, limited=limited),
+        "next": next_commands(output, end.config, end.job, failed=failed),
         **_run_json(end),
     }
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hqlabel.jobs.job_setup.saved_job import SavedJob, open_saved
+from hqlabel.jobs.job_setup.saved_job import PICTURES, SavedJob, open_saved
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.results.read_tables import ImageRows, find_images
 from hqlabel.jobs.results.render_images import overlay_png
@@ -38,7 +38,7 @@ def run(given: ConfigSources, image_id: str, *, picture: str | None, json: bool)
     Raises:
         UsageError: the job has no such image. JobRefused: it is not labelled yet.
     """
-    saved = open_saved(given)
+    saved = open_saved(given, "inspect", PICTURES)
     rows = _find(saved, image_id)
     place = _draw(saved, rows, picture or _picture_name(image_id))
     if json:
@@ -79,7 +79,7 @@ def _from_unit(saved: SavedJob, unit_id: int, image_id: str) -> ImageRows:
 def _draw(saved: SavedJob, rows: ImageRows, name: str) -> str | None:
     """Write the overlay and return its file; None, with a note on stderr, when there is no picture."""
     try:
-        body = overlay_png(saved.job.context, rows, longest_side=_LONGEST_SIDE)
+        body = overlay_png(saved.pictures, rows, longest_side=_LONGEST_SIDE)
     except HqlabelError as error:
         console.say(f"no picture: {error}")
         return None

@@ -78,7 +78,7 @@ def run(config: Config, options: LabelOptions, interrupts: Interrupts) -> int:
             )
             picture = write_contact_sheet(store, job, manifest, again=counts.units > 0)
         end = Ending(
-            config=opened.config,
+            config=opened.config.model_copy(update={"cluster": config.cluster}),
             store=store,
             job=job,
             counts=counts,
@@ -106,7 +106,8 @@ def _refuse_missing_inputs(config: Config) -> None:
         saved = f"{store.place.uri.rstrip('/')}/{CONFIG_KEY}"
         raise UsageError(
             "--images and --boxes are missing. To go on with the job that is there, repeat the command that "
-            f"started it, or use its settings: {shlex.join(['hqlabel', 'label', '--config', saved])}"
+            f"started it, or use its settings: {shlex.join(['hqlabel', 'label', '--config', saved])} (if the "
+            "folder is not your own, read that file first)"
         )
 
 

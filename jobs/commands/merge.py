@@ -18,10 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hqlabel.jobs.cluster.run_units import save_config
 from hqlabel.jobs.job_setup import resolve_settings
-from hqlabel.jobs.job_setup.saved_job import SavedJob, open_saved
-from hqlabel.jobs.load_config import Config, ConfigSources
+from hqlabel.jobs.job_setup.saved_job import STORE, SavedJob, open_saved, save_tree, saved_tree
+from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.results.read_tables import require_published, row_groups
 from hqlabel.jobs.terminal import console
 from hqlabel.pipeline import schema
@@ -52,7 +51,7 @@ def run(given: ConfigSources, outputs: Sequence[str], *, json: bool) -> int:
     """
     if len(outputs) < 2:
         raise UsageError("--merge wants two outputs or more: --merge out1 out2")
-    sources = [_open_output(number, uri) for number, uri in enumerate(outputs)]
+    sources = [_open_output(number, uri, given) for number, uri in enumerate(outputs)]
     config = given.load()
     store = Store(resolve_settings.output_place(config))
     if store.list(limit=1):
@@ -62,7 +61,7 @@ def run(given: ConfigSources, outputs: Sequence[str], *, json: bool) -> int:
     new_ids = _renumbering(names)
     newest = max(sources, key=lambda source: source.manifest.published_at)
     job = _open_merged_job(store, sources, newest, winners.num_rows, names, new_ids)
-    save_config(store, _merged_config(sources, newest, store.place.uri))
+    save_tree(store, _merged_config(newest, store.place.uri))
     parts = list(_write_parts(store, job, sources, winners, names, new_ids))
     manifest = Manifest(
         state="complete",
@@ -80,8 +79,10 @@ def run(given: ConfigSources, outputs: Sequence[str], *, json: bool) -> int:
     return 0
 
 
-def _open_output(number: int, uri: str) -> MergedOutput:
-    saved = open_saved(ConfigSources(flags={"output.uri": uri}))
+def _open_output(number: int, uri: str, given: ConfigSources) -> MergedOutput:
+    # The stores of all are reached with the options of this call.
+    given = replace(given, flags={"output.uri": uri})
+    saved = open_saved(given, "publish --merge", STORE)
     manifest = require_published(saved.store)
     if manifest.state != "complete":
         raise UsageError(f"{uri}: is {manifest.state}; merge it when it is complete")
@@ -163,14 +164,11 @@ def _open_merged_job(
     return open_job(store, job)
 
 
-def _merged_config(sources: Sequence[MergedOutput], newest: MergedOutput, uri: str) -> Config:
-    """Return the newest output's configuration, which may read the images of all."""
-    config, inputs = newest.saved.config, [source.saved.config.input for source in sources]
-    roots = [root for one in inputs for root in one.allow_roots]
-    local = [one.images for one in inputs if one.images and resolve_settings.is_local(one.images)]
-    merged = config.input.model_copy(update={"allow_roots": list(dict.fromkeys([*roots, *local]))})
-    output = config.output.model_copy(update={"uri": uri})
-    return config.model_copy(update={"input": merged, "output": output})
+def _merged_config(newest: MergedOutput, uri: str) -> dict[str, Any]:
+    """Return the newest output's `config.yaml`, for the new place."""
+    tree = saved_tree(newest.saved.store)
+    output = tree.get("output")
+    return {**tree, "output": {**(output if isinstance(output, dict) else {}), "uri": uri}}
 
 
 def _write_parts(

@@ -15,24 +15,29 @@ from dataclasses import dataclass, replace
 from hqlabel.jobs.cluster.ray_session import Machine
 from hqlabel.jobs.cluster.run_units import Work, images_in, run_pending
 from hqlabel.jobs.commands.end_summary import Ending, report_done
-from hqlabel.jobs.job_setup import resolve_settings
 from hqlabel.jobs.job_setup.check_models import read_checkpoint, read_detector
 from hqlabel.jobs.job_setup.driver_slice import JobLock
-from hqlabel.jobs.job_setup.saved_job import SavedJob, open_saved
-from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.jobs.job_setup.saved_job import PICTURES, SavedJob, open_saved
+from hqlabel.jobs.load_config import Config, ConfigSources
 from hqlabel.jobs.results.read_tables import failed_units
 from hqlabel.jobs.results.render_images import write_contact_sheet
 from hqlabel.jobs.terminal import console
 from hqlabel.jobs.terminal.progress import CallCounts
 from hqlabel.jobs.terminal.signals import Interrupts
 from hqlabel.pipeline.errors import IMAGE_CODES, JobRefused, UsageError, count
-from hqlabel.pipeline.job_state.job_file import Job, differences, mask_settings
+from hqlabel.pipeline.job_state.job_file import Job, differences
+from hqlabel.pipeline.settings import DEMO
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.manifest import Manifest, Part, read_manifest
 from hqlabel.pipeline.tables.publish_tables import publish
 from hqlabel.pipeline.tables.unit_files import CommittedUnit, list_committed, read_committed
 
 _READERS = 16
+USES = (
+    *(*PICTURES, "input.images", "input.boxes", "input.image_root", "model.checkpoint", "detector.name"),
+    *("filter", "cluster"),
+)
+"""The settings that the command takes from the call; what else decides rows is the job's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,7 @@ def run(given: ConfigSources, options: RetryOptions, interrupts: Interrupts) -> 
     """Do the failed images again, publish, and return the exit code."""
     began = time.monotonic()
     _check_codes(options.codes)
-    saved = _with_settings(open_saved(given))
+    saved = _with_settings(open_saved(given, "retry", USES))
     targets = find_targets(saved.store, saved.job, options.codes)
     images = sum(target.images for target in targets.values())
     what = " or ".join(options.codes) or "any code"
@@ -144,26 +149,26 @@ def _check_codes(codes: Sequence[str]) -> None:
 
 
 def _with_settings(saved: SavedJob) -> SavedJob:
-    """Return the job with the limits and weights' place as they are now; what makes masks must not change.
+    """Return the job with this call's limits, weights and detector, which must be the ones it began with.
 
     Raises:
-        JobRefused: other weights or mask settings than the job began with.
+        UsageError: weights or a detector that the call must name.
+        JobRefused: other weights, or another detector, than the job began with.
     """
-    config, context = saved.config, saved.job.context
+    context = saved.job.context
+    config = _with_demo(saved)
     weights = read_checkpoint(config)
     if weights.sha256 != context.weights.sha256:
         raise JobRefused(
             f"--checkpoint {config.model.checkpoint}: sha256 {weights.sha256}, the job began with "
             f"{context.weights.sha256}; a retry needs the same weights"
         )
-    model = resolve_settings.with_boxes_per_call(config, context.model.boxes_per_call).model
-    if model.dtype == "auto":
-        model = model.model_copy(update={"dtype": context.model.dtype})
-    now = replace(context, model=model, draft_jpeg=config.input.draft_jpeg)
-    unlike = differences(mask_settings(context), mask_settings(now))
-    if unlike:
-        changes = "; ".join(f"{one.name} was {one.stored}, now {one.now}" for one in unlike)
-        raise JobRefused(f"{changes}; a retry needs the settings that the job began with")
+    if context.detector is not None and config.detector.name is None:
+        name = console.shown(context.detector.name, 100)
+        raise UsageError(
+            f"the job's detector, {name!r}, is never taken from an output: name it again with --detector "
+            f"{name}"
+        )
     detector = read_detector(config)
     found = detector and detector.settings.fingerprint
     began_with = context.detector and context.detector.fingerprint
@@ -172,13 +177,35 @@ def _with_settings(saved: SavedJob) -> SavedJob:
             f"--detector {config.detector.name}: fingerprint {found}, the job began with {began_with}; a "
             "retry needs the same detector"
         )
+    changed = differences(context.limits.identity(), config.limits.identity())
+    for one in changed:
+        console.say(f"limits.{one.name}: {one.now} for the images done again, {one.stored} for all others")
     context = replace(
         context,
         weights=weights,
         detector=None if detector is None else detector.settings,
         limits=config.limits,
     )
-    return replace(saved, job=replace(saved.job, context=context))
+    return replace(saved, config=config, job=replace(saved.job, context=context))
+
+
+def _with_demo(saved: SavedJob) -> Config:
+    """Return the configuration, with the demo checkpoint if the call names none and the job is of that.
+
+    Raises:
+        UsageError: none is named, and the job has other weights.
+    """
+    config, began_with = saved.config, saved.job.context.weights
+    if config.model.checkpoint is not None:
+        return config
+    demo = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": DEMO})})
+    if began_with.source == DEMO and read_checkpoint(demo).sha256 == began_with.sha256:
+        return demo
+    raise UsageError(
+        f"--checkpoint is missing: the job has the weights of sha256 {console.shown(began_with.sha256, 64)}, "
+        f"called {console.shown(began_with.source, 100)} there; what to read is never taken from an output, "
+        "so name them again"
+    )
 
 
 def _redo(

@@ -17,21 +17,21 @@ from rich.live import Live
 from rich.text import Text
 
 from hqlabel.jobs.commands.end_summary import over_budget
-from hqlabel.jobs.job_setup import resolve_settings
-from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.job_setup.saved_job import STORE, open_saved
+from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.terminal import console
 from hqlabel.pipeline.errors import count
-from hqlabel.pipeline.job_state.job_file import Job, require_job
+from hqlabel.pipeline.job_state.job_file import Job
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.job_status import JobStatus, Seen, status
 
 WATCH_EVERY_S = 5.0
 
 
-def run(config: Config, *, json: bool, watch: bool = False, every_s: float = WATCH_EVERY_S) -> int:
+def run(given: ConfigSources, *, json: bool, watch: bool = False, every_s: float = WATCH_EVERY_S) -> int:
     """Print the status of the job in the output, and return 0; with `watch`, when all of it is committed."""
-    store = Store(resolve_settings.output_place(config))
-    job = require_job(store)
+    saved = open_saved(given, "status", STORE)
+    store, job = saved.store, saved.job
     seen: Seen = {}
     found = status(store, job, seen=seen)
     if watch:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from hqlabel.jobs.job_setup import resolve_settings
-from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.job_setup.saved_job import STORE, open_saved
+from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.terminal import console
 from hqlabel.pipeline.errors import DamageFound, count
-from hqlabel.pipeline.job_state.job_file import require_job
-from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.verify_output import Verified, verify
 
 
-def run(config: Config, *, sample: int | None, json: bool) -> int:
+def run(given: ConfigSources, *, sample: int | None, json: bool) -> int:
     """Check the job in the output; 0 when it is sound, 6 when it is not. `sample`: masks decoded a file."""
-    store = Store(resolve_settings.output_place(config))
-    found = verify(store, require_job(store), sample=sample)
+    saved = open_saved(given, "validate", STORE)
+    store = saved.store
+    found = verify(store, saved.job, sample=sample)
     for finding in found.findings:
         console.say(f"damaged: {finding}")
     console.say(_sentence(store.place.uri, found))

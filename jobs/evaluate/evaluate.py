@@ -31,7 +31,7 @@ from hqlabel.jobs.evaluate.average_precision import (
     require_library,
 )
 from hqlabel.jobs.evaluate.ground_truth import Truth, TruthImage, TruthObject, read_truth
-from hqlabel.jobs.job_setup.saved_job import SavedJob, open_saved
+from hqlabel.jobs.job_setup.saved_job import STORE, SavedJob, open_saved
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.results.read_tables import ImageRows, Row, require_published
 from hqlabel.jobs.results.select_rows import Selection, selected_images
@@ -101,7 +101,7 @@ def run(given: ConfigSources, options: EvaluateOptions) -> int:
     require_library()
     if options.score not in SCORE_COLUMNS:
         raise UsageError(f"--score {options.score!r}: wanted one of {', '.join(SCORE_COLUMNS)}")
-    saved = open_saved(given)
+    saved = open_saved(given, "evaluate", STORE)
     access = AccessRules(options=saved.config.storage)
     truth = read_truth(options.truth, access, classes=not options.class_agnostic)
     matched = match_truth(saved, truth, options)

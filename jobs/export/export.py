@@ -14,7 +14,7 @@ from hqlabel.jobs.export.hf_dataset import write_hf
 from hqlabel.jobs.export.label_studio import write_label_studio
 from hqlabel.jobs.export.yolo import ENDINGS, PASSED_OVER, Loss, write_yolo
 from hqlabel.jobs.job_setup import resolve_settings
-from hqlabel.jobs.job_setup.saved_job import open_saved
+from hqlabel.jobs.job_setup.saved_job import STORE, open_saved
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.results.read_tables import require_published
 from hqlabel.jobs.results.select_rows import Selection
@@ -70,7 +70,7 @@ def run(given: ConfigSources, options: ExportOptions) -> int:
     """Write the files into an empty folder or prefix, report what was skipped and lost, and return 0."""
     if options.format not in FORMATS:
         raise UsageError(f"export {options.format!r}: wanted one of {', '.join(FORMATS)}")
-    saved = open_saved(given)
+    saved = open_saved(given, "export", STORE)
     uri = resolve_settings.absolute(options.to)
     if os.path.lexists(uri) and not os.path.isdir(uri):
         raise UsageError(f"--to {options.to}: this is a file; wanted a new folder or prefix")

@@ -18,7 +18,9 @@ from typing import Any
 
 from hqlabel.jobs.job_setup import resolve_settings as settings
 from hqlabel.jobs.job_setup.check_models import CheckedDetector, read_checkpoint, read_detector
+from hqlabel.jobs.job_setup.saved_job import saved_tree
 from hqlabel.jobs.load_config import Config
+from hqlabel.jobs.terminal import console
 from hqlabel.model.records import MODEL_PROTOCOL
 from hqlabel.pipeline.errors import JobRefused, SystemicFault, UsageError
 from hqlabel.pipeline.inputs.open_inputs import allowed_access
@@ -104,7 +106,30 @@ def _open_or_create(
     else:
         assert stored is not None, "without a stored job a plan was made"
         job = _stored_job(stored, make_context, config, access)
-    return Opened(config=config, store=store, job=open_job(store, job), plan=plan, resumed=stored is not None)
+    recorded = {} if stored is None else _kept_elsewhere(store, stored, config.input)
+    job = open_job(store, job, recorded=recorded)
+    return Opened(config=config, store=store, job=job, plan=plan, resumed=stored is not None)
+
+
+def _kept_elsewhere(store: Store, stored: Job, now: InputSettings) -> dict[str, Any]:
+    """Return the input settings that are not in the job.json of an earlier version, from its `config.yaml`.
+
+    Only to be compared: a value from there refuses a resume, and gives no rights.
+    """
+    arguments = stored.identity.get("inputs", {}).get("arguments", {})
+    missing = {"allow_roots", "allow_schemes"} - set(arguments)
+    if not missing or not arguments:
+        return {}
+    inputs = saved_tree(store).get("input")
+    found: dict[str, Any] = {}
+    for name in missing:
+        value = inputs.get(name) if isinstance(inputs, dict) else None
+        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+            found[name] = sorted(set(value))
+        else:
+            console.say(f"warning: with which input.{name} this job began is not known; taken as now")
+            found[name] = now.identity()[name]
+    return found
 
 
 def plan_inputs(config: Config) -> Plan:

@@ -47,7 +47,9 @@ def resolved(config: Config) -> Config:
         for name, place in config.input.model_dump(include={"images", "boxes", "image_root"}).items()
         if place
     }
-    inputs["allow_roots"] = [os.path.realpath(root) for root in config.input.allow_roots]
+    # A set, as they are compared on a resume.
+    inputs["allow_roots"] = sorted({os.path.realpath(root) for root in config.input.allow_roots})
+    inputs["allow_schemes"] = sorted(set(config.input.allow_schemes))
     checkpoint, uri, detector = config.model.checkpoint, config.output.uri, config.detector.name
     return _with(
         config,
@@ -112,6 +114,16 @@ def check_inputs(config: Config) -> AccessRules:
         raise UsageError("--images is missing: a detector needs pictures")
     if not inputs.images and not inputs.boxes:
         raise UsageError("--images and --boxes are missing: name images, boxes, or both")
+    return check_access(config)
+
+
+def check_access(config: Config) -> AccessRules:
+    """Return what image uris may point at by `allow_roots`, `allow_schemes` and `storage` alone.
+
+    Raises:
+        UsageError: a folder that does not exist, a secret.
+    """
+    inputs = config.input
     for root in inputs.allow_roots:
         if not os.path.isdir(root):
             raise UsageError(f"--allow-root {root}: there is no such folder")

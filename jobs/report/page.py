@@ -6,7 +6,6 @@ tables -> DuckDB (numbers) -> the chosen rows' masks and pictures (tiles) -> the
 from __future__ import annotations
 
 import datetime as dt
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import jinja2
 from pycocotools import mask as coco_mask
 
-from hqlabel.jobs.job_setup.saved_job import SavedJob, open_saved
+from hqlabel.jobs.job_setup.saved_job import PICTURES, SavedJob, open_saved
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.report.charts import bars, histogram
 from hqlabel.jobs.report.numbers import Key, ReportData, gather
@@ -27,6 +26,7 @@ from hqlabel.jobs.results.read_tables import ImageRows, Row, failed_examples, fi
 from hqlabel.jobs.terminal import console
 from hqlabel.jobs.terminal.input_report import describe_detector
 from hqlabel.pipeline.errors import count, stage_of
+from hqlabel.pipeline.storage.bounded_json import read_json
 from hqlabel.pipeline.storage.output_store import NotFound
 from hqlabel.pipeline.tables.manifest import Manifest
 
@@ -72,7 +72,7 @@ class ShownSection:
 
 def run(given: ConfigSources, *, to: str | None, as_json: bool) -> int:
     """Write the page into the output (report/index.html) or to a local file, and return 0."""
-    saved = open_saved(given)
+    saved = open_saved(given, "report", (*PICTURES, "cost"))
     manifest = require_published(saved.store)
     body = page(saved, manifest).encode()
     if to is None:
@@ -96,7 +96,7 @@ def page(saved: SavedJob, manifest: Manifest) -> str:
     rows = find_images(saved.store, manifest, {image_id for image_id, _ in [*keys, *pair_keys]})
     pairs = _disagreements(data.overlapping, rows)
     keys += [key for pair in pairs for key in pair]
-    pictures = draw_tiles(saved.job.context, rows, keys, most_bytes=_MOST_BYTES)
+    pictures = draw_tiles(saved.pictures, rows, keys, most_bytes=_MOST_BYTES)
     instances = published(saved.store.place.uri.rstrip("/"), "instances")
     shown = [
         ShownSection(
@@ -260,6 +260,6 @@ def _lines(data: ReportData) -> list[tuple[str, list[str]]]:
 
 def _evaluation(saved: SavedJob) -> Any:
     try:
-        return json.loads(saved.store.read(EVALUATION_KEY))
-    except NotFound:
+        return read_json(saved.store, EVALUATION_KEY)
+    except (NotFound, ValueError):
         return None

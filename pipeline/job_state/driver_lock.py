@@ -21,8 +21,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import TypeAdapter
+from pydantic_core import from_json
+
 from hqlabel.pipeline.errors import HqlabelError, JobRefused
 from hqlabel.pipeline.failpoints import visit
+from hqlabel.pipeline.storage.bounded_json import FEW_BYTES, read_json, reason
 from hqlabel.pipeline.storage.output_store import NotFound, Store
 
 BEAT_EVERY_S = 2.0
@@ -217,25 +221,23 @@ def latest_number(store: Store) -> int:
 
 def _read_holder(store: Store, number: int) -> Holder:
     try:
-        content = json.loads(store.read(_owner_key(number)))
-        holder = Holder(**{field.name: content[field.name] for field in fields(Holder)})
-        if not isinstance(holder.pid, int):
-            raise ValueError(f"pid is {holder.pid!r:.80}")
-        return holder
+        content = read_json(store, _owner_key(number), most=FEW_BYTES)
+        known = {field.name: content[field.name] for field in fields(Holder)}
+        return TypeAdapter(Holder).validate_python(known)
     except (ValueError, KeyError, TypeError) as error:
         raise JobRefused(
-            f"{store.place.uri}/{_owner_key(number)} cannot be read ({error}); nothing was changed"
+            f"{store.place.uri}/{_owner_key(number)} cannot be read ({reason(error)}); nothing was changed"
         ) from error
 
 
 def _read_beat(store: Store, number: int) -> dict[str, Any] | None:
     """Return the last beat, None when there is none. One that cannot be read counts as a change."""
     try:
-        body = store.read(_beat_key(number))
+        body = store.read(_beat_key(number), most=FEW_BYTES)
     except NotFound:
         return None
     try:
-        return dict(json.loads(body))
+        return dict(from_json(body))
     except (ValueError, TypeError):
         return {"unreadable": body.hex()}
 

@@ -1,7 +1,7 @@
 """What a job is: job.json, created once, and the refusal to mix two jobs in one folder.
 
 The identity holds the settings marked `Identity`, the plan, the weights and the inputs; a resume compares it
-field by field. The rest (machines, limits, code version) is next to it and may change. The file is data,
+field by field. The rest (machines, code version) is next to it and may change. The file is data,
 never code: what names a function to run, a folder to read or a place to write comes from the process that
 opens the job, not from its output.
 """
@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pydantic_core import to_jsonable_python
+from pydantic import TypeAdapter
+from pydantic_core import from_json, to_jsonable_python
 
-from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.errors import JobRefused, clean_text, count
 from hqlabel.pipeline.failpoints import visit
 from hqlabel.pipeline.job_context import AccessRules, BoxRules, JobContext, JobDetector, Weights
 from hqlabel.pipeline.schema import SCHEMA_VERSION
 from hqlabel.pipeline.settings import Limits, ModelSettings
+from hqlabel.pipeline.storage.bounded_json import MOST_BYTES, reason
 from hqlabel.pipeline.storage.output_store import NotFound, Store
 
 JOB_KEY = "job.json"
@@ -32,7 +36,11 @@ BYTES_PER_INSTANCE = 160  # measured: about 123 B of columns for 100 B of runs; 
 BYTES_PER_IMAGE = 120
 BOXES_WHEN_UNKNOWN = 10
 MAX_UNITS_PER_PART = 20_000
+MOST_UNITS = 10_000_000
+"""640 million images of 64 a unit. What a file states is walked in loops, so it is bounded."""
 
+_PLAIN = re.compile(r"[\w.-]{1,100}")
+"""What a name in job.json may hold that becomes part of keys."""
 _FROM_THE_PROCESS = ("output", "access", "segmenter", "decoder")
 
 
@@ -81,6 +89,7 @@ def identity_of(
         "masks": mask_settings(context),
         "box_rules": context.box_rules.identity(),
         "detector": _detector_identity(context.detector) if context.detector else None,
+        "limits": context.limits.identity(),
     }
     # As it comes back from the file: tuples become lists, keys strings.
     return dict(json.loads(json.dumps(identity, allow_nan=False)))
@@ -150,16 +159,21 @@ def units_per_part(*, images: int, boxes: int | None, images_per_unit: int) -> i
     return max(1, min(MAX_UNITS_PER_PART, round(PART_BYTES / unit_bytes)))
 
 
-def open_job(store: Store, job: Job) -> Job:
+def open_job(store: Store, job: Job, *, recorded: Mapping[str, Any] | None = None) -> Job:
     """Return the job to work on: created when the folder is empty, else the stored one, if it is the same.
 
     The stored run id, creation time and part size are kept. A second process that opens the same job at the
-    same time gets the same.
+    same time gets the same. `recorded`: input settings that earlier versions kept elsewhere than in job.json.
 
     Raises:
         JobRefused: the folder holds another job (naming every differing field with both values), or
             files of something else, or is on a store that does not honour create-if-absent.
     """
+    if job.units > MOST_UNITS:
+        raise JobRefused(
+            f"{count(job.units, 'unit')}, wanted at most {MOST_UNITS:,}: raise output.images_per_unit, or "
+            "make several jobs"
+        )
     stored = _read_json(store)
     if stored is None:
         _refuse_foreign_files(store)
@@ -168,7 +182,7 @@ def open_job(store: Store, job: Job) -> Job:
             visit("job.created")
             store.refuse_unconditional(JOB_KEY, body)
         stored = _parse_json(store.read(JOB_KEY), store)
-    _refuse_other_job(store, stored, job)
+    _refuse_other_job(store, _with_recorded(stored, recorded or {}, job), job)
     context = replace(job.context, run_id=stored["context"]["run_id"])
     return replace(
         job, context=context, created_at=stored["created_at"], units_per_part=stored["units_per_part"]
@@ -186,8 +200,11 @@ def read_job(store: Store, *, access: AccessRules | None = None) -> Job | None:
         return None
     try:
         context = _context_of(stored["context"], store, access or AccessRules())
+        _check_counts(stored, context)
     except (ValueError, TypeError, KeyError) as error:
-        raise JobRefused(f"{store.place.uri}/{JOB_KEY} was written by another version ({error})") from error
+        raise JobRefused(
+            f"{store.place.uri}/{JOB_KEY} was written by another version ({reason(error)})"
+        ) from error
     return Job(
         identity=stored["identity"],
         context=context,
@@ -221,18 +238,54 @@ def _refuse_foreign_files(store: Store) -> None:
         )
 
 
+def _with_recorded(stored: Mapping[str, Any], recorded: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """Return the stored identity; of an earlier version's, with what was not part of it yet."""
+    identity = dict(stored["identity"])
+    if "limits" in job.identity and "limits" not in identity:
+        identity["limits"] = Limits.from_file(stored["context"]["limits"]).identity()
+    arguments = identity.get("inputs", {}).get("arguments")
+    if isinstance(arguments, dict):
+        identity["inputs"] = {**identity["inputs"], "arguments": {**recorded, **arguments}}
+    return identity
+
+
 def _refuse_other_job(store: Store, stored: Mapping[str, Any], job: Job) -> None:
-    unlike = differences(stored["identity"], job.identity)
+    unlike = differences(stored, job.identity)
     if not unlike:
         return
-    lines = [f"  {d.name}: the job there has {_short(d.stored)}, now {_short(d.now)}" for d in unlike]
+    lines = [
+        f"  {_short_name(d.name)}: the job there has {_short(d.stored)}, now {_short(d.now)}" for d in unlike
+    ]
     if len(lines) > SHOWN_DIFFERENCES:
         lines[SHOWN_DIFFERENCES:] = [f"  and {len(unlike) - SHOWN_DIFFERENCES} more"]
     raise JobRefused(
         f"{store.place.uri}: this folder belongs to another job; nothing was changed.\n"
         + "\n".join(lines)
-        + "\nResume with the old settings, or choose another output folder."
+        + f"\nResume with the old settings{_flags_to_add(unlike)}, or choose another output folder."
+        + (_LATER if any(one.name.startswith(("limits.", *_FLAGS)) for one in unlike) else "")
     )
+
+
+_FLAGS = {"inputs.arguments.allow_roots": "--allow-root", "inputs.arguments.allow_schemes": "--allow-scheme"}
+_LATER = (
+    "\nOnce the job is done, hqlabel retry does the images that failed again with other limits, folders or "
+    "schemes."
+)
+
+
+def _flags_to_add(unlike: Sequence[Difference]) -> str:
+    """Return the flags that the job began with and this call lacks, as text; empty when there are none."""
+    missing = [
+        f"{_FLAGS[name]} {shlex.quote(clean_text(one.stored))}"
+        for one in unlike
+        for name in [one.name.partition("[")[0]]
+        if name in _FLAGS and isinstance(one.stored, str) and one.stored != ABSENT
+    ]
+    return f" (add {' '.join(missing[:5])})" if missing else ""
+
+
+def _short_name(name: str) -> str:
+    return clean_text(name[:200])
 
 
 def _short(value: Any) -> str:
@@ -257,9 +310,25 @@ def _as_json(job: Job) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def _check_counts(stored: Mapping[str, Any], context: JobContext) -> None:
+    """Raise ValueError for counts that no plan has."""
+    plan, per_unit = stored["plan"], context.images_per_unit
+    for name in ("images", "units", "boxes"):
+        if type(plan[name]) is not int or plan[name] < 0:
+            raise ValueError(f"plan.{name} is {plan[name]!r}")
+    # Merged tables have images and no units.
+    if plan["units"] > MOST_UNITS or plan["units"] not in (0, -(-plan["images"] // per_unit)):
+        raise ValueError(f"{plan['units']} units of {per_unit} images for {plan['images']} images")
+    if stored["units_per_part"] < 1:
+        raise ValueError(f"units_per_part is {stored['units_per_part']}")
+    for one in stored["categories"]:
+        if not isinstance(one["id"], int) or not isinstance(one["name"], str | None):
+            raise ValueError(f"a category is {one!r}")
+
+
 def _read_json(store: Store) -> dict[str, Any] | None:
     try:
-        body = store.read(JOB_KEY)
+        body = store.read(JOB_KEY, most=MOST_BYTES)
     except NotFound:
         return None
     return _parse_json(body, store)
@@ -268,7 +337,7 @@ def _read_json(store: Store) -> dict[str, Any] | None:
 def _parse_json(body: bytes, store: Store) -> dict[str, Any]:
     name = f"{store.place.uri}/{JOB_KEY}"
     try:
-        content = json.loads(body)
+        content = from_json(body)
         if content["product"] != "hqlabel":
             raise ValueError("not of this product")
         if content["format"] > JOB_FORMAT:
@@ -280,7 +349,7 @@ def _parse_json(body: bytes, store: Store) -> dict[str, Any]:
             raise ValueError(f"wrong type of {wrong or 'run_id'}")
     except (ValueError, KeyError, TypeError) as error:
         raise JobRefused(
-            f"{name} cannot be read ({type(error).__name__}: {error}); nothing was changed. "
+            f"{name} cannot be read ({reason(error)}); nothing was changed. "
             "Restore the file, or choose another output folder."
         ) from error
     return dict(content)
@@ -290,10 +359,15 @@ def _context_of(stored: Mapping[str, Any], store: Store, access: AccessRules) ->
     rest = {name: value for name, value in stored.items() if name not in _FROM_THE_PROCESS}
     rest |= {
         **_from_mask_settings(rest.pop("masks")),
-        "weights": Weights(**rest["weights"]),
+        "weights": TypeAdapter(Weights).validate_python(rest["weights"]),
         "box_rules": BoxRules.from_file(rest["box_rules"]),
         "limits": Limits.from_file(rest["limits"]),
     }
     if rest.get("detector") is not None:
         rest["detector"] = JobDetector.from_file(rest["detector"])
-    return JobContext(output=store.place, access=access, **rest)
+    context = JobContext(output=store.place, access=access, **rest)
+    kinds: dict[str, type] = {"plan_sha256": str, "run_id": str, "images_per_unit": int, "lineage": dict}
+    wrong = [name for name, kind in kinds.items() if type(getattr(context, name)) is not kind]
+    if wrong or not _PLAIN.fullmatch(context.plan_sha256) or not 1 <= context.images_per_unit <= 4096:
+        raise ValueError(f"wrong: {', '.join(wrong) or 'plan_sha256 or images_per_unit'}")
+    return context

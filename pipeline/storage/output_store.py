@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import BinaryIO, TypeVar
 
-from hqlabel.pipeline.errors import JobRefused, SystemicFault, UsageError
+from hqlabel.pipeline.errors import DamageFound, ImageError, JobRefused, SystemicFault, UsageError
 from hqlabel.pipeline.job_context import Place
 from hqlabel.pipeline.storage.backend import Backend, Entry, FetchedObject
 from hqlabel.pipeline.storage.cloud_buckets import backend_for
@@ -67,14 +67,22 @@ class Store:
                 raise NotFound(fault.message) from fault
             raise SystemicFault(fault.verdict.code, fault.message) from fault
 
-    def read(self, key: str) -> bytes:
-        """Return all bytes under `key`. Raises NotFound, or SystemicFault when the store fails."""
+    def read(self, key: str, *, most: int | None = None) -> bytes:
+        """Return all bytes under `key`. Raises NotFound, or SystemicFault when the store fails.
+
+        Raises also DamageFound for more than `most` bytes, of which none is kept.
+        """
         path = self._path(key)
 
         def get(left: float) -> bytes:
-            return self._backend.get(path, max_bytes=None, timeout_s=left).data
+            return self._backend.get(path, max_bytes=most, timeout_s=left).data
 
-        return self._try(f"read {key}", get)
+        try:
+            return self._try(f"read {key}", get)
+        except ImageError as error:
+            raise DamageFound(
+                f"{self.place.uri}/{key}: over {most:,} bytes, which no such file of hqlabel has"
+            ) from error
 
     def fetch(self, key: str) -> FetchedObject | None:
         """Return the bytes under `key` with the tag of this very version, None when it is absent."""

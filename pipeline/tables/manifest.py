@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import TypeAdapter
+from pydantic_core import from_json
 
 from hqlabel.pipeline.errors import DamageFound
+from hqlabel.pipeline.job_state.job_file import MOST_UNITS
 from hqlabel.pipeline.settings import FilterSettings
+from hqlabel.pipeline.storage.bounded_json import MOST_BYTES, reason
 from hqlabel.pipeline.storage.output_store import NotFound, Store
 from hqlabel.pipeline.tables.count_masks import Counts, add_counts
 
@@ -105,24 +108,36 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
 def read_manifest(store: Store) -> Manifest | None:
     """Return the store's manifest, None when nothing was published; DamageFound when it cannot be read."""
     try:
-        body = store.read(MANIFEST_KEY)
+        body = store.read(MANIFEST_KEY, most=MOST_BYTES)
     except NotFound:
         return None
     try:
-        content = json.loads(body)
+        content = from_json(body)
         if content["format"] != MANIFEST_FORMAT:
             raise ValueError(f"format {content['format']}, wanted {MANIFEST_FORMAT}")
         for counts in (part["counts"] for part in content["parts"]):
             if "empty" not in counts:  # older manifests count masks without a pixel among the others
                 counts["empty"] = int(counts["rejected"].get("empty", 0))
                 counts["masks"] -= counts["empty"]
-        return TypeAdapter(Manifest).validate_python(content)
+        manifest = TypeAdapter(Manifest).validate_python(content)
+        _check_ranges(manifest)
+        return manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DamageFound(
-            f"{store.place.uri}/{MANIFEST_KEY} cannot be read ({reason}). "
+            f"{store.place.uri}/{MANIFEST_KEY} cannot be read ({reason(error)}). "
             "Move it away and publish again: the units are the truth."
         ) from error
+
+
+def _check_ranges(manifest: Manifest) -> None:
+    """Raise ValueError unless the parts' units are of the plan: their ranges are walked unit by unit."""
+    if not 0 <= manifest.units <= MOST_UNITS:
+        raise ValueError(f"{manifest.units} units, wanted 0 to {MOST_UNITS}")
+    end = 0
+    for part in sorted(manifest.parts, key=lambda part: part.index):
+        if not end <= part.first_unit <= part.stop_unit <= manifest.units:
+            raise ValueError(f"part {part.index} has the units {part.first_unit} to {part.stop_unit}")
+        end = part.stop_unit
 
 
 def finished_units(committed: Sequence[int], manifest: Manifest | None) -> set[int]:

@@ -7,40 +7,52 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
+from hqlabel.jobs.load_config import Config
 from hqlabel.pipeline.job_context import BoxRules
 from hqlabel.pipeline.settings import (
-    CHANGES_ROWS,
+    GIVEN,
     IDENTITY,
-    BoxSettings,
+    KEEPS_ROWS,
+    MARKS,
+    REDO,
     ClusterSettings,
-    CostSettings,
-    DetectorSettings,
-    FilterSettings,
-    InputSettings,
     Limits,
     ModelSettings,
     Section,
 )
 
+SECTIONS = [
+    info.annotation
+    for info in Config.model_fields.values()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+]
+FIELDS = [
+    pytest.param(section, name, id=f"{section.__name__}.{name}")
+    for section in [*SECTIONS, BoxRules]
+    for name in section.model_fields
+]
 
-@pytest.mark.parametrize("section", [ModelSettings, DetectorSettings, BoxSettings, BoxRules])
-def test_every_setting_of_masks_and_boxes_belongs_to_the_identity(section: type[Section]) -> None:
-    assert all(IDENTITY in info.metadata for info in section.model_fields.values())
+
+@pytest.mark.parametrize(("section", "name"), FIELDS)
+def test_every_setting_declares_whether_it_changes_rows(section: type[Section], name: str) -> None:
+    marks = [mark for mark in (IDENTITY, MARKS, KEEPS_ROWS) if name in section.marked(mark)]
+    assert len(marks) == 1, f"{name}: mark it Identity, Redo, Marks or KeepsRows"
+    assert section.marked(REDO) <= section.marked(IDENTITY)
 
 
-@pytest.mark.parametrize("section", [FilterSettings, ClusterSettings, CostSettings])
-def test_what_is_published_and_where_it_runs_changes_no_row(section: type[Section]) -> None:
-    marks = [mark for info in section.model_fields.values() for mark in info.metadata]
-    assert not {CHANGES_ROWS, IDENTITY} & {mark for mark in marks if isinstance(mark, str)}
+@pytest.mark.parametrize(("section", "name"), FIELDS)
+def test_a_setting_that_changes_rows_is_in_the_identity_of_its_section(section, name) -> None:
+    assert (name in section().identity()) == (name in section.marked(IDENTITY))
 
 
-def test_the_identity_of_a_section_is_its_marked_settings() -> None:
-    changed = {name for name, info in Limits.model_fields.items() if CHANGES_ROWS in info.metadata}
-    assert changed == set(Limits.model_fields) - {"max_failure_rate", "failure_rate_from_images"}
-    assert Limits().identity() == {}
-    inputs = InputSettings(images="a", columns={"image_uri": "path"}, allow_roots=["/b"])
-    assert inputs.identity()["columns"] == {"image_uri": "path"}
-    assert "allow_roots" not in inputs.identity()
+def test_what_names_a_place_a_right_or_a_machine_is_never_taken_from_an_output() -> None:
+    places = {f"{one.__name__}.{name}" for one in SECTIONS for name in one.marked(GIVEN)}
+    assert places >= {
+        *(f"InputSettings.{name}" for name in ("images", "boxes", "image_root", "allow_roots")),
+        *("InputSettings.allow_schemes", "ModelSettings.checkpoint", "DetectorSettings.name"),
+        *("OutputSettings.uri", *(f"ClusterSettings.{name}" for name in ClusterSettings.model_fields)),
+    }  # fmt: skip
+    assert GIVEN in Config.model_fields["storage"].metadata
 
 
 def test_the_call_shape_needs_the_number_of_boxes() -> None:

@@ -41,7 +41,7 @@ def test_a_log_gets_a_line_a_look_until_all_is_committed_and_stdout_the_last_sta
 
     worker = threading.Thread(target=commit_the_rest)
     worker.start()
-    config = ConfigSources(flags={"output.uri": made.store.place.uri}).load()
+    config = ConfigSources(flags={"output.uri": made.store.place.uri})
     code = status.run(config, json=True, watch=True, every_s=0.05)
     worker.join()
 

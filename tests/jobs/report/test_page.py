@@ -70,7 +70,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def page(output: str) -> str:
-    code, _, err = run("report", "--output", output)
+    code, _, err = run("report", "--output", output, "--allow-root", str(Path(output).parent / "photos"))
     assert code == 0, err
     return (Path(output) / "report" / "index.html").read_text()
 
@@ -293,12 +293,24 @@ def test_pictures_that_would_make_the_page_too_large_are_left_out_and_said(
 ) -> None:
     monkeypatch.setattr(report, "_MOST_BYTES", 60_000)
 
-    code, _, err = run("report", "--output", output, "--to", str(tmp_path / "page.html"))
+    photos = str(Path(output).parent / "photos")
+
+    code, _, err = run(
+        "report", "--output", output, "--allow-root", photos, "--to", str(tmp_path / "page.html")
+    )
 
     assert code == 0, err
     small = (tmp_path / "page.html").read_text()
     assert small.count("left out for size") > 10
     assert 0 < small.count("data:image/jpeg") < page.count("data:image/jpeg") / 2
+
+
+def test_a_picture_is_read_only_where_the_call_allows_it(output: str, tmp_path: Path) -> None:
+    code, _, err = run("report", "--output", output, "--to", str(tmp_path / "page.html"))
+
+    assert code == 0, err
+    assert "see --allow-root" in err  # although config.yaml in the output names the folder
+    assert "data:image/jpeg" not in (tmp_path / "page.html").read_text()
 
 
 def test_a_report_shows_the_evaluation_once_there_is_one(tmp_path: Path, output: str) -> None:

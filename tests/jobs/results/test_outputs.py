@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,14 +13,16 @@ from PIL import Image
 
 from hqlabel.jobs.commands import end_summary
 from hqlabel.jobs.commands.retry import find_targets
+from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.results.read_tables import failed_examples, find_images, sample_labelled
 from hqlabel.pipeline.errors import JobRefused
-from hqlabel.pipeline.job_context import Place
+from hqlabel.pipeline.job_context import AccessRules, Place
+from hqlabel.pipeline.job_state.job_file import Job
 from hqlabel.pipeline.settings import Limits
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.manifest import read_manifest
 from tests.jobs.cli.test_cli import run
-from tests.pipeline.made_units import MadeJob, make_job
+from tests.pipeline.made_units import MadeJob, make_context, make_job
 
 FAILING = ("img-00007.jpg", "img-00021.jpg")
 TOLERANT = ("--set", "limits.max_failure_rate=0.2")
@@ -279,16 +282,21 @@ def test_a_number_of_images_to_judge_from_can_still_be_set() -> None:
 
 
 def test_the_next_command_can_be_pasted() -> None:
-    commands = end_summary.next_commands("s3://b/o u t", failed=1, limited=False)
-    assert commands[0].startswith("hqlabel retry --output 's3://b/o u t'")
-    assert "hqlabel validate --output 's3://b/o u t'" in commands
+    config = ConfigSources(sets=["storage.s3={endpoint_url: 'http://h:1'}", "input.allow_schemes=[https]"])
+    context = dataclasses.replace(make_context(), access=AccessRules(roots=("/ph otos",)))
+    job = Job(identity={}, context=context, plan={"images": 1, "boxes": 1, "units": 1})
+    commands = end_summary.next_commands("s3://b/o u t", config.load(), job, failed=1)
+    store = """--output 's3://b/o u t' --set 'storage.s3={"endpoint_url": "http://h:1"}'"""
+    assert commands[0].startswith(
+        f"hqlabel retry {store} --checkpoint w --allow-root '/ph otos' --allow-scheme https"
+    )
+    assert commands[1] == f"hqlabel report {store} --allow-root '/ph otos' --allow-scheme https"
+    assert f"hqlabel validate {store}" in commands
 
 
 def test_an_overlay_is_drawn_from_the_published_rows(tmp_path: Path) -> None:
     from hqlabel.jobs.results.read_tables import ImageRows
     from hqlabel.jobs.results.render_images import overlay_png
-    from hqlabel.pipeline.job_context import AccessRules
-    from tests.pipeline.made_units import make_context
 
     photo = tmp_path / "a.png"
     Image.new("RGB", (60, 40), (90, 90, 90)).save(photo)

@@ -107,6 +107,7 @@ def test_the_identity_holds_everything_that_changes_masks():
         "detector.max_detections", "detector.images_per_call", "detector.options.o", "box_rules.min_score",
         "box_rules.top_k", "box_rules.nms_mode", "box_rules.nms_iou", "box_rules.expand",
         "box_rules.min_side_px",
+        *(f"limits.{name}" for name in make_context().limits.identity()),
         "inputs.images", "inputs.boxes", "inputs.files.0.size", "inputs.files.0.sha256",
     }  # fmt: skip
     assert wanted <= named
@@ -136,12 +137,14 @@ def test_a_job_file_with_settings_of_a_later_version_is_refused(local_store):
         require_job(local_store)
 
 
-def test_machines_limits_lineage_and_code_may_change_between_resumes(local_store):
+def test_machines_budget_lineage_and_code_may_change_between_resumes(local_store):
     first = open_job(local_store, make_job())
     context = dataclasses.replace(
         make_context(run_id="run-2"),
         lineage={"code_version": "other"},
-        limits=make_context().limits.model_copy(update={"fetch_timeout_s": 1.0, "max_image_pixels": 1}),
+        limits=make_context().limits.model_copy(
+            update={"max_failure_rate": 0.5, "failure_rate_from_images": 9}
+        ),
         access=AccessRules(roots=("/data",)),
         segmenter="tests.fakes:segmenter",
     )
@@ -150,6 +153,18 @@ def test_machines_limits_lineage_and_code_may_change_between_resumes(local_store
     assert again.units_per_part == 2
     assert again.created_at == first.created_at
     assert again.context.segmenter == "tests.fakes:segmenter"
+
+
+def test_a_job_of_the_version_before_has_its_limits_compared_too(local_store):
+    open_job(local_store, make_job())
+    stored = json.loads(local_store.read(JOB_KEY))
+    del stored["identity"]["limits"]
+    local_store.put(JOB_KEY, json.dumps(stored).encode())
+
+    assert open_job(local_store, make_job()).context.run_id == "run-1"
+    limits = make_context().limits.model_copy(update={"max_image_pixels": 7})
+    with pytest.raises(JobRefused, match=r"limits\.max_image_pixels: the job there has 89478485, now 7"):
+        open_job(local_store, make_job(dataclasses.replace(make_context(), limits=limits)))
 
 
 def test_a_detector_may_lie_elsewhere_but_a_class_of_ones_own_is_known_by_its_name():
