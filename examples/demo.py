@@ -79,7 +79,7 @@ def print_places(place: Path) -> None:
     for picture in sorted(path for path in place.rglob("*") if path.suffix in (".png", ".jpg", ".html")):
         print(f"picture:  {picture}")
     print("\nA page to look at, and the masks for other tools:")
-    print(f"  .venv/bin/hqlabel report --output {place}/labels")
+    print(f"  .venv/bin/hqlabel report --output {place}/labels --allow-root {PHOTOS}")
     print(f"  .venv/bin/hqlabel export coco --output {place}/labels --to {place}/coco")
     print("\nYour own data, in one command:")
     print("  .venv/bin/hqlabel label --images photos/ --boxes boxes.json --checkpoint demo --output out")
@@ -102,7 +102,8 @@ def main() -> int:
     (place / "overlays").mkdir(exist_ok=True)
     for name in SHOWN:
         picture = place / "overlays" / f"{Path(name).stem}.png"
-        hqlabel("inspect", name, "--output", str(labels), "--picture", str(picture))
+        places = ("--output", str(labels), "--allow-root", str(PHOTOS), "--picture", str(picture))
+        hqlabel("inspect", name, *places)
     print_table(labels)
     print_places(place)
     if weights != "demo":

@@ -165,7 +165,8 @@ def test_the_documented_example_of_ones_own_detector_runs_and_is_never_taken_fro
     output = tmp_path / "out"
 
     said = label(photos, checkpoint, output, "--detector", "own:BrightSpot", PYTHONPATH=path)
-    retried = commands.run("retry", "--output", str(output), code=2, PYTHONPATH=path)
+    again = ("retry", "--output", str(output), "--checkpoint", str(checkpoint))
+    retried = commands.run(*again, code=2, PYTHONPATH=path)
     doctor = commands.run("doctor", "--no-ray", "--detector", "own:BrightSpot", code=0, PYTHONPATH=path)
 
     images, instances = commands.tables(output)

@@ -50,7 +50,7 @@ def test_doctor_runs_a_task_on_a_private_ray() -> None:
 
 
 def test_a_run_says_what_it_understood_and_what_came_out(
-    first: tuple[Path, dict[str, object], str], data_set: DataSet
+    first: tuple[Path, dict[str, object], str], data_set: DataSet, checkpoint: Path
 ) -> None:
     output, _, said = first
     before, _, after = said.partition("done: ")
@@ -68,7 +68,8 @@ def test_a_run_says_what_it_understood_and_what_came_out(
     assert "11 labelled · 2 without boxes · 1 failed (7.1%)" in after
     assert "failed   truncated 1\n" in after
     assert f"such as {broken_image(data_set)}: " in after
-    assert f"next     hqlabel retry --output {output}   # once the cause is fixed" in after
+    flags = f"--checkpoint {checkpoint} --allow-root {data_set.images}"
+    assert f"next     hqlabel retry --output {output} {flags}   # once the cause is fixed" in after
     assert f"picture  {output}/report/contact_sheet.png" in after
     assert f"hqlabel validate --output {output}" in after
     assert "Traceback" not in said
@@ -181,7 +182,10 @@ def test_inspect_draws_and_plan_and_status_agree(
     names = [name for name, boxes in sorted(data_set.boxes_by_id.items()) if len(boxes)]
     name = next(name for name in names if name != broken_image(data_set))
     picture = tmp_path / "overlay.png"
-    done = commands.run("inspect", name, "--output", str(output), "--picture", str(picture))
+    inspected = ("inspect", name, "--output", str(output), "--picture", str(picture))
+    assert "see --allow-root" in commands.run(*inspected).stderr
+    assert not picture.exists()
+    done = commands.run(*inspected, "--allow-root", str(data_set.images))
     assert name in done.stdout
     with Image.open(data_set.images / name) as photo, Image.open(picture) as drawn:
         assert drawn.size == photo.size

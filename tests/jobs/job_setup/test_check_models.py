@@ -12,6 +12,7 @@ from PIL import Image
 
 from hqlabel.jobs.job_setup.resolve_settings import box_rules, detector_settings, resolved
 from hqlabel.jobs.load_config import Config, ConfigSources, parse_prompts
+from hqlabel.model.checkpoints import DEMO_FOLDER, load
 from hqlabel.pipeline.errors import UsageError
 from hqlabel.pipeline.job_context import BoxRules
 from tests.jobs.cli.test_cli import run
@@ -189,11 +190,15 @@ def test_code_that_an_output_names_is_not_run_unless_it_is_said_again(
     monkeypatch.syspath_prepend(tmp_path)
     (Path(output) / "config.yaml").write_text("detector: {name: 'evil:Detector'}\ninput: {images: photos}\n")
 
-    code, _, err = run("retry", "--output", output)
+    code, _, err = run("retry", "--output", output, "--checkpoint", "demo")
 
+    assert code == 4
+    assert "the job began with" in err
+    job = json.loads((Path(output) / "job.json").read_text())
+    job["context"] |= {"detector": {"name": "evil:Detector", "fingerprint": "f"}}
+    job["context"]["weights"]["sha256"] = load(DEMO_FOLDER).weights.sha256
+    (Path(output) / "job.json").write_text(json.dumps(job))
+    code, _, err = run("retry", "--output", output, "--checkpoint", "demo")
     assert code == 2
-    assert "never taken from an output" in err
+    assert "'evil:Detector', is never taken from an output: name it again" in err
     assert not (tmp_path / "ran").exists()
-    _, _, again = run("retry", "--output", output, "--set", "detector.name=evil:Detector")
-    assert "never taken from an output" not in again
-    assert "--checkpoint is missing" in again, "it goes on to what this output lacks"
