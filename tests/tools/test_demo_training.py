@@ -12,7 +12,7 @@ from tools.demo_model.batches import Batch, make_batch
 from tools.demo_model.cache import UNKNOWN, SceneCache, fill
 from tools.demo_model.network import DemoNetwork, demo_config
 from tools.demo_model.teacher import Teacher, cosine_loss
-from tools.demo_model.train import Journal, Means, Stage, Training
+from tools.demo_model.train import Drawn, Journal, Means, Stage, Training
 
 SIDE = 128
 STAGE = Stage(name="sam", side=SIDE, images=1, boxes=2, share=1.0)
@@ -132,6 +132,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(cache, tmp_path) -> None
     assert wanted.keys() == found.keys()
     assert "teacher" in found
     np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=2e-3)
+
+
+def test_a_stage_draws_from_scenes_that_need_no_enlarging(cache, tmp_path) -> None:
+    fill(tmp_path / "small", side=64, count=2, first_seed=0)
+    small = SceneCache(tmp_path / "small")
+    drawn = Drawn([small, cache], STAGE, (0, 0))
+    alone = Drawn([cache], STAGE, (0, 0))
+    for step in range(3):
+        assert torch.equal(drawn[step].pixels_B3SS, alone[step].pixels_B3SS)
+    large = Drawn([small], STAGE, (0, 0))  # nothing finer: enlarged after all
+    assert large[0].pixels_B3SS.shape == (1, 3, SIDE, SIDE)
 
 
 def test_a_batch_without_clicked_prompts_leaves_their_mean_alone(cache, tmp_path) -> None:

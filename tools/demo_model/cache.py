@@ -35,6 +35,7 @@ class SceneCache:
         self._pixels = np.load(folder / "pixels.npy", mmap_mode="r")
         self._labels = np.load(folder / "labels.npy", mmap_mode="r")
         self._sizes = np.load(folder / "sizes.npy", mmap_mode="r")
+        self.side = int(self._pixels.shape[1])
 
     def __len__(self) -> int:
         return _ready(self.folder)

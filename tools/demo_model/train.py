@@ -32,7 +32,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +111,9 @@ class Drawn(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([*self.key, step])
-        usable = [cache for cache in self.caches if len(cache)]
-        if self.stage.side < 256:
-            usable = usable[:1]
-        elif self.stage.side > 256:
-            usable = usable[-1:]
+        filled = [cache for cache in self.caches if len(cache)]
+        fine = min(self.stage.side, max(cache.side for cache in filled))
+        usable = [cache for cache in filled if cache.side >= fine]  # none is enlarged where it need not be
         return make_batch(
             usable[int(rng.integers(len(usable)))],
             rng,
@@ -425,6 +423,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw batches, for a GPU")
+    parser.add_argument(
+        "--larger", type=int, default=1, help="so many times the pictures a step, which a GPU has room for"
+    )
     parser.add_argument("--teacher", type=Path, help="efficientnet-lite0-*.pth of the PyPI package")
     parser.add_argument(
         "--eager", action="store_true", help="compile nothing: slower steps, no minutes before the first"
@@ -436,9 +437,10 @@ def main() -> None:
     print(NOTICE, flush=True)
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
+    stages = stages_for(options.final_side, warm=options.init is not None, hq_only=options.hq_only)
     training = Training(
         [SceneCache(folder) for folder in options.caches],
-        stages=stages_for(options.final_side, warm=options.init is not None, hq_only=options.hq_only),
+        stages=tuple(replace(stage, images=stage.images * options.larger) for stage in stages),
         minutes=options.minutes,
         seed=options.seed,
         init=options.init,
