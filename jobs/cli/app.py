@@ -93,15 +93,15 @@ def end_interrupted() -> None:
 
 
 def _explain(error: HqlabelError, verbose: bool) -> int:
+    interrupts.wait_if_ending()
     if verbose:
         traceback.print_exception(error)
-    console.say(f"hqlabel: {error}")
-    if error.exit_code == 5:
-        console.say("hqlabel: stopped; what is committed is safe, the same command goes on from there")
+    console.say_error(error)
     return error.exit_code
 
 
 def _report_bug(error: Exception) -> int:
+    interrupts.wait_if_ending()
     traceback.print_exception(error)
     console.say("hqlabel: this is a bug in hqlabel; what is committed is safe. Please report the lines above")
     return EXIT_BUG

@@ -13,6 +13,8 @@ import importlib
 import os
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hqlabel
+from hqlabel.jobs.cluster.ray_watch import RayWatch
 from hqlabel.jobs.terminal.console import stdout_for_data_alone
 from hqlabel.jobs.terminal.signals import Interrupted
 from hqlabel.pipeline.errors import JobRefused, SystemicFault, UsageError, clean_text
@@ -35,6 +38,7 @@ _LONGEST_ROOT = 31
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _IN_USE = "in-use"
 _UNMARKED_S = 3600.0
+_END_SESSION = Path(__file__).with_name("end_session.py")
 _CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 _PACKAGE = Path(hqlabel.__file__).parent
 
@@ -80,8 +84,14 @@ def address_to_join(wanted: str | None, environ: Mapping[str, str]) -> str | Non
 
 
 @contextlib.contextmanager
-def running_ray(section: ClusterSettings, environ: MutableMapping[str, str]) -> Iterator[ClusterInfo]:
+def running_ray(
+    section: ClusterSettings,
+    environ: MutableMapping[str, str],
+    on_death: Callable[[SystemicFault], None] = lambda _: None,
+) -> Iterator[ClusterInfo]:
     """Yield a Ray to work on, until the block ends; `environ` is this process's, and gets Ray's switches.
+
+    `on_death` is called from a thread when Ray dies meanwhile, and is expected to end the process.
 
     Raises:
         UsageError: an address of a kind that cannot be joined.
@@ -97,15 +107,19 @@ def running_ray(section: ClusterSettings, environ: MutableMapping[str, str]) -> 
             environ.setdefault("RAY_DATA_CLUSTER_AUTOSCALER", "V2")
             with _private_folder() as folder, _token_in(folder / "auth_token", environ):
                 ray = _import_ray(environ)
-                info = _start_private(ray, section, folder)
-                with _unless_interrupted(ray.shutdown):
+                _silence_ray()
+                info, watch = _start_private(ray, section, folder, on_death)
+                end_ray, unwatch = _unless_interrupted(ray.shutdown), _unless_interrupted(watch.close)
+                with end_ray, unwatch, watch.first_to_tell():
                     yield info
         else:
             if _JOB_VARIABLE not in environ:  # a submitted job goes by what its cluster was started with
                 environ.setdefault("RAY_AUTH_MODE", "token")
             ray = _import_ray(environ)
             info = _join(ray, address, environ)
-            with _unless_interrupted(ray.shutdown):
+            watch = RayWatch(on_death)
+            watch.start()
+            with _unless_interrupted(watch.close), _unless_interrupted(ray.shutdown), watch.first_to_tell():
                 yield info
 
 
@@ -138,8 +152,7 @@ def _quota_cpus(path: Path) -> int | None:
 def _unless_interrupted(clean_up: Callable[[], None]) -> Iterator[None]:
     """Clean up at the end of a block, but not after a signal.
 
-    The process then ends within seconds, while cleaning up takes longer: a private Ray ends with the process,
-    still writing into its folder, which the next start removes.
+    The process then ends within seconds, while cleaning up takes longer: a private Ray ends with the process.
     """
     try:
         yield
@@ -187,9 +200,13 @@ def _own_token() -> str:
     return secrets.token_hex(32)
 
 
-def _start_private(ray: ModuleType, section: ClusterSettings, folder: Path) -> ClusterInfo:
+def _start_private(
+    ray: ModuleType, section: ClusterSettings, folder: Path, on_death: Callable[[SystemicFault], None]
+) -> tuple[ClusterInfo, RayWatch]:
     # Ray gives its processes 30 s to come up, which a busy machine may need twice.
     for name in ("s", "t"):
+        watch = RayWatch(on_death)
+        watch.start()
         try:
             with _without_side_processes():
                 ray.init(
@@ -200,8 +217,9 @@ def _start_private(ray: ModuleType, section: ClusterSettings, folder: Path) -> C
                     logging_level="ERROR",
                     _temp_dir=str(folder / name),  # Ray opens this folder to all; the one above stays closed
                 )
-            return _info(ray, "local", private=True)
+            return _info(ray, "local", private=True), watch
         except Exception as error:
+            watch.close()
             ray.shutdown()
             fault = error
     raise SystemicFault("resources", f"Ray does not start on this machine: {_reason(fault)}") from fault
@@ -224,6 +242,15 @@ def _without_side_processes() -> Iterator[None]:
         yield
     finally:
         services.start_api_server, node.start_monitor = kept
+
+
+def _silence_ray() -> None:
+    """Keep off stderr what a private Ray tells of itself: the last lines of its raylet's log, when that dies.
+
+    What concerns a job, its workers return as values.
+    """
+    worker: Any = importlib.import_module("ray._private.worker")
+    worker._worker_logs_enabled = False
 
 
 def _join(ray: ModuleType, address: str, environ: Mapping[str, str]) -> ClusterInfo:
@@ -259,12 +286,32 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _private_folder() -> Iterator[Path]:
-    """Yield this process's own folder for Ray's session; removed at the end, as are those of the dead."""
+    """Yield this process's own folder for Ray's session.
+
+    However this process ends, a small one that waits for that ends Ray's processes and removes the folder.
+    """
     root = _private_root()
     _remove_abandoned(root)
     folder = Path(tempfile.mkdtemp(prefix="r", dir=root))
-    with _held_mark(root, folder), _unless_interrupted(lambda: shutil.rmtree(folder, ignore_errors=True)):
+    with _held_mark(root, folder), _ended_with_this_process(folder):
         yield folder
+
+
+@contextlib.contextmanager
+def _ended_with_this_process(folder: Path) -> Iterator[None]:
+    """End what Ray started and remove its folder after the block or, without a word, after this process."""
+    command = [sys.executable, "-I", "-S", str(_END_SESSION), str(folder)]
+    nothing = subprocess.DEVNULL
+    # A session of its own: no Ctrl-C and no closed terminal reach it.
+    ender = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, start_new_session=True
+    )
+    with _unless_interrupted(lambda: _end(ender)):
+        yield
+
+
+def _end(ender: subprocess.Popen[bytes]) -> None:
+    ender.communicate()  # closes the pipe, and waits
 
 
 @contextlib.contextmanager

@@ -104,7 +104,8 @@ class Machine:
             JobRefused: no cluster there, or the output is a local path and there are several nodes.
         """
         if self._info is None:
-            info = self._stack.enter_context(running_ray(self._config.cluster, os.environ))
+            ray = running_ray(self._config.cluster, os.environ, on_death=self._interrupts.end_with)
+            info = self._stack.enter_context(ray)
             self._interrupts.install()  # Ray has replaced our handler
             self._info = info
             uri = self._config.output.uri or ""

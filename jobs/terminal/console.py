@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hqlabel.pipeline.errors import clean_text
+from hqlabel.pipeline.errors import HqlabelError, clean_text
 
 _stdout_for_data: list[TextIO] = []  # the real one, while `sys.stdout` is something else
 
@@ -46,6 +46,13 @@ def say(text: str = "") -> None:
     Control characters are escaped, here and in `data`: a file's name may hold commands to a terminal.
     """
     _write(sys.stderr, visible(text))
+
+
+def say_error(error: HqlabelError) -> None:
+    """Write for users why a command ends, and how to go on."""
+    say(f"hqlabel: {error}")
+    if error.exit_code == 5:
+        say("hqlabel: stopped; what is committed is safe, the same command goes on from there")
 
 
 def data(text: str) -> None:

@@ -19,6 +19,9 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+from hqlabel.jobs.terminal import console
+from hqlabel.pipeline.errors import HqlabelError
+
 EXIT_INTERRUPTED = 130
 GRACE_S = 2.4
 _RELEASE_AFTER_S = 1.2
@@ -45,6 +48,7 @@ class Interrupts:
         self._releases: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._handled = False
+        self._ending = threading.RLock()  # taken by the thread that ends the process, and never released
         self._wakeup: socket.socket | None = None
 
     def install(self) -> None:
@@ -75,6 +79,19 @@ class Interrupts:
                 release = self._releases.pop()
             with contextlib.suppress(Exception):
                 release()
+
+    def wait_if_ending(self) -> None:
+        """Wait for the end of the process where another thread is ending it; else keep others from it."""
+        self._ending.acquire()
+
+    def end_with(self, error: HqlabelError) -> None:
+        """End the process with this error, in a thread that met it while the main one may be stuck."""
+        self.wait_if_ending()
+        console.say_error(error)
+        release = threading.Thread(target=self.give_back, name="give-back", daemon=True)
+        release.start()
+        release.join(_RELEASE_AFTER_S)
+        end_now(error.exit_code)
 
     def should_stop(self) -> bool:
         """Return whether a signal has come; long loops ask."""
@@ -110,11 +127,11 @@ def _silent_about_interrupts(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def end_now() -> None:
-    """End the process with 130 at once, without finalizers; Ray's local processes follow by themselves."""
+def end_now(code: int = EXIT_INTERRUPTED) -> None:
+    """End the process at once, without finalizers; another one waits for that, and ends a private Ray."""
     if sys.__stderr__ is not None and sys.__stderr__.isatty():
         os.write(sys.__stderr__.fileno(), _SHOW_CURSOR)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
-    os._exit(EXIT_INTERRUPTED)
+    os._exit(code)

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.faults.clusters import REPOSITORY, cluster_of, free_port, head_with_job_api
+from tests.faults.commands import Command, wait_for
 from tests.faults.conftest import Record
-from tests.faults.test_processes import Command, wait_for
 from tests.pipeline.made_jobs import BOXES, noise, png
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]

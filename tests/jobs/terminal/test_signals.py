@@ -66,6 +66,19 @@ del slow
 time.sleep(60)
 """
 
+# The main thread's own words about the same fault would come second.
+FROM_A_THREAD = """
+import threading
+from hqlabel.pipeline.errors import SystemicFault
+def end():
+    interrupts.end_with(SystemicFault("resources", "Ray has died"))
+interrupts.give_back_on_exit(lambda: time.sleep(0.3))
+threading.Thread(target=end).start()
+time.sleep(0.1)
+interrupts.wait_if_ending()
+print("the main thread went on")
+"""
+
 
 def ended_by(code: str, number: signal.Signals, *, ignored: bool = False) -> tuple[int, list[str], float]:
     """(exit code, lines, seconds from the signal to the end) of a process that runs `code`."""
@@ -123,3 +136,18 @@ def test_a_mark_is_given_back_once() -> None:
     code, lines, _ = ended_by(POLLING, signal.SIGTERM)
     assert code == 130
     assert lines.count("released") == 1
+
+
+def test_a_thread_ends_the_process_with_the_code_and_the_sentence_of_its_error_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", START + FROM_A_THREAD],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=Path(__file__).parents[3],
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == 5
+    said = ["hqlabel: resources: Ray has died", "hqlabel: stopped; what is committed is safe"]
+    assert [line.partition(", the")[0] for line in done.stdout.splitlines()] == [*said, "released"]
