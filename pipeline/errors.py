@@ -162,6 +162,14 @@ def count(number: int, noun: str = "", plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def text_of(error: BaseException) -> str:
+    """Return the text of an error; errors of libraries may fail to give it."""
+    try:
+        return str(error)
+    except Exception:
+        return "(without a text)"
+
+
 def clean_text(text: str) -> str:
     """Return text with control characters escaped and at most MAX_MESSAGE_CHARS characters, one line."""
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -151,7 +151,8 @@ class DecodeChild:
 
     def _result(self, answer: dict[str, Any]) -> DecodedImage:
         if "bug" in answer:
-            raise RuntimeError(f"a bug in the decoder:\n{answer['bug']}")
+            last_line = answer["bug"].strip().rpartition("\n")[2]
+            raise RuntimeError(f"a bug in the decoder: {last_line}\n{answer['bug']}")
         if "code" in answer:
             if answer["code"] == "out_of_memory":
                 self.close()  # its heap may be full of what it could not finish

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from urllib.parse import urlsplit
 
 from hqlabel.pipeline.errors import ImageError, SystemicFault, UsageError
 from hqlabel.pipeline.failpoints import FailPointReached
@@ -30,7 +31,7 @@ FETCH_THREADS = 8
 
 # What clients raise for a uri that they cannot take, by the names of their classes.
 _MALFORMED = (
-    *("ParamValidationError", "InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError"),
+    *("ParamValidationError", "InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError", "HfUriError"),
     *("HFValidationError", "UnsupportedProtocol", "LocationParseError", "UnicodeError"),
     "NotImplementedError",
 )
@@ -119,12 +120,25 @@ def _error_of(uri: str, error: BaseException) -> ImageError:
         return ImageError(alone, error.message, fault=error)
     if isinstance(error, UsageError):  # from the making of the client
         return ImageError("unreachable", str(error), fault=SystemicFault("driver", str(error)))
-    if not isinstance(error, ImageError) and not set(class_names(error)).isdisjoint(_MALFORMED):
+    if not isinstance(error, ImageError) and _is_malformed(uri, error):
         return ImageError("uri_refused", f"the uri cannot be used: {describe(error)}")
     found = charge(error, uri=uri, step="fetch")
     if found.fault is None and found.code in _OF_STORES and not _is_broken_body(found):
         found.fault = SystemicFault(_OF_STORES[found.code], found.message)
     return found
+
+
+def _is_malformed(uri: str, error: BaseException) -> bool:
+    """Return whether an error is a client's word on the form of the uri."""
+    if not set(class_names(error)).isdisjoint(_MALFORMED):
+        return True
+    if not isinstance(error, ValueError) or not uri.startswith(("http:", "https:")):
+        return False
+    try:  # clients of http raise no class of their own for a host or a port
+        _ = urlsplit(uri).port
+    except ValueError:
+        return True
+    return False
 
 
 _OF_STORES = {"denied": "denied", "unreachable": "store", "fetch_timeout": "store"}

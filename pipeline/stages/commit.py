@@ -62,10 +62,10 @@ def commit_unit(unit: UnitRow, context: JobContext, store: Store, restart: Resta
 def _commit(unit: UnitRow, context: JobContext, store: Store, restart: Restart | None) -> UnitOutcome:
     refuse_unsafe_env()
     began = time.monotonic()
+    start = None if restart is None else restart.begin(unit.unit_id, unit.generation)
     planned = read_unit(store, context.plan_sha256, unit.unit_id)
     images = list(unit.images)
-    if restart is not None:
-        start = restart.begin(unit.unit_id, unit.generation)
+    if start is not None:
         images = [_tried_alone(image, planned, context, start) for image in images]
         start.end()
     mine = planned if unit.redo_codes is None else _rows_of(images, planned)
@@ -124,7 +124,7 @@ def _sound(image: ImageResult, planned: pa.Table, context: JobContext) -> ImageR
     except BaseException as raised:
         error = charge(raised, uri=uri, step="commit")
         _record.raised(f"commit, the last time with {error.message}")
-        return _failed(image, ImageError(error.code, f"{shown_uri(uri)}: {error.message}"))
+        return _failed(image, ImageError(error.code, f"{shown_uri(uri)}: {error.message}"), context)
     _record.worked()
     return image
 
@@ -132,13 +132,14 @@ def _sound(image: ImageResult, planned: pa.Table, context: JobContext) -> ImageR
 def _tried_alone(image: ImageResult, planned: pa.Table, context: JobContext, start: TaskStart) -> ImageResult:
     """Return the image, tried by itself under its mark: an earlier process ended over this unit."""
     error = start.begin(image.planned["image_id"], image.planned["image_uri"])
-    return _sound(image, planned, context) if error is None else _failed(image, error)
+    return _sound(image, planned, context) if error is None else _failed(image, error, context)
 
 
-def _failed(image: ImageResult, error: ImageError) -> ImageResult:
-    """Return the image without anything that was made of it."""
+def _failed(image: ImageResult, error: ImageError, context: JobContext) -> ImageResult:
+    """Return the image without anything that was made of it, a detector's boxes neither."""
+    planned = image.planned if context.detector is None else {**image.planned, "boxes": []}
     return ImageResult(
-        planned=image.planned, error_code=error.code, error_message=error.message, attempts=image.attempts
+        planned=planned, error_code=error.code, error_message=error.message, attempts=image.attempts
     )
 
 

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hqlabel.pipeline.errors import HqlabelError, ImageError, SystemicFault
+from hqlabel.pipeline.errors import HqlabelError, ImageError, SystemicFault, text_of
 from hqlabel.pipeline.failpoints import visit
 from hqlabel.pipeline.settings import Limits
 from hqlabel.pipeline.storage.output_store import Store
@@ -271,7 +271,7 @@ def is_device_lost(error: BaseException) -> bool:
 
     After one, every later call in the process fails or gives wrong numbers.
     """
-    text = str(error)
+    text = text_of(error)
     lost = "CUDA error" in text or type(error).__name__ == "AcceleratorError"
     return lost and "out of memory" not in text.lower()
 

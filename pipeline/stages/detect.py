@@ -27,11 +27,11 @@ from hqlabel.model.detectors import (
     ZeroShotDetector,
 )
 from hqlabel.pipeline.box_geometry import best_first
-from hqlabel.pipeline.errors import JobRefused, SystemicFault, clean_text
+from hqlabel.pipeline.errors import JobRefused, SystemicFault, clean_text, text_of
 from hqlabel.pipeline.image_result import ImageResult, UInt8Array
 from hqlabel.pipeline.job_context import JobDetector
 from hqlabel.pipeline.stages.crash_log import CallGuard
-from hqlabel.pipeline.worker.image_guard import is_an_images, log_trace
+from hqlabel.pipeline.worker.image_guard import describe_raised, is_an_images, log_trace
 
 HF, ZERO_SHOT = "hf:", "hf-zero-shot:"
 WANTED = "wanted hf:ID_OR_FOLDER, hf-zero-shot:ID_OR_FOLDER or your own module:Class"
@@ -123,7 +123,7 @@ class ModelRecord:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, on whichever device."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text_of(error).lower()
 
 
 def try_out(detector: Detector, settings: JobDetector) -> None:
@@ -318,5 +318,4 @@ def _checked(
 
 def _message(error: BaseException) -> str:
     is_ours = isinstance(error, JobRefused | DetectorError)
-    text = str(error) if is_ours else f"{type(error).__name__}: {error}"
-    return clean_text(" ".join(text.split()))
+    return clean_text(" ".join(str(error).split())) if is_ours else describe_raised(error)

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hqlabel.model.records import CallShape, Instances, PreparedImage, Prompts, SegmentFailure
-from hqlabel.pipeline.errors import SystemicFault, clean_text
+from hqlabel.pipeline.errors import SystemicFault, clean_text, text_of
 from hqlabel.pipeline.failpoints import visit
 from hqlabel.pipeline.image_result import ImageResult
 from hqlabel.pipeline.job_context import JobContext
@@ -254,7 +254,7 @@ class SegmentWorker:
         error = self._raised_on_blank()
         if error is not None:
             code = "device" if is_device_lost(error) else "model"
-            reason = str(error) if code == "device" else f"{type(error).__name__}: {error}"
+            reason = text_of(error) if code == "device" else describe_raised(error)
             raise SystemicFault(code, clean_text(f"on a blank image: {reason}")) from error
 
     def _raised_on_blank(self) -> BaseException | None:

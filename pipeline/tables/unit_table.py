@@ -23,6 +23,7 @@ from hqlabel.pipeline import schema
 from hqlabel.pipeline.errors import BOX_CODES, SKIP_CODES, box_code, clean_text, stage_of
 from hqlabel.pipeline.image_result import ImageResult, ResolvedBoxes
 from hqlabel.pipeline.job_context import JobContext
+from hqlabel.pipeline.storage.request_retries import shown_uri
 from hqlabel.pipeline.tables.mask_quality import MaskQuality, measure, order_flags
 
 Float64Array = npt.NDArray[np.float64]
@@ -71,7 +72,7 @@ def _outcome(result: ImageResult) -> _Outcome:
     planned = result.planned
     boxes = planned["boxes"]
     if planned["error_code"] is not None:
-        return _failed(planned["error_code"], planned["error_message"])
+        return _failed(planned["error_code"], _naming_uri(planned))
     if result.error_code is not None:
         return _failed(result.error_code, result.error_message)
     if boxes is None:
@@ -88,6 +89,14 @@ def _outcome(result: ImageResult) -> _Outcome:
             return _Outcome(status="no_boxes")  # nothing is wrong: the job's rules want no mask here
         return _failed("no_usable_box", _reasons(result.boxes.error))
     return _outcome_of_masks(result, usable)
+
+
+def _naming_uri(planned: Mapping[str, Any]) -> str:
+    """Return the message of a fault that planning found; of a refused uri, with that uri."""
+    message = str(planned["error_message"])
+    return (
+        f"{shown_uri(planned['image_uri'])}: {message}" if planned["error_code"] == "uri_refused" else message
+    )
 
 
 def _outcome_of_masks(result: ImageResult, usable: int) -> _Outcome:

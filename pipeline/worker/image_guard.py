@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import traceback
 
-from hqlabel.pipeline.errors import ImageError, SystemicFault, clean_text
+from hqlabel.pipeline.errors import ImageError, SystemicFault, clean_text, text_of
 from hqlabel.pipeline.failpoints import FailPointReached
 from hqlabel.pipeline.storage.request_retries import redacted, shown_uri
 from hqlabel.pipeline.worker import logs
@@ -56,11 +56,4 @@ def log_trace(error: BaseException, *, uri: str, step: str) -> None:
 
 def describe_raised(error: BaseException) -> str:
     """Return the class and the text of an error in one line, without queries and logins of uris."""
-    return clean_text(redacted(" ".join(f"{type(error).__name__}: {_text(error)}".split())))
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # an error of a library may fail to state itself
-        return "(without a text)"
+    return clean_text(redacted(" ".join(f"{type(error).__name__}: {text_of(error)}".split())))

@@ -13,6 +13,7 @@ from PIL import Image
 from hqlabel.model.detectors import Category, Detections
 from hqlabel.model.records import resize_longest_side
 from hqlabel.pipeline.errors import JobRefused, SystemicFault
+from hqlabel.pipeline.failpoints import FailPointReached
 from hqlabel.pipeline.images.decode_process import DecodeChild
 from hqlabel.pipeline.job_context import BoxRules, JobDetector
 from hqlabel.pipeline.job_state.job_file import Job
@@ -60,7 +61,7 @@ class Corners:
         if image.min() == 255:
             return Detections(boxes_xyxy=np.zeros((0, 4)), category_ids=np.zeros(0, int), scores=np.zeros(0))
         if tuple(image[0, 0]) == KILLER:
-            raise SystemExit
+            raise FailPointReached("the process ends")
         boxes = [[0, 0, width / 2, height], [0, 0, width, height / 2], [1, 1, 2, 2], [0, 0, 3, 3]]
         ids = {"category": [1, 5, 1, 9], "float": [1.0, 5.0, 1.0, 1.0]}.get(self._wrong, [1, 5, 1, 1])
         return Detections(
@@ -302,7 +303,7 @@ def test_a_picture_that_ends_the_process_is_found_out_and_failed_alone(tmp_path,
         try:
             rows = worked(job, child)
             break
-        except SystemExit:
+        except FailPointReached:
             deaths += 1
 
     assert deaths == 3
