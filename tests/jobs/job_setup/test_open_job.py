@@ -33,7 +33,7 @@ def config(data_set: DataSet, checkpoint: Path, tmp_path: Path) -> Config:
 
 def begin(config: Config, cpu: set[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The masks' settings in job.json, after the job was opened on a machine with such a CPU."""
-    monkeypatch.setattr("model.device._cpu_features", lambda: cpu)
+    monkeypatch.setattr("hqlabel.model.device._cpu_features", lambda: cpu)
     with Machine(config, Interrupts()) as machine:
         open_or_create(config, check_inputs=False, probe_dtype=machine.native_dtype, device=machine.device)
     stored = json.loads((Path(str(config.output.uri)) / "job.json").read_text())

@@ -81,7 +81,7 @@ def test_ways_may_differ_from_record_to_record(tmp_path):
 
 
 def test_ways_may_differ_between_the_blocks_of_a_large_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.inputs.json_records.CUT_BYTES", 512)
+    monkeypatch.setattr("hqlabel.pipeline.inputs.json_records.CUT_BYTES", 512)
 
     plan = plan_coco(tmp_path, ["0"] * 20 + ["true"] * 20 + ['"1"'] * 20 + [""] * 20)
 
