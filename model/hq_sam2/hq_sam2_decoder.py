@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hqlabel.model import kernels
+from hqlabel.model.device import to_device
 from hqlabel.model.hq_sam2.hiera import HieraFeatures
 from hqlabel.model.mask_decoder import ALL_MASK_TOKENS, MLP, MaskDecoder, SharedImages, TokenMasks
 from hqlabel.model.sam_config import MaskDecoderConfig
@@ -77,4 +78,4 @@ def rows_of(x_B: torch.Tensor, index_N: torch.Tensor) -> torch.Tensor:
     """Return the rows of `index_N`, which is on the host; without a copy where it names one row alone."""
     if len(index_N) and bool((index_N == index_N[0]).all()):
         return x_B[int(index_N[0])].expand(len(index_N), *x_B.shape[1:])
-    return x_B.index_select(0, index_N.to(x_B.device))
+    return x_B.index_select(0, to_device(index_N, x_B.device))

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from hqlabel.model.records import resize_longest_side
+from hqlabel.model.records import fit_image, resize_longest_side
 from hqlabel.pipeline.errors import ImageError
+from hqlabel.pipeline.images import decode_upright
 from hqlabel.pipeline.images.decode_upright import decode_image
 
 SIDE = 64
@@ -380,3 +381,41 @@ def test_any_bytes_give_a_picture_or_a_listed_error(seed, changes, cut):
     except ImageError:
         return
     assert max(found.pixels_hwc.shape[:2]) == SIDE
+
+
+@pytest.mark.parametrize("size", [(160, 120), (64, 48), (90, 400)], ids=str)
+def test_a_model_that_stretches_gets_both_sides_and_its_detector_a_picture_in_proportion(size):
+    stored = noise().resize(size)
+    data = encode(stored, "PNG")
+
+    found = decode_image(data, max_pixels=MAX_PIXELS, side=SIDE, fit="stretch", detector_side=SIDE)
+
+    assert np.array_equal(found.pixels_hwc, fit_image(np.asarray(stored), SIDE, "stretch"))
+    assert found.pixels_hwc.shape == (SIDE, SIDE, 3)
+    assert found.size_hw == size[::-1]
+    assert np.array_equal(found.detector_hwc, resize_longest_side(np.asarray(stored), min(SIDE, max(size))))
+
+
+def test_a_strip_is_too_elongated_for_a_model_that_pads_or_a_detector_alone():
+    data = encode(Image.new("RGB", (1000, 2)), "PNG")
+
+    assert decode_image(data, max_pixels=MAX_PIXELS, side=SIDE, fit="stretch").size_hw == (2, 1000)
+    for options in ({}, {"fit": "stretch", "detector_side": SIDE}):
+        with pytest.raises(ImageError, match="cut it into pieces") as caught:
+            decode_image(data, max_pixels=MAX_PIXELS, side=SIDE, **options)
+        assert caught.value.code == "too_elongated"
+
+
+@pytest.mark.parametrize(("width", "loaded"), [(8 * SIDE, 8), (8 * SIDE - 8, 4), (SIDE, 1)])
+def test_a_jpeg_is_reduced_for_a_model_that_stretches_by_its_short_side(width, loaded, monkeypatch):
+    """Its long side would allow more, and would leave the short one with fewer pixels than the model gets."""
+    data = encode(Image.new("RGB", (width, 16 * SIDE), "red"), "JPEG")
+    seen = []
+    monkeypatch.setattr(
+        decode_upright, "resize_image", lambda image, *_, **__: seen.append(image.size) or np.zeros((1, 1, 3))
+    )
+
+    found = decode_image(data, max_pixels=10**8, side=SIDE, fit="stretch", draft_jpeg=True)
+
+    assert seen == [(-(-width // loaded), 16 * SIDE // loaded)]
+    assert found.size_hw == (16 * SIDE, width)
