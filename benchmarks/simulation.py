@@ -222,11 +222,12 @@ class State:
         return Store(Place(uri=str(self._folder / "out")))
 
     def _pending(self) -> list[int]:
-        from hqlabel.pipeline.tables.manifest import finished_units, read_manifest
+        from hqlabel.pipeline.tables.manifest import read_manifest
+        from hqlabel.pipeline.tables.published_parts import finished_units
         from hqlabel.pipeline.tables.unit_files import list_committed
 
         store = self._store()
-        done = finished_units(list(list_committed(store)), read_manifest(store))
+        done = finished_units(store, list(list_committed(store)), read_manifest(store))
         return [unit for unit in range(self._units) if unit not in done]
 
 

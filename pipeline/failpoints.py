@@ -23,6 +23,7 @@ NAMES = (
     "owner.taken",  # the first beat is written
     "plan.file",  # one file of the plan is stored, others may not be
     "plan.written",
+    "retry.listed",  # the job is ours and the failed images are known, nothing is done again
     "unit.read",  # the plan's rows are read, nothing is fetched
     "attempt.started",  # the start is noted, the model has not begun
     "attempt.image",  # an image is noted as the one in work
@@ -34,13 +35,18 @@ NAMES = (
     "disk.named",  # the file has its name, its folder is not yet synced
     "commit.created",  # the unit's file was sent and not yet read back
     "commit.done",
+    "publish.listed",  # the job is ours and looked at, nothing is written
+    "manifest.writing",  # the manifest is made, not sent
     "publish.begun",  # the manifest is "publishing"
+    "publish.putting",  # a part is made and the job is still ours, the part is not sent
     "publish.images",  # a part has its images, not its instances
     "publish.part",  # both files of a part are stored
     "publish.parts",  # all parts are stored, the manifest does not name them
     "publish.categories",
     "publish.done",
+    "clean.listed",  # every part is proved, nothing is marked
     "clean.marked",  # the manifest is "cleaned", nothing is deleted
+    "clean.deleting",  # the job is still ours, the deletes are not sent
     "disk.deleting",  # some files are deleted, others not
     "clean.deleted",  # files are deleted, open uploads are not yet dropped
     "owner.releasing",  # the work is over, the mark is still ours

@@ -50,7 +50,7 @@ def publish(
             raise UsageError("--merge takes the marks as they are; publish each output with the filter first")
         from hqlabel.jobs.commands.merge import run as merge_outputs
 
-        return merge_outputs(given, [*merge, *(more or ())], json=json)
+        return merge_outputs(given, [*merge, *(more or ())], interrupts, json=json)
     if more:
         raise UsageError(
             f"publish {' '.join(more)}: wanted --output OUTPUT, or --merge before several outputs"

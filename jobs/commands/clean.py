@@ -9,10 +9,10 @@ from hqlabel.jobs.job_setup.saved_job import STORE, open_saved
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.terminal import console
 from hqlabel.jobs.terminal.signals import Interrupts
-from hqlabel.pipeline.errors import JobRefused, count
+from hqlabel.pipeline.errors import count
 from hqlabel.pipeline.storage.output_store import Store
-from hqlabel.pipeline.tables.clean_output import clean
-from hqlabel.pipeline.tables.manifest import read_manifest
+from hqlabel.pipeline.tables.clean_output import clean, require_complete
+from hqlabel.pipeline.tables.manifest import look_for_manifest
 
 
 def run(given: ConfigSources, interrupts: Interrupts, *, sure: bool, json: bool) -> int:
@@ -32,11 +32,7 @@ def run(given: ConfigSources, interrupts: Interrupts, *, sure: bool, json: bool)
 
 
 def _report_candidates(store: Store, *, json: bool) -> int:
-    manifest = read_manifest(store)
-    if manifest is None or manifest.state != "complete":
-        raise JobRefused(
-            f"{store.place.uri}: not every unit is published; finish the job with label, then clean"
-        )
+    require_complete(store, look_for_manifest(store))
     files = [entry for prefix in ("units/", "attempts/") for entry in store.list(prefix)]
     size = sum(entry.size for entry in files)
     what = f"{count(len(files), 'working file')} ({console.size(size)})"

@@ -29,8 +29,9 @@ from hqlabel.pipeline.errors import UsageError
 from hqlabel.pipeline.job_state.job_file import Job, read_job
 from hqlabel.pipeline.planning.make_plan import Plan, write_plan
 from hqlabel.pipeline.storage.output_store import Store
-from hqlabel.pipeline.tables.manifest import finished_units, read_manifest
+from hqlabel.pipeline.tables.manifest import read_manifest
 from hqlabel.pipeline.tables.publish_tables import publish
+from hqlabel.pipeline.tables.published_parts import finished_units
 from hqlabel.pipeline.tables.unit_files import list_committed
 
 
@@ -93,7 +94,7 @@ def run(config: Config, options: LabelOptions, interrupts: Interrupts) -> int:
 
 def pending_units(store: Store, job: Job, part: Slice) -> list[int]:
     """Return the units of this slice that are not committed, by what the store lists now."""
-    done = finished_units(list(list_committed(store)), read_manifest(store))
+    done = finished_units(store, list(list_committed(store)), read_manifest(store))
     return [unit for unit in part.units(job.units) if unit not in done]
 
 

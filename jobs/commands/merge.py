@@ -19,17 +19,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.job_setup.driver_slice import JobLock
 from hqlabel.jobs.job_setup.saved_job import STORE, SavedJob, open_saved, save_tree, saved_tree
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.results.read_tables import require_published, row_groups
 from hqlabel.jobs.terminal import console
+from hqlabel.jobs.terminal.signals import Interrupts
 from hqlabel.pipeline import schema
-from hqlabel.pipeline.errors import UsageError, count
+from hqlabel.pipeline.errors import JobRefused, UsageError, count
+from hqlabel.pipeline.failpoints import visit
 from hqlabel.pipeline.job_state.job_file import Job, open_job, units_per_part
+from hqlabel.pipeline.settings import FilterSettings
 from hqlabel.pipeline.storage import checksummed_parquet
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.count_masks import counts_of
 from hqlabel.pipeline.tables.manifest import Manifest, Part, PartFile, part_key, write_manifest
+from hqlabel.pipeline.tables.published_parts import StatedPart, as_footer, describe_file
 
 _KEYS = ["image_id", "processed_at", "status"]
 
@@ -43,7 +48,7 @@ class MergedOutput:
     manifest: Manifest
 
 
-def run(given: ConfigSources, outputs: Sequence[str], *, json: bool) -> int:
+def run(given: ConfigSources, outputs: Sequence[str], interrupts: Interrupts, *, json: bool) -> int:
     """Write the merged tables into the empty output that `given` names, report doubled rows, return 0.
 
     Raises:
@@ -54,29 +59,46 @@ def run(given: ConfigSources, outputs: Sequence[str], *, json: bool) -> int:
     sources = [_open_output(number, uri, given) for number, uri in enumerate(outputs)]
     config = given.load()
     store = Store(resolve_settings.output_place(config))
-    if store.list(limit=1):
-        raise UsageError(f"{store.place.uri}: is not empty; merged tables want a new folder or prefix")
-    winners, doubled = choose(sources)
-    names = _names_by_id(sources)
-    new_ids = _renumbering(names)
-    newest = max(sources, key=lambda source: source.manifest.published_at)
-    job = _open_merged_job(store, sources, newest, winners.num_rows, names, new_ids)
-    save_tree(store, _merged_config(newest, store.place.uri))
-    parts = list(_write_parts(store, job, sources, winners, names, new_ids))
-    manifest = Manifest(
-        state="complete",
-        run_id=job.context.run_id,
-        plan_sha256=job.context.plan_sha256,
-        units=0,
-        filters=newest.manifest.filters,
-        parts=tuple(parts),
-        published_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        cleaned=True,
-        lineage=newest.manifest.lineage,
-    )
-    write_manifest(store, manifest)
+    _refuse_files(store)  # before a mark is written into a folder that is somebody else's
+    with JobLock(store, interrupts) as lock:
+        lock.take()
+        _refuse_files(store)
+        winners, doubled = choose(sources)
+        names = _names_by_id(sources)
+        new_ids = _renumbering(names)
+        newest = max(sources, key=lambda source: source.manifest.published_at)
+        job = _open_merged_job(store, sources, newest, winners.num_rows, names, new_ids)
+        save_tree(store, _merged_config(newest, store.place.uri))
+        manifest = Manifest(
+            state="publishing",
+            run_id=job.context.run_id,
+            plan_sha256=job.context.plan_sha256,
+            units=0,
+            filters=newest.manifest.filters,
+            parts=(),
+            published_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            cleaned=True,
+            lineage=newest.manifest.lineage,
+            revision=1,
+        )
+        entry = write_manifest(store, manifest, None)
+        visit("publish.begun")
+        parts = tuple(_write_parts(store, job, sources, winners, names, new_ids, manifest.filters))
+        visit("publish.parts")
+        lock.require("merge")
+        manifest = replace(manifest, state="complete", parts=parts, revision=2)
+        write_manifest(store, manifest, entry)
     _report(sources, manifest, doubled, store.place.uri, renumbered=new_ids is not None, json=json)
     return 0
+
+
+def _refuse_files(store: Store) -> None:
+    """Raise UsageError unless the folder is empty but for marks of drivers."""
+    files = [entry.key for entry in store.list(limit=1000) if not entry.key.startswith("owner/")]
+    if files:
+        raise UsageError(
+            f"{store.place.uri}: is not empty ({files[0]}); merged tables want a new folder or prefix"
+        )
 
 
 def _open_output(number: int, uri: str, given: ConfigSources) -> MergedOutput:
@@ -178,15 +200,27 @@ def _write_parts(
     winners: pa.Table,
     names: Mapping[int, Mapping[int, str]],
     new_ids: Mapping[str, int] | None,
+    filters: FilterSettings,
 ) -> Iterator[Part]:
     if new_ids is None:  # no contradiction: what one output names is named in all
         every = {number: name for of_source in names.values() for number, name in of_source.items()}
         names = dict.fromkeys(names, every)
-    footer = {"schema_version": str(schema.SCHEMA_VERSION), "run_id": job.context.run_id, "merged": "true"}
+    footer = {
+        "schema_version": str(schema.SCHEMA_VERSION),
+        "run_id": job.context.run_id,
+        "plan_sha256": job.context.plan_sha256,
+        "filters": filters.model_dump_json(),
+        "merged": "true",
+    }
     for index, start in enumerate(range(0, max(winners.num_rows, 1), job.units_per_part)):
         chosen = winners.slice(start, job.units_per_part)
         images = _rows(sources, chosen, "images", schema.IMAGES)
         instances = _renumbered(_rows(sources, chosen, "instances", schema.INSTANCES, names), new_ids)
+        counts = counts_of(images, instances)
+        said = StatedPart(
+            index=index, first_unit=0, stop_unit=0, generations={}, counts=counts, publication=1
+        )
+        footer |= as_footer(said)
         yield Part(
             index=index,
             first_unit=0,
@@ -194,7 +228,7 @@ def _write_parts(
             generations={},
             images=_write_file(store, part_key("images", index), images, footer),
             instances=_write_file(store, part_key("instances", index), instances, footer),
-            counts=counts_of(images, instances),
+            counts=counts,
         )
 
 
@@ -202,8 +236,9 @@ def _write_file(store: Store, key: str, rows: pa.Table, footer: Mapping[str, str
     sink = checksummed_parquet.ParquetSink(rows.schema, footer)
     sink.write(rows)
     body = sink.finish()
-    store.put(key, body)
-    return PartFile(key=key, rows=sink.rows, bytes=len(body), sha256=hashlib.sha256(body).hexdigest())
+    if not store.put_if_absent(key, body):
+        raise JobRefused(f"{store.place.uri}/{key} is there already: another merge writes into this folder")
+    return describe_file(key, body, sink.rows)
 
 
 def _rows(

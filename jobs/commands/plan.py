@@ -24,7 +24,8 @@ from hqlabel.pipeline.job_state.job_file import read_job
 from hqlabel.pipeline.planning.make_plan import Plan
 from hqlabel.pipeline.planning.preview import with_preview_warnings
 from hqlabel.pipeline.storage.output_store import Store
-from hqlabel.pipeline.tables.manifest import finished_units, read_manifest
+from hqlabel.pipeline.tables.manifest import read_manifest
+from hqlabel.pipeline.tables.published_parts import finished_units
 from hqlabel.pipeline.tables.unit_files import list_committed
 
 
@@ -82,7 +83,7 @@ def _done(config: Config, plan: Plan) -> int:
             f"({count(job.plan['images'], 'image')}, "
             f"{count(job.plan['boxes'], 'box', 'boxes')}); these inputs need another output"
         )
-    return len(finished_units(list(list_committed(store)), read_manifest(store)))
+    return len(finished_units(store, list(list_committed(store)), read_manifest(store)))
 
 
 def _rows(

@@ -27,7 +27,7 @@ def run(given: ConfigSources, interrupts: Interrupts, *, json: bool) -> int:
         manifest = publish(
             saved.store, saved.job, filters, require_owner=lock.require, mapper=machine.map_parts
         )
-        _save_filters(saved)
+        _save_filters(saved, lock)
     uri = saved.store.place.uri
     chosen = ", ".join(f"{name} {value}" for name, value in filters.model_dump().items() if value is not None)
     console.say(f"published {manifest.published_units:,} of {count(manifest.units, 'unit')} in {uri}")
@@ -53,11 +53,13 @@ def run(given: ConfigSources, interrupts: Interrupts, *, json: bool) -> int:
     return code
 
 
-def _save_filters(saved: SavedJob) -> None:
+def _save_filters(saved: SavedJob, lock: JobLock) -> None:
     """Keep the filters and the failure budget in `config.yaml`; all else there stays as it is."""
     tree, limits = saved_tree(saved.store), saved.config.limits
     budget = limits.model_dump(include=limits.marked(KEEPS_ROWS))
     before = tree.get("limits")
     tree["limits"] = {**(before if isinstance(before, dict) else {}), **budget}
     tree["filter"] = saved.config.filter.model_dump()
-    save_tree(saved.store, tree)
+    if tree != saved_tree(saved.store):
+        lock.require("to save the filters")
+        save_tree(saved.store, tree)

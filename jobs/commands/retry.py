@@ -25,6 +25,7 @@ from hqlabel.jobs.terminal import console
 from hqlabel.jobs.terminal.progress import CallCounts
 from hqlabel.jobs.terminal.signals import Interrupts
 from hqlabel.pipeline.errors import IMAGE_CODES, JobRefused, UsageError, count
+from hqlabel.pipeline.failpoints import visit
 from hqlabel.pipeline.job_state.job_file import Job, differences
 from hqlabel.pipeline.settings import DEMO
 from hqlabel.pipeline.storage.output_store import Store
@@ -62,14 +63,16 @@ def run(given: ConfigSources, options: RetryOptions, interrupts: Interrupts) -> 
     began = time.monotonic()
     _check_codes(options.codes)
     saved = _with_settings(open_saved(given, "retry", USES))
-    targets = find_targets(saved.store, saved.job, options.codes)
-    images = sum(target.images for target in targets.values())
-    what = " or ".join(options.codes) or "any code"
-    console.say(f"{saved.store.place.uri}: {count(images, 'image')} failed with {what}")
     with Machine(saved.config, interrupts) as machine, contextlib.ExitStack() as stack:
+        lock = stack.enter_context(JobLock(saved.store, interrupts))
+        lock.take()  # first, or another may do meanwhile what is found to be done
+        targets = find_targets(saved.store, saved.job, options.codes)
+        visit("retry.listed")
         if targets:
             machine.check()
-        lock = stack.enter_context(JobLock(saved.store, interrupts))
+        images = sum(target.images for target in targets.values())
+        what = " or ".join(options.codes) or "any code"
+        console.say(f"{saved.store.place.uri}: {count(images, 'image')} failed with {what}")
         counts = _redo(saved, targets, machine, lock, options, interrupts) if targets else CallCounts()
         manifest = publish(
             saved.store, saved.job, saved.config.filter, require_owner=lock.require, mapper=machine.map_parts

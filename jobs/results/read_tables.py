@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from hqlabel.pipeline import schema
 from hqlabel.pipeline.errors import JobRefused
-from hqlabel.pipeline.storage import checksummed_parquet
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.manifest import Manifest, PartFile, read_manifest
+from hqlabel.pipeline.tables.published_parts import open_part
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -45,6 +45,11 @@ class ImageRows:
 def require_published(store: Store) -> Manifest:
     """Return the manifest of the tables in a store; JobRefused when nothing is published there."""
     manifest = read_manifest(store)
+    if manifest is not None and manifest.state == "publishing":
+        raise JobRefused(
+            f"{store.place.uri}: the tables are being published now, or a publish was interrupted; "
+            "start this command again when it has ended, or publish again"
+        )
     if manifest is None or not manifest.parts:
         raise JobRefused(f"{store.place.uri}: no tables are published here yet; see hqlabel publish --help")
     return manifest
@@ -103,10 +108,7 @@ def failed_units(store: Store, file: PartFile, codes: Sequence[str]) -> dict[int
 
 def _rows_in(store: Store, file: PartFile, kind: pa.Schema, image_ids: Sequence[str]) -> Iterator[Row]:
     """Yield the rows of these images (sorted by UTF-8 bytes), group by group."""
-    with (
-        store.open_parquet(file.key) as stream,
-        checksummed_parquet.open_body(stream, kind, file.key) as body,
-    ):
+    with open_part(store, file, kind) as body:
         for group in range(body.num_row_groups):
             held = [image_id for image_id in image_ids if _may_meet(body, group, image_id, image_id)]
             if held:
@@ -140,10 +142,7 @@ def row_groups(
     high: str | None = None,
 ) -> Iterator[pa.Table]:
     """Yield the row groups of a part that may hold an image_id from `low` to `high` (None: all)."""
-    with (
-        store.open_parquet(file.key) as stream,
-        checksummed_parquet.open_body(stream, kind, file.key) as body,
-    ):
+    with open_part(store, file, kind) as body:
         for group in range(body.num_row_groups):
             if low is None or high is None or _may_meet(body, group, low, high):
                 yield body.read_row_group(group, columns=list(columns))

@@ -28,6 +28,7 @@ _TYPES_WITH_CODE = (
     *("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2", "ray.data.arrow_variable_shaped_tensor"),
     *("ray.data.arrow_pickled_object", "pandas.period", "pandas.interval"),
 )
+_PREFIX = "hqlabel."
 _SEAL_KEY = "hqlabel.file_sha256"
 _BLANK = b"sha256=" + b"0" * 64
 _SEAL = re.compile(rb"sha256=([0-9a-f]{64})")
@@ -42,7 +43,7 @@ class ParquetSink:
     def __init__(
         self, schema: pa.Schema, footer: Mapping[str, str], *, row_group_rows: int = ROW_GROUP_ROWS
     ) -> None:
-        self._schema = schema.with_metadata({f"hqlabel.{k}": v for k, v in sorted(footer.items())})
+        self._schema = schema.with_metadata({f"{_PREFIX}{k}": v for k, v in sorted(footer.items())})
         self._buffer = pa.BufferOutputStream()
         self._writer = pq.ParquetWriter(
             self._buffer,
@@ -75,11 +76,12 @@ class ParquetSink:
         rest = table.slice(rows)
         self._waiting, self._rows_waiting = [rest], rest.num_rows
 
-    def finish(self) -> bytes:
-        """Return the whole file. Nothing may be written after."""
+    def finish(self, footer: Mapping[str, str] | None = None) -> bytes:
+        """Return the whole file. Nothing may be written after. `footer`: what is known at the end only."""
         if self._rows_waiting:
             self._write_group(self._rows_waiting)
-        self._writer.add_key_value_metadata({_SEAL_KEY: _BLANK.decode("ascii")})
+        late = {f"{_PREFIX}{k}": v for k, v in sorted((footer or {}).items())}
+        self._writer.add_key_value_metadata({**late, _SEAL_KEY: _BLANK.decode("ascii")})
         self._writer.close()
         return seal(self._buffer.getvalue().to_pybytes())
 
@@ -166,6 +168,22 @@ def open_body(
         file.close()
         raise DamageFound(f"{name}: the columns are not those of this version; unlike: {', '.join(unlike)}")
     return file
+
+
+def footer_of(file: pq.ParquetFile) -> dict[str, str]:
+    """Return what a file's footer states of its making, without the `hqlabel.` prefix; and its seal."""
+    entries = file.metadata.metadata or {}
+    prefix = _PREFIX.encode()
+    return {
+        key.removeprefix(prefix).decode(): value.decode(errors="replace")
+        for key, value in entries.items()
+        if key.startswith(prefix)
+    }
+
+
+def seal_of(footer: Mapping[str, str]) -> str:
+    """Return the sha256 (hex) by which a file's footer seals it; "" without one."""
+    return footer.get(_SEAL_KEY.removeprefix(_PREFIX), "").removeprefix("sha256=")
 
 
 def compressed_bytes(body: bytes) -> int:

@@ -35,6 +35,13 @@ class NotFound(SystemicFault):
         super().__init__("store", message)
 
 
+class Replaced(SystemicFault):
+    """An object of the job's store was replaced while it was read."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("store", message)
+
+
 class Store:
     """The objects under one place. Safe in threads; picklable: each process makes its own client.
 
@@ -72,41 +79,55 @@ class Store:
 
         Raises also DamageFound for more than `most` bytes, of which none is kept.
         """
-        path = self._path(key)
+        return self._fetch(key, most).data
 
-        def get(left: float) -> bytes:
-            return self._backend.get(path, max_bytes=most, timeout_s=left).data
+    def fetch(self, key: str, *, most: int | None = None) -> FetchedObject | None:
+        """Return the bytes under `key` with the tag of this very version, None when it is absent.
 
+        `most`: as in `read`.
+        """
         try:
-            return self._try(f"read {key}", get)
+            return self._fetch(key, most)
+        except NotFound:
+            return None
+
+    def _fetch(self, key: str, most: int | None) -> FetchedObject:
+        path = self._path(key)
+        try:
+            return self._try(
+                f"read {key}", lambda left: self._backend.get(path, max_bytes=most, timeout_s=left)
+            )
         except ImageError as error:
             raise DamageFound(
                 f"{self.place.uri}/{key}: over {most:,} bytes, which no such file of hqlabel has"
             ) from error
 
-    def fetch(self, key: str) -> FetchedObject | None:
-        """Return the bytes under `key` with the tag of this very version, None when it is absent."""
-        path = self._path(key)
-        try:
-            return self._try(
-                f"read {key}", lambda left: self._backend.get(path, max_bytes=None, timeout_s=left)
-            )
-        except NotFound:
-            return None
+    def read_range(self, key: str, start: int, stop: int, *, version: str | None = None) -> bytes:
+        """Return bytes start..stop (end-exclusive) under `key`; fewer at the end of the object.
 
-    def read_range(self, key: str, start: int, stop: int) -> bytes:
-        """Return bytes start..stop (end-exclusive) under `key`; fewer at the end of the object."""
+        `version`: the tag they must be of; Replaced when they are not.
+        """
         path = self._path(key)
-        return self._try(
-            f"read {key}", lambda left: self._backend.get_range(path, start, stop, timeout_s=left)
-        )
+
+        def get(left: float) -> bytes:
+            return self._backend.get_range(path, start, stop, timeout_s=left, version=version)
+
+        try:
+            return self._try(f"read {key}", get)
+        except ImageError as error:
+            raise Replaced(f"{self.place.uri}: {key} was replaced while it was read") from error
 
     def open_parquet(self, key: str) -> BinaryIO:
-        """Return a seekable file, read in blocks with this store's retries; NotFound if absent."""
+        """Return a seekable file, read in blocks with this store's retries; NotFound if absent.
+
+        All blocks are of the version that was there when it was opened; Replaced when there is another.
+        """
         entry = self.head(key)
         if entry is None:
             raise NotFound(f"{self.place.uri}: there is no {key}")
-        return blockwise(lambda start, stop: self.read_range(key, start, stop), entry.size)
+        return blockwise(
+            lambda start, stop: self.read_range(key, start, stop, version=entry.etag), entry.size
+        )
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Return whether `key` now holds these bytes; False when something else was there, which stays.

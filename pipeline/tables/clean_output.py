@@ -1,8 +1,8 @@
 """`hqlabel clean`: remove the working files that published parts have replaced. Nothing else deletes.
 
-Only files of this job go, by their exact names, that the manifest has replaced, proved by reading every
-part again. The manifest is marked `cleaned` before the first file goes: however a clean ends, the job's
-state is known, and a later clean finishes the work.
+Only files of this job go, by their exact names, whose rows are in a part: every part is read again for it.
+The manifest is marked `cleaned` before the first file goes, over the manifest that was read: however a clean
+ends, the job's state is known, a later clean finishes the work, and one that was overtaken deletes nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +14,17 @@ from dataclasses import dataclass, replace
 
 from hqlabel.pipeline.errors import DamageFound, JobRefused
 from hqlabel.pipeline.failpoints import visit
-from hqlabel.pipeline.storage.output_store import Store
-from hqlabel.pipeline.tables.manifest import Manifest, read_manifest, write_manifest
-from hqlabel.pipeline.tables.unit_files import CommittedUnit, list_committed, list_generations
+from hqlabel.pipeline.storage.output_store import NotFound, Store
+from hqlabel.pipeline.tables.manifest import (
+    Manifest,
+    Part,
+    StoredManifest,
+    look_for_manifest,
+    manifest_damage,
+    write_manifest,
+)
+from hqlabel.pipeline.tables.published_parts import stated_in
+from hqlabel.pipeline.tables.unit_files import CommittedUnit, list_generations
 
 _ATTEMPT = re.compile(r"attempts/\d{8,}\.g\d+(\.prepare|\.commit)?/\d{4,}\.(start|image)\.json")
 
@@ -36,28 +44,58 @@ def clean(store: Store, *, require_owner: Callable[[str], None]) -> Cleaned:
     Raises:
         JobRefused: something is not published yet; with what to do. DamageFound: a part does not verify.
     """
-    manifest = read_manifest(store)
-    if manifest is None or manifest.state != "complete":
-        raise JobRefused(
-            f"{store.place.uri}: not every unit is published, so its working files are needed; "
-            "finish the job with label, then clean"
-        )
+    require_owner("clean")  # before anything is looked at
+    found = look_for_manifest(store)
+    manifest = require_complete(store, found)
     replaced = _replaced(store, manifest)
-    for file in (file for part in manifest.parts for file in (part.images, part.instances)):
-        if hashlib.sha256(store.read(file.key)).hexdigest() != file.sha256:
-            raise DamageFound(f"{file.key}: its sha256 is not the one in the manifest; nothing was removed")
-    require_owner("clean")
-    if not manifest.cleaned:
-        write_manifest(store, replace(manifest, cleaned=True))
-    visit("clean.marked")
+    for part in manifest.parts:
+        _prove(store, part)
     marks = [entry for entry in store.list("attempts/") if _ATTEMPT.fullmatch(entry.key)]
     sizes = {file.key: file.size for file in replaced} | {mark.key: mark.size for mark in marks}
+    visit("clean.listed")
     require_owner("clean")
+    if sizes or not manifest.cleaned:  # over the manifest that was read, or nothing is deleted
+        write_manifest(store, replace(manifest, cleaned=True, revision=manifest.revision + 1), found.entry)
+    visit("clean.marked")
+    require_owner("clean")
+    visit("clean.deleting")
     if sizes:
         store.delete(list(sizes))
     visit("clean.deleted")
     uploads = store.abort_stale_uploads()
     return Cleaned(files=len(sizes), bytes=sum(sizes.values()), uploads=uploads)
+
+
+def require_complete(store: Store, found: StoredManifest) -> Manifest:
+    """Return the manifest of a job that is wholly published; JobRefused or DamageFound with what to do."""
+    if found.damage:
+        raise DamageFound(manifest_damage(store, found.damage))
+    if found.manifest is None or found.manifest.state != "complete":
+        raise JobRefused(
+            f"{store.place.uri}: not every unit is published, so its working files are needed; "
+            "finish the job with label, then clean"
+        )
+    return found.manifest
+
+
+def _prove(store: Store, part: Part) -> None:
+    """Read a part and raise DamageFound unless it has the bytes, and the units, that the manifest says."""
+    for file in (part.images, part.instances):
+        try:
+            body = store.read(file.key)
+        except NotFound as error:
+            raise DamageFound(f"{file.key} is gone; nothing was removed. Publish again") from error
+        if hashlib.sha256(body).hexdigest() != file.sha256:
+            raise DamageFound(
+                f"{file.key}: its sha256 is not the one in the manifest; nothing was removed. Move the file "
+                "away and publish again"
+            )
+        said = stated_in(body)
+        if said is not None and dict(said.generations) != dict(part.generations):
+            raise DamageFound(
+                f"{file.key}: it has other generations of its units than the manifest says; nothing was "
+                "removed. Move the file away and publish again"
+            )
 
 
 def _replaced(store: Store, manifest: Manifest) -> list[CommittedUnit]:
@@ -67,9 +105,10 @@ def _replaced(store: Store, manifest: Manifest) -> list[CommittedUnit]:
         for part in manifest.parts
         for unit_id in range(part.first_unit, part.stop_unit)
     }
-    for unit in list_committed(store).values():
+    files = list_generations(store)
+    for unit in files:
         if unit.generation > published.get(unit.unit_id, -1):
             raise JobRefused(
                 f"{store.place.uri}: {unit.key} is newer than the published parts; publish first"
             )
-    return list_generations(store)
+    return files

@@ -13,7 +13,8 @@ from hqlabel.pipeline.job_state.driver_lock import Holder, current_holder
 from hqlabel.pipeline.job_state.job_file import Job
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.count_masks import Counts, add_counts, count_unit
-from hqlabel.pipeline.tables.manifest import Manifest, finished_units, read_manifest
+from hqlabel.pipeline.tables.manifest import Manifest, read_manifest
+from hqlabel.pipeline.tables.published_parts import finished_units
 from hqlabel.pipeline.tables.unit_files import CommittedUnit, list_committed, read_committed
 
 READERS = 16
@@ -64,7 +65,7 @@ def status(
     """
     committed = list_committed(store)
     manifest = read_manifest(store)
-    finished = finished_units(list(committed), manifest)
+    finished = finished_units(store, list(committed), manifest)
     known, unknown = _split(committed, manifest)
     unread = unknown[-read_at_most:] if read_at_most else []
     counted = _count(store, unread, {} if seen is None else seen)

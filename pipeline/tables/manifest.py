@@ -2,25 +2,29 @@
 
 It is written before the first part is replaced, without the parts in question (`publishing`), and
 again when all are stored. So a part that the manifest names is always the one it describes, however a
-publish ends, and what is uncertain is published again.
+publish ends, and what is uncertain is published again. Each is written over the one that its writer has
+read, or not at all: a command that slept while another wrote changes nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import TypeAdapter
 from pydantic_core import from_json
 
-from hqlabel.pipeline.errors import DamageFound
+from hqlabel.pipeline.errors import DamageFound, JobRefused
+from hqlabel.pipeline.failpoints import visit
 from hqlabel.pipeline.job_state.job_file import MOST_UNITS
 from hqlabel.pipeline.settings import FilterSettings
+from hqlabel.pipeline.storage.backend import Entry
 from hqlabel.pipeline.storage.bounded_json import MOST_BYTES, reason
-from hqlabel.pipeline.storage.output_store import NotFound, Store
+from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.count_masks import Counts, add_counts
 
 MANIFEST_KEY = "manifest.json"
@@ -30,12 +34,17 @@ MANIFEST_FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class PartFile:
-    """One published file: its key, rows, bytes, and the sha256 (hex) of these bytes."""
+    """One published file: its key, rows, bytes, and the sha256 (hex) of these bytes.
+
+    `seal`: the one in its footer, by which a reader tells without reading all of it that this is the file.
+    Manifests of earlier versions have none.
+    """
 
     key: str
     rows: int
     bytes: int
     sha256: str
+    seal: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +71,8 @@ class Part:
 class Manifest:
     """What is published. `state`: `complete` (every planned unit), `partial`, or `publishing` (parts
     that are not named may be of the old or the new kind; publish again). `units`: planned.
-    `cleaned`: the working files of the parts may be gone, and the parts are the truth.
+    `cleaned`: the working files of the parts may be gone, and the parts are the truth. `revision`: rises
+    by one with every writing, so that no two manifests of an output are equal.
     """
 
     state: Literal["complete", "partial", "publishing"]
@@ -74,6 +84,7 @@ class Manifest:
     published_at: str
     cleaned: bool = False
     lineage: Mapping[str, str] = field(default_factory=dict)
+    revision: int = 0
 
     @property
     def counts(self) -> Counts:
@@ -86,13 +97,33 @@ class Manifest:
         return sum(part.stop_unit - part.first_unit for part in self.parts)
 
 
+TABLES: tuple[Literal["images", "instances"], ...] = ("images", "instances")
+_PART = re.compile(r"(images|instances)/part-(\d{5,})\.parquet")
+
+
 def part_key(table: Literal["images", "instances"], index: int) -> str:
     """Return the only name of a published file."""
     return f"{table}/part-{index:05d}.parquet"
 
 
-def write_manifest(store: Store, manifest: Manifest) -> None:
-    """Write the manifest into the store."""
+@dataclass(frozen=True, kw_only=True)
+class StoredManifest:
+    """What a store has for a manifest. `entry`: its version, None when there is none.
+
+    `manifest`: None when there is none or it is damaged; `damage` then says what is wrong, if anything is.
+    """
+
+    entry: Entry | None = None
+    manifest: Manifest | None = None
+    damage: str | None = None
+
+
+def write_manifest(store: Store, manifest: Manifest, seen: Entry | None) -> Entry:
+    """Write the manifest over the version that was `seen` (None: over nothing); return its own version.
+
+    Raises:
+        JobRefused: another one is there by now, so what this one is based on is no longer current.
+    """
     content = {
         "product": "hqlabel",
         "format": MANIFEST_FORMAT,
@@ -102,31 +133,61 @@ def write_manifest(store: Store, manifest: Manifest) -> None:
         "filters": manifest.filters.model_dump(),
         "parts": [dataclasses.asdict(part) for part in manifest.parts],
     }
-    store.put(MANIFEST_KEY, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    body = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+    visit("manifest.writing")
+    there = store.fetch(MANIFEST_KEY) if store.put_if_unchanged(MANIFEST_KEY, body, seen) else None
+    if there is None or there.data != body:
+        raise JobRefused(
+            f"{store.place.uri}: another command has published or cleaned here meanwhile; what it wrote "
+            "stands, and nothing of this command was put over it. Start the command again."
+        )
+    return Entry(key=MANIFEST_KEY, size=there.size, etag=there.etag)
+
+
+def look_for_manifest(store: Store) -> StoredManifest:
+    """Return the store's manifest with its version, or what is wrong with it."""
+    try:
+        there = store.fetch(MANIFEST_KEY, most=MOST_BYTES)
+    except DamageFound:
+        damage = f"has over {MOST_BYTES:,} bytes, which no such file of hqlabel has"
+        return StoredManifest(entry=store.head(MANIFEST_KEY), damage=damage)
+    if there is None:
+        parts = any(_PART.fullmatch(one.key) for table in TABLES for one in store.list(f"{table}/"))
+        return StoredManifest(damage="is missing, although tables are here" if parts else None)
+    entry = Entry(key=MANIFEST_KEY, size=there.size, etag=there.etag)
+    try:
+        return StoredManifest(entry=entry, manifest=_parse(there.data))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return StoredManifest(entry=entry, damage=f"cannot be read ({reason(error)})")
 
 
 def read_manifest(store: Store) -> Manifest | None:
     """Return the store's manifest, None when nothing was published; DamageFound when it cannot be read."""
-    try:
-        body = store.read(MANIFEST_KEY, most=MOST_BYTES)
-    except NotFound:
-        return None
-    try:
-        content = from_json(body)
-        if content["format"] != MANIFEST_FORMAT:
-            raise ValueError(f"format {content['format']}, wanted {MANIFEST_FORMAT}")
-        for counts in (part["counts"] for part in content["parts"]):
-            if "empty" not in counts:  # older manifests count masks without a pixel among the others
-                counts["empty"] = int(counts["rejected"].get("empty", 0))
-                counts["masks"] -= counts["empty"]
-        manifest = TypeAdapter(Manifest).validate_python(content)
-        _check_ranges(manifest)
-        return manifest
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamageFound(
-            f"{store.place.uri}/{MANIFEST_KEY} cannot be read ({reason(error)}). "
-            "Move it away and publish again: the units are the truth."
-        ) from error
+    found = look_for_manifest(store)
+    if found.damage:
+        raise DamageFound(manifest_damage(store, found.damage))
+    return found.manifest
+
+
+def manifest_damage(store: Store, damage: str) -> str:
+    """Return the sentence on a damaged manifest, with the next step."""
+    return (
+        f"{store.place.uri}/{MANIFEST_KEY} {damage}. `hqlabel publish` makes it again, from the units and "
+        "from the tables themselves."
+    )
+
+
+def _parse(body: bytes) -> Manifest:
+    content = from_json(body)
+    if content["format"] != MANIFEST_FORMAT:
+        raise ValueError(f"format {content['format']}, wanted {MANIFEST_FORMAT}")
+    for counts in (part["counts"] for part in content["parts"]):
+        if "empty" not in counts:  # older manifests count masks without a pixel among the others
+            counts["empty"] = int(counts["rejected"].get("empty", 0))
+            counts["masks"] -= counts["empty"]
+    manifest = TypeAdapter(Manifest).validate_python(content)
+    _check_ranges(manifest)
+    return manifest
 
 
 def _check_ranges(manifest: Manifest) -> None:
@@ -138,12 +199,3 @@ def _check_ranges(manifest: Manifest) -> None:
         if not end <= part.first_unit <= part.stop_unit <= manifest.units:
             raise ValueError(f"part {part.index} has the units {part.first_unit} to {part.stop_unit}")
         end = part.stop_unit
-
-
-def finished_units(committed: Sequence[int], manifest: Manifest | None) -> set[int]:
-    """Return the units that need no work: committed ones, and published ones whose files were cleaned."""
-    finished = set(committed)
-    if manifest is not None and manifest.cleaned:
-        for part in manifest.parts:
-            finished.update(range(part.first_unit, part.stop_unit))
-    return finished

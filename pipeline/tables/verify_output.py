@@ -1,14 +1,15 @@
 """`hqlabel validate`: read everything that was written again, and name every fault.
 
 Seals find any flipped bit in a file by itself, the manifest's sha256 finds a whole file put in the place
-of another, the plan finds what is missing or doubled, and masks are decoded: a sample, or all.
+of another, the plan finds what is missing or doubled, the units find rows that are older than they are, and
+masks are decoded: a sample, or all.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,13 +21,22 @@ import pyarrow.parquet as pq
 from pycocotools import mask as coco_mask
 
 from hqlabel.pipeline import schema
-from hqlabel.pipeline.errors import DamageFound, HqlabelError
+from hqlabel.pipeline.errors import DamageFound, HqlabelError, JobRefused
 from hqlabel.pipeline.job_state.job_file import Job
 from hqlabel.pipeline.job_state.plan_files import UNITS_PER_FILE, iter_plan
 from hqlabel.pipeline.storage import checksummed_parquet
 from hqlabel.pipeline.storage.output_store import NotFound, Store
-from hqlabel.pipeline.tables.manifest import MANIFEST_KEY, Manifest, Part, PartFile, read_manifest
+from hqlabel.pipeline.tables.manifest import (
+    MANIFEST_KEY,
+    Manifest,
+    Part,
+    PartFile,
+    StoredManifest,
+    look_for_manifest,
+    manifest_damage,
+)
 from hqlabel.pipeline.tables.publish_tables import foreign_parts
+from hqlabel.pipeline.tables.published_parts import stated
 from hqlabel.pipeline.tables.unit_checks import find_faults, plan_faults
 from hqlabel.pipeline.tables.unit_files import (
     CommittedUnit,
@@ -75,20 +85,24 @@ def verify(store: Store, job: Job, *, sample: int | None = 64) -> Verified:
     A job that is not finished is sound when what there is, is.
     """
     result = Verified()
-    manifest = _manifest(store, result)
+    before = look_for_manifest(store)
+    manifest = _manifest(store, before, result)
     _verify_plan(store, job, result)
-    _verify_units(store, job, manifest, result, all_masks=sample is None)
+    outcomes = _verify_units(store, job, manifest, result, all_masks=sample is None)
     if manifest is not None:
-        _verify_parts(store, job, manifest, result, sample)
+        _verify_parts(store, job, manifest, outcomes, result, sample)
+    if result.findings and look_for_manifest(store).entry != before.entry:
+        raise JobRefused(
+            f"{store.place.uri}: another command published or cleaned here while this one read; validate "
+            "again when it has ended"
+        )
     return result
 
 
-def _manifest(store: Store, result: Verified) -> Manifest | None:
-    try:
-        manifest = read_manifest(store)
-    except DamageFound as error:
-        result.findings.append(Finding(key=MANIFEST_KEY, message=str(error)))
-        return None
+def _manifest(store: Store, found: StoredManifest, result: Verified) -> Manifest | None:
+    manifest = found.manifest
+    if found.damage:
+        result.findings.append(Finding(key=MANIFEST_KEY, message=manifest_damage(store, found.damage)))
     if manifest is not None and manifest.state == "publishing":
         message = "a publish was interrupted; run publish again"
         result.findings.append(Finding(key=MANIFEST_KEY, message=message))
@@ -116,7 +130,10 @@ def _without(name: str, error: HqlabelError) -> str:
 
 def _verify_units(
     store: Store, job: Job, manifest: Manifest | None, result: Verified, *, all_masks: bool
-) -> None:
+) -> dict[int, bytes]:
+    """Check every unit's files; return digests of what happened to the images of each published one."""
+    outcomes: dict[int, bytes] = {}
+    published = _published(manifest)
     files: dict[int, list[CommittedUnit]] = {}
     for unit in list_generations(store):
         files.setdefault(unit.unit_id, []).append(unit)
@@ -128,9 +145,10 @@ def _verify_units(
     for unit_id in sorted(set(files) - set(range(job.units))):
         result.findings += [_finding(unit, "the plan has no such unit") for unit in files[unit_id]]
     result.findings += _gone(job, files, manifest)
+    result.findings += _unpublished(files, published)
     result.units_left = len(set(range(job.units)) - set(files)) if not (manifest and manifest.cleaned) else 0
     if not files and manifest is None and result.plan_files < -(-job.units // UNITS_PER_FILE):
-        return  # ended while its plan was written, which the next start of label goes on with
+        return outcomes  # ended while its plan was written, which the next start of label goes on with
     planned, detected = _planned_units(store, job, result), job.context.detector is not None
     with ThreadPoolExecutor(READERS) as pool:
         # In batches, or the plan of millions of images would wait in memory for its turn.
@@ -139,10 +157,50 @@ def _verify_units(
             checks = pool.map(
                 lambda one: _check_unit(store, *one, detected=detected, all_masks=all_masks), work
             )
-            for unit, faults in checks:
+            for unit, faults, outcome in checks:
                 result.units += 1
                 result.bytes += unit.size
                 result.findings += [_finding(unit, fault) for fault in faults]
+                if published.get(unit.unit_id) == unit.generation and not faults:
+                    outcomes[unit.unit_id] = outcome
+    return outcomes
+
+
+def _published(manifest: Manifest | None) -> dict[int, int]:
+    """Return the generation that is published of every unit that is."""
+    parts = manifest.parts if manifest is not None else ()
+    return {u: part.generation_of(u) for part in parts for u in range(part.first_unit, part.stop_unit)}
+
+
+def _unpublished(
+    files: Mapping[int, Sequence[CommittedUnit]], published: Mapping[int, int]
+) -> Iterator[Finding]:
+    """Yield the units of which the tables have an older generation than the store."""
+    for unit_id, of_unit in files.items():
+        newest = max(of_unit, key=lambda unit: unit.generation)
+        if newest.generation > published.get(unit_id, newest.generation):
+            yield _finding(
+                newest,
+                f"the tables have generation {published[unit_id]} of this unit: a retry is under way or was "
+                "interrupted; publish again when it has ended",
+            )
+
+
+_OUTCOME = [
+    "image_id",
+    "status",
+    "error_code",
+    "error_message",
+    "source_etag",
+    "attempts",
+    "run_id",
+    "processed_at",
+]
+
+
+def _outcome_of(images: pa.Table) -> bytes:
+    """Return a digest of what happened to the images of a unit: equal in its file and in its part."""
+    return hashlib.sha256(repr(images.select(_OUTCOME).to_pylist()).encode()).digest()
 
 
 def _finding(unit: CommittedUnit, message: str) -> Finding:
@@ -166,17 +224,17 @@ def _planned_units(store: Store, job: Job, result: Verified) -> Iterator[tuple[i
 
 def _check_unit(
     store: Store, unit: CommittedUnit, planned: pa.Table | None, *, detected: bool, all_masks: bool
-) -> tuple[CommittedUnit, list[str]]:
+) -> tuple[CommittedUnit, list[str], bytes]:
     try:
         table = read_committed(store, unit)
     except DamageFound as error:
-        return unit, [_without(f"unit {unit.unit_id} ({unit.key})", error)]
+        return unit, [_without(f"unit {unit.unit_id} ({unit.key})", error)], b""
     faults = find_faults(table, check_masks=all_masks)
     if not all_masks and not faults and table.num_rows:
         faults = find_faults(table.slice(unit.unit_id % table.num_rows, 1))
     if planned is not None:
         faults += plan_faults(table, planned, detected=detected)
-    return unit, faults
+    return unit, faults, _outcome_of(table)
 
 
 def _gone(job: Job, files: Mapping[int, list[CommittedUnit]], manifest: Manifest | None) -> Iterator[Finding]:
@@ -196,7 +254,14 @@ def _gone(job: Job, files: Mapping[int, list[CommittedUnit]], manifest: Manifest
 # ---------------------------------------------------------------------------------------------
 
 
-def _verify_parts(store: Store, job: Job, manifest: Manifest, result: Verified, sample: int | None) -> None:
+def _verify_parts(
+    store: Store,
+    job: Job,
+    manifest: Manifest,
+    outcomes: Mapping[int, bytes],
+    result: Verified,
+    sample: int | None,
+) -> None:
     part_keys = {file.key for part in manifest.parts for file in (part.images, part.instances)}
     extra = foreign_parts(store, job)
     if manifest.state != "publishing":
@@ -209,12 +274,28 @@ def _verify_parts(store: Store, job: Job, manifest: Manifest, result: Verified, 
         result.images += part.images.rows
         for file, kind in ((part.images, schema.IMAGES), (part.instances, schema.INSTANCES)):
             result.bytes += file.bytes
-            faults = _check_part_file(store, part, file, kind, result, sample)
+            units = outcomes if kind is schema.IMAGES else {}
+            faults = _check_part_file(store, part, file, kind, units, result, sample)
             result.findings += [Finding(key=file.key, part=part.index, message=fault) for fault in faults]
 
 
+def _misstated(file: pq.ParquetFile, part: Part) -> Iterator[str]:
+    """Yield how a file's footer differs from the manifest; those of earlier versions state nothing."""
+    said = stated(checksummed_parquet.footer_of(file))
+    for name in ("first_unit", "stop_unit", "generations", "counts") if said is not None else ():
+        one, other = getattr(said, name), getattr(part, name)
+        if one != other:
+            yield f"its footer states {name} {one}, the manifest {other}"
+
+
 def _check_part_file(
-    store: Store, part: Part, expected: PartFile, kind: pa.Schema, result: Verified, sample: int | None
+    store: Store,
+    part: Part,
+    expected: PartFile,
+    kind: pa.Schema,
+    outcomes: Mapping[int, bytes],
+    result: Verified,
+    sample: int | None,
 ) -> list[str]:
     faults: list[str] = []
     try:
@@ -225,7 +306,8 @@ def _check_part_file(
             faults.append("its sha256 is not the one in the manifest")
         checksummed_parquet.check_seal(body, expected.key)
         with checksummed_parquet.open_body(pa.BufferReader(body), kind, expected.key) as file:
-            faults += _row_faults(file, part, expected, kind, result, sample)
+            faults += _misstated(file, part)
+            faults += _row_faults(file, part, expected, kind, outcomes, result, sample)
     except (DamageFound, NotFound) as error:
         faults.append(_without(expected.key, error))
     return faults
@@ -236,6 +318,7 @@ def _row_faults(
     part: Part,
     expected: PartFile,
     kind: pa.Schema,
+    outcomes: Mapping[int, bytes],
     result: Verified,
     sample: int | None,
 ) -> Iterator[str]:
@@ -244,6 +327,7 @@ def _row_faults(
         yield f"{file.metadata.num_rows} rows, the manifest states {expected.rows}"
     last: tuple[bytes, int] | None = None
     accepted, status = 0, Counter[str]()
+    rows: list[pa.Table] = []
     for group in range(file.num_row_groups):
         table = _read_group(file, group, expected.key)
         place = table["instance_index"].to_pylist() if kind is schema.INSTANCES else []
@@ -253,15 +337,26 @@ def _row_faults(
                 yield f"image {key[0]!r}, instance {key[1]} is there twice or out of order"
             last = key
         if kind is schema.IMAGES:
+            rows.append(table.select([*_OUTCOME, "unit_id"]))
             status.update(table["status"].to_pylist())
             accepted += pc.sum(table["num_accepted"]).as_py() or 0
         else:
             accepted += pc.sum(table["accepted"]).as_py() or 0
             yield from _mask_faults(table, result, sample)
+    if rows and outcomes:
+        yield from _unlike_units(pa.concat_tables(rows), outcomes)
     if accepted != part.counts.accepted:
         yield f"{accepted} accepted masks, the manifest states {part.counts.accepted}"
     if kind is schema.IMAGES and dict(status) != dict(part.counts.status):
         yield f"statuses {dict(status)}, the manifest states {dict(part.counts.status)}"
+
+
+def _unlike_units(images: pa.Table, outcomes: Mapping[int, bytes]) -> Iterator[str]:
+    """Yield the units whose published images are not those of the committed file."""
+    for unit_id in pc.unique(images["unit_id"]).to_pylist():
+        mine = images.filter(pc.equal(images["unit_id"], unit_id))
+        if _outcome_of(mine) != outcomes.get(unit_id, _outcome_of(mine)):
+            yield f"its rows of unit {unit_id} are not those of the committed file; publish again"
 
 
 def _read_group(file: pq.ParquetFile, group: int, name: str) -> pa.Table:

@@ -31,8 +31,9 @@ from hqlabel.pipeline.stages.rows_between_stages import UnitRow
 from hqlabel.pipeline.stages.segment import SegmentWorker
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.clean_output import clean
-from hqlabel.pipeline.tables.manifest import finished_units, read_manifest
+from hqlabel.pipeline.tables.manifest import read_manifest
 from hqlabel.pipeline.tables.publish_tables import publish
+from hqlabel.pipeline.tables.published_parts import finished_units
 from hqlabel.pipeline.tables.unit_files import list_committed, read_committed
 from tests.fakes import troubled_decoder
 from tests.pipeline import made_jobs
@@ -43,7 +44,7 @@ BROKEN = "05.png"
 BOXES = {"03.png": [], "04.png": None, "06.png": [[1.0, 2.0, 30.0, 20.0]] * 7, "07.png": [[9, 9, 1, 1]]}
 IMAGES = 11
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.faults.chain"])
+_processes.set_forkserver_preload(["tests.faults.chain", "tests.faults.racing"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +125,14 @@ def run_job(made: SmallJob, *, until: str = "clean", codes: tuple[str, ...] = ("
     job = open_job(store, made.job)
     with Owner.take(store, takeover_after_s=0.5, beat_every_s=0.1) as owner:
         write_plan(store, made.plan)
-        done = finished_units(list(list_committed(store)), read_manifest(store))
+        done = finished_units(store, list(list_committed(store)), read_manifest(store))
         for unit_id in sorted(set(range(job.units)) - done):
             do_unit(UnitRow(unit_id=unit_id), job.context, epoch=owner.number)
         publish(store, job, FilterSettings(), require_owner=owner.require)
         if until == "label":
             return
         made.write_broken(made.mended)
+        failpoints.visit("retry.listed")
         for unit in list_committed(store).values():
             if set(codes) & set(read_committed(store, unit)["error_code"].to_pylist()):
                 again = UnitRow(unit_id=unit.unit_id, generation=unit.generation + 1, redo_codes=codes)
