@@ -11,6 +11,7 @@ set's own description in the file.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from hqlabel.pipeline.inputs.read_table import naming_values, open_named
 from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.storage.archive_uris import check_column
 from hqlabel.pipeline.storage.checksummed_parquet import open_closed
+from hqlabel.pipeline.storage.parquet_pages import rows_at_once
 
 IMAGE, OBJECTS = "image", "objects"
 HF_COLUMNS = (IMAGE, OBJECTS, "objects.bbox", "objects.category", "objects.score", "objects.iscrowd")
@@ -224,11 +226,16 @@ def _batches(
     wanted = [*columns, *([f"{file.image}.path"] if path else [])]
     name = file.uri.removeprefix(root).lstrip("/")
     with open_named(file.uri, "parquet", access) as stream:
+        rows, size = min(_BATCH_ROWS, rows_at_once(stream, wanted)), stream.seek(0, io.SEEK_END)
         parquet = open_closed(stream, page_checksum_verification=True)
+        if parquet.metadata.num_rows > size:
+            raise JobRefused(
+                f"{file.uri}: it states {parquet.metadata.num_rows:,} pictures in {size:,} bytes"
+            )
         number = 0
         for group in range(parquet.num_row_groups):
             row = 0
-            for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=[group], columns=wanted):
+            for batch in parquet.iter_batches(rows, row_groups=[group], columns=wanted):
                 count = batch.num_rows
                 paths = batch.column(file.image).flatten()[0].to_pylist() if path else [None] * count
                 uris = [

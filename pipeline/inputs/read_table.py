@@ -23,6 +23,7 @@ from hqlabel.pipeline.inputs.csv_table import csv_batches, csv_header
 from hqlabel.pipeline.inputs.json_records import BLOCK_BYTES, TextDamage, jsonl_batches, jsonl_sample
 from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.storage.checksummed_parquet import open_closed
+from hqlabel.pipeline.storage.parquet_pages import rows_at_once
 from hqlabel.pipeline.storage.read_objects import open_input
 from hqlabel.pipeline.storage.uri_rules import options_for
 
@@ -34,6 +35,9 @@ TABLE_SUFFIXES: dict[str, TableFormat] = {
 }
 BATCH_ROWS = 8192
 BATCH_BYTES = 64 * 2**20
+FREE_BYTES = 256 * 2**20
+"""What any .gz may unpack to; a larger one at most to MOST_RATIO times its size. Tables come to 5 to 30."""
+MOST_RATIO = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +103,29 @@ def _check_same_columns(file: TableFile, first: TableFile) -> None:
         raise JobRefused(f"{lacking.uri}: no column {name}, which {other.uri} has; the files must agree")
 
 
+class _Unpacked(gzip.GzipFile):
+    """A gzip file that ends with TextDamage where it unpacks to what no table is, such as endless zeros."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._most = max(FREE_BYTES, MOST_RATIO * stream.seek(0, io.SEEK_END))
+        stream.seek(0)
+        super().__init__(fileobj=stream)
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(BATCH_BYTES if size is None or size < 0 else size)
+        if self.tell() > self._most:
+            raise TextDamage(
+                f"it unpacks to more than {MOST_RATIO} times its size; if that is right: gunzip FILE"
+            )
+        return data
+
+
 @contextlib.contextmanager
 def _unpacked(uri: str, access: AccessRules) -> Iterator[BinaryIO]:
     """Return a table's file, unpacked on the way where its name ends in `.gz`."""
     with open_input(uri, options_for(uri, access)) as stream:
         if uri.lower().endswith(".gz"):
-            yield cast(BinaryIO, gzip.GzipFile(fileobj=stream))
+            yield cast(BinaryIO, _Unpacked(stream))
         else:
             yield stream
 
@@ -133,15 +154,14 @@ def _batches(file: TableFile, access: AccessRules) -> Iterator[pa.RecordBatch]:
 
 
 def _parquet_batches(stream: BinaryIO, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Return batches of about BATCH_BYTES, unpacked to four times their size: some rows have 10,000 boxes.
-
-    The file's own figures for its columns would be better, but reading them trusts the
-    footer: pyarrow ends the process on one that contradicts itself.
-    """
+    """Return batches of about BATCH_BYTES, unpacked to four times their size: some rows have 10,000 boxes."""
     size = stream.seek(0, io.SEEK_END)
+    most = rows_at_once(stream, columns)
     parquet = open_closed(stream, page_checksum_verification=True)
+    if parquet.metadata.num_rows > 16 * size:
+        raise TextDamage(f"it states {parquet.metadata.num_rows:,} rows in {size:,} bytes")
     bytes_per_row = max(1.0, size / max(1, parquet.metadata.num_rows))
-    rows = max(1, min(BATCH_ROWS, int(BATCH_BYTES / (4 * bytes_per_row))))
+    rows = max(1, min(BATCH_ROWS, most, int(BATCH_BYTES / (4 * bytes_per_row))))
     batches: Iterator[pa.RecordBatch] = parquet.iter_batches(rows, columns=columns)
     return batches
 

@@ -29,6 +29,8 @@ _TYPES_WITH_CODE = (
     *("ray.data.arrow_pickled_object", "pandas.period", "pandas.interval"),
 )
 _PREFIX = "hqlabel."
+MOST_FOOTER_BYTES = 256 * 2**20
+_TAIL = 2**16  # what Arrow reads first, so that it is one request to a store
 _SEAL_KEY = "hqlabel.file_sha256"
 _BLANK = b"sha256=" + b"0" * 64
 _SEAL = re.compile(rb"sha256=([0-9a-f]{64})")
@@ -151,7 +153,19 @@ def open_closed(source: Any, **options: Any) -> pq.ParquetFile:
     for name in _TYPES_WITH_CODE:
         with contextlib.suppress(pa.ArrowKeyError):  # not registered
             pa.unregister_extension_type(name)
+    _check_footer(source)
     return pq.ParquetFile(source, **options)
+
+
+def _check_footer(source: Any) -> None:
+    """Raise ArrowInvalid for a longer footer than any table's: Arrow makes objects of all of it."""
+    size = source.seek(0, 2)
+    source.seek(max(0, size - _TAIL))
+    tail = source.read(_TAIL)
+    source.seek(0)
+    length = int.from_bytes(tail[-8:-4], "little")
+    if tail.endswith(b"PAR1") and length > MOST_FOOTER_BYTES:
+        raise pa.ArrowInvalid(f"its footer has {length:,} bytes, wanted at most {MOST_FOOTER_BYTES:,}")
 
 
 def open_body(

@@ -17,7 +17,7 @@ from typing import Any
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
-from hqlabel.pipeline.errors import ImageError, UsageError
+from hqlabel.pipeline.errors import ImageError, SystemicFault, UsageError
 from hqlabel.pipeline.storage.backend import (
     Backend,
     Entry,
@@ -204,7 +204,9 @@ class S3Backend:
             "retries": {"total_max_attempts": 1, "mode": "standard"},
             **options.get("config_kwargs", {}),
         }
-        merged = {**options, "config_kwargs": config}
+        from hqlabel.pipeline.storage.s3_session import BoundedSession  # needs the extra, as s3fs does
+
+        merged = {**options, "config_kwargs": {**config, "http_session_cls": BoundedSession}}
         self._fs = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, **merged)
         self._fs.retries = 1
         # Now, or the first requests of many threads would each make a client of their own.
@@ -308,16 +310,18 @@ class S3Backend:
         """Return every object whose path begins with `prefix`, 1,000 a request; S3 lists what was put."""
         bucket, _, key = prefix.partition("/")
         found: list[Entry] = []
+        progress = _ListingProgress(bucket)
         more: dict[str, Any] = {}
         while True:
             page = self._call(
                 "list_objects_v2", bucket, Prefix=key, MaxKeys=self.page_size, timeout_s=timeout_s, **more
             )
+            token = progress.token_after(page)
             for one in page.get("Contents", []):
                 found.append(Entry(key=f"{bucket}/{one['Key']}", size=one["Size"], etag=_s3_tag(one)))
-            if not page.get("IsTruncated") or (limit is not None and len(found) >= limit):
+            if token is None or (limit is not None and len(found) >= limit):
                 return found[:limit]
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+            more = {"ContinuationToken": token}
 
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:
         """Delete objects, 1,000 keys a request; one that is already gone is no error."""
@@ -339,6 +343,48 @@ class S3Backend:
             path = f"{bucket}/{upload['Key']}"
             self._call("abort_multipart_upload", path, UploadId=upload["UploadId"], timeout_s=timeout_s)
         return len(uploads)
+
+
+MOST_OBJECTS = 20_000_000
+"""In one listing: more would not fit in the memory of a plan."""
+_EMPTY_PAGES = 1000  # in a row: S3 sends some where many versions were deleted
+
+
+class _ListingProgress:
+    """What has been seen of a listing, so that one that does not come to an end is given up."""
+
+    def __init__(self, bucket: str) -> None:
+        self._bucket = bucket
+        self._tokens: set[str] = set()
+        self._first_keys: set[str] = set()
+        self._objects = self._empty = 0
+
+    def token_after(self, page: Mapping[str, Any]) -> str | None:
+        """Return the token of the next page; None after the last one.
+
+        Raises:
+            SystemicFault: `store`, the answer is no listing, or not one more page of it.
+        """
+        if "IsTruncated" not in page:
+            raise self._fault("the answer is no listing of S3 (a web page?): check endpoint and proxies")
+        objects = page.get("Contents", [])
+        self._objects += len(objects)
+        self._empty = 0 if objects else self._empty + 1
+        if self._objects > MOST_OBJECTS:
+            raise self._fault(f"more than {MOST_OBJECTS:,} objects: name them in a table, or list less")
+        if not page["IsTruncated"]:
+            return None
+        token = page.get("NextContinuationToken")
+        first = objects[0]["Key"] if objects else None
+        if not token or token in self._tokens or first in self._first_keys or self._empty > _EMPTY_PAGES:
+            raise self._fault("the listing does not come to an end: a page came again, or none has objects")
+        self._tokens.add(token)
+        if first is not None:
+            self._first_keys.add(first)
+        return str(token)
+
+    def _fault(self, reason: str) -> SystemicFault:
+        return SystemicFault("store", f"s3://{self._bucket}: {reason}")
 
 
 def _http_status(error: OSError) -> int | None:

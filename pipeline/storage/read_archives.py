@@ -22,7 +22,7 @@ import pyarrow as pa
 from hqlabel.pipeline.errors import ImageError, clean_text
 from hqlabel.pipeline.storage.archive_uris import ParquetRow, TarMember
 from hqlabel.pipeline.storage.backend import FetchedObject, too_many_bytes
-from hqlabel.pipeline.storage.parquet_pictures import read_pictures
+from hqlabel.pipeline.storage.parquet_pages import read_pictures
 from hqlabel.pipeline.storage.read_objects import ObjectUri, call_for_image
 
 KEPT_GROUPS = 2

@@ -19,7 +19,7 @@ from hqlabel.pipeline.planning.plan_table import refused_uris
 from hqlabel.pipeline.settings import InputSettings, Limits
 from hqlabel.pipeline.storage.archive_uris import ParquetRow, TarMember, container_of, parse_archive_uri
 from hqlabel.pipeline.storage.output_store import Store
-from hqlabel.pipeline.storage.parquet_pictures import GROUP_BYTES
+from hqlabel.pipeline.storage.parquet_pages import GROUP_BYTES
 from hqlabel.pipeline.storage.uri_rules import check_uri
 from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
 
