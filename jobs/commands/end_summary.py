@@ -22,6 +22,7 @@ from hqlabel.pipeline.tables.manifest import Manifest
 
 EXIT_OVER_BUDGET = 3
 _MOST_CODES = 5
+_BUG = ": a bug in hqlabel or a library; the workers' log (image_raised) has the trace"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +116,11 @@ def describe_counts(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def describe_failures(failed: Mapping[str, int], examples: Mapping[str, list[Row]]) -> list[tuple[str, str]]:
-    """Return the commonest codes with an image each, and its message."""
+    """Return the commonest codes with an image each, and its message; bugs first, however few."""
     rows = []
-    for code, number in sorted(failed.items(), key=lambda item: -item[1])[:_MOST_CODES]:
-        rows.append(("failed", f"{code} {number:,}"))
+    ordered = sorted(failed.items(), key=lambda item: (item[0] != "internal", -item[1]))
+    for code, number in ordered[:_MOST_CODES]:
+        rows.append(("failed", f"{code} {number:,}{_BUG if code == 'internal' else ''}"))
         for row in examples.get(code, [])[:1]:
             rows.append(
                 ("", f"such as {console.shown(row['image_id'])}: {console.shown(row['error_message'], 140)}")

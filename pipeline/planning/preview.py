@@ -1,7 +1,8 @@
 """Check a few pictures before any work: can they be opened, and are the boxes inside them.
 
 Planning reads lists and tables only, so it cannot see that boxes were measured before the EXIF orientation
-was applied. The headers of some pictures, spread over the plan, show it. Nothing here stops a job.
+was applied. The headers of some pictures, spread over the plan, show it. Nothing here stops a job, but a
+driver that is missing for most pictures.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hqlabel.pipeline.errors import ImageError, SystemicFault, clean_text
+from hqlabel.pipeline.errors import ImageError, SystemicFault, UsageError, clean_text
 from hqlabel.pipeline.images.decode_process import DecodeChild
 from hqlabel.pipeline.images.decode_upright import DecodedImage
 from hqlabel.pipeline.images.fetch import fetch_ahead
@@ -69,6 +70,9 @@ def preview_pictures(
 
     `table`: a plan (schema.PLAN). Fetches up to PICTURES pictures that have boxes, and opens their headers.
     `detected`: a detector finds the boxes, so that every picture counts.
+
+    Raises:
+        UsageError: there is no driver for the stores of most pictures.
     """
     rows = _sample(table, detected=detected)
     if not rows:
@@ -78,6 +82,9 @@ def preview_pictures(
     except SystemicFault as fault:
         return (f"no picture could be checked from this machine: {clean_text(str(fault))}",)
     faults = [one.error.fault for one in seen if one.error is not None and one.error.fault is not None]
+    missing = [fault for fault in faults if fault.code == "driver"]
+    if missing and 2 * len(missing) >= len(seen):
+        raise UsageError(missing[0].message)
     if len(faults) == len(seen):
         return (f"no picture could be checked from this machine: {clean_text(str(faults[0]))}",)
     found = (_unopened(seen), *_misplaced(seen, rules), _odd_masks(seen), _odd_points(seen, rules))

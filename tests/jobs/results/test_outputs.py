@@ -327,3 +327,14 @@ def _contents(output: str) -> dict[str, tuple[bytes, int]]:
         for path in sorted(Path(output).rglob("*"))
         if path.is_file() and "/owner/" not in str(path)
     }
+
+
+def test_a_bug_is_named_first_however_few_images_met_it():
+    failed = {"truncated": 90, "not_found": 50, "denied": 40, "empty": 30, "corrupt": 20, "internal": 1}
+    examples = {"internal": [{"image_id": "a", "error_message": "decode: KeyError: 'x'"}]}
+
+    first, example, *_, last = end_summary.describe_failures(failed, examples)
+
+    assert first[1].startswith("internal 1: a bug in hqlabel or a library")
+    assert example[1] == "such as a: decode: KeyError: 'x'"
+    assert last[1].startswith("and 1 more codes")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from hqlabel.model.rle import compress_lengths
-from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.errors import JobRefused, UsageError
 from hqlabel.pipeline.images.decode_upright import decode_image, measure_image
 from hqlabel.pipeline.job_context import AccessRules, BoxRules
 from hqlabel.pipeline.planning.make_plan import make_plan
@@ -280,3 +280,26 @@ def test_points_as_shares_or_outside_their_picture_are_warned_of(
 
     about = [sentence for sentence in found if "point" in sentence]
     assert [sentence.startswith(said or "-") for sentence in about] == [True] * bool(said)
+
+
+@pytest.mark.parametrize(("of_four", "stops"), [(1, False), (2, True), (4, True)])
+def test_a_driver_that_is_missing_for_most_pictures_is_said_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_four: int, stops: bool
+) -> None:
+    def fetch(uri: str, *_: object) -> None:
+        if int(Path(uri).stem) < of_four:
+            raise UsageError("no driver for gs:// uris here; install it: pip install 'hqlabel[gcs]'")
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("hqlabel.pipeline.images.fetch.fetch_object", fetch)
+    path = tmp_path / "i.parquet"
+    uris = [f"gs://b/{number}.jpg" for number in range(4)]
+    pq.write_table(pa.table({"image_uri": uris, "boxes": [[[9.0, 9.0, 99.0, 99.0]]] * 4}), path)
+    plan = make_plan(InputSettings(boxes=str(path)))
+
+    if stops:
+        with pytest.raises(UsageError, match=r"hqlabel\[gcs\]"):
+            preview_pictures(plan.table, BoxRules(), plan.access, LIMITS)
+    else:
+        [sentence] = preview_pictures(plan.table, BoxRules(), plan.access, LIMITS)
+        assert sentence.startswith("no picture could be checked from this machine")
