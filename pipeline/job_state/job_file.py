@@ -36,8 +36,8 @@ BYTES_PER_INSTANCE = 160  # measured: about 123 B of columns for 100 B of runs; 
 BYTES_PER_IMAGE = 120
 BOXES_WHEN_UNKNOWN = 10
 MAX_UNITS_PER_PART = 20_000
-MOST_UNITS = 10_000_000
-"""640 million images of 64 a unit. What a file states is walked in loops, so it is bounded."""
+MOST_UNITS = 20_000_000
+"""1,280 million images of 64 a unit. What a file states is walked in loops, so it is bounded."""
 
 _PLAIN = re.compile(r"[\w.-]{1,100}")
 """What a name in job.json may hold that becomes part of keys."""

@@ -55,7 +55,10 @@ def count_images(store: Store, plan_sha256: str) -> int:
     rows = []
     for index in sorted({0, last}):
         key = plan_key(plan_sha256, index)
-        with store.open_parquet(key) as stream, checksummed_parquet.open_body(stream, PLAN, key) as file:
+        with (
+            store.open_parquet(key) as stream,
+            checksummed_parquet.open_body(stream, PLAN, key, or_schema=PLAN_BEFORE) as file,
+        ):
             rows.append(int(file.metadata.num_rows))
     return rows[0] * last + rows[-1] if last else rows[0]
 

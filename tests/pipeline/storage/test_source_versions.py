@@ -15,7 +15,7 @@ from hqlabel.pipeline.errors import ImageError, JobRefused
 from hqlabel.pipeline.images.fetch import fetch_object
 from hqlabel.pipeline.inputs.box_tables import read_box_tables
 from hqlabel.pipeline.job_context import AccessRules
-from hqlabel.pipeline.job_state.plan_files import iter_plan, read_unit
+from hqlabel.pipeline.job_state.plan_files import count_images, iter_plan, read_unit
 from hqlabel.pipeline.planning.make_plan import make_plan, write_plan
 from hqlabel.pipeline.schema import PLAN, PLAN_BEFORE
 from hqlabel.pipeline.settings import InputSettings, Limits
@@ -185,6 +185,7 @@ def test_a_plan_that_an_earlier_version_wrote_is_read(local_store, tmp_path):
 
     assert rows.schema == PLAN
     assert rows["source_version"].to_pylist() == [None]
+    assert count_images(local_store, plan.sha256) == 2
     assert [table.schema for table in iter_plan(local_store, plan.sha256)] == [PLAN, PLAN]
     assert fetch_object(rows["image_uri"][0].as_py(), plan.access, LIMITS).etag
 
