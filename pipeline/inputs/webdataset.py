@@ -38,6 +38,7 @@ from hqlabel.pipeline.storage.uri_rules import options_for, split_scheme
 READERS = 16
 JSON_BYTES = 64 * 2**20
 """The longest `.json` of a sample."""
+MOST_MEMBERS = 10_000_000
 _HEADER_BYTES = 2**20  # a header of names and attributes; a longer one is no tar of pictures
 _REMOTE_BLOCK = 16 * 2**10  # headers lie a picture apart: larger blocks would fetch the pictures too
 _LOCAL_BLOCK = 2**18
@@ -236,6 +237,8 @@ def _members(stream: BinaryIO, uri: str) -> list[TarMember]:
                 if one.size < 0 or one.offset < end:
                     raise tarfile.ReadError(f"the header at byte {one.offset} contradicts itself")
                 end, name = one.offset_data, one.name
+                if len(found) > MOST_MEMBERS:
+                    raise tarfile.ReadError(f"more than {MOST_MEMBERS:,} members; wanted several tars")
                 if one.isreg() and not one.issparse():
                     if not name or "\x00" in name or is_no_utf8(name):
                         raise JobRefused(f"{uri}: the member name {name!a} is not UTF-8 text")

@@ -26,7 +26,7 @@ from hqlabel.pipeline.inputs.box_tables import box_columns
 from hqlabel.pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList, Groups, grouped_boxes
 from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.storage.backend import Entry
-from hqlabel.pipeline.storage.read_objects import read_object
+from hqlabel.pipeline.storage.read_objects import in_this_context, note_version, read_object
 from hqlabel.pipeline.storage.uri_rules import options_for
 
 READERS = 16
@@ -53,7 +53,7 @@ def read_yolo(folder: str, entries: Sequence[Entry], access: AccessRules) -> Box
     """
     files = label_files(folder, entries)
     with ThreadPoolExecutor(min(READERS, len(files)) or 1) as pool:
-        texts = pool.map(lambda uri: _text(uri, access), files)
+        texts = pool.map(in_this_context(lambda uri: _text(uri, access)), files)
         parts = [
             [_numbers(uri, at, line.split()) for at, line in enumerate(text.splitlines(), 1) if line.strip()]
             for uri, text in zip(files, texts, strict=True)
@@ -127,6 +127,7 @@ def _text(uri: str, access: AccessRules) -> str:
     try:
         deadline = time.monotonic() + _TIMEOUT_S
         body = read_object(uri, options_for(uri, access), max_bytes=_FILE_BYTES, deadline_monotonic=deadline)
+        note_version(uri, body.etag)
         return body.data.decode("utf-8-sig")
     except (ImageError, UnicodeDecodeError) as error:
         raise JobRefused(f"{uri}: cannot be read: {clean_text(str(error))}") from error

@@ -365,6 +365,7 @@ def _folder_fingerprint(uri: str, options: Mapping[str, Any], roots: Sequence[st
 
 def _version(entry: Entry, options: Mapping[str, Any]) -> str | int:
     if entry.etag is not None and split_scheme(entry.key)[0] != "file":
+        note_version(entry.key, entry.etag)
         return entry.etag
     return fingerprint(entry.key, options)["sha256"]
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from hqlabel.model.records import resize_longest_side
 from hqlabel.pipeline.errors import ImageError, SystemicFault
 from hqlabel.pipeline.images.decode_process import DecodeChild
-from hqlabel.pipeline.settings import Limits
+from hqlabel.pipeline.planning.make_plan import make_plan, write_plan
+from hqlabel.pipeline.settings import InputSettings, Limits
 from hqlabel.pipeline.stages.commit import commit_unit, read_outcome
 from hqlabel.pipeline.stages.prepare import prepare_unit
 from hqlabel.pipeline.stages.rows_between_stages import UnitRow
 from hqlabel.pipeline.stages.segment import SegmentWorker
+from hqlabel.pipeline.storage import read_archives
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.unit_files import list_committed, read_committed
 from tests.fakes import trouble
+from tests.pipeline.made_formats import hf_rows, sample, tar_of
 from tests.pipeline.made_jobs import BOXES, SIDE, make_job, noise, png
 from tests.table_digest import mask_columns_digest
 
@@ -44,6 +49,41 @@ def work(job, child, **unit):
 def committed(job, unit_id=0):
     store = Store(job.context.output)
     return read_committed(store, list_committed(store)[unit_id])
+
+
+def test_an_archive_that_is_not_the_planned_one_fails_its_images_and_the_tag_of_the_planned_one_is_kept(
+    tmp_path, child
+):
+    made = make_job(tmp_path / "made", {"0.png": png(noise(0))})
+    for name, first, other in [
+        ("a.tar", tar_of(sample("a/1") | sample("b/3")), tar_of(sample("b/3") | sample("a/1"))),
+        ("rows.parquet", hf_bytes(hf_rows()), hf_bytes(hf_rows().take([1, 0, 3, 2]))),
+    ]:
+        path = tmp_path / name
+        path.write_bytes(first)
+        plan = make_plan(InputSettings(boxes=str(path)), images_per_unit=4)
+        write_plan(Store(made.context.output), plan)
+        context = dataclasses.replace(made.context, plan_sha256=plan.sha256, access=plan.access)
+        job = dataclasses.replace(made, context=context, plan=plan)
+
+        found = prepare(job, child, unit_id=0).images
+        assert {image.error_code for image in found} == {None}
+        opened = [image for image in found if image.source_bytes is not None]
+        assert opened
+        assert {image.source_etag for image in opened} == set(plan.table["source_version"].to_pylist())
+
+        path.write_bytes(other)
+        read_archives._groups._kept.clear()  # as in another process
+        codes = {
+            image.error_code for image in prepare(job, child, unit_id=0).images if image.planned["boxes"]
+        }
+        assert codes == {"changed"}, name
+
+
+def hf_bytes(table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
 
 
 def test_each_unit_has_its_own_images_upright_and_resized(tmp_path, child):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import os
@@ -258,6 +259,49 @@ def test_a_local_table_is_one_version_from_the_first_look_to_the_fingerprint(tmp
             open_input(str(path), {})
     with open_input(str(path), {}) as stream:
         assert stream.read() == b"b" * 100, "another plan may well read another version"
+
+
+def test_label_files_are_of_one_version_when_read_and_when_fingerprinted(tmp_path, monkeypatch):
+    from hqlabel.pipeline.planning import plan_summary
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(PICTURES["a/1"])
+    label = tmp_path / "labels" / "a.txt"
+    label.parent.mkdir()
+    label.write_text("0 0.5 0.5 0.5 0.5\n")
+    fingerprint = plan_summary.fingerprint
+
+    def swapped_before(*given, **named):
+        label.write_text("0 0.1 0.1 0.1 0.1\n")
+        return fingerprint(*given, **named)
+
+    settings = InputSettings(images=str(tmp_path / "images"), boxes=str(label.parent))
+    make_plan(settings)
+    monkeypatch.setattr(plan_summary, "fingerprint", swapped_before)
+    with pytest.raises(JobRefused, match=r"a\.txt: it was replaced or written to"):
+        make_plan(settings)
+
+
+def test_a_picture_is_not_drawn_from_another_archive_than_its_masks_are_of(tmp_path):
+    from hqlabel.jobs.results.render_images import upright_picture
+    from hqlabel.pipeline.images.decode_process import DecodeChild
+    from tests.pipeline.made_jobs import make_job
+
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_of(sample("a/1")))
+    plan = make_plan(InputSettings(images=str(path)))
+    row = plan.table.to_pylist()[0]
+    image = {"image_uri": row["image_uri"], "source_etag": row["source_version"]}
+    made = make_job(tmp_path / "made", {"0.png": PICTURES["a/1"]})
+    context = dataclasses.replace(made.context, access=plan.access)
+    child = DecodeChild(LIMITS, 64)
+    try:
+        assert upright_picture(context, image, child).width == 64
+        os.utime(path, ns=(1, 1))
+        with pytest.raises(ImageError, match="not the version"):
+            upright_picture(context, image, child)
+    finally:
+        child.close()
 
 
 # ---------------------------------------------------------------------------------------------
