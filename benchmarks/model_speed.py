@@ -13,6 +13,7 @@ turn in a file of JSON lines, and a run that was cut short, or has few rounds, i
 `segment-anything-hq` is run as its own README does, `transformers` as its documentation does but for the
 processor, whose resize it gets for nothing; the masks of both are encoded by pycocotools. Agreement is with
 the masks of `segment-anything-hq` in float32 (transformers' masks are wrong as shipped, so it is timed only).
+Neither has HQ-SAM 2 (`--variant hiera_l`), which is timed alone.
 
 `--operations` prints another table instead: of one run under PyTorch's profiler each operation with its share
 and its rate, against the rate of a large matrix product measured in the same run.
@@ -42,15 +43,20 @@ from torch.profiler import ProfilerActivity, profile
 
 from hqlabel.model.checkpoints import save_transformers
 from hqlabel.model.device import Dtype
+from hqlabel.model.hq_sam2.hiera_config import HIERA_SIZES, hq_sam2_config
 from hqlabel.model.records import CallShape, Instances, scale_boxes, target_size_hw
 from hqlabel.model.rle import rle_to_mask
-from hqlabel.model.sam_config import PUBLISHED
+from hqlabel.model.sam_config import PUBLISHED, SamHQConfig
 from hqlabel.model.sam_hq import SamHQ
 from hqlabel.model.segmenter import Segmenter
 from tests.parity.lively import boxes_in, lively, photo, pixels_of
 from tests.parity.oracle import predictor_of
 
 SIZE_HW = (1536, 2048)
+VARIANTS: dict[str, SamHQConfig] = {
+    **PUBLISHED,
+    **{name: hq_sam2_config(vision) for name, vision in HIERA_SIZES.items()},
+}
 ROADS = ("hqlabel bf16", "hqlabel fp32", "segment-anything-hq fp32", "transformers fp32", "transformers bf16")
 Road = Callable[[], list[str]]
 
@@ -155,7 +161,7 @@ class Setting:
 def make_road(name: str, setting: Setting) -> Road:
     """One contender, in this process."""
     torch.set_num_threads(setting.threads)
-    model = lively(PUBLISHED[setting.variant])
+    model = lively(VARIANTS[setting.variant])
     image, boxes = photo(*SIZE_HW), boxes_in(*SIZE_HW, setting.boxes)
     makers: dict[str, Callable[[], Road]] = {
         "hqlabel bf16": lambda: hqlabel(model, "bfloat16", setting.boxes_per_call, image, boxes),
@@ -295,7 +301,7 @@ def break_down(name: str, setting: Setting, rows: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", choices=sorted(PUBLISHED), default="vit_b")
+    parser.add_argument("--variant", choices=sorted(VARIANTS), default="vit_b")
     parser.add_argument("--boxes", type=int, default=10)
     parser.add_argument("--boxes-per-call", type=int, default=2, help="of our calls, the last one filled up")
     parser.add_argument("--rounds", type=int, default=3)
@@ -311,6 +317,8 @@ def main() -> None:
         boxes=options.boxes,
         boxes_per_call=options.boxes_per_call,
     )
+    if options.variant in HIERA_SIZES:
+        options.only = [name for name in options.only if name.startswith("hqlabel")]
     print(setting, flush=True)
     if options.operations:
         for name in (name for name in options.only if name.startswith("hqlabel")):

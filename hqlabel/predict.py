@@ -217,16 +217,18 @@ class SamHQ:
         answer = self.network.decode_prompts(
             embedding, [image.prompts], multimask="three", hq_token_only=hq_token_only
         )
-        count = len(answer.predicted_iou_NM)
+        count, side = len(answer.predicted_iou_NM), answer.low_res_NMHW.shape[-1]
+        scores, order_N3 = answer.predicted_iou_NM.sort(dim=1, descending=True, stable=True)
+        index = order_N3[:, :, None, None].expand(-1, -1, side, side)
         traced = trace_masks(
-            answer.low_res_NMHW.flatten(0, 1),
+            answer.low_res_NMHW.gather(1, index).flatten(0, 1),
             resized_hw=None if self.fit == "stretch" else embedding.resized_hw[0],
             size_hw=image.size_hw,
         )
         rle = _rle(traced.runs().counts(), image.size_hw)
         return Prediction(
             size_hw=image.size_hw,
-            scores=answer.predicted_iou_NM.float().cpu().numpy(),
+            scores=scores.float().cpu().numpy(),
             stability=np.asarray(traced.stability_score).reshape(count, 3),
             rle=[rle[3 * n : 3 * n + 3] for n in range(count)],
         )

@@ -32,8 +32,8 @@ import safetensors.torch
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from hqlabel.model.hq_sam2.hiera_config import HieraConfig, hiera_from_shapes, unknown_keys
-from hqlabel.model.hq_sam2.hq_sam2 import HQSam2
+from hqlabel.model.hq_sam2.hiera_config import hiera_from_shapes, unknown_keys
+from hqlabel.model.hq_sam2.hq_sam2 import HQSam2, family_of
 from hqlabel.model.records import WeightsInfo
 from hqlabel.model.sam_config import (
     ConfigError,
@@ -193,9 +193,8 @@ def read_config(tensors: Tensors, values: Mapping[str, Any], layout: Layout) -> 
 
 def build(config: SamHQConfig, tensors: Tensors, layout: Layout) -> SamHQ:
     """Return the model with exactly these tensors, as fp32, for evaluation; errors use the file's names."""
-    family = HQSam2 if isinstance(config.vision, HieraConfig) else SamHQ
     with torch.device("meta"):
-        model = family(config)
+        model = family_of(config)(config)
     expected = model.state_dict()
     # BatchNorm's counter of training steps: some files leave it out, and inference does not read it.
     counters = {name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")}

@@ -98,6 +98,11 @@ class HQSam2(SamHQ):
         return tokens.sam_NKHW.gather(1, index) + hq_N1HW, ious_NM
 
 
+def family_of(config: SamHQConfig) -> type[SamHQ]:
+    """Return the class of the models of a configuration."""
+    return HQSam2 if isinstance(config.vision, HieraConfig) else SamHQ
+
+
 def is_stable(logits_NHW: torch.Tensor) -> torch.Tensor:
     """Return whether the area of a mask hardly depends on its threshold, bool (N,)."""
     above_N, below_N = ((logits_NHW > x).sum((1, 2)) for x in (STABILITY_OFFSET, -STABILITY_OFFSET))

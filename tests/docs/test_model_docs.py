@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from hqlabel.model.checkpoints import save_transformers
+from hqlabel.model.hq_sam2.hiera_config import HIERA_SIZES, hq_sam2_config
+from hqlabel.model.hq_sam2.hq_sam2 import family_of
 from hqlabel.model.sam_config import PUBLISHED
 from hqlabel.model.sam_hq import SamHQ
 from tests.docs.markdown import blocks, column, section, table
@@ -82,7 +84,8 @@ def test_every_name_of_ours_in_the_table_of_compatibility_exists():
 
 def test_parameters_of_the_table_are_those_of_the_models():
     rows = table(section(PAGE, "Published numbers to expect"))
-    for row, size in zip(rows, ("vit_b", "vit_l", "vit_h", "vit_tiny"), strict=True):
+    configs = [PUBLISHED[size] for size in ("vit_b", "vit_l", "vit_h", "vit_tiny")]
+    for row, config in zip(rows, [*configs, hq_sam2_config(HIERA_SIZES["hiera_l"])], strict=True):
         with torch.device("meta"):
-            count = sum(p.numel() for p in SamHQ(PUBLISHED[size]).parameters())
+            count = sum(p.numel() for p in family_of(config)(config).parameters())
         assert row["parameters"].split()[0] == f"{count / 1e6:.1f}"

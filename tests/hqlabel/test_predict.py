@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image, ImageOps
 from pycocotools import mask as coco
@@ -16,6 +17,8 @@ import hqlabel
 from hqlabel.model.records import Prompts
 from hqlabel.pipeline.errors import ImageError
 from hqlabel.predict import SamHQ
+from hqlabel.ray_data_stage import SegmentImages
+from tests.parity.hq_sam2_recipe import write_published
 
 PHOTO = Path(__file__).parents[2] / "examples" / "photos" / "cat.jpg"
 BOX = [50, 20, 400, 290]
@@ -134,3 +137,22 @@ def test_pictures_and_arrays_that_are_none_are_refused_by_name(model: SamHQ) -> 
         model.predict(np.zeros((5, 5)), boxes=BOX)
     with pytest.raises(FileNotFoundError):
         model.predict("missing.jpg", boxes=BOX)
+
+
+def test_hq_sam_2_is_a_model_like_any_other(pixels: np.ndarray, tmp_path: Path) -> None:
+    folder = str(write_published(tmp_path / "weights"))
+    model = SamHQ.from_pretrained(folder, dtype="float32")
+    answer = model.predict(PHOTO, boxes=[BOX, [100, 60, 300, 200]])
+    stage = SegmentImages(folder, dtype="float32", allow_roots=[str(PHOTO.parent)])
+    table = pa.table({"image": [PHOTO.read_bytes()], "boxes": [[BOX, [100.0, 60.0, 300.0, 200.0]]]})
+    (row,) = stage(table).to_pylist()
+
+    assert model.weights.layout == "hq_sam2"
+    assert answer.size_hw == pixels.shape[:2]
+    assert 0 < answer.masks.mean() < 1
+    assert [dict(one) for one in row["masks"]] == answer.rle
+    three = model.predict(pixels, points=[[220, 150]], multimask="three")
+    assert (np.diff(three.scores, axis=1) <= 0).all(), "best first, whatever the order of the tokens"
+    assert three.masks.shape == (1, 3, *pixels.shape[:2])
+    best = model.predict(pixels, points=[[220, 150]], multimask="best")
+    assert best.rle[0] == three.rle[0][0]

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hqlabel.model.hq_sam2.hq_sam2 import family_of
 from hqlabel.model.records import resize_longest_side
 from hqlabel.model.sam_config import SamHQConfig, TinyVisionConfig, vit_config
 from hqlabel.model.sam_hq import SamHQ
@@ -31,7 +32,7 @@ SMALL_TINY = SamHQConfig.around(TinyVisionConfig(image_size=256))
 
 def lively(config: SamHQConfig, seed: int = 0) -> SamHQ:
     """A model whose logits spread over several units, with uneven tables, norms and statistics."""
-    model = SamHQ.from_config(config, seed)
+    model = family_of(config).from_config(config, seed)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: torch.Tensor, std: float, mean: float = 0.0) -> None:
@@ -53,7 +54,7 @@ def lively(config: SamHQConfig, seed: int = 0) -> SamHQ:
                 normal(module.running_mean, 0.3)
                 module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
         for name, parameter in model.named_parameters():
-            if name.endswith((*TABLES, "pos_embed")):
+            if name.endswith((*TABLES, "pos_embed", "pos_embed_window", "no_mem_embed")):
                 normal(parameter, 0.5)
     return model
 
