@@ -337,7 +337,7 @@ def put_stubs() -> None:
     graph.SegmentWorker = UnitStub  # type: ignore[misc,assignment]
 
 
-def made_unit(unit: Any, context: Any, store: Any, _child: object) -> tuple[Any, Any]:
+def made_unit(unit: Any, context: Any, store: Any, _child: object, _restart: object) -> tuple[Any, Any]:
     """The unit with its planned images, each a picture of a few kB; in place of `prepare_unit`."""
     from hqlabel.pipeline.image_result import ImageResult
     from hqlabel.pipeline.stages.prepare import planned_rows

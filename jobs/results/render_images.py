@@ -33,6 +33,7 @@ from hqlabel.pipeline.job_state.job_file import Job
 from hqlabel.pipeline.storage.archive_uris import parse_archive_uri
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.manifest import Manifest
+from hqlabel.pipeline.worker.image_guard import charge
 
 CONTACT_SHEET_KEY = "report/contact_sheet.png"
 _TILES = 12
@@ -98,8 +99,13 @@ def upright_picture(context: JobContext, image: Row, child: DecodeChild) -> Imag
     """Return the picture of a row of `images`, fetched and decoded anew; ImageError when that fails."""
     uri = image["image_uri"]
     version = image["source_etag"] if parse_archive_uri(uri) else None  # its place may hold another picture
-    fetched = fetch_object(uri, context.access, context.limits, version)
-    return Image.fromarray(np.asarray(child.decode(fetched.data).pixels_hwc))
+    try:
+        fetched = fetch_object(uri, context.access, context.limits, version)
+        return Image.fromarray(np.asarray(child.decode(fetched.data).pixels_hwc))
+    except HqlabelError:
+        raise
+    except Exception as error:  # a picture costs itself here as in the stages
+        raise charge(error, uri=uri, step="draw") from error
 
 
 def size_in_tables(image: Row, picture: Image.Image) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from hqlabel.pipeline.storage.uri_rules import (
     split_scheme,
     without_credentials,
 )
+from hqlabel.pipeline.worker.image_guard import describe_raised
 
 SLICE_ROWS = 65_536
 
@@ -234,6 +235,8 @@ def _refusal(uri: str, access: AccessRules) -> str | None:
         check_uri(uri, access)
     except ImageError as error:
         return error.message if error.code == "uri_refused" else None  # the reader reports the others
+    except Exception as error:  # of whatever reads a uri: it costs this row
+        return f"the uri cannot be used: {describe_raised(error)}"
     return None
 
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, TypeVar
 
 from hqlabel.pipeline.errors import (
-    HqlabelError,
     ImageError,
     JobRefused,
     SystemicFault,
@@ -208,7 +207,7 @@ def planned_versions(uris: Sequence[str], options_of: Callable[[str], Mapping[st
             entry = call_for_image(
                 "look up", lambda left: source.backend.stat(source.path, timeout_s=left), deadline
             )
-        except HqlabelError:
+        except Exception:  # whatever a client makes of the uri; its images say so when they are read
             return None
         return None if entry is None else entry.etag
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hqlabel.pipeline.errors import ImageError
 from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.planning.plan_table import refused_uris
+from hqlabel.pipeline.storage.read_objects import planned_versions
 from hqlabel.pipeline.storage.uri_rules import check_uri
 
 FOLDERS = [
@@ -126,3 +127,25 @@ def test_what_is_known_of_folders_holds_for_the_next_slice(tmp_path, monkeypatch
 @pytest.mark.parametrize("uris", [[], [""]])
 def test_no_uris_and_blank_ones_are_answered(uris):
     assert len(uris) == len(refused_uris(pa.array(uris, pa.large_string()), AccessRules()))
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("odd"), UnicodeEncodeError("utf-8", "\ud800", 0, 1, "no"), OSError()]
+)
+def test_whatever_the_rules_raise_on_a_uri_costs_that_row(monkeypatch, error):
+    def check(uri, access):
+        if "odd" in uri:
+            raise error
+
+    monkeypatch.setattr("hqlabel.pipeline.planning.plan_table.check_uri", check)
+    uris = pa.array(["/a/1.jpg", "/b/odd.jpg", "/c/2.jpg"], pa.large_string())
+
+    [(row, reason)] = refused_uris(uris, AccessRules()).items()
+
+    assert row == 1
+    assert type(error).__name__ in reason
+
+
+def test_an_archive_that_no_client_takes_is_planned_without_a_version():
+    uris = ["s3://my bucket/a.tar", "nowhere://x/a.tar", "http://[::1/a.tar", "/\x00/a.tar"]
+    assert planned_versions(uris, lambda uri: {}) == [None] * 4
