@@ -57,7 +57,7 @@ def test_an_object_has_two_to_four_parts() -> None:
 
 
 def test_edges_inside_are_often_stronger_than_the_one_around() -> None:
-    """In the mean colours of the parts: some part is nearer to the background than to the other parts."""
+    """In the mean colours of the parts: one is near the background's, and another is far from that one."""
     ground = np.full((50, 60, 3), 120, dtype=np.float32)
     found = []
     for seed in range(120):
@@ -70,8 +70,8 @@ def test_edges_inside_are_often_stronger_than_the_one_around() -> None:
         )
         outer = np.abs(means - 120).mean(1).min()
         inner = max((np.abs(one - other).mean() for one in means for other in means), default=0.0)
-        found.append(inner > outer)
-    assert np.mean(found) > 0.5
+        found.append(outer < 20 and inner > 2 * outer)
+    assert np.mean(found) > 0.35
 
 
 def test_a_rich_scene_is_a_function_of_its_seed_and_of_the_pictures(material) -> None:

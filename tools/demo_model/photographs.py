@@ -53,12 +53,8 @@ def fit(picture: Image.Image, width: int, height: int) -> tuple[np.ndarray, np.n
     picture = picture.crop(box) if box else picture
     scale = min(width / picture.width, height / picture.height)
     size = (max(round(picture.width * scale), 2), max(round(picture.height * scale), 2))
-    # Colour under transparency is arbitrary: premultiplied while scaling, or it bleeds into the edge.
-    small = np.asarray(picture.convert("RGBa").resize(size, Image.Resampling.BILINEAR, reducing_gap=3))
-    alpha = small[..., 3]
-    return alpha, small[..., :3].astype(np.float32) * (255 / np.maximum(alpha, 1))[..., None].astype(
-        np.float32
-    )
+    small = np.asarray(picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=3))
+    return small[..., 3], small[..., :3].astype(np.float32)
 
 
 @lru_cache(maxsize=256)
