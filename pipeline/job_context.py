@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from hqlabel.model.records import Fit
 from hqlabel.pipeline.settings import (
     BoxFormat,
     BoxFrame,
@@ -54,7 +53,7 @@ class Weights:
     license: str | None = None
     architecture: str = ""
     input_side: int = 1024
-    fit: Fit = "pad"
+    fit: Literal["pad", "stretch"] = "pad"
     """How images come to that side; it follows from the tensors, as the side does."""
     note: str | None = None
     """A sentence that every summary and footer repeats, such as the demo checkpoint's warning."""
