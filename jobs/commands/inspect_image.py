@@ -5,14 +5,16 @@ Not named `inspect.py`: with this folder on the path, that name would shadow the
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hqlabel.jobs.job_setup.saved_job import PICTURES, SavedJob, open_saved
 from hqlabel.jobs.load_config import ConfigSources
-from hqlabel.jobs.results.read_tables import ImageRows, find_images
-from hqlabel.jobs.results.render_images import overlay_png
+from hqlabel.jobs.results.read_tables import ImageRows, Row, find_images
+from hqlabel.jobs.results.render_images import drawn_rows, overlay_png
 from hqlabel.jobs.terminal import console
 from hqlabel.pipeline.errors import HqlabelError, UsageError
 from hqlabel.pipeline.job_state.plan_files import iter_plan
@@ -22,6 +24,7 @@ from hqlabel.pipeline.tables.manifest import read_manifest
 from hqlabel.pipeline.tables.unit_files import list_committed, read_committed
 
 _LONGEST_SIDE = 1600
+_MOST_ROWS = 500
 _SCORES = {
     "detector_score": "det.\nscore",
     "predicted_iou": "pred.\nIoU",
@@ -48,7 +51,9 @@ def run(given: ConfigSources, image_id: str, *, picture: str | None, json: bool)
     console.data(console.pairs(_image_lines(rows)))
     if rows.instances:
         head = ["#", "class", "box\n(x, y, w, h)", "area", *_SCORES.values(), "accepted"]
-        console.data(console.table(head, _table(rows)))
+        console.data(console.table(head, _table(rows.instances[:_MOST_ROWS])))
+        if (more := len(rows.instances) - _MOST_ROWS) > 0:
+            console.say(f"{more:,} more rows: --json prints all")
     return 0
 
 
@@ -83,15 +88,22 @@ def _draw(saved: SavedJob, rows: ImageRows, name: str) -> str | None:
     except HqlabelError as error:
         console.say(f"no picture: {error}")
         return None
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    Path(name).write_bytes(body)
-    console.say(f"picture: {name}")
+    try:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(body)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the picture cannot be written to {name!a}: {error}; see --picture") from error
+    boxes, drawn = len(rows.instances), len(drawn_rows(rows))
+    console.say(f"picture: {name}" + (f" ({drawn:,} of {boxes:,} boxes drawn)" if drawn < boxes else ""))
     return name
 
 
 def _picture_name(image_id: str) -> str:
-    """Return a plain file name in the working folder, whatever the id holds."""
-    return re.sub(r"[^\w.-]+", "_", image_id)[-100:].lstrip(".-") + ".overlay.png"
+    """Return a plain file name in the working folder, whatever the id holds; no other image has it."""
+    plain = re.sub(r"[^\w.-]+", "_", image_id)[-40:].lstrip(".-") or "image"
+    if plain != image_id:
+        plain += f".{hashlib.sha256(image_id.encode(errors='surrogatepass')).hexdigest()[:8]}"
+    return f"{plain}.overlay.png"
 
 
 def _image_lines(rows: ImageRows) -> list[tuple[str, str]]:
@@ -114,7 +126,7 @@ def _image_lines(rows: ImageRows) -> list[tuple[str, str]]:
     return lines
 
 
-def _table(rows: ImageRows) -> list[list[str]]:
+def _table(rows: Sequence[Row]) -> list[list[str]]:
     return [
         [
             str(row["instance_index"]),
@@ -124,7 +136,7 @@ def _table(rows: ImageRows) -> list[list[str]]:
             *(_text(row[name]) for name in _SCORES),
             "yes" if row["accepted"] else f"no: {row['reject_reason']}",
         ]
-        for row in rows.instances
+        for row in rows
     ]
 
 

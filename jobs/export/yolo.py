@@ -26,6 +26,11 @@ _LOW = 0.95
 # What Ultralytics opens: by the end of the name, and by the shorter side in pixels.
 ENDINGS = ("bmp", "dng", "jpeg", "jpg", "mpo", "png", "tif", "tiff", "webp", "pfm", "heic")
 _LEAST_SIDE = 10
+_LONGEST_NAME, _LONGEST_PATH = 255, 1000  # bytes: of a name on disks, and of a key in S3 but for its prefix
+_UNFIT_NAMES = (
+    "images whose names a list of Ultralytics or a disk cannot hold (line ends, ./, ../, //, a space at the "
+    "end, more than 255 bytes)"
+)
 PASSED_OVER = "images that Ultralytics passes over"
 
 
@@ -64,32 +69,36 @@ def write_yolo(source: ExportSource, place: Store, loss: Loss, *, tolerance_px: 
     """Write the label files, data.yaml, images.txt and classes.json; yields their keys.
 
     Classes count from 0 without gaps, in the order of their ids; classes.json has the ids. An image
-    without objects has an empty file. Images whose name no line of images.txt can hold are skipped.
+    without objects has an empty file. Images whose name no line of images.txt or no disk can hold are
+    skipped.
     `tolerance_px`: how far an outline may move to save points.
 
     Raises:
-        UsageError: two images would share one label file, because they differ in their ending alone.
+        UsageError: two images would share one label file, because they differ in their ending alone (or in
+            what the file system there takes for equal), or one's would be a folder of the other's.
     """
     places = source.classes.places()
     seen: dict[str, str] = {}
+    folders: dict[str, str] = {}
     lines: list[str] = []
     for rows in source.images():
         name = source.file_name(rows.image)
         line = f"./images/{name}"
-        if not _can_be_listed(line):
-            source.skip(rows, "images whose names a list of Ultralytics cannot hold (line ends, ./ or ../)")
-            continue
         key = label_key(name)
-        if key in seen:
-            raise UsageError(
-                f"{seen[key]!a} and {name!a} would both be labelled by {key}: YOLO knows no ending; "
-                "export them apart (--where) or rename one"
-            )
+        if not (_can_be_listed(line) and _can_be_a_file(line.removeprefix("./")) and _can_be_a_file(key)):
+            source.skip(rows, _UNFIT_NAMES)
+            continue
+        above = [folder for folder in _folders(key) if folder in seen]
+        other = seen.get(key) or folders.get(key) or (seen[above[0]] if above else None)
+        if other is not None:
+            raise UsageError(_shared(other, name, key))
         seen[key] = name
+        folders.update(dict.fromkeys(_folders(key), name))
         lines.append(line)
         source.tally[PASSED_OVER] += _is_passed_over(name, rows.image)
         text = [_line(row, places[source.classes.id_of(row)], loss, tolerance_px) for row in rows.instances]
-        place.put(key, "".join(text).encode())
+        if not place.put_if_absent(key, "".join(text).encode()):
+            raise UsageError(_shared("an image before it", name, key))
         yield key
     names = [source.classes.names[number] for number in places]
     listing = "".join(f"  {place_}: {yaml_text(name)}\n" for place_, name in enumerate(names))
@@ -111,7 +120,31 @@ def label_key(name: str) -> str:
 
 def _can_be_listed(line: str) -> bool:
     """Return whether a reader that cuts by `splitlines` and replaces every "./" reads the line as meant."""
-    return line.splitlines() == [line] and "./" not in line[1:]
+    return line.splitlines() == [line] and line.strip() == line and "./" not in line[1:]
+
+
+def _can_be_a_file(path: str) -> bool:
+    """Return whether disks and buckets can hold a file at this relative path."""
+    parts = path.split("/")
+    plain = "\0" not in path and not {"", ".", ".."} & set(parts)
+    return (
+        plain
+        and len(path.encode()) <= _LONGEST_PATH
+        and max(map(len, map(str.encode, parts))) <= _LONGEST_NAME
+    )
+
+
+def _folders(key: str) -> Iterator[str]:
+    parts = key.split("/")
+    return ("/".join(parts[:number]) for number in range(1, len(parts)))
+
+
+def _shared(other: str, name: str, key: str) -> str:
+    other = f"{other!a}" if other != "an image before it" else other
+    return (
+        f"{other} and {name!a} would share the label file {key!a}: YOLO knows no ending, a file system "
+        "perhaps no case; export them apart (--where) or rename one"
+    )
 
 
 def _is_passed_over(name: str, image: Row) -> bool:

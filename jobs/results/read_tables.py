@@ -71,9 +71,9 @@ def sample_labelled(store: Store, manifest: Manifest, number: int) -> list[Image
     """Return up to `number` images with a mask, spread evenly over the tables; the same ones every time."""
     parts = [part for part in manifest.parts if part.counts.masks]
     chosen: list[ImageRows] = []
-    for part, share in zip(_spread(parts, number), _shares(len(parts), number), strict=True):
+    for part, share in zip(spread(parts, number), _shares(len(parts), number), strict=True):
         ids = _labelled_ids(store, part.images)
-        for image_id in _spread(ids, share):
+        for image_id in spread(ids, share):
             [image] = _rows_in(store, part.images, schema.IMAGES, [image_id])
             instances = _rows_in(store, part.instances, schema.INSTANCES, [image_id])
             chosen.append(ImageRows(image=image, instances=tuple(instances)))
@@ -148,7 +148,7 @@ def row_groups(
                 yield body.read_row_group(group, columns=list(columns))
 
 
-def _spread(items: Sequence[T], number: int) -> list[T]:
+def spread(items: Sequence[T], number: int) -> list[T]:
     """Return up to `number` of the items, evenly spaced, the first and last among them if two or more."""
     if len(items) <= number:
         return list(items)

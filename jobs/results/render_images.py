@@ -22,7 +22,7 @@ from hqlabel.jobs.results.draw_overlays import (
     draw_overlay,
     png_bytes,
 )
-from hqlabel.jobs.results.read_tables import ImageRows, Row, sample_labelled
+from hqlabel.jobs.results.read_tables import ImageRows, Row, sample_labelled, spread
 from hqlabel.jobs.terminal import console
 from hqlabel.pipeline.box_geometry import PixelFormat, boxes_to_xyxy
 from hqlabel.pipeline.errors import HqlabelError, count
@@ -38,6 +38,7 @@ from hqlabel.pipeline.worker.image_guard import charge
 CONTACT_SHEET_KEY = "report/contact_sheet.png"
 _TILES = 12
 _TILE_PX = 480
+_MOST_DRAWN, _LEAST_DRAWN, _MOST_DECODED_PIXELS = 500, 50, 2**32
 _LEGEND = (
     "thin line: the prompt box · edge and fill: the mask · number: predicted IoU · "
     "dashes: not accepted, in red: no mask"
@@ -117,10 +118,19 @@ def _tile(rows: ImageRows, picture: Image.Image, context: JobContext) -> Tile:
     return Tile(
         picture=picture,
         size_hw=size_in_tables(rows.image, picture),
-        instances=tuple(drawn_instance(row, context.box_rules.box_format) for row in rows.instances),
+        instances=tuple(drawn_instance(row, context.box_rules.box_format) for row in drawn_rows(rows)),
         caption=rows.image["image_id"],
         remark=_remark(rows),
     )
+
+
+def drawn_rows(rows: ImageRows) -> Sequence[Row]:
+    """Return the rows that are drawn: of an image with very many boxes some, spread evenly.
+
+    Each costs the decoding of a whole mask, and hides others long before.
+    """
+    pixels = max(1, int(rows.image["width"] or 1) * int(rows.image["height"] or 1))
+    return spread(rows.instances, min(_MOST_DRAWN, max(_LEAST_DRAWN, _MOST_DECODED_PIXELS // pixels)))
 
 
 def _remark(rows: ImageRows) -> str:
@@ -130,6 +140,8 @@ def _remark(rows: ImageRows) -> str:
     if scores:
         text += f" · predicted IoU {min(scores):.2f}"
         text += f" to {max(scores):.2f}" if len(scores) > 1 else ""
+    if (drawn := len(drawn_rows(rows))) < boxes:
+        text += f" · {drawn:,} drawn"
     return text
 
 

@@ -107,7 +107,7 @@ class LocalBackend:
     def _synced_temporary(self, path: str, data: bytes) -> Iterator[str]:
         folder, name = os.path.split(path)
         _make_folders(folder)
-        temporary = os.path.join(folder, f".{name[:150]}.{os.getpid()}-{secrets.token_hex(6)}.tmp")
+        temporary = os.path.join(folder, f".{name[:50]}.{os.getpid()}-{secrets.token_hex(6)}.tmp")
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             with os.fdopen(descriptor, "wb") as file:
