@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 
 from hqlabel.jobs.cluster.ray_session import Machine
 from hqlabel.jobs.commands.end_summary import EXIT_OVER_BUDGET, describe_counts, over_budget
@@ -25,9 +26,14 @@ def run(given: ConfigSources, interrupts: Interrupts, *, json: bool) -> int:
     filters = saved.config.filter
     with Machine(saved.config, interrupts) as machine, JobLock(saved.store, interrupts) as lock:
         manifest = publish(
-            saved.store, saved.job, filters, require_owner=lock.require, mapper=machine.map_parts
+            saved.store,
+            saved.job,
+            filters,
+            require_owner=lock.require,
+            mapper=machine.map_parts,
+            save_filters=partial(_save_filters, saved, lock),
         )
-        _save_filters(saved, lock)
+        _save_filters(saved, lock)  # when nothing was to be published
     uri = saved.store.place.uri
     chosen = ", ".join(f"{name} {value}" for name, value in filters.model_dump().items() if value is not None)
     console.say(f"published {manifest.published_units:,} of {count(manifest.units, 'unit')} in {uri}")

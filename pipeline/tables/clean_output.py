@@ -73,7 +73,7 @@ def require_complete(store: Store, found: StoredManifest) -> Manifest:
     if found.manifest is None or found.manifest.state != "complete":
         raise JobRefused(
             f"{store.place.uri}: not every unit is published, so its working files are needed; "
-            "finish the job with label, then clean"
+            "finish the job with label, or a publish that was interrupted with publish, then clean"
         )
     return found.manifest
 

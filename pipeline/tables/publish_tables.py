@@ -51,6 +51,7 @@ from hqlabel.pipeline.tables.published_parts import (
     count_parts,
     describe_file,
     held_parts,
+    is_merged,
     open_part,
     read_part,
     units_of_part,
@@ -121,11 +122,13 @@ def publish(
     *,
     require_owner: Callable[[str], None],
     mapper: Mapper = map,
+    save_filters: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Publish every range whose units are all committed, marked by `filters`; return the manifest.
 
     `require_owner`: raises when another driver has the job; called before each write. `mapper`: runs the
     parts, in any order (serial by default, Ray tasks in a job). When nothing is new, nothing is written.
+    `save_filters`: called before the manifest says that the tables have them, so that none are forgotten.
     A manifest that is damaged or gone is made again.
 
     Raises:
@@ -156,6 +159,7 @@ def publish(
     visit("publish.parts")
     require_owner("publish")
     _write_categories(store, job)
+    save_filters()
     visit("publish.categories")
     after = look.manifest(job, filters, [*look.kept, *made], revision)
     write_manifest(store, after, entry)
@@ -205,7 +209,7 @@ def _look(store: Store, job: Job, filters: FilterSettings) -> _Look:
             kept.append(choice)
         elif choice is not None:
             due.append(choice)
-        elif not begun.isdisjoint(part_key(table, index) for table in TABLES):
+        elif is_merged(job) or not begun.isdisjoint(part_key(table, index) for table in TABLES):
             raise _lost(store, job, index)
     published = max((one.publication for one in held.values()), default=0)
     return _Look(
@@ -275,6 +279,11 @@ def _choose(
 
 
 def _lost(store: Store, job: Job, index: int) -> DamageFound:
+    if is_merged(job):
+        return DamageFound(
+            f"{store.place.uri}: {part_key('images', index)} or its instances are damaged or gone, or a "
+            "merge was interrupted; merge the outputs again into another folder"
+        )
     ids = units_of_part(job, index)
     return DamageFound(
         f"{store.place.uri}: {part_key('images', index)} or its instances are damaged or gone, and so are "

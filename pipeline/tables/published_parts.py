@@ -171,9 +171,14 @@ def finished_units(store: Store, committed: Sequence[int], manifest: Manifest | 
     return finished
 
 
+def is_merged(job: Job) -> bool:
+    """Return whether these are the tables of several outputs, merged: no units are behind them."""
+    return "merged" in job.identity
+
+
 def count_parts(job: Job) -> int:
     """Return how many parts the whole job has; merged tables, without units, have them by their images."""
-    units = max(int(job.plan["images"]), 1) if "merged" in job.identity else job.units
+    units = max(int(job.plan["images"]), 1) if is_merged(job) else job.units
     return -(-units // job.units_per_part)
 
 

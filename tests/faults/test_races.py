@@ -129,6 +129,51 @@ def test_row_61_two_commands_meet_at_a_step(
     record(61, fault=f"{first} pauses at {step}, {second} runs", landed=1, code="0 or 4")
 
 
+AFTER = ("status", "label", "retry", "filter", "publish", "validate", "clean")
+
+
+@pytest.mark.parametrize(
+    ("first", "step"),
+    [
+        ("clean", "disk.deleting@2"),
+        *(pytest.param("clean", step, marks=pytest.mark.faults) for step in STEPS["clean"]),
+        *(pytest.param("filter", step, marks=pytest.mark.faults) for step in PUBLISHING),
+        *(pytest.param("retry", step, marks=pytest.mark.faults) for step in STEPS["retry"]),
+    ],
+)
+def test_row_62_after_a_killed_command_every_other_may_be_called(
+    first: str, step: str, stages: dict[str, Race], tmp_path: Path, record: Record
+) -> None:
+    """In turn, and in turn from the last: no row is lost or old, and clean ends it."""
+    name, _, visit = step.partition("@")
+    stages["retried"].mend()
+    for number, order in enumerate((AFTER, AFTER[::-1])):
+        folder = tmp_path / str(number)
+        race = stages[START[first]].copied_to(Place(uri=str(folder / "out")), folder / "calls")
+        killed = race.start(*race.arguments(first), failpoint=f"{name}=kill@{visit or 1}")
+        assert killed.go_on() == -9
+        codes = {one: race.run(one) for one in order}
+        assert set(codes.values()) <= {0, 4, 6}, codes
+        assert race.run("publish") in (0, 4), codes
+        assert race.findings() == [], codes
+        mended = max(race.newest_generations().values()) > 0
+        assert race.rows() == stages["retried" if mended else "labelled"].rows(), codes
+        assert race.run("clean") == 0, codes
+    record(62, fault=f"{first} killed at {step}, then every command", landed=2, code="-9, then 0 or 4")
+
+
+def test_row_62_status_and_validate_while_clean_deletes(
+    stages: dict[str, Race], tmp_path: Path, record: Record
+) -> None:
+    race = stages["labelled"].copied_to(Place(uri=str(tmp_path / "out")), tmp_path / "calls")
+    cleaning = race.start(*race.arguments("clean"), failpoint="disk.deleting=stop@3", pause="wait")
+    assert cleaning.until_reached()
+    assert [race.run(name) for name in ("status", "validate", "clean")] == [0, 0, 4]
+    assert cleaning.go_on() == 0
+    assert race.findings() == []
+    record(62, fault="status, validate and clean while clean deletes", landed=1, code="0, 0, 4")
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("pause", ["stop", "wait"])
 @pytest.mark.parametrize("kind", ["local", "s3"])

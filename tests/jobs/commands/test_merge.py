@@ -115,6 +115,23 @@ def test_an_output_named_without_merge_is_wrong_usage(tmp_path: Path) -> None:
     assert "wanted --output OUTPUT" in err
 
 
+def test_merged_tables_without_a_manifest_get_one_from_their_parts(tmp_path: Path) -> None:
+    outputs = [drop(tmp_path / str(n), *(image(f"{n}-{k}", 10 * n + k) for k in range(5))) for n in range(2)]
+    merge(tmp_path / "all", *outputs)
+    (tmp_path / "all" / "manifest.json").write_text("{")
+    code, _, err = run("validate", "--output", str(tmp_path / "all"))
+    assert code == 6
+    assert "`hqlabel publish` makes it again" in err
+    code, _, err = run("publish", "--output", str(tmp_path / "all"))
+    assert code == 0, err
+    code, _, err = run("validate", "--output", str(tmp_path / "all"))
+    assert code == 0, err
+    (tmp_path / "all" / "instances" / "part-00000.parquet").unlink()
+    code, _, err = run("publish", "--output", str(tmp_path / "all"))
+    assert code == 6
+    assert "merge the outputs again into another folder" in err
+
+
 def test_a_merged_output_cannot_be_marked_anew(tmp_path: Path) -> None:
     outputs = [drop(tmp_path / str(n), image(f"{n}", n)) for n in range(2)]
     merge(tmp_path / "all", *outputs)
