@@ -40,6 +40,14 @@ def probe_dtype(device: str | torch.device) -> Dtype:
     return "float32"
 
 
+def device_kind(device: str | torch.device) -> str:
+    """Return what decides the last bits of sums besides the number format: a GPU's name, a CPU's vectors."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+
+
 def _cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     """Return what every core of this machine can do, by Linux's names; empty on other systems."""
     if not cpuinfo.exists():

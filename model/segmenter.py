@@ -20,7 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hqlabel.model.device import Dtype, HostThread, compile_calls, is_out_of_memory, use_full_precision
+from hqlabel.model.device import (
+    Dtype,
+    HostThread,
+    compile_calls,
+    device_kind,
+    is_out_of_memory,
+    use_full_precision,
+)
 from hqlabel.model.masks import TracedMasks, trace_masks
 from hqlabel.model.prompt_encoder import box_rows, check_prompts, mask_to_prompt
 from hqlabel.model.records import (
@@ -97,6 +104,11 @@ class Segmenter:
         if compiled:
             compile_calls(self.model, call_shape, self.model.tokens_needed(multimask, hq_token_only))
         self._host_thread = HostThread(own_thread=on_gpu)
+
+    @property
+    def device_kind(self) -> str:
+        """The kind of device, as the footers of what it makes state it; see `model.device.device_kind`."""
+        return device_kind(self.device)
 
     @property
     def input_side(self) -> int:

@@ -125,3 +125,5 @@ class UnitOutcome:
     """Images of a unit that was begun at least once before without a commit, so done again."""
     failed_by_code: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    device: str = ""
+    """The kind of device that made it; empty where that is not known."""

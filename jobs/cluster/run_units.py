@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING
 from hqlabel.jobs.cluster.ray_session import Machine
 from hqlabel.jobs.job_setup.open_job import code_version
 from hqlabel.jobs.load_config import CONFIG_KEY, Config, to_yaml
+from hqlabel.jobs.terminal import console
 from hqlabel.jobs.terminal.progress import CallCounts, Progress, choose_mode
 from hqlabel.jobs.terminal.signals import Interrupted, Interrupts
 from hqlabel.pipeline.errors import SystemicFault
-from hqlabel.pipeline.job_context import JobContext
+from hqlabel.pipeline.job_context import JobContext, UnitOutcome
 from hqlabel.pipeline.job_state.driver_lock import Owner
 from hqlabel.pipeline.job_state.job_file import Job
 from hqlabel.pipeline.storage.output_store import NotFound, Store
+from hqlabel.pipeline.tables.lineage import devices_of
+from hqlabel.pipeline.tables.unit_files import list_committed, read_committed
 
 if TYPE_CHECKING:
     from hqlabel.pipeline.ray_execution.chain import Retry
@@ -61,10 +64,11 @@ def run_pending(
     from hqlabel.pipeline.ray_execution.chain import Retry  # imports Ray, which must be configured before
 
     retry = None if generations is None else Retry(generations=generations, codes=codes)
+    earlier = _Devices(work.store)
     with _new_progress(work, total_images=total_images, done_images=done_images) as progress:
         units = list(pending())
         while units:
-            _run_pass(work, units, progress, retry)
+            _run_pass(work, units, progress, earlier, retry)
             before, units = units, list(pending())
             if len(units) >= len(before):
                 raise SystemicFault(
@@ -75,15 +79,43 @@ def run_pending(
     return progress.counts()
 
 
-def _run_pass(work: Work, units: Sequence[int], progress: Progress, retry: Retry | None) -> None:
+class _Devices:
+    """The kinds of device that made the units so far, by a few of them; says once when another one works.
+
+    The kind is no part of a job's identity: clusters are mixed, and a job may go on elsewhere.
+    """
+
+    def __init__(self, store: Store) -> None:
+        committed = list(list_committed(store).values())
+        some = [committed[at] for at in {0, len(committed) // 2, len(committed) - 1}] if committed else []
+        self._known = {kind for unit in some for kind in devices_of(read_committed(store, unit))}
+        self._said = not self._known
+
+    def see(self, outcome: UnitOutcome) -> None:
+        if self._said or not outcome.device or outcome.device in self._known:
+            return
+        self._said = True
+        console.say(
+            f"warning: units are made on {outcome.device} now, earlier ones on "
+            f"{', '.join(sorted(self._known))}: masks may differ in bytes, not in meaning"
+        )
+
+
+def _run_pass(
+    work: Work, units: Sequence[int], progress: Progress, earlier: _Devices, retry: Retry | None
+) -> None:
     from hqlabel.pipeline.ray_execution.chain import run_units
+
+    def see(outcome: UnitOutcome) -> None:
+        earlier.see(outcome)
+        progress.add(outcome)
 
     run_units(
         units,
         working_context(work.job.context, work.machine.device()),
         work.config.cluster,
         epoch=work.owner.number,
-        on_outcome=progress.add,
+        on_outcome=see,
         should_stop=lambda: work.interrupts.should_stop() or work.owner.lost.is_set(),
         retry=retry,
     )

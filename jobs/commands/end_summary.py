@@ -109,6 +109,9 @@ def describe_counts(manifest: Manifest) -> list[tuple[str, str]]:
     rejected = dict(counts.rejected)
     if crowds := rejected.pop("crowd", 0):
         rows.append(("", input_report.crowd_sentence(crowds)))
+    if len(counts.devices) > 1:
+        kinds = ", ".join(f"{kind} {number:,}" for kind, number in counts.devices.items())
+        rows.append(("devices", f"{kinds}: units by the kind that made them"))
     if rejected:
         worst = sorted(rejected.items(), key=lambda item: -item[1])
         rows.append(("", "not accepted: " + ", ".join(f"{name} {number:,}" for name, number in worst)))

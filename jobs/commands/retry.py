@@ -62,7 +62,8 @@ def run(given: ConfigSources, options: RetryOptions, interrupts: Interrupts) -> 
     """Do the failed images again, publish, and return the exit code."""
     began = time.monotonic()
     _check_codes(options.codes)
-    saved = _with_settings(open_saved(given, "retry", USES))
+    opened = open_saved(given, "retry", USES)
+    saved = _with_settings(opened)
     with Machine(saved.config, interrupts) as machine, contextlib.ExitStack() as stack:
         lock = stack.enter_context(JobLock(saved.store, interrupts))
         lock.take()  # first, or another may do meanwhile what is found to be done
@@ -74,8 +75,9 @@ def run(given: ConfigSources, options: RetryOptions, interrupts: Interrupts) -> 
         what = " or ".join(options.codes) or "any code"
         console.say(f"{saved.store.place.uri}: {count(images, 'image')} failed with {what}")
         counts = _redo(saved, targets, machine, lock, options, interrupts) if targets else CallCounts()
+        # As the job has it: the limits of this call are of the rows done again, whose footers state them.
         manifest = publish(
-            saved.store, saved.job, saved.config.filter, require_owner=lock.require, mapper=machine.map_parts
+            saved.store, opened.job, saved.config.filter, require_owner=lock.require, mapper=machine.map_parts
         )
         picture = write_contact_sheet(saved.store, saved.job, manifest, again=counts.units > 0)
         if targets:

@@ -106,6 +106,9 @@ def _rows(job: Job, found: JobStatus) -> list[tuple[str, str]]:
         )
         rows.append(("status", by_status + partly))
         rows.append(("boxes", f"{counts.boxes:,} given, {console.with_a_mask(counts.masks, counts.empty)}"))
+    if counts.devices:
+        kinds = ", ".join(f"{kind} {number:,}" for kind, number in counts.devices.items())
+        rows.append(("devices", f"{kinds} (units by the kind that made them)"))
     for code, number in sorted(counts.failed.items(), key=lambda item: -item[1]):
         rows.append(("failed", f"{code} {number:,}"))
     if over := _over_budget(job, found):
@@ -152,6 +155,7 @@ def _as_json(store: Store, job: Job, found: JobStatus) -> dict[str, Any]:
             "done": found.units_done,
             "counted": found.units_counted,
             "published": found.units_published,
+            "by_device": found.counts.devices,
         },
         "images_per_s": found.images_per_s,
         "eta_s": found.eta_s,

@@ -192,6 +192,7 @@ def _facts(saved: SavedJob, manifest: Manifest) -> list[tuple[str, str]]:
     if manifest.filters.nms_mode == "none":
         set_filters = {k: v for k, v in set_filters.items() if not k.startswith("nms_")}
     filters = ", ".join(f"{name} {value}" for name, value in set_filters.items())
+    devices = ", ".join(f"{kind}: {n:,} units" for kind, n in manifest.counts.devices.items())
     facts = [
         ("run", f"{manifest.run_id}, begun {saved.job.created_at}, {manifest.state}"),
         ("model", f"{weights.architecture}, {context.model.dtype}, weights sha256 {weights.sha256[:16]}…"),
@@ -200,6 +201,7 @@ def _facts(saved: SavedJob, manifest: Manifest) -> list[tuple[str, str]]:
         *describe_detector(context),
         ("filters", filters or "none"),
         ("code", lineage.get("code_version", context.lineage.get("code_version", "unknown"))),
+        ("devices", devices or "unknown"),
         ("plan", f"sha256 {manifest.plan_sha256[:16]}…"),
         ("made again by", command),
     ]

@@ -24,11 +24,13 @@ from hqlabel.pipeline.stages.crash_log import Restart, TaskStart
 from hqlabel.pipeline.stages.detect import ModelRecord
 from hqlabel.pipeline.stages.prompt_groups import with_boxes
 from hqlabel.pipeline.stages.rows_between_stages import UnitRow
+from hqlabel.pipeline.storage import checksummed_parquet
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.storage.request_retries import shown_uri
+from hqlabel.pipeline.tables.lineage import redone_footer
 from hqlabel.pipeline.tables.unit_checks import check_against_plan
 from hqlabel.pipeline.tables.unit_files import (
-    encode_unit,
+    footer,
     outcome_of,
     put_unit,
     read_generation,
@@ -70,11 +72,14 @@ def _commit(unit: UnitRow, context: JobContext, store: Store, restart: Restart |
         start.end()
     mine = planned if unit.redo_codes is None else _rows_of(images, planned)
     table = _table_of_all(images, mine, context)
+    lineage = footer(context, unit.device)
     if unit.redo_codes is not None:
-        table = replace_rows(read_generation(store, unit.unit_id, unit.generation - 1), table)
+        before = read_generation(store, unit.unit_id, unit.generation - 1)
+        lineage = redone_footer(before, lineage, generation=unit.generation, images=table.num_rows)
+        table = replace_rows(before, table)
         visit("retry.replaced")
         check_against_plan(table, planned, detected=context.detector is not None)
-    body = encode_unit(table, context)
+    body = checksummed_parquet.write_body(table, lineage)
     visit("unit.built")
     created = put_unit(store, unit.unit_id, unit.generation, body)
     seconds = unit.seconds + time.monotonic() - began
@@ -82,7 +87,8 @@ def _commit(unit: UnitRow, context: JobContext, store: Store, restart: Restart |
         table, unit.unit_id, unit.generation, size=len(body), created=created, seconds=seconds
     )
     _log(outcome, table, context)
-    return replace(outcome, begun_before=sum(image.attempts > 1 for image in unit.images))
+    begun_before = sum(image.attempts > 1 for image in unit.images)
+    return replace(outcome, begun_before=begun_before, device=unit.device)
 
 
 # ---------------------------------------------------------------------------------------------

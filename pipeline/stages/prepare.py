@@ -25,6 +25,7 @@ from hqlabel.pipeline.stages.fault_window import Tried, stop_if_most_images_fail
 from hqlabel.pipeline.stages.prompt_groups import with_boxes
 from hqlabel.pipeline.stages.rows_between_stages import PixelArena, UnitRow
 from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.storage.uri_rules import check_uri
 from hqlabel.pipeline.tables.unit_files import read_generation
 from hqlabel.pipeline.worker.image_guard import charge
 from hqlabel.pipeline.worker.process_env import refuse_unsafe_env
@@ -81,7 +82,18 @@ def planned_rows(unit: UnitRow, context: JobContext, store: Store) -> list[dict[
     before = read_generation(store, unit.unit_id, unit.generation - 1)
     codes = dict(zip(before["image_id"].to_pylist(), before["error_code"].to_pylist(), strict=True))
     redone = unit.redo_codes or set(codes.values()) - {None}
-    return [row for row in rows if codes[row["image_id"]] in redone]
+    return [_judged_anew(row, context) for row in rows if codes[row["image_id"]] in redone]
+
+
+def _judged_anew(row: dict[str, Any], context: JobContext) -> dict[str, Any]:
+    """Return a planned row; of one that planning refused for its uri, only if this call's rights do too."""
+    if row["error_code"] != "uri_refused":
+        return row
+    try:
+        check_uri(row["image_uri"], context.access)
+    except ImageError:
+        return row
+    return {**row, "error_code": None, "error_message": None}
 
 
 def needs_pixels(planned: Mapping[str, Any], *, detected: bool = False) -> bool:

@@ -42,6 +42,7 @@ class UnitRow:
 
     `redo_codes`: None for a whole unit. In a retry, the error codes whose images are done again (empty:
     all failed ones); `images` then holds those alone. `seconds`: what the stages so far have taken.
+    `device`: the kind of device that the model ran on.
     `fault`: a systemic fault met on the way, as a value, because Ray rewrites exceptions; no images then.
     """
 
@@ -49,6 +50,7 @@ class UnitRow:
     generation: int = 0
     redo_codes: tuple[str, ...] | None = None
     seconds: float = 0.0
+    device: str = ""
     fault: SystemicFault | None = None
     images: tuple[ImageResult, ...] = ()
 

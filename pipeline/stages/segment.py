@@ -156,7 +156,9 @@ class SegmentWorker:
         except SystemicFault as fault:
             return replace(unit, fault=fault, images=())
         images = tuple(replace(image, pixels_hwc=None, detector_pixels_hwc=None) for image in images)
-        return replace(unit, images=images, seconds=unit.seconds + time.monotonic() - began)
+        seconds = unit.seconds + time.monotonic() - began
+        # A stub of tests states no kind.
+        return replace(unit, images=images, seconds=seconds, device=getattr(self._model, "device_kind", ""))
 
     def _segment(self, unit: UnitRow) -> tuple[ImageResult, ...]:
         start = self._crash_log.note_start(unit.unit_id, unit.generation)

@@ -126,10 +126,18 @@ def check_seal(body: bytes, name: str) -> None:
     raise DamageFound(f"{name}: the file's sha256 is not the one in its footer; some bytes were changed")
 
 
-def read_body(body: bytes, schema: pa.Schema, name: str, *, or_schema: pa.Schema | None = None) -> pa.Table:
-    """Return all rows of a file, seal and page checksums verified, with exactly `schema`, no footer metadata.
+def read_body(
+    body: bytes,
+    schema: pa.Schema,
+    name: str,
+    *,
+    or_schema: pa.Schema | None = None,
+    with_footer: bool = False,
+) -> pa.Table:
+    """Return all rows of a file, seal and page checksums verified, with exactly `schema`.
 
-    `or_schema`: of an earlier version, as which the rows may come as well.
+    `or_schema`: of an earlier version, as which the rows may come as well. `with_footer`: the footer's
+    entries are the table's metadata, which else has none.
 
     Raises:
         DamageFound: with `name` and what is wrong.
@@ -137,7 +145,7 @@ def read_body(body: bytes, schema: pa.Schema, name: str, *, or_schema: pa.Schema
     check_seal(body, name)
     with open_body(pa.BufferReader(body), schema, name, or_schema=or_schema) as file:
         try:
-            table = file.read().replace_schema_metadata()
+            table = file.read().replace_schema_metadata(file.metadata.metadata if with_footer else None)
             table.validate(full=True)
         except (OSError, pa.ArrowException) as error:
             raise DamageFound(f"{name}: rows cannot be read back ({_one_line(error)})") from error

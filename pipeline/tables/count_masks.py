@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hqlabel.pipeline.tables.lineage import devices_of
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
     """Sums over images. `boxes`: given. `masks`: boxes with a mask of at least one pixel. `empty`: boxes
     whose mask has none. `status`, `failed`: images by status and error code. `rejected`: boxes by reason; all
-    that lost to a better mask are `nms`.
+    that lost to a better mask are `nms`. `devices`: units by the kinds of device that made rows of them.
     """
 
     images: int = 0
@@ -26,6 +28,7 @@ class Counts:
     failed: Mapping[str, int] = field(default_factory=dict)
     rejected: Mapping[str, int] = field(default_factory=dict)
     empty: int = 0
+    devices: Mapping[str, int] = field(default_factory=dict)
 
 
 def add_counts(many: Sequence[Counts]) -> Counts:
@@ -46,6 +49,7 @@ def add_counts(many: Sequence[Counts]) -> Counts:
         failed=by_name("failed"),
         rejected=by_name("rejected"),
         empty=sum(one.empty for one in many),
+        devices=by_name("devices"),
     )
 
 
@@ -64,7 +68,8 @@ def count_masks(images: pa.Table, areas: pa.Array) -> Counts:
 
 def count_unit(table: pa.Table) -> Counts:
     """Return the counts of a unit's table (schema.UNIT)."""
-    return count_masks(table, table["instances"].combine_chunks().flatten().field("area"))
+    counts = count_masks(table, table["instances"].combine_chunks().flatten().field("area"))
+    return dataclasses.replace(counts, devices=dict.fromkeys(devices_of(table), 1))
 
 
 def counts_of(images: pa.Table, instances: pa.Table) -> Counts:

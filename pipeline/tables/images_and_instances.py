@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from hqlabel.pipeline import schema
 from hqlabel.pipeline.settings import FilterSettings
 from hqlabel.pipeline.tables.count_masks import Counts, counts_of
+from hqlabel.pipeline.tables.lineage import devices_of
 from hqlabel.pipeline.tables.mask_quality import mark
 
 
@@ -44,7 +45,8 @@ def flatten_unit(table: pa.Table, filters: FilterSettings) -> FlatUnit:
     )
     has_mask = np.asarray(pc.fill_null(pc.greater(fields["area"], 0), False), dtype=np.bool_)
     images = _image_rows(table, image_row, has_mask, np.asarray(accepted, dtype=np.bool_))
-    return FlatUnit(images=images, instances=instances, counts=counts_of(images, instances))
+    counts = replace(counts_of(images, instances), devices=dict.fromkeys(devices_of(table), 1))
+    return FlatUnit(images=images, instances=instances, counts=counts)
 
 
 def _image_rows(

@@ -64,8 +64,11 @@ def list_generations(store: Store) -> list[CommittedUnit]:
     ]
 
 
-def footer(context: JobContext) -> dict[str, str]:
-    """Return the lineage that every Parquet file of a job carries, keys without the `hqlabel.` prefix."""
+def footer(context: JobContext, device: str = "") -> dict[str, str]:
+    """Return the lineage that every Parquet file of a job carries, keys without the `hqlabel.` prefix.
+
+    `device`: the kind of device that made it, where that is one.
+    """
     masks = context.model.mask_settings()
     masks |= {"compiled": masks.pop("compile"), "draft_jpeg": context.draft_jpeg}
     entries = {
@@ -83,8 +86,10 @@ def footer(context: JobContext) -> dict[str, str]:
         "rle": "COCO compressed, column-major, size is [height, width]",
         "bbox_format": "xywh, absolute upright pixels",
         **_box_lineage(context),
+        "limits": json.dumps(context.limits.identity()),
         "note": context.weights.note or "",
         **context.lineage,
+        **({"device": device} if device else {}),
     }
     return {name: str(value) for name, value in sorted(entries.items())}
 
@@ -132,9 +137,12 @@ def put_unit(store: Store, unit_id: int, generation: int, body: bytes) -> bool:
 
 
 def read_committed(store: Store, unit: CommittedUnit) -> pa.Table:
-    """Return the unit's rows: seal, page checksums, whole schema verified; DamageFound with unit and file."""
+    """Return the unit's rows: seal, page checksums, whole schema verified; DamageFound with unit and file.
+
+    Its footer is the metadata of the table: see `footer_of`.
+    """
     return checksummed_parquet.read_body(
-        store.read(unit.key), schema.UNIT, f"unit {unit.unit_id} ({unit.key})"
+        store.read(unit.key), schema.UNIT, f"unit {unit.unit_id} ({unit.key})", with_footer=True
     )
 
 
@@ -154,7 +162,7 @@ def replace_rows(table: pa.Table, redone: pa.Table) -> pa.Table:
     unknown = set(place) - set(table["image_id"].to_pylist())
     if unknown:
         raise ValueError(f"redone images that are not of this unit: {sorted(unknown)[:3]!a}")
-    both = pa.concat_tables([table, redone])
+    both = pa.concat_tables([one.replace_schema_metadata() for one in (table, redone)])
     ids = table["image_id"].to_pylist()
     rows = [table.num_rows + place[i] if i in place else row for row, i in enumerate(ids)]
     return both.take(pa.array(rows, pa.int64())).combine_chunks()
