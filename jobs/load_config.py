@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import reprlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from hqlabel.pipeline.settings import (
     OutputSettings,
     Section,
 )
-from hqlabel.pipeline.storage.uri_rules import without_credentials
+from hqlabel.pipeline.storage.uri_rules import masked
 
 CONFIG_KEY = "config.yaml"
 MOST_CHARS = 2**18
@@ -81,7 +80,8 @@ class ConfigSources:
         for name, value in map(parse_set, self.sets):
             if flags.get(name, value) != value:
                 raise UsageError(
-                    f"--set {name}={value} contradicts the flag that gives {flags[name]!r}; keep one"
+                    f"--set {name}={masked(str(value)[:200])} contradicts the flag that gives "
+                    f"{_short(flags[name])}; keep one"
                 )
             _put(tree, name, value, origin="--set")
         try:
@@ -184,7 +184,7 @@ def _put(tree: dict[str, Any], name: str, value: Any, *, origin: str) -> None:
         if inner is None:
             inner = tree[folder] = {}
         if not isinstance(inner, dict):
-            raise UsageError(f"{origin}: {name} cannot be set, because {folder} is the value {inner!r}")
+            raise UsageError(f"{origin}: {name} cannot be set, because {folder} is a plain value")
         tree = inner
     tree[leaf] = value
 
@@ -197,7 +197,8 @@ def _explain(error: ValidationError) -> str:
             near = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.6)
             lines.append(f"{name}: no such name" + (f"; did you mean {near[0]}?" if near else ""))
         else:
-            found = "" if item["type"] == "value_error" else f" (found {_short(item['input'])})"
+            hidden = item["type"] == "value_error" or item["loc"][0] in _MAY_BE_SECRET
+            found = "" if hidden else f" (found {_short(item['input'])})"
             wanted = _SECTION if item["type"] == "model_type" else item["msg"]
             lines.append(f"{name}: {wanted.removeprefix('Value error, ')}{found}")
     more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
@@ -206,11 +207,15 @@ def _explain(error: ValidationError) -> str:
 
 def _short(value: Any) -> str:
     """Return a value as a message repeats it: bounded, and without a credential."""
-    return without_credentials(reprlib.repr(value))
+    return masked(repr(value)[:200])
 
 
 def _one_line(error: yaml.YAMLError) -> str:
-    return clean_text(" ".join(str(error)[:1000].split()))
+    """Return what is wrong and where, without the text around it, which may hold a secret."""
+    mark = getattr(error, "problem_mark", None)
+    where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+    problem = " ".join(str(getattr(error, "problem", None) or "cannot be parsed").split())
+    return clean_text(problem[:300] + where)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -248,4 +253,6 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 _SHOWN = 10
+_MAY_BE_SECRET = ("storage", "detector")
+"""Sections with options of any name, whose values no message repeats."""
 _SECTION = "wanted a section of `name: value` lines"

@@ -81,6 +81,20 @@ class JobDetector(DetectorSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlierPlan:
+    """A plan that the job had before its inputs changed: units of it hold rows that are still true.
+
+    Its units are `units` many; their files have generations from `first_generation` to `stop_generation`,
+    end-exclusive.
+    """
+
+    plan_sha256: str
+    units: int
+    first_generation: int
+    stop_generation: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobContext:
     """All that a worker needs to do any unit of a job; kept in job.json, handed to every stage."""
 
@@ -100,6 +114,10 @@ class JobContext:
     """As read from job.json it is for reports only: what a worker loads comes from this process."""
     lineage: Mapping[str, str] = field(default_factory=dict)
     """Footer entries beyond the fixed ones, already strings; keys without the `hqlabel.` prefix."""
+    first_generation: int = 0
+    """Generations of unit files from here on are of this plan; lower ones of the plans before."""
+    earlier: tuple[EarlierPlan, ...] = ()
+    """The plans before, newest first."""
     segmenter: str = "hqlabel.pipeline.stages.load_model:load_segmenter"
     """`module:function` that makes a worker's segmenter from (context, use_gpu). Tests and benchmarks put a
     stub here. It names code that is run: it comes from this process, never from a file of the output."""

@@ -95,13 +95,13 @@ def end_interrupted() -> None:
 def _explain(error: HqlabelError, verbose: bool) -> int:
     interrupts.wait_if_ending()
     if verbose:
-        traceback.print_exception(error)
+        console.say("".join(traceback.format_exception(error)).rstrip())
     console.say_error(error)
     return error.exit_code
 
 
 def _report_bug(error: Exception) -> int:
     interrupts.wait_if_ending()
-    traceback.print_exception(error)
+    console.say("".join(traceback.format_exception(error)).rstrip())
     console.say("hqlabel: this is a bug in hqlabel; what is committed is safe. Please report the lines above")
     return EXIT_BUG

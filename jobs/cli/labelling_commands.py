@@ -26,6 +26,7 @@ def label(
     ctx: typer.Context,
     slice_: options.Slice = None,
     check_inputs: options.CheckInputs = False,
+    accept_changed_inputs: options.AcceptChangedInputs = False,
     no_progress: options.NoProgress = False,
 ) -> int:
     """Make masks for boxes; run it again to resume after any end.
@@ -40,9 +41,17 @@ def label(
     from hqlabel.jobs.job_setup.driver_slice import parse_slice
 
     part = parse_slice(slice_)  # before the slow imports below
+    if accept_changed_inputs and slice_ is not None:
+        raise UsageError("--accept-changed-inputs changes the plan of all slices: give it without --slice")
     from hqlabel.jobs.commands.label import LabelOptions, run
 
-    chosen = LabelOptions(part=part, check_inputs=check_inputs, progress=not no_progress, json=json)
+    chosen = LabelOptions(
+        part=part,
+        check_inputs=check_inputs or accept_changed_inputs,
+        accept_changed_inputs=accept_changed_inputs,
+        progress=not no_progress,
+        json=json,
+    )
     return run(settings, chosen, interrupts)
 
 

@@ -205,6 +205,14 @@ CheckInputs = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
+AcceptChangedInputs = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changed-inputs",
+        help="When boxes or images changed: keep the rows of unchanged images, do changed and new ones.",
+        rich_help_panel=_RUN,
+    ),
+]
 Where = Annotated[
     str | None,
     typer.Option(

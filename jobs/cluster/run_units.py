@@ -64,7 +64,7 @@ def run_pending(
     from hqlabel.pipeline.ray_execution.chain import Retry  # imports Ray, which must be configured before
 
     retry = None if generations is None else Retry(generations=generations, codes=codes)
-    earlier = _Devices(work.store)
+    earlier = _Devices(work.store, work.job)
     with _new_progress(work, total_images=total_images, done_images=done_images) as progress:
         units = list(pending())
         while units:
@@ -85,8 +85,8 @@ class _Devices:
     The kind is no part of a job's identity: clusters are mixed, and a job may go on elsewhere.
     """
 
-    def __init__(self, store: Store) -> None:
-        committed = list(list_committed(store).values())
+    def __init__(self, store: Store, job: Job) -> None:
+        committed = list(list_committed(store, job.context.first_generation).values())
         some = [committed[at] for at in {0, len(committed) // 2, len(committed) - 1}] if committed else []
         self._known = {kind for unit in some for kind in devices_of(read_committed(store, unit))}
         self._said = not self._known

@@ -17,11 +17,12 @@ from hqlabel.pipeline.tables.manifest import look_for_manifest
 
 def run(given: ConfigSources, interrupts: Interrupts, *, sure: bool, json: bool) -> int:
     """Delete, or without `sure` only report what would go, and return 0."""
-    store = open_saved(given, "clean", STORE).store
+    saved = open_saved(given, "clean", STORE)
+    store, first = saved.store, saved.job.context.first_generation
     if not sure:
         return _report_candidates(store, json=json)
     with JobLock(store, interrupts) as lock:
-        done = clean(store, require_owner=lock.require)
+        done = clean(store, require_owner=lock.require, first_generation=first)
     console.say(
         f"{store.place.uri}: {count(done.files, 'file')} removed ({console.size(done.bytes)}), "
         f"{count(done.uploads, 'unfinished upload')} dropped; the tables are as they were"

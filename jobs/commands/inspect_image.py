@@ -19,6 +19,7 @@ from hqlabel.jobs.terminal import console
 from hqlabel.pipeline.errors import HqlabelError, UsageError
 from hqlabel.pipeline.job_state.plan_files import iter_plan
 from hqlabel.pipeline.settings import FilterSettings
+from hqlabel.pipeline.storage.uri_rules import masked
 from hqlabel.pipeline.tables.images_and_instances import flatten_unit
 from hqlabel.pipeline.tables.manifest import read_manifest
 from hqlabel.pipeline.tables.unit_files import list_committed, read_committed
@@ -72,7 +73,7 @@ def _find(saved: SavedJob, image_id: str) -> ImageRows:
 
 
 def _from_unit(saved: SavedJob, unit_id: int, image_id: str) -> ImageRows:
-    committed = list_committed(saved.store)
+    committed = list_committed(saved.store, saved.job.context.first_generation)
     if unit_id not in committed:
         raise UsageError(f"{image_id!a} is planned (unit {unit_id}) and not labelled yet; see hqlabel status")
     flat = flatten_unit(read_committed(saved.store, committed[unit_id]), FilterSettings())
@@ -116,7 +117,7 @@ def _image_lines(rows: ImageRows) -> list[tuple[str, str]]:
     turned = image["exif_orientation"] not in (None, 1)
     lines = [
         ("image_id", console.shown(image["image_id"], 200)),
-        ("image_uri", console.shown(image["image_uri"], 200)),
+        ("image_uri", masked(console.shown(image["image_uri"], 200))),
         ("status", image["status"]),
         ("size", size + (f" (EXIF orientation {image['exif_orientation']})" if turned else "")),
         ("boxes", boxes),

@@ -25,10 +25,11 @@ from hqlabel.jobs.results.render_images import write_contact_sheet
 from hqlabel.jobs.terminal import console, input_report
 from hqlabel.jobs.terminal.progress import CallCounts
 from hqlabel.jobs.terminal.signals import Interrupts
-from hqlabel.pipeline.errors import UsageError
-from hqlabel.pipeline.job_state.job_file import Job, read_job
+from hqlabel.pipeline.errors import JobRefused, UsageError
+from hqlabel.pipeline.job_state.job_file import Job, read_job, require_job
 from hqlabel.pipeline.planning.make_plan import Plan, write_plan
 from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables.changed_inputs import take_over
 from hqlabel.pipeline.tables.manifest import read_manifest
 from hqlabel.pipeline.tables.publish_tables import publish
 from hqlabel.pipeline.tables.published_parts import finished_units
@@ -41,6 +42,7 @@ class LabelOptions:
 
     part: Slice = WHOLE
     check_inputs: bool = False
+    accept_changed_inputs: bool = False
     progress: bool = True
     json: bool = False
 
@@ -52,12 +54,18 @@ def run(config: Config, options: LabelOptions, interrupts: Interrupts) -> int:
     with Machine(config, interrupts) as machine, contextlib.ExitStack() as stack:
         machine.check()
         opened = open_or_create(
-            config, check_inputs=options.check_inputs, probe_dtype=machine.native_dtype, device=machine.device
+            config,
+            check_inputs=options.check_inputs,
+            probe_dtype=machine.native_dtype,
+            device=machine.device,
+            accept_changed_inputs=options.accept_changed_inputs,
         )
         store, job = opened.store, opened.job
         pending = pending_units(store, job, options.part)
         _report_understood(config, opened, machine, options.part, mine=len(pending))
         job_lock = slice_lock = stack.enter_context(JobLock(store, interrupts))
+        if opened.taken_over is not None:
+            _take_over(opened, job_lock)
         if options.part != WHOLE:
             slice_lock = stack.enter_context(JobLock(store, interrupts, options.part))
         counts = CallCounts()
@@ -94,7 +102,8 @@ def run(config: Config, options: LabelOptions, interrupts: Interrupts) -> int:
 
 def pending_units(store: Store, job: Job, part: Slice) -> list[int]:
     """Return the units of this slice that are not committed, by what the store lists now."""
-    done = finished_units(store, list(list_committed(store)), read_manifest(store))
+    committed = list_committed(store, job.context.first_generation)
+    done = finished_units(store, list(committed), read_manifest(store))
     return [unit for unit in part.units(job.units) if unit not in done]
 
 
@@ -115,6 +124,8 @@ def _refuse_missing_inputs(config: Config) -> None:
 def _report_understood(config: Config, opened: Opened, machine: Machine, part: Slice, *, mine: int) -> None:
     job = opened.job
     left = mine if part == WHOLE else len(pending_units(opened.store, job, WHOLE))
+    if opened.taken_over is not None:
+        console.say(f"the inputs changed: {opened.taken_over.changes}; what is done keeps its rows")
     word = "going on with the job in" if opened.resumed else "new job in"
     console.say(f"hqlabel {code_version()}: {word} {opened.store.place.uri}")
     work = input_report.describe_work(job, done_units=job.units - left, pending_units=mine, part=part.text)
@@ -128,6 +139,23 @@ def _report_understood(config: Config, opened: Opened, machine: Machine, part: S
     console.say(console.pairs(rows))
     for line in input_report.warnings(opened.config, job.plan):
         console.say(line)
+
+
+def _take_over(opened: Opened, lock: JobLock) -> None:
+    """Put the job of the changed inputs in the place of the one that is there.
+
+    Raises:
+        JobRefused: another driver is at work, or the job there is another by now.
+    """
+    assert opened.taken_over is not None, "the caller asks"
+    assert opened.plan is not None, "it was planned anew"
+    lock.require("the change of inputs")
+    before, now = opened.taken_over.before, require_job(opened.store)
+    if (now.identity, now.context.run_id) != (before.identity, before.context.run_id):
+        raise JobRefused(f"{opened.store.place.uri}: the job there was changed meanwhile; start again")
+    write_plan(opened.store, opened.plan)
+    lock.require("the change of inputs")
+    take_over(opened.store, before, opened.job)
 
 
 def _label_pending(work: Work, plan: Plan | None, part: Slice, pending: list[int]) -> CallCounts:

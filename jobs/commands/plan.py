@@ -83,7 +83,8 @@ def _done(config: Config, plan: Plan) -> int:
             f"({count(job.plan['images'], 'image')}, "
             f"{count(job.plan['boxes'], 'box', 'boxes')}); these inputs need another output"
         )
-    return len(finished_units(store, list(list_committed(store)), read_manifest(store)))
+    committed = list_committed(store, job.context.first_generation)
+    return len(finished_units(store, list(committed), read_manifest(store)))
 
 
 def _rows(

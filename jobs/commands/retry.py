@@ -106,7 +106,7 @@ def find_targets(store: Store, job: Job, codes: Sequence[str]) -> dict[int, _Tar
         raise JobRefused(
             f"{store.place.uri}: its working files were removed by clean, so it cannot be retried"
         )
-    committed = list_committed(store)
+    committed = list_committed(store, job.context.first_generation)
     if len(committed) < job.units:
         raise JobRefused(
             f"{store.place.uri}: {job.units - len(committed):,} of {count(job.units, 'unit')} are "
@@ -225,7 +225,7 @@ def _redo(
     generations = {unit_id: target.generation for unit_id, target in targets.items()}
 
     def pending() -> list[int]:
-        committed = list_committed(saved.store)
+        committed = list_committed(saved.store, saved.job.context.first_generation)
         return [unit for unit, generation in generations.items() if committed[unit].generation < generation]
 
     work = Work(

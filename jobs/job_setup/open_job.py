@@ -25,7 +25,15 @@ from hqlabel.model.records import MODEL_PROTOCOL
 from hqlabel.pipeline.errors import JobRefused, SystemicFault, UsageError
 from hqlabel.pipeline.inputs.open_inputs import allowed_access
 from hqlabel.pipeline.job_context import AccessRules, BoxRules, JobContext, JobDetector, Place, Weights
-from hqlabel.pipeline.job_state.job_file import Job, identity_of, open_job, read_job, units_per_part
+from hqlabel.pipeline.job_state.job_file import (
+    Difference,
+    Job,
+    identity_of,
+    open_job,
+    read_job,
+    units_per_part,
+    unlike_stored,
+)
 from hqlabel.pipeline.job_state.plan_files import UNITS_PER_FILE
 from hqlabel.pipeline.planning.make_plan import Plan, make_plan
 from hqlabel.pipeline.planning.preview import with_preview_warnings
@@ -33,16 +41,26 @@ from hqlabel.pipeline.settings import InputSettings
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.storage.read_objects import fingerprint
 from hqlabel.pipeline.storage.uri_rules import options_for
+from hqlabel.pipeline.tables.changed_inputs import Changes, compare, going_on
 
 _ELSEWHERE = ("limit", "box_format", "box_frame", "draft_jpeg")
 """Settings of the section `input` that other parts of the identity hold, as what they were resolved to."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class TakenOver:
+    """The job of which the inputs changed, and how."""
+
+    before: Job
+    changes: Changes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Opened:
     """A job that may be worked on. `plan`: as just made, None when the stored one is used.
 
-    `config`: with local places absolute. `resumed`: the output already held this job.
+    `config`: with local places absolute. `resumed`: the output already held this job. `taken_over`: it held
+    the job of an earlier plan, which this one is to take over before any work.
     """
 
     config: Config
@@ -50,22 +68,29 @@ class Opened:
     job: Job
     plan: Plan | None
     resumed: bool
+    taken_over: TakenOver | None = None
 
 
 def open_or_create(
-    config: Config, *, check_inputs: bool, probe_dtype: Callable[[], str], device: Callable[[], str]
+    config: Config,
+    *,
+    check_inputs: bool,
+    probe_dtype: Callable[[], str],
+    device: Callable[[], str],
+    accept_changed_inputs: bool = False,
 ) -> Opened:
     """Open the job that `config` describes in its output, or create it there.
 
     `probe_dtype`: the number format for `model.dtype=auto`; `device`: the kind that the call shape is chosen
-    for. Each is called at most once, for a new job.
+    for. Each is called at most once, for a new job. `accept_changed_inputs`: a job of which only the inputs
+    changed may be taken over.
 
     Raises:
         UsageError: a setting that is needed is missing.
         JobRefused: inputs or weights that cannot be used, or an output that belongs to something else.
     """
     with before_work():
-        return _open_or_create(config, check_inputs, probe_dtype, device)
+        return _open_or_create(config, check_inputs, probe_dtype, device, accept_changed_inputs)
 
 
 @contextlib.contextmanager
@@ -78,7 +103,11 @@ def before_work() -> Iterator[None]:
 
 
 def _open_or_create(
-    config: Config, check_inputs: bool, probe_dtype: Callable[[], str], device: Callable[[], str]
+    config: Config,
+    check_inputs: bool,
+    probe_dtype: Callable[[], str],
+    device: Callable[[], str],
+    accept_changed_inputs: bool,
 ) -> Opened:
     output = settings.output_place(config)
     access = allowed_access(config.input, settings.check_inputs(config))
@@ -107,8 +136,45 @@ def _open_or_create(
         assert stored is not None, "without a stored job a plan was made"
         job = _stored_job(stored, make_context, config, access)
     recorded = {} if stored is None else _kept_elsewhere(store, stored, config.input)
+    if stored is not None and _only_inputs_differ(unlike_stored(store, job, recorded)):
+        plan = plan or plan_inputs(config)
+        job = _planned_job(plan, make_context, config, detector)
+        unlike = unlike_stored(store, job, recorded)
+        if _only_inputs_differ(unlike):
+            changes = compare(store, stored, plan.table)
+            if not accept_changed_inputs:
+                raise JobRefused(_refusal(store, changes, unlike))
+            return Opened(
+                config=config,
+                store=store,
+                job=going_on(store, stored, job),
+                plan=plan,
+                resumed=True,
+                taken_over=TakenOver(before=stored, changes=changes),
+            )
     job = open_job(store, job, recorded=recorded)
     return Opened(config=config, store=store, job=job, plan=plan, resumed=stored is not None)
+
+
+def _only_inputs_differ(unlike: Sequence[Difference]) -> bool:
+    """Return whether a job differs from the stored one, and in nothing that decides all rows at once."""
+    rights = ("inputs.arguments.allow_roots", "inputs.arguments.allow_schemes")
+    inputs = [
+        one.name in ("plan_sha256", "limit") or one.name.startswith("inputs.")
+        for one in unlike
+        if not one.name.startswith(rights)
+    ]
+    return len(inputs) == len(unlike) > 0 and all(inputs)
+
+
+def _refusal(store: Store, changes: Changes, unlike: Sequence[Difference]) -> str:
+    names = ", ".join(one.name[:100] for one in unlike[:5])
+    return (
+        f"{store.place.uri}: the inputs are not those that the job there began with: {changes}; nothing was "
+        "changed. With --accept-changed-inputs the job goes on: unchanged images keep their rows, changed "
+        "and new ones are done, those that are gone leave the tables. Or choose another output folder. "
+        f"Unlike: {names}"
+    )
 
 
 def _kept_elsewhere(store: Store, stored: Job, now: InputSettings) -> dict[str, Any]:

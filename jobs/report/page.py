@@ -28,6 +28,7 @@ from hqlabel.jobs.terminal.input_report import describe_detector
 from hqlabel.pipeline.errors import count, stage_of
 from hqlabel.pipeline.storage.bounded_json import read_json
 from hqlabel.pipeline.storage.output_store import NotFound
+from hqlabel.pipeline.storage.uri_rules import masked
 from hqlabel.pipeline.tables.manifest import Manifest
 
 REPORT_KEY = "report/index.html"
@@ -74,7 +75,7 @@ def run(given: ConfigSources, *, to: str | None, as_json: bool) -> int:
     """Write the page into the output (report/index.html) or to a local file, and return 0."""
     saved = open_saved(given, "report", (*PICTURES, "cost"))
     manifest = require_published(saved.store)
-    body = page(saved, manifest).encode()
+    body = masked(page(saved, manifest)).encode()
     if to is None:
         saved.store.put(REPORT_KEY, body)
     else:

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hqlabel.pipeline.errors import HqlabelError, clean_text
+from hqlabel.pipeline.storage.uri_rules import masked
 
 _stdout_for_data: list[TextIO] = []  # the real one, while `sys.stdout` is something else
 
@@ -43,9 +44,10 @@ def stdout_for_data_alone() -> Iterator[None]:
 def say(text: str = "") -> None:
     """Write one line for users on stderr; a closed stderr is no reason to end a job.
 
-    Control characters are escaped, here and in `data`: a file's name may hold commands to a terminal.
+    Control characters are escaped, here and in `data`: a file's name may hold commands to a terminal. What
+    looks like a credential is replaced, whatever message it came with.
     """
-    _write(sys.stderr, visible(text))
+    _write(sys.stderr, masked(visible(text)))
 
 
 def say_error(error: HqlabelError) -> None:

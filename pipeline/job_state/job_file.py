@@ -21,7 +21,7 @@ from pydantic_core import from_json, to_jsonable_python
 
 from hqlabel.pipeline.errors import JobRefused, clean_text, count
 from hqlabel.pipeline.failpoints import visit
-from hqlabel.pipeline.job_context import AccessRules, BoxRules, JobContext, JobDetector, Weights
+from hqlabel.pipeline.job_context import AccessRules, BoxRules, EarlierPlan, JobContext, JobDetector, Weights
 from hqlabel.pipeline.schema import SCHEMA_VERSION
 from hqlabel.pipeline.settings import Limits, ModelSettings
 from hqlabel.pipeline.storage.bounded_json import MOST_BYTES, reason
@@ -177,16 +177,25 @@ def open_job(store: Store, job: Job, *, recorded: Mapping[str, Any] | None = Non
     stored = _read_json(store)
     if stored is None:
         _refuse_foreign_files(store)
-        body = _as_json(job)
+        body = job_body(job)
         if store.put_if_absent(JOB_KEY, body):
             visit("job.created")
             store.refuse_unconditional(JOB_KEY, body)
         stored = _parse_json(store.read(JOB_KEY), store)
     _refuse_other_job(store, _with_recorded(stored, recorded or {}, job), job)
-    context = replace(job.context, run_id=stored["context"]["run_id"])
+    kept = _context_of(stored["context"], store, job.context.access)
+    context = replace(
+        job.context, run_id=kept.run_id, first_generation=kept.first_generation, earlier=kept.earlier
+    )
     return replace(
         job, context=context, created_at=stored["created_at"], units_per_part=stored["units_per_part"]
     )
+
+
+def unlike_stored(store: Store, job: Job, recorded: Mapping[str, Any]) -> list[Difference]:
+    """Return where `job` differs from the one that the store holds; `recorded` as in `open_job`."""
+    stored = _parse_json(store.read(JOB_KEY, most=MOST_BYTES), store)
+    return differences(_with_recorded(stored, recorded, job), job.identity)
 
 
 def read_job(store: Store, *, access: AccessRules | None = None) -> Job | None:
@@ -293,7 +302,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _as_json(job: Job) -> bytes:
+def job_body(job: Job) -> bytes:
+    """Return the content of job.json."""
     context = to_jsonable_python(job.context) | {"masks": mask_settings(job.context)}
     for name in (*_FROM_THE_PROCESS, "model", "draft_jpeg"):
         del context[name]
@@ -363,10 +373,15 @@ def _context_of(stored: Mapping[str, Any], store: Store, access: AccessRules) ->
         "box_rules": BoxRules.from_file(rest["box_rules"]),
         "limits": Limits.from_file(rest["limits"]),
     }
+    if "earlier" in rest:
+        rest["earlier"] = TypeAdapter(tuple[EarlierPlan, ...]).validate_python(rest["earlier"])
+        if any(not _PLAIN.fullmatch(one.plan_sha256) or one.units > MOST_UNITS for one in rest["earlier"]):
+            raise ValueError("an earlier plan is none")
     if rest.get("detector") is not None:
         rest["detector"] = JobDetector.from_file(rest["detector"])
     context = JobContext(output=store.place, access=access, **rest)
     kinds: dict[str, type] = {"plan_sha256": str, "run_id": str, "images_per_unit": int, "lineage": dict}
+    kinds["first_generation"] = int
     wrong = [name for name, kind in kinds.items() if type(getattr(context, name)) is not kind]
     if wrong or not _PLAIN.fullmatch(context.plan_sha256) or not 1 <= context.images_per_unit <= 4096:
         raise ValueError(f"wrong: {', '.join(wrong) or 'plan_sha256 or images_per_unit'}")

@@ -112,7 +112,7 @@ def _outcomes(
     node_watch.prove_room(node_watch.NO_MODEL_S + patience_s)
     pending = list(unit_ids)
     while pending:
-        wave = [_first_row(unit_id, retry) for unit_id in pending[:UNITS_PER_WAVE]]
+        wave = [_first_row(unit_id, context, retry) for unit_id in pending[:UNITS_PER_WAVE]]
         finished: set[int] = set()
         try:
             yield from _run_wave(wave, context, requests.for_units(len(wave)), epoch, patience_s, finished)
@@ -149,9 +149,9 @@ def _run_wave(
             yield outcome
 
 
-def _first_row(unit_id: int, retry: Retry | None) -> UnitRow:
+def _first_row(unit_id: int, context: JobContext, retry: Retry | None) -> UnitRow:
     if retry is None:
-        return UnitRow(unit_id=unit_id)
+        return UnitRow(unit_id=unit_id, generation=context.first_generation)
     return UnitRow(unit_id=unit_id, generation=retry.generations[unit_id], redo_codes=retry.codes)
 
 

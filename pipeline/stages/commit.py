@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hqlabel.pipeline import schema
 from hqlabel.pipeline.errors import ImageError, SystemicFault
 from hqlabel.pipeline.failpoints import visit
 from hqlabel.pipeline.image_result import ImageResult
@@ -27,7 +28,8 @@ from hqlabel.pipeline.stages.rows_between_stages import UnitRow
 from hqlabel.pipeline.storage import checksummed_parquet
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.storage.request_retries import shown_uri
-from hqlabel.pipeline.tables.lineage import redone_footer
+from hqlabel.pipeline.tables.changed_inputs import kept_rows
+from hqlabel.pipeline.tables.lineage import footer_of, redone_footer
 from hqlabel.pipeline.tables.unit_checks import check_against_plan
 from hqlabel.pipeline.tables.unit_files import (
     footer,
@@ -70,8 +72,9 @@ def _commit(unit: UnitRow, context: JobContext, store: Store, restart: Restart |
     if start is not None:
         images = [_tried_alone(image, planned, context, start) for image in images]
         start.end()
-    mine = planned if unit.redo_codes is None else _rows_of(images, planned)
-    table = _table_of_all(images, mine, context)
+    whole = unit.redo_codes is None and not context.earlier
+    mine = planned if whole else _rows_of(images, planned)
+    table = _table_of_all(images, mine, context) if images or whole else schema.UNIT.empty_table()
     lineage = footer(context, unit.device)
     if unit.redo_codes is not None:
         before = read_generation(store, unit.unit_id, unit.generation - 1)
@@ -79,6 +82,8 @@ def _commit(unit: UnitRow, context: JobContext, store: Store, restart: Restart |
         table = replace_rows(before, table)
         visit("retry.replaced")
         check_against_plan(table, planned, detected=context.detector is not None)
+    elif not whole:
+        table, lineage = _with_kept(table, lineage, planned, context, store)
     body = checksummed_parquet.write_body(table, lineage)
     visit("unit.built")
     created = put_unit(store, unit.unit_id, unit.generation, body)
@@ -94,6 +99,23 @@ def _commit(unit: UnitRow, context: JobContext, store: Store, restart: Restart |
 # ---------------------------------------------------------------------------------------------
 # The rows
 # ---------------------------------------------------------------------------------------------
+
+
+def _with_kept(
+    table: pa.Table, lineage: Mapping[str, str], planned: pa.Table, context: JobContext, store: Store
+) -> tuple[pa.Table, dict[str, str]]:
+    """Return the unit's table and lineage with the rows that plans before have done, in the plan's order."""
+    kept = kept_rows(store, context, planned)
+    if kept is None:
+        return table, dict(lineage)
+    done = pc.is_in(kept["image_id"], table["image_id"].combine_chunks())
+    others = kept.filter(pc.invert(done)).replace_schema_metadata()
+    both = pa.concat_tables([table.replace_schema_metadata(), others])
+    places = pc.index_in(planned["image_id"], both["image_id"].combine_chunks())
+    whole = both.take(places).combine_chunks()
+    check_against_plan(whole, planned, detected=context.detector is not None)
+    return whole, {**lineage, **footer_of(kept), "kept_rows": str(others.num_rows)}
+
 
 _record = ModelRecord(code="internal")
 

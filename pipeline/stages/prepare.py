@@ -26,6 +26,7 @@ from hqlabel.pipeline.stages.prompt_groups import with_boxes
 from hqlabel.pipeline.stages.rows_between_stages import PixelArena, UnitRow
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.storage.uri_rules import check_uri
+from hqlabel.pipeline.tables.changed_inputs import kept_rows
 from hqlabel.pipeline.tables.unit_files import read_generation
 from hqlabel.pipeline.worker.image_guard import charge
 from hqlabel.pipeline.worker.process_env import refuse_unsafe_env
@@ -75,10 +76,14 @@ def _prepare(
 
 
 def planned_rows(unit: UnitRow, context: JobContext, store: Store) -> list[dict[str, Any]]:
-    """Return the plan's rows of the images to work on: all of the unit, or in a retry the failed ones."""
-    rows: list[dict[str, Any]] = read_unit(store, context.plan_sha256, unit.unit_id).to_pylist()
+    """Return the plan's rows of the images to work on: all of the unit but those that an
+    earlier plan has done, or in a retry the failed ones."""
+    planned = read_unit(store, context.plan_sha256, unit.unit_id)
+    rows: list[dict[str, Any]] = planned.to_pylist()
     if unit.redo_codes is None:
-        return rows
+        kept = kept_rows(store, context, planned) if context.earlier else None
+        done = set() if kept is None else set(kept["image_id"].to_pylist())
+        return [row for row in rows if row["image_id"] not in done]
     before = read_generation(store, unit.unit_id, unit.generation - 1)
     codes = dict(zip(before["image_id"].to_pylist(), before["error_code"].to_pylist(), strict=True))
     redone = unit.redo_codes or set(codes.values()) - {None}

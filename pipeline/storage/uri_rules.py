@@ -22,17 +22,20 @@ from hqlabel.pipeline.storage.archive_uris import container_of
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.\-]*)://(.*)", re.DOTALL)
 _SIGNED = re.compile(
-    r"[?&](x-amz-(signature|credential|security-token)|x-goog-signature|signature|sig|access_token|token"
-    r"|api[_-]?key|password)=",
+    r"[?&](x-amz-(signature|credential|security-token)|x-goog-(signature|credential)|signature|sig"
+    r"|[^=&\s]*(token|api[_-]?key|passw|pwd|secret|credential)[^=&\s]*|auth|key|jwt)=",
     re.IGNORECASE,
 )
 _USER_AND_PASSWORD = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 _USER = re.compile(r"://[^/\s]*@")  # alone it may be a token
 _SECRET_OPTION = re.compile(
-    r"(^|_)(key|secret|token|password|passwd|passphrase|credentials?|sas|connection_string|authorization"
-    r"|cookies?|username)(_|$)"
+    r"(^|_)(key|secret|token|passw(or)?d|pass|pwd|passphrase|credentials?|sas|connection_string|auth"
+    r"|authorization|bearer|jwt|cookies?|headers?|user(name)?|login|signature)(_|$)"
 )
 _HARMLESS_OPTIONS = frozenset({"sse_kms_key_id", "ssekms_key_id", "bucket_key_enabled"})
+_LOGIN = re.compile(r"(?<!abfs)(?<!abfss)(?<!az)(?<!wasb)(?<!wasbs)://[^/\s@\"']+@")
+"""A user, a token or a password before a host; Azure names its containers there."""
+_BEARER = re.compile(r"\b(Bearer|Basic) +[\w.~+/=-]{8,}")
 _HARMLESS_TOKENS = frozenset({"anon", "cloud", "google_default"})
 
 
@@ -231,6 +234,13 @@ def without_credentials(text: str) -> str:
     return "(withheld: it carries a credential)" if carries else text
 
 
+def masked(text: str) -> str:
+    """Return a text with what looks like a credential in it replaced: logins, signed queries, bearers."""
+    text = _LOGIN.sub("://***@", text)
+    text = re.sub(rf"({_SIGNED.pattern})[^&\s\"'<]+", r"\1***", text, flags=re.IGNORECASE)
+    return _BEARER.sub(r"\1 ***", text)
+
+
 def refuse_secrets(options: Mapping[str, Any], *, where: str) -> None:
     """Refuse options that look like secrets, at any depth: options are kept in job.json.
 
@@ -245,15 +255,16 @@ def refuse_secrets(options: Mapping[str, Any], *, where: str) -> None:
 
 
 def refuse_password(uri: str | None, *, where: str) -> None:
-    """Refuse a place whose uri carries a user name and a password: places are kept in job.json.
+    """Refuse a place whose uri carries a login, a token or a signature: places are kept in job.json.
 
     Raises:
         UsageError: names the flag or setting, never the uri, and states where credentials belong.
     """
-    if uri and _USER_AND_PASSWORD.search(uri):
+    if uri and (_USER_AND_PASSWORD.search(uri) or masked(uri) != uri):
         raise UsageError(
-            f"{where}: the uri carries a user name and a password, and places are written to job.json. "
-            "Leave them out: credentials come from the environment, a profile, a role or a mounted file."
+            f"{where}: the uri carries a user name and a password, a token or a signature, and places are "
+            "written to job.json. Leave them out: credentials come from the environment, a profile, a role "
+            "or a mounted file."
         )
 
 
@@ -261,7 +272,7 @@ def secret_options(options: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return dotted names of the options that look like secrets, in the order given."""
     found: list[str] = []
     for name, value in options.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not (value and _is_secret(str(name), "")):
             found += secret_options(value, f"{prefix}{name}.")
         elif _is_secret(str(name), value):
             found.append(f"{prefix}{name}")
@@ -270,7 +281,9 @@ def secret_options(options: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def _is_secret(name: str, value: Any) -> bool:
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-    if isinstance(value, str) and _USER_AND_PASSWORD.search(value):
+    if isinstance(value, list | tuple) and any(_is_secret("", one) for one in value):
+        return True
+    if isinstance(value, str) and (_USER_AND_PASSWORD.search(value) or masked(value) != value):
         return True
     if value is None or isinstance(value, bool) or snake in _HARMLESS_OPTIONS:
         return False

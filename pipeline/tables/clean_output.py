@@ -38,8 +38,10 @@ class Cleaned:
     uploads: int
 
 
-def clean(store: Store, *, require_owner: Callable[[str], None]) -> Cleaned:
+def clean(store: Store, *, require_owner: Callable[[str], None], first_generation: int = 0) -> Cleaned:
     """Remove the files and return what was removed. A job that is not fully published stays as it is.
+
+    `first_generation`: of the job's plan; files of the plans before go too.
 
     Raises:
         JobRefused: something is not published yet; with what to do. DamageFound: a part does not verify.
@@ -47,7 +49,7 @@ def clean(store: Store, *, require_owner: Callable[[str], None]) -> Cleaned:
     require_owner("clean")  # before anything is looked at
     found = look_for_manifest(store)
     manifest = require_complete(store, found)
-    replaced = _replaced(store, manifest)
+    replaced = _replaced(store, manifest, first_generation)
     for part in manifest.parts:
         _prove(store, part)
     marks = [entry for entry in store.list("attempts/") if _ATTEMPT.fullmatch(entry.key)]
@@ -98,7 +100,7 @@ def _prove(store: Store, part: Part) -> None:
             )
 
 
-def _replaced(store: Store, manifest: Manifest) -> list[CommittedUnit]:
+def _replaced(store: Store, manifest: Manifest, first_generation: int) -> list[CommittedUnit]:
     """Return every file of a unit that the parts hold; JobRefused when something is newer than a part."""
     published = {
         unit_id: part.generation_of(unit_id)
@@ -106,7 +108,7 @@ def _replaced(store: Store, manifest: Manifest) -> list[CommittedUnit]:
         for unit_id in range(part.first_unit, part.stop_unit)
     }
     files = list_generations(store)
-    for unit in files:
+    for unit in (one for one in files if one.generation >= first_generation):
         if unit.generation > published.get(unit.unit_id, -1):
             raise JobRefused(
                 f"{store.place.uri}: {unit.key} is newer than the published parts; publish first"

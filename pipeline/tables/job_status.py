@@ -63,7 +63,7 @@ def status(
     Raises:
         DamageFound: a unit or the manifest does not verify.
     """
-    committed = list_committed(store)
+    committed = list_committed(store, job.context.first_generation)
     manifest = read_manifest(store)
     finished = finished_units(store, list(committed), manifest)
     known, unknown = _split(committed, manifest)

@@ -37,6 +37,7 @@ def devices_of(table: pa.Table) -> list[str]:
     try:
         redone = json.loads(lineage.get("redone", "[]"))
         kinds = {lineage.get("device"), *(one.get("device") for one in redone)}
+        kinds.update(json.loads(lineage.get("kept_devices", "[]")))
     except (ValueError, TypeError, AttributeError):  # of a footer that somebody else wrote
         kinds = {lineage.get("device")}
     return sorted(kind for kind in kinds if isinstance(kind, str) and kind)

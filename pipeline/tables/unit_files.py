@@ -48,9 +48,13 @@ def parse_key(key: str) -> tuple[int, int] | None:
     return (unit_id, generation) if unit_key(unit_id, generation) == key else None
 
 
-def list_committed(store: Store) -> dict[int, CommittedUnit]:
-    """Return the highest generation of every committed unit, by unit id, ascending; from one listing."""
-    newest = {unit.unit_id: unit for unit in sorted(list_generations(store), key=lambda one: one.generation)}
+def list_committed(store: Store, first_generation: int = 0) -> dict[int, CommittedUnit]:
+    """Return the highest generation of every committed unit, by unit id, ascending; from one listing.
+
+    `first_generation`: of the job's plan (`JobContext.first_generation`).
+    """
+    generations = [unit for unit in list_generations(store) if unit.generation >= first_generation]
+    newest = {unit.unit_id: unit for unit in sorted(generations, key=lambda one: one.generation)}
     return dict(sorted(newest.items()))
 
 

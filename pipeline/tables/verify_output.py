@@ -136,7 +136,8 @@ def _verify_units(
     published = _published(manifest)
     files: dict[int, list[CommittedUnit]] = {}
     for unit in list_generations(store):
-        files.setdefault(unit.unit_id, []).append(unit)
+        if unit.generation >= job.context.first_generation:  # else of a plan before
+            files.setdefault(unit.unit_id, []).append(unit)
     result.findings += [
         Finding(key=entry.key, message="this is no file of a unit")
         for entry in store.list("units/")
