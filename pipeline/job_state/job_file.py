@@ -305,7 +305,8 @@ def _short(value: Any) -> str:
 def job_body(job: Job) -> bytes:
     """Return the content of job.json."""
     context = to_jsonable_python(job.context) | {"masks": mask_settings(job.context)}
-    for name in (*_FROM_THE_PROCESS, "model", "draft_jpeg"):
+    of_one_plan = () if job.context.earlier else ("first_generation", "earlier")
+    for name in (*_FROM_THE_PROCESS, "model", "draft_jpeg", *of_one_plan):
         del context[name]
     content = {
         "product": "hqlabel",

@@ -113,7 +113,7 @@ class PixelArena:
         ends = np.cumsum([0, *(0 if one is None else one.size for one in pixels)], dtype=np.int64)
         if ends[-1] != self._used:
             raise ValueError(f"pictures of {ends[-1]} bytes, but {self._used} are kept in the arena")
-        present = np.packbits([one is not None for one in pixels], bitorder="little")
+        present = np.packbits(np.array([one is not None for one in pixels], np.bool_), bitorder="little")
         buffers = [pa.py_buffer(one) for one in (present, ends, self._memory[: self._used])]
         return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(pixels), buffers)
 

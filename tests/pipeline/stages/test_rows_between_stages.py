@@ -203,3 +203,9 @@ def test_memory_that_is_free_is_used_again():
     del arena
 
     assert PixelArena(1, 16).keep(np.zeros((16, 16, 3), np.uint8)).__array_interface__["data"][0] == place
+
+
+def test_a_unit_of_which_every_row_is_kept_has_no_images_and_passes_all_the_same() -> None:
+    unit = UnitRow(unit_id=3, generation=2)
+
+    assert unpack(pack(unit, PixelArena(0, 64, 100))) == unit

@@ -73,7 +73,7 @@ def test_units_are_counted_by_the_kinds_of_device_that_made_them(made, monkeypat
 
 
 def test_another_kind_of_device_is_warned_of_once_and_the_same_never(made, capsys) -> None:
-    seen = _Devices(made.store)
+    seen = _Devices(made.store, made.job)
     outcome = UnitOutcome(
         unit_id=0, generation=0, images=1, labelled=1, no_boxes=0, failed=0, instances=1, bytes=1,
         repeated=False, device="GPU of old",
