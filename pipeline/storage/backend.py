@@ -7,6 +7,7 @@ streamed under its final name: an exception inside `with fs.open(...)` publishes
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from hqlabel.pipeline.errors import ImageError
 from hqlabel.pipeline.storage.request_retries import ShortBody
 
 CHUNK = 4 * 2**20
+MOST_TAG = 256
+ODD_TAG = "sha256-of-tag-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,13 @@ def too_many_bytes(size: int | None, max_bytes: int | None) -> None:
 def local_tag(status: os.stat_result) -> str:
     """Return the version tag of a local file: when it was written to, and its size."""
     return f"mtime-{status.st_mtime_ns}-size-{status.st_size}"
+
+
+def plain_tag(tag: str) -> str:
+    """Return a store's tag as a plan can keep it: itself, or a hash of one that is long or odd."""
+    if len(tag) <= MOST_TAG and tag.isascii() and tag.isprintable():
+        return tag
+    return ODD_TAG + hashlib.sha256(tag.encode(errors="surrogatepass")).hexdigest()
 
 
 def check_version(found: str | None, wanted: str | None) -> None:

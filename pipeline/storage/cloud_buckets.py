@@ -19,6 +19,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 
 from hqlabel.pipeline.errors import ImageError, SystemicFault, UsageError
 from hqlabel.pipeline.storage.backend import (
+    ODD_TAG,
     Backend,
     Entry,
     FetchedObject,
@@ -26,6 +27,7 @@ from hqlabel.pipeline.storage.backend import (
     check_range,
     check_version,
     drain,
+    plain_tag,
     too_many_bytes,
 )
 from hqlabel.pipeline.storage.http_backend import HttpBackend
@@ -170,7 +172,7 @@ def _found(info: Mapping[str, Any]) -> Entry:
     if isinstance(tag, dt.datetime):  # fsspec's memory gives a number in a listing, and this elsewhere
         tag = tag.timestamp()
     size = int(info.get("size") or 0)
-    text = f"size-{size}" if tag is None else str(tag).strip('"')
+    text = f"size-{size}" if tag is None else plain_tag(str(tag).strip('"'))
     return Entry(key=str(info["name"]).lstrip("/"), size=size, etag=text)
 
 
@@ -260,12 +262,13 @@ class S3Backend:
             raise
 
     async def _range(self, bucket: str, key: str, start: int, stop: int, version: str | None) -> bytes:
-        match = {} if version is None else {"IfMatch": f'"{version}"'}
+        has_tag = version is not None and not version.startswith(ODD_TAG)
+        match = {"IfMatch": f'"{version}"'} if has_tag else {}
         span = f"bytes={start}-{stop - 1}"
         response = await self._request("get_object", bucket, key, Range=span, **match)
         body, announced = response["Body"], response.get("ContentLength")
         try:
-            check_version(_s3_tag(response), version)
+            check_version(_s3_tag(response) or version, version)  # some stores state none next to a range
             check_range(response.get("ContentRange"), announced, start, stop)
             data = await drain(body.read, stop - start)
         finally:
@@ -396,7 +399,7 @@ def _http_status(error: OSError) -> int | None:
 
 def _s3_tag(answer: Mapping[str, Any]) -> str | None:
     tag = answer.get("ETag")
-    return str(tag).strip('"') if tag else None
+    return plain_tag(str(tag).strip('"')) if tag else None
 
 
 def _check_one_put(data: bytes) -> None:

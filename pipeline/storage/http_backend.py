@@ -19,12 +19,14 @@ from fsspec.asyn import get_loop, sync
 
 from hqlabel.pipeline.errors import ImageError, UsageError
 from hqlabel.pipeline.storage.backend import (
+    ODD_TAG,
     Entry,
     FetchedObject,
     check_complete,
     check_range,
     check_version,
     drain,
+    plain_tag,
     too_many_bytes,
 )
 from hqlabel.pipeline.storage.uri_rules import check_address, check_web_place
@@ -160,8 +162,8 @@ def _parsed(parse: Any, url: str) -> Any:
     """Return a url as the client takes it apart, every part of it checked."""
     try:
         parsed = parse(url)
-    except ValueError as error:
-        raise ImageError("uri_refused", f"no url: {error}") from None
+    except ValueError:  # whose text would repeat what the uri carries
+        raise ImageError("uri_refused", "this is no url that a client takes") from None
     if parsed.is_absolute():
         check_web_place(parsed.scheme, parsed.raw_authority)
     return parsed
@@ -195,7 +197,7 @@ def _check_status(response: Any) -> None:
     response.raise_for_status()
 
 
-_MADE = ("modified-", "size-")
+_MADE = ("modified-", "size-", ODD_TAG)
 """What tags begin with that are no ETag of the server."""
 
 
@@ -203,6 +205,6 @@ def _tag(response: Any, size: int | None) -> str:
     """Return the version tag of an answer: its ETag, or else when the file was modified and its size."""
     tag = response.headers.get("ETag", "").strip()
     if tag:
-        return str(tag) if tag.startswith("W/") else str(tag.strip('"'))
+        return plain_tag(tag if tag.startswith("W/") else tag.strip('"'))
     modified = response.headers.get("Last-Modified")
-    return f"modified-{modified}-size-{size}" if modified else f"size-{size}"
+    return plain_tag(f"modified-{modified}-size-{size}") if modified else f"size-{size}"

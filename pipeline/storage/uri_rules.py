@@ -116,6 +116,8 @@ def check_web_place(scheme: str, authority: str) -> None:
     """
     if scheme not in ("http", "https"):
         raise _refused(f"scheme {scheme!r} is no web address")
+    if "@" in authority:
+        raise _refused("the uri carries a user name or password; give credentials by environment or role")
     match = _AUTHORITY.fullmatch(authority)
     host = match and (match["v6"] or match["host"])
     if match is None or not host or (match["host"] and _HOST.fullmatch(host) is None):

@@ -150,6 +150,37 @@ def test_an_image_without_end_is_cut_off_at_its_limit(scheme, aws_environment):
             assert code(lambda: fetch_object(uri, access, small)) == "too_many_bytes"
 
 
+@pytest.mark.parametrize("tag", [{"ETag": '"1"'}, {"ETag": 'W/"1"'}, {"Last-Modified": "Mon"}, {}])
+def test_a_tar_on_a_web_server_is_read_by_ranges_of_the_planned_version(tag):
+    tar, now, matched = io.BytesIO(), dict(tag), list[str | None]()
+    with tarfile.open(fileobj=tar, mode="w") as made:
+        header = tarfile.TarInfo("a.png")
+        header.size = 600
+        made.addfile(header, io.BytesIO(b"x" * 600))
+    body = tar.getvalue()
+
+    def answer(ask: str, headers: dict[str, str]) -> Answer:
+        if "range" not in headers:
+            return 200, {**now, "Content-Length": str(len(body))}, body
+        if "if-match" in headers and headers["if-match"] != now.get("ETag"):
+            return 412, {}, b""
+        start, stop = map(int, headers["range"].removeprefix("bytes=").split("-"))
+        matched.append(headers.get("if-match"))
+        part = body[start : stop + 1]
+        return 206, {**now, "Content-Range": f"bytes {start}-{start + len(part) - 1}/{len(body)}"}, part
+
+    with hostile(answer) as (place, _):
+        access = AccessRules(schemes=("http",))
+        [row] = make_plan(InputSettings(images=f"{place}/a.tar"), access).table.to_pylist()
+        found = fetch_object(row["image_uri"], access, LIMITS, row["source_version"])
+        assert (found.data, found.etag) == (b"x" * 600, row["source_version"])
+        assert set(matched) == {tag["ETag"] if tag.get("ETag", "W").startswith('"') else None}
+        now.update({"ETag": '"2"'} if "ETag" in tag else {"Last-Modified": "Tue"})
+        assert (
+            code(lambda: fetch_object(row["image_uri"], access, LIMITS, row["source_version"])) == "changed"
+        )
+
+
 def test_a_compressed_body_is_never_unpacked():
     body = gzip.compress(bytes(50 * 2**20))
     with hostile(lambda *_: (200, {"Content-Encoding": "gzip"}, body)) as (place, _):

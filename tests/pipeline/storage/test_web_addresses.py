@@ -16,7 +16,10 @@ from hqlabel.pipeline.images.fetch import fetch_object
 from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.settings import Limits
 from hqlabel.pipeline.storage.cloud_buckets import forget_backends
+from hqlabel.pipeline.storage.http_backend import HttpBackend
+from hqlabel.pipeline.storage.read_objects import planned_versions
 from hqlabel.pipeline.storage.uri_rules import check_address, check_uri
+from tests.pipeline.made_formats import tar_of
 
 ACCESS = AccessRules(schemes=("http", "https"))
 LIMITS = Limits(fetch_timeout_s=10)
@@ -188,6 +191,48 @@ def test_redirects_are_followed_one_by_one_and_checked(tmp_path):
         assert code(f"{place}/loop") == "unreachable"
         for status in (301, 302, 303, 307, 308):
             assert fetch_object(f"{place}/go{status}", ACCESS, LIMITS).data == b"picture"
+
+
+def test_no_credential_of_a_place_is_repeated():
+    redirects = {
+        f"/{n}": (302, {"Location": f"http://me:canary@h{n}/?token=canary"}, b"") for n in ("", ":x")
+    }
+    with server(redirects) as (place, _):
+        for uri in (
+            *(f"{place}{path}" for path in redirects),
+            "http://me:canary@h/a",
+            "http://canary@[::1/a",
+        ):
+            with pytest.raises(ImageError) as caught:
+                fetch_object(uri, ACCESS, LIMITS)
+            assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tag", ['"' + "x" * 3000 + '"', '"\xe9\xff"', 'W/"1"', '"a b"', '""', "plain"])
+def test_odd_tags_of_a_server_are_kept_and_compared(tag):
+    tar = tar_of({"a.png": b"x" * 600})
+    ranges = {"Accept-Ranges": "bytes", "Content-Type": "application/x-tar"}
+
+    class Versions(dict):
+        tag: str
+
+        def get(self, path, _default=None):
+            return 200, {**ranges, "ETag": self.tag}, tar
+
+    answers = Versions()
+    answers.tag = tag
+    with server(answers) as (place, _):
+        [version] = planned_versions([f"{place}/a.tar"], lambda _: {})
+        assert version.isascii()
+        assert len(version) < 300
+        small = f"{place}/a.tar"
+        entry = HttpBackend({}).stat(small, timeout_s=5)
+        assert entry.etag == version
+        whole = HttpBackend({}).get_range(small, 0, len(tar), timeout_s=5, version=version)
+        assert whole == tar
+        answers.tag = '"another"'
+        with pytest.raises(ImageError, match="not the version"):
+            HttpBackend({}).get_range(small, 0, len(tar), timeout_s=5, version=version)
 
 
 def test_headers_of_the_configuration_go_to_the_first_server_alone():
