@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -58,6 +59,7 @@ def test_an_archive_that_is_not_the_planned_one_fails_its_images_and_the_tag_of_
     for name, first, other in [
         ("a.tar", tar_of(sample("a/1") | sample("b/3")), tar_of(sample("b/3") | sample("a/1"))),
         ("rows.parquet", hf_bytes(hf_rows()), hf_bytes(hf_rows().take([1, 0, 3, 2]))),
+        ("touched.tar", tar_of(sample("a/1")), tar_of(sample("a/1"))),
     ]:
         path = tmp_path / name
         path.write_bytes(first)
@@ -73,6 +75,7 @@ def test_an_archive_that_is_not_the_planned_one_fails_its_images_and_the_tag_of_
         assert {image.source_etag for image in opened} == set(plan.table["source_version"].to_pylist())
 
         path.write_bytes(other)
+        os.utime(path, ns=(1, 1))
         read_archives._groups._kept.clear()  # as in another process
         codes = {
             image.error_code for image in prepare(job, child, unit_id=0).images if image.planned["boxes"]

@@ -253,7 +253,7 @@ def test_a_listing_that_is_none_or_has_no_end_refuses_the_job(kind, aws_environm
             list_inputs("s3://bucket/in", options)
         with pytest.raises(SystemicFault, match=r"listing|objects"):
             Store(Place(uri="s3://bucket/in", options=options), budget_s=5).list()
-        assert len(asked) < 100
+        assert len(asked) <= (100 if kind in ("new tokens, nothing", "new keys for ever") else 6)
 
 
 def test_pages_without_objects_among_others_are_no_fault(aws_environment):
@@ -325,6 +325,7 @@ def test_a_footer_that_denies_what_a_page_unpacks_to_is_not_believed(monkeypatch
     size = varint(pq.read_metadata(io.BytesIO(body)).row_group(0).column(0).total_uncompressed_size)
     footer = body[-8 - length : -8]
     assert size in footer
+    monkeypatch.setattr(parquet_pages, "open_closed", lambda *_, **__: pytest.fail("Arrow was asked"))
     denied = body[: -8 - length] + footer.replace(size, varint(100, len(size))) + body[-8:]
 
     found = code(lambda: read_group(lambda a, b: denied[a:b], len(denied), column="image", group=0))
