@@ -32,6 +32,7 @@ from typing import Any, Literal
 from hqlabel.pipeline.errors import HqlabelError, ImageError, SystemicFault, text_of
 from hqlabel.pipeline.failpoints import visit
 from hqlabel.pipeline.settings import Limits
+from hqlabel.pipeline.storage.bounded_json import read_json, reason
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.storage.request_retries import shown_uri
 from hqlabel.pipeline.worker import logs
@@ -218,12 +219,11 @@ class TaskStart:
 
 
 def _read(store: Store, key: str) -> dict[str, Any]:
-    body = store.read(key)
     try:
-        return dict(json.loads(body))
+        return dict(read_json(store, key))
     except (ValueError, TypeError) as error:
         raise HqlabelError(
-            f"{store.place.uri}/{key} cannot be read ({error}); delete this one file"
+            f"{store.place.uri}/{key} cannot be read ({reason(error)}); delete this one file"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,24 @@ def test_an_empty_file_is_an_empty_configuration(tmp_path: Path) -> None:
 def test_the_names_that_scripts_rely_on_are_there() -> None:
     wanted = {"model.dtype", "output.images_per_unit", "cluster.actors", "limits.max_failure_rate"}
     assert wanted <= set(known_names())
+
+
+BOMBS = {
+    "aliases": "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    + "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)),
+    "circle": "input: &a {columns: *a}",
+    "brackets": "input: " + "[" * 100_000,
+    "dashes": "- " * 100_000,
+    "length": "x" * 10**7,
+}
+
+
+@pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
+def test_a_file_that_would_never_end_is_refused_soon_and_in_few_words(text: str, tmp_path: Path) -> None:
+    began = time.process_time()
+    with pytest.raises(UsageError) as refused:
+        ConfigSources(path=written(tmp_path, text)).load()
+    assert time.process_time() - began < 2
+    assert len(str(refused.value)) < 1000
+    with pytest.raises(UsageError):
+        ConfigSources(sets=[f"input.columns={text}"]).load()

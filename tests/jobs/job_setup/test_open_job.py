@@ -12,7 +12,7 @@ from hqlabel.jobs.cluster.ray_session import Machine
 from hqlabel.jobs.job_setup.open_job import open_or_create
 from hqlabel.jobs.load_config import Config, ConfigSources
 from hqlabel.jobs.terminal.signals import Interrupts
-from hqlabel.pipeline.errors import UsageError
+from hqlabel.pipeline.errors import JobRefused, UsageError
 from tests.e2e.scenes import DataSet
 
 WITH_BFLOAT16 = {"avx512f", "avx512_bf16"}
@@ -75,3 +75,59 @@ def test_a_job_goes_on_with_the_boxes_a_call_it_began_with(config, monkeypatch) 
     monkeypatch.setattr("hqlabel.jobs.job_setup.resolve_settings.BOXES_PER_CALL", {"cpu": 7})
 
     assert begin(config, WITHOUT, monkeypatch)["call_shape"]["boxes_per_call"] == 2
+
+
+def open_again(config: Config) -> None:
+    with Machine(config, Interrupts()) as machine:
+        open_or_create(config, check_inputs=False, probe_dtype=machine.native_dtype, device=machine.device)
+
+
+def of_the_version_before(config: Config, saved: str | None) -> None:
+    """Make the job one that has its limits and rights outside of the identity."""
+    place = Path(str(config.output.uri))
+    content = json.loads((place / "job.json").read_text())
+    del content["identity"]["limits"]
+    for name in ("allow_roots", "allow_schemes"):
+        del content["identity"]["inputs"]["arguments"][name]
+    (place / "job.json").write_text(json.dumps(content))
+    if saved is not None:
+        (place / "config.yaml").write_text(saved)
+
+
+def test_a_job_of_the_version_before_has_its_rights_compared_by_its_saved_configuration(
+    config, tmp_path, monkeypatch
+) -> None:
+    begin(config, WITHOUT, monkeypatch)
+    of_the_version_before(config, f"input: {{allow_roots: [{tmp_path}], allow_schemes: []}}")
+    with pytest.raises(JobRefused) as refused:
+        open_again(config)
+    assert f"(add --allow-root {tmp_path})" in str(refused.value)
+
+    inputs = config.input.model_copy(update={"allow_roots": [str(tmp_path)]})
+    open_again(config.model_copy(update={"input": inputs}))
+
+
+def test_what_a_job_of_the_version_before_does_not_say_is_warned_of(config, monkeypatch, capsys) -> None:
+    begin(config, WITHOUT, monkeypatch)
+    of_the_version_before(config, None)
+
+    open_again(config)
+
+    said = capsys.readouterr().err
+    assert "with which input.allow_roots this job began is not known" in said
+
+
+@pytest.mark.parametrize(("section", "name", "value"), [
+    ("limits", "max_image_pixels", 5), ("limits", "fetch_timeout_s", 1.5),
+    ("limits", "decode_memory_bytes", 2**28),
+    ("input", "allow_schemes", ["https"]), ("input", "allow_roots", ["/tmp"]), ("boxes", "min_score", 0.5),
+    ("model", "stability_offset", 2.0), ("output", "images_per_unit", 7), ("input", "limit", 3),
+])  # fmt: skip
+def test_a_resume_with_another_value_of_what_changes_rows_is_refused(
+    section, name, value, config, monkeypatch
+) -> None:
+    begin(config, WITHOUT, monkeypatch)
+    changed = getattr(config, section).model_copy(update={name: value})
+
+    with pytest.raises(JobRefused, match=name):
+        open_again(config.model_copy(update={section: changed}))
