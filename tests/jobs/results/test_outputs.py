@@ -14,8 +14,9 @@ from PIL import Image
 from hqlabel.jobs.commands import end_summary
 from hqlabel.jobs.commands.retry import find_targets
 from hqlabel.jobs.load_config import ConfigSources
+from hqlabel.jobs.results import render_images
 from hqlabel.jobs.results.read_tables import failed_examples, find_images, sample_labelled
-from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.errors import ImageError, JobRefused
 from hqlabel.pipeline.job_context import AccessRules, Place
 from hqlabel.pipeline.job_state.job_file import Job
 from hqlabel.pipeline.settings import Limits
@@ -338,3 +339,12 @@ def test_a_bug_is_named_first_however_few_images_met_it():
     assert first[1].startswith("internal 1: a bug in hqlabel or a library")
     assert example[1] == "such as a: decode: KeyError: 'x'"
     assert last[1].startswith("and 1 more codes")
+
+
+def test_whatever_is_raised_on_a_picture_to_be_drawn_is_that_pictures(monkeypatch):
+    def fetch(*_):
+        raise ValueError("Port out of range")
+
+    monkeypatch.setattr(render_images, "fetch_object", fetch)
+    with pytest.raises(ImageError, match="draw: ValueError: Port out of range"):
+        render_images.upright_picture(make_context(), {"image_uri": "http://h:99999/x"}, None)

@@ -202,3 +202,18 @@ def test_the_child_ends_with_its_parent():
         time.sleep(0.05)
     os.kill(pid, signal.SIGKILL)
     raise AssertionError("the child lived on for 5 s")
+
+
+def test_a_node_that_can_start_no_process_is_at_fault_itself(monkeypatch):
+    def start(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    child, before = DecodeChild(Limits(), 64), len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("hqlabel.pipeline.images.decode_process.subprocess.Popen", start)
+
+    for _ in range(2):
+        with pytest.raises(SystemicFault, match=r"can be started: .*unavailable") as caught:
+            child.decode(b"x")
+
+    assert caught.value.code == "resources"
+    assert len(os.listdir("/proc/self/fd")) == before

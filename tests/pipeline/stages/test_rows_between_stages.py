@@ -209,3 +209,15 @@ def test_a_unit_of_which_every_row_is_kept_has_no_images_and_passes_all_the_same
     unit = UnitRow(unit_id=3, generation=2)
 
     assert unpack(pack(unit, PixelArena(0, 64, 100))) == unit
+
+
+def test_of_an_image_whose_second_picture_cannot_be_kept_nothing_is_kept():
+    arena = PixelArena(2, 8, 4)
+    good, too_large = np.ones((8, 8, 3), np.uint8), np.ones((40, 40, 3), np.uint8)
+
+    with pytest.raises(ValueError, match="reshape"):
+        arena.keep_all(ImageResult(planned={}), good, too_large)
+    kept = arena.keep_all(ImageResult(planned={}), good, good[:4, :4])
+
+    assert arena.column([None, kept.pixels_hwc]).null_count == 1
+    assert arena.detector.column([None, kept.detector_pixels_hwc]).null_count == 1
