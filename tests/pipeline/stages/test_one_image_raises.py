@@ -436,14 +436,22 @@ def test_an_image_over_which_a_task_dies_is_given_up_after_three_deaths(
     assert all(lasting(found[name]) == lasting(clean[name]) for name in found if name != LONE)
 
 
-@pytest.mark.parametrize("stage", ["prepare", "commit"])
-def test_a_task_that_dies_with_no_image_in_work_stops_the_job(
-    stage: Literal["prepare", "commit"], few: Unit, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("stage", "call"),
+    [
+        ("prepare", "read_unit"),
+        ("prepare", "stop_if_most_images_fail"),
+        ("commit", "read_unit"),
+        ("commit", "encode_unit"),
+    ],
+)
+def test_a_task_that_dies_with_no_image_in_work_stops_the_job_and_charges_none(
+    stage: Literal["prepare", "commit"], call: str, few: Unit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(*_: object) -> None:
         raise FailPointReached("death")
 
-    monkeypatch.setattr(f"hqlabel.pipeline.stages.{stage}.read_unit", die)
+    monkeypatch.setattr(f"hqlabel.pipeline.stages.{stage}.{call}", die)
     with pytest.raises(SystemicFault, match=f"5 processes died .* in {stage} of unit 0") as caught:
         starts_of(few, stage, 9)
     assert caught.value.code == "resources"
