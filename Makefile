@@ -56,6 +56,7 @@ faults: $(STAMP)  ## kills and injected faults, an hour or more; writes the tabl
 	$(FAULTS) tests/e2e
 	$(FAULTS) tests/faults
 	$(FAULTS) --ignore=tests/e2e --ignore=tests/faults
+	$(BIN)/python -m tests.mutants
 	$(BIN)/python tools/fault_table.py build/faults.jsonl docs/reliability.md
 
 bench: $(STAMP)  ## figures of this machine, written to docs/benchmarks.md: whole jobs on two stores, model, chain, resume, masks to runs, memory, publishing, report and exports, requests, scale

@@ -77,7 +77,7 @@ def test_any_name_inside_the_root_passes_as_it_is(rooted, name):
         "https://user@host/a.jpg", "https://host/a.jpg?X-Amz-Signature=abc", "https://host/a.jpg?x=1&token=abc",
         "http://169.254.169.254/latest/meta-data/", "http://169.254.169.254:80/latest", "http://[fe80::1]/x",
         "http://2852039166/latest", "http://0xa9fea9fe/latest", "http://[::ffff:169.254.169.254]/x",
-        "http://metadata.google.internal/computeMetadata/v1/", "http://METADATA.google.internal./x",
+        "http://h:99999/x", "http://metadata.google.internal/computeMetadata/v1/", "http://METADATA.google.internal./x",
         "s3://bucket/a\x00.jpg",
     ],
 )  # fmt: skip
