@@ -50,7 +50,7 @@ def test_status_counts_from_the_store_alone(made: MadeJob, output: str) -> None:
     assert found["images"]["planned"] == found["images"]["done"] == 22
     assert found["images"]["failed_by_code"] == {"not_found": 2, "no_usable_box": 1}
     assert sum(found["images"]["by_status"].values()) == 22
-    assert found["units"] == {"planned": 6, "done": 6, "counted": 6, "published": 0}
+    assert found["units"] == {"planned": 6, "done": 6, "counted": 6, "published": 0, "by_device": {}}
 
 
 def test_status_of_an_unfinished_job_says_what_is_left(tmp_path: Path) -> None:
