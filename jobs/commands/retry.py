@@ -225,8 +225,9 @@ def _redo(
     generations = {unit_id: target.generation for unit_id, target in targets.items()}
 
     def pending() -> list[int]:
+        lock.require("the retry")  # before a clean's deletes are taken for work that is left
         committed = list_committed(saved.store, saved.job.context.first_generation)
-        return [unit for unit, generation in generations.items() if committed[unit].generation < generation]
+        return [unit for unit, number in generations.items() if committed[unit].generation < number]
 
     work = Work(
         config=saved.config,
@@ -238,9 +239,10 @@ def _redo(
         show_progress=options.progress,
     )
     total = images_in(saved.job, list(generations))
-    return run_pending(
-        work, pending, total_images=total, done_images=0, generations=generations, codes=options.codes
-    )
+    with work.owner.blamed("the retry"):
+        return run_pending(
+            work, pending, total_images=total, done_images=0, generations=generations, codes=options.codes
+        )
 
 
 def _describe_redone(

@@ -17,6 +17,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +25,7 @@ from typing import Any, Self
 from pydantic import TypeAdapter
 from pydantic_core import from_json
 
-from hqlabel.pipeline.errors import HqlabelError, JobRefused
+from hqlabel.pipeline.errors import HqlabelError, JobRefused, SystemicFault
 from hqlabel.pipeline.failpoints import visit
 from hqlabel.pipeline.storage.bounded_json import FEW_BYTES, read_json, reason
 from hqlabel.pipeline.storage.output_store import NotFound, Store
@@ -160,6 +161,15 @@ class Owner:
         """Raise JobRefused, naming the job's driver, unless it is ours. Called before every `what`."""
         if not self.is_ours():
             require_latest(self._store, self.number, what)
+
+    @contextlib.contextmanager
+    def blamed(self, what: str) -> Iterator[None]:
+        """Meanwhile raise JobRefused for a fault of the store if a later driver, its cause, has the job."""
+        try:
+            yield
+        except SystemicFault:
+            self.require(what)
+            raise
 
     def release(self) -> None:
         """Stop the heartbeat, so that the next driver need not wait."""

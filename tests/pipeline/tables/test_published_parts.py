@@ -262,6 +262,16 @@ def test_a_reader_does_not_take_half_published_tables_for_all(made: MadeJob) -> 
         require_published(made.store)
 
 
+def test_a_part_of_equal_size_from_an_earlier_publish_is_told_apart(made: MadeJob) -> None:
+    earlier = made.store.read("images/part-00000.parquet")
+    run(made, HIGH)
+    run(made)
+    manifest = read_manifest(made.store)
+    assert manifest.parts[0].images.bytes == len(earlier)
+    made.store.put("images/part-00000.parquet", earlier)
+    assert sorted(held_parts(made.store, manifest)) == [1, 2]
+
+
 def test_another_file_in_a_parts_place_is_damage_that_publish_mends(made: MadeJob) -> None:
     body = made.store.read("images/part-00000.parquet")
     run(made, HIGH)
