@@ -31,6 +31,7 @@ def planned(image_id="a", boxes=()):
         "boxes": None if boxes is None else list(boxes),
         "error_code": None,
         "error_message": None,
+        "source_version": None,
     }
 
 
