@@ -189,11 +189,14 @@ def test_a_compressed_body_is_never_unpacked():
 
 
 @pytest.mark.parametrize("status", [200, 500, 404])
-def test_an_answer_of_a_store_that_never_ends_does_not_fill_the_memory(status, aws_environment):
+def test_an_answer_of_a_store_that_never_ends_does_not_fill_the_memory(status, aws_environment, monkeypatch):
+    from hqlabel.pipeline.storage import s3_session
+
+    monkeypatch.setattr(s3_session, "MOST_ANSWER_BYTES", 2**20)
     with (
         hostile(lambda *_: (status, {"Content-Type": "application/xml"}, ENDLESS)) as (place, _),
         little_memory(400),
-        pytest.raises(HqlabelError),
+        pytest.raises(HqlabelError, match="more than"),
     ):
         Store(Place(uri="s3://bucket/out", options={"endpoint_url": place}), budget_s=1).list("units/")
 
