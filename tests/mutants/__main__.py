@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.mutants.guards import MUTANTS, Mutant
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LIMIT_S = 300
+LIMIT_S = 600
 _NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", "*.egg-info")
 
 

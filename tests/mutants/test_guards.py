@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def test_a_guard_is_there_once_and_its_tests_exist(mutant: Mutant) -> None:
     assert (REPOSITORY / mutant.file).read_text().count(mutant.snippet) == 1
     assert mutant.snippet != mutant.replacement
-    assert all((REPOSITORY / test.partition("::")[0]).exists() for test in mutant.tests)
+    assert all((REPOSITORY / test.partition("::")[0]).exists() for test in mutant.tests if "/" in test)
 
 
 def test_there_are_many_guards_of_all_three_packages() -> None:
