@@ -93,3 +93,11 @@ def test_a_flipped_bit_in_a_file_of_boxes_is_refused_and_no_other_box(
     assert not pq.read_table(path).equals(table)
     with pytest.raises((JobRefused, OSError, pa.ArrowException), match=r"(?i)checksum|crc"):
         read()
+
+
+def test_a_file_of_other_columns_is_refused_by_their_names() -> None:
+    body = checksummed_parquet.write_body(pa.table({"x": [1], "y": [2]}), {})
+    with pytest.raises(DamageFound, match="unlike: y, z"):
+        checksummed_parquet.open_body(
+            pa.BufferReader(body), pa.schema([("x", pa.int64()), ("z", pa.int64())]), "a file"
+        )

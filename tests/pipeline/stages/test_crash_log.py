@@ -88,3 +88,19 @@ def test_a_damaged_mark_is_named(local_store):
     local_store.put("attempts/00000003.g0/0000.image.json", b"x")
     with pytest.raises(HqlabelError, match=r"0000\.image\.json cannot be read"):
         CrashLog(local_store, epoch=1).note_start(3)
+
+
+def test_processes_that_die_while_they_load_the_model_stop_the_job_after_three(store: Store):
+    def load(restarted: str | None, *, dies: bool) -> None:
+        loading = CrashLog(store, epoch=1).limit_load_crashes(restarted)
+        loading.__enter__()
+        if not dies:
+            loading.__exit__(None, None, None)
+
+    load("actor", dies=False)
+    for _ in range(3):
+        load("actor", dies=True)
+    with pytest.raises(HqlabelError, match="3 processes died one after another while they loaded the model"):
+        load("actor", dies=True)
+    load("another", dies=False)
+    load(None, dies=True)
