@@ -33,7 +33,7 @@ TARGETS = {
 """What the command line of each process has in it."""
 MOMENTS = ("start", "work", "end")
 LEFT_AFTER_S = 10.0
-_STUCK_S = 240.0
+_STUCK_S = 900.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

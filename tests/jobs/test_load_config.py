@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hqlabel.jobs.load_config import Config, ConfigSources, known_names, parse_set, to_yaml
+from hqlabel.jobs.load_config import (
+    MOST_CHARS,
+    MOST_DEEP,
+    Config,
+    ConfigSources,
+    known_names,
+    parse_set,
+    parse_yaml,
+    to_yaml,
+)
 from hqlabel.pipeline.errors import UsageError
 
 
@@ -136,3 +145,13 @@ def test_a_file_that_would_never_end_is_refused_soon_and_in_few_words(text: str,
     assert len(str(refused.value)) < 1000
     with pytest.raises(UsageError):
         ConfigSources(sets=[f"input.columns={text}"]).load()
+
+
+def test_a_text_is_refused_by_its_length_and_its_brackets_before_it_is_parsed() -> None:
+    comment = "# " + "x" * MOST_CHARS
+    with pytest.raises(UsageError, match="which no configuration has"):
+        parse_yaml(comment, "c.yaml")
+    deep = MOST_DEEP + 1
+    with pytest.raises(UsageError, match="brackets inside each other"):
+        parse_yaml("a: " + "[" * deep + "]" * deep, "c.yaml")
+    assert parse_yaml("a: " + "[" * MOST_DEEP + "]" * MOST_DEEP, "c.yaml")

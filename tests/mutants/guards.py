@@ -60,7 +60,7 @@ MUTANTS: list[Mutant] = [
     ),
     *of(
         "pipeline/job_state/plan_files.py",
-        "tests/pipeline/planning/test_plan_table.py tests/mutants/test_page_checksums.py",
+        "tests/pipeline/planning/test_make_plan.py::test_damage_in_a_plan_file_is_found",
         ('if pc.unique(rows.column("unit_id")).to_pylist() != [unit_id]:', "if False:"),
         ("if group >= file.num_row_groups:", "if False:"),
         ("if entry.key != plan_key(plan_sha256, index):", "if False:"),

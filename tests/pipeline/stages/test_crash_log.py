@@ -8,7 +8,7 @@ import os
 import pytest
 
 from hqlabel.pipeline.errors import HqlabelError
-from hqlabel.pipeline.stages.crash_log import CrashLog
+from hqlabel.pipeline.stages.crash_log import CrashLog, Restart
 from hqlabel.pipeline.storage.output_store import Store
 
 
@@ -104,3 +104,10 @@ def test_processes_that_die_while_they_load_the_model_stop_the_job_after_three(s
         load("actor", dies=True)
     load("another", dies=False)
     load(None, dies=True)
+
+
+def test_a_task_that_dies_five_times_without_an_image_in_work_stops_the_job(store: Store):
+    for _ in range(5):
+        Restart(store, epoch=1, stage="prepare").begin(3, 0)
+    with pytest.raises(HqlabelError, match="5 processes died one after another in prepare of unit 3"):
+        Restart(store, epoch=1, stage="prepare").begin(3, 0)

@@ -269,6 +269,9 @@ CHANGES = {
     "instance 0: a character outside": lambda rows: instance(rows)["segmentation"].update(counts="zz"),
     "predicted_iou has 1 values": lambda rows: instance(rows).update(predicted_iou=float("nan")),
     "box_iou has 1 values": lambda rows: instance(rows).update(box_iou=float("inf")),
+    "status no_boxes with": lambda rows: next(row for row in rows if row["status"] == "labelled").update(
+        status="no_boxes"
+    ),
     "fetch_ms has 1 values": lambda rows: rows[0].update(fetch_ms=float("nan")),
 }
 

@@ -149,3 +149,7 @@ def test_each_dangerous_switch_is_refused_by_name_and_reason(name: str) -> None:
 @pytest.mark.parametrize("value", ["", "0", "false", " No "])
 def test_a_command_starts_with_a_switch_that_is_off(value: str) -> None:
     assert process_env.loosening_in({"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": value}) == {}
+
+
+def test_what_a_test_or_an_attacker_would_set_is_on_the_list() -> None:
+    assert {"HQLABEL_FAILPOINT", "PYTHONSTARTUP", *process_env.LOOSENING} <= set(process_env.REFUSED)
