@@ -67,7 +67,7 @@ MUTANTS: list[Mutant] = [
     ),
     *of(
         "pipeline/job_state/driver_lock.py",
-        "tests/pipeline/job_state/test_driver_lock.py",
+        "tests/pipeline/job_state/test_driver_lock.py tests/pipeline/job_state/test_job_file.py",
         ("    if latest > number:\n", "    if False:\n"),
         ("        if beat != first:\n", "        if False:\n"),
         ('return state in ("Z", "X") or started not in ("", self.started)', "return False"),
