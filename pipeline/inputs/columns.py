@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -124,7 +125,7 @@ def locate(
     `mapping`: the user's choice of other names; it is used where the file has the other name, which then
     has no other meaning.
     """
-    doubled = {name for name in names if list(names).count(name) > 1}
+    doubled = {name for name, number in Counter(names).items() if number > 1}
     found = {ours: name for ours in wanted if (name := _name_in(names, ours, mapping)) is not None}
     if clash := doubled & set(found.values()):
         raise JobRefused(f"{uri}: the column {clean_text(min(clash))!r} is there twice; rename one")

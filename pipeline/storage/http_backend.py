@@ -192,7 +192,7 @@ def _check_status(response: Any) -> None:
         raise ImageError("denied", f"HTTP {status} {response.reason}")
     if status in (404, 410):
         raise FileNotFoundError(errno.ENOENT, f"HTTP {status} {response.reason}")
-    if 300 <= status < 500 and status not in (408, 425, 429):
+    if (300 <= status < 500 and status not in (408, 425, 429)) or status >= 600:
         raise ImageError("unreachable", f"HTTP {status} {response.reason}")
     response.raise_for_status()
 

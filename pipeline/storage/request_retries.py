@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import random
 import re
+import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -131,12 +132,12 @@ _BY_CLASS: dict[str, Verdict] = {
 
 
 def classify(error: BaseException) -> Verdict:
-    """Return what `error` means: by the store's code, then HTTP status, errno and class, causes first.
+    """Return what `error` means: by the store's code, then HTTP status, TLS, errno and class, causes first.
 
     Causes come first because wrappers lose the code: s3fs gives `PermissionError` for a wrong clock.
     """
     chain = list(_causes(error))
-    for read in (_by_store_code, _by_status, _by_errno, _by_class):
+    for read in (_by_store_code, _by_status, _by_tls, _by_errno, _by_class):
         for one in reversed(chain):
             verdict = read(one)
             if verdict is not None:
@@ -178,6 +179,11 @@ def _by_status(error: BaseException) -> Verdict | None:
         return _RETRY
     known = {404: _NOT_FOUND, 410: _NOT_FOUND, 403: _DENIED, 401: _CREDENTIALS, 507: _DISK}
     return known.get(status, _STORE if status >= 400 else None)
+
+
+def _by_tls(error: BaseException) -> Verdict | None:
+    # Before the errno: OpenSSL's numbers are others, its 1 is no EPERM.
+    return _RETRY if isinstance(error, ssl.SSLError) else None
 
 
 def _by_errno(error: BaseException) -> Verdict | None:

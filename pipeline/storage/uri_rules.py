@@ -138,12 +138,16 @@ _METADATA_NAMES = ("metadata.google.internal", "metadata.goog", "instance-data.e
 _METADATA = frozenset(
     map(
         ipaddress.ip_address,
-        # AWS and GCP over IPv6, Alibaba, Azure, Oracle; 169.254.169.254 of all of them is link-local
-        ("fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"),
+        # GCP over IPv6, Alibaba, Azure, Oracle; 169.254.169.254 of all of them is link-local
+        ("fd20:ce::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"),
     )
 )
 _OWN = "the uri points at the machine's metadata address, or another link-local one"
-_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+_AWS_SERVICES = ipaddress.ip_network("fd00:ec2::/32")
+"""Metadata, credentials of pods, time and names over IPv6."""
+_TRANSLATED = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "::ffff:0:0:0/96")))
+"""RFC 6052, 8215 and 7915: the last 32 bits are an IPv4 address. ISATAP's have these before them:"""
+_ISATAP = (0x00005EFE, 0x02005EFE)
 
 
 def check_address(text: str) -> None:
@@ -156,17 +160,18 @@ def check_address(text: str) -> None:
     """
     address = ipaddress.ip_address(text)
     for one in (address, *_wrapped(address)):
-        if one.is_link_local or one.is_multicast or one in _METADATA:
+        if one.is_link_local or one.is_multicast or one in _METADATA or one in _AWS_SERVICES:
             raise _refused(_OWN)
 
 
 def _wrapped(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
-    """Return the IPv4 addresses that an IPv6 address stands for: mapped, compatible, 6to4, Teredo, NAT64."""
+    """Return the IPv4 addresses that an IPv6 address stands for: mapped, translated, tunnelled."""
     if not isinstance(address, ipaddress.IPv6Address):
         return []
     plain = ipaddress.IPv6Address(int(address))  # without the name of an interface
     found = [plain.ipv4_mapped, plain.sixtofour, *(plain.teredo or ())]
-    if plain in _TRANSLATED or int(plain) < 2**32:
+    is_translated = any(plain in network for network in _TRANSLATED)
+    if is_translated or int(plain) < 2**32 or int(plain) >> 32 & 0xFFFFFFFF in _ISATAP:
         found.append(ipaddress.IPv4Address(int(plain) & 0xFFFFFFFF))
     return [one for one in found if one is not None]
 

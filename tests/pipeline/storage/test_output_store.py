@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import ssl
 import stat
 import subprocess
 import sys
@@ -679,6 +680,9 @@ def test_listings_longer_than_one_page_are_whole(s3_store: Store, monkeypatch):
         (FileNotFoundError("key"), "image", "not_found"),
         (TimeoutError(), "retry", "store"),
         (ConnectionResetError(errno.ECONNRESET, ""), "retry", "store"),
+        (ssl.SSLError(1, "a bad record; 1 is no EPERM here"), "retry", "store"),
+        (ssl.SSLWantReadError(2, "2 is no ENOENT"), "retry", "store"),
+        (ssl.SSLEOFError(8, "cut off"), "retry", "store"),
         (KeyError("a bug of ours"), "bug", ""),
         (ValueError("another"), "bug", ""),
     ],

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import os
+import re
 import tarfile
 
 import pyarrow as pa
@@ -189,6 +190,17 @@ def test_a_plan_that_an_earlier_version_wrote_is_read(local_store, tmp_path):
     assert count_images(local_store, plan.sha256) == 2
     assert [table.schema for table in iter_plan(local_store, plan.sha256)] == [PLAN, PLAN]
     assert fetch_object(rows["image_uri"][0].as_py(), plan.access, LIMITS).etag
+
+
+def test_a_member_far_past_the_end_of_a_local_archive_is_changed(tmp_path):
+    (tmp_path / "a.tar").write_bytes(tar_of(sample("a/1")))
+    plan = make_plan(InputSettings(images=str(tmp_path / "a.tar")))
+    uri = plan.table["image_uri"][0].as_py()
+    far = re.sub(r"#\d+", "#99999999999904", uri)
+    assert far != uri
+    with pytest.raises(ImageError) as caught:
+        fetch_object(far, AccessRules(roots=(str(tmp_path),)), LIMITS)
+    assert caught.value.code == "changed"
 
 
 # ---------------------------------------------------------------------------------------------

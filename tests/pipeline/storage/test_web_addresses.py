@@ -84,6 +84,10 @@ SPELLED = [
     "[fe80::1]",
     "[fd00:ec2::254]",
     "[fd00:0ec2:0:0::0254]",
+    "[fd00:ec2::23]",
+    "[64:ff9b:1::a9fe:a9fe]",
+    "[::ffff:0:a9fe:a9fe]",
+    "[2001:db8::5efe:a9fe:a9fe]",
     "[fd20:ce::254]",
     "100.100.100.200",
     "168.63.129.16",
@@ -191,6 +195,12 @@ def test_redirects_are_followed_one_by_one_and_checked(tmp_path):
         assert code(f"{place}/loop") == "unreachable"
         for status in (301, 302, 303, 307, 308):
             assert fetch_object(f"{place}/go{status}", ACCESS, LIMITS).data == b"picture"
+
+
+@pytest.mark.parametrize("status", [600, 999])
+def test_a_status_that_http_does_not_have_is_the_sites_trouble(status):
+    with server({"/a.jpg": (status, {}, b"x")}) as (place, _):
+        assert code(f"{place}/a.jpg") == "unreachable"
 
 
 def test_no_credential_of_a_place_is_repeated():
