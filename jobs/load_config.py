@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 
 from hqlabel.pipeline.errors import UsageError, clean_text
 from hqlabel.pipeline.settings import (
+    MOST_NUMBER,
     BoxSettings,
     ClusterSettings,
     CostSettings,
@@ -38,6 +39,7 @@ CONFIG_KEY = "config.yaml"
 MOST_CHARS = 2**18
 MOST_DEEP = 50
 MOST_VALUES = 100_000
+MOST_DIGITS = 100
 
 
 class Config(Section):
@@ -78,7 +80,7 @@ class ConfigSources:
         for name, value in flags.items():
             _put(tree, name, value, origin="a flag")
         for name, value in map(parse_set, self.sets):
-            if flags.get(name, value) != value:
+            if name in flags and flags[name] != value:
                 raise UsageError(
                     f"--set {name}={masked(str(value)[:200])} contradicts the flag that gives "
                     f"{_short(flags[name])}; keep one"
@@ -237,6 +239,24 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Return a number that a setting may have; the time that YAML takes grows with its length squared."""
+        is_int = node.tag.endswith(":int")
+        number: int | float = 0
+        problem = f"a number of over {MOST_DIGITS} characters"
+        if len(node.value) <= MOST_DIGITS:
+            number = self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
+            problem = "" if number == number else "NaN is no number"
+            if is_int and abs(number) > MOST_NUMBER:
+                problem = f"a number beyond {MOST_NUMBER:,}"
+        if problem:
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return number
+
+
+for _kind in ("int", "float"):
+    _UniqueKeyLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _UniqueKeyLoader.construct_number)
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

@@ -55,6 +55,8 @@ BoxFormat = Literal["xyxy", "xywh", "cxcywh", "xyxy-normalised", "xywh-normalise
 BoxFrame = Literal["upright", "stored"]
 Overlap = Literal["none", "class", "all"]
 TarIds = Literal["member", "key", "shard"]
+MOST_NUMBER = 2**63 - 1
+"""No whole number of a setting is beyond it: Parquet and Arrow have no larger ones."""
 DEMO = "demo"
 """The checkpoint of this name is the one that comes with hqlabel, whatever is in the working folder."""
 
@@ -64,8 +66,21 @@ class Section(BaseModel):
 
     # A worker gets its settings ready: `defer_build` saves it the making of validators, 30 ms of CPU.
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, defer_build=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        defer_build=True,
+        allow_inf_nan=False,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_large_numbers(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            if isinstance(value, int) and abs(value) > MOST_NUMBER:
+                raise ValueError(f"{str(name)[:100]}: a number beyond {MOST_NUMBER:,}")
+        return values
 
     @classmethod
     def from_file(cls, values: Mapping[str, Any]) -> Self:

@@ -358,6 +358,9 @@ def _parse_json(body: bytes, store: Store) -> dict[str, Any]:
         wrong = [key for key, kind in kinds.items() if not isinstance(content[key], kind)]
         if wrong or not isinstance(content["context"]["run_id"], str):
             raise ValueError(f"wrong type of {wrong or 'run_id'}")
+        inputs = content["identity"].get("inputs", {})
+        if not isinstance(inputs, dict) or not isinstance(inputs.get("arguments", {}), dict):
+            raise ValueError("wrong type of identity.inputs")
     except (ValueError, KeyError, TypeError) as error:
         raise JobRefused(
             f"{name} cannot be read ({reason(error)}); nothing was changed. "

@@ -155,3 +155,37 @@ def test_a_text_is_refused_by_its_length_and_its_brackets_before_it_is_parsed() 
     with pytest.raises(UsageError, match="brackets inside each other"):
         parse_yaml("a: " + "[" * deep + "]" * deep, "c.yaml")
     assert parse_yaml("a: " + "[" * MOST_DEEP + "]" * MOST_DEEP, "c.yaml")
+
+
+ABSURD = {
+    "nan": ".nan",
+    "nan as text": "'nan'",
+    "infinite": ".inf",
+    "hexadecimal": "0x" + "f" * 200_000,
+    "decimal": "9" * 400,
+    "over 64 bits": str(2**63),
+    "sexagesimal": "1" + ":1" * 60_000,
+    "sexagesimal float": "1" + ":1" * 60_000 + ".5",
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["filter.min_area_px", "filter.min_predicted_iou", "filter.min_detector_score"]
+)
+@pytest.mark.parametrize("value", ABSURD.values(), ids=ABSURD)
+def test_a_number_that_is_none_is_refused_by_name(value: str, name: str) -> None:
+    began = time.process_time()
+    with pytest.raises(UsageError) as refused:
+        ConfigSources(sets=[f"{name}={value}"]).load()
+    assert time.process_time() - began < 2
+    assert len(str(refused.value)) < 1000
+    assert name in str(refused.value).replace("filter: ", "filter.")
+
+
+def test_a_flag_with_a_number_beyond_64_bits_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match="input: limit: a number beyond"):
+        ConfigSources(flags={"input.limit": 16**200_000}).load()
+
+
+def test_whole_numbers_of_64_bits_stay_allowed() -> None:
+    assert ConfigSources(sets=[f"filter.min_area_px={2**63 - 1}"]).load().filter.min_area_px == 2**63 - 1

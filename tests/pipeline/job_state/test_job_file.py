@@ -254,6 +254,17 @@ def test_a_damaged_job_file_is_refused_and_kept(local_store, body):
     assert local_store.read(JOB_KEY) == body
 
 
+@pytest.mark.parametrize("inputs", ["x", ["x"], None, {"arguments": "x"}, {"arguments": None}])
+def test_inputs_of_the_identity_that_are_none_are_blamed_on_the_job_file(local_store, inputs):
+    open_job(local_store, make_job())
+    stored = json.loads(local_store.read(JOB_KEY))
+    stored["identity"]["inputs"] = inputs
+    local_store.put(JOB_KEY, json.dumps(stored).encode())
+    for read in (read_job, lambda store: open_job(store, make_job())):
+        with pytest.raises(JobRefused, match=r"job\.json cannot be read \(.*identity\.inputs"):
+            read(local_store)
+
+
 def test_a_job_of_a_later_version_is_refused(local_store):
     open_job(local_store, make_job())
     content = json.loads(local_store.read(JOB_KEY))
