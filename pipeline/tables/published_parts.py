@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -213,7 +213,7 @@ def read_part(store: Store, job: Job, index: int, newest: Mapping[int, int]) -> 
         generations=generations,
         images=images.file,
         instances=instances.file,
-        counts=counts_of(images.rows, instances.rows),
+        counts=replace(counts_of(images.rows, instances.rows), devices=_devices(of_both, generations)),
     )
     publication = max(one.publication if one else 0 for one in of_both)
     return HeldPart(part=part, filters=images.filters, publication=publication)
@@ -232,6 +232,12 @@ def _common_generations(
     if any(low != high and newest.get(unit, -1) < high for unit, (low, high) in pairs.items()):
         return None
     return {unit: low for unit, (low, _) in pairs.items() if low}
+
+
+def _devices(of_both: Sequence[StatedPart | None], generations: Mapping[int, int]) -> Mapping[str, int]:
+    """Return the devices that a file of these generations states: no row has them."""
+    said = (one.counts.devices for one in of_both if one and dict(one.generations) == dict(generations))
+    return next(said, {})
 
 
 @dataclass(frozen=True, kw_only=True)

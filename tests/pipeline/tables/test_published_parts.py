@@ -17,6 +17,7 @@ from hqlabel.pipeline.storage import checksummed_parquet, read_objects
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables import publish_tables
 from hqlabel.pipeline.tables.clean_output import clean
+from hqlabel.pipeline.tables.job_status import status
 from hqlabel.pipeline.tables.manifest import MANIFEST_KEY, look_for_manifest, read_manifest, write_manifest
 from hqlabel.pipeline.tables.published_parts import finished_units, held_parts, open_part
 from hqlabel.pipeline.tables.unit_files import list_committed
@@ -36,11 +37,17 @@ DAMAGE: dict[str, Callable[[Store], None]] = {
 @pytest.fixture
 def made(local_store: Store) -> MadeJob:
     """Six units in three parts, committed, unit 3 in its second generation, and published."""
-    made = make_job(local_store)
+    made = on_cpu(make_job(local_store))
     made.commit()
     made.commit([3], generation=1)
     run(made)
     return made
+
+
+def on_cpu(made: MadeJob) -> MadeJob:
+    """The job, whose units state the device that made them."""
+    context = dataclasses.replace(made.context, lineage={**made.context.lineage, "device": "cpu"})
+    return dataclasses.replace(made, job=dataclasses.replace(made.job, context=context))
 
 
 def commit_late(made: MadeJob, unit_id: int) -> None:
@@ -91,7 +98,11 @@ def test_a_lost_manifest_is_made_again_and_no_row_is_lost(
 
     again = run(made)
 
+    assert counts.devices == {"cpu": 6}
+    if cleaned and earlier:
+        counts = dataclasses.replace(counts, devices={})  # the units are gone, and no footer states them
     assert (again.state, again.cleaned, again.counts) == ("complete", cleaned, counts)
+    assert status(made.store, made.job).counts.devices == counts.devices
     assert tables(made.store) == before
     assert findings(made) == []
     assert finished_units(made.store, list(list_committed(made.store)), again) == set(range(6))
