@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_text
 import math
 import shlex
 from collections.abc import Mapping
@@ -10,13 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hqlabel.jobs.job_setup.driver_slice import Slice
+from hqlabel.jobs.job_setup.printed_flags import picture_flags, retry_command, storage_flags
 from hqlabel.jobs.load_config import Config
 from hqlabel.jobs.results.read_tables import Row, failed_examples
 from hqlabel.jobs.terminal import console, input_report
 from hqlabel.jobs.terminal.progress import CallCounts
 from hqlabel.pipeline.errors import SystemicFault, count
 from hqlabel.pipeline.job_state.job_file import Job
-from hqlabel.pipeline.settings import DEMO, Limits
+from hqlabel.pipeline.settings import Limits
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.manifest import Manifest
 
@@ -135,45 +135,16 @@ def describe_failures(failed: Mapping[str, int], examples: Mapping[str, list[Row
 
 def next_commands(output: str, config: Config, job: Job, *, failed: int) -> list[str]:
     """Return what to type next, the most useful first, with all that a command takes from its call alone."""
-    place, pictures = ["--output", output, *_storage_flags(config)], _picture_flags(config, job)
+    place = ["--output", output, *storage_flags(config)]
     limited = config.input.limit is not None
     commands = []
     if failed:
-        needed = [*place, *_model_flags(config, job), *pictures]
-        commands.append(shlex.join(["hqlabel", "retry", *needed]) + "   # once the cause is fixed")
+        commands.append(retry_command(output, config, job) + "   # once the cause is fixed")
     if limited:
         commands.append("the same command without --limit and with another --output, for all images")
-    commands.append(shlex.join(["hqlabel", "report", *place, *pictures]))
+    commands.append(shlex.join(["hqlabel", "report", *place, *picture_flags(job)]))
     commands.append(shlex.join(["hqlabel", "validate", *place]))
     return commands
-
-
-def _storage_flags(config: Config) -> list[str]:
-    """Return the options of the stores as flags."""
-    flags = []
-    for scheme, options in config.storage.items():
-        flags += ["--set", f"storage.{scheme}={json_text.dumps(options)}"]
-    return flags
-
-
-def _model_flags(config: Config, job: Job) -> list[str]:
-    """Return the weights, the detector and the cluster as flags."""
-    flags = [] if job.context.weights.source == DEMO else ["--checkpoint", job.context.weights.source]
-    if job.context.detector is not None:
-        flags += ["--detector", job.context.detector.name]
-    if config.cluster.ray_address is not None:
-        flags += ["--ray-address", config.cluster.ray_address]
-    return flags
-
-
-def _picture_flags(config: Config, job: Job) -> list[str]:
-    """Return the folders and schemes that images may be read from as flags."""
-    flags = []
-    for root in job.context.access.roots:
-        flags += ["--allow-root", root]
-    for scheme in config.input.allow_schemes:
-        flags += ["--allow-scheme", scheme]
-    return flags
 
 
 def _whole_manifest(end: Ending) -> Manifest:

@@ -7,8 +7,9 @@ that keep every value. Then the parts concerned are published again.
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from hqlabel.jobs.cluster.run_units import Work, images_in, run_pending
 from hqlabel.jobs.commands.end_summary import Ending, report_done
 from hqlabel.jobs.job_setup.check_models import read_checkpoint, read_detector
 from hqlabel.jobs.job_setup.driver_slice import JobLock
+from hqlabel.jobs.job_setup.printed_flags import access_flags, begun_with
 from hqlabel.jobs.job_setup.saved_job import PICTURES, SavedJob, open_saved
 from hqlabel.jobs.load_config import Config, ConfigSources
 from hqlabel.jobs.results.read_tables import failed_units
@@ -24,11 +26,14 @@ from hqlabel.jobs.results.render_images import write_contact_sheet
 from hqlabel.jobs.terminal import console
 from hqlabel.jobs.terminal.progress import CallCounts
 from hqlabel.jobs.terminal.signals import Interrupts
-from hqlabel.pipeline.errors import IMAGE_CODES, JobRefused, UsageError, count
+from hqlabel.pipeline.errors import IMAGE_CODES, ImageError, JobRefused, UsageError, clean_text, count
 from hqlabel.pipeline.failpoints import visit
+from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.job_state.job_file import Job, differences
 from hqlabel.pipeline.settings import DEMO
+from hqlabel.pipeline.storage.archive_uris import container_of
 from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.storage.uri_rules import check_uri, is_inside, split_scheme, without_credentials
 from hqlabel.pipeline.tables.manifest import Manifest, Part, read_manifest
 from hqlabel.pipeline.tables.publish_tables import publish
 from hqlabel.pipeline.tables.unit_files import CommittedUnit, list_committed, read_committed
@@ -69,6 +74,7 @@ def run(given: ConfigSources, options: RetryOptions, interrupts: Interrupts) -> 
         lock.take()  # first, or another may do meanwhile what is found to be done
         targets = find_targets(saved.store, saved.job, options.codes)
         visit("retry.listed")
+        refuse_lost_rights(saved.store, saved.job, targets, options.codes)
         if targets:
             machine.check()
         images = sum(target.images for target in targets.values())
@@ -136,6 +142,49 @@ def _published(
         found = failed_units(store, part.images, codes) if _concerned(part, codes) else {}
         failed.update({unit_id: found.get(unit_id, 0) for unit_id in ids})
     return failed
+
+
+def refuse_lost_rights(store: Store, job: Job, targets: Iterable[int], codes: Sequence[str]) -> None:
+    """Raise JobRefused where the job could read an image to be redone and this call may not: name the flags.
+
+    Its row would come out as uri_refused, whatever it failed with before.
+    """
+    began, now = begun_with(job), job.context.access
+    roots = [root for root in began.roots if not any(is_inside(root, mine) for mine in now.roots)]
+    schemes = [scheme for scheme in began.schemes if scheme not in now.schemes]
+    if not roots and not schemes:
+        return
+    committed = list_committed(store, job.context.first_generation)
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda unit_id: _uris_failed_in(store, committed[unit_id], codes), targets)
+        lost = [uri for uris in found for uri in uris if _may_read(uri, began) and not _may_read(uri, now)]
+    if not lost:
+        return
+    flags = access_flags(
+        [root for root in roots if any(_may_read(uri, AccessRules(roots=(root,))) for uri in lost)],
+        [scheme for scheme in schemes if any(split_scheme(container_of(uri))[0] == scheme for uri in lost)],
+    )
+    raise JobRefused(
+        f"{store.place.uri}: {count(len(lost), 'image')} to do again "
+        f"{'lies' if len(lost) == 1 else 'lie'} outside what this call may read, such as "
+        f"{clean_text(without_credentials(lost[0]))}, and the job could read them; nothing was changed. "
+        f"Add {shlex.join(flags)}"
+    )
+
+
+def _uris_failed_in(store: Store, unit: CommittedUnit, codes: Sequence[str]) -> list[str]:
+    rows = read_committed(store, unit).select(["image_uri", "error_code"]).to_pylist()
+    return [
+        row["image_uri"] for row in rows if row["error_code"] and (not codes or row["error_code"] in codes)
+    ]
+
+
+def _may_read(uri: str, access: AccessRules) -> bool:
+    try:
+        check_uri(uri, access)
+    except ImageError as error:
+        return error.code != "uri_refused"
+    return True
 
 
 def _concerned(part: Part, codes: Sequence[str]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from pycocotools import mask as coco_mask
 
+from hqlabel.jobs.job_setup.printed_flags import retry_command
 from hqlabel.jobs.job_setup.saved_job import PICTURES, SavedJob, open_saved
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.report.charts import bars, histogram
@@ -157,7 +158,7 @@ def _render(
         facts=_facts(saved, manifest),
         totals=_totals(saved, manifest, data),
         failures=_failures(saved, manifest),
-        retry=shlex.join(["hqlabel", "retry", "--output", output]),
+        retry=retry_command(output, saved.config, saved.job),
         charts=[
             {"name": h.name, "svg": histogram(h, _line(manifest, h.name)), "most": max(h.counts)}
             for h in data.histograms

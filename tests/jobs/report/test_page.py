@@ -309,7 +309,7 @@ def test_a_picture_is_read_only_where_the_call_allows_it(output: str, tmp_path: 
     code, _, err = run("report", "--output", output, "--to", str(tmp_path / "page.html"))
 
     assert code == 0, err
-    assert "see --allow-root" in err  # although config.yaml in the output names the folder
+    assert "--allow-root" in err  # although config.yaml in the output names the folder
     assert "data:image/jpeg" not in (tmp_path / "page.html").read_text()
 
 

@@ -12,17 +12,19 @@ import yaml
 from PIL import Image
 
 from hqlabel.jobs.commands import end_summary
-from hqlabel.jobs.commands.retry import find_targets
+from hqlabel.jobs.commands.retry import find_targets, refuse_lost_rights
+from hqlabel.jobs.job_setup.printed_flags import retry_command
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.results import render_images
 from hqlabel.jobs.results.read_tables import failed_examples, find_images, sample_labelled
 from hqlabel.pipeline.errors import ImageError, JobRefused
 from hqlabel.pipeline.job_context import AccessRules, Place
-from hqlabel.pipeline.job_state.job_file import Job
+from hqlabel.pipeline.job_state.job_file import Job, require_job
 from hqlabel.pipeline.settings import Limits
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.manifest import read_manifest
 from tests.jobs.cli.test_cli import run
+from tests.jobs.made_outputs import MadeImage, make_output
 from tests.pipeline.made_units import MadeJob, make_context, make_job
 
 FAILING = ("img-00007.jpg", "img-00021.jpg")
@@ -236,6 +238,40 @@ def test_retry_finds_the_units_with_failed_images_published_or_not(made: MadeJob
     assert sum(images for _, images in found().values()) == 3
     made.commit([1], generation=1)  # a retry that mended unit 1, not published yet
     assert found("not_found") == {5: (1, 1)}
+
+
+def test_retry_refuses_to_lose_the_rights_to_read_what_it_does_again(tmp_path: Path) -> None:
+    images = [MadeImage(image_id="a", error="truncated"), MadeImage(image_id="b", error="not_found")]
+    images.append(MadeImage(image_id="c", error="truncated", uri="https://h/c.jpg"))
+    store = Store(Place(uri=make_output(tmp_path / "out", images)))
+    inputs = {"images": "s3://b/p", "allow_roots": ["/photos", "/other"], "allow_schemes": ["https"]}
+    job = dataclasses.replace(require_job(store), identity={"inputs": {"arguments": inputs}})
+    targets = find_targets(store, job, ())
+
+    def check(roots: tuple[str, ...], schemes: tuple[str, ...], *codes: str) -> None:
+        access = AccessRules(roots=roots, schemes=schemes)
+        now = dataclasses.replace(job, context=dataclasses.replace(job.context, access=access))
+        refuse_lost_rights(store, now, targets, codes)
+
+    wanted = "3 images to do again lie outside .* Add --allow-root /photos --allow-scheme https$"
+    with pytest.raises(JobRefused, match=wanted):
+        check((), ("s3",))
+    with pytest.raises(JobRefused, match=r"1 image to do again lies .* Add --allow-root /photos$"):
+        check((), ("s3",), "not_found")
+    check(("/photos",), ("s3",), "not_found")  # what is lost besides is of no image
+    check(("/photos",), ("s3", "https"))
+
+
+def test_retry_prints_the_folders_and_schemes_that_the_job_began_with(tmp_path: Path) -> None:
+    photos = str(tmp_path)
+    arguments = {"images": photos, "allow_roots": ["/else where"], "allow_schemes": ["https"]}
+    job = Job(identity={"inputs": {"arguments": arguments}}, context=make_context(), plan={})
+    text = retry_command("out", ConfigSources().load(), job)
+    flags = f"--allow-root '/else where' --allow-root {photos} --allow-scheme https"
+    assert text == f"hqlabel retry --output out --checkpoint w {flags}"
+
+    broken = dataclasses.replace(job, identity={"inputs": {"arguments": {"allow_roots": ["a\0b", 3]}}})
+    assert "--allow" not in retry_command("out", ConfigSources().load(), broken)
 
 
 def test_retry_wants_a_finished_job(tmp_path: Path) -> None:
