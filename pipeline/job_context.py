@@ -145,3 +145,5 @@ class UnitOutcome:
     seconds: float = 0.0
     device: str = ""
     """The kind of device that made it; empty where that is not known."""
+    kept: int = 0
+    """Of the images, those whose rows were taken over from before: not done anew."""

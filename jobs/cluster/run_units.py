@@ -48,12 +48,14 @@ def run_pending(
     *,
     total_images: int,
     done_images: int,
+    kept_images: int = 0,
     generations: Mapping[int, int] | None = None,
     codes: tuple[str, ...] = (),
 ) -> CallCounts:
     """Run units until `pending` (read from the store before every pass) names none; return what was done.
 
-    `total_images`, `done_images`: for the progress. `generations`, `codes`: of a retry; see `chain.Retry`.
+    `total_images`, `done_images`, `kept_images`: for the progress. `generations`, `codes`: of a
+    retry; see `chain.Retry`.
 
     Raises:
         SystemicFault: what a unit met, or passes that finish nothing.
@@ -65,7 +67,10 @@ def run_pending(
 
     retry = None if generations is None else Retry(generations=generations, codes=codes)
     earlier = _Devices(work.store, work.job)
-    with _new_progress(work, total_images=total_images, done_images=done_images) as progress:
+    progress = _new_progress(
+        work, total_images=total_images, done_images=done_images, kept_images=kept_images
+    )
+    with progress:
         units = list(pending())
         while units:
             _run_pass(work, units, progress, earlier, retry)
@@ -124,12 +129,13 @@ def _run_pass(
     work.owner.require("the rest of the work")
 
 
-def _new_progress(work: Work, *, total_images: int, done_images: int) -> Progress:
+def _new_progress(work: Work, *, total_images: int, done_images: int, kept_images: int) -> Progress:
     """Return the progress of this work, in the form that suits where stderr goes."""
     mode = choose_mode(wanted=work.show_progress, is_terminal=sys.stderr.isatty())
     return Progress(
         total_images=total_images,
         done_images=done_images,
+        kept_images=kept_images,
         mode=mode,
         beginning="the model is being compiled" if work.config.model.compile else None,
     )

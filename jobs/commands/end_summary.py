@@ -44,7 +44,7 @@ class Ending:
     @property
     def images(self) -> int:
         """The images that this process has done."""
-        return self.counts.images if self.redone is None else self.redone
+        return self.counts.anew if self.redone is None else self.redone
 
 
 def over_budget(limits: Limits, *, images: int, failed: int) -> str | None:
@@ -174,9 +174,10 @@ def _lines(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], o
 
 def _this_run(end: Ending) -> str:
     counts = end.counts
-    done = f"{count(end.images, 'image')} in this run, {console.duration(end.seconds)}"
+    kept = f", {count(counts.kept, 'row')} kept" if counts.kept and end.redone is None else ""
+    done = f"{count(end.images, 'image')} in this run{kept}, {console.duration(end.seconds)}"
     rates = f"{console.rate(end.images / end.seconds)} images/s"
-    if end.redone is None:
+    if end.redone is None and not counts.kept:  # boxes are counted by unit, those of kept rows with them
         rates += f", {console.rate(counts.instances / end.seconds)} boxes/s"
     repeated = f", {counts.repeated:,} of them done before by another" if counts.repeated else ""
     again = f", {counts.begun_before:,} of them begun before and done again" if counts.begun_before else ""

@@ -79,7 +79,8 @@ def run(config: Config, options: LabelOptions, interrupts: Interrupts) -> int:
                 interrupts=interrupts,
                 show_progress=options.progress,
             )
-            counts = _label_pending(work, opened.plan, options.part, pending)
+            kept = _kept_images(opened) if options.part == WHOLE else 0
+            counts = _label_pending(work, opened.plan, options.part, pending, kept)
         manifest = picture = None
         if not pending_units(store, job, WHOLE):
             manifest = publish(
@@ -128,7 +129,13 @@ def _report_understood(config: Config, opened: Opened, machine: Machine, part: S
         console.say(f"the inputs changed: {opened.taken_over.changes}; what is done keeps its rows")
     word = "going on with the job in" if opened.resumed else "new job in"
     console.say(f"hqlabel {code_version()}: {word} {opened.store.place.uri}")
-    work = input_report.describe_work(job, done_units=job.units - left, pending_units=mine, part=part.text)
+    work = input_report.describe_work(
+        job,
+        done_units=job.units - left,
+        pending_units=mine,
+        part=part.text,
+        kept_images=_kept_images(opened),
+    )
     rows = [
         *input_report.describe_inputs(opened.config, job.plan),
         *input_report.describe_detector(job.context),
@@ -158,10 +165,17 @@ def _take_over(opened: Opened, lock: JobLock) -> None:
     take_over(opened.store, before, opened.job)
 
 
-def _label_pending(work: Work, plan: Plan | None, part: Slice, pending: list[int]) -> CallCounts:
+def _kept_images(opened: Opened) -> int:
+    """Return how many images of changed inputs keep their rows."""
+    return 0 if opened.taken_over is None else opened.taken_over.changes.done
+
+
+def _label_pending(
+    work: Work, plan: Plan | None, part: Slice, pending: list[int], kept_images: int
+) -> CallCounts:
     """Run the pending units of this slice until none is left; return what this process did.
 
-    `plan`: of a new job, written first.
+    `plan`: of a new job, written first. `kept_images`: of the pending units, known to keep their rows.
     """
     if plan is not None:
         write_plan(work.store, plan)
@@ -172,4 +186,5 @@ def _label_pending(work: Work, plan: Plan | None, part: Slice, pending: list[int
         lambda: pending_units(work.store, work.job, part),
         total_images=total,
         done_images=total - images_in(work.job, pending),
+        kept_images=kept_images,
     )

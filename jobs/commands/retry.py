@@ -288,9 +288,16 @@ def _redo(
         show_progress=options.progress,
     )
     total = images_in(saved.job, list(generations))
+    kept = total - sum(target.images for target in targets.values())
     with work.owner.blamed("the retry"):
         return run_pending(
-            work, pending, total_images=total, done_images=0, generations=generations, codes=options.codes
+            work,
+            pending,
+            total_images=total,
+            done_images=0,
+            kept_images=kept,
+            generations=generations,
+            codes=options.codes,
         )
 
 

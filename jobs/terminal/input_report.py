@@ -53,11 +53,19 @@ def describe_detector(context: JobContext) -> list[tuple[str, str]]:
     return [("detector", f"{detector.title}, {shown}; fingerprint {fingerprint}; {licence}")]
 
 
-def describe_work(job: Job, *, done_units: int, pending_units: int, part: str | None) -> tuple[str, str]:
-    """Return how the work is cut, how much of it is done, and how much of it is this driver's."""
+def describe_work(
+    job: Job, *, done_units: int, pending_units: int, part: str | None, kept_images: int = 0
+) -> tuple[str, str]:
+    """Return how the work is cut, how much of it is done, and how much of it is this driver's.
+
+    `kept_images`: of a job whose inputs changed, those that keep their rows in the units of the new plan.
+    """
     per_unit = count(job.context.images_per_unit, "image")
     cut = f"{count(job.units, 'unit')} of up to {per_unit}"
-    if not done_units:
+    if kept_images:
+        left = job.plan["images"] - kept_images
+        done = f"{count(left, 'image')} to do, {count(kept_images, 'row')} kept"
+    elif not done_units:
         done = "nothing done yet"
     elif done_units == job.units:
         done = "all done"

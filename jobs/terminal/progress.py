@@ -44,10 +44,17 @@ class CallCounts:
     """Images of units that were already committed when they were done again."""
     begun_before: int = 0
     """Images that a killed process had begun, and that were done again."""
+    kept: int = 0
+    """Images whose rows were taken over from before, of `images`."""
+
+    @property
+    def anew(self) -> int:
+        """The images that were really done."""
+        return self.images - self.kept
 
     def plus(self, outcome: UnitOutcome) -> CallCounts:
         """Return the counts with those of one more unit."""
-        summed = ("images", "labelled", "no_boxes", "failed", "instances", "bytes", "begun_before")
+        summed = ("images", "labelled", "no_boxes", "failed", "instances", "bytes", "begun_before", "kept")
         sums = {name: getattr(self, name) + getattr(outcome, name) for name in summed}
         repeated = self.repeated + (outcome.images if outcome.repeated else 0)
         return CallCounts(units=self.units + 1, repeated=repeated, **sums)
@@ -56,8 +63,9 @@ class CallCounts:
 class Progress:
     """A context manager that shows progress and counts the outcomes given to `add`.
 
-    `total_images`: planned; `done_images`: of these, done before this process began. `beginning`: what takes
-    long before the first image, as text.
+    `total_images`: planned; `done_images`: of these, done before this process began; `kept_images`: of these,
+    in pending units and known to keep their rows. What is kept counts as nothing done. `beginning`: what
+    takes long before the first image, as text.
     """
 
     def __init__(
@@ -65,12 +73,14 @@ class Progress:
         *,
         total_images: int,
         done_images: int,
+        kept_images: int = 0,
         mode: Mode,
         beginning: str | None = None,
         clock: Callable[[], float] = time.monotonic,
         line_every_s: float = LINE_EVERY_S,
     ) -> None:
         self._total, self._done_before = total_images, done_images
+        self._kept = kept_images
         self._mode, self._clock, self._every = mode, clock, line_every_s
         self._beginning = beginning
         self._lock = threading.Lock()
@@ -111,7 +121,7 @@ class Progress:
             self._counts = self._counts.plus(outcome)
             self._codes.update(outcome.failed_by_code)
             now = self._clock()
-            self._samples.append((now, self._counts.images, self._counts.instances))
+            self._samples.append((now, self._counts.anew, self._counts.instances))
             self._forget_old(now)
 
     def counts(self) -> CallCounts:
@@ -126,12 +136,14 @@ class Progress:
             self._forget_old(now)
             images_per_s, boxes_per_s = self._rates(now)
             worst = self._codes.most_common(1)
-        done = self._done_before + counts.images
-        parts = [f"{done:,} of {count(self._total, 'image')} ({console.share(done, self._total)})"]
+        kept = max(self._kept, counts.kept)
+        done, total = self._done_before + counts.anew, self._total - kept
+        parts = [f"{done:,} of {count(total, 'image')} ({console.share(done, total)})"]
         if images_per_s > 0:
-            parts.append(f"{console.rate(images_per_s)} images/s, {console.rate(boxes_per_s)} boxes/s")
-            left = max(0, self._total - done) / images_per_s
-            parts.append(f"about {console.duration(left)} left" if done < self._total else "finishing")
+            boxes = "" if kept else f", {console.rate(boxes_per_s)} boxes/s"  # of a unit, kept ones with it
+            parts.append(f"{console.rate(images_per_s)} images/s{boxes}")
+            left = max(0, total - done) / images_per_s
+            parts.append(f"about {console.duration(left)} left" if done < total else "finishing")
         elif counts.units:
             parts.append(f"nothing finished in the last {console.duration(now - self._samples[-1][0])}")
         else:
@@ -139,12 +151,14 @@ class Progress:
             parts.append(f"no image finished yet, {console.duration(now - self._began)}")
         if counts.failed:
             parts.append(f"{counts.failed:,} failed" + (f" (most: {worst[0][0]})" if worst else ""))
+        if kept:
+            parts.append(f"{kept:,} kept")
         return " · ".join(parts)
 
     def _rates(self, now: float) -> tuple[float, float]:
         began, images, instances = self._samples[0]
         seconds = max(min(now - began, _WINDOW_S), 1e-9)
-        return (self._counts.images - images) / seconds, (self._counts.instances - instances) / seconds
+        return (self._counts.anew - images) / seconds, (self._counts.instances - instances) / seconds
 
     def _forget_old(self, now: float) -> None:
         """Keep the samples inside the window, and the last one before it: the state when it began."""

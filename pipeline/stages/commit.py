@@ -75,7 +75,7 @@ def _commit(unit: UnitRow, context: JobContext, store: Store, restart: Restart |
     whole = unit.redo_codes is None and not context.earlier
     mine = planned if whole else _rows_of(images, planned)
     table = _table_of_all(images, mine, context) if images or whole else schema.UNIT.empty_table()
-    lineage = footer(context, unit.device)
+    anew, lineage = table.num_rows, footer(context, unit.device)
     if unit.redo_codes is not None:
         before = read_generation(store, unit.unit_id, unit.generation - 1)
         lineage = redone_footer(before, lineage, generation=unit.generation, images=table.num_rows)
@@ -93,7 +93,8 @@ def _commit(unit: UnitRow, context: JobContext, store: Store, restart: Restart |
     )
     _log(outcome, table, context)
     begun_before = sum(image.attempts > 1 for image in unit.images)
-    return replace(outcome, begun_before=begun_before, device=unit.device)
+    kept = outcome.images - anew
+    return replace(outcome, begun_before=begun_before, device=unit.device, kept=kept)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def _rows_of(images: Sequence[ImageResult], planned: pa.Table) -> pa.Table:
 def _log(outcome: UnitOutcome, table: pa.Table, context: JobContext) -> None:
     """Log a line for the unit and one for each image of it that failed; those of a retry again."""
     run_id, unit_id = context.run_id, outcome.unit_id
-    fields = {k: v for k, v in vars(outcome).items() if k not in ("unit_id", "begun_before")}
+    fields = {k: v for k, v in vars(outcome).items() if k not in ("unit_id", "begun_before", "kept")}
     logs.event("unit_committed", run_id=run_id, unit_id=unit_id, **fields)
     if outcome.repeated or not outcome.failed:
         return

@@ -98,6 +98,8 @@ def test_changed_boxes_are_refused_with_numbers_and_accepted_on_request(photos: 
     assert "--accept-changed-inputs" in refused
     assert unchanged.keys() >= {"job.json", "manifest.json"}
     assert f"the inputs changed: {numbers}" in said
+    assert "3 units of up to 2 images; 2 images to do, 3 rows kept" in said
+    assert "2 images in this run, 3 rows kept" in said
     assert "nothing was left to do" in again
     after = {row["image_id"]: row for row in commands.tables(Path(output))[0].to_pylist()}
     assert sorted(after) == ["0.png", "1.png", "2.png", "3.png", "4.png"]

@@ -319,8 +319,10 @@ def test_a_number_of_images_to_judge_from_can_still_be_set() -> None:
 
 
 def test_the_next_command_can_be_pasted() -> None:
-    config = ConfigSources(sets=["storage.s3={endpoint_url: 'http://h:1'}", "input.allow_schemes=[https]"])
-    context = dataclasses.replace(make_context(), access=AccessRules(roots=("/ph otos",)))
+    config = ConfigSources(sets=["storage.s3={endpoint_url: 'http://h:1'}"])
+    context = dataclasses.replace(
+        make_context(), access=AccessRules(roots=("/ph otos",), schemes=("s3", "https"))
+    )
     job = Job(identity={}, context=context, plan={"images": 1, "boxes": 1, "units": 1})
     commands = end_summary.next_commands("s3://b/o u t", config.load(), job, failed=1)
     store = """--output 's3://b/o u t' --set 'storage.s3={"endpoint_url": "http://h:1"}'"""

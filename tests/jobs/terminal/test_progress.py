@@ -20,7 +20,7 @@ class Clock:
         return self.now
 
 
-def outcome(unit: int, *, failed: int = 0, repeated: bool = False) -> UnitOutcome:
+def outcome(unit: int, *, failed: int = 0, repeated: bool = False, kept: int = 0) -> UnitOutcome:
     return UnitOutcome(
         unit_id=unit,
         generation=0,
@@ -31,6 +31,7 @@ def outcome(unit: int, *, failed: int = 0, repeated: bool = False) -> UnitOutcom
         instances=30,
         bytes=1000,
         repeated=repeated,
+        kept=kept,
         failed_by_code={"not_found": failed} if failed else {},
     )
 
@@ -48,6 +49,19 @@ def test_the_line_counts_rates_and_what_is_left() -> None:
         "520 of 1,000 images (52%) · 2.00 images/s, 6.00 boxes/s · about 4 min 00 s left"
         " · 2 failed (most: not_found)"
     )
+
+
+def test_rows_that_are_kept_are_not_counted_as_done() -> None:
+    clock = Clock()
+    known = Progress(total_images=40, done_images=0, kept_images=35, mode="silent", clock=clock)
+    found = Progress(total_images=40, done_images=0, mode="silent", clock=clock)
+    assert known.line() == "0 of 5 images (0%) · no image finished yet, 0.0 s · 35 kept"
+    clock.now += 10
+    known.add(outcome(0, kept=8))
+    found.add(outcome(0, kept=8))
+    assert known.line() == "2 of 5 images (40%) · 0.20 images/s · about 15.0 s left · 35 kept"
+    assert found.line() == "2 of 32 images (6.2%) · 0.20 images/s · about 2 min 30 s left · 8 kept"
+    assert (known.counts().images, known.counts().kept, known.counts().anew) == (10, 8, 2)
 
 
 def test_time_left_goes_by_the_last_minutes_and_not_by_the_start() -> None:
