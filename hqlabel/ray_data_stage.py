@@ -4,7 +4,7 @@
     ds = ds.map_batches(
         hqlabel.SegmentImages,
         fn_constructor_kwargs={"checkpoint": "demo", "image": "bytes", "boxes": "boxes"},
-        num_gpus=1, batch_size=16, concurrency=2,
+        num_gpus=1, batch_size=16, compute=ray.data.ActorPoolStrategy(size=2),
     )
 
 One row in, one row out, in the same order; a row that cannot be labelled says why and costs no other. For

@@ -21,7 +21,7 @@ def begun_with(job: Job) -> AccessRules:
     """Return the folders and schemes that the job's images could be read from, by its identity."""
     arguments = job.identity.get("inputs", {}).get("arguments", {})
     places = {name: arguments.get(name) for name in ("images", "boxes", "image_root")}
-    inputs = InputSettings(**{name: place for name, place in places.items() if isinstance(place, str)})
+    inputs = InputSettings.model_validate({n: place for n, place in places.items() if isinstance(place, str)})
     named = AccessRules(
         roots=tuple(_texts(arguments.get("allow_roots"))),
         schemes=(*AccessRules().schemes, *_texts(arguments.get("allow_schemes"))),

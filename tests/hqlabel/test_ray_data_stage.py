@@ -118,7 +118,7 @@ def test_a_dataset_of_parquet_rows_is_labelled_on_ray(
         fn_constructor_kwargs={"checkpoint": "demo", "dtype": "float32"},
         batch_size=3,
         batch_format=batch_format,
-        concurrency=1,
+        compute=ray.data.ActorPoolStrategy(size=1),
     )
     answer.write_parquet(str(tmp_path / "out"))
     rows = pq.read_table(tmp_path / "out").sort_by("id").to_pylist()
