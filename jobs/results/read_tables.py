@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 
 from hqlabel.pipeline import schema
 from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.job_state.job_file import read_job
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.manifest import Manifest, PartFile, read_manifest
-from hqlabel.pipeline.tables.published_parts import open_part
+from hqlabel.pipeline.tables.published_parts import open_part, unfinished_change
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -46,8 +47,10 @@ def require_published(store: Store) -> Manifest:
     """Return the manifest of the tables in a store; JobRefused when nothing is published there."""
     manifest = read_manifest(store)
     if manifest is not None and manifest.state == "publishing":
+        job = read_job(store)
         raise JobRefused(
-            f"{store.place.uri}: the tables are being published now, or a publish was interrupted; "
+            (unfinished_change(store, job) if job is not None else None)
+            or f"{store.place.uri}: the tables are being published now, or a publish was interrupted; "
             "start this command again when it has ended, or publish again"
         )
     if manifest is None or not manifest.parts:

@@ -199,3 +199,5 @@ def _check_ranges(manifest: Manifest) -> None:
         if not end <= part.first_unit <= part.stop_unit <= manifest.units:
             raise ValueError(f"part {part.index} has the units {part.first_unit} to {part.stop_unit}")
         end = part.stop_unit
+    if manifest.state == "complete" and manifest.published_units != manifest.units:
+        raise ValueError(f"complete, but the parts have {manifest.published_units} of {manifest.units} units")

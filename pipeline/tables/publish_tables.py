@@ -54,6 +54,7 @@ from hqlabel.pipeline.tables.published_parts import (
     is_merged,
     open_part,
     read_part,
+    unfinished_change,
     units_of_part,
 )
 from hqlabel.pipeline.tables.unit_files import CommittedUnit, footer, list_committed, read_committed
@@ -180,7 +181,7 @@ def _is_current(look: _Look, job: Job, filters: FilterSettings) -> bool:
     before = look.before
     if before is None or look.due or before.state == "publishing":
         return False
-    if before.cleaned and before.state == "complete":
+    if before.cleaned and before.state == "complete" and before.parts == look.kept:
         return True
     current = look.manifest(job, filters, look.kept, before.revision)
     return before == dataclasses.replace(current, published_at=before.published_at)
@@ -210,7 +211,8 @@ def _look(store: Store, job: Job, filters: FilterSettings) -> _Look:
         elif choice is not None:
             due.append(choice)
         elif is_merged(job) or not begun.isdisjoint(part_key(table, index) for table in TABLES):
-            raise _lost(store, job, index)
+            changed = unfinished_change(store, job)
+            raise JobRefused(changed) if changed else _lost(store, job, index)
     published = max((one.publication for one in held.values()), default=0)
     return _Look(
         entry=found.entry,

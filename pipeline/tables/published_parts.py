@@ -27,6 +27,7 @@ from hqlabel.pipeline.storage import checksummed_parquet
 from hqlabel.pipeline.storage.output_store import NotFound, Replaced, Store
 from hqlabel.pipeline.tables.count_masks import Counts, counts_of
 from hqlabel.pipeline.tables.manifest import TABLES, Manifest, Part, PartFile, look_for_manifest, part_key
+from hqlabel.pipeline.tables.unit_files import list_committed
 
 READERS = 8
 KINDS = {"images": schema.IMAGES, "instances": schema.INSTANCES}
@@ -204,7 +205,7 @@ def read_part(store: Store, job: Job, index: int, newest: Mapping[int, int]) -> 
     ids = units_of_part(job, index)
     of_both = [one.stated for one in (images, instances)]
     generations = _common_generations(index, ids, of_both, newest)
-    if generations is None:
+    if generations is None or any(generations.get(u, 0) < job.context.first_generation for u in ids):
         return None
     part = Part(
         index=index,
@@ -232,6 +233,32 @@ def _common_generations(
     if any(low != high and newest.get(unit, -1) < high for unit, (low, high) in pairs.items()):
         return None
     return {unit: low for unit, (low, _) in pairs.items() if low}
+
+
+def unfinished_change(store: Store, job: Job) -> str | None:
+    """Return the sentence on tables of a plan before whose job was taken over by a plan that is not done yet.
+
+    They are whole: `label` replaces them when it has done the units of the new plan.
+    """
+    if not job.context.earlier or len(list_committed(store, job.context.first_generation)) >= job.units:
+        return None
+    if not any(_is_of_earlier_plan(store, job, index) for index in range(count_parts(job))):
+        return None
+    return (
+        f"{store.place.uri}: its inputs changed (--accept-changed-inputs), not every unit of the new plan is "
+        "done, and the tables are those of the plan before; run `hqlabel label` again, which goes on"
+    )
+
+
+def _is_of_earlier_plan(store: Store, job: Job, index: int) -> bool:
+    plans = {plan.plan_sha256 for plan in job.context.earlier}
+    for table in TABLES:
+        with contextlib.suppress(DamageFound, NotFound):
+            body = store.read(part_key(table, index))
+            checksummed_parquet.check_seal(body, part_key(table, index))
+            if _footer(body).get("plan_sha256") in plans:
+                return True
+    return False
 
 
 def _devices(of_both: Sequence[StatedPart | None], generations: Mapping[int, int]) -> Mapping[str, int]:

@@ -36,7 +36,7 @@ from hqlabel.pipeline.tables.manifest import (
     manifest_damage,
 )
 from hqlabel.pipeline.tables.publish_tables import foreign_parts
-from hqlabel.pipeline.tables.published_parts import stated
+from hqlabel.pipeline.tables.published_parts import stated, unfinished_change
 from hqlabel.pipeline.tables.unit_checks import find_faults, plan_faults
 from hqlabel.pipeline.tables.unit_files import (
     CommittedUnit,
@@ -86,7 +86,7 @@ def verify(store: Store, job: Job, *, sample: int | None = 64) -> Verified:
     """
     result = Verified()
     before = look_for_manifest(store)
-    manifest = _manifest(store, before, result)
+    manifest = _manifest(store, job, before, result)
     _verify_plan(store, job, result)
     outcomes = _verify_units(store, job, manifest, result, all_masks=sample is None)
     if manifest is not None:
@@ -99,12 +99,12 @@ def verify(store: Store, job: Job, *, sample: int | None = 64) -> Verified:
     return result
 
 
-def _manifest(store: Store, found: StoredManifest, result: Verified) -> Manifest | None:
+def _manifest(store: Store, job: Job, found: StoredManifest, result: Verified) -> Manifest | None:
     manifest = found.manifest
     if found.damage:
         result.findings.append(Finding(key=MANIFEST_KEY, message=manifest_damage(store, found.damage)))
     if manifest is not None and manifest.state == "publishing":
-        message = "a publish was interrupted; run publish again"
+        message = unfinished_change(store, job) or "a publish was interrupted; run publish again"
         result.findings.append(Finding(key=MANIFEST_KEY, message=message))
     return manifest
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hqlabel.jobs.results.read_tables import require_published
 from hqlabel.pipeline.errors import JobRefused
 from hqlabel.pipeline.job_context import Place
 from hqlabel.pipeline.job_state.driver_lock import Owner
@@ -146,6 +147,25 @@ def test_a_job_in_the_middle_keeps_what_it_has_done_and_may_change_again(tmp_pat
     assert masks_of(made.store) == fresh(tmp_path / "fresh", BEFORE, ("07.png",))
     assert len(list((tmp_path / "out" / "previous").iterdir())) == 2
     assert verify(made.store, require_job(made.store)).findings == []
+
+
+@pytest.mark.parametrize("units", [0, 1])
+def test_a_change_that_was_cut_short_calls_no_table_damaged(units: int, done: SmallJob, tmp_path) -> None:
+    store, new = done.store, make(tmp_path, AFTER, CHANGED)
+    taken = going_on(store, require_job(store), new.job)
+    write_plan(store, new.plan)
+    take_over(store, require_job(store), taken)
+    job = open_job(store, new.job)
+    if units:
+        work(store, job, units=units)
+    advice = "the tables are those of the plan before; run `hqlabel label` again"
+    with pytest.raises(JobRefused, match=advice):
+        publish(store, job, FilterSettings(), require_owner=lambda what: None)
+    with pytest.raises(JobRefused, match=advice):
+        require_published(store)
+    assert [advice in str(one) for one in verify(store, job).findings] == [True]
+    work(store, job)
+    assert verify(store, job).findings == []
 
 
 def test_fewer_parts_and_cleaned_jobs_are_refused(done, tmp_path) -> None:
