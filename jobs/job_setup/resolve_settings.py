@@ -15,7 +15,7 @@ from hqlabel.pipeline.errors import UsageError
 from hqlabel.pipeline.job_context import AccessRules, BoxRules, JobDetector, Place
 from hqlabel.pipeline.settings import DEMO, BoxFormat, BoxFrame
 from hqlabel.pipeline.stages.detect import HF, ZERO_SHOT
-from hqlabel.pipeline.storage.uri_rules import refuse_password, refuse_secrets
+from hqlabel.pipeline.storage.uri_rules import refuse_password, refuse_secrets, refuse_storage_secrets
 
 BOXES_PER_CALL = {"cpu": 2, "cuda": 16}
 """By the kind of device. On one CPU core a box costs the same in calls of 2 to 16 (56 to 63 ms at full size),
@@ -77,7 +77,7 @@ def with_boxes_per_call(config: Config, otherwise: int | None) -> Config:
 def storage_options(config: Config, uri: str) -> Mapping[str, Any]:
     """Return the fsspec options for the scheme of `uri`; raise `UsageError` where a secret is configured."""
     for scheme, options in config.storage.items():
-        refuse_secrets(options, where=f"storage.{scheme}")
+        refuse_storage_secrets(options, where=f"storage.{scheme}")
     refuse_password(config.input.images, where="--images")
     refuse_password(config.input.boxes, where="--boxes")
     refuse_password(config.input.image_root, where="input.image_root")

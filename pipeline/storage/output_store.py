@@ -20,7 +20,7 @@ from hqlabel.pipeline.storage.backend import Backend, Entry, FetchedObject
 from hqlabel.pipeline.storage.cloud_buckets import backend_for
 from hqlabel.pipeline.storage.read_objects import blockwise
 from hqlabel.pipeline.storage.request_retries import StorageFault, with_retries
-from hqlabel.pipeline.storage.uri_rules import refuse_secrets, split_scheme
+from hqlabel.pipeline.storage.uri_rules import refuse_storage_secrets, split_scheme
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class Store:
     """
 
     def __init__(self, place: Place, *, budget_s: float = STORE_BUDGET_S) -> None:
-        refuse_secrets(place.options, where=place.uri)
+        refuse_storage_secrets(place.options, where=place.uri)
         scheme, rest = split_scheme(place.uri)
         self.place = place
         self.budget_s = budget_s

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hqlabel.pipeline.errors import ImageError, UsageError
@@ -23,16 +23,41 @@ from hqlabel.pipeline.storage.archive_uris import container_of
 _SCHEME = re.compile(r"([a-z][a-z0-9+.\-]*)://(.*)", re.DOTALL)
 _SIGNED = re.compile(
     r"[?&](x-amz-(signature|credential|security-token)|x-goog-(signature|credential)|signature|sig"
-    r"|[^=&\s]*(token|api[_-]?key|passw|pwd|secret|credential)[^=&\s]*|auth|key|jwt)=",
+    r"|[^=&\s]{0,99}(token|api[_-]?key|passw|pwd|secret|credential)[^=&\s]{0,99}|auth|key|jwt)=",
     re.IGNORECASE,
 )
+_WEB = re.compile(r"https?://[^\s\"'<>]+", re.IGNORECASE)
+_SIGNED_WEB = re.compile(
+    r"([?&;#](?:[^=&;#\s]{0,99}(?:token|api[_-]?key|passw|pwd|secret|credential|signature|sess(?:ion)?[_-]?id)"
+    r"[^=&;#\s]{0,99}|auth|bearer|code|hmac|jwt|key|key-pair-id|login|otp|pass|pat|policy|sas|session|sid|sig"
+    r"|ticket)=)[^&\s\"'<]+",
+    re.IGNORECASE,
+)
+"""What signs a web address: in its query, its fragment, or the parameters of a part of its path."""
 _USER_AND_PASSWORD = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 _USER = re.compile(r"://[^/\s]*@")  # alone it may be a token
 _SECRET_OPTION = re.compile(
-    r"(^|_)(key|secret|token|passw(or)?d|pass|pwd|passphrase|credentials?|sas|connection_string|auth"
-    r"|authorization|bearer|jwt|cookies?|headers?|user(name)?|login|signature)(_|$)"
+    r"(^|_)((api|access|secret|private|account|shared|p)?key|secret|[a-z]*token|passw(or)?d|pass|pwd"
+    r"|passphrase|credentials?|creds?|sas|conn(ection)?_?str(ing)?|dsn|auth|authorization|bearer|jwt"
+    r"|cookies?|headers?|hdrs?|user(name)?|login|sig|signature|hmac|pat|otp|pin)(_|$)"
+    r"|^(auth_|access_)?code$|^session(_?id|_token|_key|_cookie)?$"
 )
-_HARMLESS_OPTIONS = frozenset({"sse_kms_key_id", "ssekms_key_id", "bucket_key_enabled"})
+_HARMLESS_OPTIONS = frozenset(
+    {"sse_kms_key_id", "ssekms_key_id", "bucket_key_enabled", "signature_version", "session_kwargs"}
+)
+_TEXT_NAMES = (
+    "endpoint_url region_name region profile profile_name signature_version addressing_style acl "
+    "server_side_encryption sse_kms_key_id ssekms_key_id storage_class request_payer user_agent "
+    "user_agent_extra expected_bucket_owner checksum_algorithm request_checksum_calculation "
+    "response_checksum_validation payload_signing_enabled mode content_type content_encoding "
+    "cache_control default_cache_type cache_type api_version version_id us_east_1_regional_endpoint "
+    "token project access consistency location default_location requester_pays account_name "
+    "account_host container_name blob_type tenant_id client_id endpoint revision repo_type host "
+    "port protocol scheme encoding compression size_policy verify ca_bundle proxy proxies http https "
+    "no_proxy timeout connect_timeout read_timeout"
+)
+_TEXT_OPTIONS = frozenset(_TEXT_NAMES.split())
+"""Options of stores that may hold a text: of others nobody knows whether it is a secret."""
 _LOGIN = re.compile(r"(?<!abfs)(?<!abfss)(?<!az)(?<!wasb)(?<!wasbs)://[^/\s@\"']+@")
 """A user, a token or a password before a host; Azure names its containers there."""
 _BEARER = re.compile(r"\b(Bearer|Basic) +[\w.~+/=-]{8,}")
@@ -94,7 +119,7 @@ def _check_remote(scheme: str, rest: str) -> None:
     if any(part in (".", "..") for part in path.split("/")):
         raise _refused("the uri has a '.' or '..' segment")
     if scheme.startswith("http"):
-        if _SIGNED.search(rest):
+        if _is_signed(f"{scheme}://{rest}"):
             raise _refused("the uri carries a signature or token, which would be copied into the output")
         check_web_place(scheme, re.split(r"[/?#]", rest, maxsplit=1)[0])
 
@@ -237,13 +262,18 @@ def is_inside(path: str, root: str) -> bool:
 
 def without_credentials(text: str) -> str:
     """Return `text`, such as an image id that is a uri; a placeholder where it carries a credential."""
-    carries = _SIGNED.search(text) or _USER.search(text)
+    carries = _is_signed(text) or _USER.search(text)
     return "(withheld: it carries a credential)" if carries else text
+
+
+def _is_signed(text: str) -> bool:
+    return bool(_SIGNED.search(text)) or any(map(_SIGNED_WEB.search, _WEB.findall(text)))
 
 
 def masked(text: str) -> str:
     """Return a text with what looks like a credential in it replaced: logins, signed queries, bearers."""
     text = _LOGIN.sub("://***@", text)
+    text = _WEB.sub(lambda uri: _SIGNED_WEB.sub(r"\1***", uri[0]), text)
     text = re.sub(rf"({_SIGNED.pattern})[^&\s\"'<]+", r"\1***", text, flags=re.IGNORECASE)
     return _BEARER.sub(r"\1 ***", text)
 
@@ -261,6 +291,21 @@ def refuse_secrets(options: Mapping[str, Any], *, where: str) -> None:
         )
 
 
+def refuse_storage_secrets(options: Mapping[str, Any], *, where: str) -> None:
+    """Refuse options of a store that look like secrets, or hold a text under a name that may be one.
+
+    Raises:
+        UsageError: names the option, never its value, and states where credentials belong.
+    """
+    refuse_secrets(options, where=where)
+    for name in _found(options, "", "", _may_be_secret):
+        raise UsageError(
+            f"{where}: option {name[:100]!r} holds a text, and hqlabel does not know that it is no secret; "
+            "options are written to job.json. Leave it out: give it by the environment, a profile or the "
+            "configuration file of the store's client."
+        )
+
+
 def refuse_password(uri: str | None, *, where: str) -> None:
     """Refuse a place whose uri carries a login, a token or a signature: places are kept in job.json.
 
@@ -275,24 +320,44 @@ def refuse_password(uri: str | None, *, where: str) -> None:
         )
 
 
-def secret_options(options: Mapping[str, Any], prefix: str = "") -> list[str]:
+def secret_options(options: Mapping[str, Any]) -> list[str]:
     """Return dotted names of the options that look like secrets, in the order given."""
+    return _found(options, "", "", _is_secret)
+
+
+def _found(value: Any, name: str, path: str, judge: Callable[[str, Any], bool]) -> list[str]:
+    """Return the dotted names of what is secret in a value, each once; what a list holds has its name."""
+    if not isinstance(value, Mapping | list | tuple | set):
+        return [path] if judge(name, value) else []
+    if value and _is_secret_name(name):
+        return [path]
     found: list[str] = []
-    for name, value in options.items():
-        if isinstance(value, Mapping) and not (value and _is_secret(str(name), "")):
-            found += secret_options(value, f"{prefix}{name}.")
-        elif _is_secret(str(name), value):
-            found.append(f"{prefix}{name}")
-    return found
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            found += _found(below, str(key), f"{path}.{key}" if path else str(key), judge)
+    else:
+        for below in value:
+            found += _found(below, name, path, judge)
+    return list(dict.fromkeys(found))
 
 
 def _is_secret(name: str, value: Any) -> bool:
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-    if isinstance(value, list | tuple) and any(_is_secret("", one) for one in value):
-        return True
     if isinstance(value, str) and (_USER_AND_PASSWORD.search(value) or masked(value) != value):
         return True
-    if value is None or isinstance(value, bool) or snake in _HARMLESS_OPTIONS:
+    if value is None or isinstance(value, bool):
         return False
     harmless = isinstance(value, str) and value in _HARMLESS_TOKENS
-    return bool(_SECRET_OPTION.search(snake)) and not harmless
+    return _is_secret_name(name) and not harmless
+
+
+def _may_be_secret(name: str, value: Any) -> bool:
+    return not isinstance(value, bool | int | float | None) and _snake(name) not in _TEXT_OPTIONS
+
+
+def _is_secret_name(name: str) -> bool:
+    snake = _snake(name)
+    return snake not in _HARMLESS_OPTIONS and bool(_SECRET_OPTION.search(snake))
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[-. ]", "_", name).lower()

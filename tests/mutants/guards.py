@@ -34,7 +34,7 @@ MUTANTS: list[Mutant] = [
         ('if "@" in head and (":" in head or scheme.startswith("http")):', "if False:"),
         ("if not head or not path:", "if False:"),
         ('if any(part in (".", "..") for part in path.split("/")):', "if False:"),
-        ("if _SIGNED.search(rest):", "if False:"),
+        ('if _is_signed(f"{scheme}://{rest}"):', "if False:"),
         ('if int(match["port"] or 80) > 65535:', "if False:"),
         ('if host.rstrip(".").lower() in _METADATA_NAMES:', "if False:"),
         ("    if address is not None:\n        check_address(address)", "    if False:\n        check_address(address)"),

@@ -12,13 +12,20 @@ from tests.jobs.made_outputs import MadeImage, blob, make_output
 CANARY = "c4n4ryS3cret"
 PLACES = ("--images", "--boxes", "--checkpoint", "--output")
 URIS = (f"https://me:{CANARY}@host/x", f"https://{CANARY}@host/x", f"https://host/x?token={CANARY}",
-        f"https://host/x?a=1&X-Goog-Credential={CANARY}", f"s3://{CANARY}@bucket/x")  # fmt: skip
+        f"https://host/x?a=1&X-Goog-Credential={CANARY}", f"s3://{CANARY}@bucket/x",
+        f"https://host/x#access_token={CANARY}", f"https://host/x;jsessionid={CANARY}",
+        f"https://host/x?a=1&code={CANARY}", f"https://host/x?a=1;sid={CANARY}")  # fmt: skip
 SETS = (
     f"storage.s3.key={CANARY}", f"storage.s3.auth={CANARY}", f"storage.s3.pwd={CANARY}",
     f"storage.http.headers={{X-Mine: {CANARY}}}", f"storage.http.client_kwargs={{auth: [me, {CANARY}]}}",
     f"storage.https.client_kwargs={{headers: {{Cookie: {CANARY}}}}}",
     f"storage.s3.config_kwargs={{proxies: {{http: 'http://{CANARY}@proxy'}}}}",
     f"storage.s3={CANARY}", f"storage.s3=[{CANARY}", f"storage.s3.endpoint_url=http://me:{CANARY}@host",
+    f"storage.http.params.sig={CANARY}", f"storage.az.conn_str={CANARY}", f"storage.sftp.pkey={CANARY}",
+    f"storage.http.session={CANARY}", f"storage.http.pat={CANARY}", f"storage.http.hdrs.X={CANARY}",
+    f"storage.s3.x=[{{password: {CANARY}}}]", f"storage.s3.x=[[[{CANARY}]]]", f"storage.s3.odd={CANARY}",
+    f"storage.s3.endpoint_url=https://host/#access_token={CANARY}",
+    f"storage.http.x={{host: {{odd: [{CANARY}]}}}}", f"detector.options.x=[[{{passphrase: {CANARY}}}]]",
     f"detector.options={{api_key: {CANARY}}}", f"detector.options={CANARY}",
     f"model.dtype='Bearer {CANARY}'", f"input.image_root=https://me:{CANARY}@host/",
 )  # fmt: skip

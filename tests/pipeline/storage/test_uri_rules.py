@@ -6,9 +6,16 @@ import os
 
 import pytest
 
-from hqlabel.pipeline.errors import ImageError
+from hqlabel.pipeline.errors import ImageError, UsageError
 from hqlabel.pipeline.job_context import AccessRules
-from hqlabel.pipeline.storage.uri_rules import check_uri, secret_options, split_scheme
+from hqlabel.pipeline.storage.uri_rules import (
+    check_uri,
+    masked,
+    refuse_storage_secrets,
+    secret_options,
+    split_scheme,
+    without_credentials,
+)
 
 
 @pytest.fixture
@@ -155,6 +162,11 @@ def test_schemes_are_split_without_decoding(uri, parts):
         ({"proxies": ["http://token@proxy:3128"]}, ["proxies"]),
         ({"endpoint_url": "http://host/?token=x"}, ["endpoint_url"]),
         ({"extra": "Bearer abcdefgh12345"}, ["extra"]),
+        ({"x": [{"password": "x"}, [["y", {"pkey": "x"}]]]}, ["x.password", "x.pkey"]),
+        ({"conn_str": "x", "pat": "x", "session": "x", "sig": "x"}, ["conn_str", "pat", "session", "sig"]),
+        ({"hdrs": {"X-Mine": "x"}, "sessionToken": "x", "otp": 123}, ["hdrs", "sessionToken", "otp"]),
+        ({"params": {"X-Api-Key": "x", "code": "x"}}, ["params.X-Api-Key", "params.code"]),
+        ({"max_tokens": 5, "pattern": "x", "monkey": "x", "signature_version": "s3v4"}, []),
         ({"headers": {}, "auth": None}, []),
         ({"endpoint_url": "http://minio:9000", "anon": True, "token": "anon", "profile": "p"}, []),
         ({"s3_additional_kwargs": {"SSEKMSKeyId": "arn", "ServerSideEncryption": "aws:kms"}}, []),
@@ -163,3 +175,48 @@ def test_schemes_are_split_without_decoding(uri, parts):
 )
 def test_options_that_look_like_secrets_are_found_at_any_depth(options, names):
     assert secret_options(options) == names
+
+
+STORES = {
+    "s3": {
+        "endpoint_url": "http://minio:9000", "anon": True, "profile": "p", "use_ssl": False,
+        "client_kwargs": {"region_name": "eu-west-1"},
+        "config_kwargs": {
+            "s3": {"addressing_style": "path"}, "retries": {"mode": "standard"}, "max_pool_connections": 9,
+            "signature_version": "s3v4", "proxies": {"https": "http://proxy:3128"},
+        },
+        "s3_additional_kwargs": {"SSEKMSKeyId": "arn", "ServerSideEncryption": "aws:kms", "ACL": "private"},
+    },
+    "gs": {"project": "p", "token": "google_default", "endpoint_url": "http://h", "session_kwargs": {}},
+    "az": {"account_name": "a", "account_host": "a.blob.core.windows.net", "tenant_id": "t"},
+    "https": {"block_size": 1, "client_kwargs": {"trust_env": True, "timeout": 5.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", STORES.values(), ids=STORES)
+def test_options_of_stores_that_are_no_secret_pass(options):
+    refuse_storage_secrets(options, where="storage.x")
+
+
+@pytest.mark.parametrize("options", [{"odd": "c"}, {"odd": [["c"]]}, {"client_kwargs": {"odd": b"c"}}])
+def test_a_text_under_a_name_that_nobody_knows_is_refused(options):
+    with pytest.raises(UsageError, match=r"storage\.s3: option '(client_kwargs\.)?odd' holds a text"):
+        refuse_storage_secrets(options, where="storage.s3")
+
+
+@pytest.mark.parametrize(
+    "end",
+    ["#access_token=SECRET", ";jsessionid=SECRET", ";JSESSIONID=SECRET?size=2", "?code=SECRET",
+     "?a=1;sid=SECRET", "?a=1&Key-Pair-Id=SECRET", "?sessionToken=SECRET", "#a=1&id_token=SECRET"],
+)  # fmt: skip
+def test_what_signs_a_web_address_is_refused_and_not_repeated(rooted, end):
+    uri = f"https://host/a.jpg{end}"
+    assert "signature or token" in reason(uri, rooted[1])
+    assert "SECRET" not in masked(f"the image {uri} fails") + without_credentials(uri)
+
+
+@pytest.mark.parametrize(
+    "text", ["https://host/a;v=2.jpg?size=2#top", "/data/a;code=1#key=2.jpg", "a; code=5"]
+)
+def test_other_parts_of_an_address_and_other_texts_stand(text):
+    assert masked(text) == without_credentials(text) == text
