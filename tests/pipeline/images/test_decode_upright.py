@@ -419,3 +419,12 @@ def test_a_jpeg_is_reduced_for_a_model_that_stretches_by_its_short_side(width, l
 
     assert seen == [(-(-width // loaded), 16 * SIDE // loaded)]
     assert found.size_hw == (16 * SIDE, width)
+
+
+def test_a_stored_checksum_that_does_not_fit_is_damage_though_the_pixels_can_be_read() -> None:
+    data = bytearray(encode(quadrants(), "PNG"))
+    begin = data.index(b"IDAT")
+    checksum = begin + 4 + int.from_bytes(data[begin - 4 : begin], "big")
+    data[checksum] ^= 1
+    Image.open(io.BytesIO(bytes(data))).load()
+    assert code_of(bytes(data)) == "corrupt"

@@ -508,3 +508,27 @@ def test_a_damaged_owner_file_is_named(local_store):
 
 def test_the_defaults_give_a_live_driver_several_beats_before_it_is_replaced():
     assert owner.TAKEOVER_AFTER_S >= 4 * owner.BEAT_EVERY_S
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("product", "another"),
+        ("plan.images", -1),
+        ("plan.boxes", True),
+        ("plan.units", "3"),
+        ("units_per_part", 0),
+        ("context.plan_sha256", "../../elsewhere"),
+    ],
+)
+def test_a_job_file_with_a_value_that_no_job_has_is_refused(local_store, name, value):
+    open_job(local_store, make_job(make_context()))
+    content = json.loads(local_store.read("job.json"))
+    *folders, leaf = name.split(".")
+    place = content
+    for folder in folders:
+        place = place[folder]
+    place[leaf] = value
+    local_store.put("job.json", json.dumps(content).encode())
+    with pytest.raises(JobRefused, match=r"job\.json"):
+        read_job(local_store)

@@ -258,6 +258,7 @@ CHANGES = {
     "boxes, planned": lambda rows: rows[0]["instances"].pop(),
     "instance_index": lambda rows: instance(rows).update(instance_index=9),
     "unknown status": lambda rows: rows[0].update(status="ok"),
+    "unknown error code": lambda rows: rows[0].update(status="failed", error_code="nonsense"),
     "with error code": lambda rows: rows[0].update(error_code="corrupt"),
     "exclude each other": lambda rows: instance(rows).update(box_error="box_empty"),
     "a mask without area": lambda rows: instance(rows).update(area=None),
@@ -269,9 +270,9 @@ CHANGES = {
     "instance 0: a character outside": lambda rows: instance(rows)["segmentation"].update(counts="zz"),
     "predicted_iou has 1 values": lambda rows: instance(rows).update(predicted_iou=float("nan")),
     "box_iou has 1 values": lambda rows: instance(rows).update(box_iou=float("inf")),
-    "status no_boxes with": lambda rows: next(row for row in rows if row["status"] == "labelled").update(
-        status="no_boxes"
-    ),
+    "status no_boxes with . masks": lambda rows: [
+        row.update(status="no_boxes") for row in rows if row["status"] == "labelled"
+    ],
     "fetch_ms has 1 values": lambda rows: rows[0].update(fetch_ms=float("nan")),
 }
 
