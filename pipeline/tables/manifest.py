@@ -30,6 +30,8 @@ from hqlabel.pipeline.tables.count_masks import Counts, add_counts
 MANIFEST_KEY = "manifest.json"
 CATEGORIES_KEY = "categories.json"
 MANIFEST_FORMAT = 1
+MOST_NAME_CHARS = 100
+MOST_COUNT = 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +189,20 @@ def _parse(body: bytes) -> Manifest:
             counts["masks"] -= counts["empty"]
     manifest = TypeAdapter(Manifest).validate_python(content)
     _check_ranges(manifest)
+    for part in manifest.parts:
+        _check_counts(part.counts)
     return manifest
+
+
+def _check_counts(counts: Counts) -> None:
+    """Raise ValueError unless each count is one, under a name that can be printed."""
+    named = dataclasses.asdict(counts)
+    of_each = [one if isinstance(one, dict) else {name: one} for name, one in named.items()]
+    for name, value in (pair for one in of_each for pair in one.items()):
+        if len(name) > MOST_NAME_CHARS or not name.isprintable():
+            raise ValueError(f"a name of its counts is {name[:MOST_NAME_CHARS]!r}")
+        if not 0 <= value < MOST_COUNT:
+            raise ValueError(f"counts of {name} out of range: wanted 0 to 2**63")
 
 
 def _check_ranges(manifest: Manifest) -> None:

@@ -482,6 +482,26 @@ def test_a_damaged_manifest_is_named_and_does_not_cost_the_units(made: MadeJob):
         assert verify(made.store, made.job).findings == []
 
 
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"images": -5}, {"boxes": 10**300}, {"boxes": 2**63}, {"rejected": {"x" * 100_000: 1}},
+        {"failed": {"two\nlines": 1}}, {"status": {"\x1b[2J": 1}}, {"devices": {"cpu": -1}},
+    ],
+)  # fmt: skip
+def test_counts_that_no_part_has_are_damage_of_the_manifest(made: MadeJob, counts: dict[str, object]):
+    made.commit()
+    run(made)
+    content = json.loads(made.store.read(MANIFEST_KEY))
+    content["parts"][0]["counts"] |= counts
+    made.store.put(MANIFEST_KEY, json.dumps(content).encode())
+    with pytest.raises(DamageFound, match=r"manifest\.json .* `hqlabel publish` makes it again") as damage:
+        read_manifest(made.store)
+    assert len(str(damage.value)) < 2000
+    assert str(damage.value).isprintable()
+    assert run(made).state == "complete"
+
+
 def test_memory_is_bounded_by_the_part_not_by_the_job(made: MadeJob):
     """No more units are held than are read at a time, and the one before them."""
     made.commit()
