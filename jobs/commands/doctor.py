@@ -116,7 +116,7 @@ def versions() -> Iterator[Check]:
             yield Check(package, "ok", found)
     for package, extra in _EXTRAS.items():
         found = _version(package)
-        text = found or f"not installed; needed for it: pip install 'hqlabel[{extra}]'"
+        text = found or f"not installed; for it: pip install 'hqlabel[{extra}]'"
         yield Check(package, "ok" if found else "note", text)
 
 

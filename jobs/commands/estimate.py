@@ -233,7 +233,7 @@ def describe(estimate: Estimate) -> list[tuple[str, str]]:
     rate = f"{console.rate(measured.images_per_s)} images/s with {processes} on {measured.device}"
     rows = [
         ("sample", f"{sample}{failed}: {rate}, start {console.duration(measured.start_s)}"),
-        ("time", f"about {console.duration(estimate.hours * 3600)} for {estimate.images:,} images"),
+        ("time", f"about {console.duration(estimate.hours * 3600)} for {count(estimate.images, 'image')}"),
     ]
     if measured.gpus:
         money = "" if estimate.usd is None else f", {estimate.usd:,.2f} USD"

@@ -97,7 +97,9 @@ def _rows(
         licence = weights.license or "unknown"
         rows.append(("model", f"{weights.architecture}, input side {weights.input_side}; licence {licence}"))
         rows += [("", weights.warning)] if weights.warning else []
-    rows.append(("work", f"{count(plan.summary.units, 'unit')} of up to {plan.images_per_unit} images"))
+    rows.append(
+        ("work", f"{count(plan.summary.units, 'unit')} of up to {count(plan.images_per_unit, 'image')}")
+    )
     if done is not None:
         left = plan.summary.units - done
         rows.append(("done", f"{count(done, 'unit')}; {left:,} left"))

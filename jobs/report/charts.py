@@ -9,6 +9,7 @@ from markupsafe import Markup, escape
 
 from hqlabel.jobs.report.numbers import Histogram, Pace
 from hqlabel.jobs.terminal import console
+from hqlabel.pipeline.errors import count
 
 _WIDTH, _HEIGHT, _FOOT = 320, 110, 16
 
@@ -40,7 +41,7 @@ def bars(pace: Pace) -> Markup:
     marks = []
     for place, number in enumerate(pace.counts):
         when = dt.datetime.fromtimestamp(pace.start_s + place * pace.span_s, dt.UTC)
-        title = f"{when:%Y-%m-%d %H:%M:%S} UTC: {number:,} images"
+        title = f"{when:%Y-%m-%d %H:%M:%S} UTC: {count(number, 'image')}"
         marks.append(f"<g><title>{title}</title>{_bar(place * step, step, number, most, 'kept')}</g>")
     start, stop = (
         dt.datetime.fromtimestamp(at, dt.UTC)

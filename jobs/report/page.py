@@ -194,7 +194,7 @@ def _facts(saved: SavedJob, manifest: Manifest) -> list[tuple[str, str]]:
     if manifest.filters.nms_mode == "none":
         set_filters = {k: v for k, v in set_filters.items() if not k.startswith("nms_")}
     filters = ", ".join(f"{name} {value}" for name, value in set_filters.items())
-    devices = ", ".join(f"{kind}: {n:,} units" for kind, n in manifest.counts.devices.items())
+    devices = ", ".join(f"{kind}: {count(n, 'unit')}" for kind, n in manifest.counts.devices.items())
     facts = [
         ("run", f"{manifest.run_id}, begun {saved.job.created_at}, {manifest.state}"),
         ("model", f"{weights.architecture}, {context.model.dtype}, weights sha256 {weights.sha256[:16]}…"),
@@ -218,8 +218,16 @@ def _totals(saved: SavedJob, manifest: Manifest, data: ReportData) -> list[tuple
     empty = f", {counts.empty:,} empty besides" if counts.empty else ""
     share = console.share(counts.accepted, counts.boxes)
     found = [
-        (f"{counts.images:,}", "images", f"{failed:,} failed, {no_boxes:,} without boxes"),
-        (f"{counts.masks:,}", "masks", f"of {counts.boxes:,} boxes{empty}"),
+        (
+            f"{counts.images:,}",
+            "image" if counts.images == 1 else "images",
+            f"{failed:,} failed, {no_boxes:,} without boxes",
+        ),
+        (
+            f"{counts.masks:,}",
+            "mask" if counts.masks == 1 else "masks",
+            f"of {count(counts.boxes, 'box', 'boxes')}{empty}",
+        ),
         (share, "accepted", f"{counts.accepted:,} of {counts.boxes:,}"),
         (console.size(size), "tables", f"{size / max(counts.boxes, 1):.0f} bytes a box"),
     ]

@@ -23,10 +23,10 @@ from hqlabel.jobs.results.read_tables import ImageRows, Row
 from hqlabel.jobs.results.render_images import (
     drawn_instance,
     picture_decoder,
+    say_missed,
     size_in_tables,
     upright_picture,
 )
-from hqlabel.jobs.terminal import console
 from hqlabel.pipeline.errors import HqlabelError
 from hqlabel.pipeline.job_context import JobContext
 
@@ -54,7 +54,7 @@ def draw_tiles(
     for key in dict.fromkeys(keys):
         by_image[key[0]].append(key)
     found: dict[Key, Pictures] = {}
-    made = 0
+    made, missed = 0, list[tuple[Row, HqlabelError]]()
     with picture_decoder(context, _DECODED_PX) as child:
         for image_id, mine in by_image.items():
             if made > most_bytes:
@@ -64,13 +64,14 @@ def draw_tiles(
             try:
                 picture = upright_picture(context, image, child)
             except HqlabelError as error:
-                console.say(f"note: no picture of {console.shown(image_id)}: {error}")
+                missed.append((image, error))
                 found.update(dict.fromkeys(mine, Pictures(whole=None, close=None, why=str(error))))
                 continue
             for key in mine:
                 row = rows[image_id].instance(key[1])
                 found[key] = _pictures(picture, size_in_tables(image, picture), row, context)
                 made += sum(len(text or "") for text in (found[key].whole, found[key].close))
+    say_missed(missed, context.access)
     return found
 
 

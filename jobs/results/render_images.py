@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, cast, get_args
 
@@ -25,13 +27,15 @@ from hqlabel.jobs.results.draw_overlays import (
 from hqlabel.jobs.results.read_tables import ImageRows, Row, sample_labelled, spread
 from hqlabel.jobs.terminal import console
 from hqlabel.pipeline.box_geometry import PixelFormat, boxes_to_xyxy
-from hqlabel.pipeline.errors import HqlabelError, count
+from hqlabel.pipeline.errors import HqlabelError, clean_text, count
 from hqlabel.pipeline.images.decode_process import DecodeChild
 from hqlabel.pipeline.images.fetch import fetch_object
-from hqlabel.pipeline.job_context import JobContext
+from hqlabel.pipeline.job_context import AccessRules, JobContext
 from hqlabel.pipeline.job_state.job_file import Job
-from hqlabel.pipeline.storage.archive_uris import parse_archive_uri
+from hqlabel.pipeline.storage.archive_uris import container_of, parse_archive_uri
+from hqlabel.pipeline.storage.list_folders import allow_root
 from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.storage.uri_rules import is_inside, split_scheme
 from hqlabel.pipeline.tables.manifest import Manifest
 from hqlabel.pipeline.worker.image_guard import charge
 
@@ -87,13 +91,43 @@ def picture_decoder(context: JobContext, side: int) -> Iterator[DecodeChild]:
 
 
 def _tiles(context: JobContext, sample: Sequence[ImageRows], child: DecodeChild) -> Iterator[Tile]:
+    missed: list[tuple[Row, HqlabelError]] = []
     for rows in sample:
         try:
             picture = upright_picture(context, rows.image, child)
         except HqlabelError as error:
-            console.say(f"note: no picture of {console.shown(rows.image['image_id'])}: {error}")
+            missed.append((rows.image, error))
             continue
         yield _tile(rows, picture, context)
+    say_missed(missed, context.access)
+
+
+def say_missed(missed: Sequence[tuple[Row, HqlabelError]], access: AccessRules) -> None:
+    """Say, in one line for each kind of fault, how many images have no picture, and what would help."""
+    kinds: dict[str, list[tuple[Row, HqlabelError]]] = defaultdict(list)
+    for image, error in missed:
+        kinds[getattr(error, "code", "")].append((image, error))
+    for code, ones in kinds.items():
+        image, error = ones[0]
+        such = "such as " if len(ones) > 1 else ""
+        what = f"no picture of {count(len(ones), 'image')}, {such}{console.shown(image['image_id'])}: {error}"
+        flags = _flags([one["image_uri"] for one, _ in ones], access) if code == "uri_refused" else ""
+        console.say(f"note: {what}{flags}")
+
+
+def _flags(uris: Sequence[str], access: AccessRules) -> str:
+    """Return what would allow these uris to be read, as text; empty where no flag does."""
+    places = [split_scheme(container_of(uri)) for uri in uris if "\x00" not in uri]
+    folders = [
+        os.path.dirname(os.path.realpath(path))
+        for scheme, path in places
+        if scheme == "file" and "\x00" not in path
+    ]
+    folders = [one for one in folders if not any(is_inside(one, root) for root in access.roots)]
+    schemes = sorted({scheme for scheme, _ in places} - {"file", *access.schemes})
+    flags = [allow_root(folders)] if folders else []
+    flags += [f"--allow-scheme {clean_text(scheme)}" for scheme in schemes]
+    return f"; allow them with {' '.join(flags)}" if flags else ""
 
 
 def upright_picture(context: JobContext, image: Row, child: DecodeChild) -> Image.Image:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich import filesize
 from rich.cells import cell_len
@@ -24,6 +24,7 @@ from rich.text import Text
 from hqlabel.pipeline.errors import HqlabelError, clean_text
 from hqlabel.pipeline.storage.uri_rules import masked
 
+_NUMBERS = frozenset("0123456789.,-+e ")
 _stdout_for_data: list[TextIO] = []  # the real one, while `sys.stdout` is something else
 
 
@@ -79,18 +80,24 @@ def pairs(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a plain table that fits the terminal, or 80 columns; columns of numbers to the right."""
+    """Return a plain table that fits the terminal, or 80 columns; columns of numbers to the right.
+
+    Numbers, a box's four too, are never broken: other columns wrap, or else the lines get longer.
+    """
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name, cells in zip(head, zip(*rows, strict=True), strict=True):
         numbers = all(cell[:1].isdigit() or cell[:1] in "<>-" for cell in cells)
-        whole = numbers and not any(" " in cell for cell in cells)
-        made.add_column(Text(name), justify="right" if numbers else "left", overflow="fold", no_wrap=whole)
+        whole = numbers and all(" " not in cell or _NUMBERS.issuperset(cell) for cell in cells)
+        least = max(map(cell_len, cells), default=0) if whole else None
+        justify: Literal["left", "right"] = "right" if numbers else "left"
+        made.add_column(Text(name), justify=justify, overflow="fold", no_wrap=whole, min_width=least)
     for row in rows:
         made.add_row(*map(Text, row))
-    width = shutil.get_terminal_size().columns - 2
-    page = Console(file=io.StringIO(), width=width, color_system=None)
-    if Console(width=1000).measure(made).maximum > width:
+    width, wide = shutil.get_terminal_size().columns - 2, Console(width=1000)
+    if wide.measure(made).maximum > width:
         made.padding = (0, 1, 0, 0)
+    width = max(width, wide.measure(made).minimum)
+    page = Console(file=io.StringIO(), width=width, color_system=None)
     with page.capture() as captured:
         page.print(made)
     return "\n".join(f"  {line.rstrip()}" for line in captured.get().splitlines())

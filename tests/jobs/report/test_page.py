@@ -309,7 +309,8 @@ def test_a_picture_is_read_only_where_the_call_allows_it(output: str, tmp_path: 
     code, _, err = run("report", "--output", output, "--to", str(tmp_path / "page.html"))
 
     assert code == 0, err
-    assert "--allow-root" in err  # although config.yaml in the output names the folder
+    assert err.count("note: no picture") == 1
+    assert "allow them with --allow-root" in err  # although config.yaml in the output names the folder
     assert "data:image/jpeg" not in (tmp_path / "page.html").read_text()
 
 

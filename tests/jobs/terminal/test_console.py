@@ -77,3 +77,13 @@ def test_what_others_print_stays_off_the_data(capsys: pytest.CaptureFixture[str]
     console.data("after")
     found = capsys.readouterr()
     assert (found.out, found.err) == ('{"counts": 1}\nafter\n', "(raylet) a node died\n")
+
+
+def test_a_box_is_never_broken_and_the_last_column_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    box, scores = "100.25, 200.5, 1300.75, 1400.5", ["0.123"] * 5
+    rows = [["1", "person", box, "15,000", *scores, "no: nms:17"], ["2", "dog", "-", "-", *scores, "yes"]]
+    head = ["#", "class", "box\n(x, y, w, h)", "area", *"abcde", "accepted"]
+    text = console.table(head, rows)
+    [line] = [line for line in text.splitlines() if "100.25" in line]
+    assert f"{box} 15,000 0.123" in line
