@@ -46,11 +46,12 @@ def run_without_ray(
     *,
     total_images: int,
     done_images: int,
+    kept_images: int = 0,
     generations: Mapping[int, int] | None = None,
     codes: tuple[str, ...] = (),
 ) -> CallCounts:
     """What `run_pending` does, one unit after the other."""
-    del total_images, done_images
+    del total_images, done_images, kept_images
     units = list(pending())
     context = working_context(work.job.context, "cpu")
     for unit_id in units:
