@@ -25,7 +25,7 @@ def test_made_units_are_committed_published_and_found_sound(tmp_path: Path) -> N
     stub = UnitStub(job.context, epoch=1, use_gpu=False, restarted=None)
 
     for unit_id in state._pending():
-        prepared, arena = made_unit(UnitRow(unit_id=unit_id), job.context, store, None)
+        prepared, arena = made_unit(UnitRow(unit_id=unit_id), job.context, store, None, None)
         done = stub.run(unpack(pack(prepared, arena)))
         assert read_outcome(commit_unit(unpack(pack(done)), job.context, store)).failed == 0
     manifest = publish(store, job, FilterSettings(), require_owner=lambda what: None)
