@@ -92,7 +92,8 @@ def check(race: Race, what: str, stages: dict[str, Race], known: dict[int, int],
     findings = race.findings()
     assert all("interrupted" in str(one) for one in findings), f"{what}: {findings}"
     if retried:
-        assert max(generations.values()) == 1, what
+        # A second retry does a unit again that the first has committed and not yet published.
+        assert 1 <= max(generations.values()) <= 1 + max(known.values(), default=0), what
     assert race.run("publish" if set(generations) == set(range(4)) else "label") == 0, what
     assert race.findings() == [], what
     mended = max(race.newest_generations().values()) > 0
