@@ -475,10 +475,15 @@ KNOWN_LISTENERS = re.compile(
 
 # The command, but the private Ray's files stay, so that they can be searched.
 KEEPING = """
-    import shutil, sys
-    import hqlabel.jobs.cluster.ray_cluster
-    kept = type("keeping", (), {"rmtree": staticmethod(lambda *a, **k: None)})
-    hqlabel.jobs.cluster.ray_cluster.shutil = kept
+    import pathlib, sys, tempfile
+    import hqlabel.jobs.cluster.ray_cluster as ray_cluster
+    ray_cluster.shutil = type("keeping", (), {"rmtree": staticmethod(lambda *a, **k: None)})
+    keeping = pathlib.Path(tempfile.mkdtemp()) / "end_session.py"
+    keeping.write_text(
+        "import runpy, shutil\\nshutil.rmtree = lambda *a, **k: None\\n"
+        f"runpy.run_path({str(ray_cluster._END_SESSION)!r}, run_name='__main__')\\n"
+    )
+    ray_cluster._END_SESSION = keeping
     from hqlabel.jobs.cli.main import main
     sys.argv[0] = "keeping"
     main()
