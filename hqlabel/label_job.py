@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hqlabel.jobs.job_setup.resolve_settings import output_place
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.results.read_tables import require_published
+from hqlabel.pipeline.schema import IMAGES, INSTANCES
 from hqlabel.pipeline.storage.output_store import Store
-from hqlabel.pipeline.tables.manifest import part_key
+from hqlabel.pipeline.tables.published_parts import open_part
 
 _OVER_BUDGET = 3
 _LINES_KEPT = 20
@@ -56,19 +56,20 @@ class LabelledTables:
     @functools.cached_property
     def images(self) -> pa.Table:
         """Return one row an image, as docs/schema.md describes it."""
-        return self._read("images")
+        return self._read("images", IMAGES)
 
     @functools.cached_property
     def instances(self) -> pa.Table:
         """Return one row a box, with its mask as COCO RLE, as docs/schema.md describes it."""
-        return self._read("instances")
+        return self._read("instances", INSTANCES)
 
-    def _read(self, table: Literal["images", "instances"]) -> pa.Table:
+    def _read(self, name: Literal["images", "instances"], schema: pa.Schema) -> pa.Table:
         """Return a whole table in memory; of millions of images, read the files with your engine instead."""
-        parts = require_published(self.store).parts
-        return pa.concat_tables(
-            pq.read_table(self.store.open_parquet(part_key(table, part.index))) for part in parts
-        )
+        tables = []
+        for part in require_published(self.store).parts:
+            with open_part(self.store, getattr(part, name), schema) as file:
+                tables.append(file.read())
+        return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
 def label(

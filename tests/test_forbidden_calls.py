@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TREES = ("model", "pipeline", "jobs", "examples", "tools")
+TREES = ("hqlabel", "model", "pipeline", "jobs", "examples", "tools")
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
@@ -210,7 +210,7 @@ def test_parquet_files_are_opened_by_one_function_alone() -> None:
     """Opening a file makes registered extension types; `checksummed_parquet.open_closed` prevents it."""
     found = {
         str(path.relative_to(ROOT)): calls
-        for tree in ("model", "pipeline", "jobs")
+        for tree in ("hqlabel", "model", "pipeline", "jobs")
         for path in sorted((ROOT / tree).rglob("*.py"))
         if (calls := opened_elsewhere(path.read_text()))
     }

@@ -154,7 +154,7 @@ def only_good(world: tuple[Path, list[Case], Path], tmp_path_factory: pytest.Tem
     output = tmp_path_factory.mktemp("out") / "good"
     good = [case for case in cases if case.is_good]
     rows = [row(case, root, only_good=True) for case in good]
-    return done(root, output, good, run_job("jobs", root, rows, checkpoint, output))
+    return done(root, output, good, run_job("hqlabel", root, rows, checkpoint, output))
 
 
 def _of_the_box(reason: str | None) -> str | None:

@@ -663,6 +663,12 @@ def rewrite_reasons(out: Path, old: str, new: str) -> None:
         pq.write_table(table.set_column(at, table.schema.field(at), reasons), path)
         changed += pc.sum(is_old).as_py()
     assert changed
+    path = out / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for part in manifest["parts"]:
+        file = out / part["instances"]["key"]
+        part["instances"] |= {"bytes": file.stat().st_size, "seal": ""}
+    path.write_text(json.dumps(manifest))
 
 
 def test_figures_are_printed_even_when_they_cannot_be_kept(

@@ -442,7 +442,7 @@ def test_an_image_over_which_a_task_dies_is_given_up_after_three_deaths(
         ("prepare", "read_unit"),
         ("prepare", "stop_if_most_images_fail"),
         ("commit", "read_unit"),
-        ("commit", "encode_unit"),
+        ("commit", "put_unit"),
     ],
 )
 def test_a_task_that_dies_with_no_image_in_work_stops_the_job_and_charges_none(
