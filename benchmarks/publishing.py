@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.labels_out import IMAGES_PER_UNIT, measured, one_image, open_output, size_of
 from hqlabel.pipeline.job_state.job_file import units_per_part
-from hqlabel.pipeline.tables.unit_files import encode_unit, put_unit
+from hqlabel.pipeline.storage.checksummed_parquet import write_body
+from hqlabel.pipeline.tables.unit_files import footer, put_unit
 from hqlabel.pipeline.tables.unit_table import build_unit_table
 
 MASKS_PER_IMAGE = 3
@@ -85,7 +86,7 @@ def make_units(output: Path, images: int) -> None:
         for name, values in columns.items():
             at = rows.schema.get_field_index(name)
             rows = rows.set_column(at, rows.schema.field(at), values)
-        put_unit(store, unit_id, 0, encode_unit(rows, context))
+        put_unit(store, unit_id, 0, write_body(rows, footer(context)))
 
 
 def timed(work: Callable[[], None]) -> float:

@@ -24,6 +24,7 @@ from hqlabel.model.hq_sam2.hq_sam2_names import VIDEO, name_in_file, name_in_mod
 from hqlabel.model.sam_config import (
     PATCH_SIZE,
     ConfigError,
+    EncoderConfig,
     MaskDecoderConfig,
     PromptEncoderConfig,
     SamHQConfig,
@@ -302,6 +303,15 @@ def config_from_shapes(shapes: Shapes, *, image_size: int | None = None) -> SamH
     """
     tiny = "image_encoder.patch_embed.seq.0.c.weight" in shapes
     vision = _tiny_vit(shapes, image_size or 1024) if tiny else _vit(shapes)
+    vit_dim = side_of(shapes, "mask_decoder.compress_vit_feat.0.weight", 0, of=4)
+    return with_decoder(vision, shapes, vit_dim=vit_dim)
+
+
+def with_decoder(vision: EncoderConfig, shapes: Shapes, *, vit_dim: int) -> SamHQConfig:
+    """Return the configuration of a whole model: this encoder, the rest by its shapes.
+
+    `vit_dim`: width of the early feature, 0 for a decoder without one. Raises as `config_from_shapes`.
+    """
     layers = f"{TRANSFORMER}.layers"
     return SamHQConfig(
         vision=vision,
@@ -315,7 +325,7 @@ def config_from_shapes(shapes: Shapes, *, image_size: int | None = None) -> SamH
             mlp_dim=side_of(shapes, f"{layers}.0.mlp.lin1.weight", 0, of=2),
             num_hidden_layers=count_of(shapes, layers),
             iou_head_hidden_dim=side_of(shapes, "mask_decoder.iou_prediction_head.layers.0.weight", 0, of=2),
-            vit_dim=side_of(shapes, "mask_decoder.compress_vit_feat.0.weight", 0, of=4),
+            vit_dim=vit_dim,
         ),
     )
 

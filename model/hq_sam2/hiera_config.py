@@ -16,11 +16,9 @@ from hqlabel.model.records import Fit
 from hqlabel.model.sam_config import (
     ConfigError,
     EncoderConfig,
-    MaskDecoderConfig,
-    PromptEncoderConfig,
     SamHQConfig,
 )
-from hqlabel.model.weight_names import Shapes, count_of, side_of
+from hqlabel.model.weight_names import Shapes, count_of, side_of, with_decoder
 
 TRUNK = "image_encoder.trunk"
 MODEL_TYPE = "hq_sam2"
@@ -163,22 +161,7 @@ def hiera_from_shapes(shapes: Shapes, values: Mapping[str, Any]) -> SamHQConfig:
         found, value = getattr(vision, field), values.get(key)
         if value is not None and _plain(value, key) not in (found, (found, found)):
             raise ConfigError(f"config.json: {key} is {value!r}, but {found!r} by the tensors")
-    layers = "mask_decoder.transformer.layers"
-    return SamHQConfig(
-        vision=vision,
-        prompt_encoder=PromptEncoderConfig(
-            hidden_size=side_of(shapes, "prompt_encoder.no_mask_embed.weight", 1, of=2),
-            image_size=vision.image_size,
-            mask_input_channels=side_of(shapes, "prompt_encoder.mask_downscaling.3.weight", 0, of=4),
-        ),
-        mask_decoder=MaskDecoderConfig(
-            hidden_size=side_of(shapes, "mask_decoder.iou_token.weight", 1, of=2),
-            mlp_dim=side_of(shapes, f"{layers}.0.mlp.lin1.weight", 0, of=2),
-            num_hidden_layers=count_of(shapes, layers),
-            iou_head_hidden_dim=side_of(shapes, "mask_decoder.iou_prediction_head.layers.0.weight", 0, of=2),
-            vit_dim=0,
-        ),
-    )
+    return with_decoder(vision, shapes, vit_dim=0)
 
 
 def stages_of(shapes: Shapes) -> tuple[int, ...]:

@@ -116,11 +116,6 @@ def _box_lineage(context: JobContext) -> dict[str, object]:
     }
 
 
-def encode_unit(table: pa.Table, context: JobContext) -> bytes:
-    """Return the unit's Parquet body; equal tables and contexts give equal bytes."""
-    return checksummed_parquet.write_body(table, footer(context))
-
-
 def put_unit(store: Store, unit_id: int, generation: int, body: bytes) -> bool:
     """Put the unit's generation into the store; return True when it holds this body, False for another.
 

@@ -19,9 +19,10 @@ from hqlabel.pipeline.job_state.job_file import Job, identity_of, open_job
 from hqlabel.pipeline.planning.make_plan import Plan, write_plan
 from hqlabel.pipeline.settings import FilterSettings
 from hqlabel.pipeline.stages.box_prompts import resolve_boxes
+from hqlabel.pipeline.storage.checksummed_parquet import write_body
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.publish_tables import publish
-from hqlabel.pipeline.tables.unit_files import encode_unit, put_unit
+from hqlabel.pipeline.tables.unit_files import footer, put_unit
 from hqlabel.pipeline.tables.unit_table import build_unit_table
 from tests.pipeline.made_units import make_context, planned_box, planned_image, segment
 
@@ -90,7 +91,7 @@ def make_output(
     for unit in range(units):
         mine = slice(unit * images_per_unit, (unit + 1) * images_per_unit)
         results = [_result(one, row) for one, row in zip(images[mine], rows[mine], strict=True)]
-        put_unit(store, unit, 0, encode_unit(build_unit_table(results, job.context), job.context))
+        put_unit(store, unit, 0, write_body(build_unit_table(results, job.context), footer(job.context)))
     publish(store, job, filters or FilterSettings(), require_owner=lambda what: None)
     return str(folder)
 

@@ -18,9 +18,10 @@ from hqlabel.pipeline.job_state.job_file import Job, identity_of, open_job
 from hqlabel.pipeline.planning.make_plan import Plan, write_plan
 from hqlabel.pipeline.settings import Limits, ModelSettings
 from hqlabel.pipeline.stages.box_prompts import resolve_boxes
+from hqlabel.pipeline.storage.checksummed_parquet import write_body
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.unit_checks import check_against_plan
-from hqlabel.pipeline.tables.unit_files import encode_unit, put_unit
+from hqlabel.pipeline.tables.unit_files import footer, put_unit
 from hqlabel.pipeline.tables.unit_table import build_unit_table
 
 SIZE_HW = (40, 60)
@@ -137,7 +138,7 @@ def commit_units(store: Store, plan: pa.Table, context: JobContext, unit_ids, *,
     """Each unit built, checked and committed."""
     for unit_id in unit_ids:
         table = build_unit(plan, unit_id, context, failing=failing)
-        assert put_unit(store, unit_id, generation, encode_unit(table, context))
+        assert put_unit(store, unit_id, generation, write_body(table, footer(context)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from hqlabel.pipeline.job_state.job_file import mask_settings
 from hqlabel.pipeline.settings import FilterSettings
 from hqlabel.pipeline.storage import checksummed_parquet
 from hqlabel.pipeline.storage.backend import Entry
+from hqlabel.pipeline.storage.checksummed_parquet import write_body
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables import publish_tables
 from hqlabel.pipeline.tables.clean_output import clean
@@ -38,7 +39,6 @@ from hqlabel.pipeline.tables.publish_tables import publish_part
 from hqlabel.pipeline.tables.published_parts import finished_units
 from hqlabel.pipeline.tables.unit_files import (
     CommittedUnit,
-    encode_unit,
     footer,
     list_committed,
     put_unit,
@@ -616,7 +616,7 @@ def test_a_wrong_mask_in_a_sealed_file_is_found(made: MadeJob):
     rows = unit.to_pylist()
     next(i for r in rows for i in r["instances"] if i["area"])["area"] += 1
     wrong = pa.Table.from_pylist(rows, schema=schema.UNIT)
-    made.store.put("units/00000001.g0.parquet", encode_unit(wrong, made.context))
+    made.store.put("units/00000001.g0.parquet", write_body(wrong, footer(made.context)))
     found = verify(made.store, made.job, sample=None).findings
     assert "the mask has" in str(found[0])
 
@@ -793,7 +793,7 @@ def test_a_retry_after_publishing_is_counted_anew(made: MadeJob):
 def test_the_rate_comes_from_the_times_of_commits(made: MadeJob):
     for n, at in ((0, -9000), (1, 0), (2, 10), (3, 20)):  # the first long before: a pause
         when = WHEN + dt.timedelta(seconds=at)
-        body = encode_unit(build_unit(made.plan, n, made.context, when=when), made.context)
+        body = write_body(build_unit(made.plan, n, made.context, when=when), footer(made.context))
         put_unit(made.store, n, 0, body)
     found = status(made.store, made.job)
     assert found.images_per_s == pytest.approx(8 / 20)

@@ -15,10 +15,11 @@ from pycocotools import mask as coco_mask
 from hqlabel.pipeline import schema
 from hqlabel.pipeline.errors import DamageFound
 from hqlabel.pipeline.image_result import ImageResult
+from hqlabel.pipeline.job_context import JobContext
 from hqlabel.pipeline.storage import checksummed_parquet
 from hqlabel.pipeline.tables.unit_checks import check_against_plan, find_faults
 from hqlabel.pipeline.tables.unit_files import (
-    encode_unit,
+    footer,
     list_committed,
     outcome_of,
     parse_key,
@@ -49,6 +50,10 @@ from tests.table_digest import mask_columns_digest
 
 CONTEXT = make_context()
 BAD_BOX = (9.0, 9.0, 3.0, 20.0)
+
+
+def encode_unit(table: pa.Table, context: JobContext) -> bytes:
+    return checksummed_parquet.write_body(table, footer(context))
 
 
 def row_of(result: ImageResult) -> dict:
