@@ -470,7 +470,7 @@ SECRETS = {
 }
 IN_URIS = "canaryuripassword0123456789"
 KNOWN_LISTENERS = re.compile(
-    r"gcs_server|raylet|ray::|default_worker|dashboard/agent|runtime_env/agent|hqlabel.jobs.cluster.ray_cluster.shutil"
+    r"gcs_server|raylet|ray::|default_worker|dashboard/agent|runtime_env/agent|ray_cluster\.shutil"
 )
 
 # The command, but the private Ray's files stay, so that they can be searched.

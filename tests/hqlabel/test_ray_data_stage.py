@@ -55,7 +55,7 @@ def check(rows: list[dict[str, Any]], expected: tuple[dict[str, Any], float]) ->
     for place in (0, 3):
         mask = rows[place]["masks"][0]
         assert {"size": list(mask["size"]), "counts": mask["counts"]} == expected[0]
-        assert rows[place]["mask_scores"][0] == pytest.approx(expected[1], abs=0)
+        assert rows[place]["mask_scores"][0] == pytest.approx(expected[1], abs=1e-5)
     assert list(rows[3]["masks"])[1] is None
     assert all(rows[place]["masks"] is None for place in (2, 4, 5))
 
