@@ -49,7 +49,7 @@ fix: $(STAMP)  ## what ruff can fix by itself
 test: check  ## check, then every test that needs no GPU, no network and no kills
 	$(BIN)/pytest -m "not faults and not gpu and not network" --session-timeout=$(TEST_SECONDS)
 
-faults: $(STAMP)  ## kills and injected faults, an hour or more; writes the table of docs/reliability.md
+faults: $(STAMP)  ## kills and injected faults, an hour or more; writes the table of docs/dev/fault-tests.md
 	@mkdir -p build && rm -f build/faults.jsonl
 	FAULT_RESULTS=build/faults.jsonl $(BIN)/pytest tests/faults -m "not faults and not gpu and not network"
 	# A process for each: Ray asks once in a process how its clusters authenticate, and not all of them do alike.
@@ -57,7 +57,7 @@ faults: $(STAMP)  ## kills and injected faults, an hour or more; writes the tabl
 	$(FAULTS) tests/faults
 	$(FAULTS) --ignore=tests/e2e --ignore=tests/faults
 	$(BIN)/python -m tests.mutants
-	$(BIN)/python tools/fault_table.py build/faults.jsonl docs/reliability.md
+	$(BIN)/python tools/fault_table.py build/faults.jsonl docs/dev/fault-tests.md
 
 bench: $(STAMP)  ## figures of this machine, written to docs/benchmarks.md: whole jobs on two stores, model, chain, resume, masks to runs, memory, publishing, report and exports, requests, scale
 	$(RECORD) python -m benchmarks.whole_way

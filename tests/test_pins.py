@@ -70,7 +70,7 @@ def test_nothing_but_the_constraints_names_torch_so_that_no_gigabytes_come_unask
 
 def test_the_inventory_lists_every_pin_with_its_version_and_a_licence() -> None:
     rows = re.findall(
-        r"^\| (\S+) \| (\S+) \| ([^|]*) \|", (ROOT / "docs" / "dependencies.md").read_text(), re.M
+        r"^\| (\S+) \| (\S+) \| ([^|]*) \|", (ROOT / "docs" / "dev" / "dependencies.md").read_text(), re.M
     )
     listed = {name: version for name, version, _ in rows[1:]}
 

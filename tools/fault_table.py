@@ -1,6 +1,6 @@
 """Puts the results of `make faults` into a page: one line a fault, between two marks.
 
-    python tools/fault_table.py build/faults.jsonl docs/reliability.md
+    python tools/fault_table.py build/faults.jsonl docs/dev/fault-tests.md
 
 A fault that was recorded more than once stands there once, as it was last. Prints the rows of the fault
 matrix that the results have nothing of.

@@ -1,4 +1,4 @@
-"""Writes docs/dependencies.md: every pinned package with the licence that it states of itself.
+"""Writes docs/dev/dependencies.md: every pinned package with the licence that it states of itself.
 
     make setup LOCK=constraints.txt && .venv/bin/python tools/write_dependencies_docs.py
 
@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "dependencies.md"
+PAGE = ROOT / "docs" / "dev" / "dependencies.md"
 
 
 def normal(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Every file and module that the pages name exists, and docs/architecture.md lists every package."""
+"""Every file and module that the pages name exists, and docs/dev/architecture.md lists every package."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def is_module(name: str) -> bool:
 
 
 def tree() -> Iterator[tuple[Path, str]]:
-    """Each entry of the source tree in docs/architecture.md, and its description."""
-    page = (ROOT / "docs" / "architecture.md").read_text()
+    """Each entry of the source tree in docs/dev/architecture.md, and its description."""
+    page = (ROOT / "docs" / "dev" / "architecture.md").read_text()
     folder = ROOT
     for line in blocks(section(page, "Source tree"), "")[0].splitlines():
         indent, name, description = re.fullmatch(r"( *)(\S+) +(.+)", line).groups()

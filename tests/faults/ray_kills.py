@@ -58,7 +58,7 @@ class Strike:
 
     @property
     def sound(self) -> bool:
-        """Whether this is what docs/reliability.md promises."""
+        """Whether this is what docs/dev/fault-tests.md promises."""
         wanted = (-9,) if self.target == "driver" else (0, 5)
         told = self.code != 5 or (self.said.count("hqlabel: ") == 2 and "Traceback" not in self.said)
         whole = not self.lost and not self.doubled and self.same and self.again in (0, None)

@@ -1,7 +1,7 @@
 """Held-out pictures nearer to photographs: each one cut-out of a real thing, pasted on a real photograph.
 
 The pictures are in a folder as `photographs.Material` reads it, and not in this repository;
-docs/demo-model.md says which ones they were. Training uses none of them.
+docs/dev/demo-model.md says which ones they were. Training uses none of them.
 """
 
 from __future__ import annotations

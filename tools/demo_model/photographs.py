@@ -1,7 +1,7 @@
 """Photographs and cut-out pictures from a folder, for scenes that are not painted alone.
 
 The folder has `photographs/` (JPEG or PNG) and may have `cutouts/` (PNG whose alpha is the object). None of
-them are in this repository: docs/demo-model.md names the packages that they come from.
+them are in this repository: docs/dev/demo-model.md names the packages that they come from.
 """
 
 from __future__ import annotations
