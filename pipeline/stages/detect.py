@@ -1,7 +1,7 @@
 """Where a job's boxes come from when it has none: the registry of detectors, and the step that runs one.
 
-The detector shares the process of the masks' model (docs/dev/decisions.md), so what holds there holds for it: its
-pictures arrive once, and a picture that kills it or takes too long is failed, alone.
+The detector shares the process of the masks' model (docs/dev/decisions.md), so what holds there holds for
+it: its pictures arrive once, and a picture that kills it or takes too long is failed, alone.
 
 A detector's boxes become the boxes of the image as if a table had given them: xyxy, upright pixels.
 """
