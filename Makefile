@@ -59,7 +59,7 @@ faults: $(STAMP)  ## kills and injected faults, an hour or more; writes the tabl
 	$(BIN)/python -m tests.mutants
 	$(BIN)/python tools/fault_table.py build/faults.jsonl docs/dev/fault-tests.md
 
-bench: $(STAMP)  ## figures of this machine, written to docs/benchmarks.md: whole jobs on two stores, model, chain, resume, masks to runs, memory, publishing, report and exports, requests, scale
+bench: $(STAMP)  ## figures of this machine, written to docs/dev/measurements.md: whole jobs on two stores, model, chain, resume, masks to runs, memory, publishing, report and exports, requests, scale
 	$(RECORD) python -m benchmarks.whole_way
 	$(RECORD) python -m benchmarks.masks_rle
 	$(RECORD) python -m benchmarks.decoder_speed

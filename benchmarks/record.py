@@ -1,4 +1,4 @@
-"""Runs a command, shows what it prints, and writes it to docs/benchmarks.md with all that a figure needs.
+"""Runs a command, shows what it prints, and writes it to docs/dev/measurements.md with its circumstances.
 
     python -m benchmarks.record python -m benchmarks.masks_rle --rounds 3
     python -m benchmarks.record python -m benchmarks.resume --rows 20000
@@ -23,7 +23,7 @@ from hqlabel.jobs.cluster.ray_cluster import usable_cpus
 from hqlabel.jobs.cluster.ray_session import memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "dev" / "measurements.md"
 HEADING = "\n# As printed\n\nWhat `python -m benchmarks.record COMMAND` wrote down, oldest first.\n"
 PACKAGES = ("torch", "ray", "pyarrow", "pillow", "pycocotools", "transformers", "segment-anything-hq")
 

@@ -7,7 +7,7 @@ first. A crash, a hang (also one that holds the GIL) or a bomb ends the child; t
 a new one, 0.2 s later.
 
 Bytes travel through two anonymous shared files, messages through two pipes: for a picture of one
-megapixel the round trip costs about 1 ms (see docs/benchmarks.md).
+megapixel the round trip costs about 1 ms (see docs/dev/measurements.md).
 """
 
 from __future__ import annotations

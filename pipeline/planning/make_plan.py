@@ -4,7 +4,7 @@ Made once from the inputs, it is in the output as `plan/<first 16 digits of its 
 file and one Parquet row group a unit, so that a worker reads its unit from one range of one file. The
 same images and boxes give the same plan, bit for bit, in whatever order the inputs name them.
 
-One million images with three boxes each take about 7 s and 1 GB (docs/benchmarks.md).
+One million images with three boxes each take about 7 s and 1 GB (docs/dev/measurements.md).
 """
 
 from __future__ import annotations

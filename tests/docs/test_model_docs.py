@@ -18,7 +18,8 @@ from hqlabel.model.sam_hq import SamHQ
 from tests.docs.markdown import blocks, column, section, table
 from tests.parity.lively import SMALL_VITS, lively, photo
 
-PAGE = (Path(__file__).parents[2] / "docs" / "model.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "model.md").read_text()
 EXAMPLES = blocks(section(PAGE, "Use"), "python")
 PUBLISHED_ID = "syscv-community/sam-hq-vit-base"
 
@@ -50,7 +51,8 @@ def test_each_example_is_ten_lines_of_code_or_fewer_without_imports():
 
 
 def test_the_script_shows_the_fault(capsys):
-    (script,) = blocks(section(PAGE, "The fault in transformers"), "python")
+    notes = (DOCS / "dev" / "model-notes.md").read_text()
+    (script,) = blocks(section(notes, "The fault in transformers"), "python")
     exec(script, {})
 
     assert "upscaled is updated: False" in capsys.readouterr().out
