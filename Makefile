@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt requirements.lock
 	$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(STAMP)  ## labels the shipped photographs: a table here, overlay pictures in demo-out/
+demo: $(STAMP)  ## labels three photographs: a table here, a page with the masks in demo-out/
 	$(BIN)/python examples/demo.py
 
 check: $(STAMP)  ## ruff, mypy --strict, import contracts; under a minute
