@@ -24,7 +24,7 @@ from benchmarks.made_inputs import boxes_of
 from hqlabel.jobs.job_setup.check_models import read_checkpoint
 from hqlabel.jobs.load_config import Config, ConfigSources
 from hqlabel.jobs.terminal import console
-from hqlabel.model.device import Dtype, probe_dtype
+from hqlabel.model.device import Dtype, multiplies_bfloat16, probe_dtype
 from hqlabel.model.records import CallShape, Instances, PreparedImage, Prompts
 from hqlabel.model.sam_config import PUBLISHED, SamHQConfig
 from hqlabel.model.sam_hq import SamHQ
@@ -70,7 +70,7 @@ def measure(config: Config, *, quick: bool, variants: Sequence[str]) -> tuple[st
     if config.model.compile and device == "cpu":
         raise UsageError("model.compile=true, and there is no GPU here; leave it out")
     native = probe_dtype(device)
-    dtypes: list[Dtype] = [native] if quick or native == "float32" else [native, "float32"]
+    dtypes: list[Dtype] = [native] if quick or not multiplies_bfloat16(device) else ["bfloat16", "float32"]
     images_per_call = (1,) if device == "cpu" else (1, 4)
     boxes, boxes_per_call = ((1, 10), (4, 16)) if quick else ((1, 10, 50), (2, 4, 8, 16))
     figures = []

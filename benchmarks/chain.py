@@ -35,7 +35,7 @@ from hqlabel.model.records import Instances, PreparedImage, Prompts, target_size
 from hqlabel.pipeline.images.decode_upright import decode_image
 from hqlabel.pipeline.job_context import Weights
 from hqlabel.pipeline.settings import ModelSettings
-from hqlabel.pipeline.stages.load_model import load_model, native_dtype
+from hqlabel.pipeline.stages.load_model import load_model, resolve_dtype
 
 _ONE_MEGAPIXEL, _TWELVE_MEGAPIXELS = (864, 1152), (3000, 4000)
 _STUB_SIDE = 1024
@@ -85,7 +85,7 @@ def measure_model(config: Config, folder: Path, interrupts: Interrupts, *, quick
     paths = write_pictures(folder, count, size_hw)
     weights = read_checkpoint(config)
     chain = run_chain(config, folder, paths, size_hw, weights, interrupts)
-    dtype = native_dtype(chain.gpus > 0) if config.model.dtype == "auto" else config.model.dtype
+    dtype = resolve_dtype(config.model.dtype, chain.gpus > 0)
     config = resolve_settings.with_boxes_per_call(config, resolve_settings.BOXES_PER_CALL[chain.device])
     asked = config.model.model_copy(update={"dtype": dtype})
     begin = partial(_load_model, weights, asked, chain.device)

@@ -26,7 +26,7 @@ from benchmarks.made_inputs import many_name, write_many_boxes
 from hqlabel.jobs.cluster.ray_session import Machine
 from hqlabel.jobs.cluster.run_units import working_context
 from hqlabel.jobs.commands.label import pending_units
-from hqlabel.jobs.job_setup.job_slices import WHOLE
+from hqlabel.jobs.job_setup.driver_slice import WHOLE
 from hqlabel.jobs.job_setup.open_job import open_or_create
 from hqlabel.jobs.load_config import Config, ConfigSources
 from hqlabel.jobs.terminal import console
@@ -69,7 +69,7 @@ def measure(
             open_or_create,
             config,
             check_inputs=False,
-            probe_dtype=machine.native_dtype,
+            dtype=machine.dtype,
             device=machine.device,
         )
         opened = open_job()

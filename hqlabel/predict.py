@@ -124,7 +124,7 @@ class SamHQ:
             source: `demo` (ships with hqlabel, for trying things), a `.pth` or `.safetensors` file, a folder,
                 or a hub id such as `syscv-community/sam-hq-vit-base`.
             device: such as `cpu` or `cuda:0`; None: a GPU if there is one.
-            dtype: `auto` is bfloat16 where the device multiplies it natively, else float32.
+            dtype: `auto` is the faster of the two on this device.
             boxes_per_call: prompts in one call of the decoder; it changes last bits. None: as in a job.
             revision: of a hub id.
 

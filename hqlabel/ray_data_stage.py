@@ -75,7 +75,7 @@ class SegmentImages:
                 `box_format` is normalised.
             box_format: `xyxy`, `xywh` or `cxcywh`, each also with `-normalised` (0 to 1).
             device: None is a GPU if Ray gave this process one, else the CPU.
-            dtype: `auto` is bfloat16 where the device multiplies it natively, else float32.
+            dtype: `auto` is the faster of the two on this device.
             boxes_per_call: prompts in one call of the decoder; None: as in a job.
             allow_roots: local folders that uris may point into. Uris are data; without it none is opened.
             storage: fsspec options by scheme, such as `{"s3": {"endpoint_url": ...}}`.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Literal
@@ -21,11 +22,13 @@ import numpy.typing as npt
 import torch
 
 from hqlabel.model.device import (
+    EMULATED,
     Dtype,
     HostThread,
     compile_calls,
     device_kind,
     is_out_of_memory,
+    multiplies_bfloat16,
     use_full_precision,
 )
 from hqlabel.model.masks import TracedMasks, trace_masks
@@ -96,6 +99,8 @@ class Segmenter:
             raise ValueError(f"compiled calls are for CUDA devices; the device is {str(self.device)!r}")
         if on_gpu:
             use_full_precision()
+        if dtype == "bfloat16" and not multiplies_bfloat16(self.device):
+            warnings.warn(EMULATED, stacklevel=2)
         self.model = model.to(self.device).cast(getattr(torch, dtype)).eval()
         self.call_shape = call_shape
         self.multimask: Literal["single", "best"] = multimask

@@ -136,7 +136,7 @@ class ModelSettings(Section):
     checkpoint: Given[Identity[str | None]] = None
     """File, folder, uri, hub id, or `demo` for the small model that comes with hqlabel."""
     dtype: Identity[Literal["auto", "float32", "bfloat16"]] = "auto"
-    """auto: bfloat16 where the hardware multiplies it natively, else float32; resolved once per job."""
+    """auto: the faster of both on the device (bfloat16 on GPUs from Ampere); resolved once per job."""
     images_per_call: Identity[int] = Field(default=1, ge=1)
     """Images in one encoder call."""
     boxes_per_call: Identity[int | None] = Field(default=None, ge=1)

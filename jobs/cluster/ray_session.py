@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
@@ -27,7 +28,7 @@ from hqlabel.jobs.load_config import Config
 from hqlabel.jobs.terminal.signals import Interrupts
 from hqlabel.pipeline.errors import JobRefused, SystemicFault, count
 from hqlabel.pipeline.ray_execution.placement import Node, Requests, fit
-from hqlabel.pipeline.stages.load_model import native_dtype
+from hqlabel.pipeline.stages.load_model import resolve_dtype
 from hqlabel.pipeline.tables.manifest import Part
 from hqlabel.pipeline.tables.publish_tables import PartTask
 
@@ -88,14 +89,19 @@ class Machine:
         """Return the kind of device that the model will run on."""
         return "cuda" if self.check().gpus_per_actor > 0 else "cpu"
 
-    def native_dtype(self) -> str:
-        """Return `float32` or `bfloat16`, by a probe of a node that will run the model."""
-        if not self._joins:
-            return native_dtype(self.device() == "cuda")
+    def dtype(self) -> str:
+        """Return the number format of a new job, for which a node that will run the model is probed.
+
+        Raises:
+            SystemicFault: `device`: bfloat16 is configured, and such a node has no instructions for it.
+        """
+        configured = self._config.model.dtype
+        if not self._joins or configured == "float32":
+            return resolve_dtype(configured, self.device() == "cuda")
         self.start()
         from hqlabel.pipeline.ray_execution.ray_tasks import run_on_model_node
 
-        return run_on_model_node(native_dtype, self._cluster, self._cpu_threads)
+        return run_on_model_node(partial(resolve_dtype, configured), self._cluster, self._cpu_threads)
 
     def start(self) -> ClusterInfo:
         """Return the running Ray, started or joined at the first call.

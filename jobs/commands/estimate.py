@@ -103,7 +103,7 @@ def measure(
             machine.start()
             started = time.monotonic()
             small = sampled_plan(plan, sample, actors=requests.actors_max)
-            dtype = config.model.dtype if config.model.dtype != "auto" else machine.native_dtype()
+            dtype = machine.dtype()
             summary = plan.summary
             boxes_per_call = resolve_settings.BOXES_PER_CALL[machine.device()]
             context = new_context(

@@ -56,7 +56,7 @@ def run(config: Config, options: LabelOptions, interrupts: Interrupts) -> int:
         opened = open_or_create(
             config,
             check_inputs=options.check_inputs,
-            probe_dtype=machine.native_dtype,
+            dtype=machine.dtype,
             device=machine.device,
             accept_changed_inputs=options.accept_changed_inputs,
         )

@@ -75,13 +75,13 @@ def open_or_create(
     config: Config,
     *,
     check_inputs: bool,
-    probe_dtype: Callable[[], str],
+    dtype: Callable[[], str],
     device: Callable[[], str],
     accept_changed_inputs: bool = False,
 ) -> Opened:
     """Open the job that `config` describes in its output, or create it there.
 
-    `probe_dtype`: the number format for `model.dtype=auto`; `device`: the kind that the call shape is chosen
+    `dtype`: the number format that `model.dtype` means; `device`: the kind that the call shape is chosen
     for. Each is called at most once, for a new job. `accept_changed_inputs`: a job of which only the inputs
     changed may be taken over.
 
@@ -90,7 +90,7 @@ def open_or_create(
         JobRefused: inputs or weights that cannot be used, or an output that belongs to something else.
     """
     with before_work():
-        return _open_or_create(config, check_inputs, probe_dtype, device, accept_changed_inputs)
+        return _open_or_create(config, check_inputs, dtype, device, accept_changed_inputs)
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ def before_work() -> Iterator[None]:
 def _open_or_create(
     config: Config,
     check_inputs: bool,
-    probe_dtype: Callable[[], str],
+    dtype: Callable[[], str],
     device: Callable[[], str],
     accept_changed_inputs: bool,
 ) -> Opened:
@@ -127,7 +127,7 @@ def _open_or_create(
         config,
         output=output,
         weights=weights,
-        dtype=_dtype(config, stored, probe_dtype),
+        dtype=_dtype(config, stored, dtype),
         detector=detector.settings if detector else None,
     )
     if plan is not None:
@@ -220,11 +220,11 @@ def code_version() -> str:
         return "checkout"
 
 
-def _dtype(config: Config, stored: Job | None, probe: Callable[[], str]) -> str:
-    """Return the number format: as configured; for `auto` what the job began with, or by a probe."""
-    if config.model.dtype != "auto":
-        return config.model.dtype
-    return stored.context.model.dtype if stored else probe()
+def _dtype(config: Config, stored: Job | None, dtype: Callable[[], str]) -> str:
+    """Return the number format: of a new job by what the device can do; `auto` is what a job began with."""
+    if stored is None:
+        return dtype()
+    return stored.context.model.dtype if config.model.dtype == "auto" else config.model.dtype
 
 
 def _with_boxes_per_call(config: Config, stored: Job | None, device: Callable[[], str]) -> Config:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hqlabel.model.checkpoints import DEMO_FOLDER, ENDINGS, CheckpointError, LoadedModel, Source, load
-from hqlabel.model.device import probe_dtype, set_cpu_threads
+from hqlabel.model.device import Dtype, multiplies_bfloat16, probe_dtype, set_cpu_threads
 from hqlabel.model.sam_config import ConfigError
 from hqlabel.model.segmenter import Segmenter
 from hqlabel.pipeline.errors import JobRefused, SystemicFault, clean_text
@@ -100,8 +100,8 @@ def load_segmenter(context: JobContext, use_gpu: bool) -> Segmenter:
 
 def _check_device(settings: ModelSettings, device: str) -> None:
     """Raise SystemicFault `device` unless it can make this job's masks."""
-    native = probe_dtype(device)  # raises for a broken driver, before the weights are read
-    if settings.dtype == "bfloat16" and native != "bfloat16":
+    native = multiplies_bfloat16(device)  # raises for a broken driver, before the weights are read
+    if settings.dtype == "bfloat16" and not native:
         raise SystemicFault(
             "device",
             f"this job's masks are made in bfloat16, which the {device} device of this node does not "
@@ -115,6 +115,19 @@ def _check_device(settings: ModelSettings, device: str) -> None:
         )
 
 
-def native_dtype(use_gpu: bool) -> str:
-    """Return `bfloat16` or `float32`, by a probe of this process's device; for `model.dtype=auto`."""
-    return probe_dtype("cuda" if use_gpu else "cpu")
+def resolve_dtype(configured: str, use_gpu: bool) -> Dtype:
+    """Return the number format that a new job with this `model.dtype` has on this process's device.
+
+    Raises:
+        SystemicFault: `device`: bfloat16, which the device only emulates.
+    """
+    device = "cuda" if use_gpu else "cpu"
+    if configured == "auto":
+        return probe_dtype(device)
+    if configured == "bfloat16" and not multiplies_bfloat16(device):
+        raise SystemicFault(
+            "device",
+            f"model.dtype=bfloat16, for which the {device} device has no instructions: it would take some 80 "
+            "times as long as float32; use model.dtype=auto or float32",
+        )
+    return "bfloat16" if configured == "bfloat16" else "float32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ import torch
 
 from hqlabel.model import device
 from hqlabel.model.device import MAX_PENDING, HostThread
+from hqlabel.model.records import CallShape
+from hqlabel.model.sam_config import vit_config
+from hqlabel.model.sam_hq import SamHQ
+from hqlabel.model.segmenter import Segmenter
 
 CPUINFO = "processor\t: {core}\nvendor_id\t: X\n{name}\t\t: fpu sse2 {features}\nbugs\t\t: amx_bf16_bug\n\n"
 
@@ -34,16 +39,59 @@ def test_a_cpu_multiplies_bfloat16_if_all_its_cores_do(
     )
     features_of_cpu = device._cpu_features(cpuinfo)
     monkeypatch.setattr(device, "_cpu_features", lambda: features_of_cpu)
+    monkeypatch.setattr(device, "_bfloat16_gain", lambda: 2.0)
     assert device.probe_dtype("cpu") == dtype
+    assert device.multiplies_bfloat16("cpu") == (dtype == "bfloat16")
 
 
 def test_without_cpuinfo_nothing_is_assumed(tmp_path: Path) -> None:
     assert device._cpu_features(tmp_path / "nowhere") == set()
 
 
-def test_probe_of_this_machine_agrees_with_torch() -> None:
+@pytest.mark.parametrize(
+    ("features", "gain", "dtype"),
+    [
+        ({"avx512_bf16"}, 0.6, "float32"),
+        ({"avx512_bf16"}, 1.05, "float32"),
+        ({"avx512_bf16"}, 2.3, "bfloat16"),
+        ({"amx_bf16"}, 0.6, "bfloat16"),  # not timed
+        (set(), 2.3, "float32"),
+    ],
+)
+def test_auto_is_bfloat16_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, features: set[str], gain: float, dtype: str
+) -> None:
+    monkeypatch.setattr(device, "_cpu_features", lambda: features)
+    monkeypatch.setattr(device, "_bfloat16_gain", lambda: gain)
+    assert device.probe_dtype("cpu") == dtype
+
+
+def test_the_gain_is_that_of_larger_products_on_this_machine() -> None:
+    device._bfloat16_gain.cache_clear()
+    gain = device._bfloat16_gain()
+    a, b = torch.ones(1024, 768), torch.ones(768, 768)
+    times_s = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = a.to(dtype), b.to(dtype)
+        x @ y
+        began_s = time.process_time()
+        for _ in range(5):
+            x @ y
+        times_s.append(time.process_time() - began_s)
+    larger = times_s[0] / times_s[1]
+    assert larger / 2.5 < gain < larger * 2.5  # Zen 4: 2.3, a Xeon without AMX: 0.6, emulated: 0.01
+
+
+def test_this_machine_has_the_instructions_that_torch_sees() -> None:
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    assert device.probe_dtype("cpu") == ("bfloat16" if native else "float32")
+    assert device.multiplies_bfloat16("cpu") == native
+
+
+def test_a_segmenter_warns_of_an_emulated_number_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_cpu_features", lambda: set())
+    model = SamHQ(vit_config(embed_dim=32, depth=1, num_heads=2, global_attn_indexes=(0,), image_size=64))
+    with pytest.warns(UserWarning, match="80 times slower than float32"):
+        Segmenter(model, call_shape=CallShape(images_per_call=1, boxes_per_call=1), dtype="bfloat16")
 
 
 def test_host_work_is_bounded_in_order_and_raises_where_its_result_is_asked_for() -> None:

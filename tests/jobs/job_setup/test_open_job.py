@@ -34,8 +34,9 @@ def config(data_set: DataSet, checkpoint: Path, tmp_path: Path) -> Config:
 def begin(config: Config, cpu: set[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The masks' settings in job.json, after the job was opened on a machine with such a CPU."""
     monkeypatch.setattr("hqlabel.model.device._cpu_features", lambda: cpu)
+    monkeypatch.setattr("hqlabel.model.device._bfloat16_gain", lambda: 2.0)
     with Machine(config, Interrupts()) as machine:
-        open_or_create(config, check_inputs=False, probe_dtype=machine.native_dtype, device=machine.device)
+        open_or_create(config, check_inputs=False, dtype=machine.dtype, device=machine.device)
     stored = json.loads((Path(str(config.output.uri)) / "job.json").read_text())
     return dict(stored["identity"]["masks"])
 
@@ -47,6 +48,16 @@ def test_auto_is_what_the_cpu_multiplies_and_stays_so(config, cpu, dtype, monkey
 
     assert first["dtype"] == dtype
     assert again == first
+
+
+def test_an_emulated_number_format_is_refused_before_anything_is_written(config, monkeypatch) -> None:
+    asked = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+
+    with pytest.raises(JobRefused, match=r"model\.dtype=bfloat16.*no instructions.*float32"):
+        begin(asked, WITHOUT, monkeypatch)
+
+    assert not Path(str(config.output.uri)).exists()
+    assert begin(asked, WITH_BFLOAT16, monkeypatch)["dtype"] == "bfloat16"
 
 
 def test_compiling_for_a_cpu_is_refused_before_anything_is_written(config, monkeypatch) -> None:
@@ -79,7 +90,7 @@ def test_a_job_goes_on_with_the_boxes_a_call_it_began_with(config, monkeypatch) 
 
 def open_again(config: Config) -> None:
     with Machine(config, Interrupts()) as machine:
-        open_or_create(config, check_inputs=False, probe_dtype=machine.native_dtype, device=machine.device)
+        open_or_create(config, check_inputs=False, dtype=machine.dtype, device=machine.device)
 
 
 def of_the_version_before(config: Config, saved: str | None) -> None:
