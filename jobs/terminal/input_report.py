@@ -24,8 +24,9 @@ def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, 
         rows.append(("boxes", f"{boxes}; {_place(config.input.boxes)}"))
         rows.append(("box format", f"{plan['box_format']}, in the {_frame(plan['box_frame'])}"))
     rows.append(("ids", plan["id_rule"]))
-    if unused := plan.get("unused_columns"):
-        rows.append(("", f"columns not used: {_listed(unused)}"))
+    rows += _columns(plan)
+    if config.input.boxes and "class_count" in plan:  # a job of an earlier version does not say
+        rows += [("classes", _classes(plan)), ("scores", _scores(plan))]
     rows += [("", line) for line in _odd_images(plan, detected=config.detector.name is not None)]
     return rows
 
@@ -130,6 +131,45 @@ def _odd_images(plan: Mapping[str, Any], *, detected: bool) -> list[str]:
         lines.append(f"{files} in the folder {what}: left out")
     lines += plan.get("left_out", ())  # jobs of before have none
     return lines
+
+
+def _columns(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return which columns of the tables are read, and which are not."""
+    rows = []
+    if used := plan.get("used_columns"):
+        read = [theirs if ours == theirs else f"{theirs} as {ours}" for ours, theirs in used.items()]
+        rows.append(("columns used", f"{_listed(read, most=len(read))}"))
+    if unused := plan.get("unused_columns"):
+        rows.append(("", f"columns not used: {_listed(unused)}"))
+    return rows
+
+
+def _classes(plan: Mapping[str, Any]) -> str:
+    """Return the classes with most boxes, each with its number of them."""
+    shown = [
+        f"{console.shown(str(one['id'] if one['name'] is None else one['name']), 40)} {one['boxes']:,}"
+        for one in plan["classes"]
+    ]
+    more = plan["class_count"] - len(shown)
+    without = plan["boxes_without_class"]
+    parts = [
+        *(
+            [", ".join(shown) + (f" and {count(more, 'more class', 'more classes')}" if more else "")]
+            if shown
+            else []
+        ),
+        *([f"{count(without, 'box', 'boxes')} without a class"] if without and shown else []),
+    ]
+    return "; ".join(parts) or "none given"
+
+
+def _scores(plan: Mapping[str, Any]) -> str:
+    """Return the range of the scores, and how many boxes have none."""
+    if plan["lowest_score"] is None:
+        return "none given"
+    without = plan["boxes_without_score"]
+    lacking = f"; {count(without, 'box', 'boxes')} without a score" if without else ""
+    return f"{plan['lowest_score']:.4g} to {plan['highest_score']:.4g}{lacking}"
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:

@@ -43,8 +43,10 @@ from hqlabel.pipeline.inputs.propose_columns import (
     BOX_ROWS,
     IMAGE_ROWS,
     KEYS,
+    known_names,
     missing_column,
     missing_columns,
+    unclear_columns,
     unread_note,
 )
 from hqlabel.pipeline.inputs.read_table import TableFile, inspect_tables, naming_values, read_batches
@@ -53,22 +55,37 @@ from hqlabel.pipeline.settings import BoxFormat
 
 
 def read_box_tables(
-    uris: Sequence[str], mapping: Mapping[str, str], access: AccessRules, *, folder: str
+    uris: Sequence[str],
+    mapping: Mapping[str, str],
+    access: AccessRules,
+    *,
+    folder: str,
+    box_format: BoxFormat | None = None,
+    needs_uri: bool = True,
 ) -> BoxList:
     """Return the boxes of one table, kept in one file or in several of the same columns.
 
+    `box_format`: as the user stated it. `needs_uri`: nothing else says where the images are.
+
     Raises:
-        JobRefused: unreadable, a missing column or a wrong type, an image without a name.
+        JobRefused: unreadable, a missing column or a wrong type, two columns that could be meant, an image
+            without a name.
     """
-    names = inspect_tables(uris[:1], {}, mapping, access)[0].all_names
+    given, first = mapping, inspect_tables(uris[:1], {}, mapping, access)[0]
+    names = first.all_names
+    known = known_names(first, mapping, access, box_format=box_format, needs_uri=needs_uri)
+    mapping = known.mapping
     wanted = _shape(names, mapping, uri=uris[0])
     if wanted is None or not locate(names, KEYS, mapping, uri=uris[0]):
-        raise missing_columns(uris[0], names, mapping, access)
+        raise missing_columns(uris[0], names, given, access, unclear=known.unclear)
+    if known.unclear:
+        raise unclear_columns(uris[0], names, given, known.unclear)
     files = inspect_tables(uris, wanted, mapping, access)
     for file in files:
         if not {"image_uri", "image_id"} & file.names.keys():
             raise missing_column(file.uri, "image_uri or image_id", file.all_names, mapping)
     boxes = (_read_image_rows if wanted is IMAGE_ROWS else _read_box_rows)(files, access, folder)
+    boxes = replace(boxes, used=files[0].names, box_format=known.box_format or boxes.box_format)
     unused = unused_columns(files[0])
     notes = (*_partition_note(files[0], folder), *unread_note(files[0], unused, mapping))
     return replace(boxes, unused=unused, notes=(*boxes.notes, *notes))

@@ -122,8 +122,8 @@ def locate(
 ) -> dict[str, str]:
     """Return our name -> the file's name, for those of the wanted columns that the file has.
 
-    `mapping`: the user's choice of other names; it is used where the file has the other name, which then
-    has no other meaning.
+    `mapping`: the choice of other names; it is used where the file has the other name, which then has no
+    other meaning. A column mapped to "" is not read.
     """
     doubled = {name for name, number in Counter(names).items() if number > 1}
     found = {ours: name for ours in wanted if (name := _name_in(names, ours, mapping)) is not None}
@@ -134,6 +134,8 @@ def locate(
 
 def _name_in(names: Sequence[str], ours: str, mapping: Mapping[str, str]) -> str | None:
     mapped = mapping.get(ours)
+    if mapped == "":
+        return None
     if mapped is not None and mapped in names:
         return mapped
     return ours if ours in names and ours not in mapping.values() else None
@@ -322,6 +324,20 @@ def _corner_fields(kind: pa.DataType) -> tuple[str, ...] | None:
         if box_format == "xyxy" and names.keys() == set(four):
             return tuple(names[name] for name in four)
     return None
+
+
+def is_corners(kind: pa.DataType) -> bool:
+    """Return whether a type is a struct of four corners, so that its boxes need no stated format."""
+    return _corner_fields(kind) is not None
+
+
+def plain_corners(value: Any) -> Any:
+    """Return a box that is an object of four named corners as a list of them; what is none stays as it is."""
+    named = {bare_name(str(name)): one for name, one in value.items()} if isinstance(value, dict) else {}
+    for four, box_format in CORNER_NAMES:
+        if box_format == "xyxy" and named and named.keys() <= set(four):
+            return [named.get(name) for name in four]
+    return value
 
 
 def _is_list(kind: pa.DataType) -> bool:

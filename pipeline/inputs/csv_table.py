@@ -5,7 +5,7 @@ field is null, a quoted empty one is the empty string, and words such as NA are 
 NA. A file that has quoted empty fields, or such words without quotes, in columns of numbers shows by it how
 it writes null, in all of its columns. Numbers have a decimal point. A list in a field is the text of JSON, of
 Python, or of a numpy array of numbers or words: [[1, 2, 3, 4]], [(1, 2, 3, 4)], [[1. 2. 3. 4.]]; a mask is
-JSON, or the text of a Python dictionary.
+JSON, or the text of a Python dictionary, and so may be a box: {'x1': 1.0, 'y1': 2.0, 'x2': 3.0, 'y2': 4.0}.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
-from hqlabel.pipeline.inputs.columns import ARROW_WORDS, Kind, plain_masks
+from hqlabel.pipeline.inputs.columns import ARROW_WORDS, Kind, plain_corners, plain_masks
 from hqlabel.pipeline.inputs.json_records import (
     BLOCK_BYTES,
     BOM,
@@ -107,7 +107,9 @@ def _open(
 
 
 def _list_samples(column: pa.Array) -> list[Any]:
-    texts = [text for text in column.to_pylist() if text and text.lstrip().startswith(("[", "("))]
+    texts = [text for text in column.to_pylist() if text and text.lstrip().startswith(("[", "(", "{"))]
+    if texts and texts[0].lstrip()[0] == "{":
+        return [_shown_masks(text) for text in texts]
     try:
         return [read_list(text) for text in texts]
     except TextDamage:
@@ -250,11 +252,20 @@ def _lists(texts: pa.Array, name: str, kind: Kind) -> pa.Array:
         return _read_fields(texts, name, kind)
     except (pa.ArrowInvalid, TextDamage):
         # Not all of it is JSON: it is read as Python or numpy write lists, which Arrow cannot.
-        lists = [None if text is None else read_list(text, name) for text in texts.to_pylist()]
+        lists = [None if text is None else _read_field(text, name, kind) for text in texts.to_pylist()]
         if kind.leaf != "number":
             lists = [_without_nan(one) for one in lists]
         values = [None if one is None else json.dumps(one) for one in lists]
         return _read_fields(pa.array(values, pa.string()), name, kind)
+
+
+def _read_field(text: str, name: str, kind: Kind) -> list[Any] | None:
+    """Return the list that a field shows; a box may be an object of four corners."""
+    if kind == Kind(1, "number") and text.lstrip().startswith("{"):
+        corners = plain_corners(_shown_masks(text))
+        if isinstance(corners, list):
+            return corners
+    return read_list(text, name)
 
 
 def _read_fields(texts: pa.Array, name: str, kind: Kind) -> pa.Array:

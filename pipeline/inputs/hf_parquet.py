@@ -120,8 +120,15 @@ def read_hf_boxes(
         id_rule=_ID_RULE,
         categories=_category_names(files[0]),
         columns=_names(files[0]),
+        used=_used(files[0]),
         unused=_unused(files[0]),
     )
+
+
+def _used(file: _HfFile) -> dict[str, str]:
+    """Return our name -> theirs for the column of pictures and the fields of the objects that are read."""
+    fields = {f"{OBJECTS}.{ours}": f"{file.objects}.{theirs}" for ours, theirs in file.fields.items()}
+    return {IMAGE: file.image, **fields}
 
 
 def _unused(file: _HfFile) -> tuple[str, ...]:

@@ -51,8 +51,8 @@ class ImageList:
     `listed`: found by listing a folder, not named by a file. `doubted`: uris of links and of what is no file,
     each to be checked by itself. `left_out`: sentences on files of the folder that are not taken.
     `size_hw`: int64 (n, 2) as the input states it (0 where it does not), unchecked. `categories`: id to name.
-    `files`: uris of the tables that were read, `columns`: all of their columns' names, `unused`: those that
-    are not read. `notes`: sentences for the summary.
+    `files`: uris of the tables that were read, `columns`: all of their columns' names, `used`: our name to
+    the table's for those that are read, `unused`: the others. `notes`: sentences for the summary.
     """
 
     image_uri: pa.Array
@@ -66,6 +66,7 @@ class ImageList:
     categories: Mapping[int, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    used: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     skipped_files: int = 0
     notes: tuple[str, ...] = ()
@@ -102,6 +103,7 @@ class BoxList:
     size_hw: Int64Array | None = None
     files: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    used: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

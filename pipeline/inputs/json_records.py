@@ -14,11 +14,12 @@ a dict of every box.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -27,7 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.json as pa_json
 
-from hqlabel.pipeline.inputs.columns import ARROW_WORDS, Kind, plain_masks
+from hqlabel.pipeline.inputs.columns import ARROW_WORDS, Kind, plain_corners, plain_masks
 
 BLOCK_BYTES = 32 * 2**20
 """The longest row; a longer one is refused."""
@@ -122,13 +123,13 @@ def json_word(value: object) -> str:
 
 
 class _Lines(io.BufferedIOBase):
-    """A stream of JSON lines for Arrow, each mask made plain on the way.
+    """A stream of JSON lines for Arrow, each mask and each box of named corners made plain on the way.
 
     A record that is `null` is refused (`_refuse_null`).
     """
 
-    def __init__(self, stream: BinaryIO, mask_depths: Mapping[str, int]) -> None:
-        self._stream, self._mask_depths = stream, mask_depths
+    def __init__(self, stream: BinaryIO, shapers: Mapping[str, Shaper]) -> None:
+        self._stream, self._shapers = stream, shapers
         self._ready = b""  # whole lines, not yet read
         self._rest = b""  # the beginning of a line
         self._ended = False
@@ -156,8 +157,8 @@ class _Lines(io.BufferedIOBase):
         if len(self._rest) > BLOCK_BYTES:
             raise TextDamage(f"a row is longer than {BLOCK_BYTES >> 20} MiB")
         _refuse_null(lines)
-        if self._mask_depths:
-            lines = b"\n".join(_with_plain_masks(line, self._mask_depths) for line in lines.split(b"\n"))
+        if self._shapers:
+            lines = b"\n".join(_with_plain_values(line, self._shapers) for line in lines.split(b"\n"))
         return lines + newline
 
 
@@ -173,14 +174,17 @@ def _refuse_null(text: bytes) -> None:
             raise TextDamage("a record is null; wanted an object")
 
 
-def _with_plain_masks(line: bytes, depths: Mapping[str, int]) -> bytes:
-    """Return a line with its masks made plain; one that is no JSON object is for the reader to refuse."""
+Shaper = Callable[[Any], Any]
+
+
+def _with_plain_values(line: bytes, shapers: Mapping[str, Shaper]) -> bytes:
+    """Return a line with its values made plain; one that is no JSON object is for the reader to refuse."""
     row = json_record(line)
-    found = {name: row[name] for name in depths if name in row}
-    masks = {name: plain_masks(value, depths[name]) for name, value in found.items()}
+    found = {name: row[name] for name in shapers if name in row}
+    plain = {name: shapers[name](value) for name, value in found.items()}
     # Compared as text: 480.0 equals 480, and is no whole number to the reader.
-    same = json.dumps(masks, sort_keys=True) == json.dumps(found, sort_keys=True)
-    return line if same else json.dumps({**row, **masks}).encode()
+    same = json.dumps(plain, sort_keys=True) == json.dumps(found, sort_keys=True)
+    return line if same else json.dumps({**row, **plain}).encode()
 
 
 def json_record(line: bytes) -> Mapping[str, Any]:
@@ -192,17 +196,26 @@ def json_record(line: bytes) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def jsonl_batches(stream: BinaryIO, columns: Mapping[str, Kind]) -> Iterator[pa.RecordBatch]:
+def jsonl_batches(
+    stream: BinaryIO, columns: Mapping[str, Kind], corners: Collection[str] = ()
+) -> Iterator[pa.RecordBatch]:
     """Yield the rows of the named keys, typed by their kinds; other keys are not parsed.
+
+    `corners`: keys whose boxes are objects of four corners.
 
     Raises:
         pa.ArrowInvalid, TextDamage: as `read_lines`.
     """
     schema = pa.schema([(name, kind.arrow_type()) for name, kind in columns.items()])
-    mask_depths = {name: kind.depth for name, kind in columns.items() if kind.leaf == "rle"}
+    shapers: dict[str, Shaper] = {
+        name: functools.partial(plain_masks, depth=kind.depth)
+        for name, kind in columns.items()
+        if kind.leaf == "rle"
+    }
+    shapers |= {name: plain_corners for name in corners if name in columns}
     options = pa_json.ReadOptions(block_size=BLOCK_BYTES)
     with _naming_keys(schema):
-        lines = _Lines(stream, mask_depths)
+        lines = _Lines(stream, shapers)
         yield from pa_json.open_json(lines, read_options=options, parse_options=_typed(schema))
 
 

@@ -37,7 +37,13 @@ from hqlabel.pipeline.inputs.previous_output import (
     read_previous_boxes,
     read_previous_images,
 )
-from hqlabel.pipeline.inputs.propose_columns import BOX_ROWS, IMAGE_ROWS, missing_column
+from hqlabel.pipeline.inputs.propose_columns import (
+    BOX_ROWS,
+    IMAGE_ROWS,
+    known_image_names,
+    missing_column,
+    unclear_columns,
+)
 from hqlabel.pipeline.inputs.read_table import inspect_tables, read_batches
 from hqlabel.pipeline.inputs.webdataset import read_tar_boxes, read_tar_images
 from hqlabel.pipeline.inputs.yolo_boxes import read_yolo
@@ -131,7 +137,14 @@ def _boxes_of(place: InputFiles, settings: InputSettings, access: AccessRules) -
     tables = place.tables()
     if holds_pictures(tables[0], settings.columns, access):
         return read_hf_boxes(tables, settings.columns, access, root=place.root)
-    return read_box_tables(tables, settings.columns, access, folder=_root(settings, place.root))
+    return read_box_tables(
+        tables,
+        settings.columns,
+        access,
+        folder=_root(settings, place.root),
+        box_format=settings.box_format,
+        needs_uri=settings.images is None,
+    )
 
 
 def _json_reader(uri: str, access: AccessRules) -> Callable[..., BoxList]:
@@ -162,7 +175,7 @@ def check_columns(settings: InputSettings, found: Sequence[str]) -> None:
             raise UsageError(
                 f"input.columns: {ours!r} is no column of ours; known: {', '.join(sorted(_COLUMN_NAMES))}"
             )
-        if theirs not in found:
+        if theirs and theirs not in found:
             shown = ", ".join(found) or "none (columns are mapped in Parquet, CSV and JSONL tables)"
             raise JobRefused(f"input.columns: no table has a column {theirs!r}; found {shown}")
 
@@ -229,7 +242,11 @@ def _read_image_tables(
 ) -> ImageList:
     """Return the images that tables name; `image_uri` as written."""
     wanted = {name: BOX_ROWS[name] for name in ("image_uri", "image_id")}
-    files = inspect_tables(uris, wanted, settings.columns, access)
+    first = inspect_tables(uris[:1], {}, settings.columns, access)[0]
+    known = known_image_names(first.all_names, settings.columns, uri=first.uri)
+    if known.unclear:
+        raise unclear_columns(first.uri, first.all_names, settings.columns, known.unclear)
+    files = inspect_tables(uris, wanted, known.mapping, access)
     batches: list[pa.Table] = []
     for file in files:
         if "image_uri" not in file.names:
@@ -246,6 +263,7 @@ def _read_image_tables(
         root=folder,
         files=tuple(uris),
         columns=files[0].all_names,
+        used=files[0].names,
         unused=unused_columns(files[0]),
     )
 

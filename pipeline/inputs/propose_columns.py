@@ -1,7 +1,8 @@
-"""What columns a table of boxes may have, and what could be meant where it has others.
+"""What columns a table of boxes may have, and which names of other programs are read as ours or proposed.
 
-Names that other programs use for our columns are proposed in messages, each with the option that maps it;
-they are never used without that.
+A name is read as ours where it can mean nothing else (`known_names`), and that is always printed. Where two
+columns could be meant, or the four numbers of a box could mean two things, nothing is read: the refusal
+proposes one option for all of it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import cast, get_args
 
 import numpy as np
 import pyarrow as pa
 
+from hqlabel.pipeline.box_geometry import Float64Array, PixelFormat, boxes_to_xyxy
 from hqlabel.pipeline.errors import JobRefused, clean_text
 from hqlabel.pipeline.inputs.columns import (
     CORNER_NAMES,
@@ -28,6 +31,7 @@ from hqlabel.pipeline.inputs.read_table import TableFile, inspect_tables, read_b
 from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.settings import BoxFormat
 
+_SAME_PX = 1.0  # some tools round corners in one column and not in another
 LARGEST_SHARE = 1.5  # shares of a picture reach over 1 where a detector lets its boxes reach over the edge
 
 KEYS = {"image_uri": Kind(0, "text"), "image_id": Kind(0, "key")}
@@ -85,6 +89,262 @@ _CHOICES: dict[str, list[list[str]]] = {
     "boxes": [["scores"], ["labels"], ["box_ids"], ["iscrowd"]],
     "bbox": [["score"], ["label"], ["category_id"], ["box_id"], ["iscrowd"]],
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownNames:
+    """Columns of a table that are read as ours by their names.
+
+    `mapping`: our name -> the table's, those that the user mapped included. `box_format`: what four columns
+    mean by their names, or None. `unclear`: what could be meant by two columns, each a part of a sentence.
+    """
+
+    mapping: Mapping[str, str]
+    box_format: BoxFormat | None = None
+    unclear: tuple[str, ...] = ()
+
+
+_URI_NAMES = (
+    *("imageuri", "uri", "url", "path", "filename", "file", "image", "imagepath", "filepath", "imgpath"),
+    *("imagename", "imgname", "imagefile", "imagefilename", "imagefilepath", "imgfilename", "img"),
+    *("imageurl", "imgurl", "fname"),
+)
+_ID_NAMES = ("imageid", "imgid")
+_WORDS = ("classname", "labelname", "categoryname", "objectname", "phrase", "textlabel", "detectedclass")
+_NUMBERS = ("categoryid", "classid", "labelid", "cls", "clsid", "classidx")
+_EITHER = ("class", "category", "label", "prediction")
+_SCORES = (
+    *("score", "confidence", "conf", "prob", "probability", "confidencescore", "detectionscore"),
+    *("predscore", "predictionscore", "logit"),
+)
+_LIST_WORDS = (*(f"{name}s" for name in _WORDS), "names", "detectedclasses")
+_LIST_NUMBERS = ("categoryids", "classids", "labelids", "clsids")
+_LIST_EITHER = ("labels", "classes", "categories", "predictions", *_EITHER)
+_LIST_SCORES = ("scores", "confidences", "confs", "probs", "probabilities", "logits", *_SCORES)
+_BOX_NAMES = ("bbox", "box", "boundingbox", "bndbox", "rect", "xyxy")
+_BOXES_NAMES = ("boxes", "bboxes", "boundingboxes", "predboxes")
+
+
+def known_names(
+    file: TableFile,
+    mapping: Mapping[str, str],
+    access: AccessRules,
+    *,
+    box_format: BoxFormat | None,
+    needs_uri: bool,
+) -> KnownNames:
+    """Return `names_known` of a table's file, checked by its first rows where names alone do not tell.
+
+    Words in a column of classes next to one of their names make both unclear. A table whose boxes are there
+    twice, and not the same, is refused.
+    """
+    names, uri = file.all_names, file.uri
+    known = names_known(
+        names, mapping, uri=uri, box_format=box_format, corners=file.corners, needs_uri=needs_uri
+    )
+    found = known.mapping
+    numbers = found.get("category_id", "")
+    is_guess = "category_id" not in mapping and bare_name(numbers) in _EITHER
+    if "category_id" not in mapping and "label" in names and _holds_numbers(uri, mapping, access):
+        known = replace(known, mapping={ours: theirs for ours, theirs in found.items() if theirs != numbers})
+    elif is_guess and _first_rows(uri, mapping, {"category_id": numbers}, access) is None:
+        either = " or ".join(repr(clean_text(name)) for name in (numbers, found["label"]))
+        kept = {ours: theirs for ours, theirs in found.items() if ours != "category_id"}
+        known = replace(known, mapping=kept, unclear=(*known.unclear, f"{either} could be label"))
+    if not known.unclear:
+        _refuse_two_kinds_of_boxes(file, mapping, known.mapping, access, box_format)
+    return known
+
+
+def _holds_numbers(uri: str, mapping: Mapping[str, str], access: AccessRules) -> bool:
+    """Return whether our own column `label` holds the numbers of classes, by the first rows."""
+    rows = _first_rows(uri, mapping, {"label": mapping.get("label", "label")}, access)
+    if rows is None or "label" not in rows.column_names:
+        return False
+    labels = [one for one in rows.column("label").to_pylist() if one is not None]
+    return bool(labels) and all(re.fullmatch(r"-?[0-9]+(\.0)?", str(one)) for one in labels)
+
+
+def _refuse_two_kinds_of_boxes(
+    file: TableFile,
+    given: Mapping[str, str],
+    mapping: Mapping[str, str],
+    access: AccessRules,
+    box_format: BoxFormat | None,
+) -> None:
+    """Refuse a table with `bbox` and four corners that differ from it, by its first rows.
+
+    `given`: what the user mapped, which is a choice already; `mapping`: with what is known.
+    """
+    bbox = locate(file.all_names, {"bbox": BOX_ROWS["bbox"]}, mapping, uri=file.uri)
+    others = corner_columns(file.all_names, {**mapping, **bbox})
+    stated = box_format or "xyxy"
+    if not bbox or "bbox" in given or others is None or others[1] == "xywh" or "-" in stated:
+        return
+    first = _first_rows(file.uri, mapping, bbox, access)
+    second = _first_rows(file.uri, {}, others[0], access)
+    if first is None or second is None or not first.num_rows:
+        return
+    boxes, corners = _comparable(first, second)
+    named = boxes_to_xyxy(corners, cast(PixelFormat, others[1]))
+    own = {base: boxes_to_xyxy(boxes, base) for base in get_args(PixelFormat)}
+    same = [base for base, values in own.items() if np.abs(values - named).max(initial=0) <= _SAME_PX]
+    if stated in same:
+        return
+    corner_names = shown_names(list(others[0].values()))
+    differ = f"{clean_text(bbox['bbox'])!r}, read as {stated}, differs from {corner_names}"
+    hint = (
+        f"as {same[0]} it does not: --box-format {same[0]}"
+        if same
+        else (f"choose: {setting_of(bbox, given)}, or {setting_of({**others[0], 'bbox': ''}, given)}")
+    )
+    raise JobRefused(f"{file.uri}: the boxes are there twice, and {differ}; {hint}")
+
+
+def _comparable(first: pa.Table, second: pa.Table) -> tuple[Float64Array, Float64Array]:
+    """Return the boxes of those first rows that have four finite numbers in both tables."""
+    lists = first.column("bbox").to_pylist()
+    boxes = np.array([one if one and len(one) == 4 else [None] * 4 for one in lists], np.float64).reshape(
+        -1, 4
+    )
+    corners = np.stack([second.column(name).to_numpy() for name in CORNERS], axis=1).astype(np.float64)
+    rows = min(len(boxes), len(corners))
+    boxes, corners = boxes[:rows], corners[:rows]
+    sound = np.isfinite(boxes).all(axis=1) & np.isfinite(corners).all(axis=1)
+    return boxes[sound], corners[sound]
+
+
+def names_known(
+    names: Sequence[str],
+    mapping: Mapping[str, str],
+    *,
+    uri: str,
+    box_format: BoxFormat | None,
+    corners: Sequence[str] = (),
+    needs_uri: bool = True,
+) -> KnownNames:
+    """Return which columns of a table of boxes are read as ours, each only where it can mean nothing else.
+
+    `box_format`: as the user stated it. `corners`: columns of objects with four corners. `needs_uri`: the
+    boxes say where the images are too, else an id is enough. A column of our own name stands before all
+    others of its meaning; one that the user maps to "" is not read.
+    """
+    own = locate(names, IMAGE_ROWS | BOX_ROWS, mapping, uri=uri)
+    free = _Free(names, {**mapping, **own})
+    boxes, meaning = _known_boxes(own, free, box_format, corners)
+    images = _known_image(free, own, needs_uri=needs_uri)
+    found = {**boxes, **images}
+    is_list = "boxes" in found or "boxes" in own
+    found |= _known_classes(free, own, is_list=is_list)
+    scores = "scores" if is_list else "score"
+    found |= {} if scores in own else free.only(scores, _LIST_SCORES if is_list else _SCORES)
+    allowed = {ours: theirs for ours, theirs in found.items() if mapping.get(ours) != ""}
+    return KnownNames(
+        mapping={**mapping, **allowed},
+        box_format=meaning,
+        unclear=tuple(text for ours, text in free.unclear.items() if mapping.get(ours) != ""),
+    )
+
+
+class _Free:
+    """The columns of a table that nothing is read from yet, and what of them is unclear."""
+
+    def __init__(self, names: Sequence[str], taken: Mapping[str, str]) -> None:
+        self.unclear: dict[str, str] = {}
+        used = set(taken.values())
+        self._names = [name for name in names if name not in used and can_be_pasted(name)]
+
+    def named(self, others: Sequence[str]) -> list[str]:
+        """Return the columns that are called one of `others`, as `bare_name` writes them."""
+        return [name for name in self._names if bare_name(name) in others]
+
+    def named_all(self) -> list[str]:
+        """Return every free column; of two that are called alike, the first counts."""
+        return self._names[::-1]
+
+    def only(self, ours: str, others: Sequence[str]) -> dict[str, str]:
+        """Return the one column of these names; where there are two, none, and what is unclear is noted."""
+        found = self.named(others)
+        if len(found) > 1:
+            either = " or ".join(repr(clean_text(name)) for name in found)
+            self.unclear[ours] = f"{either} could be {ours}"
+        return {ours: found[0]} if len(found) == 1 else {}
+
+
+def _known_image(free: _Free, own: Mapping[str, str], *, needs_uri: bool) -> dict[str, str]:
+    """Return the column that names the image, where none of ours does or a uri is needed next to an id."""
+    if "image_uri" in own or ("image_id" in own and not needs_uri):
+        return {}
+    if found := free.named(_URI_NAMES):
+        return free.only("image_uri", _URI_NAMES) if "image_id" not in own or len(found) == 1 else {}
+    return {} if "image_id" in own else free.only("image_id", _ID_NAMES)
+
+
+def known_image_names(names: Sequence[str], mapping: Mapping[str, str], *, uri: str) -> KnownNames:
+    """Return which column of a table of images is read as its uri."""
+    own = locate(names, KEYS, mapping, uri=uri)
+    free = _Free(names, {**mapping, **own})
+    found = _known_image(free, own, needs_uri=True)
+    return KnownNames(mapping={**mapping, **found}, unclear=tuple(free.unclear.values()))
+
+
+def _known_boxes(
+    own: Mapping[str, str], free: _Free, box_format: BoxFormat | None, corners: Sequence[str]
+) -> tuple[dict[str, str], BoxFormat | None]:
+    """Return the columns that are boxes, and how four columns are meant by their names."""
+    if own.keys() & {"boxes", "bbox"} or set(CORNERS) <= own.keys():
+        return {}, None
+    if (found := _free_corners(free, own, box_format)) is not None:
+        return found
+    if box_format is not None:
+        return free.only("bbox", _BOX_NAMES) or free.only("boxes", _BOXES_NAMES), None
+    return free.only("bbox", [bare_name(name) for name in corners if bare_name(name) in _BOX_NAMES]), None
+
+
+def _free_corners(
+    free: _Free, own: Mapping[str, str], box_format: BoxFormat | None
+) -> tuple[dict[str, str], BoxFormat] | None:
+    """Return four columns that are boxes by their names, and the format; None where that is not certain.
+
+    A corner with width and height may be a corner, a centre, or a corner next to the picture's size: it is
+    read where the format is stated; `left, top, width, height` means one thing alone.
+    """
+    bare = {bare_name(name): name for name in (*free.named_all(), *(own[c] for c in CORNERS if c in own))}
+    base = (box_format or "").removesuffix("-normalised")
+    found = [
+        ({ours: bare[name] for ours, name in zip(CORNERS, four, strict=True)}, meaning)
+        for four, meaning in CORNER_NAMES
+        if all(name in bare for name in four)
+        and (meaning != "xywh" or four[:2] == ("left", "top") or base in ("xywh", "cxcywh"))
+    ]
+    if len(found) > 1 and found[0][1] == found[1][1]:
+        either = " or ".join(shown_names(list(four.values())) for four, _ in found)
+        free.unclear["x1"] = f"{either} could be the boxes"
+        return None
+    return found[0] if found else None
+
+
+def _known_classes(free: _Free, own: Mapping[str, str], *, is_list: bool) -> dict[str, str]:
+    """Return the columns of classes, where none of ours is there.
+
+    Next to a column that can only hold words, `class` holds numbers (as YOLOv5 writes them); alone it may
+    hold either. `name` is the class's where another column names the image.
+    """
+    if is_list:
+        if "labels" in own:
+            return {}
+        tiers = (_LIST_WORDS, _LIST_EITHER, _LIST_NUMBERS)
+        return next((free.only("labels", tier) for tier in tiers if free.named(tier)), {})
+    if "category_id" in own:
+        return {}
+    if "label" in own:
+        return free.only("category_id", _NUMBERS)
+    words = free.only("label", (*_WORDS, "name"))
+    if words:
+        return words | free.only("category_id", (*_NUMBERS, *_EITHER))
+    if free.named(_EITHER):
+        words = free.only("label", _EITHER)
+    return words | free.only("category_id", _NUMBERS)
 
 
 def missing_column(
@@ -170,12 +430,32 @@ def unread_note(file: TableFile, unused: Sequence[str], mapping: Mapping[str, st
     return (f"{file.uri}: to read {meant} too: {setting_of(near, mapping)}",)
 
 
-def missing_columns(
-    uri: str, names: Sequence[str], mapping: Mapping[str, str], access: AccessRules
+def unclear_columns(
+    uri: str, names: Sequence[str], mapping: Mapping[str, str], unclear: Sequence[str]
 ) -> JobRefused:
-    """Return the error for a table that lacks columns: all of them, and one proposal for all."""
+    """Return the error for a table of which two columns could be ours, with a setting that names one each."""
+    wanted = [[part.rsplit(" could be ", 1)[1]] for part in unclear]
+    found = corner_columns(names, mapping) if ["the boxes"] in wanted else None
+    near = near_columns([choice for choice in wanted if choice != ["the boxes"]], names, mapping, exact=True)
+    chosen = setting_of({**(found[0] if found else {}), **near}, mapping)
+    return JobRefused(f'{uri}: {"; ".join(unclear)}. Choose, such as {chosen} (NAME: "" reads none of them)')
+
+
+def missing_columns(
+    uri: str,
+    names: Sequence[str],
+    mapping: Mapping[str, str],
+    access: AccessRules,
+    *,
+    unclear: Sequence[str] = (),
+) -> JobRefused:
+    """Return the error for a table that lacks columns: all of them, and one proposal for all.
+
+    `unclear`: what else of the table could be meant by two columns.
+    """
     lacking, near, box_format = _proposal(names, mapping, uri=uri)
     message = f"{uri}: no column {', no column '.join(lacking)}; found {shown_names(names)}"
+    message += "".join(f"; {one}" for one in unclear)
     rows = _first_rows(uri, mapping, near, access) if near else None
     if rows is None and "category_id" in near:  # `class` may hold words
         near = {ours: theirs for ours, theirs in near.items() if ours != "category_id"}
@@ -184,9 +464,13 @@ def missing_columns(
         is_headless = any(re.fullmatch(r"[+-]?[0-9.]+", name) for name in names)
         hint = "; the first line holds numbers: does it lack the names of its columns?"
         return JobRefused(message + (hint if is_headless else called_otherwise(lacking[0])))
+    message += _unstated(near, box_format)
+    if box_format is None and near.keys() & {"boxes", "bbox"}:
+        box_format = "xyxy"
     if box_format is not None and _are_shares(rows):
         box_format = cast(BoxFormat, f"{box_format}-normalised")
-    flag = f" --box-format {box_format}" if box_format not in (None, "xyxy") else ""
+    is_said = box_format is None or (box_format == "xyxy" and not near.keys() & {"boxes", "bbox"})
+    flag = "" if is_said else f" --box-format {box_format}"
     without = [choice for choice in lacking if not set(choice.split(" or ")) & near.keys()]
     rest = (
         f"; nothing is called like {', nor like '.join(without)}{called_otherwise(without[0])}"
@@ -198,6 +482,18 @@ def missing_columns(
         f"{message}. If {meant} {'is' if len(near) == 1 else 'are'} meant: "
         f"{setting_of(near, mapping)}{flag}{rest}"
     )
+
+
+def _unstated(near: Mapping[str, str], box_format: BoxFormat | None) -> str:
+    """Return why the format of boxes must be stated, where their columns' names do not say it."""
+    if one := next((near[name] for name in ("boxes", "bbox") if name in near), None):
+        return f"; how the four numbers of {clean_text(one)!r} are meant is not stated (--box-format)"
+    first, third = bare_name(near.get("x1", "")), bare_name(near.get("x2", ""))
+    if box_format == "xywh" and first == "x":
+        return "; x and y may be a corner (--box-format xywh) or the centre (cxcywh)"
+    if box_format == "xywh" and first != "left" and third == "width":
+        return "; width and height may be the box's (--box-format xywh) or the picture's"
+    return ""
 
 
 def _proposal(
@@ -219,6 +515,8 @@ def _proposal(
             box_format = found[1]
         elif not near and len(corners) == 4:
             near = near_columns([["boxes", "bbox"]], names, mapping)
+        elif len(corners) == 4 and not whole:
+            lacking = list(corners)
     taken = dict(mapping) | _own(there) | near
     if not there.keys() & KEYS.keys():
         lacking.append("image_uri or image_id")

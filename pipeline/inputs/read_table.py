@@ -18,7 +18,18 @@ from typing import Any, BinaryIO, Literal, cast
 import pyarrow as pa
 
 from hqlabel.pipeline.errors import HqlabelError, JobRefused, clean_text
-from hqlabel.pipeline.inputs.columns import UNSETTLED, Kind, check_type, locate, plain, sampled_leaf, settle
+from hqlabel.pipeline.inputs.columns import (
+    CORNERS,
+    UNSETTLED,
+    Kind,
+    check_type,
+    is_corners,
+    locate,
+    plain,
+    plain_corners,
+    sampled_leaf,
+    settle,
+)
 from hqlabel.pipeline.inputs.csv_table import csv_batches, csv_header
 from hqlabel.pipeline.inputs.json_records import BLOCK_BYTES, TextDamage, jsonl_batches, jsonl_sample
 from hqlabel.pipeline.job_context import AccessRules
@@ -44,7 +55,8 @@ MOST_RATIO = 200
 class TableFile:
     """One checked file: `names` our name -> its name, `kinds` our name -> what the column holds.
 
-    `all_names`: every column of the file, for messages.
+    `all_names`: every column of the file, for messages. `corners`: columns whose boxes are objects, or
+    structs, of four corners, by the first rows.
     """
 
     uri: str
@@ -52,6 +64,7 @@ class TableFile:
     names: Mapping[str, str]
     kinds: Mapping[str, Kind]
     all_names: tuple[str, ...]
+    corners: tuple[str, ...] = ()
 
 
 def table_format(uri: str) -> TableFormat | None:
@@ -148,7 +161,7 @@ def _batches(file: TableFile, access: AccessRules) -> Iterator[pa.RecordBatch]:
         return
     with _unpacked(file.uri, access) as stream:
         if file.file_format == "jsonl":
-            yield from jsonl_batches(stream, columns)
+            yield from jsonl_batches(stream, columns, file.corners)
         else:
             yield from _parquet_batches(stream, list(columns))
 
@@ -218,13 +231,45 @@ def _inspect(
             samples = jsonl_sample(stream)
             names = list(samples)
     columns = locate(names, wanted, mapping, uri=uri)
-    kinds = {
-        ours: check_type(schema.field(theirs), wanted[ours], uri=uri, ours=ours)
-        if file_format == "parquet"
-        else _kind_of_text(file_format, wanted[ours], samples.get(theirs, []))
-        for ours, theirs in columns.items()
-    }
-    return TableFile(uri=uri, file_format=file_format, names=columns, kinds=kinds, all_names=tuple(names))
+    if file_format == "parquet":
+        kinds = _kinds_of(schema, columns, wanted, uri)
+        corners = [field.name for field in schema if is_corners(field.type)]
+    else:
+        kinds = {
+            ours: _kind_of_text(file_format, wanted[ours], samples.get(theirs, []))
+            for ours, theirs in columns.items()
+        }
+        corners = [name for name, values in samples.items() if _shows_corners(values)]
+    return TableFile(
+        uri=uri,
+        file_format=file_format,
+        names=columns,
+        kinds=kinds,
+        all_names=tuple(names),
+        corners=tuple(corners),
+    )
+
+
+def _kinds_of(
+    schema: pa.Schema, columns: Mapping[str, str], wanted: Mapping[str, Kind], uri: str
+) -> dict[str, Kind]:
+    """Return the kinds of a Parquet file's columns; JobRefused with every column of another type."""
+    kinds: dict[str, Kind] = {}
+    faults: list[str] = []
+    for ours, theirs in columns.items():
+        try:
+            kinds[ours] = check_type(schema.field(theirs), wanted[ours], uri=uri, ours=ours)
+        except JobRefused as error:
+            faults.append(str(error))
+    if faults:
+        first, *others = faults
+        raise JobRefused("; ".join([first, *(fault.removeprefix(f"{uri}: ") for fault in others)]))
+    return kinds
+
+
+def _shows_corners(values: Sequence[Any]) -> bool:
+    first = next((value for value in values if value is not None), None)
+    return isinstance(first, dict) and len(first) == len(CORNERS) and first != plain_corners(first)
 
 
 def _kind_of_text(file_format: TableFormat, wanted: Kind, values: Sequence[Any]) -> Kind:

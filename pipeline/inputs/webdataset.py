@@ -26,7 +26,13 @@ from hqlabel.pipeline.inputs.box_tables import boxes_of_rows
 from hqlabel.pipeline.inputs.columns import Kind, locate, plain, sampled_leaf, settle
 from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, examples, has_picture_name
 from hqlabel.pipeline.inputs.json_records import SAMPLE_ROWS, TextDamage, json_word, jsonl_batches
-from hqlabel.pipeline.inputs.propose_columns import IMAGE_ROWS, KEYS, missing_column
+from hqlabel.pipeline.inputs.propose_columns import (
+    IMAGE_ROWS,
+    KEYS,
+    missing_column,
+    names_known,
+    unclear_columns,
+)
 from hqlabel.pipeline.inputs.read_table import naming, naming_values
 from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.settings import TarIds
@@ -116,10 +122,10 @@ def read_tar_boxes(
                     yield uri, pa.table({ours: plain(batch.column(t), k) for ours, (t, k) in columns.items()})
 
     boxes = boxes_of_rows(batches(), columns, folder=root, box_format="xyxy")
-    used = {theirs for theirs, _ in columns.values()}
-    unused = tuple(name for name in names if name not in used)
+    used = {ours: theirs for ours, (theirs, _) in columns.items() if ours not in KEYS}
+    unused = tuple(name for name in names if name not in {*used.values(), *KEYS})
     notes = (*boxes.notes, *_on_hidden(tars))
-    return replace(boxes, id_rule=_ID_RULES[ids], columns=names, unused=unused, notes=notes)
+    return replace(boxes, id_rule=_ID_RULES[ids], columns=names, used=used, unused=unused, notes=notes)
 
 
 def _batches(
@@ -185,7 +191,11 @@ def _columns(
     for row in _rows(uri, some, "", "member", access) if some else ():
         for name, value in row.items():
             values.setdefault(name, []).append(value)
-    found = locate(list(values), IMAGE_ROWS, {**mapping, **{name: name for name in KEYS}}, uri=uri)
+    given = {**mapping, **{name: name for name in KEYS}}
+    known = names_known(list(values), given, uri=uri, box_format=None)
+    if known.unclear:
+        raise unclear_columns(uri, list(values), mapping, known.unclear)
+    found = locate(list(values), IMAGE_ROWS, known.mapping, uri=uri)
     if "boxes" not in found:
         raise missing_column(f"{uri}: in the .json next to the pictures", "boxes", list(values))
     columns = {}

@@ -113,6 +113,7 @@ def _read_and_join(settings: InputSettings, access: AccessRules, images_per_unit
         boxes=boxes,
         joined=join(images, boxes, allow_unmatched=settings.allow_unmatched),
         rules=_rules(settings, boxes),
+        format_stated=settings.box_format is not None,
     )
 
 

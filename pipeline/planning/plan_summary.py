@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,15 @@ from hqlabel.pipeline.errors import clean_text, count
 from hqlabel.pipeline.inputs.image_box_lists import BoxList, ImageList
 from hqlabel.pipeline.job_context import AccessRules, BoxRules
 from hqlabel.pipeline.planning.join_boxes_to_images import Joined, Unmatched
-from hqlabel.pipeline.planning.suspicious_boxes import SUSPICIOUS_SHARE, suspicions
+from hqlabel.pipeline.planning.suspicious_boxes import SUSPICIOUS_SHARE, refuse_other_format, suspicions
+from hqlabel.pipeline.schema import PLAN_BOX
 from hqlabel.pipeline.settings import BoxFormat, BoxFrame
 from hqlabel.pipeline.stages.box_prompts import MOST_POINTS, PROMPT_COLUMNS, prompt_faults
 from hqlabel.pipeline.storage.read_objects import fingerprint
 from hqlabel.pipeline.storage.uri_rules import options_for, without_credentials
 
 _PROMPTS_AT_ONCE = 4096
+MOST_CLASSES = 10
 _BOXES_CHECKED = 200_000  # boxes checked for likely mistakes, spread evenly over all
 
 
@@ -37,8 +39,10 @@ class PlanSummary:
     `allow_unmatched`. `skipped_files`: files of an image folder that are no pictures. `left_out`:
     sentences on what else of it is not taken. `crowd_boxes`: regions, which get no mask.
     `box_format`, `box_frame`: how the boxes are read. `id_rule`: where ids come from and how boxes were
-    joined, as text. `unused_columns`: of the tables, those that are not read. `warnings`: likely mistakes,
-    with the flag that fixes each. `input_files`: fingerprints of all tables and box files.
+    joined, as text. `unused_columns`: of the tables, those that are not read; `used_columns`: our name to
+    theirs, for the others. `warnings`: likely mistakes, with the flag that fixes each. `input_files`:
+    fingerprints of all tables and box files. `classes`: {"id", "name", "boxes"} of the MOST_CLASSES with most
+    boxes, of `class_count`. `lowest_score`, `highest_score`: None where no box has one.
     """
 
     images: int
@@ -61,11 +65,18 @@ class PlanSummary:
     warnings: tuple[str, ...]
     input_files: tuple[Mapping[str, Any], ...]
     crowd_boxes: int = 0
+    used_columns: Mapping[str, str] = field(default_factory=dict)
+    classes: tuple[Mapping[str, Any], ...] = ()
+    class_count: int = 0
+    boxes_without_class: int = 0
+    boxes_without_score: int = 0
+    lowest_score: float | None = None
+    highest_score: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedInputs:
-    """The inputs, read and joined. `boxes`: None when there is no box file."""
+    """The inputs, read and joined. `boxes`: None when there is no box file. `format_stated`: by the user."""
 
     access: AccessRules
     images_per_unit: int
@@ -73,6 +84,7 @@ class JoinedInputs:
     boxes: BoxList | None
     joined: Joined
     rules: BoxRules
+    format_stated: bool
 
 
 def summarise(inputs: JoinedInputs, table: pa.Table, mention: Int64Array) -> PlanSummary:
@@ -99,6 +111,8 @@ def summarise(inputs: JoinedInputs, table: pa.Table, mention: Int64Array) -> Pla
         box_frame=inputs.rules.box_frame,
         id_rule=inputs.joined.id_rule,
         unused_columns=_unused_columns(inputs),
+        used_columns=dict(inputs.images.used) | (dict(inputs.boxes.used) if inputs.boxes else {}),
+        **_classes_and_scores(table),
         warnings=(*_box_warnings(inputs), *_row_warnings(table), *why, *_notes(inputs)),
         input_files=tuple(fingerprint(uri, options_for(uri, access), roots=access.roots) for uri in files),
         crowd_boxes=pc.sum(pc.struct_field(pc.list_flatten(table.column("boxes")), "iscrowd")).as_py() or 0,
@@ -112,6 +126,32 @@ def _unused_columns(inputs: JoinedInputs) -> tuple[str, ...]:
         return images.unused
     of_images = () if images.files == boxes.files else images.unused
     return tuple(dict.fromkeys((*of_images, *boxes.unused)))
+
+
+def _classes_and_scores(table: pa.Table) -> dict[str, Any]:
+    """Return the fields of a summary on the classes and scores of the plan's boxes."""
+    boxes = [chunk.flatten() for chunk in table.column("boxes").chunks]
+    names = ("category_id", "category_name", "score")
+    columns = {
+        n: pa.chunked_array([pc.struct_field(b, n) for b in boxes], PLAN_BOX.field(n).type) for n in names
+    }
+    score = columns.pop("score")
+    score = pc.if_else(pc.is_nan(score), pa.scalar(None, score.type), score)
+    grouped = pa.table(columns).group_by(list(columns)).aggregate([([], "count_all")])
+    rows = [
+        {"id": row["category_id"], "name": row["category_name"], "boxes": row["count_all"]}
+        for row in grouped.sort_by([("count_all", "descending"), ("category_id", "ascending")]).to_pylist()
+    ]
+    classes = [row for row in rows if row["id"] is not None or row["name"] is not None]
+    ends = pc.min_max(score).as_py()
+    return {
+        "classes": tuple(classes[:MOST_CLASSES]),
+        "class_count": len(classes),
+        "boxes_without_class": sum(row["boxes"] for row in rows) - sum(row["boxes"] for row in classes),
+        "boxes_without_score": score.null_count,
+        "lowest_score": ends["min"],
+        "highest_score": ends["max"],
+    }
 
 
 def _box_counts(table: pa.Table) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
@@ -220,6 +260,8 @@ def _box_warnings(inputs: JoinedInputs) -> tuple[str, ...]:
     whole = counts == 4
     values = given.filter(pa.array(whole)).flatten().to_numpy(zero_copy_only=False)
     sizes = _sizes(inputs)
+    if not inputs.format_stated:
+        refuse_other_format(values.reshape(-1, 4), inputs.rules, (*boxes.files, boxes.folder)[0])
     found = suspicions(
         values.reshape(-1, 4),
         inputs.rules,

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hqlabel.pipeline.box_geometry import PixelFormat, boxes_to_xyxy
+from hqlabel.pipeline.errors import JobRefused
 from hqlabel.pipeline.inputs.propose_columns import LARGEST_SHARE
 from hqlabel.pipeline.job_context import BoxRules
 from hqlabel.pipeline.settings import BoxFormat
@@ -36,10 +37,33 @@ def suspicions(
         return ()
     base = rules.box_format.removesuffix(NORMALISED)
     with np.errstate(over="ignore", invalid="ignore"):  # boxes of 1e308 are as wrong as they seem
-        sentences = _wrong_format(boxes_N4, rules.box_format, base)
+        sentences = [sentence for _, sentence in _wrong_format(boxes_N4, rules.box_format, base)]
     if upright_size_hw is None:
         return tuple(sentences)
     return (*sentences, *suspicions_of_place(given_N4, rules, upright_size_hw, stored_size_hw))
+
+
+def refuse_other_format(given_N4: Float64Array, rules: BoxRules, uri: str) -> None:
+    """Refuse shares that are read as pixels, or pixels as shares, where nobody stated the format.
+
+    Either makes a mask of something else. Boxes that end before they begin have none, and a warning.
+
+    Arguments as of `suspicions`; `uri`: for the message. Boxes of four zeros, which fill up, do not count.
+
+    Raises:
+        JobRefused: naming the format that they seem to have, and how to say that they are right as they are.
+    """
+    boxes_N4 = given_N4[np.isfinite(given_N4).all(axis=1) & given_N4.any(axis=1)]
+    if not len(boxes_N4):
+        return
+    base = rules.box_format.removesuffix(NORMALISED)
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = _wrong_format(boxes_N4, rules.box_format, base)
+    if any(is_unit for is_unit, _ in found):
+        sentences = [sentence for _, sentence in found]
+        raise JobRefused(
+            f"{uri}: {'; '.join(sentences)}; if they are right as they are: --box-format {rules.box_format}"
+        )
 
 
 def suspicions_of_place(
@@ -61,8 +85,11 @@ def suspicions_of_place(
     return (sentence,) if sentence else ()
 
 
-def _wrong_format(boxes_N4: Float64Array, box_format: BoxFormat, base: str) -> list[str]:
-    """Return what the numbers alone give; both sentences name the one format that fixes both."""
+def _wrong_format(boxes_N4: Float64Array, box_format: BoxFormat, base: str) -> list[tuple[bool, str]]:
+    """Return what the numbers alone give, each with whether it is about pixels and shares.
+
+    Both sentences name the one format that fixes both.
+    """
     largest_N = np.abs(boxes_N4).max(axis=1)
     shares = float((largest_N <= LARGEST_SHARE).mean())
     ends_early = float((boxes_N4[:, 2:] <= boxes_N4[:, :2]).any(axis=1).mean()) if base == "xyxy" else 0.0
@@ -70,21 +97,24 @@ def _wrong_format(boxes_N4: Float64Array, box_format: BoxFormat, base: str) -> l
     right_base = "xywh" if is_wrong_corners else base
     sentences = []
     if box_format == base and shares > 0.9:
-        sentences.append(
+        text = (
             f"{shares:.0%} of the boxes lie within 0 to 1, which as pixels is a corner of one pixel; "
             f"if they are shares of the picture: --box-format {right_base}{NORMALISED}"
         )
+        sentences.append((True, text))
     if box_format != base and np.median(largest_N) > 2:
-        sentences.append(
+        text = (
             f"the boxes are read as shares of the picture, but reach {largest_N.max():g}; "
             f"if they are pixels: --box-format {right_base}"
         )
+        sentences.append((True, text))
     if is_wrong_corners:
         unit = NORMALISED if (box_format != base) != bool(sentences) else ""
-        sentences.append(
+        text = (
             f"{ends_early:.0%} of the boxes, read as x1, y1, x2, y2, end before they begin; "
-            f"if they are x, y, width, height: --box-format xywh{unit}"
+            f"if they are x, y, width, height (centre first: cxcywh{unit}): --box-format xywh{unit}"
         )
+        sentences.append((False, text))
     return sentences
 
 

@@ -343,7 +343,10 @@ def test_a_table_without_rows_has_no_images(tmp_path):
         ({"image_uri": ["a"]}, ["no column boxes or bbox or x1", "found image_uri"]),
         ({"image_uri": ["a"], "bboxes": [[A]]}, ["'bboxes'", "input.columns.boxes=bboxes"]),
         ({"boxes": [[A]]}, ["no column image_uri or image_id"]),
-        ({"path": ["a"], "boxes": [[A]]}, ["input.columns.image_uri=path"]),
+        (
+            {"path": ["a"], "file": ["b"], "boxes": [[A]]},
+            ["'path' or 'file'", "input.columns.image_uri=path"],
+        ),
         ({"image_uri": ["a"], "x1": [1], "y1": [1], "x2": [1]}, ["no column y2"]),
         ({"image_uri": ["a"], "boxes": [[A]], "bbox": [A]}, ["more than once", "boxes, bbox"]),
         ({"image_uri": ["a", None], "boxes": [[A], []]}, ["image_uri is null in row 1"]),

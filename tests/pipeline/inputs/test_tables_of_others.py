@@ -218,7 +218,7 @@ def test_a_left_join_gathered_into_lists_lists_an_image_without_boxes(tmp_path: 
 
 
 def test_of_lists_only_those_of_empty_boxes_alone_are_images_without_boxes(tmp_path: Path) -> None:
-    given = [[[1.0] * 4, [None] * 4], [[None] * 4], [[None, 2.0, None, None]], [[]], [None, None], None, []]
+    given = [[[9.0] * 4, [None] * 4], [[None] * 4], [[None, 2.0, None, None]], [[]], [None, None], None, []]
     labels = [["x", None], ["x"], [None], [None], [None, None], None, []]
     names = [f"{i}" for i in range(len(given))]
     pq.write_table(pa.table({"image_uri": names, "boxes": given, "labels": labels}), tmp_path / "t.parquet")
@@ -669,7 +669,8 @@ def test_coco_written_with_floats_throughout(tmp_path: Path) -> None:
 
 def pasted(path: Path, message: str) -> InputSettings:
     """The settings of a command with what the message proposes, read as a shell and the product read it."""
-    words = shlex.split(message[message.index("--set ") :])
+    start = message.find("--set ") if "--set " in message else message.index("--box-format")
+    words = shlex.split(message[start:])
     sets = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
     formats = [words[at + 1].rstrip(";") for at, word in enumerate(words) if word == "--box-format"]
     flags = {"input.boxes": str(path), "input.box_format": formats[0] if formats else None}
@@ -705,16 +706,15 @@ OF_DETECTORS = {
 
 @pytest.mark.parametrize("kind", OF_DETECTORS)
 @pytest.mark.parametrize("shares", [False, True])
-def test_one_proposal_for_all_missing_columns_works_when_pasted(
+def test_columns_of_detectors_are_read_or_need_what_one_refusal_proposes(
     tmp_path: Path, kind: str, shares: bool
 ) -> None:
     head, box, box_format, rest = OF_DETECTORS[kind]
     numbers = ",".join(str(value / 64 if shares else value) for value in box)
     path = written(tmp_path / "t.csv", f"{head}a.jpg,{numbers},{rest}\n")
 
-    message = refusal(path)
-    settings = pasted(path, message)
-    plan = make_plan(settings)
+    is_refused = shares or kind in ("letters", "x1 and widths")
+    plan = make_plan(pasted(path, refusal(path))) if is_refused else planned(path)
 
     (row,) = plan.table.to_pylist()
     assert row["image_uri"] == f"{tmp_path}/a.jpg"
@@ -735,9 +735,7 @@ def test_the_shares_of_openimages_are_proposed_as_such(tmp_path: Path) -> None:
     images = written(tmp_path / "i.csv", "image_id,image_uri\n0001eeaf,a.jpg\n")
 
     message = refusal(path, images=str(images))
-    plan = make_plan(
-        InputSettings(images=str(images), boxes=str(path), columns=pasted(path, message).columns)
-    )
+    plan = planned(path, images=str(images), box_format="xyxy-normalised")
 
     assert "--box-format xyxy-normalised" in message
     assert [[0.022673031, 0.07103825, 0.9642005, 0.80054647], [0.0, 0.0, 1.0, 0.5]] == [
@@ -747,13 +745,11 @@ def test_the_shares_of_openimages_are_proposed_as_such(tmp_path: Path) -> None:
 
 
 def test_a_proposal_keeps_what_is_mapped_already(tmp_path: Path) -> None:
-    path = written(tmp_path / "t.csv", "Bild,xmin,ymin,xmax,ymax\na.jpg,8,0,40,30\n")
+    path = written(tmp_path / "t.csv", "Bild,x,y,w,h\na.jpg,8,0,40,30\n")
 
     message = refusal(path, columns={"image_uri": "Bild"})
 
-    assert {"image_uri": "Bild", "x1": "xmin", "y1": "ymin", "x2": "xmax", "y2": "ymax"} == pasted(
-        path, message
-    ).columns
+    assert {"image_uri": "Bild", "x1": "x", "y1": "y", "x2": "w", "y2": "h"} == pasted(path, message).columns
 
 
 @pytest.mark.parametrize(
@@ -776,12 +772,10 @@ def test_any_name_is_proposed_so_that_yaml_and_the_shell_keep_it(tmp_path: Path,
 
 
 @pytest.mark.parametrize("sign", ["\u00a0", "\ufeff", "\u200b"])
-def test_a_header_with_signs_that_do_not_show_gets_a_proposal_that_can_be_copied(
-    tmp_path: Path, sign: str
-) -> None:
+def test_a_header_with_signs_that_do_not_show_is_read(tmp_path: Path, sign: str) -> None:
     path = written(tmp_path / "t.csv", f"image_uri{sign},{sign}x1,y1,x2,y2\na.jpg,1,2,3,4\n")
 
-    plan = make_plan(pasted(path, refusal(path)))
+    plan = planned(path)
 
     assert [[1.0, 2.0, 3.0, 4.0]] == [box["given"] for box in plan.table.to_pylist()[0]["boxes"]]
 
@@ -852,13 +846,11 @@ def test_columns_that_are_not_read_are_said_in_one_line(tmp_path: Path) -> None:
     assert line.endswith("and 88 more")
 
 
-def test_a_column_that_is_called_like_one_of_ours_is_proposed(tmp_path: Path) -> None:
+def test_a_column_that_is_called_like_one_of_ours_is_read_but_where_that_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "t.csv", "image_uri,x1,y1,x2,y2,conf,class\na.jpg,1,2,3,4,0,cat\n")
 
-    (warning,) = planned(path).summary.warnings
-    settings = pasted(path, warning)
-
-    assert {"a.jpg": [([1.0, 2.0, 3.0, 4.0], 1, "cat", 0.0)]} == found(path, columns=settings.columns)
+    assert {"a.jpg": [([1.0, 2.0, 3.0, 4.0], 1, "cat", 0.0)]} == found(path)
+    assert {"a.jpg": [([1.0, 2.0, 3.0, 4.0], None, None, 0.0)]} == found(path, columns={"label": ""})
 
 
 def test_one_column_of_classes_is_enough_and_words_are_no_ids(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_local_files_outside_the_roots_are_rows_with_a_reason(tmp_path, pictures
         (lambda p: p / "sub/*.gif", "no pictures; found nothing"),
         (lambda p: p / "*.md", "no pictures"),
         (lambda p: p / "notes.txt", "no known kind"),
-        (lambda p: table(p / "t.parquet", {"path": ["a"]}), "input.columns.image_uri=path"),
+        (lambda p: table(p / "t.parquet", {"path": ["a"], "file": ["b"]}), "input.columns.image_uri=path"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", None]}), "null in row 1"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", "b", "a"]}), "not distinguished by image_id"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", "b"], "image_id": [1, 1]}), "'1' stands for"),
@@ -774,7 +774,9 @@ def test_likely_mistakes_are_warned_of_with_the_flag(tmp_path):
         )
 
     assert "" == warnings([A, B])
-    assert "--box-format xyxy-normalised" in warnings([[0.1, 0.1, 0.5, 1.0]])
+    with pytest.raises(JobRefused, match="--box-format xyxy-normalised"):
+        warnings([[0.1, 0.1, 0.5, 1.0]])
+    assert "--box-format xyxy-normalised" in warnings([[0.1, 0.1, 0.5, 1.0]], box_format="xyxy")
     assert "" == warnings([[0.1, 0.1, 0.5, 1.0]], box_format="xyxy-normalised")
     assert "--box-format xywh" in warnings([[100, 100, 20, 20], [10, 10, 50, 50]])
 
