@@ -19,9 +19,8 @@ __all__ = ["app", "command", "labelling_commands", "main", "results_commands"]
 def main() -> None:
     """Run the command line of this process and end it with the command's exit code."""
     interrupts.install()
-    # Ray's session folder and its logs hold uris and error texts and are else readable for all; the output
-    # files on a shared disk are made by workers, which inherit this too.
-    os.umask(0o077)
+    # The umask stays as it is: the person decides who reads results, exports and reports. What holds a token
+    # or Ray's logs is closed by itself (`hqlabel.jobs.cluster.ray_cluster`).
     prepare_for_torch(os.environ)  # no command has loaded torch yet
     try:
         app()

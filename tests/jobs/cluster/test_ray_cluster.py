@@ -162,7 +162,7 @@ RAY_SCRIPT = """
 def test_a_private_ray_is_closed_and_leaves_nothing(private_tmp: Path) -> None:
     environ = {**os.environ, "TMPDIR": str(private_tmp), "RAY_ADDRESS": ""}
     done = subprocess.run(
-        [sys.executable, "-c", "import os; os.umask(0o077)\n" + textwrap.dedent(RAY_SCRIPT)],
+        [sys.executable, "-c", "import os; os.umask(0)\n" + textwrap.dedent(RAY_SCRIPT)],
         cwd=ROOT,
         env=environ,
         capture_output=True,
