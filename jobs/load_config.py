@@ -138,16 +138,6 @@ def _brackets_deep(text: str) -> int:
     return deepest
 
 
-def parse_prompts(text: str | None) -> dict[str, str] | None:
-    """Return `person; red car` as {"person": "person", "red car": "red car"}; None for None."""
-    if text is None:
-        return None
-    prompts = [prompt.strip() for prompt in text.split(";") if prompt.strip()]
-    if not prompts:
-        raise UsageError(f"--prompts {text!r}: wanted words separated by ';', such as 'person; red car'")
-    return {prompt: prompt for prompt in prompts}
-
-
 def parse_set(text: str) -> tuple[str, Any]:
     """Return the dotted name and the YAML-typed value of one `--set a.b=v`."""
     name, equals, value = text.partition("=")

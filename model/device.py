@@ -190,6 +190,8 @@ def compile_calls(
     The first call of each kind takes minutes. `backend`: one of torch.compile's. `record`: how calls are
     recorded; None: as CUDA graphs on the model's device.
     """
+    for function in model.compile_constants:
+        torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
     # Without `deterministic`, each process would time kernels and take the faster ones, whose sums differ.
     options: dict[str, Any] = {"options": {"deterministic": True}} if backend == "inductor" else {}
     compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend, **options)

@@ -104,14 +104,14 @@ def from_windows(x_nWWC: torch.Tensor, grid: int) -> torch.Tensor:
     return x.reshape(-1, across * window, across * window, C)[:, :grid, :grid]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def window_rows(
     images: int, grid: int, window: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return where the tokens of `to_windows` come from and where `from_windows` finds them; int64, flat.
 
     The first is (n * W * W,): rows of the images' tokens, and their number for padding. The second is
-    (images * grid * grid,): places among the windows' tokens. Made once; constants for torch.compile.
+    (images * grid * grid,): places among the windows' tokens. Made once; constants for
+    torch.compile (`compile_calls`).
     """
     return _window_rows(images, grid, window, device)
 

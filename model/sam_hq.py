@@ -14,10 +14,10 @@ their answers. A suffix of a tensor's name is its shape, with the letters of `re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from hqlabel.model.device import to_device
-from hqlabel.model.image_encoder import ImageEncoderViT, TinyViT
+from hqlabel.model.image_encoder import ImageEncoderViT, TinyViT, window_rows
 from hqlabel.model.mask_decoder import MaskDecoder, SharedImages, TokenMasks
 from hqlabel.model.prompt_encoder import PromptBatch, PromptEncoder, box_rows, check_prompts, group_prompts
 from hqlabel.model.records import (
@@ -60,6 +60,10 @@ class SamHQ(nn.Module):
     The parts `image_encoder`, `prompt_encoder` and `mask_decoder` are plain differentiable modules; the
     methods of this class run without gradients, in evaluation mode.
     """
+
+    # Marked when calls are compiled; as decorators the marks bring the compiler (1.2 s) to every import.
+    compile_constants: ClassVar[tuple[Callable[..., Any], ...]] = (window_rows,)
+    """Functions of the parts whose results are constants for torch.compile."""
 
     def __init__(self, config: SamHQConfig) -> None:
         super().__init__()

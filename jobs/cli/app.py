@@ -12,16 +12,18 @@ import inspect
 import os
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hqlabel.jobs.cli.options import SHARED, Flag
-from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.terminal import console
 from hqlabel.jobs.terminal.signals import Interrupted, Interrupts, end_now
 from hqlabel.pipeline.errors import HqlabelError
 from hqlabel.pipeline.worker.process_env import refuse_to_start
+
+if TYPE_CHECKING:
+    from hqlabel.jobs.load_config import ConfigSources
 
 EXIT_BUG = 1
 _EPILOG = (
@@ -43,6 +45,21 @@ app = typer.Typer(
 interrupts = Interrupts()
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.data(console.code_version())
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Hold the options before a command's name."""
+
+
 def command(*flags: Flag) -> Callable[[Callable[..., int]], Callable[..., None]]:
     """Make a command of a function whose result is its exit code, called with `given` and `json` first.
 
@@ -51,7 +68,7 @@ def command(*flags: Flag) -> Callable[[Callable[..., int]], Callable[..., None]]
     """
 
     def decorate(function: Callable[..., int]) -> Callable[..., None]:
-        own = list(inspect.signature(function, eval_str=True).parameters.values())[2:]
+        own = [_evaluated(one, function) for one in list(inspect.signature(function).parameters.values())[2:]]
         parameters = [*(flag.parameter for flag in flags), *own, *(flag.parameter for flag in SHARED)]
 
         @functools.wraps(function)
@@ -76,8 +93,16 @@ def command(*flags: Flag) -> Callable[[Callable[..., int]], Callable[..., None]]
     return decorate
 
 
+def _evaluated(parameter: inspect.Parameter, function: Callable[..., int]) -> inspect.Parameter:
+    """Return the parameter with its annotation evaluated; that of `given` is for type checkers alone."""
+    kind = parameter.annotation
+    return parameter.replace(annotation=eval(kind, function.__globals__) if isinstance(kind, str) else kind)
+
+
 def _given(flags: Sequence[Flag], values: dict[str, Any]) -> ConfigSources:
     """Take what belongs to these flags, `--config` and `--set` out of `values`."""
+    from hqlabel.jobs.load_config import ConfigSources  # brings what --help does not need
+
     found = {}
     for flag in flags:
         value = values.pop(flag.parameter.name)

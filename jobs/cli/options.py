@@ -1,19 +1,30 @@
-"""The options of the command line that several commands share, each with its help text."""
+"""The options of the command line that several commands share, each with its help text.
+
+It imports nothing slow, as all that `--help` needs: no settings, no YAML.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
-from hqlabel.jobs.load_config import parse_prompts
-from hqlabel.pipeline.settings import BoxFormat, BoxFrame
+from hqlabel.pipeline.errors import UsageError
 
-_FORMATS, _FRAMES = ", ".join(get_args(BoxFormat)), " or ".join(get_args(BoxFrame))
 _INPUT, _RUN, _SHARED = "Input and output", "Running", "Every command"
+
+
+def parse_prompts(text: str | None) -> dict[str, str] | None:
+    """Return `person; red car` as {"person": "person", "red car": "red car"}; None for None."""
+    if text is None:
+        return None
+    prompts = [prompt.strip() for prompt in text.split(";") if prompt.strip()]
+    if not prompts:
+        raise UsageError(f"--prompts {text!r}: wanted words separated by ';', such as 'person; red car'")
+    return {prompt: prompt for prompt in prompts}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +148,14 @@ JOB = (
         name="--box-format",
         setting="input.box_format",
         metavar="FORMAT",
-        help=f"How four numbers are meant: {_FORMATS}. Default: xyxy in tables, xywh in COCO.",
+        help="How four numbers are meant: xyxy, xywh or cxcywh, or one of these with -normalised, such as "
+        "xyxy-normalised. Default: xyxy in tables, xywh in COCO.",
     ),
     Flag(
         name="--box-frame",
         setting="input.box_frame",
         metavar="FRAME",
-        help=f"{_FRAMES}: is the box measured in the picture as it is viewed (EXIF rotation "
+        help="upright or stored: is the box measured in the picture as it is viewed (EXIF rotation "
         "applied; default), or as the file stores it?",
     ),
     *ROOTS,

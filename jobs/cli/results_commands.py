@@ -6,15 +6,17 @@ and torch cost seconds, `--help` must not.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hqlabel.jobs.cli import options
 from hqlabel.jobs.cli.app import app, command, interrupts
 from hqlabel.jobs.cli.options import CHECKPOINT, DETECTOR, FILTERS, OUTPUT, RAY_ADDRESS, ROOTS
-from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from hqlabel.jobs.load_config import ConfigSources
 
 
 @app.command(rich_help_panel="Results")

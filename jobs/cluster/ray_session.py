@@ -14,8 +14,6 @@ from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
-import torch
-
 from hqlabel.jobs.cluster.ray_cluster import (
     ClusterInfo,
     address_to_join,
@@ -28,12 +26,14 @@ from hqlabel.jobs.load_config import Config
 from hqlabel.jobs.terminal.signals import Interrupts
 from hqlabel.pipeline.errors import JobRefused, SystemicFault, count
 from hqlabel.pipeline.ray_execution.placement import Node, Requests, fit
-from hqlabel.pipeline.stages.load_model import resolve_dtype
 from hqlabel.pipeline.tables.manifest import Part
 from hqlabel.pipeline.tables.publish_tables import PartTask
 
 RAY_MEMORY_SHARE = 0.7
 """What a private Ray leaves for processes; the rest is its object store."""
+
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvhost-gpu", "/dev/nvmap")
+"""What is there on Linux when torch could find a GPU: of NVIDIA, AMD, WSL, Jetson (two)."""
 
 SERIAL_BYTES = 64 * 2**20
 """Committed units of less than this together are published in seconds: less than a start of Ray takes."""
@@ -42,6 +42,15 @@ SERIAL_BYTES = 64 * 2**20
 def memory_bytes() -> int:
     """Return the memory of this machine, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _gpus() -> int:
+    """Return the GPUs of this machine; torch, which costs a second, is asked only where a driver is."""
+    if not any(map(os.path.exists, _GPU_DRIVERS)):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 class Machine:
@@ -82,7 +91,7 @@ class Machine:
 
             return check_resources(self._cluster, self._cpu_threads)
         cpus = float(self._config.cluster.cpus or usable_cpus())
-        gpus, memory = float(torch.cuda.device_count()), RAY_MEMORY_SHARE * memory_bytes()
+        gpus, memory = float(_gpus()), RAY_MEMORY_SHARE * memory_bytes()
         return fit(self._cluster, [Node(cpus=cpus, gpus=gpus, memory_bytes=memory)], self._cpu_threads)
 
     def device(self) -> Literal["cuda", "cpu"]:
@@ -96,7 +105,11 @@ class Machine:
             SystemicFault: `device`: bfloat16 is configured, and such a node has no instructions for it.
         """
         configured = self._config.model.dtype
-        if not self._joins or configured == "float32":
+        if configured == "float32":
+            return configured
+        from hqlabel.pipeline.stages.load_model import resolve_dtype  # brings torch
+
+        if not self._joins:
             return resolve_dtype(configured, self.device() == "cuda")
         self.start()
         from hqlabel.pipeline.ray_execution.ray_tasks import run_on_model_node

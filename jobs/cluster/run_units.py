@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hqlabel.jobs.cluster.ray_session import Machine
-from hqlabel.jobs.job_setup.open_job import code_version
 from hqlabel.jobs.load_config import CONFIG_KEY, Config, to_yaml
 from hqlabel.jobs.terminal import console
+from hqlabel.jobs.terminal.console import code_version
 from hqlabel.jobs.terminal.progress import CallCounts, Progress, choose_mode
 from hqlabel.jobs.terminal.signals import Interrupted, Interrupts
 from hqlabel.pipeline.errors import SystemicFault

@@ -19,7 +19,7 @@ from hqlabel.jobs.cluster.run_units import Work, images_in, run_pending, save_co
 from hqlabel.jobs.commands.end_summary import Ending, report_done, report_slice_done
 from hqlabel.jobs.job_setup import resolve_settings
 from hqlabel.jobs.job_setup.driver_slice import WHOLE, JobLock, Slice
-from hqlabel.jobs.job_setup.open_job import Opened, code_version, open_or_create
+from hqlabel.jobs.job_setup.open_job import Opened, open_or_create
 from hqlabel.jobs.load_config import CONFIG_KEY, Config
 from hqlabel.jobs.results.render_images import write_contact_sheet
 from hqlabel.jobs.terminal import console, input_report
@@ -128,7 +128,7 @@ def _report_understood(config: Config, opened: Opened, machine: Machine, part: S
     if opened.taken_over is not None:
         console.say(f"the inputs changed: {opened.taken_over.changes}; what is done keeps its rows")
     word = "going on with the job in" if opened.resumed else "new job in"
-    console.say(f"hqlabel {code_version()}: {word} {opened.store.place.uri}")
+    console.say(f"hqlabel {console.code_version()}: {word} {opened.store.place.uri}")
     work = input_report.describe_work(
         job,
         done_units=job.units - left,

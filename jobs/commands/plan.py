@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from hqlabel.jobs.commands.estimate import carry_over, describe, measure
 from hqlabel.jobs.job_setup import resolve_settings
 from hqlabel.jobs.job_setup.check_models import CheckedDetector, read_checkpoint, read_detector
 from hqlabel.jobs.job_setup.open_job import before_work, plan_inputs
@@ -43,20 +42,23 @@ def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> i
         weights = read_checkpoint(config) if config.model.checkpoint else None
         detector = read_detector(config)
         done = _done(config, plan) if config.output.uri else None
-    estimate = None
+    estimate, estimated = None, []
     if sample:
+        from hqlabel.jobs.commands.estimate import carry_over, describe, measure
+
         if weights is None:
             raise UsageError("--sample measures the model: name one with --checkpoint")
         left = plan.summary.images - plan.images_per_unit * (done or 0)
         settings = None if detector is None else detector.settings
         measured = measure(config, plan, weights, interrupts, sample=sample, detector=settings)
         estimate = carry_over(measured, plan, left=left, usd_per_gpu_hour=config.cost.usd_per_gpu_hour)
+        estimated = describe(estimate)
     if json:
         measured_too = {"detector": to_jsonable_python(detector), "estimate": estimate and asdict(estimate)}
         console.data_json({**_as_json(config, plan, weights, done), **measured_too})
     else:
         rows = _rows(config, plan, weights, done, detector)
-        console.data(console.pairs([*rows, *(describe(estimate) if estimate else [])]))
+        console.data(console.pairs([*rows, *estimated]))
         for line in input_report.warnings(config, asdict(plan.summary)):
             console.data(line)
     if estimate is None and not json:

@@ -6,11 +6,14 @@ and not as a thousand workers with a traceback each, or a failure of every image
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import hqlabel.model
 from hqlabel.jobs.job_setup.resolve_settings import (
     absolute,
     absolute_if_there,
@@ -21,17 +24,27 @@ from hqlabel.jobs.job_setup.resolve_settings import (
 )
 from hqlabel.jobs.load_config import Config
 from hqlabel.jobs.terminal import console
-from hqlabel.model.checkpoints import ENDINGS, CheckpointError, LoadedModel, load
-from hqlabel.model.sam_config import ConfigError
 from hqlabel.pipeline.errors import HqlabelError, JobRefused, clean_text, count
 from hqlabel.pipeline.job_context import JobDetector, Weights
 from hqlabel.pipeline.settings import DEMO
 from hqlabel.pipeline.stages.detect import load_detector, try_out
-from hqlabel.pipeline.stages.load_model import open_weights
+
+if TYPE_CHECKING:
+    from hqlabel.model.checkpoints import LoadedModel
 
 DEMO_NOTE = (
     "made with the demo checkpoint: for trying the pipeline and for its tests, not for labelling your data"
 )
+DEMO_RECORD = Weights(
+    source=DEMO,
+    sha256="2908f8c03e7ed7006986ee49fae2cd5818a203833d69f0a9cfbe79ca0c67d314",
+    license="Apache-2.0",
+    architecture="vit_192x8",
+    input_side=512,
+    note=DEMO_NOTE,
+)
+"""What `load` finds in the checkpoint that comes with the package: of known bytes it needs no torch."""
+_DEMO_FILE = Path(hqlabel.model.__file__).parent / "weights" / "hqlabel-demo" / "model.safetensors"
 
 
 def read_checkpoint(config: Config) -> Weights:
@@ -43,6 +56,8 @@ def read_checkpoint(config: Config) -> Weights:
     """
     name = require(config.model.checkpoint, "--checkpoint", "SAM-HQ weights, or demo for a first try")
     source = absolute_if_there(name)
+    if source == DEMO and _is_the_known_demo():
+        return DEMO_RECORD
     _refuse_missing_path(name, source)
     options = {} if is_local(source) else storage_options(config, source)
     loaded = _load(name, source, options)
@@ -59,10 +74,20 @@ def read_checkpoint(config: Config) -> Weights:
     )
 
 
+def _is_the_known_demo() -> bool:
+    """Return whether the demo checkpoint is that of `DEMO_RECORD`; a checkout may hold another, or none."""
+    try:
+        return hashlib.sha256(_DEMO_FILE.read_bytes()).hexdigest() == DEMO_RECORD.sha256
+    except OSError:
+        return False
+
+
 def _refuse_missing_path(name: str, source: str) -> None:
     """Raise JobRefused for a name that was meant as a path: the hub takes half a minute and misleads."""
     if name == DEMO or not is_local(name) or os.path.exists(source):
         return
+    from hqlabel.model.checkpoints import ENDINGS
+
     in_a_folder = os.path.isdir(os.path.dirname(absolute(name))) and os.sep in name
     looks_like_a_file = name.count("/") < 2 and name.endswith(ENDINGS)
     if os.path.isabs(name) or in_a_folder or looks_like_a_file:
@@ -70,6 +95,10 @@ def _refuse_missing_path(name: str, source: str) -> None:
 
 
 def _load(name: str, source: str, options: Mapping[str, Any]) -> LoadedModel:
+    from hqlabel.model.checkpoints import CheckpointError, load  # brings torch
+    from hqlabel.model.sam_config import ConfigError
+    from hqlabel.pipeline.stages.load_model import open_weights
+
     try:
         return load(open_weights(source, options))
     except (CheckpointError, ConfigError, OSError) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import importlib.metadata
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from hqlabel.jobs.job_setup.check_models import CheckedDetector, read_checkpoint
 from hqlabel.jobs.job_setup.saved_job import saved_tree
 from hqlabel.jobs.load_config import Config
 from hqlabel.jobs.terminal import console
+from hqlabel.jobs.terminal.console import code_version
 from hqlabel.model.records import MODEL_PROTOCOL
 from hqlabel.pipeline.errors import JobRefused, SystemicFault, UsageError
 from hqlabel.pipeline.inputs.open_inputs import allowed_access
@@ -210,14 +210,6 @@ def _refuse_compiling_for_a_cpu(config: Config, device: Callable[[], str]) -> No
             "model.compile=true, and the model would run on a CPU, which cannot; drop it, or "
             "name a cluster with GPUs (--ray-address)"
         )
-
-
-def code_version() -> str:
-    """Return the version of this code, as files carry it."""
-    try:
-        return importlib.metadata.version("hqlabel")
-    except importlib.metadata.PackageNotFoundError:
-        return "checkout"
 
 
 def _dtype(config: Config, stored: Job | None, dtype: Callable[[], str]) -> str:

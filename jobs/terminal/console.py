@@ -6,6 +6,7 @@ Tables, numbers and wording are made here so that every command writes the same 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import math
@@ -40,6 +41,14 @@ def stdout_for_data_alone() -> Iterator[None]:
             yield
     finally:
         _stdout_for_data.pop()
+
+
+def code_version() -> str:
+    """Return the version of this code, as files carry it."""
+    try:
+        return importlib.metadata.version("hqlabel")
+    except importlib.metadata.PackageNotFoundError:
+        return "checkout"
 
 
 def say(text: str = "") -> None:

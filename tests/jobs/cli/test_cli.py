@@ -67,13 +67,6 @@ def test_every_command_shows_an_example_and_its_first_sentence_whole(name: str) 
     assert first.rstrip(" ") in overview
 
 
-def test_help_loads_nothing_slow() -> None:
-    slow = {"ray", "torch", "pyarrow", "numpy"}
-    code = f"import sys, hqlabel.jobs.cli.main; print(sorted({slow} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

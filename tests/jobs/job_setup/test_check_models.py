@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hqlabel.jobs.cli.options import parse_prompts
+from hqlabel.jobs.job_setup.check_models import DEMO_RECORD, read_checkpoint
 from hqlabel.jobs.job_setup.resolve_settings import box_rules, detector_settings, resolved
-from hqlabel.jobs.load_config import Config, ConfigSources, parse_prompts
+from hqlabel.jobs.load_config import Config, ConfigSources
 from hqlabel.model.checkpoints import DEMO_FOLDER, load
 from hqlabel.pipeline.errors import UsageError
 from hqlabel.pipeline.job_context import BoxRules
@@ -202,3 +204,12 @@ def test_code_that_an_output_names_is_not_run_unless_it_is_said_again(
     assert code == 2
     assert "'evil:Detector', is never taken from an output: name it again" in err
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_demo_checkpoints_record_is_what_its_file_holds() -> None:
+    loaded = load(DEMO_FOLDER)
+    held = (loaded.weights.sha256, loaded.weights.license, loaded.weights.architecture)
+    assert held == (DEMO_RECORD.sha256, DEMO_RECORD.license, DEMO_RECORD.architecture)
+    assert (loaded.model.config.image_size, loaded.model.fit) == (DEMO_RECORD.input_side, DEMO_RECORD.fit)
+    assert not loaded.weights.warnings
+    assert read_checkpoint(Config.model_validate({"model": {"checkpoint": "demo"}})) == DEMO_RECORD
