@@ -205,6 +205,27 @@ def parse_counts(counts: Sequence[str], pixels: npt.ArrayLike) -> ParsedCounts:
     return ParsedCounts(lengths=lengths, mask=mask, faults=dict(sorted(faults.items())))
 
 
+def tight_boxes_xywh(counts: Sequence[str], size_hw: tuple[int, int]) -> list[tuple[float, ...] | None]:
+    """Return the tight box of each of N texts of masks of one size; None for an empty or unsound one.
+
+    A box is x, y, width, height with its ends on the edges of pixels: one pixel at (3, 5) is (3, 5, 1, 1), as
+    pycocotools' `toBbox` has it.
+    """
+    height, width = size_hw
+    found: list[tuple[float, ...] | None] = [None] * len(counts)
+    if min(size_hw) < 1 or height * width >= SHORT_PIXELS:
+        return found
+    for some in batches(counts):
+        parsed = parse_counts(counts[some], height * width)
+        places = np.unique(parsed.mask)
+        starts = np.searchsorted(parsed.mask, places)
+        offsets = np.append(starts, len(parsed.mask)).astype(np.int64)
+        boxes = Runs(lengths=parsed.lengths, offsets=offsets, size_hw=size_hw).bboxes_xywh()
+        for place, box in zip(places.tolist(), boxes.astype(np.float64), strict=True):
+            found[some.start + place] = tuple(box.tolist()) if box[2] > 0 else None
+    return found
+
+
 def rle_faults(counts: Sequence[object], sizes_hw: Sequence[object]) -> list[str | None]:
     """Return what is wrong with each of N masks from users' files, as text; None where nothing is.
 

@@ -45,6 +45,21 @@ def denormalise_boxes(boxes_normalised: npt.ArrayLike, size_hw: tuple[int, int])
     return _rows_of_four(boxes_normalised) * sides
 
 
+def box_around(polygon: Sequence[float]) -> tuple[float, float, float, float] | None:
+    """Return x1, y1, x2, y2 of the upright box around x, y, x, y ...; None below 3 points, or for NaN.
+
+    The polygon's own extent, in its own units: no rounding, and no pixel added.
+    """
+    try:
+        points = np.asarray(polygon, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+    if points.ndim != 1 or len(points) < 6 or len(points) % 2 or not np.isfinite(points).all():
+        return None
+    x, y = points[0::2], points[1::2]
+    return float(x.min()), float(y.min()), float(x.max()), float(y.max())
+
+
 def clip_boxes(boxes_xyxy: npt.ArrayLike, size_hw: tuple[int, int]) -> Float64Array:
     """Return xyxy boxes (N, 4) in pixels of a `size_hw` image, each corner moved into the image.
 

@@ -110,6 +110,8 @@ class InputSettings(Section):
     """Table, COCO, MegaDetector or YOLO boxes, tars, Hugging Face Parquet, or an earlier output."""
     box_format: Identity[BoxFormat | None] = None
     """Default: what the kind of file means (docs/inputs.md): xyxy for tables, xywh for COCO files."""
+    boxes_from: Identity[Literal["boxes", "masks"]] = "boxes"
+    """`masks`: of COCO files and YOLO label folders, the tight box around each mask or polygon."""
     box_frame: Identity[BoxFrame] = "upright"
     """`upright`: boxes are in the picture as users see it (EXIF applied); `stored`: as the file has it."""
     columns: Identity[dict[str, str]] = {}
@@ -128,6 +130,11 @@ class InputSettings(Section):
     """Further local folders that image uris may point into."""
     allow_schemes: Given[Redo[list[str]]] = []
     """Further uri schemes, such as https; s3, gs, az, abfs and hf are allowed anyway."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that belong to a job's identity; a job from before `boxes_from` goes on."""
+        settings = super().identity()
+        return {name: one for name, one in settings.items() if (name, one) != ("boxes_from", "boxes")}
 
 
 class ModelSettings(Section):

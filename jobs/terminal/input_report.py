@@ -21,7 +21,8 @@ def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, 
     rows = [("images", f"{images}; {_place(config.input.images or config.input.boxes)}")]
     if config.input.boxes:
         boxes = count(plan["boxes"], "box", "boxes")
-        rows.append(("boxes", f"{boxes}; {_place(config.input.boxes)}"))
+        around = " around masks" if config.input.boxes_from == "masks" else ""
+        rows.append(("boxes", f"{boxes}{around}; {_place(config.input.boxes)}"))
         rows.append(("box format", f"{plan['box_format']}, in the {_frame(plan['box_frame'])}"))
     rows.append(("ids", plan["id_rule"]))
     rows += _columns(plan)

@@ -1,7 +1,8 @@
 """COCO files of any size: instances (images, annotations, categories) and results (a list of boxes).
 
-Streamed: records go from the file into Arrow columns in blocks. Keys that are not named here
-(segmentation, keypoints, licences) are skipped unread. A box is xywh in pixels. Image ids may be
+Streamed: records go from the file into Arrow columns in blocks. Keys that are not named here (keypoints,
+licences) are skipped unread; so is `segmentation`, unless the person asks for the boxes around the masks
+(`boxes_around_masks`). A box is xywh in pixels. Image ids may be
 integers or strings; integers become decimal strings. `iscrowd` may be 0, 1, true, false, any of these as
 text, or null.
 """
@@ -9,18 +10,22 @@ text, or null.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hqlabel.pipeline.arrow_lists import Int64Array, first_null, single
+from hqlabel.model.rle import tight_boxes_xywh
+from hqlabel.pipeline.arrow_lists import Int64Array, first_null, positions, single
+from hqlabel.pipeline.box_geometry import box_around
 from hqlabel.pipeline.errors import JobRefused, clean_text
 from hqlabel.pipeline.inputs.box_tables import box_columns, crowds
-from hqlabel.pipeline.inputs.columns import Kind, plain, sampled_leaf
+from hqlabel.pipeline.inputs.columns import Kind, plain, plain_masks, sampled_leaf
 from hqlabel.pipeline.inputs.image_box_lists import (
+    NUMBERS,
     TEXT,
     BoxList,
     ImageList,
@@ -82,9 +87,12 @@ def is_results(uri: str, access: AccessRules) -> bool:
     return first == "["
 
 
-def read_results(uri: str, access: AccessRules, *, folder: str) -> BoxList:
-    """Return the boxes of a results file, by image id; it names no files."""
-    return _grouped(uri, _read(uri, {""}, access)[""], folder)
+def read_results(uri: str, access: AccessRules, *, folder: str, from_masks: bool = False) -> BoxList:
+    """Return the boxes of a results file, by image id; it names no files.
+
+    `from_masks`: those around its masks.
+    """
+    return _grouped(uri, _read(uri, {""}, access, from_masks=from_masks)[""], folder)
 
 
 def read_coco_images(uri: str, access: AccessRules, *, folder: str) -> ImageList:
@@ -92,16 +100,21 @@ def read_coco_images(uri: str, access: AccessRules, *, folder: str) -> ImageList
     return _images(uri, _read(uri, {"images", "categories"}, access), access, folder)
 
 
-def read_instances(uri: str, access: AccessRules, *, folder: str) -> BoxList:
+def read_instances(uri: str, access: AccessRules, *, folder: str, from_masks: bool = False) -> BoxList:
     """Return the boxes of an instances file, and every image it names: those without boxes have none.
 
-    Annotations of an image that the file does not name come last, with a null uri.
+    Annotations of an image that the file does not name come last, with a null uri. `from_masks`: the boxes
+    around its masks.
     """
-    blocks = _read(uri, {"images", "annotations", "categories"}, access)
+    blocks = _read(uri, {"images", "annotations", "categories"}, access, from_masks=from_masks)
     if "annotations" not in blocks:
         raise JobRefused(f"{uri}: {_without(uri, 'annotations', access)}; {_SHAPE}")
     images = _images(uri, blocks, access, folder)
-    boxes = _grouped(uri, blocks["annotations"], folder)
+    annotations, notes = blocks["annotations"], tuple[str, ...]()
+    if from_masks:
+        annotations, notes = _of_their_picture(uri, pa.concat_tables(annotations), images)
+    boxes = _grouped(uri, annotations, folder)
+    boxes = replace(boxes, notes=(*boxes.notes, *notes))
     listed = with_all_images(boxes, images.image_id, images.image_uri)
     assert images.size_hw is not None, "zeros where the file states no size"
     size_hw = np.zeros((len(listed.lengths), 2), dtype=np.int64)
@@ -109,7 +122,9 @@ def read_instances(uri: str, access: AccessRules, *, folder: str) -> BoxList:
     return replace(listed, categories=images.categories, size_hw=size_hw)
 
 
-def _read(uri: str, names: Collection[str], access: AccessRules) -> dict[str, list[pa.Table]]:
+def _read(
+    uri: str, names: Collection[str], access: AccessRules, *, from_masks: bool = False
+) -> dict[str, list[pa.Table]]:
     """Return the wanted arrays of the file as blocks of plain columns; an array that is absent is no key."""
     found: dict[str, dict[str, Kind]] = {}
     blocks: dict[str, list[pa.Table]] = {}
@@ -119,7 +134,10 @@ def _read(uri: str, names: Collection[str], access: AccessRules) -> dict[str, li
                 found[lines.name] = _kinds(lines)
             kinds = found[lines.name]
             schema = pa.schema([(name, kind.arrow_type()) for name, kind in kinds.items()])
-            table = _whole(_block(lines, schema), kinds)
+            if from_masks and "bbox" in kinds:
+                table = _whole(_block_of_masks(lines, schema), kinds)
+            else:
+                table = _whole(_block(lines, schema), kinds)
             blocks.setdefault(lines.name, []).append(_compact(table))
     return blocks
 
@@ -136,6 +154,56 @@ def _block(lines: Lines, schema: pa.Schema) -> pa.Table:
         flags = [json_record(line).get("iscrowd") for line in lines.text.split(b"\n")]
         texts = [None if flag is None else str(flag) for flag in flags]
         return table.add_column(at, "iscrowd", pa.array(texts, TEXT))
+
+
+def _block_of_masks(lines: Lines, schema: pa.Schema) -> pa.Table:
+    """Return the records of a block with the box around each mask as `bbox`, and the mask's own size."""
+    at = schema.get_field_index("bbox")
+    table = _block(lines, schema.remove(at))
+    masks = [json_record(line).get("segmentation") for line in lines.text.split(b"\n")]
+    boxes, sizes_hw = boxes_around_masks(masks)
+    table = table.add_column(at, "bbox", pa.array(boxes, NUMBERS))
+    return table.append_column("mask_hw", pa.array(sizes_hw, pa.list_(pa.int64())))
+
+
+def boxes_around_masks(
+    masks: Sequence[Any],
+) -> tuple[list[tuple[float, ...] | None], list[tuple[int, int] | None]]:
+    """Return x, y, width, height of the box around each mask as COCO writes it, and the size of those of RLE.
+
+    Of RLE, compressed or not, the box ends on the edges of the outermost pixels, as pycocotools' `toBbox` has
+    it. Of polygons it is their own extent, which differs from that of their pixels by less than one. None for
+    an empty mask, and for what is none.
+    """
+    boxes: list[tuple[float, ...] | None] = [None] * len(masks)
+    sizes_hw: list[tuple[int, int] | None] = [None] * len(masks)
+    by_size: dict[tuple[int, int], list[tuple[int, str]]] = {}
+    for place, mask in enumerate(masks):
+        if isinstance(mask, dict):
+            plain_mask = plain_masks(mask)
+            if len(plain_mask["size"]) == 2 and min(plain_mask["size"]) > 0:
+                sizes_hw[place] = size_hw = tuple(plain_mask["size"])
+                by_size.setdefault(size_hw, []).append((place, plain_mask["counts"]))
+        elif isinstance(mask, list):
+            boxes[place] = _around_polygons(mask)
+    for size_hw, group in by_size.items():
+        found = tight_boxes_xywh([text for _, text in group], size_hw)
+        for (place, _), box in zip(group, found, strict=True):
+            boxes[place] = box
+    return boxes, sizes_hw
+
+
+def _around_polygons(polygons: list[Any]) -> tuple[float, ...] | None:
+    """Return the box around all polygons of one mask; None where one of them is none."""
+    if polygons and not isinstance(polygons[0], list):
+        polygons = [polygons]  # one polygon without its list, as some tools write it
+    found = [box_around(one) if isinstance(one, list) else None for one in polygons]
+    corners = [box for box in found if box is not None]
+    if not corners or len(corners) < len(found):
+        return None
+    x1, y1 = (min(sides) for sides in list(zip(*corners, strict=True))[:2])
+    x2, y2 = (max(sides) for sides in list(zip(*corners, strict=True))[2:])
+    return x1, y1, x2 - x1, y2 - y1
 
 
 def _kinds(lines: Lines) -> dict[str, Kind]:
@@ -202,6 +270,29 @@ def _compact(table: pa.Table) -> pa.Table:
     return table.set_column(at, "image_id", ids)
 
 
+def _of_their_picture(uri: str, table: pa.Table, images: ImageList) -> tuple[list[pa.Table], tuple[str, ...]]:
+    """Return the annotations, with null boxes around masks of another size than their picture, and why."""
+    assert images.size_hw is not None, "zeros where the file states no size"
+    assert images.image_id is not None, "an instances file has ids"
+    place = positions(pc.cast(table.column("image_id"), TEXT).combine_chunks(), images.image_id)
+    stated_hw = np.where(place[:, None] >= 0, images.size_hw[place], 0)
+    sizes = [one or (0, 0) for one in table.column("mask_hw").to_pylist()]
+    own_hw = np.array(sizes, np.int64).reshape(-1, 2)
+    odd = (own_hw > 0).all(axis=1) & (stated_hw > 0).all(axis=1) & (own_hw != stated_hw).any(axis=1)
+    if not odd.any():
+        return [table], ()
+    bbox = single(table.column("bbox"))
+    table = table.set_column(
+        table.column_names.index("bbox"), "bbox", pc.if_else(pa.array(odd), pa.scalar(None, NUMBERS), bbox)
+    )
+    first = int(np.flatnonzero(odd)[0])
+    return [table], (
+        f"{uri}: {odd.sum()} masks are of another size than their picture, such as "
+        f"{own_hw[first].tolist()} in one of {stated_hw[first].tolist()} (height, width): "
+        "their boxes get no mask (box_malformed)",
+    )
+
+
 def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
     table = pa.concat_tables(blocks)
     ids = table.column("image_id")
@@ -211,7 +302,12 @@ def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
             "read one object a line, from a file named .jsonl: jq -c '.[]' IN > OUT.jsonl"
         )
     if table.num_rows and table.column("bbox").null_count == table.num_rows:
-        raise JobRefused(f"{uri}: none of its {table.num_rows} records has a bbox; {_SHAPE}")
+        if "mask_hw" in table.column_names:
+            raise JobRefused(f"{uri}: none of its {table.num_rows} records has a mask (`segmentation`)")
+        raise JobRefused(
+            f"{uri}: none of its {table.num_rows} records has a bbox; {_SHAPE}; for the boxes around masks: "
+            "--set input.boxes_from=masks"
+        )
     ours = {"bbox": "given", "category_id": "category_id", "score": "score", "id": "box_id"}
     flat = {ours.get(name, name): single(table.column(name)) for name in (*ours, "iscrowd")}
     # A column of nulls alone was never given.
@@ -220,7 +316,10 @@ def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
     }
     with naming_values(uri):
         boxes = pa.table(box_columns(flat))
-    return grouped_boxes(group_rows(ids, None), boxes, folder=folder, box_format="xywh", files=[uri])
+    found = grouped_boxes(group_rows(ids, None), boxes, folder=folder, box_format="xywh", files=[uri])
+    lost = table.column("bbox").null_count if "mask_hw" in table.column_names else 0
+    said = f"{uri}: {lost:,} of {table.num_rows:,} records have no mask around which a box could be"
+    return replace(found, notes=(said,)) if lost else found
 
 
 def _images(uri: str, blocks: Mapping[str, list[pa.Table]], access: AccessRules, folder: str) -> ImageList:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -113,9 +114,13 @@ def read_boxes(settings: InputSettings, access: AccessRules) -> BoxList:
     """
     assert settings.boxes is not None, "the caller asks only for what is given"
     uri = absolute(settings.boxes)
+    from_masks = settings.boxes_from == "masks"
     if is_json(uri) and not is_pattern(uri):
-        return _json_reader(uri, access)(uri, access, folder=_root(settings, parent_of(uri)))
+        reader = _json_reader(uri, access, from_masks=from_masks)
+        return reader(uri, access, folder=_root(settings, parent_of(uri)))
     place = InputFiles.at(uri, access)
+    if from_masks and not place.label_files():
+        raise _no_masks(uri)
     parts = find_parts(uri, place.entries)
     if parts is not None:
         return _previous_boxes(parts, settings, access)
@@ -133,7 +138,7 @@ def _boxes_of(place: InputFiles, settings: InputSettings, access: AccessRules) -
                 f"{place.root}: YOLO label files, such as {labels[0]}, name no pictures; state with --images "
                 "where they are"
             )
-        return read_yolo(place.root, place.entries, access)
+        return read_yolo(place.root, place.entries, access, from_masks=settings.boxes_from == "masks")
     tables = place.tables()
     if holds_pictures(tables[0], settings.columns, access):
         return read_hf_boxes(tables, settings.columns, access, root=place.root)
@@ -147,10 +152,21 @@ def _boxes_of(place: InputFiles, settings: InputSettings, access: AccessRules) -
     )
 
 
-def _json_reader(uri: str, access: AccessRules) -> Callable[..., BoxList]:
+def _json_reader(uri: str, access: AccessRules, *, from_masks: bool) -> Callable[..., BoxList]:
     if is_results(uri, access):
-        return read_results
-    return read_megadetector if is_megadetector(uri, access) else read_instances
+        return partial(read_results, from_masks=from_masks)
+    if not is_megadetector(uri, access):
+        return partial(read_instances, from_masks=from_masks)
+    if from_masks:
+        raise _no_masks(uri)
+    return read_megadetector
+
+
+def _no_masks(uri: str) -> UsageError:
+    return UsageError(
+        f"input.boxes_from=masks is for COCO files (`segmentation`) and folders of YOLO polygons; {uri} is "
+        "neither: leave it out"
+    )
 
 
 def resolve_uris(uris: pa.Array, folder: str) -> pa.Array:

@@ -6,7 +6,8 @@ Shares of the upright picture, centre first; classes count from 0. A file belong
 relative name without its ending; no file, or an empty one, means no boxes. Names of the classes come from
 `classes.txt` (one a line), or from `names` in `data.yaml` or `dataset.yaml`, in the folder itself.
 
-Lines with more numbers are polygons of YOLO segmentation, or turned boxes, and are refused.
+Lines with more numbers are polygons of YOLO segmentation, or turned boxes, and are refused, unless the person
+asks for the box around each: `class x1 y1 x2 y2 x3 y3 ... [score]`, at least three corners.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pyarrow as pa
 import yaml
 
 from hqlabel.pipeline.arrow_lists import to_lists
+from hqlabel.pipeline.box_geometry import box_around
 from hqlabel.pipeline.errors import ImageError, JobRefused, clean_text
 from hqlabel.pipeline.inputs.box_tables import box_columns
 from hqlabel.pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList, Groups, grouped_boxes
@@ -33,6 +35,7 @@ READERS = 16
 _FILE_BYTES = 16 * 2**20
 _TIMEOUT_S = 120.0
 _CLASSES, _YAML = "classes.txt", ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")
+_POLYGON = "wanted polygons, `class x1 y1 x2 y2 x3 y3 ...`, or with a score behind"
 _SHAPE = "wanted `class cx cy width height`, or with a score behind"
 
 
@@ -45,17 +48,22 @@ def label_files(folder: str, entries: Sequence[Entry]) -> list[str]:
     return [key for key in shown if key != f"{folder}/{_CLASSES}"]
 
 
-def read_yolo(folder: str, entries: Sequence[Entry], access: AccessRules) -> BoxList:
+def read_yolo(
+    folder: str, entries: Sequence[Entry], access: AccessRules, *, from_masks: bool = False
+) -> BoxList:
     """Return the boxes of a folder's label files, each under the name of its file without ending.
+
+    `from_masks`: the lines are polygons, and the box around each is wanted.
 
     Raises:
         JobRefused: a file that is none, naming its line, what was found and what was wanted.
     """
     files = label_files(folder, entries)
+    read_line = _around_polygon if from_masks else _numbers
     with ThreadPoolExecutor(min(READERS, len(files)) or 1) as pool:
         texts = pool.map(in_this_context(lambda uri: _text(uri, access)), files)
         parts = [
-            [_numbers(uri, at, line.split()) for at, line in enumerate(text.splitlines(), 1) if line.strip()]
+            [read_line(uri, at, line.split()) for at, line in enumerate(text.splitlines(), 1) if line.strip()]
             for uri, text in zip(files, texts, strict=True)
         ]
     names = [uri.removeprefix(f"{folder}/")[: -len(".txt")] for uri in files]
@@ -88,16 +96,41 @@ def _notes(boxes: BoxList) -> tuple[str, ...]:
 def _numbers(uri: str, line: int, words: Sequence[str]) -> list[float]:
     text = clean_text(" ".join(words))
     if len(words) > 6:
-        raise JobRefused(f"{uri}: line {line} has {len(words)} numbers (a polygon or a turned box); {_SHAPE}")
+        raise JobRefused(
+            f"{uri}: line {line} has {len(words)} numbers (a polygon or a turned box); {_SHAPE}; for the box "
+            "around each polygon: --set input.boxes_from=masks"
+        )
     if len(words) < 5:
         raise JobRefused(f"{uri}: line {line} has {len(words)} numbers (too few): {text!r}; {_SHAPE}")
+    return [*_floats(uri, line, words, _SHAPE), float("nan")][:6]
+
+
+def _around_polygon(uri: str, line: int, words: Sequence[str]) -> list[float]:
+    """Return class, centre, width, height and score of a line that is a polygon, with or without a score."""
+    if len(words) < 7:
+        raise JobRefused(
+            f"{uri}: line {line} has {len(words)} numbers; {_POLYGON} (input.boxes_from=masks); boxes and "
+            "polygons in one folder are not told apart"
+        )
+    numbers = _floats(uri, line, words, _POLYGON)
+    corners, score = numbers[1:], float("nan")
+    if len(corners) % 2:
+        *corners, score = corners
+    box = box_around(corners)
+    if box is None:
+        raise JobRefused(f"{uri}: line {line} holds NaN or infinity; {_POLYGON}")
+    x1, y1, x2, y2 = box
+    return [numbers[0], (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, score]
+
+
+def _floats(uri: str, line: int, words: Sequence[str], shape: str) -> list[float]:
     try:
         numbers = [float(word) for word in words]
     except ValueError:
-        raise JobRefused(f"{uri}: line {line} holds {text!r}; {_SHAPE}") from None
+        raise JobRefused(f"{uri}: line {line} holds {clean_text(' '.join(words))!r}; {shape}") from None
     if not (numbers[0].is_integer() and 0 <= numbers[0] < 2**31):
         raise JobRefused(f"{uri}: line {line}: the class is {words[0]}; wanted a whole number from 0 on")
-    return [*numbers, float("nan")][:6]
+    return numbers
 
 
 def _class_names(folder: str, entries: Sequence[Entry], access: AccessRules) -> dict[int, str]:
