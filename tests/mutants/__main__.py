@@ -1,12 +1,17 @@
 """Remove each guard in a copy of the tree and run its tests: `python -m tests.mutants [PART OF A PATH ...]`.
 
 A guard whose absence no test notices survives, and the command ends with 1 unless the list has a reason.
+With `--results FILE` each outcome is appended to FILE, and what FILE says was noticed is not tried again.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,16 +30,26 @@ def run(tree: Path, tests: Sequence[str]) -> str | None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:logging"]
     command += ["-m", "not faults and not gpu and not network", *tests]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return "timeout"
-    if done.returncode == 0:
+    with subprocess.Popen(
+        command,
+        cwd=tree,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            printed, _ = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return "timeout"
+        finally:  # a mutant may leave processes behind, and Ctrl-C does not reach a session of its own
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode == 0:
         return None
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    return lines[0].split(" - ")[0].partition(" ")[2] if lines else f"exit code {done.returncode}"
+    lines = [line for line in printed.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return lines[0].split(" - ")[0].partition(" ")[2] if lines else f"exit code {process.returncode}"
 
 
 def try_mutant(tree: Path, mutant: Mutant) -> str | None:
@@ -49,27 +64,56 @@ def try_mutant(tree: Path, mutant: Mutant) -> str | None:
         path.write_text(text)
 
 
-def main(wanted: Sequence[str]) -> int:
+def read_results(path: Path) -> dict[tuple[str, str, str], str | None]:
+    """What noticed each mutant in earlier calls, by file, snippet and replacement; the last call counts."""
+    if not path.exists():
+        return {}
+    outcomes = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(one["file"], one["snippet"], one["replacement"]): one["seen_by"] for one in outcomes}
+
+
+def say(mutant: Mutant, killer: str | None) -> None:
+    """Print the mutant's row of the table."""
+    reason = f"survives: {mutant.survives_because}" if mutant.survives_because else "**SURVIVED**"
+    guard = " ".join(mutant.snippet.split()).replace("|", "\\|")
+    sys.stdout.write(f"| {mutant.file} | `{guard}` | {killer or reason} |\n")
+    sys.stdout.flush()
+
+
+def main(wanted: Sequence[str], results: Path | None) -> int:
+    """Try every mutant of the wanted files that the results do not have as noticed; 1 when one survives."""
     mutants = [one for one in MUTANTS if not wanted or any(part in one.file for part in wanted)]
-    survivors = 0
+    known = read_results(results) if results else {}
+    survivors = untried = 0
+    unbroken: dict[tuple[str, ...], str | None] = {}  # what the tests say without any mutant
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(REPOSITORY, tree, symlinks=True, ignore=_NOT_COPIED)
-        for tests in dict.fromkeys(one.tests for one in mutants):
-            if (failed := run(tree, tests)) is not None:
-                sys.stdout.write(f"{' '.join(tests)} fails without any mutant: {failed}\n")
-                return 1
         sys.stdout.write("| file | guard removed | seen by |\n|---|---|---|\n")
         for mutant in mutants:
-            killer = try_mutant(tree, mutant)
-            reason = f"survives: {mutant.survives_because}" if mutant.survives_because else "**SURVIVED**"
+            killer = known.get(mutant[:3])
+            if killer is None:
+                if mutant.tests not in unbroken:
+                    unbroken[mutant.tests] = run(tree, mutant.tests)
+                if failed := unbroken[mutant.tests]:
+                    say(mutant, f"not tried: without the change fails {failed}")
+                    untried += 1
+                    continue
+                killer = try_mutant(tree, mutant)
+                if results:
+                    with results.open("a") as file:
+                        file.write(json.dumps({**mutant._asdict(), "seen_by": killer}) + "\n")
+            say(mutant, killer)
             survivors += killer is None and not mutant.survives_because
-            guard = " ".join(mutant.snippet.split()).replace("|", "\\|")
-            sys.stdout.write(f"| {mutant.file} | `{guard}` | {killer or reason} |\n")
-            sys.stdout.flush()
-    sys.stdout.write(f"{len(mutants)} mutants, {survivors} survived without a reason\n")
-    return int(survivors > 0)
+    sys.stdout.write(f"{len(mutants)} mutants, {survivors} survived without a reason, {untried} not tried\n")
+    return int(survivors + untried > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants")
+    parser.add_argument("wanted", nargs="*", metavar="PART OF A PATH")
+    parser.add_argument("--results", type=Path, metavar="FILE")
+    asked = parser.parse_args()
+    # As Ctrl-C: the tests that run are ended, and the copy is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.exit(main(asked.wanted, asked.results))
