@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import yarl
 
 from hqlabel.pipeline.errors import ImageError
 from hqlabel.pipeline.images.fetch import fetch_object
 from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.settings import Limits
 from hqlabel.pipeline.storage.cloud_buckets import forget_backends
-from hqlabel.pipeline.storage.http_backend import HttpBackend
+from hqlabel.pipeline.storage.http_backend import HttpBackend, _redirected
 from hqlabel.pipeline.storage.read_objects import planned_versions
 from hqlabel.pipeline.storage.uri_rules import check_address, check_uri
 from tests.pipeline.made_formats import tar_of
@@ -195,6 +196,15 @@ def test_redirects_are_followed_one_by_one_and_checked(tmp_path):
         assert code(f"{place}/loop") == "unreachable"
         for status in (301, 302, 303, 307, 308):
             assert fetch_object(f"{place}/go{status}", ACCESS, LIMITS).data == b"picture"
+
+
+def test_a_redirect_never_leaves_https():
+    secure = yarl.URL("https://good.example/a")
+    with pytest.raises(ImageError, match="a redirect leads from https to http") as caught:
+        _redirected(secure, yarl.URL("http://good.example/a"))
+    assert caught.value.code == "uri_refused"
+    assert str(_redirected(secure, yarl.URL("b"))) == "https://good.example/b"
+    assert str(_redirected(yarl.URL("http://h/a"), secure)) == str(secure)
 
 
 @pytest.mark.parametrize("status", [600, 999])

@@ -22,8 +22,9 @@ from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.changed_inputs import Changes, compare, going_on, take_over
 from hqlabel.pipeline.tables.clean_output import clean
 from hqlabel.pipeline.tables.job_status import status
+from hqlabel.pipeline.tables.manifest import read_manifest
 from hqlabel.pipeline.tables.publish_tables import publish
-from hqlabel.pipeline.tables.unit_files import list_committed, read_generation
+from hqlabel.pipeline.tables.unit_files import list_committed, read_generation, unit_key
 from hqlabel.pipeline.tables.verify_output import verify
 from tests.faults import chain
 from tests.faults.chain import SmallJob, as_job, do_unit, read_table
@@ -126,6 +127,22 @@ def test_unchanged_images_keep_their_rows_and_the_others_are_done(done, tmp_path
     clean(store, require_owner=lambda what: None, first_generation=2)
     assert store.list("units/") == []
     assert verify(store, require_job(store)).findings == []
+
+
+def test_what_a_worker_of_the_old_plan_still_commits_is_no_unit_of_the_new_one(done, tmp_path) -> None:
+    store, before = done.store, require_job(done.store)
+    stored = store.read(JOB_KEY)
+    new = make(tmp_path, AFTER)
+    job = going_on(store, before, new.job)
+    write_plan(store, new.plan)
+    take_over(store, before, job)
+
+    store.put_if_absent(unit_key(0, 1), store.read(unit_key(0, 0)))  # a retry that was under way
+
+    assert list_committed(store, job.context.first_generation) == {}
+    archive = f"previous/{before.context.plan_sha256[:16]}.g0"
+    assert store.read(f"{archive}/{JOB_KEY}") == stored
+    assert read_manifest(store).parts == ()  # it is of no plan that the job has now
 
 
 def test_a_job_in_the_middle_keeps_what_it_has_done_and_may_change_again(tmp_path) -> None:

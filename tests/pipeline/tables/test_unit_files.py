@@ -436,6 +436,7 @@ def test_the_highest_generation_counts_and_foreign_names_do_not(local_store):
     ):
         local_store.put(name, b"")
     assert [(u.unit_id, u.generation) for u in list_committed(local_store).values()] == [(0, 0), (2, 10)]
+    assert [(u.unit_id, u.generation) for u in list_committed(local_store, 2).values()] == [(2, 10)]
 
 
 def test_unit_numbers_beyond_eight_digits_have_names_of_their_own():
