@@ -75,7 +75,8 @@ class ConfigSources:
 
         Raises `UsageError` with every mistake named.
         """
-        tree = _read_yaml(self.path) if self.path else {}
+        read = _read_yaml(self.path) if self.path else {}
+        tree = {name: value for name, value in read.items() if value is not None}  # a section's name alone
         flags = {name: value for name, value in self.flags.items() if value is not None}
         for name, value in flags.items():
             _put(tree, name, value, origin="a flag")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hqlabel.jobs.cli.options import SHARED, Flag
+from hqlabel.jobs.cli.options import HELP_ALL, SHARED, Flag
 from hqlabel.jobs.terminal import console
 from hqlabel.jobs.terminal.signals import Interrupted, Interrupts, end_now
 from hqlabel.pipeline.errors import HqlabelError
@@ -34,11 +34,10 @@ _EPILOG = (
 app = typer.Typer(
     name="hqlabel",
     help="Detector boxes in, SAM-HQ masks out: a job that can be killed and simply started again.\n\n"
-    "Begin with:  hqlabel label --images photos/ --boxes boxes.json --checkpoint demo --output out",
+    "Begin with:  hqlabel label --images photos --boxes b.csv --checkpoint demo -o out",
     epilog=_EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -69,11 +68,17 @@ def command(*flags: Flag) -> Callable[[Callable[..., int]], Callable[..., None]]
 
     def decorate(function: Callable[..., int]) -> Callable[..., None]:
         own = [_evaluated(one, function) for one in list(inspect.signature(function).parameters.values())[2:]]
-        parameters = [*(flag.parameter for flag in flags), *own, *(flag.parameter for flag in SHARED)]
+        parameters = [
+            *(flag.parameter for flag in flags),
+            *own,
+            *(flag.parameter for flag in SHARED),
+            HELP_ALL,
+        ]
 
         @functools.wraps(function)
         def run(**values: Any) -> None:
             verbose = values.pop("verbose")
+            values.pop("help_all", None)  # has ended the command
             try:
                 refuse_to_start(os.environ)
                 given = _given(flags, values)

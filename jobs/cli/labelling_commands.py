@@ -12,7 +12,7 @@ import typer
 
 from hqlabel.jobs.cli import options
 from hqlabel.jobs.cli.app import app, command, interrupts
-from hqlabel.jobs.cli.options import CHECKPOINT, DETECTOR, JOB, OUTPUT, RAY_ADDRESS, ROOTS
+from hqlabel.jobs.cli.options import CHECKPOINT, DETECTOR, DEVICE, JOB, OUTPUT, RAY_ADDRESS, ROOTS, WORKERS
 from hqlabel.pipeline.errors import UsageError, clean_text
 
 if TYPE_CHECKING:
@@ -33,10 +33,11 @@ def label(
 ) -> int:
     """Make masks for boxes; run it again to resume after any end.
 
-    Example:  hqlabel label --images photos/ --boxes boxes.json --checkpoint demo --output out
+    Example:  hqlabel label --images photos --boxes b.csv --checkpoint demo -o out
 
-    The output holds instances/ (one row a box) and images/ (one row an image), both Parquet, and a
-    picture of some results. Run the same command again after any end: what is done is not done again.
+    Example:  hqlabel label --boxes s3://b/boxes.parquet --checkpoint hq.pth -o out
+
+    Example:  hqlabel label --config job.yaml --limit 100
     """
     _refuse_more(ctx.args)
     settings = given.load()
@@ -91,6 +92,7 @@ def status(
     given: ConfigSources,
     json: bool,
     *,
+    place: options.OutputWord = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Keep watching until every unit is committed, or Ctrl-C.")
     ] = False,
@@ -99,19 +101,21 @@ def status(
 
     Works from any machine that can read the output, during the run and after it.
 
-    Example:  hqlabel status --output out --watch
+    Example:  hqlabel status out --watch
     """
+    given = options.with_output(given, place)
     from hqlabel.jobs.commands.status import run
 
     return run(given, json=json, watch=watch)
 
 
 @app.command(rich_help_panel="Labelling")
-@command(OUTPUT, CHECKPOINT, *DETECTOR, *ROOTS, RAY_ADDRESS)
+@command(OUTPUT, CHECKPOINT, *DETECTOR, *ROOTS, DEVICE, WORKERS, RAY_ADDRESS)
 def retry(
     given: ConfigSources,
     json: bool,
     *,
+    place: options.OutputWord = None,
     code: Annotated[
         list[str] | None,
         typer.Option(
@@ -124,13 +128,26 @@ def retry(
 
     All other rows keep every value. Where weights and images are is never taken from the output: name them.
 
-    Example:  hqlabel retry --output out --checkpoint hq.pth --allow-root photos --code not_found
+    Example:  hqlabel retry out --checkpoint hq.pth --allow-root photos --code not_found
     """
+    given = options.with_output(given, place)
     given.load()  # report what is wrong with the call before the slow imports below
     from hqlabel.jobs.commands.retry import RetryOptions, run
 
     chosen = RetryOptions(codes=tuple(code or ()), progress=not no_progress, json=json)
     return run(given, chosen, interrupts)
+
+
+@app.command("config", rich_help_panel="Labelling")
+@command()
+def show_config(given: ConfigSources, json: bool) -> int:
+    """Print a configuration to start from: every setting, its meaning and default.
+
+    Example:  hqlabel config > job.yaml
+    """
+    from hqlabel.jobs.commands.config_template import run
+
+    return run(given, json=json)
 
 
 def _refuse_more(words: list[str]) -> None:

@@ -26,7 +26,8 @@ def publish(
     json: bool,
     *,
     more: Annotated[
-        list[str] | None, typer.Argument(metavar="[OUTPUT]...", help="With --merge: further outputs.")
+        list[str] | None,
+        typer.Argument(metavar="OUTPUT", help="The output; with --merge: further ones to merge."),
     ] = None,
     merge: Annotated[
         list[str] | None,
@@ -40,12 +41,14 @@ def publish(
 ) -> int:
     """Write the tables again with other filters, or merge outputs; no model runs.
 
-    Example:  hqlabel publish --output out --min-predicted-iou 0.8
+    Example:  hqlabel publish out --min-predicted-iou 0.8
 
     Example:  hqlabel publish --output all --merge monday tuesday
 
     Nothing is deleted: a filter marks rows (accepted, reject_reason). All filters: --set filter.NAME=VALUE.
     """
+    if more and len(more) == 1 and not merge:
+        given, more = options.with_output(given, more[0]), None
     given.load()  # report what is wrong with the call before the slow imports below
     if merge:
         if any(given.flags[flag.setting] is not None for flag in FILTERS):
@@ -68,6 +71,7 @@ def validate(
     given: ConfigSources,
     json: bool,
     *,
+    place: options.OutputWord = None,
     sample: Annotated[
         int,
         typer.Option("--sample", min=0, help="Decode this many masks of every part; all sums are checked."),
@@ -78,8 +82,9 @@ def validate(
 
     Exit code 0: sound; 6: damage, named on stderr.
 
-    Example:  hqlabel validate --output out
+    Example:  hqlabel validate out
     """
+    given = options.with_output(given, place)
     from hqlabel.jobs.commands.validate import run
 
     return run(given, sample=None if all_masks else sample, json=json)
@@ -91,7 +96,9 @@ def inspect(
     given: ConfigSources,
     json: bool,
     *,
-    image_id: Annotated[str, typer.Argument(help="The image_id as in the tables.")],
+    words: Annotated[
+        list[str], typer.Argument(metavar="[OUTPUT] IMAGE_ID", help="The image_id is as in the tables.")
+    ],
     picture: Annotated[
         str | None,
         typer.Option("--picture", help="Where to write the overlay PNG. Default: ID.overlay.png here."),
@@ -99,8 +106,12 @@ def inspect(
 ) -> int:
     """Show one image: its rows, and a picture with boxes and masks.
 
-    Example:  hqlabel inspect street/0001.jpg --output out --allow-root photos
+    Example:  hqlabel inspect out street/0001.jpg --allow-root photos
     """
+    *place, image_id = words
+    if len(place) > 1:
+        raise UsageError(f"inspect {' '.join(words)}: wanted the output and one image_id")
+    given = options.with_output(given, place[0] if place else None)
     from hqlabel.jobs.commands.inspect_image import run
 
     return run(given, image_id, picture=picture, json=json)
@@ -112,6 +123,7 @@ def report(
     given: ConfigSources,
     json: bool,
     *,
+    place: options.OutputWord = None,
     to: Annotated[
         str | None,
         typer.Option(
@@ -125,8 +137,9 @@ def report(
 
     It is made from the published tables and the images, holds its pictures inside, and needs no server.
 
-    Example:  hqlabel report --output out --allow-root photos
+    Example:  hqlabel report out --allow-root photos
     """
+    given = options.with_output(given, place)
     from hqlabel.jobs.report.page import run
 
     return run(given, to=to, as_json=json)
@@ -141,7 +154,13 @@ def export(
     format_: Annotated[
         str, typer.Argument(metavar="FORMAT", help="coco, yolo-seg, label-studio or hf (Hugging Face).")
     ],
-    to: Annotated[str, typer.Option("--to", metavar="PLACE", help="A new folder or prefix for the files.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="OUTPUT PLACE", help="Instead of --output and --to.", show_default=False),
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="PLACE", help="A new folder or prefix for the files.")
+    ] = None,
     where: options.Where = None,
     accepted_only: options.AcceptedOnly = False,
     per_file: Annotated[
@@ -176,10 +195,11 @@ def export(
 ) -> int:
     """Write the masks for a trainer or an annotation tool.
 
-    Example:  hqlabel export coco --output out --to out-coco --accepted-only
+    Example:  hqlabel export coco out out-coco --accepted-only
 
     Every format reports what it skips and what it loses: coco, label-studio and hf keep each mask whole.
     """
+    given, to = _output_and_place(given, words or [], to)
     from hqlabel.jobs.export.export import ExportOptions, run
     from hqlabel.jobs.results.select_rows import Selection
 
@@ -196,12 +216,28 @@ def export(
     return run(given, chosen)
 
 
+def _output_and_place(given: ConfigSources, words: list[str], to: str | None) -> tuple[ConfigSources, str]:
+    """Return what was given with the output, and the place; words fill what no flag names, in this order."""
+    left = list(words)
+    if left and given.flags.get(OUTPUT.setting) is None:
+        given = options.with_output(given, left.pop(0))
+    if left and to is None:
+        to = left.pop(0)
+    if left or to is None:
+        wrong = f"{left[0]} is one word too many" if left else "the place for the files is missing"
+        raise UsageError(
+            f"export: {wrong}; wanted FORMAT OUTPUT PLACE, as in: hqlabel export coco out out-coco"
+        )
+    return given, to
+
+
 @app.command(rich_help_panel="Results")
 @command(OUTPUT)
 def evaluate(
     given: ConfigSources,
     json: bool,
     *,
+    place: options.OutputWord = None,
     truth: Annotated[
         str,
         typer.Option("--truth", metavar="PLACE", help="COCO instances JSON with masks: polygons or runs."),
@@ -226,8 +262,9 @@ def evaluate(
     Prompts and objects are matched by box_id when the boxes came from the truth's own file, else by their
     boxes. Images of the truth that the job never had do not count. Needs the extra `eval`.
 
-    Example:  hqlabel evaluate --truth instances_val.json --output out
+    Example:  hqlabel evaluate out --truth instances_val.json
     """
+    given = options.with_output(given, place)
     from hqlabel.jobs.evaluate.evaluate import EvaluateOptions, run
     from hqlabel.jobs.results.select_rows import Selection
 
@@ -248,15 +285,17 @@ def clean(
     given: ConfigSources,
     json: bool,
     *,
+    place: options.OutputWord = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only list what would go.")] = False,
 ) -> int:
     """Delete the working files of a finished job; the tables stay.
 
-    Example:  hqlabel clean --output out --yes
+    Example:  hqlabel clean out --yes
 
     Afterwards the tables can be read and validated, but no longer be retried or published anew.
     Needs the right to delete; no other command does.
     """
+    given = options.with_output(given, place)
     from hqlabel.jobs.commands.clean import run
 
     return run(given, interrupts, sure=yes, json=json)

@@ -20,6 +20,7 @@ import torch
 
 from hqlabel.jobs.cluster.ray_cluster import running_ray, usable_cpus
 from hqlabel.jobs.cluster.ray_session import memory_bytes
+from hqlabel.jobs.job_setup.answering_stores import require_answers
 from hqlabel.jobs.job_setup.check_models import read_checkpoint, read_detector
 from hqlabel.jobs.job_setup.resolve_settings import is_local, output_place
 from hqlabel.jobs.load_config import Config
@@ -194,6 +195,7 @@ def output(config: Config) -> Check:
     """Check whether this user may write, create once, read and list at the output; writes a probe."""
     place = output_place(config)
     try:
+        require_answers(config)
         store = Store(place)
         key = f".doctor-{uuid.uuid4().hex}"
         created, again = store.put_if_absent(key, b"probe"), store.put_if_absent(key, b"other")

@@ -88,7 +88,8 @@ def report_slice_done(end: Ending, part: Slice, *, json: bool) -> int:
     console.say(
         f"slice {part.text} is done: {_this_run(end)}; other slices are not, so nothing was published"
     )
-    console.say(f"  next       {shlex.join(['hqlabel', 'status', '--output', output])}")
+    command = ["hqlabel", "status", "--output", output, *storage_flags(end.config)]
+    console.say(f"  next       {shlex.join(command)}")
     if json:
         console.data_json({"output": output, "state": "slice_done", "slice": part.text, **_run_json(end)})
     return 0

@@ -18,8 +18,10 @@ from hqlabel.jobs.cluster.ray_session import Machine
 from hqlabel.jobs.cluster.run_units import Work, images_in, run_pending, save_config
 from hqlabel.jobs.commands.end_summary import Ending, report_done, report_slice_done
 from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.job_setup.answering_stores import require_answers
 from hqlabel.jobs.job_setup.driver_slice import WHOLE, JobLock, Slice
 from hqlabel.jobs.job_setup.open_job import Opened, open_or_create
+from hqlabel.jobs.job_setup.printed_flags import storage_flags
 from hqlabel.jobs.load_config import CONFIG_KEY, Config
 from hqlabel.jobs.results.render_images import write_contact_sheet
 from hqlabel.jobs.terminal import console, input_report
@@ -50,6 +52,7 @@ class LabelOptions:
 def run(config: Config, options: LabelOptions, interrupts: Interrupts) -> int:
     """Label what is pending, publish when nothing is left, and return the exit code."""
     began = time.monotonic()
+    require_answers(config)
     _refuse_missing_inputs(config)
     with Machine(config, interrupts) as machine, contextlib.ExitStack() as stack:
         machine.check()
@@ -115,9 +118,10 @@ def _refuse_missing_inputs(config: Config) -> None:
     store = Store(resolve_settings.output_place(config))
     if read_job(store) is not None:
         saved = f"{store.place.uri.rstrip('/')}/{CONFIG_KEY}"
+        command = ["hqlabel", "label", "--config", saved, *storage_flags(config)]
         raise UsageError(
             "--images and --boxes are missing. To go on with the job that is there, repeat the command that "
-            f"started it, or use its settings: {shlex.join(['hqlabel', 'label', '--config', saved])} (if the "
+            f"started it, or use its settings: {shlex.join(command)} (if the "
             "folder is not your own, read that file first)"
         )
 

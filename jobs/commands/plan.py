@@ -12,6 +12,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from hqlabel.jobs.job_setup import resolve_settings
+from hqlabel.jobs.job_setup.answering_stores import require_answers
 from hqlabel.jobs.job_setup.check_models import CheckedDetector, read_checkpoint, read_detector
 from hqlabel.jobs.job_setup.open_job import before_work, plan_inputs
 from hqlabel.jobs.load_config import Config
@@ -36,6 +37,7 @@ def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> i
     Raises:
         UsageError: a sample is wanted and no checkpoint is named.
     """
+    require_answers(config)
     with before_work():
         made, detected = plan_inputs(config), config.detector.name is not None
         plan = with_preview_warnings(made, config.limits, detected=detected)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hqlabel.model
+from hqlabel.jobs.job_setup.answering_stores import look_in_the_cache_of_a_silent_hub
 from hqlabel.jobs.job_setup.resolve_settings import (
     absolute,
     absolute_if_there,
@@ -60,6 +61,7 @@ def read_checkpoint(config: Config) -> Weights:
         return DEMO_RECORD
     _refuse_missing_path(name, source)
     options = {} if is_local(source) else storage_options(config, source)
+    look_in_the_cache_of_a_silent_hub([name])
     loaded = _load(name, source, options)
     return Weights(
         source=source,
@@ -132,6 +134,7 @@ def read_detector(config: Config) -> CheckedDetector | None:
     settings = detector_settings(config)
     if settings is None:
         return None
+    look_in_the_cache_of_a_silent_hub([settings.name])
     detector = load_detector(settings)
     try_out(detector, settings)
     fingerprint = detector.fingerprint()

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hqlabel.jobs.job_setup import resolve_settings as settings
+from hqlabel.jobs.job_setup.answering_stores import require_answers
 from hqlabel.jobs.load_config import (
     CONFIG_KEY,
     MOST_CHARS,
@@ -59,6 +60,7 @@ def open_saved(sources: ConfigSources, command: str, uses: Collection[str]) -> S
     """
     given = sources.load()
     store = Store(settings.output_place(given))
+    require_answers(given)
     checked = settings.check_access(given)
     has_inputs = given.input.images or given.input.boxes or given.input.image_root
     access = allowed_access(given.input, checked) if has_inputs else checked

@@ -29,7 +29,7 @@ from hqlabel.pipeline.errors import (
 from hqlabel.pipeline.storage import list_folders
 from hqlabel.pipeline.storage.backend import Backend, Entry, FetchedObject
 from hqlabel.pipeline.storage.cloud_buckets import backend_for
-from hqlabel.pipeline.storage.request_retries import StorageFault, with_retries
+from hqlabel.pipeline.storage.request_retries import StorageFault, describe, is_silence, with_retries
 from hqlabel.pipeline.storage.uri_rules import check_regular, split_scheme
 
 T = TypeVar("T")
@@ -147,6 +147,27 @@ def _call_for_input(uri: str, what: str, call: Callable[[float], T]) -> T:
         raise JobRefused(fault.message) from fault
     except ImageError as error:
         raise JobRefused(f"{what} {uri}: {error.message}") from error
+
+
+def ask_store(uri: str, options: Mapping[str, Any], *, within_s: float) -> str | None:
+    """Return None when the store of `uri` answers a look-up in whatever words, else how it failed to.
+
+    An error status is an answer; what it means is said where the store is used.
+    """
+    source = ObjectUri(uri=uri, options=options)
+    try:
+        with_retries(
+            lambda left: source.backend.stat(source.path, timeout_s=left),
+            deadline=time.monotonic() + within_s,
+            what="look up",
+        )
+    except StorageFault as fault:
+        error = fault.__cause__
+        if fault.verdict.kind == "retry" and error is not None and is_silence(error):
+            return describe(error)
+    except Exception:  # a wrong uri, a missing package: the first real use says which
+        return None
+    return None
 
 
 def head_object(uri: str, options: Mapping[str, Any]) -> Entry | None:

@@ -167,6 +167,11 @@ def _response_error(error: BaseException) -> tuple[str, int | None]:
     return str(response.get("Error", {}).get("Code", "")), status
 
 
+def is_silence(error: BaseException) -> bool:
+    """Return whether an error came without any answer of a store: no connection, or nothing through it."""
+    return all(_response_error(one) == ("", None) for one in _causes(error))
+
+
 def _by_store_code(error: BaseException) -> Verdict | None:
     return _BY_CODE.get(_response_error(error)[0])
 

@@ -241,3 +241,71 @@ def test_doctor_sees_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     code, out, _ = run("doctor", "--no-ray", "--output", str(tmp_path / "out"))
     assert code == 4
     assert "FAIL  output" in out
+
+
+def test_the_help_of_label_fits_a_screen_and_has_the_rest_below() -> None:
+    narrow = {"COLUMNS": "80", "NO_COLOR": "1", "TERMINAL_WIDTH": "80"}
+    brief = CliRunner().invoke(cli.app, ["label", "--help"], env=narrow).stdout
+    whole = CliRunner().invoke(cli.app, ["label", "--help-all"], env=narrow).stdout
+    assert len(brief.splitlines()) <= 50
+    assert max(map(len, brief.splitlines())) <= 80
+    assert brief.count("Example:") == 3
+    for name in ("--slice", "--ray-address", "--box-format", "--check-inputs"):
+        assert name in whole
+        assert name not in brief
+
+
+def test_common_settings_are_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr("hqlabel.jobs.commands.label.run", lambda config, *_: seen.append(config) or 0)
+    flags = ["--device", "cpu", "--dtype", "float32", "--batch", "4", "--min-score", "0.25", "--workers", "3"]
+    assert run("label", *flags)[0] == 0
+    [config] = seen
+    assert (config.cluster.gpus_per_actor, config.cluster.actors) == (0, 3)
+    assert (config.model.dtype, config.model.images_per_call) == ("float32", 4)
+    assert config.boxes.min_score == 0.25
+    assert run("label", "--device", "cuda")[0] == 0
+    assert seen[-1].cluster.gpus_per_actor == 1
+    code, _, err = run("label", "--device", "tpu")
+    assert code == 2
+    assert "--device tpu: wanted cpu or cuda" in err
+
+
+def test_the_printed_configuration_is_the_defaults_and_every_line_of_it_can_be_taken(tmp_path: Path) -> None:
+    code, out, _ = run("config")
+    path = tmp_path / "job.yaml"
+    path.write_text(out)
+    assert code == 0
+    assert ConfigSources(path=str(path)).load() == Config()
+    names = ConfigSources(path=str(path)).load().model_dump()
+    taken = re.sub(r"^( *)# (?=[a-z_0-9]+: \S*$)", r"\1", out, flags=re.MULTILINE)
+    assert taken.count("\n  images: null") == 1
+    path.write_text(taken)
+    assert ConfigSources(path=str(path)).load().model_dump() == names
+    settings = {name for section in names.values() if isinstance(section, dict) for name in section}
+    assert all(f"# {name}: " in out for name in settings)
+
+
+def test_the_output_is_a_word_of_every_command_that_reads_it(tmp_path: Path) -> None:
+    out, place = str(tmp_path / "out"), str(tmp_path / "new")
+    commands = [
+        ["status", out],
+        ["validate", out],
+        ["report", out],
+        ["clean", out],
+        ["publish", out],
+        ["retry", out],
+        ["evaluate", out, "--truth", "t.json"],
+        ["inspect", out, "a.jpg"],
+        ["export", "coco", out, place],
+        ["export", "coco", out, "--to", place],
+        ["export", "coco", place, "--output", out],
+    ]
+    for command in commands:
+        code, _, err = run(*command)
+        assert (code, err.startswith(f"hqlabel: {out}: there is no job here")) == (4, True), (command, err)
+    code, _, err = run("status", out, "--output", place)
+    assert code == 2
+    assert "name two outputs" in err
+    for command in (["export", "coco", out], ["export", "coco", out, place, "more"]):
+        assert "wanted FORMAT OUTPUT PLACE" in run(*command)[2]
