@@ -9,6 +9,8 @@ lists that such rows were gathered into; a row of nulls alone is none at all.
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +30,7 @@ from hqlabel.pipeline.arrow_lists import (
     to_lists,
 )
 from hqlabel.pipeline.errors import JobRefused
-from hqlabel.pipeline.inputs.columns import CORNERS, Kind, locate
+from hqlabel.pipeline.inputs.columns import CORNERS, UNUSABLE, Kind, RowFaults, locate, readable
 from hqlabel.pipeline.inputs.image_box_lists import (
     BOX_COLUMNS,
     NUMBERS,
@@ -136,15 +138,33 @@ def _partition_note(file: TableFile, folder: str) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------------------------
 
 
-def image_keys(batch: pa.Table, uri: str, first_row: int) -> dict[str, pa.Array]:
-    """Return the columns that name the image, as text; JobRefused for null. `first_row`: for the message."""
-    keys = {name: batch.column(name).combine_chunks() for name in KEYS if name in batch.column_names}
-    for name, column in keys.items():
-        wrong = null_mask(column) & ~_blank(batch) if batch.num_columns > len(keys) else null_mask(column)
-        if wrong.any():
-            row = first_row + int(np.flatnonzero(wrong)[0])
-            raise JobRefused(f"{uri}: {name} is null in row {row} (from 0); every row must name its image")
-    return {name: pc.cast(column, TEXT) for name, column in keys.items()}
+def named_rows(batch: pa.Table, faults: RowFaults) -> tuple[dict[str, pa.Array], pa.Table]:
+    """Return the columns that name the image, as text, and the rows themselves, without those that name none.
+
+    Rows of nulls alone are left out, and so are rows that name no image though they hold something else,
+    which are counted as faults. A row that lacks one of two names has the other, and is counted too.
+    """
+    keys = {name: as_names(batch.column(name)) for name in KEYS if name in batch.column_names}
+    lacks = {name: null_mask(column) for name, column in keys.items()}
+    if not any(lack.any() for lack in lacks.values()):
+        faults.lacking(dict.fromkeys(lacks, ()), rows_there=batch.num_rows, blank=0)
+        return keys, batch
+    others = [name for name in batch.column_names if name not in keys]
+    blank = _blank(batch) if others else np.zeros(batch.num_rows, dtype=np.bool_)
+    new = ~blank
+    if UNUSABLE in others:
+        new &= null_mask(single(batch.column(UNUSABLE)))
+    rows = {name: np.flatnonzero(lack & new).tolist() for name, lack in lacks.items()}
+    faults.lacking(rows, rows_there=batch.num_rows, blank=int(blank.sum()))
+    kept = pa.array(~blank & ~np.logical_and.reduce(list(lacks.values())))
+    return {name: column.filter(kept) for name, column in keys.items()}, batch.filter(kept)
+
+
+def as_names(names: pa.ChunkedArray) -> pa.Array:
+    """Return names as text; empty ones, which name nothing, as null."""
+    texts = pc.cast(single(names), TEXT)
+    blank = pc.equal(texts, "")
+    return pc.if_else(blank, pa.scalar(None, TEXT), texts) if pc.any(blank).as_py() else texts
 
 
 def _blank(rows: pa.Table) -> BoolArray:
@@ -155,22 +175,23 @@ def _blank(rows: pa.Table) -> BoolArray:
     return blank
 
 
-def _named_rows(batch: pa.Table, uri: str, first_row: int) -> tuple[dict[str, pa.Array], pa.Table]:
-    """Return the columns that name the image, and the rows themselves, both without the blank ones."""
-    keys = image_keys(batch, uri, first_row)
-    if not any(column.null_count for column in keys.values()):
-        return keys, batch
-    kept = pa.array(~_blank(batch))
-    return {name: column.filter(kept) for name, column in keys.items()}, batch.filter(kept)
+def completed_ids(image_id: pa.Array, image_uri: pa.Array) -> pa.Array:
+    """Return the ids, null ones replaced by the id that other rows give the uri, or else by the uri."""
+    if not image_id.null_count:
+        return image_id
+    both = pc.and_(image_id.is_valid(), image_uri.is_valid())
+    at = pc.index_in(image_uri, image_uri.filter(both), skip_nulls=True)
+    return pc.coalesce(image_id, image_id.filter(both).take(at), image_uri)
 
 
-def _blank_note(uri: str, count: int) -> tuple[str, ...]:
-    return (f"{uri}: {count} blank rows, which name no image, are left out",) if count else ()
+NO_URI = ""
+"""The uri of an image that has none: no rule lets it be opened, so its row fails."""
 
 
 def _read_image_rows(files: Sequence[TableFile], access: AccessRules, folder: str) -> BoxList:
-    batches = ((file.uri, batch) for file in files for batch in read_batches(file, access))
-    boxes = boxes_of_rows(batches, tuple(files[0].names), folder=folder, box_format="xyxy")
+    faults = RowFaults(files[0].uri)
+    batches = ((file.uri, batch) for file in files for batch in read_batches(file, access, faults))
+    boxes = boxes_of_rows(batches, tuple(files[0].names), faults, folder=folder, box_format="xyxy")
     return replace(
         boxes,
         boxes=_settled([boxes.boxes], files),
@@ -180,31 +201,41 @@ def _read_image_rows(files: Sequence[TableFile], access: AccessRules, folder: st
 
 
 def boxes_of_rows(
-    batches: Iterable[tuple[str, pa.Table]], names: Collection[str], *, folder: str, box_format: BoxFormat
+    batches: Iterable[tuple[str, pa.Table]],
+    names: Collection[str],
+    faults: RowFaults,
+    *,
+    folder: str,
+    box_format: BoxFormat,
 ) -> BoxList:
     """Return the boxes of rows that are one image each, from tables with columns of IMAGE_ROWS.
 
-    `batches`: rows with the uri of the file that they are of. `names`: the columns that they have.
+    `batches`: rows with the uri of the file that they are of, each as `faults.add` returned it. `names`: the
+    columns that they have.
+
+    Raises:
+        JobRefused: a column of which most values cannot be used.
     """
     parts: list[pa.Table] = []
     boxes: list[pa.Table] = []
-    rows: dict[str, int] = {}
-    blank = 0
     for uri, batch in batches:
         with naming_values(uri):
-            keys, named = _named_rows(batch, uri, rows.get(uri, 0))
+            keys, named = named_rows(batch, faults)
             part, flat = _flatten(named)
-            part, own = _without_empty(part, pa.table(box_columns(flat)))
+            part, own = _without_empty(part, pa.table(_entry_columns(flat, part, faults)))
             parts.append(pa.table(keys | part))
             boxes.append(own)
-        rows[uri] = rows.get(uri, 0) + batch.num_rows
-        blank += batch.num_rows - named.num_rows
+    faults.refuse_bad_columns()
     empty = {name: pa.array([], TEXT) for name in KEYS if name in names}
     empty |= {"length": pa.array([], pa.int64()), "is_null": pa.array([], pa.bool_())}
     images = pa.concat_tables([pa.table(empty | {"error": pa.array([], TEXT)}), *parts])
+    ids = single(images.column("image_id")) if "image_id" in names else None
+    uris = single(images.column("image_uri")) if "image_uri" in names else None
+    if ids is not None and uris is not None:
+        ids = completed_ids(ids, uris)
     return BoxList(
-        image_id=single(images.column("image_id")) if "image_id" in names else None,
-        image_uri=single(images.column("image_uri")) if "image_uri" in names else None,
+        image_id=ids,
+        image_uri=None if uris is None else pc.fill_null(uris, NO_URI),
         lengths=images.column("length").to_numpy(),
         is_null=images.column("is_null").to_numpy(),
         error=single(images.column("error")),
@@ -213,8 +244,23 @@ def boxes_of_rows(
         folder=folder,
         box_format=box_format,
         one_row_per_image=True,
-        notes=_blank_note(next(iter(rows), folder), blank),
+        notes=faults.notes("images fail (labels_mismatch, uri_refused), rows without an image are left out"),
     )
+
+
+def _entry_columns(
+    flat: Mapping[str, pa.Array], image: dict[str, pa.Array], faults: RowFaults
+) -> dict[str, pa.Array]:
+    """Return `box_columns` of the entries of lists; one that cannot be used fails its image."""
+    found: dict[int, str] = {}
+    columns = box_columns(flat, found)
+    faults.unlike(found, len(columns["given"]))
+    if found:
+        ends = np.cumsum(image["length"].to_numpy())
+        at = {int(np.searchsorted(ends, row, side="right")): text for row, text in found.items()}
+        texts = pa.array([at.get(row) for row in range(len(ends))], TEXT)
+        image["error"] = pc.coalesce(image["error"], texts)
+    return columns
 
 
 def _flatten(batch: pa.Table) -> tuple[dict[str, pa.Array], dict[str, pa.Array]]:
@@ -222,7 +268,7 @@ def _flatten(batch: pa.Table) -> tuple[dict[str, pa.Array], dict[str, pa.Array]]
     lists = {name: batch.column(name).combine_chunks() for name in batch.column_names if name not in KEYS}
     boxes = lists.pop("boxes")
     lengths, is_null = list_lengths(boxes), null_mask(boxes)
-    error = pa.nulls(len(boxes), TEXT)
+    error = lists.pop(UNUSABLE, pa.nulls(len(boxes), TEXT))
     flat = {"given": boxes.flatten()}
     for name, column in lists.items():
         flat[_ENTRY_NAMES[name]], differs = align(column, lengths)
@@ -290,25 +336,35 @@ def _mismatch(name: str, lists: pa.Array, lengths: Int64Array, differs: BoolArra
 def _read_box_rows(files: Sequence[TableFile], access: AccessRules, folder: str) -> BoxList:
     keys: dict[str, list[pa.Array]] = {"image_id": [], "image_uri": []}
     boxes: list[pa.Table] = []
-    blank = 0
+    faults = RowFaults(files[0].uri)
     for file in files:
-        row = 0
-        for batch in read_batches(file, access):
+        for batch in read_batches(file, access, faults):
             with naming_values(file.uri):
-                named_by, rows = _named_rows(batch, file.uri, row)
+                named_by, rows = named_rows(batch, faults)
                 for name, column in named_by.items():
                     keys[name].append(column.dictionary_encode())
-                boxes.append(pa.table(box_columns(_single_boxes(rows))))
-            row += batch.num_rows
-            blank += batch.num_rows - rows.num_rows
+                boxes.append(pa.table(_single_boxes(rows, faults)))
+    faults.refuse_bad_columns()
     encoded = pa.dictionary(pa.int32(), TEXT)
     named = {n: pa.chunked_array(parts, encoded) for n, parts in keys.items() if n in files[0].names}
     table = _settled(boxes, files)
-    groups = with_boxes_alone(group_rows(named.get("image_id"), named.get("image_uri")), table)
+    groups = with_boxes_alone(_grouped(**named), table)
     uris = [file.uri for file in files]
     grouped = grouped_boxes(groups, table, folder=folder, box_format="xyxy", files=uris)
-    notes = (*_blank_note(files[0].uri, blank), *_spaced_names(table, files))
+    cost = "boxes get no mask (box_malformed), images without a uri fail, rows without an image are left out"
+    notes = (*faults.notes(cost), *_spaced_names(table, files))
     return replace(grouped, columns=files[0].all_names, notes=notes)
+
+
+def _grouped(image_id: pa.ChunkedArray | None = None, image_uri: pa.ChunkedArray | None = None) -> Groups:
+    """Return rows grouped by their image; where a row lacks one of two names, by the other."""
+    if image_id is not None and image_uri is not None and image_id.null_count:
+        decoded = (single(pc.cast(names, TEXT)) for names in (image_id, image_uri))
+        image_id = pa.chunked_array([completed_ids(*decoded).dictionary_encode()])
+    groups = group_rows(image_id, image_uri)
+    return replace(
+        groups, image_uri=None if groups.image_uri is None else pc.fill_null(groups.image_uri, NO_URI)
+    )
 
 
 def with_boxes_alone(groups: Groups, boxes: pa.Table) -> Groups:
@@ -360,9 +416,35 @@ def _spaced_names(table: pa.Table, files: Sequence[TableFile]) -> tuple[str, ...
     return (f"{files[0].uri}: labels begin or end with white space, such as {examples(odd, 1)}; it is kept",)
 
 
-def _single_boxes(batch: pa.Table) -> dict[str, pa.Array]:
-    """Return the columns of a batch, one row a box, with the box as `given`."""
+def _single_boxes(batch: pa.Table, faults: RowFaults) -> dict[str, pa.Array]:
+    """Return the columns of a batch, one row a box, as BOX_COLUMNS."""
     columns = {name: batch.column(name).combine_chunks() for name in batch.column_names if name not in KEYS}
+    reasons = columns.pop(UNUSABLE, None)
+    return usable_boxes(_with_given(columns), reasons, faults)
+
+
+def usable_boxes(
+    flat: Mapping[str, pa.Array], reasons: pa.Array | None, faults: RowFaults
+) -> dict[str, pa.Array]:
+    """Return `box_columns`; a row of which something cannot be used has a box that is not four numbers.
+
+    `reasons`: the column UNUSABLE of the rows, if there is one. `faults` gets what is not in it.
+    """
+    found: dict[int, str] = {}
+    columns = box_columns(flat, found)
+    rows = len(next(iter(columns.values())))
+    faults.unlike(found, rows)
+    bad = np.zeros(rows, dtype=np.bool_) if reasons is None else ~null_mask(reasons)
+    bad[list(found)] = True
+    if bad.any():
+        given = columns.get("given", pa.nulls(rows, NUMBERS))
+        at = pa.array(np.where(bad, rows, np.arange(rows)))
+        columns["given"] = pa.concat_arrays([given, pa.array([[math.nan]], NUMBERS)]).take(at)
+    return columns
+
+
+def _with_given(columns: dict[str, pa.Array]) -> dict[str, pa.Array]:
+    """Return plain columns with the box as `given`."""
     if "bbox" in columns:
         return {"given": columns.pop("bbox")} | columns
     corners = [columns.pop(name) for name in CORNERS]
@@ -379,11 +461,14 @@ def _single_boxes(batch: pa.Table) -> dict[str, pa.Array]:
 # ---------------------------------------------------------------------------------------------
 
 
-def box_columns(flat: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
+def box_columns(flat: Mapping[str, pa.Array], found: dict[int, str] | None = None) -> dict[str, pa.Array]:
     """Return columns of BOX_COLUMNS from plain ones with one row a box, named as in BOX_ROWS.
 
+    `found` gets the boxes with a category that does not fit 32 bits, or a flag of neither 0 nor 1: these
+    become null.
+
     Raises:
-        pa.ArrowInvalid: a category that does not fit 32 bits or is there twice, a flag of neither 0 nor 1.
+        pa.ArrowInvalid: categories are there twice; without `found`, such a box.
     """
     columns: dict[str, pa.Array] = {}
     for name, column in flat.items():
@@ -391,13 +476,22 @@ def box_columns(flat: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
         target = "category_id" if name == "label" and is_number else _TARGETS[name]
         if target in columns:
             raise pa.ArrowInvalid("integer labels and category_id are both given; leave one of them out")
+        rows: dict[int, str] = {}
+        columns[target] = readable(column, functools.partial(_as_target, name=name, target=target), rows)
+        if rows and found is None:
+            raise pa.ArrowInvalid(next(iter(rows.values())))
+        if found is not None:
+            found.update(rows)
+    return columns
+
+
+def _as_target(column: pa.Array, name: str, target: str) -> pa.Array:
+    try:
         if name in _CONVERTED:
             column = _CONVERTED[name](column)
-        try:
-            columns[target] = pc.cast(column, BOX_COLUMNS[target])
-        except pa.ArrowInvalid as error:
-            raise pa.ArrowInvalid(f"{name}: {error}") from error
-    return columns
+        return pc.cast(column, BOX_COLUMNS[target])
+    except pa.ArrowInvalid as error:
+        raise pa.ArrowInvalid(f"{name}: {error}") from error
 
 
 def _bounded_labels(labels: pa.Array) -> pa.Array:

@@ -9,8 +9,9 @@ text, or null.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +20,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hqlabel.model.rle import tight_boxes_xywh
-from hqlabel.pipeline.arrow_lists import Int64Array, first_null, positions, single
+from hqlabel.pipeline.arrow_lists import Int64Array, first_null, null_mask, positions, single
 from hqlabel.pipeline.box_geometry import box_around
 from hqlabel.pipeline.errors import JobRefused, clean_text
-from hqlabel.pipeline.inputs.box_tables import box_columns, crowds
-from hqlabel.pipeline.inputs.columns import Kind, plain, plain_masks, sampled_leaf
+from hqlabel.pipeline.inputs.box_tables import NO_URI, as_names, crowds, usable_boxes
+from hqlabel.pipeline.inputs.columns import (
+    UNUSABLE,
+    Found,
+    Kind,
+    RowFaults,
+    plain,
+    plain_masks,
+    readable,
+    sampled_leaf,
+)
 from hqlabel.pipeline.inputs.image_box_lists import (
     NUMBERS,
     TEXT,
@@ -40,6 +50,7 @@ from hqlabel.pipeline.inputs.json_records import (
     first_byte,
     json_record,
     read_lines,
+    readable_lines,
     refuse_other_bytes,
     split_arrays,
 )
@@ -92,7 +103,8 @@ def read_results(uri: str, access: AccessRules, *, folder: str, from_masks: bool
 
     `from_masks`: those around its masks.
     """
-    return _grouped(uri, _read(uri, {""}, access, from_masks=from_masks)[""], folder)
+    records = _read(uri, {""}, access, from_masks=from_masks)[""]
+    return _grouped(records.table(), records.faults, uri, folder)
 
 
 def read_coco_images(uri: str, access: AccessRules, *, folder: str) -> ImageList:
@@ -106,64 +118,104 @@ def read_instances(uri: str, access: AccessRules, *, folder: str, from_masks: bo
     Annotations of an image that the file does not name come last, with a null uri. `from_masks`: the boxes
     around its masks.
     """
-    blocks = _read(uri, {"images", "annotations", "categories"}, access, from_masks=from_masks)
-    if "annotations" not in blocks:
+    found = _read(uri, {"images", "annotations", "categories"}, access, from_masks=from_masks)
+    if "annotations" not in found:
         raise JobRefused(f"{uri}: {_without(uri, 'annotations', access)}; {_SHAPE}")
-    images = _images(uri, blocks, access, folder)
-    annotations, notes = blocks["annotations"], tuple[str, ...]()
+    images = _images(uri, found, access, folder)
+    annotations, notes = found["annotations"].table(), tuple[str, ...]()
     if from_masks:
-        annotations, notes = _of_their_picture(uri, pa.concat_tables(annotations), images)
-    boxes = _grouped(uri, annotations, folder)
-    boxes = replace(boxes, notes=(*boxes.notes, *notes))
+        annotations, notes = _of_their_picture(uri, annotations, images)
+    boxes = _grouped(annotations, found["annotations"].faults, uri, folder)
     listed = with_all_images(boxes, images.image_id, images.image_uri)
     assert images.size_hw is not None, "zeros where the file states no size"
     size_hw = np.zeros((len(listed.lengths), 2), dtype=np.int64)
     size_hw[: len(images.size_hw)] = images.size_hw
-    return replace(listed, categories=images.categories, size_hw=size_hw)
+    notes = (*images.notes, *listed.notes, *notes)
+    return replace(listed, categories=images.categories, size_hw=size_hw, notes=notes)
+
+
+class _Records:
+    """The records of one array of the file: blocks of plain columns, and what of them cannot be used."""
+
+    def __init__(self, uri: str, first: Lines, *, from_masks: bool) -> None:
+        name = first.name
+        self.faults = RowFaults(f"{uri}: {name}" if name else uri)
+        self._kinds = _kinds(first)
+        self._schema = pa.schema([(name, kind.arrow_type()) for name, kind in self._kinds.items()])
+        self._read = _block_of_masks if from_masks and "bbox" in self._kinds else _block
+        self._blocks: list[pa.Table] = []
+        self._rows = 0
+
+    def add(self, lines: Lines) -> None:
+        """Read some records more.
+
+        Raises:
+            TextDamage: there are other than `lines.count`. JobRefused: most values of a key are unusable.
+        """
+        before = self._rows
+        for table, found in self._read(lines, self._schema):
+            plainer = _compact(_whole(table, self._kinds, found), found)
+            self._blocks.append(self.faults.add(plainer, found, first_row=self._rows))
+            self._rows += table.num_rows
+        if self._rows - before != lines.count:
+            raise TextDamage(f"{lines.count} records were counted, {self._rows - before} can be read")
+
+    def table(self) -> pa.Table:
+        """Return all records; the column UNUSABLE is there where a record cannot be used."""
+        self.faults.refuse_bad_columns()
+        return pa.concat_tables(self._blocks, promote_options="default")
 
 
 def _read(
     uri: str, names: Collection[str], access: AccessRules, *, from_masks: bool = False
-) -> dict[str, list[pa.Table]]:
-    """Return the wanted arrays of the file as blocks of plain columns; an array that is absent is no key."""
-    found: dict[str, dict[str, Kind]] = {}
-    blocks: dict[str, list[pa.Table]] = {}
+) -> dict[str, _Records]:
+    """Return the wanted arrays of the file; one that is absent is no key."""
+    found: dict[str, _Records] = {}
     with open_named(uri, "JSON", access) as stream:
         for lines in split_arrays(stream, names):
             if lines.name not in found:
-                found[lines.name] = _kinds(lines)
-            kinds = found[lines.name]
-            schema = pa.schema([(name, kind.arrow_type()) for name, kind in kinds.items()])
-            if from_masks and "bbox" in kinds:
-                table = _whole(_block_of_masks(lines, schema), kinds)
-            else:
-                table = _whole(_block(lines, schema), kinds)
-            blocks.setdefault(lines.name, []).append(_compact(table))
-    return blocks
+                found[lines.name] = _Records(uri, lines, from_masks=from_masks)
+            found[lines.name].add(lines)
+    return found
 
 
-def _block(lines: Lines, schema: pa.Schema) -> pa.Table:
-    """Return the records of a block; flags in several spellings, which stop Arrow, are read one by one."""
-    try:
-        return read_lines(lines.text, lines.count, schema)
-    except TextDamage:
-        at = schema.get_field_index("iscrowd")
-        if at < 0:
-            raise
-        table = read_lines(lines.text, lines.count, schema.remove(at))  # another key's fault is reported here
-        flags = [json_record(line).get("iscrowd") for line in lines.text.split(b"\n")]
-        texts = [None if flag is None else str(flag) for flag in flags]
-        return table.add_column(at, "iscrowd", pa.array(texts, TEXT))
+def _block(lines: Lines, schema: pa.Schema) -> Iterator[tuple[pa.Table, Found]]:
+    """Yield the records of a block; flags in several spellings, which stop Arrow, are read one by one."""
+    at = schema.get_field_index("iscrowd")
+    if at >= 0:
+        try:
+            read_lines(lines.text, lines.count, pa.schema([schema.field(at)]))
+        except (pa.ArrowInvalid, TextDamage):
+            yield from _with_flags(lines, schema.remove(at), at)
+            return
+    if not lines.count:
+        yield schema.empty_table(), {}
+    elif lines.text.strip():
+        yield from readable_lines(lines.text, schema)
 
 
-def _block_of_masks(lines: Lines, schema: pa.Schema) -> pa.Table:
-    """Return the records of a block with the box around each mask as `bbox`, and the mask's own size."""
+def _with_flags(lines: Lines, schema: pa.Schema, at: int) -> Iterator[tuple[pa.Table, Found]]:
+    records = (json_record(line) for line in lines.text.split(b"\n") if line.strip())
+    flags = (record.get("iscrowd") for record in records)
+    texts = [None if flag is None else str(flag) for flag in flags]
+    first = 0
+    for table, found in readable_lines(lines.text, schema):
+        some = pa.array(texts[first : first + table.num_rows], TEXT)
+        yield table.add_column(at, "iscrowd", some), found
+        first += table.num_rows
+
+
+def _block_of_masks(lines: Lines, schema: pa.Schema) -> Iterator[tuple[pa.Table, Found]]:
+    """Yield the records of a block with the box around each mask as `bbox`, and the mask's own size."""
     at = schema.get_field_index("bbox")
-    table = _block(lines, schema.remove(at))
-    masks = [json_record(line).get("segmentation") for line in lines.text.split(b"\n")]
-    boxes, sizes_hw = boxes_around_masks(masks)
-    table = table.add_column(at, "bbox", pa.array(boxes, NUMBERS))
-    return table.append_column("mask_hw", pa.array(sizes_hw, pa.list_(pa.int64())))
+    records = [json_record(line) for line in lines.text.split(b"\n") if line.strip()]
+    boxes, sizes_hw = boxes_around_masks([record.get("segmentation") for record in records])
+    first = 0
+    for table, found in _block(lines, schema.remove(at)):
+        own = slice(first, first + table.num_rows)
+        with_boxes = table.add_column(at, "bbox", pa.array(boxes[own], NUMBERS))
+        yield with_boxes.append_column("mask_hw", pa.array(sizes_hw[own], pa.list_(pa.int64()))), found
+        first += table.num_rows
 
 
 def boxes_around_masks(
@@ -243,34 +295,32 @@ def _without(uri: str, name: str, access: AccessRules) -> str:
     )
 
 
-def _whole(table: pa.Table, kinds: Mapping[str, Kind]) -> pa.Table:
+def _whole(table: pa.Table, kinds: Mapping[str, Kind], found: Found) -> pa.Table:
     """Return the same, with whole numbers that are written as floats (`1.0`) as integers.
 
-    Raises:
-        TextDamage: one that is so large that a float has lost digits of it.
+    One that is so large that a float has lost digits of it is null, and in `found`.
     """
     for at, (name, kind) in enumerate(kinds.items()):
         if kind.leaf == "whole":
-            try:
-                values = plain(single(table.column(at)), kind)
-            except pa.ArrowInvalid as error:
-                raise TextDamage(f"{name!r} {error}") from error
+            rows = found.setdefault(name, {})
+            values = readable(single(table.column(at)), functools.partial(plain, kind=kind), rows)
             table = table.set_column(at, name, values)
     return table
 
 
-def _compact(table: pa.Table) -> pa.Table:
+def _compact(table: pa.Table, found: Found) -> pa.Table:
     """Return it with crowds marked and image ids dictionary-encoded: five million boxes name few images."""
     if "image_id" not in table.column_names:
         return table
     at = table.column_names.index("iscrowd")
-    table = table.set_column(at, "iscrowd", crowds(single(table.column("iscrowd"))))
+    flags = readable(single(table.column("iscrowd")), crowds, found.setdefault("iscrowd", {}))
+    table = table.set_column(at, "iscrowd", flags)
     at = table.column_names.index("image_id")
     ids = pc.cast(single(table.column("image_id")), TEXT).dictionary_encode()
     return table.set_column(at, "image_id", ids)
 
 
-def _of_their_picture(uri: str, table: pa.Table, images: ImageList) -> tuple[list[pa.Table], tuple[str, ...]]:
+def _of_their_picture(uri: str, table: pa.Table, images: ImageList) -> tuple[pa.Table, tuple[str, ...]]:
     """Return the annotations, with null boxes around masks of another size than their picture, and why."""
     assert images.size_hw is not None, "zeros where the file states no size"
     assert images.image_id is not None, "an instances file has ids"
@@ -280,23 +330,22 @@ def _of_their_picture(uri: str, table: pa.Table, images: ImageList) -> tuple[lis
     own_hw = np.array(sizes, np.int64).reshape(-1, 2)
     odd = (own_hw > 0).all(axis=1) & (stated_hw > 0).all(axis=1) & (own_hw != stated_hw).any(axis=1)
     if not odd.any():
-        return [table], ()
+        return table, ()
     bbox = single(table.column("bbox"))
     table = table.set_column(
         table.column_names.index("bbox"), "bbox", pc.if_else(pa.array(odd), pa.scalar(None, NUMBERS), bbox)
     )
     first = int(np.flatnonzero(odd)[0])
-    return [table], (
+    return table, (
         f"{uri}: {odd.sum()} masks are of another size than their picture, such as "
         f"{own_hw[first].tolist()} in one of {stated_hw[first].tolist()} (height, width): "
         "their boxes get no mask (box_malformed)",
     )
 
 
-def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
-    table = pa.concat_tables(blocks)
+def _grouped(table: pa.Table, faults: RowFaults, uri: str, folder: str) -> BoxList:
     ids = table.column("image_id")
-    if ids.null_count:
+    if 2 * ids.null_count > len(ids):
         raise JobRefused(
             f"{uri}: record {first_null(ids)} (from 0) has no image_id; {_SHAPE}; the rows of a table are "
             "read one object a line, from a file named .jsonl: jq -c '.[]' IN > OUT.jsonl"
@@ -308,36 +357,68 @@ def _grouped(uri: str, blocks: list[pa.Table], folder: str) -> BoxList:
             f"{uri}: none of its {table.num_rows} records has a bbox; {_SHAPE}; for the boxes around masks: "
             "--set input.boxes_from=masks"
         )
+    table = _named(table, "image_id", faults)
     ours = {"bbox": "given", "category_id": "category_id", "score": "score", "id": "box_id"}
     flat = {ours.get(name, name): single(table.column(name)) for name in (*ours, "iscrowd")}
     # A column of nulls alone was never given.
     flat = {
         name: column for name, column in flat.items() if not len(column) or column.null_count < len(column)
     }
+    reasons = single(table.column(UNUSABLE)) if UNUSABLE in table.column_names else None
     with naming_values(uri):
-        boxes = pa.table(box_columns(flat))
-    found = grouped_boxes(group_rows(ids, None), boxes, folder=folder, box_format="xywh", files=[uri])
+        boxes = pa.table(usable_boxes(flat, reasons, faults))
+    faults.refuse_bad_columns()
+    groups = group_rows(table.column("image_id"), None)
+    found = grouped_boxes(groups, boxes, folder=folder, box_format="xywh", files=[uri])
+    notes = faults.notes("boxes get no mask (box_malformed), those without an image are left out")
     lost = table.column("bbox").null_count if "mask_hw" in table.column_names else 0
     said = f"{uri}: {lost:,} of {table.num_rows:,} records have no mask around which a box could be"
-    return replace(found, notes=(said,)) if lost else found
+    return replace(found, notes=(*notes, said) if lost else notes)
 
 
-def _images(uri: str, blocks: Mapping[str, list[pa.Table]], access: AccessRules, folder: str) -> ImageList:
-    if "images" not in blocks:
+def _named(table: pa.Table, name: str, faults: RowFaults) -> pa.Table:
+    """Return the records that have this id; the others are counted."""
+    column = table.column(name)
+    if column.null_count:
+        lacking = null_mask(single(column))
+        if UNUSABLE in table.column_names:
+            lacking &= null_mask(single(table.column(UNUSABLE)))
+        faults.lacking({name: np.flatnonzero(lacking).tolist()}, rows_there=table.num_rows, blank=0)
+    return table.filter(column.is_valid()) if column.null_count else table
+
+
+def _images(uri: str, found: Mapping[str, _Records], access: AccessRules, folder: str) -> ImageList:
+    if "images" not in found:
         raise JobRefused(f"{uri}: {_without(uri, 'images', access)}; {_SHAPE}")
-    table = pa.concat_tables(blocks["images"])
+    records = found["images"]
+    table = records.table()
     for name in ("id", "file_name"):
-        if table.column(name).null_count:
+        if 2 * table.column(name).null_count > table.num_rows:
             raise JobRefused(f"{uri}: image {first_null(table.column(name))} (from 0) has no {name}")
+    files = as_names(table.column("file_name"))
+    nameless = null_mask(files)
+    if UNUSABLE in table.column_names:
+        nameless &= null_mask(single(table.column(UNUSABLE)))
+    records.faults.lacking(
+        {"file_name": np.flatnonzero(nameless).tolist()}, rows_there=table.num_rows, blank=0
+    )
+    table = table.set_column(table.column_names.index("file_name"), "file_name", files)
+    table = _named(table, "id", records.faults)
     ids = pc.cast(single(table.column("id")), TEXT)
     refuse_repeated(ids, uri)
+    names: dict[int, str] = {}
+    notes: tuple[str, ...] = ()
+    if "categories" in found:
+        names = _categories(uri, found["categories"].table())
+        notes = found["categories"].faults.notes("such a category has no name")
     return ImageList(
-        image_uri=single(table.column("file_name")),
+        image_uri=pc.fill_null(single(table.column("file_name")), NO_URI),
         image_id=ids,
         root=folder,
         size_hw=_sizes(table),
-        categories=_categories(uri, blocks.get("categories")),
+        categories=names,
         files=(uri,),
+        notes=(*records.faults.notes("images without a file fail, those without an id are left out"), *notes),
     )
 
 
@@ -353,10 +434,10 @@ def _sizes(table: pa.Table) -> Int64Array:
     return size_hw
 
 
-def _categories(uri: str, blocks: list[pa.Table] | None) -> dict[int, str]:
+def _categories(uri: str, table: pa.Table) -> dict[int, str]:
     """Return category id -> name, for those that have a name."""
     names: dict[int, str] = {}
-    for row in pa.concat_tables(blocks).to_pylist() if blocks else []:
+    for row in table.to_pylist():
         if row["id"] is None or row["name"] is None:
             continue
         if names.setdefault(row["id"], row["name"]) != row["name"]:

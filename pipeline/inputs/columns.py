@@ -13,7 +13,7 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ import yaml
 
 from hqlabel.model.rle import compress_lengths
 from hqlabel.pipeline.arrow_lists import list_lengths, null_mask, to_lists
-from hqlabel.pipeline.errors import JobRefused, clean_text
+from hqlabel.pipeline.errors import JobRefused, clean_text, count
 from hqlabel.pipeline.settings import BoxFormat
 
 Leaf = Literal["text", "key", "number", "integer", "whole", "big", "flag", "rle", "null"]
@@ -488,3 +488,156 @@ def _text(counts: Any) -> str:
         except ValueError:
             return ""
     return counts if isinstance(counts, str) and counts.isascii() else ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Single values that cannot be used
+# ---------------------------------------------------------------------------------------------
+
+Found = dict[str, dict[int, str]]
+"""Column (`RECORD` for a whole row) -> row of the batch -> why its value cannot be used."""
+
+RECORD = ""
+UNUSABLE = "\0unusable"
+"""The column of reasons that `RowFaults.add` puts next to those of a batch."""
+
+
+def readable(values: pa.Array, convert: Callable[[pa.Array], pa.Array], found: dict[int, str]) -> pa.Array:
+    """Return what `convert` makes of the values, null where it raises ValueError; `found` gets these rows.
+
+    One call where all is well; else the values are halved until the bad ones are alone, 2 log n calls each.
+    """
+    return _halved(values, convert, found, 0)
+
+
+def _halved(
+    values: pa.Array, convert: Callable[[pa.Array], pa.Array], found: dict[int, str], first: int
+) -> pa.Array:
+    try:
+        return convert(values)
+    except ValueError as error:  # Arrow's are some
+        if len(values) < 2:
+            found.setdefault(first, str(error))
+            return convert(pa.nulls(len(values), values.type))
+    half = len(values) // 2
+    parts = (
+        _halved(values.slice(0, half), convert, found, first),
+        _halved(values.slice(half), convert, found, first + half),
+    )
+    return pa.concat_arrays(parts)
+
+
+_SURE = 1000
+"""Rows after which a column is judged; those of a table of fewer are judged at its end."""
+_TOLD = 3
+
+
+class RowFaults:
+    """The rows of a table that hold what cannot be used: counted, and the first few told.
+
+    A row costs only itself. A column that most rows of are bad in is a mistake of the whole table.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._rows = self._count = self._blank = 0
+        self._told: list[str] = []
+        self._bad: Counter[str] = Counter()
+        self._good: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+        self._first_row = 0
+        self._skipped: Collection[int] = ()
+
+    def add(
+        self, batch: pa.Table, found: Found, *, first_row: int, skipped: Collection[int] = ()
+    ) -> pa.Table:
+        """Return the batch, with the column UNUSABLE where some of its rows hold what cannot be used.
+
+        `first_row`: rows of the file that were read before the batch; `skipped`: the numbers of those that
+        were not, which count too.
+
+        Raises:
+            JobRefused: a column is bad in most rows.
+        """
+        self._first_row, self._skipped = first_row, skipped
+        self._rows += batch.num_rows
+        reasons: dict[int, str] = {}
+        for name, unnamed in found.items():
+            rows = {row: text if name in text else f"{name!r}: {text}" for row, text in unnamed.items()}
+            for row in sorted(rows):
+                reasons.setdefault(row, rows[row])
+            self._judge(name, rows, batch.num_rows - len(rows))
+        self._tell(reasons)
+        if not reasons:
+            return batch
+        texts = [reasons.get(row) for row in range(batch.num_rows)]
+        return batch.append_column(UNUSABLE, pa.array(texts, _TEXT))
+
+    def lacking(self, names: Mapping[str, Iterable[int]], *, rows_there: int, blank: int) -> None:
+        """Count rows of the last batch that lack a name, unless they are counted already.
+
+        `names`: column -> rows. `rows_there`: of the batch; `blank`: of these, rows of nulls alone.
+        """
+        reasons: dict[int, str] = {}
+        for name, rows in names.items():
+            own = dict.fromkeys(rows, f"{name} is null")
+            for row in own:
+                reasons[row] = f"{reasons[row]}, and so is {name}" if row in reasons else own[row]
+            self._judge(f"no {name}", own, rows_there - blank - len(own))
+        self._blank += blank
+        self._tell(reasons)
+
+    def unlike(self, boxes: Mapping[int, str], number: int) -> None:
+        """Count boxes of which a value does not fit its column in the tables: box -> reason, of `number`."""
+        texts = {at: f"{text} (box {at} of those read with it)" for at, text in boxes.items()}
+        for name in {text.partition(":")[0] for text in boxes.values()}:
+            own = {at: text for at, text in texts.items() if text.startswith(f"{name}:")}
+            self._judge(f"box {name}", own, number - len(own))
+        self._tell(texts)
+
+    def skip(self, skipped: Mapping[int, str]) -> None:
+        """Count rows that are no rows of the table: number -> reason."""
+        self._first_row, self._skipped = 0, ()
+        self._rows += len(skipped)
+        self._judge(RECORD, skipped, 0)
+        self._tell(skipped)
+
+    def refuse_bad_columns(self) -> None:
+        """Raise JobRefused where a column is bad in most rows."""
+        for name, bad in self._bad.items():
+            if bad > self._good[name]:
+                every = bad + self._good[name]
+                share = f", and so it is in {bad:,} of {every:,}" if every > 1 else ""
+                raise JobRefused(f"{self._uri}: {clean_text(self._first[name])} (rows from 0){share}")
+
+    def notes(self, cost: str) -> tuple[str, ...]:
+        """Return a sentence on the rows, none where all are well; `cost`: what becomes of them."""
+        notes = []
+        if self._blank:
+            rows = f"{count(self._blank, 'blank row')}, which name{'s' * (self._blank == 1)} no image"
+            notes.append(f"{self._uri}: {rows}: left out")
+        if self._count:
+            more = self._count - len(self._told)
+            some = "; ".join([*self._told, *([f"and {more:,} more"] if more > 0 else [])])
+            rows = f"{self._count:,} of {count(self._rows, 'row')}"
+            notes.append(f"{self._uri}: {rows} cannot be used as given: {cost}. Counted from 0, {some}")
+        return tuple(notes)
+
+    def _judge(self, name: str, bad: Mapping[int, str], good: int) -> None:
+        self._bad[name] += len(bad)
+        self._good[name] += good
+        if bad and name not in self._first:
+            self._first[name] = self._place(min(bad), bad[min(bad)])
+        if self._rows >= _SURE:
+            self.refuse_bad_columns()
+
+    def _tell(self, reasons: Mapping[int, str]) -> None:
+        self._count += len(reasons)
+        for row in sorted(reasons)[: max(0, _TOLD - len(self._told))]:
+            self._told.append(clean_text(self._place(row, reasons[row])))
+
+    def _place(self, row: int, text: str) -> str:
+        number = self._first_row + row
+        for other in sorted(self._skipped):
+            number += other <= number
+        return f"row {number}: {text}"

@@ -13,18 +13,27 @@ from __future__ import annotations
 import ast
 import contextlib
 import csv
+import functools
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
-from hqlabel.pipeline.inputs.columns import ARROW_WORDS, Kind, plain_corners, plain_masks
+from hqlabel.pipeline.errors import count
+from hqlabel.pipeline.inputs.columns import (
+    ARROW_WORDS,
+    Found,
+    Kind,
+    plain_corners,
+    plain_masks,
+    readable,
+)
 from hqlabel.pipeline.inputs.json_records import (
     BLOCK_BYTES,
     BOM,
@@ -95,13 +104,27 @@ def csv_header(stream: BinaryIO) -> tuple[list[str], dict[str, list[Any]]]:
 
 
 def _open(
-    stream: BinaryIO, dialect: _Dialect, convert: pa_csv.ConvertOptions | None = None, *, block: int
+    stream: BinaryIO,
+    dialect: _Dialect,
+    convert: pa_csv.ConvertOptions | None = None,
+    *,
+    block: int,
+    skipped: dict[int, str] | None = None,
 ) -> pa_csv.CSVStreamingReader:
-    # With threads Arrow does not know the number of a row, and its errors would not name it.
+    rows = {} if skipped is None else skipped
+
+    def skip(row: pa_csv.InvalidRow) -> Literal["skip"]:
+        fields = f"has {count(row.actual_columns, 'field')}; wanted {row.expected_columns}"
+        rows[row.number - 2 - dialect.skip] = f"{fields}: {row.text[:60]!r}"  # the header is row 1
+        return "skip"
+
+    # With threads Arrow does not know the number of a row.
     return pa_csv.open_csv(
         stream,
         read_options=pa_csv.ReadOptions(block_size=block, use_threads=False, skip_rows=dialect.skip),
-        parse_options=pa_csv.ParseOptions(delimiter=dialect.separator, newlines_in_values=True),
+        parse_options=pa_csv.ParseOptions(
+            delimiter=dialect.separator, newlines_in_values=True, invalid_row_handler=skip
+        ),
         convert_options=convert,
     )
 
@@ -119,12 +142,17 @@ def _list_samples(column: pa.Array) -> list[Any]:
 def csv_batches(
     opened: Callable[[], contextlib.AbstractContextManager[BinaryIO]],
     columns: Mapping[str, Kind],
-    header: Sequence[str],
-) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of the named columns, typed by their kinds; `header`: all columns there, for messages.
+    skipped: dict[int, str],
+) -> Iterator[tuple[pa.RecordBatch, Found]]:
+    """Yield the rows of the named columns, typed by their kinds, and which values are null as unusable.
+
+    `skipped` gets the rows that have another number of fields than the header: number -> reason.
 
     `opened`: opens the file from its start. Each pass takes a stream of its own, because Arrow's threads read
     ahead, and go on doing so after a pass has ended.
+
+    Raises:
+        TextDamage: the last row is cut.
     """
     numbers = [name for name, kind in columns.items() if _is_number(kind)]
     with opened() as stream:
@@ -136,10 +164,37 @@ def csv_batches(
     quoted_nulls = "" in sampled  # unquoted ones are null by then
     first = 0
     with opened() as stream:
-        for batch in _text_batches(stream, dialect, list(columns), nulls, header):
+        options = _as_text(list(columns), nulls)
+        for raw in _open(stream, dialect, options, block=BLOCK_BYTES, skipped=skipped):
+            found: Found = {name: {} for name in columns}
+            batch = pa.record_batch(
+                [readable(raw.column(name), _utf8, found[name]) for name in columns], names=list(columns)
+            )
             quoted_nulls |= any(pc.any(pc.equal(batch.column(name), "")).as_py() for name in numbers)
-            yield _converted(batch, columns, nulls if quoted_nulls else [], first=first)
+            yield _converted(batch, columns, nulls if quoted_nulls else [], found), found
             first += batch.num_rows
+    last = first + len(skipped) - 1
+    if last in skipped and _is_cut(opened):
+        raise TextDamage(f"it ends early: its last row {skipped[last]}")
+
+
+def _is_cut(opened: Callable[[], contextlib.AbstractContextManager[BinaryIO]]) -> bool:
+    """Return whether the last line has no end."""
+    end = b""
+    with opened() as stream:
+        while block := stream.read(SAMPLE_BYTES):
+            end = block[-1:]
+    return end not in (b"\n", b"\r")
+
+
+def _utf8(values: pa.Array) -> pa.Array:
+    try:
+        return pc.cast(values, pa.string())
+    except pa.ArrowInvalid as error:
+        raise TextDamage(
+            "a value is not UTF-8 text; wanted UTF-8: "
+            "iconv -f WINDOWS-1252 -t UTF-8 IN > OUT, if that is how it was saved"
+        ) from error
 
 
 def _texts_of_numbers(stream: BinaryIO, dialect: _Dialect, numbers: Sequence[str]) -> set[str | None]:
@@ -150,12 +205,13 @@ def _texts_of_numbers(stream: BinaryIO, dialect: _Dialect, numbers: Sequence[str
         first = _open(stream, dialect, _as_text(numbers, [""]), block=SAMPLE_BYTES).read_next_batch()
     except (StopIteration, pa.ArrowInvalid):
         return set()  # the reader reports where and why
-    return {word for column in first.columns for word in pc.unique(column).to_pylist()}
+    words = (word for column in first.columns for word in pc.unique(column).to_pylist())
+    return {None if word is None else word.decode(errors="replace") for word in words}
 
 
 def _as_text(names: Sequence[str], nulls: Sequence[str]) -> pa_csv.ConvertOptions:
     return pa_csv.ConvertOptions(
-        column_types=dict.fromkeys(names, pa.string()),
+        column_types=dict.fromkeys(names, pa.binary()),  # one that is not UTF-8 costs its own row
         include_columns=list(names),
         null_values=list(nulls),
         strings_can_be_null=True,
@@ -163,32 +219,16 @@ def _as_text(names: Sequence[str], nulls: Sequence[str]) -> pa_csv.ConvertOption
     )
 
 
-def _text_batches(
-    stream: BinaryIO, dialect: _Dialect, names: Sequence[str], nulls: Sequence[str], header: Sequence[str]
-) -> Iterator[pa.RecordBatch]:
-    """Yield Arrow's batches of text; what it reports of a column by its number gets the column's name."""
-    try:
-        yield from _open(stream, dialect, _as_text(names, nulls), block=BLOCK_BYTES)
-    except pa.ArrowInvalid as error:
-        match = re.search(r"In CSV column #(\d+):", str(error))
-        if match is None or "invalid UTF8" not in str(error):
-            raise
-        raise TextDamage(
-            f"{header[int(match[1])]!r} is not UTF-8 text; wanted UTF-8: "
-            "iconv -f WINDOWS-1252 -t UTF-8 IN > OUT, if that is how it was saved"
-        ) from error
-
-
 def _is_number(kind: Kind) -> bool:
     return not kind.depth and kind.leaf in ("number", "integer")
 
 
 def _converted(
-    batch: pa.RecordBatch, columns: Mapping[str, Kind], quoted_nulls: Sequence[str], *, first: int
+    batch: pa.RecordBatch, columns: Mapping[str, Kind], quoted_nulls: Sequence[str], found: Found
 ) -> pa.RecordBatch:
-    """Return a batch of text with every column as its kind wants it.
+    """Return a batch of text with every column as its kind wants it; `found` gets what cannot be so.
 
-    `quoted_nulls`: texts that are null though they are quoted. `first`: rows of the file before the batch.
+    `quoted_nulls`: texts that are null though they are quoted.
     """
     arrays = []
     for name, kind in columns.items():
@@ -197,14 +237,14 @@ def _converted(
             is_null = pc.is_in(column, pa.array(quoted_nulls, pa.string()))
             column = pc.if_else(is_null, pa.scalar(None, pa.string()), column)
         if kind.depth or kind.leaf == "rle":
-            column = _lists(column, name, kind)
+            column = readable(column, functools.partial(_lists, name=name, kind=kind), found[name])
         elif _is_number(kind):
-            column = _numbers(column, name, kind, first)
+            column = readable(column, functools.partial(_numbers, name=name, kind=kind), found[name])
         arrays.append(column)
     return pa.record_batch(arrays, names=list(columns))
 
 
-def _numbers(texts: pa.Array, name: str, kind: Kind, first: int) -> pa.Array:
+def _numbers(texts: pa.Array, name: str, kind: Kind) -> pa.Array:
     """Return a column of text as numbers; an empty text is null, and `3.0` is an integer."""
     with contextlib.suppress(pa.ArrowInvalid):
         return pc.cast(texts, kind.arrow_type())
@@ -215,26 +255,18 @@ def _numbers(texts: pa.Array, name: str, kind: Kind, first: int) -> pa.Array:
     try:
         return pc.cast(trimmed, kind.arrow_type())
     except pa.ArrowInvalid as error:
-        at = next(i for i in range(len(trimmed)) if not _is_castable(trimmed[i], kind))
-        row = first + at + 2  # Arrow counts the header as row 1
-        raise TextDamage(_other_field(name, repr(texts[at].as_py()), row, kind)) from error
+        if len(texts) > 1:
+            raise
+        raise TextDamage(_other_field(name, repr(texts[0].as_py()), kind)) from error
 
 
-def _is_castable(value: pa.Scalar, kind: Kind) -> bool:
-    try:
-        value.cast(kind.arrow_type())
-    except pa.ArrowInvalid:
-        return False
-    return True
-
-
-def _other_field(name: str, text: str, row: int, kind: Kind) -> str:
+def _other_field(name: str, text: str, kind: Kind) -> str:
     inner, hint = text.strip("'").strip(), ""
     if re.fullmatch(r"[+-]?[0-9][0-9.,' ]*", inner) and "," in inner:
         hint = "; decimal commas and signs between thousands are not read: write 1234.5"
     elif inner.lower() in ("na", "n/a", "nan", "null", "none", "-", "?", "\\n", ""):
         hint = "; an empty field means that there is none"
-    return f"{name!r} holds {text[:40]} in row {row}; wanted {ARROW_WORDS[str(kind.arrow_type())]}{hint}"
+    return f"{name!r} holds {text[:40]}; wanted {ARROW_WORDS[str(kind.arrow_type())]}{hint}"
 
 
 # ---------------------------------------------------------------------------------------------

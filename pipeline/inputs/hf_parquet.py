@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from hqlabel.pipeline.arrow_lists import list_lengths, null_mask, to_lists
 from hqlabel.pipeline.errors import JobRefused, clean_text
 from hqlabel.pipeline.inputs.box_tables import boxes_of_rows
-from hqlabel.pipeline.inputs.columns import Kind, check_type, is_bytes, is_text, plain
+from hqlabel.pipeline.inputs.columns import Kind, RowFaults, check_type, is_bytes, is_text, plain
 from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList
 from hqlabel.pipeline.inputs.read_table import naming_values, open_named
 from hqlabel.pipeline.job_context import AccessRules
@@ -112,6 +112,7 @@ def read_hf_boxes(
     found = boxes_of_rows(
         (pair for file in files for pair in _rows(file, root, access)),
         ("image_uri", "image_id", *ours),
+        RowFaults(files[0].uri),
         folder=root,
         box_format="xywh",
     )

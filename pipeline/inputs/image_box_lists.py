@@ -126,7 +126,8 @@ class Groups:
 def group_rows(image_id: pa.ChunkedArray | None, image_uri: pa.ChunkedArray | None) -> Groups:
     """Return rows that name their image, grouped by id where there is one, else by uri; their order is kept.
 
-    Both arguments are dictionary-encoded chunks, one entry a row.
+    Both arguments are dictionary-encoded chunks, one entry a row. A uri may be null next to an id; that of a
+    group is null where all are.
 
     Raises:
         JobRefused: rows of one id that name different uris.
@@ -142,14 +143,18 @@ def group_rows(image_id: pa.ChunkedArray | None, image_uri: pa.ChunkedArray | No
     uri_names, uri_codes = _codes(image_uri)
     ordered = uri_codes if rows is None else uri_codes[rows]
     first = ordered[starts_of(lengths)] if len(ordered) else ordered
-    torn = np.flatnonzero(ordered != np.repeat(first, lengths))
+    if (first < 0).any():
+        first = np.where(first < 0, np.maximum.reduceat(ordered, starts_of(lengths)), first)
+    torn = np.flatnonzero((ordered >= 0) & (ordered != np.repeat(first, lengths)))
     if len(torn):
         at = int(np.searchsorted(np.cumsum(lengths), torn[0], side="right"))
         raise JobRefused(
             f"image_id {names[at].as_py()!r} names two images: {uri_names[int(first[at])].as_py()!r} "
             f"and {uri_names[int(ordered[torn[0]])].as_py()!r}; one id names one image"
         )
-    return Groups(image_id=names, image_uri=uri_names.take(pa.array(first)), lengths=lengths, rows=rows)
+    return Groups(
+        image_id=names, image_uri=uri_names.take(pa.array(first, mask=first < 0)), lengths=lengths, rows=rows
+    )
 
 
 def grouped_boxes(
@@ -222,12 +227,12 @@ def repeated(values: pa.Array) -> pa.Array:
 
 
 def _codes(column: pa.ChunkedArray) -> tuple[pa.Array, Int64Array]:
-    """Return the distinct values of a dictionary-encoded column, and the number of each row's value."""
+    """Return the distinct values of a dictionary-encoded column, and each row's number, -1 for null."""
     if not column.num_chunks:
         return pa.array([], type=TEXT), np.zeros(0, dtype=np.int64)
     whole = column.unify_dictionaries().combine_chunks()
     whole = whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole
-    return whole.dictionary, whole.indices.to_numpy().astype(np.int64)
+    return whole.dictionary, pc.fill_null(whole.indices, -1).to_numpy().astype(np.int64)
 
 
 def examples(values: pa.Array | Sequence[str], count: int = 3) -> str:

@@ -18,7 +18,6 @@ import functools
 import io
 import json
 import re
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -28,7 +27,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.json as pa_json
 
-from hqlabel.pipeline.inputs.columns import ARROW_WORDS, Kind, plain_corners, plain_masks
+from hqlabel.pipeline.arrow_lists import single
+from hqlabel.pipeline.inputs.columns import ARROW_WORDS, RECORD, Found, Kind, plain_corners, plain_masks
 
 BLOCK_BYTES = 32 * 2**20
 """The longest row; a longer one is refused."""
@@ -75,7 +75,7 @@ def jsonl_sample(stream: BinaryIO) -> dict[str, list[Any]]:
     """Return the values of the first rows by key, in the order in which the keys appear.
 
     Raises:
-        TextDamage: a line that is no JSON object.
+        TextDamage: most lines are no JSON objects.
     """
     refuse_other_bytes(stream)
     head = stream.read(SAMPLE_BYTES)
@@ -85,10 +85,21 @@ def jsonl_sample(stream: BinaryIO) -> dict[str, list[Any]]:
     if text.lstrip()[:1] == b"[" and not _is_json(lines[0]):
         raise TextDamage("it is one JSON list; wanted one object a line: jq -c '.[]' IN > OUT")
     values: dict[str, list[Any]] = {}
+    wrong: list[TextDamage] = []
+    good = 0
     for number, line in enumerate(lines if is_whole else lines[:-1], start=1):
-        if line.strip():
-            for key, value in _object(line, number).items():
-                values.setdefault(key, []).append(value)
+        if not line.strip():
+            continue
+        try:
+            row = _object(line, number)
+        except TextDamage as error:  # the reader counts it
+            wrong.append(error)
+            continue
+        good += 1
+        for key, value in row.items():
+            values.setdefault(key, []).append(value)
+    if len(wrong) > good:
+        raise wrong[0]
     return values
 
 
@@ -122,44 +133,24 @@ def json_word(value: object) -> str:
     return next((word for kind, word in words if isinstance(value, kind)), "a number")
 
 
-class _Lines(io.BufferedIOBase):
-    """A stream of JSON lines for Arrow, each mask and each box of named corners made plain on the way.
+def _line_blocks(stream: BinaryIO) -> Iterator[bytes]:
+    """Yield whole lines, a few MiB at a time.
 
-    A record that is `null` is refused (`_refuse_null`).
+    Raises:
+        TextDamage: a line is too long; the last one is cut.
     """
-
-    def __init__(self, stream: BinaryIO, shapers: Mapping[str, Shaper]) -> None:
-        self._stream, self._shapers = stream, shapers
-        self._ready = b""  # whole lines, not yet read
-        self._rest = b""  # the beginning of a line
-        self._ended = False
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        size = sys.maxsize if size is None or size < 0 else size
-        blocks = [self._ready]
-        length = len(self._ready)
-        while length < size and not self._ended:
-            blocks.append(self._next_lines(min(size, SAMPLE_BYTES)))
-            length += len(blocks[-1])
-        data = b"".join(blocks)
-        self._ready = data[size:]
-        return data[:size]
-
-    def _next_lines(self, size: int) -> bytes:
-        chunk = self._stream.read(size)
-        self._ended = not chunk
-        lines, newline, self._rest = (self._rest + chunk).rpartition(b"\n")
-        if self._ended:
-            lines, newline, self._rest = lines + newline + self._rest, b"", b""
-        if len(self._rest) > BLOCK_BYTES:
+    rest, first = b"", True
+    while chunk := stream.read(SAMPLE_BYTES):
+        chunk, first = chunk.removeprefix(BOM) if first else chunk, False
+        lines, newline, rest = (rest + chunk).rpartition(b"\n")
+        if len(rest) > BLOCK_BYTES:
             raise TextDamage(f"a row is longer than {BLOCK_BYTES >> 20} MiB")
-        _refuse_null(lines)
-        if self._shapers:
-            lines = b"\n".join(_with_plain_values(line, self._shapers) for line in lines.split(b"\n"))
-        return lines + newline
+        if newline:
+            yield lines
+    if rest.strip():
+        if not _is_json(rest):
+            raise TextDamage("it ends early: its last line is no whole JSON")
+        yield rest
 
 
 def _refuse_null(text: bytes) -> None:
@@ -177,7 +168,7 @@ def _refuse_null(text: bytes) -> None:
 Shaper = Callable[[Any], Any]
 
 
-def _with_plain_values(line: bytes, shapers: Mapping[str, Shaper]) -> bytes:
+def with_plain_values(line: bytes, shapers: Mapping[str, Shaper]) -> bytes:
     """Return a line with its values made plain; one that is no JSON object is for the reader to refuse."""
     row = json_record(line)
     found = {name: row[name] for name in shapers if name in row}
@@ -198,44 +189,111 @@ def json_record(line: bytes) -> Mapping[str, Any]:
 
 def jsonl_batches(
     stream: BinaryIO, columns: Mapping[str, Kind], corners: Collection[str] = ()
-) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of the named keys, typed by their kinds; other keys are not parsed.
+) -> Iterator[tuple[pa.Table, Found]]:
+    """Yield the rows of the named keys, typed by their kinds, and which values are null as unusable.
 
-    `corners`: keys whose boxes are objects of four corners.
+    Other keys are not parsed. `corners`: keys whose boxes are objects of four corners.
 
     Raises:
-        pa.ArrowInvalid, TextDamage: as `read_lines`.
+        TextDamage: a line is too long; the last one is cut.
     """
     schema = pa.schema([(name, kind.arrow_type()) for name, kind in columns.items()])
+    shapers = shapers_of(columns, corners)
+    for text in _line_blocks(stream):
+        if shapers:
+            text = b"\n".join(with_plain_values(line, shapers) for line in text.split(b"\n"))
+        yield from readable_lines(text, schema)
+
+
+def shapers_of(columns: Mapping[str, Kind], corners: Collection[str] = ()) -> dict[str, Shaper]:
+    """Return what makes values plain before Arrow reads them: masks, and boxes of named corners."""
+    masks = {name: kind.depth for name, kind in columns.items() if kind.leaf == "rle"}
     shapers: dict[str, Shaper] = {
-        name: functools.partial(plain_masks, depth=kind.depth)
-        for name, kind in columns.items()
-        if kind.leaf == "rle"
+        name: functools.partial(plain_masks, depth=depth) for name, depth in masks.items()
     }
-    shapers |= {name: plain_corners for name in corners if name in columns}
-    options = pa_json.ReadOptions(block_size=BLOCK_BYTES)
-    with _naming_keys(schema):
-        lines = _Lines(stream, shapers)
-        yield from pa_json.open_json(lines, read_options=options, parse_options=_typed(schema))
+    return shapers | {name: plain_corners for name in corners if name in columns}
 
 
-def read_lines(text: bytes, count: int, schema: pa.Schema) -> pa.Table:
-    """Return `count` JSON objects, one a line, as a table of `schema`; keys that it lacks are not parsed.
+def readable_lines(text: bytes, schema: pa.Schema) -> Iterator[tuple[pa.Table, Found]]:
+    """Yield JSON objects, one a line, as tables of `schema`, and which values are null as unusable.
+
+    One table where all is well; else some thousand lines at a time, halved until the bad ones are alone. A
+    blank line is none, a line that is no object a row of nulls.
+    """
+    with contextlib.suppress(pa.ArrowInvalid, TextDamage):
+        yield _parsed(text, schema), {}
+        return
+    lines = [line for line in text.split(b"\n") if line.strip()]
+    for start in range(0, len(lines), _LINES_AT_ONCE):
+        found: Found = {}
+        parts = list(_sound_parts(lines[start : start + _LINES_AT_ONCE], schema, found, 0))
+        yield pa.concat_tables(parts), found
+
+
+_LINES_AT_ONCE = 4096
+
+
+def _sound_parts(lines: list[bytes], schema: pa.Schema, found: Found, first: int) -> Iterator[pa.Table]:
+    """Yield the lines as tables, each of as many rows as lines; `first`: the number of the first line."""
+    try:
+        table = _parsed(b"\n".join(lines), schema)
+        if table.num_rows == len(lines):
+            yield table
+            return
+    except (pa.ArrowInvalid, TextDamage):
+        pass
+    if len(lines) > 1:
+        half = len(lines) // 2
+        yield from _sound_parts(lines[:half], schema, found, first)
+        yield from _sound_parts(lines[half:], schema, found, first + half)
+        return
+    yield _sound_keys(lines[0], schema, found, first)
+
+
+def _sound_keys(line: bytes, schema: pa.Schema, found: Found, row: int) -> pa.Table:
+    """Return a line as a row, null for each key that cannot be read; all are where it is no object."""
+    columns = []
+    try:
+        _object(line.decode(errors="replace").encode(), 0)
+    except TextDamage as error:
+        found.setdefault(RECORD, {})[row] = str(error).removeprefix("line 0 ")
+        return pa.table([pa.nulls(1, field.type) for field in schema], schema=schema)
+    for field in schema:
+        try:
+            columns.append(single(read_lines(line, 1, pa.schema([field])).column(0)))
+        except (pa.ArrowInvalid, TextDamage) as error:
+            found.setdefault(field.name, {})[row] = str(error)
+            columns.append(pa.nulls(1, field.type))
+    return pa.table(columns, schema=schema)
+
+
+def read_lines(text: bytes, number: int, schema: pa.Schema) -> pa.Table:
+    """Return `number` JSON objects, one a line, as a table of `schema`; keys that it lacks are not parsed.
 
     Raises:
         pa.ArrowInvalid: no JSON.
         TextDamage: a value of another type (the message names the key, what was found and what was wanted),
-            another number of objects than `count`, or a null among them.
+            another number of objects than `number`, or a null among them.
     """
-    if not count:
+    if not number:
         return schema.empty_table()
+    table = _parsed(text, schema)
+    if table.num_rows != number:
+        raise TextDamage(f"{number} records were counted, {table.num_rows} can be read")
+    return table
+
+
+def _parsed(text: bytes, schema: pa.Schema) -> pa.Table:
     _refuse_null(text)
+    if not text.strip():
+        return schema.empty_table()
     options = pa_json.ReadOptions(block_size=len(text) + 1)
     with _naming_keys(schema):
         table = pa_json.read_json(io.BytesIO(text), read_options=options, parse_options=_typed(schema))
-    if table.num_rows != count:
-        raise TextDamage(f"{count} records were counted, {table.num_rows} can be read")
-    table.validate(full=True)  # Arrow's reader lets text through that is not UTF-8
+    try:
+        table.validate(full=True)  # Arrow's reader lets text through that is not UTF-8
+    except pa.ArrowInvalid as error:
+        raise TextDamage(f"{' or '.join(map(repr, schema.names))} holds text that is not UTF-8") from error
     return table
 
 

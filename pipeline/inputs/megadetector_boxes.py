@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from hqlabel.pipeline.arrow_lists import first_null, list_lengths, null_mask, to_lists
 from hqlabel.pipeline.errors import JobRefused, clean_text
 from hqlabel.pipeline.inputs.box_tables import boxes_of_rows
+from hqlabel.pipeline.inputs.columns import RowFaults
 from hqlabel.pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList
 from hqlabel.pipeline.inputs.json_records import CUT_BYTES, first_byte, read_lines, split_arrays
 from hqlabel.pipeline.inputs.read_table import open_named
@@ -55,6 +56,7 @@ def read_megadetector(uri: str, access: AccessRules, *, folder: str) -> BoxList:
     boxes = boxes_of_rows(
         ((uri, batch) for batch in _batches(uri, access)),
         _COLUMNS,
+        RowFaults(uri),
         folder=folder,
         box_format="xywh-normalised",
     )

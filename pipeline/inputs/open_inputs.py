@@ -16,8 +16,15 @@ import pyarrow.compute as pc
 
 from hqlabel.pipeline.arrow_lists import single
 from hqlabel.pipeline.errors import ImageError, JobRefused, UsageError, clean_text
-from hqlabel.pipeline.inputs.box_tables import image_keys, read_box_tables, unused_columns
+from hqlabel.pipeline.inputs.box_tables import (
+    NO_URI,
+    completed_ids,
+    named_rows,
+    read_box_tables,
+    unused_columns,
+)
 from hqlabel.pipeline.inputs.coco_boxes import is_results, read_coco_images, read_instances, read_results
+from hqlabel.pipeline.inputs.columns import RowFaults
 from hqlabel.pipeline.inputs.find_files import (
     InputFiles,
     absolute,
@@ -264,23 +271,25 @@ def _read_image_tables(
         raise unclear_columns(first.uri, first.all_names, settings.columns, known.unclear)
     files = inspect_tables(uris, wanted, known.mapping, access)
     batches: list[pa.Table] = []
+    faults = RowFaults(files[0].uri)
     for file in files:
         if "image_uri" not in file.names:
             raise missing_column(file.uri, "image_uri", file.all_names, settings.columns)
-        row = 0
-        for batch in read_batches(file, access):
-            batches.append(pa.table(image_keys(batch, file.uri, row)))
-            row += batch.num_rows
+        for batch in read_batches(file, access, faults):
+            batches.append(pa.table(named_rows(batch, faults)[0]))
+    faults.refuse_bad_columns()
     nothing = pa.table({name: pa.array([], TEXT) for name in files[0].names})
     table = pa.concat_tables([nothing, *(batch.select(nothing.column_names) for batch in batches)])
+    found, has_ids = single(table.column("image_uri")), "image_id" in files[0].names
     return ImageList(
-        image_uri=single(table.column("image_uri")),
-        image_id=single(table.column("image_id")) if "image_id" in files[0].names else None,
+        image_uri=pc.fill_null(found, NO_URI),
+        image_id=completed_ids(single(table.column("image_id")), found) if has_ids else None,
         root=folder,
         files=tuple(uris),
         columns=files[0].all_names,
         used=files[0].names,
         unused=unused_columns(files[0]),
+        notes=faults.notes("images without a uri fail, rows without an image are left out"),
     )
 
 

@@ -8,6 +8,7 @@ be read, or is no table of its kind, refuses the job by name: half of a table is
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import io
 import zlib
@@ -17,16 +18,21 @@ from typing import Any, BinaryIO, Literal, cast
 
 import pyarrow as pa
 
+from hqlabel.pipeline.arrow_lists import single
 from hqlabel.pipeline.errors import HqlabelError, JobRefused, clean_text
 from hqlabel.pipeline.inputs.columns import (
     CORNERS,
+    RECORD,
     UNSETTLED,
+    Found,
     Kind,
+    RowFaults,
     check_type,
     is_corners,
     locate,
     plain,
     plain_corners,
+    readable,
     sampled_leaf,
     settle,
 )
@@ -143,27 +149,61 @@ def _unpacked(uri: str, access: AccessRules) -> Iterator[BinaryIO]:
             yield stream
 
 
-def read_batches(file: TableFile, access: AccessRules) -> Iterator[pa.Table]:
-    """Yield the file's rows with our column names and plain types, about BATCH_ROWS at a time, in order."""
+def read_batches(file: TableFile, access: AccessRules, faults: RowFaults | None = None) -> Iterator[pa.Table]:
+    """Yield the file's rows with our column names and plain types, about BATCH_ROWS at a time, in order.
+
+    `faults`: collects single values that cannot be used, which become null; their rows have a reason in the
+    column UNUSABLE.
+
+    Raises:
+        JobRefused: unreadable; without `faults`, a value that cannot be used.
+    """
+    skipped: dict[int, str] = {}
+    first = 0
     with naming(file.uri, file.file_format):
-        for batch in _batches(file, access):
+        for batch, unread in _batches(file, access, skipped):
             columns: dict[str, pa.Array] = {}
+            found = {RECORD: unread.get(RECORD, {})}
             for ours, theirs in file.names.items():
-                with naming_values(f"{file.uri}: column {theirs!r}"):
-                    columns[ours] = plain(batch.column(theirs), file.kinds[ours])
-            yield pa.table(columns)
+                rows = unread.get(theirs, {})
+                convert = functools.partial(plain, kind=file.kinds[ours])
+                columns[ours] = readable(single(batch.column(theirs)), convert, rows)
+                found[ours] = {row: _with_name(text, theirs) for row, text in rows.items()}
+            table = pa.table(columns)
+            if faults is None:
+                _refuse_any(file.uri, found, {}, first)
+                yield table
+            else:
+                yield faults.add(table, found, first_row=first, skipped=skipped)
+            first += batch.num_rows
+        if faults is None:
+            _refuse_any(file.uri, {}, skipped, 0)
+        else:
+            faults.skip(skipped)
 
 
-def _batches(file: TableFile, access: AccessRules) -> Iterator[pa.RecordBatch]:
+def _with_name(text: str, theirs: str) -> str:
+    return text if repr(theirs) in text else f"column {theirs!r}: {text}"
+
+
+def _refuse_any(uri: str, found: Found, skipped: Mapping[int, str], first_row: int) -> None:
+    places = {first_row + row: text for rows in found.values() for row, text in rows.items()} | dict(skipped)
+    if places:
+        raise JobRefused(f"{uri}: row {min(places)} (from 0): {clean_text(places[min(places)])}")
+
+
+def _batches(
+    file: TableFile, access: AccessRules, skipped: dict[int, str]
+) -> Iterator[tuple[pa.RecordBatch | pa.Table, Found]]:
     columns = {theirs: file.kinds[ours] for ours, theirs in file.names.items()}
     if file.file_format == "csv":
-        yield from csv_batches(lambda: _unpacked(file.uri, access), columns, file.all_names)
+        yield from csv_batches(lambda: _unpacked(file.uri, access), columns, skipped)
         return
     with _unpacked(file.uri, access) as stream:
         if file.file_format == "jsonl":
             yield from jsonl_batches(stream, columns, file.corners)
         else:
-            yield from _parquet_batches(stream, list(columns))
+            yield from ((batch, {}) for batch in _parquet_batches(stream, list(columns)))
 
 
 def _parquet_batches(stream: BinaryIO, columns: list[str]) -> Iterator[pa.RecordBatch]:

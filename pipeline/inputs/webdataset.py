@@ -10,7 +10,6 @@ ever unpacked.
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections import Counter
@@ -21,11 +20,19 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from hqlabel.pipeline.arrow_lists import single
 from hqlabel.pipeline.errors import JobRefused, clean_text
 from hqlabel.pipeline.inputs.box_tables import boxes_of_rows
-from hqlabel.pipeline.inputs.columns import Kind, locate, plain, sampled_leaf, settle
+from hqlabel.pipeline.inputs.columns import Kind, RowFaults, locate, plain, sampled_leaf, settle
 from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, examples, has_picture_name
-from hqlabel.pipeline.inputs.json_records import SAMPLE_ROWS, TextDamage, json_word, jsonl_batches
+from hqlabel.pipeline.inputs.json_records import (
+    SAMPLE_ROWS,
+    TextDamage,
+    json_word,
+    read_lines,
+    shapers_of,
+    with_plain_values,
+)
 from hqlabel.pipeline.inputs.propose_columns import (
     IMAGE_ROWS,
     KEYS,
@@ -119,9 +126,10 @@ def read_tar_boxes(
             lines = [json.dumps(row).encode() for row in _rows(uri, found, root, ids, access)]
             for batch in _batches(uri, found, lines, dict(columns.values())):
                 with naming_values(uri):
-                    yield uri, pa.table({ours: plain(batch.column(t), k) for ours, (t, k) in columns.items()})
+                    values = ((ours, single(batch.column(t)), k) for ours, (t, k) in columns.items())
+                    yield uri, pa.table({ours: plain(column, k) for ours, column, k in values})
 
-    boxes = boxes_of_rows(batches(), columns, folder=root, box_format="xyxy")
+    boxes = boxes_of_rows(batches(), columns, RowFaults(uris[0]), folder=root, box_format="xyxy")
     used = {ours: theirs for ours, (theirs, _) in columns.items() if ours not in KEYS}
     unused = tuple(name for name in names if name not in {*used.values(), *KEYS})
     notes = (*boxes.notes, *_on_hidden(tars))
@@ -130,17 +138,20 @@ def read_tar_boxes(
 
 def _batches(
     uri: str, samples: Sequence[TarSample], lines: Sequence[bytes], kinds: Mapping[str, Kind]
-) -> list[pa.RecordBatch]:
+) -> list[pa.Table]:
     """Return the lines of one tar's samples as typed columns; an error names the member."""
     if not lines:
         return []
+    schema = pa.schema([(name, kind.arrow_type()) for name, kind in kinds.items()])
+    shapers = shapers_of(kinds)
+    lines = [with_plain_values(line, shapers) for line in lines] if shapers else lines
     try:
-        return list(jsonl_batches(io.BytesIO(b"\n".join(lines)), kinds))
+        return [read_lines(b"\n".join(lines), len(lines), schema)]
     except (pa.ArrowException, TextDamage):
         for sample, line in zip(samples, lines, strict=True):
             what = uri if sample.data is None else f"{uri}: {clean_text(sample.data.name)}"
             with naming(what, "JSON"):
-                list(jsonl_batches(io.BytesIO(line), kinds))
+                read_lines(line, 1, schema)
         raise
 
 

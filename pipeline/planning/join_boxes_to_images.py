@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from hqlabel.pipeline.arrow_lists import BoolArray, Int64Array, positions
 from hqlabel.pipeline.errors import JobRefused, clean_text, count
+from hqlabel.pipeline.inputs.box_tables import NO_URI
 from hqlabel.pipeline.inputs.image_box_lists import BoxList, ImageList, examples, repeated
 from hqlabel.pipeline.inputs.open_inputs import resolve_uris
 
@@ -195,6 +196,8 @@ def _comparable(uris: pa.Array) -> pa.Array:
 def _unmatched(wanted: pa.Array, boxes: BoxList, mention: Int64Array) -> Unmatched:
     lost = boxes.lengths > 0
     lost[mention[mention >= 0]] = False
+    told = pc.fill_null(pc.equal(wanted, NO_URI), False)  # by the reader of the table
+    lost &= ~told.to_numpy(zero_copy_only=False)
     names = _names(wanted, boxes, lost)
     return Unmatched(
         boxes=int(boxes.lengths[lost].sum()),
@@ -210,7 +213,7 @@ def _names(wanted: pa.Array, boxes: BoxList, where: BoolArray) -> pa.Array:
 
 
 def _refuse_repeated(wanted: pa.Array, boxes: BoxList) -> None:
-    twice = repeated(wanted.drop_null())
+    twice = repeated(wanted.filter(pc.not_equal(wanted, NO_URI)))
     if not len(twice):
         return
     if boxes.one_row_per_image:

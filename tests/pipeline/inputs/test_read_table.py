@@ -333,9 +333,10 @@ def test_csv_lists_of_integers_are_told_from_names(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("score\nabc\n", "'score' holds 'abc' in row 2; wanted a number"),
-        ("image_uri,size,score\na,1,1\nb,2,abc\n", "'score' holds 'abc' in row 3; wanted a number"),
-        ("image_uri,score\na,1,2\n", "Expected 2 columns"),
+        ("score\nabc\n", "row 0 (from 0): 'score' holds 'abc'; wanted a number"),
+        ("image_uri,size,score\na,1,1\nb,2,abc\n", "row 1 (from 0): 'score' holds 'abc'; wanted a number"),
+        ("image_uri,score\na,1,2\n", "row 0 (from 0): has 3 fields; wanted 2"),
+        ("image_uri,score\na,1\nb", "it ends early: its last row has 1 field; wanted 2"),
         ("image_uri,image_uri\na,b\n", "twice"),
         (b"image_uri\n\xff\xfe\n", "utf"),
         ('image_uri,score\n"a,1\nb,2\n', "csv"),
@@ -367,6 +368,7 @@ def test_a_csv_of_many_blocks_reads_whole(tmp_path, monkeypatch):
 def test_a_row_longer_than_a_block_is_refused(tmp_path, monkeypatch):
     for module in ("csv_table", "json_records"):
         monkeypatch.setattr(f"hqlabel.pipeline.inputs.{module}.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("hqlabel.pipeline.inputs.json_records.SAMPLE_BYTES", 1000)
     long = "x" * 5000
 
     assert "longer than" in refusal(text(tmp_path / "a.csv", f"image_uri\na\n{long}\n"))
@@ -403,17 +405,17 @@ def test_jsonl_keys_may_come_late_and_be_missing(tmp_path):
     ("content", "reason"),
     [
         ("", "empty"),
-        ("hello\n", "line 1 is no JSON"),
-        ('{"image_uri": "a"}\n[1]\n', "line 2 holds a list"),
+        ("hello\n", "no JSON"),
+        ('{"image_uri": "a"}\n[1]\n', "row 1 (from 0): holds a list"),
         ('[{"image_uri": "a"}]\n', ".json"),
-        ('{"image_uri": "a"}\n{"image_uri": "b"\n', "line 2"),
+        ('{"image_uri": "a"}\n{"image_uri": "b"\n', "row 1 (from 0): is no JSON"),
         ('{"boxes": [["1"]]}\n', "boxes"),
         ('{"boxes": [1]}\n', "boxes"),
         ('{"boxes": [[true]]}\n', "boxes"),
         ('{"image_uri": 3}\n', "image_uri"),
         ('{"labels": [1, "x"]}\n', "labels"),
         ('{"image_uri": "\\ud800"}\n', "jsonl"),
-        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "line 1"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "recursion"),
     ],
 )
 def test_a_jsonl_that_is_not_sound_is_refused(tmp_path, content, reason):

@@ -255,7 +255,7 @@ def test_blank_rows_of_a_spreadsheet_are_left_out_and_counted(tmp_path: Path) ->
 
     assert EXPECTED == found(path)
     assert "2 blank rows" in " ".join(planned(path).summary.warnings)
-    assert "image_uri is null in row 1" in refusal(written(path, f"{HEAD}\n,,,,,,\n,1,2,3,4,,\n"))
+    assert "row 1: image_uri is null" in refusal(written(path, f"{HEAD}\n,,,,,,\n,1,2,3,4,,\n"))
 
 
 # --- numbers --------------------------------------------------------------------------------
@@ -271,10 +271,10 @@ def test_labels_that_became_floats_beside_gaps_are_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ('"1,5",2,3,4', ["'x1' holds '1,5' in row 2", "decimal commas", "1234.5"]),
+        ('"1,5",2,3,4', ["'x1' holds '1,5'", "decimal commas", "1234.5"]),
         ('"1,000.5",2,3,4', ["'x1' holds '1,000.5'", "decimal commas"]),
-        ("-,2,3,4", ["'x1' holds '-' in row 2", "an empty field"]),
-        ("1,2,3,4.5.6", ["'y2' holds '4.5.6' in row 2; wanted a number"]),
+        ("-,2,3,4", ["'x1' holds '-'", "an empty field"]),
+        ("1,2,3,4.5.6", ["'y2' holds '4.5.6'; wanted a number"]),
     ],
 )
 def test_numbers_that_could_be_two_are_refused(tmp_path: Path, line: str, parts: list[str]) -> None:
@@ -437,7 +437,11 @@ def test_lists_in_a_csv_of_pandas(tmp_path: Path) -> None:
     [
         ("t.csv", CSV.encode("utf-16"), ["UTF-16", "iconv -f UTF-16"]),
         ("t.jsonl", '{"image_uri": "a"}'.encode("utf-16-le"), ["UTF-16"]),
-        ("t.csv", CSV.replace("NA", "café").encode("latin-1"), ["'label' is not UTF-8", "iconv"]),
+        (
+            "t.csv",
+            "image_uri,x1,y1,x2,y2,label\na.jpg,1,2,3,4,café\n".encode("latin-1"),
+            ["'label'", "not UTF-8", "iconv"],
+        ),
         ("t.csv", gzip.compress(CSV.encode()), ["compressed by gzip", ".csv.gz"]),
         ("t.csv.gz", gzip.compress(CSV.encode())[:-9], ["t.csv.gz: not a sound csv file"]),
         ("t.csv.gz", CSV, ["t.csv.gz: not a sound csv file"]),
@@ -453,7 +457,7 @@ def test_lists_in_a_csv_of_pandas(tmp_path: Path) -> None:
         ("t.jsonl", '[{"image_uri": "a"}]', ["line 1 holds a list", "jq -c '.[]'"]),
         ("t.jsonl", '[\n {"image_uri": "a"}\n]', ["one JSON list", "jq -c '.[]'"]),
         ("t.jsonl", '{\n "image_uri": "a"\n}\n', ["must be on one line", "jq -c ."]),
-        ("t.jsonl", '{"image_uri": "a", "boxes": [], "labels": ["x"]}\n{"labels": [NaN]}', ["not NaN"]),
+        ("t.jsonl", '{"image_uri": "a", "boxes": [], "labels": ["x"]}' + '\n{"labels": [NaN]}' * 2, ["NaN"]),
         ("t.json", '{"image_uri": "a"}\n{"image_uri": "b"}\n', ["named .jsonl"]),
         ("t.json", '[{"image_uri": "a", "bbox": [1, 2, 3, 4]}]', ["no image_id", "jq -c '.[]'"]),
         ("t.json", '{"a.jpg": [[1, 2, 3, 4]], "b.jpg": []}', ["first key is 'a.jpg'", ".jsonl"]),
@@ -559,10 +563,10 @@ def test_labels_of_points_may_be_floats_in_lists_as_text_and_in_tars(tmp_path: P
     [("null", "null"), ("true", "true"), ("7", "a number"), ('"a"', "text"), ("[]", "a list")],
 )
 def test_values_of_json_are_called_as_json_calls_them(tmp_path: Path, value: str, word: str) -> None:
-    path = written(tmp_path / "t.jsonl", f'{{"image_uri": "a", "bbox": [1, 2, 3, 4]}}\n{value}\n')
+    path = written(tmp_path / "t.jsonl", f"{value}\n")
     written(tmp_path / "t.tar", tar_of({"a.jpg": b"jpg", "a.json": value.encode()}))
 
-    assert f"line 2 holds {word}; wanted an object" in refusal(path)
+    assert f"holds {word}; wanted an object" in refusal(path)
     assert f"a.json holds {word}; wanted an object" in refusal(tmp_path / "t.tar")
 
 

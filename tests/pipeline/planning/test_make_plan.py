@@ -206,12 +206,12 @@ def test_local_files_outside_the_roots_are_rows_with_a_reason(tmp_path, pictures
         (lambda p: p / "*.md", "no pictures"),
         (lambda p: p / "notes.txt", "no known kind"),
         (lambda p: table(p / "t.parquet", {"path": ["a"], "file": ["b"]}), "input.columns.image_uri=path"),
-        (lambda p: table(p / "t.parquet", {"image_uri": ["a", None]}), "null in row 1"),
+        (lambda p: table(p / "t.parquet", {"image_uri": ["a", None, ""]}), "row 1: image_uri is null"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", "b", "a"]}), "not distinguished by image_id"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", "b"], "image_id": [1, 1]}), "'1' stands for"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", "a"], "image_id": [1, 2]}), "is there twice"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", "./a"], "image_id": [1, 2]}), "is there twice"),
-        (lambda p: table(p / "t.parquet", {"image_uri": ["a"], "image_id": [""]}), "empty string"),
+        (lambda p: table(p / "t.parquet", {"image_uri": ["a"], "image_id": [""]}), "row 0: image_id is null"),
         (
             lambda p: as_json(p / "r.json", [{"image_id": 1, "bbox": A}]),
             "give the instances file as --images",
@@ -521,7 +521,7 @@ def test_names_that_differ_are_explained_with_a_pair(tmp_path, there, named, hin
         assert "odd" not in pair
 
 
-@pytest.mark.parametrize(("ids", "hinted"), [((0, 1), True), (("x", 1), False), (("b.jpg", 1), False)])
+@pytest.mark.parametrize(("ids", "hinted"), [((0, 1), True), (("x", 1), False)])
 def test_numbers_of_coco_results_are_those_of_their_instances(tmp_path, pictures, ids, hinted):
     """Detectron2 and MMDetection write ids alone; names of pictures need not have a number in them."""
     rows = [{"image_id": name, "category_id": 0, "bbox": A, "score": 0.5} for name in ids]

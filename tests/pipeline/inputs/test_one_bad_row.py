@@ -1,0 +1,233 @@
+"""One bad row of a table costs itself: it fails by a code, or is named; every other row is planned."""
+
+import gzip
+import json
+import math
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.planning.make_plan import make_plan
+from hqlabel.pipeline.settings import InputSettings
+
+ROWS = 20
+BAD = 7
+BOX = [1.0, 2.0, 3.0, 4.0]
+LOST, FAILED, BOX_LOST, KEPT = "left out", "failed", "box without four numbers", "kept"
+
+
+def one_box(at: int) -> dict:
+    return {"image_id": f"i{at:02}", "image_uri": f"{at:02}.jpg", "bbox": BOX, "label": "cat", "score": 0.5}
+
+
+def corners(at: int) -> dict:
+    row = {"image_uri": f"{at:02}.jpg", "category_id": 3, "iscrowd": 0}
+    return row | dict(zip(("x1", "y1", "x2", "y2"), BOX, strict=True))
+
+
+def lists(at: int) -> dict:
+    return {"image_uri": f"{at:02}.jpg", "boxes": [BOX], "labels": ["cat"], "scores": [0.5]}
+
+
+def images(at: int) -> dict:
+    return {"image_id": f"i{at:02}", "image_uri": f"{at:02}.jpg"}
+
+
+SURROGATE = "\udcff"  # what a byte that is no UTF-8 is written from
+
+# rows, what is wrong with one of them, what becomes of it
+FAULTS = [
+    (one_box, {"image_uri": None, "image_id": None}, LOST),
+    (one_box, {"image_uri": None}, FAILED),
+    (one_box, {"image_uri": ""}, FAILED),
+    (one_box, {"image_uri": {"a": 1}}, FAILED),
+    (one_box, {"image_id": None}, KEPT),
+    (one_box, {"image_id": SURROGATE}, BOX_LOST),
+    (one_box, {"image_uri": SURROGATE, "image_id": ""}, LOST),
+    (one_box, {"bbox": "none"}, BOX_LOST),
+    (one_box, {"bbox": [1.0, 2.0, 3.0]}, BOX_LOST),
+    (one_box, {"bbox": [1.0, "2", 3.0, 4.0]}, BOX_LOST),
+    (one_box, {"bbox": {"x": 1}}, BOX_LOST),
+    (one_box, {"bbox": [math.nan, 2.0, 3.0, 4.0]}, BOX_LOST),
+    (one_box, {"bbox": [math.inf, 2.0, 3.0, 4.0]}, BOX_LOST),
+    (one_box, {"label": ["cat"]}, BOX_LOST),
+    (one_box, {"label": SURROGATE}, BOX_LOST),
+    (one_box, {"score": "high"}, BOX_LOST),
+    (corners, {"image_uri": None}, LOST),
+    (corners, {"image_uri": ""}, LOST),
+    (corners, {"image_uri": SURROGATE}, LOST),
+    (corners, {"x1": "left"}, BOX_LOST),
+    (corners, {"x1": math.nan}, BOX_LOST),
+    (corners, {"y2": [1]}, BOX_LOST),
+    (corners, {"category_id": 2**40}, BOX_LOST),
+    (corners, {"category_id": 1.5}, BOX_LOST),
+    (corners, {"category_id": "cat"}, BOX_LOST),
+    (corners, {"iscrowd": 7}, BOX_LOST),
+    (lists, {"image_uri": None}, LOST),
+    (lists, {"image_uri": SURROGATE}, LOST),
+    (lists, {"image_uri": [5]}, LOST),
+    (lists, {"boxes": "none"}, FAILED),
+    (lists, {"boxes": [[1.0, "b"]]}, FAILED),
+    (lists, {"labels": "cat"}, FAILED),
+    (lists, {"scores": {"a": 0.5}}, FAILED),
+    (images, {"image_uri": None}, FAILED),
+    (images, {"image_uri": ""}, FAILED),
+    (images, {"image_uri": None, "image_id": None}, LOST),
+    (images, {"image_uri": SURROGATE}, FAILED),
+    (images, {"image_id": None}, KEPT),
+    (images, {"image_id": [1]}, KEPT),
+]
+
+
+def as_jsonl(rows: list[dict]) -> bytes:
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    return "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+
+
+def as_csv(rows: list[dict]) -> bytes:
+    def field(value: object) -> str:
+        text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
+        return '"' + text.replace('"', '""') + '"' if set('",') & set(text) else text
+
+    lines = [",".join(rows[0]), *(",".join(map(field, row.values())) for row in rows)]
+    return "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+
+
+def as_parquet(rows: list[dict]) -> bytes:
+    """Return a table of one type a column; raise TypeError for a value that it cannot hold."""
+    columns = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if len({type(one) for one in values} - {type(None)}) > 1:
+            raise TypeError(name)
+        columns[name] = pa.array(values) if not isinstance(values[0], str) else any_text(values)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def any_text(values: list[str | None]) -> pa.Array:
+    """Return text as a program writes it that checks no UTF-8."""
+    raw = pa.array([None if one is None else one.encode(errors="surrogateescape") for one in values])
+    return pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+
+
+WRITERS = {"t.jsonl": as_jsonl, "t.csv": as_csv, "t.parquet": as_parquet}
+
+
+def outcome(row: dict | None) -> str:
+    """Return what became of an image's row of the plan."""
+    if row is None:
+        return LOST
+    if row["error_code"] is not None:
+        assert row["error_message"]
+        return FAILED
+    given = [box["given"] for box in row["boxes"]]
+    return BOX_LOST if any(len(one) != 4 or not all(map(math.isfinite, one)) for one in given) else KEPT
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(("make", "change", "wanted"), FAULTS)
+def test_one_bad_row_costs_itself_and_is_named(tmp_path, name, make, change, wanted):
+    if name == "t.csv" and not set(map(type, change.values())) <= {type(None), str, float, int}:
+        pytest.skip("every text is a uri, an id or a label")
+    rows = [make(at) for at in range(ROWS)]
+    rows[BAD] |= change
+    try:
+        (tmp_path / name).write_bytes(WRITERS[name](rows))
+    except (TypeError, pa.ArrowException):
+        pytest.skip("no column of Parquet holds two types")
+    place = str(tmp_path / name)
+
+    plan = make_plan(InputSettings(images=place) if make is images else InputSettings(boxes=place))
+
+    there = set(plan.table.column("image_uri").to_pylist())
+    assert {f"{tmp_path}/{at:02}.jpg" for at in range(ROWS) if at != BAD} <= there
+    assert len(there) == plan.table.num_rows == ROWS - (wanted == LOST)
+    names = {row["image_uri"].rpartition("/")[2]: row for row in plan.table.to_pylist()}
+    assert wanted == outcome(names.get(f"{BAD:02}.jpg", names.get("")))
+    told = " ".join(plan.summary.warnings)
+    odd_numbers = wanted == BOX_LOST and isinstance(change.get("bbox", change.get("x1")), list | float)
+    assert odd_numbers or (f"row {BAD}" in told and f"1 of {ROWS} rows" in told)
+
+
+COCO_FAULTS = [
+    ("annotations", {"image_id": None}, LOST),
+    ("annotations", {"image_id": {"a": 1}}, LOST),
+    ("annotations", {"bbox": "none"}, BOX_LOST),
+    ("annotations", {"bbox": [1.0, "2", 3.0, 4.0]}, BOX_LOST),
+    ("annotations", {"bbox": [1.0, 2.0, 3.0]}, BOX_LOST),
+    ("annotations", {"bbox": {"x": 1}}, BOX_LOST),
+    ("annotations", {"bbox": [math.inf, 2.0, 3.0, 4.0]}, BOX_LOST),
+    ("annotations", {"category_id": 1.5}, BOX_LOST),
+    ("annotations", {"category_id": 2**40}, BOX_LOST),
+    ("annotations", {"score": "high"}, BOX_LOST),
+    ("annotations", {"iscrowd": 7}, BOX_LOST),
+    ("images", {"file_name": None}, FAILED),
+    ("images", {"file_name": ""}, FAILED),
+    ("images", {"file_name": {"a": 1}}, FAILED),
+    ("images", {"file_name": SURROGATE}, FAILED),
+    ("images", {"width": "wide"}, KEPT),
+]
+
+
+@pytest.mark.parametrize(("array", "change", "wanted"), COCO_FAULTS)
+def test_one_bad_record_of_coco_costs_itself_and_is_named(tmp_path, array, change, wanted):
+    row = {"category_id": 1, "bbox": BOX, "score": 0.5, "iscrowd": 0}
+    tree = {
+        "images": [{"id": at, "file_name": f"{at:02}.jpg", "width": 9, "height": 9} for at in range(ROWS)],
+        "annotations": [{"id": at, "image_id": at} | row for at in range(ROWS)],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    tree[array][BAD] |= change
+    path = tmp_path / "coco.json"
+    path.write_bytes(json.dumps(tree, ensure_ascii=False).encode(errors="surrogateescape"))
+
+    plan = make_plan(InputSettings(boxes=str(path)))
+
+    assert plan.table.num_rows == ROWS
+    found = next(one for one in plan.table.to_pylist() if one["image_id"] == str(BAD))
+    assert found["boxes"] == [] if wanted == LOST else wanted == outcome(found)
+    told = " ".join(plan.summary.warnings)
+    assert wanted == KEPT or isinstance(change.get("bbox"), list) or f"row {BAD}" in told
+
+
+JSON = '{{"image_uri": "{}.jpg"}}\n'
+CSV = "{}.jpg,1,2,3,4\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "said"),
+    [
+        ("t.csv", "image_uri,x1,y1,x2,y2\n" + CSV * 7 + "a,b.jpg,1,2,3,4\n" + CSV, "has 6 fields"),
+        ("t.jsonl", JSON * 7 + '{{"image_uri": "a\n' + JSON, "no JSON"),
+        ("t.jsonl", JSON * 7 + "[1]\n" + JSON, "holds a list"),
+        ("t.jsonl", JSON * 7 + "null\n" + JSON, "holds null"),
+        ("t.jsonl.gz", JSON * 7 + "5\n" + JSON, "holds a number"),
+    ],
+)
+def test_a_line_that_is_no_row_is_left_out_and_named(tmp_path, name, body, said):
+    text = body.format(*range(8)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+
+    plan = make_plan(InputSettings(images=str(tmp_path / name)))
+
+    assert [f"{at}.jpg" for at in range(8)] == plan.table.column("image_id").to_pylist()
+    told = " ".join(plan.summary.warnings)
+    assert "1 of 9 rows" in told
+    assert "row 7: " in told
+    assert said in told
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_column_that_is_another_is_refused_by_its_name(tmp_path, name):
+    """Bad values are most of it: the wrong column was meant."""
+    rows = [corners(at) | ({"y2": "left"} if at % 3 else {}) for at in range(ROWS)]
+    if name == "t.parquet":
+        rows = [row | {"y2": "left"} for row in rows]
+    (tmp_path / name).write_bytes(WRITERS[name](rows))
+
+    with pytest.raises(JobRefused, match=r"'y2'.*wanted.*number"):
+        make_plan(InputSettings(boxes=str(tmp_path / name)))
