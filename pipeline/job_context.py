@@ -126,6 +126,17 @@ class JobContext:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LiveCount:
+    """How far one model process is. `units`: of each of its last units the images that are done, and failed.
+
+    `busy_s`: seconds in calls of the model since the process began.
+    """
+
+    busy_s: float
+    units: Mapping[int, tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class UnitOutcome:
     """What the driver gets of a finished unit: counts only, never data."""
 

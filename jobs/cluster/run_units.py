@@ -63,14 +63,16 @@ def run_pending(
         Interrupted: a signal came.
     """
     work.machine.start()
-    from hqlabel.pipeline.ray_execution.chain import Retry  # imports Ray, which must be configured before
+    from hqlabel.pipeline.ray_execution import live_counts  # imports Ray, which must be configured before
+    from hqlabel.pipeline.ray_execution.chain import Retry
 
     retry = None if generations is None else Retry(generations=generations, codes=codes)
     earlier = _Devices(work.store, work.job)
     progress = _new_progress(
         work, total_images=total_images, done_images=done_images, kept_images=kept_images
     )
-    with progress:
+    run_id, epoch = work.job.context.run_id, work.owner.number
+    with progress, progress.watching(lambda: live_counts.read(run_id, epoch)):
         units = list(pending())
         while units:
             _run_pass(work, units, progress, earlier, retry)
@@ -81,6 +83,7 @@ def run_pending(
                     f"{len(units)} units are not in the store although their work was reported done, such as "
                     f"unit {units[0]}",
                 )
+    live_counts.forget(run_id, epoch)
     return progress.counts()
 
 

@@ -31,7 +31,7 @@ from hqlabel.model.records import Fit
 from hqlabel.pipeline.errors import SystemicFault
 from hqlabel.pipeline.images.decode_process import DecodeChild
 from hqlabel.pipeline.job_context import JobContext, UnitOutcome
-from hqlabel.pipeline.ray_execution import metrics, node_watch
+from hqlabel.pipeline.ray_execution import live_counts, metrics, node_watch
 from hqlabel.pipeline.ray_execution.placement import Requests
 from hqlabel.pipeline.ray_execution.ray_errors import raise_original
 from hqlabel.pipeline.settings import ClusterSettings, Limits
@@ -251,7 +251,8 @@ class Segment:
         self._run_id = context.run_id
         mine = ray.get_runtime_context()
         restarted = mine.get_actor_id() if mine.was_current_actor_reconstructed else None
-        self._worker = SegmentWorker(context, epoch=epoch, use_gpu=use_gpu, restarted=restarted)
+        tell = live_counts.Teller(context.run_id, epoch, mine.get_actor_id() or "")
+        self._worker = SegmentWorker(context, epoch=epoch, use_gpu=use_gpu, restarted=restarted, tell=tell)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """See the class."""

@@ -109,7 +109,8 @@ class SegmentWorker:
 
     `epoch`: the number of the job's driver, under which starts are noted. `restarted`: the name of the
     worker, when an earlier process of it has died. `end_process`: how this one ends itself when it must;
-    a test may pass another function.
+    a test may pass another function. `tell` gets a unit's number, its images that have left the model, the
+    failed ones of these, and the seconds of the last call, after each call.
     """
 
     def __init__(
@@ -120,10 +121,12 @@ class SegmentWorker:
         use_gpu: bool,
         restarted: str | None = None,
         end_process: Callable[[int], Any] = os._exit,
+        tell: Callable[[int, int, int, float], None] = lambda *_: None,
     ) -> None:
         self._context = context
         self._crash_log = CrashLog(Store(context.output), epoch=epoch)
         self._end_process = end_process
+        self._tell = tell
         self._fault: SystemicFault | None = None
         self._record = ModelRecord()
         self._prompts_record = ModelRecord(code="internal")
@@ -168,11 +171,16 @@ class SegmentWorker:
             images = self._detect.run(images, guard)
         works = [_ImageWork(result=self._with_boxes(image)) for image in images]
         pending = [work for work in works if work.prompts]
+        failed = 0
         size = 1 if guard.image_by_image else self._model.call_shape.images_per_call
         for at in range(0, len(pending), size):
             if guard.image_by_image:
                 guard.note_image(pending[at].image_id)
+            began = time.monotonic()
             self._work(pending[at : at + size], guard)
+            done = pending[at : at + size]
+            failed += sum(work.result.error_code is not None for work in done)
+            self._tell(unit.unit_id, at + len(done), failed, time.monotonic() - began)
         if guard.image_by_image:
             guard.note_image(None)
         return tuple(work.result for work in works)

@@ -7,9 +7,10 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
 from hqlabel.jobs.terminal.progress import Progress, choose_mode
-from hqlabel.pipeline.job_context import UnitOutcome
+from hqlabel.pipeline.job_context import LiveCount, UnitOutcome
 
 
 class Clock:
@@ -46,8 +47,7 @@ def test_the_line_counts_rates_and_what_is_left() -> None:
     progress.add(outcome(0))
     progress.add(outcome(1, failed=2))
     assert progress.line() == (
-        "520 of 1,000 images (52%) · 2.00 images/s, 6.00 boxes/s · about 4 min 00 s left"
-        " · 2 failed (most: not_found)"
+        "2 failed (most: not_found) · 520 of 1,000 images (52%) · 2.00 images/s · about 4 min 00 s left"
     )
 
 
@@ -114,3 +114,65 @@ def test_silence_when_it_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
     assert choose_mode(wanted=True, is_terminal=True) == "live"
     assert choose_mode(wanted=True, is_terminal=False) == "lines"
+
+
+def test_it_moves_by_image_and_counts_none_twice_when_a_unit_is_committed() -> None:
+    clock = Clock()
+    progress = Progress(total_images=40, done_images=0, mode="silent", clock=clock)
+    clock.now += 10
+    progress.see([LiveCount(busy_s=4.0, units={0: (4, 0)}), LiveCount(busy_s=4.0, units={1: (6, 1)})])
+    assert (
+        progress.line()
+        == "1 failed · 10 of 40 images (25%) · 2.50 images/s · about 12.0 s left · model busy 100%"
+    )
+    assert progress.counts().images == 0
+    clock.now += 10
+    progress.see([LiveCount(busy_s=12.0, units={0: (10, 0)}), LiveCount(busy_s=12.0, units={1: (10, 2)})])
+    progress.add(outcome(0))
+    progress.see([LiveCount(busy_s=12.0, units={0: (10, 0)}), LiveCount(busy_s=12.0, units={1: (10, 2)})])
+    assert progress.line().startswith("2 failed · 20 of 40 images (50%) · 1.43 images/s")
+    assert "model busy 86%" in progress.line()
+    progress.add(outcome(1, failed=2))
+    assert progress.line().startswith("2 failed (most: not_found) · 20 of 40 images (50%)")
+
+
+def test_a_unit_begun_again_elsewhere_counts_once() -> None:
+    progress = Progress(total_images=40, done_images=0, mode="silent", clock=Clock())
+    progress.see([LiveCount(busy_s=1.0, units={3: (7, 0)}), LiveCount(busy_s=1.0, units={3: (2, 0)})])
+    assert "7 of 40 images" in progress.line()
+
+
+def test_failures_and_the_rate_are_seen_on_80_columns() -> None:
+    clock = Clock()
+    progress = Progress(total_images=1_000_000, done_images=0, mode="silent", clock=clock)
+    clock.now += 10
+    progress.add(outcome(0, failed=3))
+    progress.see([LiveCount(busy_s=9.3, units={1: (25, 0)})])
+    page = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    page.print(progress._bar())
+    bar, text = page.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert bar.rstrip().endswith("35 of 1,000,000 images  <0.1%")
+    assert text.startswith("3 failed (most: not_found) · 3.50 images/s · about ")
+    assert text.rstrip().endswith("model busy 93%")
+    assert max(len(bar), len(text)) <= 80
+
+
+def test_what_is_told_is_asked_for_until_the_work_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hqlabel.jobs.terminal.progress._WATCH_EVERY_S", 0.01)
+    progress = Progress(total_images=40, done_images=0, mode="lines")
+    asked = []
+
+    def read() -> list[LiveCount]:
+        asked.append(1)
+        if len(asked) == 1:
+            raise ConnectionError("the cluster is away")
+        return [LiveCount(busy_s=1.0, units={0: (5, 0)})]
+
+    with progress.watching(read):
+        deadline = time.monotonic() + 10
+        while "5 of 40" not in progress.line() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert "5 of 40" in progress.line()
+    number = len(asked)
+    time.sleep(0.1)
+    assert len(asked) == number

@@ -20,7 +20,7 @@ from PIL import Image
 
 from hqlabel.model.records import PreparedImage, Prompts, resize_longest_side
 from hqlabel.pipeline.errors import SystemicFault
-from hqlabel.pipeline.ray_execution import node_watch
+from hqlabel.pipeline.ray_execution import live_counts, node_watch
 from hqlabel.pipeline.ray_execution.chain import Retry, chain, run_units
 from hqlabel.pipeline.ray_execution.node_watch import check_resources
 from hqlabel.pipeline.ray_execution.placement import Node, Requests, fit
@@ -139,6 +139,14 @@ def test_a_job_answers_every_image_and_every_box_and_a_retry_mends_what_can_be(t
     assert sum(outcome.instances for outcome in outcomes) == sum(
         len(one["instances"]) for one in found.values()
     )
+
+    told = live_counts.read(job.context.run_id, 1)
+    images = {unit: done for one in told for unit, (done, _) in one.units.items()}
+    assert images
+    assert all(0 < done <= job.context.images_per_unit for done in images.values())
+    assert sum(one.busy_s for one in told) > 0
+    live_counts.forget(job.context.run_id, 1)
+    assert live_counts.read(job.context.run_id, 1) == []
 
     (tmp_path / "pictures" / "20.png").write_bytes(png(noise(66)))
     retried = run(job, [5], retry=Retry(generations={5: 1}, codes=("empty", "truncated")))

@@ -68,6 +68,16 @@ def drawn(box, height=48, width=64):
     return mask
 
 
+def test_each_call_of_the_model_is_told_as_it_ends(tmp_path, child):
+    job = make_job(tmp_path, {f"{i}.png": png(noise(i)) for i in range(3)}, {"1.png": []})
+    told = []
+
+    worker(job, tell=lambda *what: told.append(what)).run(prepared(job, child))
+
+    assert [what[:3] for what in told] == [(0, 1, 0), (0, 2, 0)]  # the one without boxes needs no call
+    assert all(what[3] >= 0 for what in told)
+
+
 def test_every_usable_box_has_its_mask_and_the_pixels_are_gone(tmp_path, child):
     given = [BOXES[0], [9, 9, 3, 3], BOXES[1], [float("nan")] * 4]
     job = make_job(tmp_path, {"a.png": png(noise(1)), "b.png": png(noise(2))}, {"a.png": given})
