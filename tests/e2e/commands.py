@@ -1,4 +1,4 @@
-"""Runs `hqlabel` as people do, in a process of its own, and reads what it leaves."""
+"""Runs `hqlabel`, as people do in a process of its own or in this one, and reads what it leaves."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from hqlabel.jobs.cli import main as cli
+from hqlabel.jobs.commands import label, retry
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -55,6 +60,30 @@ def run(
         f"hqlabel {arguments} ended with {process.returncode}, wanted {code}\n{out}\n{err}"
     )
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def run_here(*arguments: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """The same without a process, which costs seconds: for a command that starts no Ray."""
+    result = CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert code is None or result.exit_code == code, (
+        f"hqlabel {arguments} ended with {result.exit_code}, wanted {code}\n{result.stdout}\n{result.stderr}"
+    )
+    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+
+def label_here(*arguments: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """`label` or `retry` in this process, its units one after the other without Ray.
+
+    For what Ray's part of the way cannot change; the masks are the same bytes.
+    """
+    from tests.faults.racing import run_without_ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(label, "run_pending", run_without_ray)
+        patch.setattr(retry, "run_pending", run_without_ray)
+        return run_here(*arguments, code=code)
 
 
 def tables(output: Path) -> tuple[pa.Table, pa.Table]:

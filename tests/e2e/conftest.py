@@ -1,4 +1,4 @@
-"""What the tests of the whole way share: one small checkpoint, one data set of 120 pictures."""
+"""What the tests of the whole way share: one small checkpoint, one data set of 60 pictures."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
-    return make_data_set(tmp_path_factory.mktemp("data"), images=120)
+    return make_data_set(tmp_path_factory.mktemp("data"), images=60)
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,7 @@ def test_every_output_says_that_the_demo_model_made_it(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     store(scene, tmp_path / "images" / "a.jpg", 1)
     (tmp_path / "boxes.jsonl").write_text(json.dumps({"image_id": "a.jpg", "boxes": boxes.tolist()}) + "\n")
-    done = commands.run(
+    done = commands.label_here(
         "label", "--images", str(tmp_path / "images"), "--boxes", str(tmp_path / "boxes.jsonl"),
         "--checkpoint", "demo", "--output", str(tmp_path / "out"),
     )  # fmt: skip

@@ -26,8 +26,9 @@ def arguments(data: DataSet, checkpoint: Path, output: Path, *extra: str) -> lis
 
 @pytest.fixture(scope="session")
 def undisturbed(few_images: DataSet, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a job that nothing disturbs, not even Ray."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    commands.run(*arguments(few_images, checkpoint, output))
+    commands.label_here(*arguments(few_images, checkpoint, output))
     return output
 
 
@@ -133,7 +134,7 @@ def test_another_model_box_file_or_mask_setting_is_refused_by_name(
         "hq_token_only": arguments(few_images, checkpoint, undisturbed, "--set", "model.hq_token_only=true"),
     }  # fmt: skip
     for field, case in cases.items():
-        result = commands.run(*case, code=4)
+        result = commands.run_here(*case, code=4)
         assert field in result.stderr, f"{field} is not named in: {result.stderr}"
         assert "Traceback" not in result.stderr
     owners = {name for name in commands.contents(undisturbed) if name.startswith("owner/")}
@@ -148,7 +149,7 @@ def test_a_new_threshold_needs_only_publish(undisturbed: Path, tmp_path: Path) -
 
     copy = tmp_path / "copy"
     shutil.copytree(undisturbed, copy)
-    commands.run("publish", "--output", str(copy), "--set", "filter.min_area_px=200")
+    commands.run_here("publish", "--output", str(copy), "--set", "filter.min_area_px=200")
     _, instances = commands.tables(copy)
     _, unfiltered = commands.tables(undisturbed)
 
@@ -182,7 +183,7 @@ def test_broken_images_end_as_their_rows_say_and_retry_mends_only_them(
     output = tmp_path / "out"
     command = ["label", "--boxes", str(data.boxes), "--checkpoint", str(checkpoint), "--output", str(output),
                *UNITS]  # fmt: skip
-    text = commands.run(*command, code=3).stderr
+    text = commands.label_here(*command, code=3).stderr
     assert "over the failure budget: " in text
     assert "allow more: --set limits.max_failure_rate=0." in text
     images, instances = commands.tables(output)
@@ -226,7 +227,7 @@ def test_what_cannot_work_is_refused_before_any_work(
     if extra:
         at = command.index(extra[0])
         del command[at : at + 2]
-    result = commands.run(*command, *extra, code=4)
+    result = commands.run_here(*command, *extra, code=4)
 
     assert "Traceback" not in result.stderr
     sentence = [line for line in result.stderr.splitlines() if line.startswith("hqlabel:")]

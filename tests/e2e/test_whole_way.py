@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import duckdb
@@ -17,6 +17,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from hqlabel.model import checkpoints
+from hqlabel.model.device import set_cpu_threads
 from hqlabel.model.records import CallShape, Instances, PreparedImage, Prompts
 from hqlabel.model.segmenter import Segmenter
 from hqlabel.pipeline.images.decode_upright import decode_image
@@ -36,7 +37,7 @@ def label(data: DataSet, checkpoint: Path, output: str, *extra: str, code: int =
 
 @pytest.fixture(scope="session")
 def finished(data_set: DataSet, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of one undisturbed job: 120 pictures, one actor, units of 16."""
+    """The output of one undisturbed job: 60 pictures, one actor, units of 16."""
     output = tmp_path_factory.mktemp("out") / "one"
     label(
         data_set, checkpoint, str(output), "--set", "output.images_per_unit=16", "--set", "cluster.actors=1"
@@ -63,6 +64,7 @@ def test_masks_equal_a_plain_loop_over_the_segmenter(
 ) -> None:
     _, instances = commands.tables(finished)
     rows = {(r["image_id"], r["instance_index"]): r for r in instances.to_pylist()}
+    set_cpu_threads(1)  # as the job's process does: the last bits of some sums follow their number
     model = checkpoints.load(checkpoint).model
     segmenter = Segmenter(model, call_shape=SHAPE, dtype="float32")
     compared = 0
@@ -84,7 +86,7 @@ def test_masks_equal_a_plain_loop_over_the_segmenter(
             assert row["predicted_iou"] == found.predicted_iou[index]
             assert row["stability_score"] == found.stability_score[index]
             compared += 1
-    assert compared > 500
+    assert compared > 250
 
 
 @pytest.mark.slow
@@ -128,23 +130,34 @@ def test_a_finished_job_run_again_changes_no_byte(
     finished: Path, data_set: DataSet, checkpoint: Path
 ) -> None:
     before = commands.contents(finished)
-    text = label(data_set, checkpoint, str(finished), "--set", "output.images_per_unit=16")
+    inputs = [
+        "--images",
+        str(data_set.images),
+        "--boxes",
+        str(data_set.boxes),
+        "--checkpoint",
+        str(checkpoint),
+    ]
+    text = commands.run_here(
+        "label", *inputs, "--output", str(finished), *MASKS, "--set", "output.images_per_unit=16"
+    ).stderr
     after = commands.contents(finished)
 
     owner = {name for name in {*before, *after} if name.startswith("owner/")}
     assert {k: v for k, v in before.items() if k not in owner} == {
         k: v for k, v in after.items() if k not in owner
     }
-    assert "120" in text
+    assert "60 images" in text
+    assert "nothing was left to do" in text
 
 
 @pytest.mark.slow
 def test_validate_finds_nothing_and_status_counts_all(finished: Path) -> None:
-    commands.run("validate", "--output", str(finished))
-    status = json.loads(commands.run("status", "--output", str(finished), "--json").stdout)
+    commands.run_here("validate", "--output", str(finished))
+    status = json.loads(commands.run_here("status", "--output", str(finished), "--json").stdout)
 
-    assert status["images"]["planned"] == 120
-    assert status["images"]["done"] == 120
+    assert status["images"]["planned"] == 60
+    assert status["images"]["done"] == 60
 
 
 @pytest.mark.slow
@@ -153,11 +166,11 @@ def test_validate_names_a_unit_with_one_flipped_bit(finished: Path, tmp_path: Pa
 
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    unit = sorted((copy / "units").glob("*.parquet"))[3]
+    unit = sorted((copy / "units").glob("*.parquet"))[2]
     data = bytearray(unit.read_bytes())
     data[len(data) // 3] ^= 0x10
     unit.write_bytes(data)
-    result = commands.run("validate", "--output", str(copy), code=6)
+    result = commands.run_here("validate", "--output", str(copy), code=6)
 
     assert unit.name in result.stdout + result.stderr
 
@@ -185,20 +198,28 @@ def test_a_plain_glob_never_shows_a_row_twice_while_a_job_runs_or_publishes_agai
     output = tmp_path / "out"
     inputs = ["--images", str(few_images.images), "--boxes", str(few_images.boxes)]
     first = commands.start("label", *inputs, "--checkpoint", str(checkpoint), "--output", str(output), *MASKS)
-    seen = list(rows_while(first, output, polars=True))
-    for least in ("0.2", "0.9", "0.5"):
-        again = commands.start("publish", "--output", str(output), "--min-predicted-iou", least)
-        # No Polars here: it opens a file twice, and is at a loss when a newer one has taken its place.
-        seen += rows_while(again, output, polars=False)
+    seen = list(rows_while(lambda: first.poll() is None, output, polars=True))
+    said = first.communicate()
+    assert first.returncode == 0, said
+    again = multiprocessing.get_context("spawn").Process(target=publish_often, args=(str(output),))
+    again.start()
+    # No Polars here: it opens a file twice, and is at a loss when a newer one has taken its place.
+    seen += rows_while(lambda: again.exitcode is None, output, polars=False)
+    assert again.exitcode == 0
 
     assert set(seen) <= {0, few_images.num_boxes}, "a glob saw a part of the rows, or rows twice"
     assert seen.count(few_images.num_boxes) > 3, "nothing was read while something was written"
 
 
-def rows_while(process: subprocess.Popen[str], output: Path, *, polars: bool) -> Iterator[int]:
-    """How many rows globs of `instances` have while `process` runs; fails on a row that is there twice."""
+def publish_often(output: str) -> None:
+    for least in ("0.2", "0.9", "0.5"):
+        commands.run_here("publish", "--output", output, "--min-predicted-iou", least)
+
+
+def rows_while(running: Callable[[], bool], output: Path, *, polars: bool) -> Iterator[int]:
+    """How many rows globs of `instances` have while something runs; fails on a row that is there twice."""
     pattern = str(output / "instances" / "*.parquet")
-    while process.poll() is None:
+    while running():
         time.sleep(0.02)
         if not list(output.glob("instances/*.parquet")):
             yield 0
@@ -212,8 +233,6 @@ def rows_while(process: subprocess.Popen[str], output: Path, *, polars: bool) ->
             rows = pl.read_parquet(pattern)
             assert rows.select("image_id", "instance_index").n_unique() == rows.height
             yield rows.height
-    said = process.communicate()
-    assert process.returncode == 0, said
 
 
 @pytest.mark.slow
@@ -221,7 +240,7 @@ def test_coco_boxes_with_a_limit_work_as_in_the_readme(
     few_images: DataSet, checkpoint: Path, tmp_path: Path
 ) -> None:
     coco = write_coco(tmp_path / "coco.json", few_images)
-    text = commands.run(
+    text = commands.label_here(
         "label", "--images", str(few_images.images), "--boxes", str(coco), "--checkpoint", str(checkpoint),
         "--limit", "10", "--output", str(tmp_path / "out"),
     ).stderr  # fmt: skip

@@ -16,13 +16,13 @@ import pytest
 import safetensors.torch
 import torch
 import typer
-from typer.testing import CliRunner
 
 from hqlabel.jobs.cli import main as cli
 from hqlabel.jobs.job_setup.check_models import read_checkpoint
 from hqlabel.jobs.load_config import Config, ConfigSources
 from hqlabel.jobs.terminal.input_report import describe_model
 from hqlabel.pipeline.errors import DamageFound, JobRefused, SystemicFault, UsageError
+from tests.e2e import commands
 from tests.e2e.scenes import DataSet
 
 ROOT = Path(__file__).parents[3]
@@ -43,10 +43,8 @@ COMMANDS = (
 
 def run(*arguments: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of the command line in this process."""
-    result = CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+    done = commands.run_here(*arguments, code=None)
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_help_lists_every_command_and_how_to_begin() -> None:

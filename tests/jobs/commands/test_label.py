@@ -110,7 +110,7 @@ def test_the_saved_settings_find_the_job_finished_and_change_nothing(
     output, _, _ = first
     before = commands.contents(output)
     began = time.monotonic()
-    done = commands.run("label", "--config", str(output / "config.yaml"))
+    done = commands.run_here("label", "--config", str(output / "config.yaml"))
     assert "nothing was left to do, and nothing was changed" in done.stderr
     assert "all done" in done.stderr
     assert "Ray" not in done.stderr
@@ -123,11 +123,11 @@ def test_over_the_failure_budget_is_3_also_when_it_is_judged_later(
 ) -> None:
     output, _, _ = first
     again = ["label", "--config", str(output / "config.yaml")]
-    done = commands.run(*again, "--set", "limits.max_failure_rate=0.05", "--json", code=3)
+    done = commands.run_here(*again, "--set", "limits.max_failure_rate=0.05", "--json", code=3)
     over = "over the failure budget: 1 of 14 images failed (7.1%), limits.max_failure_rate is 0.05;"
     assert over in done.stderr
     assert json.loads(done.stdout)["exit_code"] == 3
-    commands.run(*again)
+    commands.run_here(*again)
 
 
 def test_a_second_driver_is_refused_by_the_name_of_the_first(
@@ -135,7 +135,7 @@ def test_a_second_driver_is_refused_by_the_name_of_the_first(
 ) -> None:
     output = tmp_path / "out"
     with Owner.take(Store(Place(uri=str(output)))):
-        done = commands.run(*arguments(data_set, checkpoint, output), code=4)
+        done = commands.run_here(*arguments(data_set, checkpoint, output), code=4)
     assert f"process {os.getpid()} on" in done.stderr
     assert "is working on this job" in done.stderr
     assert not (output / "units").exists()
@@ -154,22 +154,22 @@ def test_an_interrupt_while_ray_starts_ends_in_time_and_the_same_command_goes_on
     assert process.returncode == 130
     assert time.monotonic() - sent < 3
     assert "Traceback" not in said
-    again = commands.run(*arguments(data_set, checkpoint, output))
-    assert "going on with the job in" in again.stderr
-    assert commands.tables(output)[0].num_rows == 14
     holder = json.loads((output / "owner" / "1.beat.json").read_text())
     assert holder["released"]
+    again = commands.label_here(*arguments(data_set, checkpoint, output))
+    assert "going on with the job in" in again.stderr
+    assert commands.tables(output)[0].num_rows == 14
 
 
 def test_slices_share_a_job_and_the_last_one_publishes(
     data_set: DataSet, checkpoint: Path, first: tuple[Path, dict[str, object], str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    done = commands.run(*arguments(data_set, checkpoint, output, "--slice", "2/2"))
+    done = commands.label_here(*arguments(data_set, checkpoint, output, "--slice", "2/2"))
     assert "slice 2/2 is done" in done.stderr
     assert commands.unit_names(output) == ["00000002.g0.parquet", "00000003.g0.parquet"]
     assert not (output / "manifest.json").exists()
-    done = commands.run(*arguments(data_set, checkpoint, output, "--slice", "1/2", "--json"))
+    done = commands.label_here(*arguments(data_set, checkpoint, output, "--slice", "1/2", "--json"))
     assert json.loads(done.stdout)["state"] == "complete"
     for ours, theirs in zip(commands.tables(output), commands.tables(first[0]), strict=True):
         assert commands.lasting(ours).equals(commands.lasting(theirs))
@@ -183,19 +183,19 @@ def test_inspect_draws_and_plan_and_status_agree(
     name = next(name for name in names if name != broken_image(data_set))
     picture = tmp_path / "overlay.png"
     inspected = ("inspect", name, "--output", str(output), "--picture", str(picture))
-    assert "see --allow-root" in commands.run(*inspected).stderr
+    assert "see --allow-root" in commands.run_here(*inspected).stderr
     assert not picture.exists()
-    done = commands.run(*inspected, "--allow-root", str(data_set.images))
+    done = commands.run_here(*inspected, "--allow-root", str(data_set.images))
     assert name in done.stdout
     with Image.open(data_set.images / name) as photo, Image.open(picture) as drawn:
         assert drawn.size == photo.size
-    planned = commands.run(
+    planned = commands.run_here(
         "plan", "--images", str(data_set.images), "--boxes", str(data_set.boxes), "--output", str(output),
         "--set", "output.images_per_unit=4", "--json",
     )  # fmt: skip
     found = json.loads(planned.stdout)
     assert (found["images"], found["units"], found["units_done"]) == (14, 4, 4)
-    status = json.loads(commands.run("status", "--output", str(output), "--json").stdout)
+    status = json.loads(commands.run_here("status", "--output", str(output), "--json").stdout)
     assert status["state"] == "complete"
     assert status["units"]["published"] == 4
 
