@@ -87,7 +87,7 @@ def by_image(instances: pa.Table) -> dict[str, list[dict]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["rt_detr_v2", "grounding_dino"])
+@pytest.mark.parametrize("kind", ["rt_detr_v2", pytest.param("grounding_dino", marks=pytest.mark.faults)])
 def test_a_detector_in_the_job_finds_what_a_plain_loop_finds(
     kind: str, photos: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -143,7 +143,7 @@ def test_a_table_with_masks_that_are_none_is_labelled_to_the_end(checkpoint: Pat
     output = tmp_path / "out"
 
     # One of three images has no prompt that can be used: more than limits.max_failure_rate.
-    done = commands.run(
+    done = commands.label_here(
         "label", *inputs, "--checkpoint", str(checkpoint), "--output", str(output), *SETTINGS, code=3
     )
 

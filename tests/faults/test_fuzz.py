@@ -1,7 +1,7 @@
 """Any boxes, tables, pictures, prompts, truth: an outcome or a listed error, in bounded time and memory.
 
 Prompts go from a table of ten or more through every stage, the real model too, to committed rows; they are
-counted one by one. A few hundred examples of each kind run always. The long form takes FUZZ_EXAMPLES of
+counted one by one. A hundred examples of each kind run always. The long form takes FUZZ_EXAMPLES of
 each, 25,000 unless told otherwise, and prints what came out:
 `FUZZ_EXAMPLES=25000 pytest -m faults tests/faults/test_fuzz.py -s`.
 """
@@ -25,7 +25,7 @@ from hqlabel.pipeline.settings import Limits
 from tests.e2e.scenes import small_checkpoint
 from tests.faults import fuzzing
 
-SHORT = 300
+SHORT = 100
 LONG = int(os.environ.get("FUZZ_EXAMPLES", "25000"))
 FINDS = json.loads((Path(__file__).parent / "finds.json").read_text())
 MEMORY_MIB = 1024

@@ -123,13 +123,14 @@ def test_a_flipped_byte_is_another_checkpoint(checkpoint: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("switch", [None, *SWITCHES])
 def test_a_hostile_checkpoint_runs_nothing_and_the_command_ends_with_4(
-    switch: str | None, tmp_path: Path
+    switch: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "hostile.pth"
     torch.save({"image_encoder.pos_embed": Canary(tmp_path / "canary")}, path)
     picture = tmp_path / "a.png"
     corpus.quadrants().save(picture)
-    environment = {} if switch is None else {switch: "1"}
+    if switch is not None:
+        monkeypatch.setenv(switch, "1")
     command = [
         "label",
         "--images",
@@ -139,7 +140,7 @@ def test_a_hostile_checkpoint_runs_nothing_and_the_command_ends_with_4(
         "--output",
         str(tmp_path / "out"),
     ]
-    said = commands.run(*command, code=4, **environment).stderr
+    said = commands.run_here(*command, code=4).stderr
 
     assert str(path) in said if switch is None else f"Unset: {switch}" in said
     assert not (tmp_path / "canary").exists()

@@ -106,7 +106,7 @@ def test_what_every_row_would_fail_of_ends_the_pipeline(stage: SegmentImages) ->
         SegmentImages(box_format="xyxyx")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("batch_format", ["default", "pyarrow"])
+@pytest.mark.parametrize("batch_format", ["default", pytest.param("pyarrow", marks=pytest.mark.faults)])
 def test_a_dataset_of_parquet_rows_is_labelled_on_ray(
     local_ray: None, tmp_path: Path, expected: Any, batch_format: str
 ) -> None:

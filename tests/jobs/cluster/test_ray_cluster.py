@@ -114,12 +114,14 @@ ENTER_OFTEN = """
 """
 
 
-@pytest.mark.parametrize("times", [8, pytest.param(200, marks=pytest.mark.faults)])
-def test_processes_that_enter_at_once_never_take_each_other_for_dead(times: int, private_tmp: Path) -> None:
+@pytest.mark.parametrize(("processes", "times"), [(3, 20), pytest.param(6, 200, marks=pytest.mark.faults)])
+def test_processes_that_enter_at_once_never_take_each_other_for_dead(
+    processes: int, times: int, private_tmp: Path
+) -> None:
     call = [sys.executable, "-c", textwrap.dedent(ENTER_OFTEN), str(private_tmp), str(times)]
-    six = [subprocess.Popen(call, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(6)]
-    errors = [process.communicate(timeout=300)[1][-300:] for process in six]
-    assert [process.returncode for process in six] == [0] * 6, errors
+    racers = [subprocess.Popen(call, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(processes)]
+    errors = [process.communicate(timeout=300)[1][-300:] for process in racers]
+    assert [process.returncode for process in racers] == [0] * processes, errors
     assert list((private_tmp / f"hqlabel-{os.getuid()}").iterdir()) == []
 
 
@@ -141,7 +143,7 @@ RAY_SCRIPT = """
         folder = os.path.dirname(token)
         task = ray.remote(num_cpus=0.3)(lambda: (time.sleep(1), os.getpid())[1])
         workers = set(ray.get([task.remote() for _ in range(3)]))
-        time.sleep(4)  # Ray looks every 200 ms for workers that had nothing to do for a second
+        time.sleep(2.5)  # Ray looks every 200 ms for workers that had nothing to do for a second
         console.data(json.dumps({
             "info": str(info), "mode": os.environ["RAY_AUTH_MODE"],
             "token": oct(stat.S_IMODE(os.stat(token).st_mode)),

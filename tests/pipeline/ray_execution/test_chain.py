@@ -108,7 +108,7 @@ def test_equal_requests_would_be_fused_so_the_check_above_is_one(tmp_path):
     assert "MapBatches(prepare)->MapBatches(Segment)" in names
 
 
-@pytest.mark.parametrize("kind", ["local", "s3"])
+@pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.faults)])
 def test_a_job_answers_every_image_and_every_box_and_a_retry_mends_what_can_be(tmp_path, kind, request):
     pictures = {f"{i:02}.png": png(noise(i, 40 + i, 64)) for i in range(20)}
     pictures |= {"20.png": b"", "21.png": trouble("exit"), "22.png": png(noise(1))[:700], "23.png": b"<html>"}
