@@ -235,7 +235,7 @@ def test_what_cannot_work_is_refused_before_any_work(
     assert [p.name for p in output.rglob("*")] == (["diary.txt"] if case == "foreign" else [])
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_an_actor_killed_in_mid_unit_costs_nothing(
     few_images: DataSet, checkpoint: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
