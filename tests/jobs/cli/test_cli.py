@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import typer
+from typer.testing import CliRunner
 
 from hqlabel.jobs.cli import main as cli
 from hqlabel.jobs.job_setup.check_models import read_checkpoint
