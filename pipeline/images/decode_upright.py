@@ -4,11 +4,13 @@ A pure function of the bytes; knows no storage, no Ray and no deadline. Hostile 
 crash a native codec, hang it or eat memory, so the pipeline calls it through `decode_process`.
 
 Rules, one each:
-- The format is decided by the bytes, from a list of seven; the name of the file plays no part.
-- Size limits are checked on the header, before any pixel is decoded; Pillow's bomb warning is an error.
+- The format is decided by the bytes, from a list of nine; the name of the file plays no part.
+- Size limits are checked on the header, before any pixel is decoded; Pillow's bomb warning is an error. A
+  HEIC's pixels may turn out to be more than its header states: they are checked again.
 - `verify()` and `load()` both: a JPEG cut in half passes the first, a PNG with a flipped byte the second.
 - Orientation 1 to 8 is applied (EXIF, a PNG's eXIf, a TIFF's tag, XMP where there is no EXIF: what Pillow's
-  `exif_transpose` goes by). Any other value, and metadata that cannot be read, count as absent.
+  `exif_transpose` goes by). Any other value, and metadata that cannot be read, count as absent. A HEIC is
+  turned by its own properties as it is decoded, by every program: for it, stored and upright are the same.
 - Alpha is dropped: the colour under it is kept as stored, as `convert("RGB")` and OpenCV's colour reading
   do, because the boxes came from a detector that read its pictures so. Fully transparent is no failure.
 - Grey of more than 8 bits is scaled over its whole range, as a TIFF states it: 0..65535, or 0..4095 for 12
@@ -36,7 +38,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from hqlabel.model.records import Fit, resize_image, target_size_hw
 from hqlabel.pipeline.errors import ImageError
-from hqlabel.pipeline.images.picture_formats import ALLOWED_FORMATS, damaged, unidentified
+from hqlabel.pipeline.images.picture_formats import damaged, formats_for, unidentified
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -99,11 +101,13 @@ def decode_image(
     if detector_side is not None:
         wanted.append((detector_side, "pad"))
     with _pillow_faults(data, max_pixels):
-        _check_header(Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS), max_pixels, wanted)
-        picture = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
+        formats = formats_for(data)
+        _check_header(Image.open(io.BytesIO(data), formats=formats), max_pixels, wanted)
+        picture = Image.open(io.BytesIO(data), formats=formats)
         orientation = _orientation(picture) if picture.format == "TIFF" else None
         stored_hw = _reduce(picture, wanted) if draft_jpeg else None
         picture.load()
+        _check_pixels(picture, max_pixels)
         if picture.format == "TIFF":  # Pillow turns TIFFs upright while loading, and forgets the tag
             upright = _to_rgb(picture)
         else:
@@ -137,7 +141,7 @@ def measure_image(data: bytes, *, max_pixels: int, side: int) -> DecodedImage:
     if not data:
         raise ImageError("empty", "the object has 0 bytes; upload the picture again")
     with _pillow_faults(data, max_pixels):
-        picture = Image.open(io.BytesIO(data), formats=ALLOWED_FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=formats_for(data))
         size_hw, orientation = (picture.height, picture.width), _orientation(picture)
     turned_hw = size_hw[::-1] if orientation in (5, 6, 7, 8) else size_hw
     is_upright = picture.format == "TIFF"  # Pillow gives the size of a TIFF as it will be when loaded
@@ -152,14 +156,18 @@ def measure_image(data: bytes, *, max_pixels: int, side: int) -> DecodedImage:
 
 def _check_header(picture: Image.Image, max_pixels: int, wanted: Sequence[tuple[int, Fit]]) -> None:
     """Raise ImageError by the header alone, then check stored checksums; `picture` is spent afterwards."""
-    if picture.width * picture.height > max_pixels:
-        raise ImageError("too_large", _too_many_pixels(f"{picture.width}x{picture.height}", max_pixels))
+    _check_pixels(picture, max_pixels)
     try:
         for side, fit in sorted(wanted):
             target_size_hw((picture.height, picture.width), side, fit)
     except ValueError as error:
         raise ImageError("too_elongated", str(error)) from None
     picture.verify()
+
+
+def _check_pixels(picture: Image.Image, max_pixels: int) -> None:
+    if picture.width * picture.height > max_pixels:
+        raise ImageError("too_large", _too_many_pixels(f"{picture.width}x{picture.height}", max_pixels))
 
 
 def _reduce(picture: Image.Image, wanted: Sequence[tuple[int, Fit]]) -> tuple[int, int] | None:

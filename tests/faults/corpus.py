@@ -389,8 +389,6 @@ def refused_cases() -> Iterable[Case]:
     }  # fmt: skip
     if features.check("jpg_2000"):
         signatures["jp2"] = encode(quadrants(), "JPEG2000")
-    if features.check("avif"):
-        signatures["avif"] = encode(quadrants(), "AVIF")
     for ending, data in signatures.items():
         yield bad(f"r/{ending}.{ending}", data, "format")
         yield bad(f"r/{ending}.jpg", data, "format")

@@ -265,8 +265,7 @@ def test_bytes_that_are_no_picture_are_named_and_not_repeated():
 def test_formats_outside_the_list_are_refused_by_name():
     cases = {
         "JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(200),
-        "AVIF": b"\0\0\0\x20ftypavif" + bytes(200),
-        "HEIC": b"\0\0\0\x20ftypheic" + bytes(200),
+        "MP4": b"\0\0\0\x20ftypisom" + bytes(200),
         "ICO": encode(quadrants(), "ICO"),
         "PPM": encode(quadrants(), "PPM"),
         "EPS": b"\xc5\xd0\xd3\xc6" + bytes(200),
