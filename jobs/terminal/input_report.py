@@ -23,7 +23,9 @@ def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, 
         boxes = count(plan["boxes"], "box", "boxes")
         around = " around masks" if config.input.boxes_from == "masks" else ""
         rows.append(("boxes", f"{boxes}{around}; {_place(config.input.boxes)}"))
-        rows.append(("box format", f"{plan['box_format']}, in the {_frame(plan['box_frame'])}"))
+        lists = {"boxes", "bbox"} & set(plan.get("used_columns") or ())
+        own = "" if config.input.box_format or not lists else " (COCO's is --box-format xywh)"
+        rows.append(("box format", f"{plan['box_format']}{own}, in the {_frame(plan['box_frame'])}"))
     rows.append(("ids", plan["id_rule"]))
     rows += _columns(plan)
     if config.input.boxes and "class_count" in plan:  # a job of an earlier version does not say

@@ -81,7 +81,7 @@ def read_box_tables(
     if wanted is None or not locate(names, KEYS, mapping, uri=uris[0]):
         raise missing_columns(uris[0], names, given, access, unclear=known.unclear)
     if known.unclear:
-        raise unclear_columns(uris[0], names, given, known.unclear)
+        raise unclear_columns(uris[0], given, known.unclear)
     files = inspect_tables(uris, wanted, mapping, access)
     for file in files:
         if not {"image_uri", "image_id"} & file.names.keys():

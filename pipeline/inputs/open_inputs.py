@@ -268,7 +268,7 @@ def _read_image_tables(
     first = inspect_tables(uris[:1], {}, settings.columns, access)[0]
     known = known_image_names(first.all_names, settings.columns, uri=first.uri)
     if known.unclear:
-        raise unclear_columns(first.uri, first.all_names, settings.columns, known.unclear)
+        raise unclear_columns(first.uri, settings.columns, known.unclear)
     files = inspect_tables(uris, wanted, known.mapping, access)
     batches: list[pa.Table] = []
     faults = RowFaults(files[0].uri)

@@ -92,16 +92,24 @@ _CHOICES: dict[str, list[list[str]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Unclear:
+    """What two columns could be, as a part of a sentence, and our name -> theirs of the first of them."""
+
+    text: str
+    choice: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class KnownNames:
     """Columns of a table that are read as ours by their names.
 
     `mapping`: our name -> the table's, those that the user mapped included. `box_format`: what four columns
-    mean by their names, or None. `unclear`: what could be meant by two columns, each a part of a sentence.
+    mean by their names, or None. `unclear`: what could be meant by two columns.
     """
 
     mapping: Mapping[str, str]
     box_format: BoxFormat | None = None
-    unclear: tuple[str, ...] = ()
+    unclear: tuple[Unclear, ...] = ()
 
 
 _URI_NAMES = (
@@ -121,6 +129,8 @@ _LIST_WORDS = (*(f"{name}s" for name in _WORDS), "names", "detectedclasses")
 _LIST_NUMBERS = ("categoryids", "classids", "labelids", "clsids")
 _LIST_EITHER = ("labels", "classes", "categories", "predictions", *_EITHER)
 _LIST_SCORES = ("scores", "confidences", "confs", "probs", "probabilities", "logits", *_SCORES)
+_CLASSES = {"label", "labels", "category_id"}
+"""One column of them is enough."""
 _BOX_NAMES = ("bbox", "box", "boundingbox", "bndbox", "rect", "xyxy")
 _BOXES_NAMES = ("boxes", "bboxes", "boundingboxes", "predboxes")
 
@@ -150,7 +160,8 @@ def known_names(
     elif is_guess and _first_rows(uri, mapping, {"category_id": numbers}, access) is None:
         either = " or ".join(repr(clean_text(name)) for name in (numbers, found["label"]))
         kept = {ours: theirs for ours, theirs in found.items() if ours != "category_id"}
-        known = replace(known, mapping=kept, unclear=(*known.unclear, f"{either} could be label"))
+        doubt = Unclear(text=f"{either} could be label", choice={"label": found["label"]})
+        known = replace(known, mapping=kept, unclear=(*known.unclear, doubt))
     if not known.unclear:
         _refuse_two_kinds_of_boxes(file, mapping, known.mapping, access, box_format)
     return known
@@ -242,7 +253,7 @@ def names_known(
     return KnownNames(
         mapping={**mapping, **allowed},
         box_format=meaning,
-        unclear=tuple(text for ours, text in free.unclear.items() if mapping.get(ours) != ""),
+        unclear=tuple(doubt for ours, doubt in free.unclear.items() if mapping.get(ours) != ""),
     )
 
 
@@ -250,7 +261,7 @@ class _Free:
     """The columns of a table that nothing is read from yet, and what of them is unclear."""
 
     def __init__(self, names: Sequence[str], taken: Mapping[str, str]) -> None:
-        self.unclear: dict[str, str] = {}
+        self.unclear: dict[str, Unclear] = {}
         used = set(taken.values())
         self._names = [name for name in names if name not in used and can_be_pasted(name)]
 
@@ -267,7 +278,7 @@ class _Free:
         found = self.named(others)
         if len(found) > 1:
             either = " or ".join(repr(clean_text(name)) for name in found)
-            self.unclear[ours] = f"{either} could be {ours}"
+            self.unclear[ours] = Unclear(text=f"{either} could be {ours}", choice={ours: found[0]})
         return {ours: found[0]} if len(found) == 1 else {}
 
 
@@ -319,7 +330,7 @@ def _free_corners(
     ]
     if len(found) > 1 and found[0][1] == found[1][1]:
         either = " or ".join(shown_names(list(four.values())) for four, _ in found)
-        free.unclear["x1"] = f"{either} could be the boxes"
+        free.unclear["x1"] = Unclear(text=f"{either} could be the boxes", choice=found[0][0])
         return None
     return found[0] if found else None
 
@@ -419,8 +430,8 @@ def _alike(ours: str, names: Sequence[str]) -> str | None:
 
 def unread_note(file: TableFile, unused: Sequence[str], mapping: Mapping[str, str]) -> tuple[str, ...]:
     """Return a sentence where columns that are not read are called like some that the table lacks."""
-    classes = {"label", "category_id"}  # one column of classes is enough
-    there = {*file.names, *(classes if classes & file.names.keys() else ())}
+    there = {*file.names, *(_CLASSES if _CLASSES & file.names.keys() else ())}
+    there |= {ours for ours, theirs in mapping.items() if not theirs}  # the person wants none
     choices = _CHOICES["boxes" if "boxes" in file.names else "bbox"]
     lacking = [choice for choice in choices if choice[0] not in there]
     near = near_columns(lacking, unused, mapping, exact=True)
@@ -430,15 +441,14 @@ def unread_note(file: TableFile, unused: Sequence[str], mapping: Mapping[str, st
     return (f"{file.uri}: to read {meant} too: {setting_of(near, mapping)}",)
 
 
-def unclear_columns(
-    uri: str, names: Sequence[str], mapping: Mapping[str, str], unclear: Sequence[str]
-) -> JobRefused:
+def unclear_columns(uri: str, mapping: Mapping[str, str], unclear: Sequence[Unclear]) -> JobRefused:
     """Return the error for a table of which two columns could be ours, with a setting that names one each."""
-    wanted = [[part.rsplit(" could be ", 1)[1]] for part in unclear]
-    found = corner_columns(names, mapping) if ["the boxes"] in wanted else None
-    near = near_columns([choice for choice in wanted if choice != ["the boxes"]], names, mapping, exact=True)
-    chosen = setting_of({**(found[0] if found else {}), **near}, mapping)
-    return JobRefused(f'{uri}: {"; ".join(unclear)}. Choose, such as {chosen} (NAME: "" reads none of them)')
+    choice = {ours: theirs for one in unclear for ours, theirs in one.choice.items()}
+    none = f"; to read none of them: {setting_of(dict.fromkeys(choice, ''), mapping)}"
+    return JobRefused(
+        f"{uri}: {'; '.join(one.text for one in unclear)}. Choose, such as {setting_of(choice, mapping)}"
+        f"{none if choice.keys() <= {'score', 'scores', *_CLASSES} else ''}"
+    )
 
 
 def missing_columns(
@@ -447,7 +457,7 @@ def missing_columns(
     mapping: Mapping[str, str],
     access: AccessRules,
     *,
-    unclear: Sequence[str] = (),
+    unclear: Sequence[Unclear] = (),
 ) -> JobRefused:
     """Return the error for a table that lacks columns: all of them, and one proposal for all.
 
@@ -455,7 +465,9 @@ def missing_columns(
     """
     lacking, near, box_format = _proposal(names, mapping, uri=uri)
     message = f"{uri}: no column {', no column '.join(lacking)}; found {shown_names(names)}"
-    message += "".join(f"; {one}" for one in unclear)
+    message += "".join(f"; {one.text}" for one in unclear)
+    for one in unclear:
+        near = {**one.choice, **near} if near else near
     rows = _first_rows(uri, mapping, near, access) if near else None
     if rows is None and "category_id" in near:  # `class` may hold words
         near = {ours: theirs for ours, theirs in near.items() if ours != "category_id"}

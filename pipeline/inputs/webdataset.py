@@ -205,7 +205,7 @@ def _columns(
     given = {**mapping, **{name: name for name in KEYS}}
     known = names_known(list(values), given, uri=uri, box_format=None)
     if known.unclear:
-        raise unclear_columns(uri, list(values), mapping, known.unclear)
+        raise unclear_columns(uri, mapping, known.unclear)
     found = locate(list(values), IMAGE_ROWS, known.mapping, uri=uri)
     if "boxes" not in found:
         raise missing_column(f"{uri}: in the .json next to the pictures", "boxes", list(values))

@@ -70,9 +70,16 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
         "filename,path,xmin,ymin,xmax,ymax\na.jpg,b.jpg,10,20,110,220\n",
         ["'filename' or 'path' could be image_uri", "x1: xmin", "image_uri: path"],
     ),
+    "two names that are rarely used": (
+        "image_filename,img_filename,xmin,ymin,xmax,ymax,phrase,text_label\na.jpg,b.jpg,1,2,30,40,x,y\n",
+        ["'image_filename' or 'img_filename'", "image_uri: image_filename", "label: phrase"],
+    ),
     "two scores": (
         "filename,xmin,ymin,xmax,ymax,conf,prob\na.jpg,10,20,110,220,1,1\n",
-        ["'conf' or 'prob' could be score", "--set input.columns.score=conf", '""'],
+        [
+            "'conf' or 'prob' could be score",
+            "--set input.columns.score=conf; to read none of them: --set 'input.columns={score: \"\"}'",
+        ],
     ),
     "two columns of words": (
         "filename,xmin,ymin,xmax,ymax,class,name\na.jpg,10,20,110,220,cat,Tom\n",
