@@ -16,6 +16,7 @@ from xml.sax.saxutils import quoteattr
 from hqlabel.jobs.export.brush_rle import encode_brush
 from hqlabel.jobs.export.export_source import ExportSource, mask_of
 from hqlabel.jobs.results.read_tables import ImageRows, Row
+from hqlabel.pipeline.errors import UsageError
 from hqlabel.pipeline.storage.output_store import Store
 
 FROM_NAME, TO_NAME = "mask", "image"
@@ -31,6 +32,7 @@ def write_label_studio(
     `image_prefix`: where Label Studio finds the images, put before their relative names, which are encoded as
     in its own urls; a bucket's uri is no url to it, and stays unencoded. By default the uris as they are.
     """
+    _refuse_equal_labels(source)
     tasks: list[dict[str, Any]] = []
     written = 0
     for rows in source.images():
@@ -71,6 +73,18 @@ def _encoded(image_prefix: str, source: ExportSource, image: Row) -> str:
 def _label(name: str) -> str:
     """Return the name with what XML cannot hold escaped."""
     return _NOT_XML.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), name)
+
+
+def _refuse_equal_labels(source: ExportSource) -> None:
+    """Raise UsageError, before anything is written, where two names of classes become one label."""
+    names: dict[str, str] = {}
+    for name in source.classes.names.values():
+        other = names.setdefault(_label(name), name)
+        if other != name:
+            raise UsageError(
+                f"the classes {other!a} and {name!a} would be one label: XML cannot "
+                "hold a sign of one of them; rename it in the boxes, or export each alone (--where)"
+            )
 
 
 def _region(source: ExportSource, row: Row) -> dict[str, Any]:

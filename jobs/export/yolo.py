@@ -11,8 +11,9 @@ survives; how much is measured on every line as it is written, and reported.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -77,23 +78,15 @@ def write_yolo(source: ExportSource, place: Store, loss: Loss, *, tolerance_px: 
         UsageError: two images would share one label file, because they differ in their ending alone (or in
             what the file system there takes for equal), or one's would be a folder of the other's.
     """
+    _refuse_shared_labels(source)
     places = source.classes.places()
-    seen: dict[str, str] = {}
-    folders: dict[str, str] = {}
     lines: list[str] = []
     for rows in source.images():
         name = source.file_name(rows.image)
-        line = f"./images/{name}"
-        key = label_key(name)
-        if not (_can_be_listed(line) and _can_be_a_file(line.removeprefix("./")) and _can_be_a_file(key)):
+        line, key = f"./images/{name}", label_key(name)
+        if not _fits(name):
             source.skip(rows, _UNFIT_NAMES)
             continue
-        above = [folder for folder in _folders(key) if folder in seen]
-        other = seen.get(key) or folders.get(key) or (seen[above[0]] if above else None)
-        if other is not None:
-            raise UsageError(_shared(other, name, key))
-        seen[key] = name
-        folders.update(dict.fromkeys(_folders(key), name))
         lines.append(line)
         source.tally[PASSED_OVER] += _is_passed_over(name, rows.image)
         text = [_line(row, places[source.classes.id_of(row)], loss, tolerance_px) for row in rows.instances]
@@ -108,6 +101,34 @@ def write_yolo(source: ExportSource, place: Store, loss: Loss, *, tolerance_px: 
     place.put("data.yaml", f"train: images.txt\nval: images.txt\n{named}".encode())
     place.put("classes.json", json.dumps(_class_map(source), ensure_ascii=False, indent=1).encode())
     yield from ("images.txt", "data.yaml", "classes.json")
+
+
+def _refuse_shared_labels(source: ExportSource) -> None:
+    """Raise UsageError, before anything is written, where two images would share a label file.
+
+    The rows are read once more for it, and no mask is decoded.
+    """
+    seen: dict[str, str] = {}
+    folders: dict[str, str] = {}
+    for rows in replace(source, tally=Counter(), roots=set()).images():
+        name = source.file_name(rows.image)
+        if not _fits(name):
+            continue
+        key = label_key(name)
+        above = [folder for folder in _folders(key) if folder in seen]
+        other = seen.get(key) or folders.get(key) or (seen[above[0]] if above else None)
+        if other is not None:
+            raise UsageError(_shared(other, name, key))
+        seen[key] = name
+        folders.update(dict.fromkeys(_folders(key), name))
+
+
+def _fits(name: str) -> bool:
+    """Return whether a list of Ultralytics, and a disk, can hold the name of an image."""
+    line = f"./images/{name}"
+    return (
+        _can_be_listed(line) and _can_be_a_file(line.removeprefix("./")) and _can_be_a_file(label_key(name))
+    )
 
 
 def label_key(name: str) -> str:

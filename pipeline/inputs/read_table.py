@@ -55,6 +55,7 @@ BATCH_BYTES = 64 * 2**20
 FREE_BYTES = 256 * 2**20
 """What any .gz may unpack to; a larger one at most to MOST_RATIO times its size. Tables come to 5 to 30."""
 MOST_RATIO = 200
+_CHECK_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,16 @@ class _Unpacked(gzip.GzipFile):
         self._most = max(FREE_BYTES, MOST_RATIO * stream.seek(0, io.SEEK_END))
         stream.seek(0)
         super().__init__(fileobj=stream)
+
+    def refuse_too_much(self) -> None:
+        """Unpack to the end before anything is parsed, where that is at most FREE_BYTES: rows take more.
+
+        Raises:
+            TextDamage: as `read`.
+        """
+        while self._most == FREE_BYTES and self.read(_CHECK_BYTES):
+            pass
+        self.seek(0)
 
     def read(self, size: int | None = -1) -> bytes:
         data = super().read(BATCH_BYTES if size is None or size < 0 else size)
@@ -259,6 +270,8 @@ def _inspect(
         raise JobRefused(f"{uri}: no known table; wanted a name ending in {', '.join(TABLE_SUFFIXES)}")
     samples: dict[str, list[Any]] = {}
     with naming(uri, file_format), _unpacked(uri, access) as stream:
+        if isinstance(stream, _Unpacked):
+            stream.refuse_too_much()
         if not stream.read(1):
             raise JobRefused(f"{uri}: the file is empty (0 bytes)")
         stream.seek(0)

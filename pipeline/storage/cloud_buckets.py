@@ -77,7 +77,7 @@ def _make_backend(scheme: str, options_json: str) -> Backend:
         extra = _EXTRAS.get(scheme)
         hint = f"install it: pip install 'hqlabel[{extra}]'" if extra else "install its fsspec driver"
         raise UsageError(f"no driver for {scheme}:// uris here ({error}); {hint}") from None
-    return FsspecBackend(fs)
+    return HubBackend(fs) if scheme == "hf" else FsspecBackend(fs)
 
 
 class FsspecBackend:
@@ -163,6 +163,45 @@ class FsspecBackend:
         """Return 0: these stores drop unfinished uploads by themselves."""
         del prefix, timeout_s
         return 0
+
+
+class HubBackend(FsspecBackend):
+    """Hugging Face's hub."""
+
+    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]:
+        """Return every file whose path begins with `prefix`, counted page by page as it comes.
+
+        Raises:
+            SystemicFault: `store`, the listing does not come to an end.
+        """
+        del timeout_s  # of each request, which the client states itself
+        folder = prefix.rpartition("/")[0]
+        place = self._fs.resolve_path(folder)
+        root = folder.removesuffix(place.path_in_repo).rstrip("/")
+        found: dict[str, Entry] = {}
+        seen: set[str] = set()
+        try:
+            for one in self._fs._api.list_repo_tree(
+                place.repo_id,
+                place.path_in_repo or None,
+                recursive=True,
+                revision=place.revision,
+                repo_type=place.repo_type,
+            ):
+                if one.path in seen or len(seen) >= MOST_OBJECTS:
+                    raise SystemicFault("store", f"hf://{root}: {_ENDLESS.format(MOST_OBJECTS)}")
+                seen.add(one.path)
+                name = f"{root}/{one.path}"
+                if hasattr(one, "blob_id") and name.startswith(prefix):
+                    found[name] = _found({"name": name, "size": one.size, "blob_id": one.blob_id})
+                if limit is not None and len(found) >= limit:
+                    break
+        except FileNotFoundError:
+            return []
+        return list(found.values())
+
+
+_ENDLESS = "the listing does not come to an end: a file came again, or there are more than {:,}"
 
 
 def _found(info: Mapping[str, Any]) -> Entry:

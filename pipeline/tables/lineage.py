@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
+from hqlabel.pipeline.errors import clean_text
+
 _OF_A_GENERATION = ("device", "code_version", "limits")
 """What may differ between the generations of a unit; all else is the job's identity."""
 
@@ -31,13 +33,24 @@ def footer_of(table: pa.Table) -> dict[str, str]:
     return {key.removeprefix("hqlabel."): value for key, value in found.items() if key.startswith("hqlabel.")}
 
 
-def devices_of(table: pa.Table) -> list[str]:
-    """Return the kinds of device that made rows of a unit, by the footer that came with them."""
+_MOST_KINDS, _LONGEST_KIND = 100, 200
+"""Of device names in one footer, which may be anybody's: a job has a few of at most 60 characters."""
+
+
+def devices_of(table: pa.Table, *, generation: int | None = None) -> list[str]:
+    """Return the kinds of device that made rows of a unit, by the footer that came with them.
+
+    `generation`: up to which the rows are meant; all by default.
+    """
     lineage = footer_of(table)
     try:
         redone = json.loads(lineage.get("redone", "[]"))
-        kinds = {lineage.get("device"), *(one.get("device") for one in redone)}
-        kinds.update(json.loads(lineage.get("kept_devices", "[]")))
-    except (ValueError, TypeError, AttributeError):  # of a footer that somebody else wrote
         kinds = {lineage.get("device")}
-    return sorted(kind for kind in kinds if isinstance(kind, str) and kind)
+        kinds |= {
+            one.get("device") for one in redone if generation is None or one["generation"] <= generation
+        }
+        kinds.update(json.loads(lineage.get("kept_devices", "[]")))
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):  # somebody else's footer
+        kinds = {lineage.get("device")}
+    named = sorted(kind for kind in kinds if isinstance(kind, str) and kind)
+    return [clean_text(kind)[:_LONGEST_KIND] for kind in named[:_MOST_KINDS]]

@@ -34,6 +34,7 @@ from hqlabel.pipeline.storage.backend import Entry
 from hqlabel.pipeline.storage.output_store import NotFound, Store
 from hqlabel.pipeline.tables.count_masks import Counts, add_counts, counts_of
 from hqlabel.pipeline.tables.images_and_instances import FlatUnit, flatten_unit
+from hqlabel.pipeline.tables.lineage import devices_of
 from hqlabel.pipeline.tables.manifest import (
     CATEGORIES_KEY,
     TABLES,
@@ -338,7 +339,7 @@ def publish_part(task: PartTask) -> Part:
     lineage = {**footer(task.context), "filters": json.dumps(task.filters.model_dump())}
     images = checksummed_parquet.ParquetSink(schema.IMAGES, lineage)
     instances = checksummed_parquet.ParquetSink(schema.INSTANCES, lineage)
-    counts: list[Counts] = []
+    counts = [] if task.base is None else [Counts(devices=task.base.counts.devices)]
     last_id: bytes | None = None
     for unit_id, flat in _in_order(store, task):
         last_id = _follows(unit_id, flat.images, last_id)
@@ -395,7 +396,16 @@ def _read_units(store: Store, task: PartTask) -> Iterator[tuple[int, FlatUnit]]:
                 wrong = pc.any(pc.not_equal(table["unit_id"], unit.unit_id)).as_py()
                 if wrong:
                     raise DamageFound(f"unit {unit.unit_id} ({unit.key}): it has rows of another unit")
-                yield unit.unit_id, flatten_unit(table, task.filters)
+                flat = flatten_unit(table, task.filters)
+                yield unit.unit_id, flat if task.base is None else _instead(flat, table, task.base)
+
+
+def _instead(flat: FlatUnit, table: pa.Table, base: Part) -> FlatUnit:
+    """Return a unit that takes the place of its rows in `base`, whose devices are counted there already."""
+    unit_id = table["unit_id"][0].as_py()
+    before = devices_of(table, generation=base.generations.get(unit_id, 0))
+    new = {kind: number for kind, number in flat.counts.devices.items() if kind not in before}
+    return dataclasses.replace(flat, counts=dataclasses.replace(flat.counts, devices=new))
 
 
 def _base_rows(store: Store, base: Part) -> Callable[[int], FlatUnit]:

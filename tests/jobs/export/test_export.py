@@ -230,13 +230,30 @@ def test_an_export_to_the_name_of_a_file_is_refused_before_any_work(output: str,
 
 
 def test_two_images_that_differ_in_their_ending_alone_are_refused_for_yolo(tmp_path: Path) -> None:
-    images = [MadeImage(image_id=name, masks=[blob(1)]) for name in ("a.jpg", "a.png")]
+    images = [MadeImage(image_id=name, masks=[blob(1)]) for name in ("a.jpg", "b.jpg", "b.png")]
     output = make_output(tmp_path / "out", images)
 
     code, _, err = run("export", "yolo-seg", "--output", output, "--to", str(tmp_path / "yolo"))
 
     assert code == 2
-    assert "a.txt" in err
+    assert "b.txt" in err
+    assert not list((tmp_path / "yolo").rglob("*.*")), "refused before anything was written"
+
+
+def test_two_classes_that_would_be_one_label_are_refused_for_label_studio(tmp_path: Path) -> None:
+    """XML holds no control character; its escape may be another class's name."""
+    names = ("cat\x01", "cat\\x01")
+    images = [
+        MadeImage(image_id=f"{at}.jpg", masks=[blob(1)], categories=[(at, name)])
+        for at, name in enumerate(names, start=1)
+    ]
+    output = make_output(tmp_path / "out", images)
+
+    code, _, err = run("export", "label-studio", "--output", output, "--to", str(tmp_path / "ls"))
+
+    assert code == 2
+    assert "would be one label" in err
+    assert not list((tmp_path / "ls").rglob("*.*"))
 
 
 def test_an_export_goes_to_a_bucket_as_to_a_folder(output: str, moto_s3, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hqlabel.pipeline.errors import JobRefused
+from hqlabel.pipeline.inputs import read_table
 from hqlabel.pipeline.planning.make_plan import make_plan
 from hqlabel.pipeline.settings import InputSettings
 
@@ -231,3 +232,13 @@ def test_a_column_that_is_another_is_refused_by_its_name(tmp_path, name):
 
     with pytest.raises(JobRefused, match=r"'y2'.*wanted.*number"):
         make_plan(InputSettings(boxes=str(tmp_path / name)))
+
+
+def test_a_table_that_unpacks_to_too_much_is_refused_before_a_row_is_read(tmp_path, monkeypatch):
+    """Rows take several times the memory of their text."""
+    monkeypatch.setattr(read_table, "FREE_BYTES", 10**6)
+    monkeypatch.setattr(read_table, "jsonl_sample", lambda stream: pytest.fail("a row was read"))
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(b'{"image_uri":"a"}\n' * 60_000))
+
+    with pytest.raises(JobRefused, match="unpacks to more than"):
+        make_plan(InputSettings(images=str(tmp_path / "t.jsonl.gz")))

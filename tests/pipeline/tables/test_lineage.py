@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from hqlabel.jobs.cluster.run_units import _Devices
@@ -14,6 +15,7 @@ from hqlabel.pipeline.job_state.job_file import open_job
 from hqlabel.pipeline.planning.make_plan import write_plan
 from hqlabel.pipeline.settings import FilterSettings
 from hqlabel.pipeline.stages.rows_between_stages import UnitRow
+from hqlabel.pipeline.tables.clean_output import clean
 from hqlabel.pipeline.tables.job_status import status
 from hqlabel.pipeline.tables.lineage import devices_of, footer_of
 from hqlabel.pipeline.tables.publish_tables import publish
@@ -87,3 +89,30 @@ def test_another_kind_of_device_is_warned_of_once_and_the_same_never(made, capsy
     said = capsys.readouterr().err
     assert said.count("made on GPU of now now, earlier ones on GPU of old") == 1
     assert "differ in bytes, not in meaning" in said
+
+
+def test_a_retry_merged_into_a_cleaned_part_keeps_the_devices_of_all_units(made, monkeypatch) -> None:
+    job = open_job(made.store, made.job)
+    publish(made.store, job, FilterSettings(), require_owner=lambda what: None)
+    monkeypatch.setattr(BoxSegmenter, "device_kind", "GPU of now", raising=False)
+    do_unit(UnitRow(unit_id=2, generation=1, redo_codes=("too_large",)), made.context)
+    late = {entry.key: made.store.read(entry.key) for entry in made.store.list("units/")}
+    made.store.delete([key for key in late if ".g1." in key])
+    clean(made.store, require_owner=lambda what: None)
+    for key in late:
+        if ".g1." in key:
+            made.store.put(key, late[key])
+
+    manifest = publish(made.store, job, FilterSettings(), require_owner=lambda what: None)
+
+    assert manifest.counts.devices == {"GPU of now": 1, "GPU of old": 4}
+
+
+def test_names_of_devices_in_a_footer_of_anybody_are_bounded() -> None:
+    kinds = json.dumps(["x" * 10**6, "\x1b[31m", *map(str, range(10_000))])
+    deep = "[" * 100_000
+    for stated in ({"kept_devices": kinds}, {"redone": deep}, {"device": "y" * 10**6}):
+        metadata = {f"hqlabel.{name}": value for name, value in stated.items()}
+        found = devices_of(pa.table({"a": [1]}).replace_schema_metadata(metadata))
+        assert len(found) <= 100
+        assert all(len(kind) <= 200 and kind.isprintable() for kind in found)
