@@ -24,6 +24,7 @@ from pycocotools import mask as coco_mask
 
 from hqlabel.pipeline import schema
 from hqlabel.pipeline.errors import DamageFound, JobRefused
+from hqlabel.pipeline.job_state.driver_lock import this_process
 from hqlabel.pipeline.job_state.job_file import mask_settings
 from hqlabel.pipeline.settings import FilterSettings
 from hqlabel.pipeline.storage import checksummed_parquet
@@ -322,6 +323,61 @@ def test_an_owner_lost_while_parts_are_made_leaves_no_manifest_of_them(made: Mad
         run(made, require_owner=lost_at_the_last)
     assert read_manifest(made.store).state == "publishing"
     assert run(made).state == "complete"
+
+
+def takes_over(store: Store) -> None:
+    """Another driver takes the job."""
+    store.put("owner/2.json", json.dumps(dataclasses.asdict(this_process())).encode())
+
+
+def first_part(made: MadeJob, driver: int) -> publish_tables.PartTask:
+    units = tuple(unit for unit in list_committed(made.store).values() if unit.unit_id < 2)
+    return publish_tables.PartTask(
+        context=made.context, index=0, part_units=units, filters=NO_FILTERS, driver=driver
+    )
+
+
+def test_a_worker_of_a_driver_that_was_overtaken_puts_no_part(made: MadeJob):
+    made.commit()
+    takes_over(made.store)
+
+    with pytest.raises(JobRefused, match="has taken over this job"):
+        publish_tables.publish_part(first_part(made, driver=1))
+    assert made.store.list("images/") == []
+    publish_tables.publish_part(first_part(made, driver=2))
+    assert len(made.store.list("images/")) == 1
+
+
+def test_a_part_is_not_put_over_one_that_a_later_driver_has_put_meanwhile(made: MadeJob, monkeypatch):
+    made.commit()
+
+    def visit(point: str) -> None:
+        if point == "publish.putting":
+            takes_over(made.store)
+            made.store.put("images/part-00000.parquet", b"of the later driver")
+
+    monkeypatch.setattr(publish_tables, "visit", visit)
+    with pytest.raises(JobRefused, match="has taken over this job"):
+        publish_tables.publish_part(first_part(made, driver=1))
+    assert made.store.read("images/part-00000.parquet") == b"of the later driver"
+
+
+def test_a_part_that_somebody_keeps_writing_is_given_up(made: MadeJob, monkeypatch):
+    made.commit()
+    monkeypatch.setattr(Store, "put_if_unchanged", lambda *_: False)
+
+    with pytest.raises(JobRefused, match="another process keeps writing it"):
+        publish_tables.publish_part(first_part(made, driver=0))
+
+
+def test_the_filters_are_saved_before_the_manifest_says_that_the_tables_have_them(made: MadeJob):
+    made.commit()
+    states = []
+
+    run(made, save_filters=lambda: states.append(read_manifest(made.store).state))
+
+    assert states == ["publishing"]
+    assert read_manifest(made.store).state == "complete"
 
 
 def test_parts_can_be_made_in_any_order_in_other_processes(made: MadeJob):
