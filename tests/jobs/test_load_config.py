@@ -189,3 +189,18 @@ def test_a_flag_with_a_number_beyond_64_bits_is_refused_by_name() -> None:
 
 def test_whole_numbers_of_64_bits_stay_allowed() -> None:
     assert ConfigSources(sets=[f"filter.min_area_px={2**63 - 1}"]).load().filter.min_area_px == 2**63 - 1
+
+
+def test_a_setting_below_a_plain_value_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "limits: 3\n")
+    with pytest.raises(
+        UsageError, match=r"limits\.max_image_pixels cannot be set, because limits is a plain"
+    ):
+        ConfigSources(path=path, sets=("limits.max_image_pixels=5",)).load()
+
+
+def test_a_wrong_value_is_repeated_without_the_credential_in_it() -> None:
+    for value in ("https://me:canary@host/a", "https://host/a?token=canary"):
+        with pytest.raises(UsageError, match=r"limits\.max_image_pixels: .*\(found ") as caught:
+            ConfigSources(sets=(f"limits.max_image_pixels={value}",)).load()
+        assert "canary" not in str(caught.value)

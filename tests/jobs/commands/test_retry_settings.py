@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,6 +97,13 @@ def test_a_job_that_was_cleaned_is_not_retried(made: MadeJob) -> None:
         retry.find_targets(made.store, made.job, ())
 
 
+class Quiet(contextlib.nullcontext):
+    """A progress that says nothing and asks no Ray."""
+
+    def watching(self, read: object) -> contextlib.nullcontext:
+        return contextlib.nullcontext(read)
+
+
 def test_work_that_is_reported_done_and_is_not_in_the_store_is_a_fault(
     made: MadeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,8 +112,9 @@ def test_work_that_is_reported_done_and_is_not_in_the_store_is_a_fault(
     left = iter([[0, 1, 2], [1, 2], [1, 2]])
     work = Work(
         config=ConfigSources().load(), store=made.store, job=made.job, show_progress=False,
-        machine=SimpleNamespace(start=lambda: None), owner=None, interrupts=None,
+        machine=SimpleNamespace(start=lambda: None), owner=SimpleNamespace(number=1), interrupts=None,
     )  # fmt: skip
+    monkeypatch.setattr(run_units, "_new_progress", lambda *_, **__: Quiet())
 
     with pytest.raises(SystemicFault, match=r"2 units are not in the store although .*, such as unit 1"):
         run_units.run_pending(work, lambda: next(left), total_images=12, done_images=0)
