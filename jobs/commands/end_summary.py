@@ -25,6 +25,10 @@ _MOST_CODES = 5
 _BUG = ": a bug in hqlabel or a library; the workers' log (image_raised) has the trace"
 
 
+RATES_FROM_S = 120
+"""A rate of a shorter run would be that of starting Ray."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ending:
     """A job at the end of a command. `counts`: what this process did; `manifest`: None for a slice.
@@ -86,7 +90,7 @@ def report_slice_done(end: Ending, part: Slice, *, json: bool) -> int:
     """Print that this slice is done while others are not; exit code 0."""
     output = end.store.place.uri
     console.say(
-        f"slice {part.text} is done: {_this_run(end)}; other slices are not, so nothing was published"
+        f"slice {part.text} is done: {describe_run(end)}; other slices are not, so nothing was published"
     )
     command = ["hqlabel", "status", "--output", output, *storage_flags(end.config)]
     console.say(f"  next       {shlex.join(command)}")
@@ -159,7 +163,7 @@ def _whole_manifest(end: Ending) -> Manifest:
 def _lines(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], over: str | None) -> list[str]:
     output, counts = end.store.place.uri.rstrip("/"), manifest.counts
     failed = counts.status.get("failed", 0)
-    head = _this_run(end) if end.counts.units else "nothing was left to do, and nothing was changed"
+    head = describe_run(end) if end.counts.units else "nothing was left to do, and nothing was changed"
     size = sum(part.images.bytes + part.instances.bytes for part in manifest.parts)
     rows = [*describe_counts(manifest), *describe_failures(counts.failed, examples)]
     rows.append(("tables", f"{output}/instances/*.parquet, {output}/images/*.parquet ({console.size(size)})"))
@@ -173,16 +177,20 @@ def _lines(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], o
     return lines if over is None else [*lines, over]
 
 
-def _this_run(end: Ending) -> str:
+def describe_run(end: Ending) -> str:
+    """Return what this process did and how long it took; with rates if that was long."""
     counts = end.counts
     kept = f", {count(counts.kept, 'row')} kept" if counts.kept and end.redone is None else ""
     done = f"{count(end.images, 'image')} in this run{kept}, {console.duration(end.seconds)}"
-    rates = f"{console.rate(end.images / end.seconds)} images/s"
-    if end.redone is None and not counts.kept:  # boxes are counted by unit, those of kept rows with them
-        rates += f", {console.rate(counts.instances / end.seconds)} boxes/s"
+    rates = ""
+    if end.seconds >= RATES_FROM_S:
+        rates = f" ({console.rate(end.images / end.seconds)} images/s"
+        if end.redone is None and not counts.kept:  # boxes are counted by unit, those of kept rows with them
+            rates += f", {console.rate(counts.instances / end.seconds)} boxes/s"
+        rates += ")"
     repeated = f", {counts.repeated:,} of them done before by another" if counts.repeated else ""
     again = f", {counts.begun_before:,} of them begun before and done again" if counts.begun_before else ""
-    return f"{done} ({rates}){repeated}{again}"
+    return f"{done}{rates}{repeated}{again}"
 
 
 def _as_json(end: Ending, manifest: Manifest, examples: Mapping[str, list[Row]], code: int) -> dict[str, Any]:

@@ -35,15 +35,16 @@ def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, 
 
 
 def describe_model(context: JobContext, *, asked_dtype: str) -> list[tuple[str, str]]:
-    """Return names and values about the weights and the number format."""
+    """Return names and values about the weights and the number format.
+
+    The note of the demo checkpoint is not among them: it stands at the end, where it is still seen.
+    """
     weights = context.weights
     licence = f"licence {weights.license}" if weights.license else "licence unknown"
-    model = (
-        f"{weights.architecture}, input side {weights.input_side}; sha256 {weights.sha256[:12]}; {licence}"
-    )
     dtype = context.model.dtype + (" (auto)" if asked_dtype == "auto" else "")
-    notes = [("", note) for note in (weights.warning, weights.note) if note is not None]
-    return [("model", model), ("numbers", dtype), *notes]
+    model = f"{weights.architecture}, input side {weights.input_side}, {dtype}"
+    rows = [("model", f"{model}; sha256 {weights.sha256[:12]}; {licence}")]
+    return rows if weights.warning is None else [*rows, ("", weights.warning)]
 
 
 def describe_detector(context: JobContext) -> list[tuple[str, str]]:

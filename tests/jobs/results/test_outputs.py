@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ from hqlabel.jobs.job_setup.printed_flags import retry_command
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.results import render_images
 from hqlabel.jobs.results.read_tables import failed_examples, find_images, sample_labelled
+from hqlabel.jobs.terminal.progress import CallCounts
 from hqlabel.pipeline.errors import ImageError, JobRefused
 from hqlabel.pipeline.job_context import AccessRules, Place
 from hqlabel.pipeline.job_state.job_file import Job, require_job
@@ -386,3 +388,12 @@ def test_whatever_is_raised_on_a_picture_to_be_drawn_is_that_pictures(monkeypatc
     monkeypatch.setattr(render_images, "fetch_object", fetch)
     with pytest.raises(ImageError, match="draw: ValueError: Port out of range"):
         render_images.upright_picture(make_context(), {"image_uri": "http://h:99999/x"}, None)
+
+
+def test_the_rate_of_a_run_that_is_mostly_the_start_of_ray_is_not_stated() -> None:
+    counts = CallCounts(units=1, images=8, labelled=8, instances=52)
+    short = SimpleNamespace(counts=counts, images=8, seconds=16.3, redone=None)
+    long = SimpleNamespace(counts=counts, images=8, seconds=160.0, redone=None)
+
+    assert end_summary.describe_run(short) == "8 images in this run, 16.3 s"
+    assert end_summary.describe_run(long) == "8 images in this run, 2 min 40 s (0.05 images/s, 0.33 boxes/s)"
