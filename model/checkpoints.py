@@ -31,6 +31,7 @@ import huggingface_hub
 import safetensors.torch
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from torch.overrides import TorchFunctionMode
 
 from hqlabel.model.hq_sam2.hiera_config import hiera_from_shapes, unknown_keys
 from hqlabel.model.hq_sam2.hq_sam2 import HQSam2, family_of
@@ -193,7 +194,7 @@ def read_config(tensors: Tensors, values: Mapping[str, Any], layout: Layout) -> 
 
 def build(config: SamHQConfig, tensors: Tensors, layout: Layout) -> SamHQ:
     """Return the model with exactly these tensors, as fp32, for evaluation; errors use the file's names."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         model = family_of(config)(config)
     expected = model.state_dict()
     # BatchNorm's counter of training steps: some files leave it out, and inference does not read it.
@@ -218,6 +219,21 @@ def build(config: SamHQConfig, tensors: Tensors, layout: Layout) -> SamHQ:
     }
     model.load_state_dict(checked, strict=True, assign=True)
     return model.eval()
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Modules made meanwhile keep their parameters as they are: on `meta` there is nothing to fill.
+
+    Filling them there imports the compiler, a second in every model process.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
 
 
 def in_file_names(message: str, layout: Layout) -> str:

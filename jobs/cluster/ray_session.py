@@ -54,14 +54,14 @@ def _gpus() -> int:
 
 
 class Machine:
-    """Ray and what runs on it; a context manager that ends what it started."""
+    """Ray and what runs on it; a context manager that ends what it started. `joins`: a named cluster."""
 
     def __init__(self, config: Config, interrupts: Interrupts) -> None:
         self._config = config
         self._interrupts = interrupts
         self._cluster = config.cluster
         self._cpu_threads = config.model.cpu_threads
-        self._joins = address_to_join(config.cluster.ray_address, os.environ) is not None
+        self.joins = address_to_join(config.cluster.ray_address, os.environ) is not None
         self._stack = contextlib.ExitStack()
         self._info: ClusterInfo | None = None
 
@@ -85,7 +85,7 @@ class Machine:
             raise JobRefused(f"nothing was begun: {fault.message}") from fault
 
     def _requests(self) -> Requests:
-        if self._joins:
+        if self.joins:
             self.start()
             from hqlabel.pipeline.ray_execution.node_watch import check_resources
 
@@ -109,7 +109,7 @@ class Machine:
             return configured
         from hqlabel.pipeline.stages.load_model import resolve_dtype  # brings torch
 
-        if not self._joins:
+        if not self.joins:
             return resolve_dtype(configured, self.device() == "cuda")
         self.start()
         from hqlabel.pipeline.ray_execution.ray_tasks import run_on_model_node

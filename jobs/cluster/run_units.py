@@ -126,6 +126,7 @@ def _run_pass(
         on_outcome=see,
         should_stop=lambda: work.interrupts.should_stop() or work.owner.lost.is_set(),
         retry=retry,
+        shared=work.machine.joins,
     )
     if work.interrupts.should_stop():
         raise Interrupted

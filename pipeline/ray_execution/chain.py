@@ -81,11 +81,13 @@ def run_units(
     on_outcome: Callable[[UnitOutcome], None],
     should_stop: Callable[[], bool],
     retry: Retry | None = None,
+    shared: bool = True,
 ) -> None:
     """Commit every unit, and pass each outcome to `on_outcome` in the order of the commits.
 
     Returns early once `should_stop` is true; it is called after every outcome. Ray must be running.
-    `epoch`: the number of this driver (`Owner.number`), under which deaths of workers are counted.
+    `epoch`: the number of this driver (`Owner.number`), under which deaths of workers are counted. `shared`:
+    others may hold cores of this Ray, so that it is tried whether a task finds a place.
 
     Raises:
         SystemicFault: what the first unit to meet one met, or `resources` when nothing can be placed or
@@ -93,7 +95,9 @@ def run_units(
         Exception: a bug in a stage, as the exception that was raised there.
     """
     remaining = len(unit_ids)
-    with contextlib.closing(_outcomes(unit_ids, context, cluster, epoch=epoch, retry=retry)) as outcomes:
+    with contextlib.closing(
+        _outcomes(unit_ids, context, cluster, epoch=epoch, retry=retry, shared=shared)
+    ) as outcomes:
         for outcome in outcomes:
             remaining -= 1
             metrics.record(context.run_id, metrics.of_progress(remaining))
@@ -103,13 +107,20 @@ def run_units(
 
 
 def _outcomes(
-    unit_ids: Sequence[int], context: JobContext, cluster: ClusterSettings, *, epoch: int, retry: Retry | None
+    unit_ids: Sequence[int],
+    context: JobContext,
+    cluster: ClusterSettings,
+    *,
+    epoch: int,
+    retry: Retry | None,
+    shared: bool,
 ) -> Generator[UnitOutcome, None, None]:
     """Yield the outcome of every unit, wave by wave; units of lost nodes are begun anew in the next wave."""
     patience_s = node_watch.NODES_GONE_S + cluster.wait_for_nodes_s
     threads = context.model.cpu_threads
     requests = node_watch.check_resources(cluster, threads)
-    node_watch.prove_room(node_watch.NO_MODEL_S + patience_s)
+    if shared:  # nobody else can hold the cores of a private Ray, and the task's worker takes seconds
+        node_watch.prove_room(node_watch.NO_MODEL_S + patience_s)
     pending = list(unit_ids)
     while pending:
         wave = [_first_row(unit_id, context, retry) for unit_id in pending[:UNITS_PER_WAVE]]
