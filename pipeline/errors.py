@@ -80,7 +80,10 @@ class ImageError(HqlabelError):
 IMAGE_CODES: dict[str, tuple[str, str]] = {
     "uri_refused": ("plan", "the uri is outside the allowed schemes and roots, or is malformed"),
     "boxes_missing": ("plan", "the box list of this image is null"),
-    "labels_mismatch": ("plan", "labels, scores or ids have another length than the boxes"),
+    "labels_mismatch": (
+        "plan",
+        "labels, scores or ids have another length than the boxes, or a list cannot be read",
+    ),
     "too_many_boxes": ("plan", "more boxes than limits.max_boxes_per_image"),
     "no_usable_box": ("decode", "boxes were given, none of them can be used"),
     "not_found": ("fetch", "there is no object under this uri"),
@@ -124,7 +127,7 @@ SYSTEMIC_CODES: dict[str, str] = {
 
 # Reasons why one box has no mask (instances.reject_reason); its row stays.
 BOX_CODES: dict[str, str] = {
-    "box_malformed": "not four numbers",
+    "box_malformed": "not four numbers, or a value of its row cannot be read",
     "box_not_finite": "NaN or infinity",
     "box_inverted": "x2 < x1 or y2 < y1",
     "box_empty": "no width or no height",

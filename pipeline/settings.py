@@ -131,11 +131,6 @@ class InputSettings(Section):
     allow_schemes: Given[Redo[list[str]]] = []
     """Further uri schemes, such as https; s3, gs, az, abfs and hf are allowed anyway."""
 
-    def identity(self) -> dict[str, Any]:
-        """Return the settings that belong to a job's identity; a job from before `boxes_from` goes on."""
-        settings = super().identity()
-        return {name: one for name, one in settings.items() if (name, one) != ("boxes_from", "boxes")}
-
 
 class ModelSettings(Section):
     """The checkpoint, and what the model is asked for; all of it changes masks."""

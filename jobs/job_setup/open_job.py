@@ -183,11 +183,14 @@ def _kept_elsewhere(store: Store, stored: Job, now: InputSettings) -> dict[str, 
     Only to be compared: a value from there refuses a resume, and gives no rights.
     """
     arguments = stored.identity.get("inputs", {}).get("arguments", {})
-    missing = {"allow_roots", "allow_schemes"} - set(arguments)
-    if not missing or not arguments:
+    if not arguments:
         return {}
+    # Before there was this setting, boxes were boxes.
+    found: dict[str, Any] = {} if "boxes_from" in arguments else {"boxes_from": "boxes"}
+    missing = {"allow_roots", "allow_schemes"} - set(arguments)
+    if not missing:
+        return found
     inputs = saved_tree(store).get("input")
-    found: dict[str, Any] = {}
     for name in missing:
         value = inputs.get(name) if isinstance(inputs, dict) else None
         if isinstance(value, list) and all(isinstance(one, str) for one in value):

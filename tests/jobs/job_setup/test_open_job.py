@@ -98,7 +98,7 @@ def of_the_version_before(config: Config, saved: str | None) -> None:
     place = Path(str(config.output.uri))
     content = json.loads((place / "job.json").read_text())
     del content["identity"]["limits"]
-    for name in ("allow_roots", "allow_schemes"):
+    for name in ("allow_roots", "allow_schemes", "boxes_from"):
         del content["identity"]["inputs"]["arguments"][name]
     (place / "job.json").write_text(json.dumps(content))
     if saved is not None:

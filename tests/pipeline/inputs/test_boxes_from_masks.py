@@ -173,8 +173,3 @@ def test_other_inputs_have_no_masks_to_take_boxes_from(tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match=r"boxes_from=masks is for COCO files"):
         planned(tmp_path / "t.csv")
-
-
-def test_a_job_begun_before_the_setting_keeps_its_identity() -> None:
-    assert "boxes_from" not in InputSettings().identity()
-    assert "masks" == InputSettings(boxes_from="masks").identity()["boxes_from"]
