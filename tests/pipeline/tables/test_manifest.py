@@ -11,6 +11,7 @@ import pytest
 
 from hqlabel.pipeline.errors import JobRefused
 from hqlabel.pipeline.job_state.job_file import MOST_UNITS
+from hqlabel.pipeline.storage.backend import Entry
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables import manifest
 from hqlabel.pipeline.tables.manifest import MANIFEST_KEY, look_for_manifest, write_manifest
@@ -87,3 +88,18 @@ def test_a_manifest_is_not_put_over_another_than_its_writer_has_read(made: MadeJ
         write_manifest(made.store, mine, first.entry)
 
     assert look_for_manifest(made.store).manifest == others
+
+
+def test_a_manifest_that_is_replaced_the_moment_after_is_not_called_ours(
+    made: MadeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, put = look_for_manifest(made.store), Store.put_if_unchanged
+
+    def overtaken(self: Store, key: str, data: bytes, seen: Entry | None) -> bool:
+        done = put(self, key, data, seen)
+        self.put(key, b"of another")
+        return done
+
+    monkeypatch.setattr(Store, "put_if_unchanged", overtaken)
+    with pytest.raises(JobRefused, match="another command has published or cleaned here meanwhile"):
+        write_manifest(made.store, dataclasses.replace(first.manifest, revision=10), first.entry)

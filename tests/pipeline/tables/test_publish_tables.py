@@ -861,3 +861,25 @@ def test_status_reads_only_so_many_units_and_says_so(made: MadeJob):
     made.commit()
     found = status(made.store, made.job, read_at_most=2)
     assert (found.units_done, found.units_counted) == (6, 2)
+
+
+def test_no_part_of_another_plan_is_kept(made: MadeJob):
+    made.commit()
+    run(made)
+    context = dataclasses.replace(made.context, plan_sha256="f" * 64)
+    other = dataclasses.replace(made, job=dataclasses.replace(made.job, context=context))
+
+    run(other)
+
+    for entry in (*made.store.list("images/"), *made.store.list("instances/")):
+        footer = pq.read_metadata(io.BytesIO(made.store.read(entry.key))).metadata
+        assert footer[b"hqlabel.plan_sha256"] == b"f" * 64
+
+
+def test_an_image_that_two_units_have_is_never_published_twice():
+    twice = pa.table({"image_id": ["a", "b", "b"]})
+    with pytest.raises(DamageFound, match="unit 1: image 'b' is out of order"):
+        publish_tables._follows(1, twice, None)
+    with pytest.raises(DamageFound, match="unit 2: image 'b' is out of order"):
+        publish_tables._follows(2, twice.slice(2), b"b")
+    assert publish_tables._follows(2, twice.slice(2), b"a") == b"b"

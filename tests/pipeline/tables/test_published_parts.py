@@ -19,7 +19,7 @@ from hqlabel.pipeline.tables import publish_tables
 from hqlabel.pipeline.tables.clean_output import clean
 from hqlabel.pipeline.tables.job_status import status
 from hqlabel.pipeline.tables.manifest import MANIFEST_KEY, look_for_manifest, read_manifest, write_manifest
-from hqlabel.pipeline.tables.published_parts import finished_units, held_parts, open_part
+from hqlabel.pipeline.tables.published_parts import finished_units, held_parts, open_part, read_part
 from hqlabel.pipeline.tables.unit_files import list_committed
 from hqlabel.pipeline.tables.verify_output import verify
 from tests.pipeline.made_units import commit_units
@@ -337,3 +337,20 @@ def test_a_sleeping_publisher_replaces_no_part_of_a_later_driver(
 
 def _owner() -> dict[str, object]:
     return {"token": "t", "host": "other", "pid": 1, "boot": "b", "pids": "p", "started": "1"}
+
+
+def test_two_files_that_were_marked_by_two_filters_are_no_part(made: MadeJob) -> None:
+    before = made.store.read("images/part-00000.parquet")
+    run(made, HIGH)
+    made.store.put("images/part-00000.parquet", before)
+    newest = {unit.unit_id: unit.generation for unit in list_committed(made.store).values()}
+
+    assert read_part(made.store, made.job, 0, newest) is None
+    assert read_part(made.store, made.job, 1, newest) is not None
+
+
+def test_a_part_of_generations_before_the_plans_first_one_is_no_part_of_it(made: MadeJob) -> None:
+    later = dataclasses.replace(made.job, context=dataclasses.replace(made.context, first_generation=1))
+
+    assert read_part(made.store, made.job, 0, {}) is not None
+    assert read_part(made.store, later, 0, {}) is None
