@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 from hqlabel.jobs.load_config import Config
 from hqlabel.jobs.terminal import console
 from hqlabel.pipeline.errors import count
@@ -87,7 +89,44 @@ def warnings(config: Config, plan: Mapping[str, Any]) -> list[str]:
         sentences.insert(0, f"no image has a box, so there will be no mask; {_NO_BOXES}")
     if plan["boxes"] and plan.get("crowd_boxes") == plan["boxes"]:
         sentences.insert(0, _ALL_CROWDS)
-    return [f"warning: {sentence}" for sentence in sentences]
+    return [f"warning: {sentence}" for sentence in (*sentences, *_without_effect(config))]
+
+
+_OF_BOX_FILES = ("box_format", "box_frame", "boxes_from", "allow_unmatched")
+
+
+def _without_effect(config: Config) -> list[str]:
+    """Return a sentence for each group of settings that are set and change nothing in this job."""
+    given = {"detector": _changed(config.detector), "input": _changed(config.input)}
+    groups = [
+        (config.detector.name is None, "detector", given["detector"], "there is no --detector"),
+        (
+            config.input.boxes is None,
+            "input",
+            [name for name in given["input"] if name in _OF_BOX_FILES],
+            "there are no --boxes",
+        ),
+        *(
+            (
+                one.nms_mode == "none",
+                section,
+                [n for n in _changed(one) if n == "nms_iou"],
+                "nms_mode is none",
+            )
+            for section, one in (("boxes", config.boxes), ("filter", config.filter))
+        ),
+    ]
+    return [
+        f"{', '.join(f'{section}.{name}' for name in names)}: without effect, because {why}"
+        for is_idle, section, names, why in groups
+        if is_idle and names
+    ]
+
+
+def _changed(section: BaseModel) -> list[str]:
+    """Return the settings of a section that have another value than by default."""
+    plain = type(section)()
+    return [name for name in type(section).model_fields if getattr(section, name) != getattr(plain, name)]
 
 
 _NO_BOXES = (

@@ -169,13 +169,16 @@ def _count(table: pa.Table, code: str) -> int:
 def _row_warnings(table: pa.Table) -> list[str]:
     """Return a sentence for each kind of row that fails by the plan alone, with the first reason."""
     sentences = []
-    starts = {"uri_refused": "uris are refused", "labels_mismatch": "images have lists of unlike length"}
+    starts = {
+        "uri_refused": ("uris is refused", "uris are refused"),
+        "labels_mismatch": ("images has lists that do not fit", "images have lists that do not fit"),
+    }
     for code, start in starts.items():
         rows = table.filter(pc.equal(table.column("error_code"), code))
         if rows.num_rows:
             first = rows.slice(0, 1).to_pylist()[0]
             sentences.append(
-                f"{rows.num_rows} of {table.num_rows} {start} and will fail: "
+                f"{rows.num_rows:,} of {table.num_rows:,} {start[rows.num_rows > 1]} and will fail: "
                 f"{clean_text(without_credentials(first['image_uri']))}: {first['error_message']}"
             )
     return sentences

@@ -23,17 +23,25 @@ from hqlabel.pipeline.storage.archive_uris import container_of
 _SCHEME = re.compile(r"([a-z][a-z0-9+.\-]*)://(.*)", re.DOTALL)
 _SIGNED = re.compile(
     r"[?&](x-amz-(signature|credential|security-token)|x-goog-(signature|credential)|signature|sig"
-    r"|[^=&\s]{0,99}(token|api[_-]?key|passw|pwd|secret|credential)[^=&\s]{0,99}|auth|key|jwt)=",
+    r"|[^=&\s]{0,99}(token|api[_-]?key|passw|pwd|secret|credential)[^=&\s]{0,99}|auth|jwt|key(?!=[0-9]{1,5}(?![^&;#\s])))=",
     re.IGNORECASE,
 )
 _WEB = re.compile(r"https?://[^\s\"'<>]+", re.IGNORECASE)
 _SIGNED_WEB = re.compile(
     r"([?&;#](?:[^=&;#\s]{0,99}(?:token|api[_-]?key|passw|pwd|secret|credential|signature|sess(?:ion)?[_-]?id)"
-    r"[^=&;#\s]{0,99}|auth|bearer|code|hmac|jwt|key|key-pair-id|login|otp|pass|pat|policy|sas|session|sid|sig"
-    r"|ticket)=)[^&\s\"'<]+",
+    r"[^=&;#\s]{0,99}|auth|bearer|hmac|jwt|key-pair-id|otp|pass|pat|sas|sig"
+    r"|(?:code|key|login|policy|session|sid|ticket)(?!=[0-9]{1,5}(?![^&;#\s\"'<])))=)[^&\s\"'<]+",
     re.IGNORECASE,
 )
-"""What signs a web address: in its query, its fragment, or the parameters of a part of its path."""
+"""What signs a web address: in its query, its fragment, or the parameters of a part of its path.
+
+Under names that mean other things too, a number of up to five digits is none (`?code=1`).
+"""
+_RANDOM_VALUE = re.compile(
+    r"([?&;#][^=&;#\s\"'<]{1,99}=)(?:[0-9a-fA-F-]{32,}"
+    r"|(?=[^&;#\s\"'<]*[a-z])(?=[^&;#\s\"'<]*[A-Z])(?=[^&;#\s\"'<]*[0-9])[\w+/=%~-]{24,})(?=[&;#\s\"'<]|\Z)"
+)
+"""A long value that looks drawn at random, under any name: not refused, and not shown."""
 _USER_AND_PASSWORD = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 _USER = re.compile(r"://[^/\s]*@")  # alone it may be a token
 _SECRET_OPTION = re.compile(
@@ -271,7 +279,14 @@ def _is_signed(text: str) -> bool:
 
 
 def masked(text: str) -> str:
-    """Return a text with what looks like a credential in it replaced: logins, signed queries, bearers."""
+    """Return a text to be shown, with what looks like a credential replaced.
+
+    Logins, signed queries, bearers, and in web addresses long values that look drawn at random.
+    """
+    return _WEB.sub(lambda uri: _RANDOM_VALUE.sub(r"\1***", uri[0]), _without_named_secrets(text))
+
+
+def _without_named_secrets(text: str) -> str:
     text = _LOGIN.sub("://***@", text)
     text = _WEB.sub(lambda uri: _SIGNED_WEB.sub(r"\1***", uri[0]), text)
     text = re.sub(rf"({_SIGNED.pattern})[^&\s\"'<]+", r"\1***", text, flags=re.IGNORECASE)
@@ -312,7 +327,7 @@ def refuse_password(uri: str | None, *, where: str) -> None:
     Raises:
         UsageError: names the flag or setting, never the uri, and states where credentials belong.
     """
-    if uri and (_USER_AND_PASSWORD.search(uri) or masked(uri) != uri):
+    if uri and (_USER_AND_PASSWORD.search(uri) or _without_named_secrets(uri) != uri):
         raise UsageError(
             f"{where}: the uri carries a user name and a password, a token or a signature, and places are "
             "written to job.json. Leave them out: credentials come from the environment, a profile, a role "
@@ -342,7 +357,9 @@ def _found(value: Any, name: str, path: str, judge: Callable[[str, Any], bool]) 
 
 
 def _is_secret(name: str, value: Any) -> bool:
-    if isinstance(value, str) and (_USER_AND_PASSWORD.search(value) or masked(value) != value):
+    if isinstance(value, str) and (
+        _USER_AND_PASSWORD.search(value) or _without_named_secrets(value) != value
+    ):
         return True
     if value is None or isinstance(value, bool):
         return False

@@ -216,7 +216,17 @@ def test_what_signs_a_web_address_is_refused_and_not_repeated(rooted, end):
 
 
 @pytest.mark.parametrize(
-    "text", ["https://host/a;v=2.jpg?size=2#top", "/data/a;code=1#key=2.jpg", "a; code=5"]
-)
+    "text",
+    ["https://host/a;v=2.jpg?size=2#top", "/data/a;code=1#key=2.jpg", "a; code=5", "https://host/a.jpg?code=1",
+     "https://host/a.jpg?key=12&session=3", "https://host/a?file=holiday_beach_in_2024_no_0017.jpg"],
+)  # fmt: skip
 def test_other_parts_of_an_address_and_other_texts_stand(text):
     assert masked(text) == without_credentials(text) == text
+
+
+@pytest.mark.parametrize("value", ["3f" * 16, "aB3dE5gH7jK9mN1pQ3sT5vW7", "aB3dE5gH7jK9mN1pQ3sT5vW7+/="])
+def test_a_long_random_value_under_any_name_is_read_and_not_shown(value):
+    uri = f"https://host/a.jpg?size=2&ref={value}"
+    check_uri(uri, AccessRules(schemes=("https",)))
+    assert value not in masked(f"the image {uri} fails")
+    assert "size=2" in masked(uri)
