@@ -194,7 +194,7 @@ def sweep(
     return struck
 
 
-@pytest.mark.parametrize("do", ["reset", "drop_after"])
+@pytest.mark.parametrize("do", [pytest.param("reset", marks=pytest.mark.faults), "drop_after"])
 def test_rows_19_and_20_replies_lost_at_some_requests(
     do: str, small_job: SmallJob, wanted: chain.Seen, moto_s3: MotoS3, s3_faults: FaultProxy, record: Record
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -123,6 +124,21 @@ def test_processes_that_enter_at_once_never_take_each_other_for_dead(
     errors = [process.communicate(timeout=300)[1][-300:] for process in racers]
     assert [process.returncode for process in racers] == [0] * processes, errors
     assert list((private_tmp / f"hqlabel-{os.getuid()}").iterdir()) == []
+
+
+def test_a_mark_is_locked_before_it_can_be_seen(private_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locked a moment later, it would be taken for a dead process's by whoever looks in between."""
+    rename, moved = os.rename, []
+
+    def watched(made: str, place: Path) -> None:
+        with open(made) as mark, pytest.raises(BlockingIOError):
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        moved.append(place.name)
+        rename(made, place)
+
+    monkeypatch.setattr(os, "rename", watched)
+    with cluster._private_folder():
+        assert moved == ["in-use"]
 
 
 def test_a_folder_that_others_may_write_is_refused(private_tmp: Path) -> None:
