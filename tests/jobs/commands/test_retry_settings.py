@@ -16,6 +16,7 @@ from hqlabel.jobs.job_setup.saved_job import SavedJob
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.pipeline.errors import JobRefused, SystemicFault
 from hqlabel.pipeline.job_context import JobDetector, Place
+from hqlabel.pipeline.job_state.driver_lock import latest_number
 from hqlabel.pipeline.settings import FilterSettings, Limits
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.clean_output import clean
@@ -124,3 +125,22 @@ def test_work_that_is_reported_done_and_is_not_in_the_store_is_a_fault(
 def test_the_last_unit_of_a_plan_may_be_short(made: MadeJob) -> None:
     assert run_units.images_in(made.job, range(made.job.units)) == made.job.plan["images"] == 22
     assert run_units.images_in(made.job, [5]) == 2
+
+
+def test_a_code_that_no_image_has_is_refused(made: MadeJob) -> None:
+    output = made.store.place.uri
+
+    code, _, said = run("retry", "--output", output, "--checkpoint", "w", "--code", "not-a-code")
+
+    assert code == 2
+    assert "--code not-a-code: no such code; known: " in said
+
+
+def test_the_job_is_taken_before_it_is_looked_at(made: MadeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    drivers = []
+    monkeypatch.setattr(retry, "find_targets", lambda store, *_: drivers.append(latest_number(store)) or {})
+
+    code, _, said = run("retry", "--output", made.store.place.uri, *CALL)
+
+    assert code == 0, said
+    assert drivers == [1]

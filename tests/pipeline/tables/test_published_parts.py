@@ -354,3 +354,35 @@ def test_a_part_of_generations_before_the_plans_first_one_is_no_part_of_it(made:
 
     assert read_part(made.store, made.job, 0, {}) is not None
     assert read_part(made.store, later, 0, {}) is None
+
+
+def test_files_of_another_part_are_not_taken_for_this_one(made: MadeJob) -> None:
+    for table_name in ("images", "instances"):
+        other = made.store.read(f"{table_name}/part-00001.parquet")
+        made.store.put(f"{table_name}/part-00000.parquet", other)
+
+    assert read_part(made.store, made.job, 0, {}) is None
+
+
+def test_files_of_two_generations_are_a_part_while_the_newer_unit_is_there(made: MadeJob) -> None:
+    before = made.store.read("instances/part-00000.parquet")
+    commit_late(made, 0)
+    run(made)
+    made.store.put("instances/part-00000.parquet", before)
+
+    found = read_part(made.store, made.job, 0, {0: 1, 1: 0})
+
+    assert found is not None
+    assert found.part.generation_of(0) == 0  # so that the newer one is published again
+    assert read_part(made.store, made.job, 0, {}) is None
+
+
+def test_a_manifest_made_again_is_unlike_all_before(made: MadeJob) -> None:
+    run(made, HIGH)
+    clean(made.store, require_owner=no_check)
+    made.store.delete([MANIFEST_KEY])
+
+    run(made, HIGH)
+
+    held = [read_part(made.store, made.job, index, {}) for index in range(3)]
+    assert read_manifest(made.store).revision > max(one.publication for one in held if one is not None) > 1
