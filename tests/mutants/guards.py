@@ -300,6 +300,7 @@ MUTANTS: list[Mutant] = [
         "tests/pipeline/tables/test_published_parts.py",
         ("before is None or look.due or before.state == \"publishing\":", "before is None or look.due:", "a publish would write another state, so the comparison of the whole manifest that follows differs"),
         ("revision=max(before.revision if before is not None else 0, published),", "revision=before.revision if before is not None else 0,"),
+        ("older = part and wanted and any(", "older = False and any("),
     ),
     *of(
         "pipeline/tables/published_parts.py",
@@ -329,6 +330,7 @@ MUTANTS: list[Mutant] = [
         "pipeline/tables/verify_output.py",
         "tests/pipeline/tables/test_verify_output.py",
         ("if newest.generation > published.get(unit_id, newest.generation):", "if False:"),
+        ("if last is not None and key <= last:", "if last is not None and key < last:"),
         ("    if accepted != part.counts.accepted:", "    if False:"),
     ),
 ]  # fmt: skip

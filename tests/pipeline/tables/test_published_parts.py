@@ -386,3 +386,16 @@ def test_a_manifest_made_again_is_unlike_all_before(made: MadeJob) -> None:
 
     held = [read_part(made.store, made.job, index, {}) for index in range(3)]
     assert read_manifest(made.store).revision > max(one.publication for one in held if one is not None) > 1
+
+
+def test_after_clean_files_older_than_the_manifest_says_are_not_taken_for_the_truth(made: MadeJob) -> None:
+    keys = ("images/part-00000.parquet", "instances/part-00000.parquet")
+    older = {key: made.store.read(key) for key in keys}
+    commit_late(made, 0)
+    run(made)
+    clean(made.store, require_owner=no_check)
+    for key, body in older.items():
+        made.store.put(key, body)
+
+    with pytest.raises(DamageFound, match=r"images/part-00000\.parquet or its instances are damaged or gone"):
+        run(made)

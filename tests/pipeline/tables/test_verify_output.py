@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import pyarrow as pa
 import pytest
 
+from hqlabel.pipeline import schema
 from hqlabel.pipeline.errors import JobRefused
 from hqlabel.pipeline.job_context import Place
-from hqlabel.pipeline.storage.checksummed_parquet import write_body
+from hqlabel.pipeline.storage.checksummed_parquet import read_body, write_body
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.manifest import MANIFEST_KEY, look_for_manifest, write_manifest
 from hqlabel.pipeline.tables.unit_files import footer, unit_key
 from hqlabel.pipeline.tables.verify_output import verify
 from tests.pipeline.made_units import MadeJob, build_unit, make_job
 from tests.pipeline.tables.test_publish_tables import run
+
+KEY = "images/part-00000.parquet"
 
 
 @pytest.fixture
@@ -86,3 +90,12 @@ def test_what_was_published_anew_meanwhile_is_not_called_damage(made: MadeJob) -
     with pytest.raises(JobRefused, match="another command published or cleaned here while this one read"):
         verify(Overtaken(place), made.job)
     assert len(findings(made)) > 0
+
+
+def test_a_row_that_stands_twice_in_a_sealed_file_is_found(made: MadeJob) -> None:
+    rows = read_body(made.store.read(KEY), schema.IMAGES, KEY)
+    lineage = {"part": json.dumps({})}
+    made.store.put(KEY, write_body(pa.concat_tables([rows.slice(0, 1), rows]), lineage))
+
+    image_id = rows["image_id"][0].as_py().encode()
+    assert f"{KEY}: image {image_id!r}, instance 0 is there twice or out of order" in findings(made)
