@@ -27,6 +27,8 @@ from PIL import Image, ImageOps
 from hqlabel.jobs.job_setup.resolve_settings import BOXES_PER_CALL
 from hqlabel.model.checkpoints import DEMO_FOLDER, load
 from hqlabel.model.device import Dtype, probe_dtype
+from hqlabel.model.everything.everything import Everything, EverythingSegmenter
+from hqlabel.model.everything.point_grid import Crop, PointGrid, cut_crops
 from hqlabel.model.masks import trace_masks
 from hqlabel.model.prompt_encoder import mask_to_prompt
 from hqlabel.model.records import (
@@ -43,7 +45,7 @@ from hqlabel.model.records import (
 from hqlabel.model.rle import rle_to_mask
 from hqlabel.model.sam_hq import SamHQ as SamHQModel
 from hqlabel.model.segmenter import Segmenter
-from hqlabel.pipeline.images.decode_upright import decode_image
+from hqlabel.pipeline.images.decode_upright import decode_image, measure_image
 from hqlabel.pipeline.settings import DEMO, Limits
 
 Float32Array = npt.NDArray[np.float32]
@@ -56,6 +58,22 @@ class Rle(TypedDict):
 
     size: list[int]
     counts: str
+
+
+class FoundMask(TypedDict):
+    """A mask of `generate`, with the keys of the original's `SamAutomaticMaskGenerator`.
+
+    `bbox` and `crop_box`: xywh in upright pixels, tight and end-exclusive, as COCO has them (the original's
+    `bbox` is one pixel narrower and lower). `point_coords`: [[x, y]], the point that was asked.
+    """
+
+    segmentation: Rle
+    area: int
+    bbox: list[float]
+    predicted_iou: float
+    point_coords: list[list[float]]
+    stability_score: float
+    crop_box: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +201,71 @@ class SamHQ:
             rle=_rle(answer.counts, answer.size_hw),
         )
 
+    def generate(
+        self,
+        image: ImageLike,
+        points_per_side: int = 32,
+        *,
+        crop_layers: int = 0,
+        crop_overlap: float = 512 / 1500,
+        points_downscale: int = 1,
+        pred_iou: float | None = None,
+        stability: float = 0.95,
+        stability_offset: float = 1.0,
+        box_nms: float = 0.7,
+        crop_nms: float = 0.7,
+        min_region_area: int = 0,
+    ) -> list[FoundMask]:
+        """Return a mask of everything: of each point of a grid, the good and different ones.
+
+        The masks, the settings and their defaults are those of the original's `SamAutomaticMaskGenerator`;
+        with HQ-SAM 2 those of `SAM2AutomaticMaskGenerator`: three masks a point. Masks are never pictures.
+
+        Args:
+            image: as of `predict`.
+            points_per_side: of the grid over the image.
+            crop_layers: layer n also segments 2^n x 2^n crops, each with its own grid.
+            crop_overlap: of crops, as a share of the short side, in layer 1; half of it in each further one.
+            points_downscale: a crop of layer n has `points_per_side / points_downscale ** n` points a side.
+            pred_iou: keeps masks over this predicted IoU. None: 0.88, of HQ-SAM 2 0.8.
+            stability: keeps masks from this stability score on.
+            stability_offset: distance of its two thresholds from 0.
+            box_nms: IoU of boxes over which the mask of lower score goes.
+            crop_nms: the same between crops, where the mask of the larger crop goes.
+            min_region_area: removes separate parts and holes of fewer pixels.
+
+        Raises:
+            ValueError: a setting out of its range, or so many points that one image could have 20,000 masks.
+            ImageError: a picture that cannot be decoded.
+            RuntimeError: memory ran out, or the model's numbers are not finite.
+        """
+        grid = PointGrid(
+            points_per_side=points_per_side,
+            crop_layers=crop_layers,
+            crop_overlap=crop_overlap,
+            points_downscale=points_downscale,
+            pred_iou=pred_iou,
+            stability=stability,
+            stability_offset=stability_offset,
+            box_nms=box_nms,
+            crop_nms=crop_nms,
+            min_region_area=min_region_area,
+        )
+        segmenter = EverythingSegmenter(self._segmenter("single", False), grid)
+        (answer,) = segmenter.segment([self._crops(image, grid)])
+        if isinstance(answer, SegmentFailure):
+            raise RuntimeError(f"{answer.code}: {answer.message}")
+        return _found_masks(answer)
+
+    def _crops(self, image: ImageLike, grid: PointGrid) -> tuple[Crop, ...]:
+        """Return the crops of an image; the whole one is prepared as every other image."""
+        if not grid.crop_layers:
+            whole = self._prepare(image)
+            height, width = whole.size_hw
+            box = (0, 0, width, height)
+            return (Crop(pixels_hwc=whole.pixels_hwc, image_hw=whole.size_hw, box_xyxy=box, layer=0),)
+        return cut_crops(_full_pixels(image), grid, side=self.input_side, fit=self.fit)
+
     @property
     def input_side(self) -> int:
         """The side that images are resized to."""
@@ -290,6 +373,35 @@ def as_pixels(image: Image.Image | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     check_image(image)
     return image
+
+
+def _full_pixels(image: ImageLike) -> npt.NDArray[np.uint8]:
+    """Return an image as upright uint8 RGB (H, W, 3), at full size."""
+    if isinstance(image, str | Path):
+        image = Path(image).read_bytes()
+    if not isinstance(image, bytes):
+        return as_pixels(image)
+    max_pixels = Limits().max_image_pixels
+    side = max(measure_image(image, max_pixels=max_pixels, side=1).size_hw)
+    return decode_image(image, max_pixels=max_pixels, side=side).pixels_hwc
+
+
+def _found_masks(answer: Everything) -> list[FoundMask]:
+    masks = answer.instances
+    x1, y1, x2, y2 = answer.crops_xyxy.T
+    crops = np.stack([x1, y1, x2 - x1, y2 - y1], axis=1)
+    return [
+        FoundMask(
+            segmentation=rle,
+            area=int(masks.area[i]),
+            bbox=masks.bbox_xywh[i].tolist(),
+            predicted_iou=float(masks.predicted_iou[i]),
+            point_coords=[answer.points_xy[i].tolist()],
+            stability_score=float(masks.stability_score[i]),
+            crop_box=crops[i].tolist(),
+        )
+        for i, rle in enumerate(_rle(masks.counts, masks.size_hw))
+    ]
 
 
 def _with_prompt_axis(

@@ -67,6 +67,18 @@ class TracedMasks:
         """Return the runs of all masks, in order: work that any thread may do."""
         return runs_from_edges(self.edges, len(self.stability_score), self.size_hw)
 
+    def take(self, kept_N: npt.NDArray[np.bool_]) -> TracedMasks:
+        """Return some of the masks, in order."""
+        stride = self.size_hw[0] * self.size_hw[1] + 1
+        mask = self.edges // stride
+        stays = kept_N[mask]
+        removed = np.cumsum(~kept_N)[mask[stays]]
+        return TracedMasks(
+            edges=self.edges[stays] - removed * stride,
+            size_hw=self.size_hw,
+            stability_score=self.stability_score[kept_N],
+        )
+
 
 def upsample_logits(low_res_NLL: torch.Tensor, resized_hw: SizeHW | None, size_hw: SizeHW) -> torch.Tensor:
     """Return full-resolution logits, float32 (N, H, W), by the original's bilinear steps.

@@ -392,9 +392,14 @@ def count_inside(strips: Strips, boxes_xyxy: npt.NDArray[np.float64]) -> Int64Ar
 
 def count_components(strips: Strips) -> Int64Array:
     """Return the connected parts of each mask, where pixels touch by edge or corner; int64 (N,)."""
-    parent = _roots(len(strips.x), *_touching(strips))
+    parent = components(strips)
     is_root = parent == np.arange(len(parent))
     return np.bincount(strips.mask[is_root], minlength=len(strips.sizes_hw)).astype(np.int64)
+
+
+def components(strips: Strips) -> Int64Array:
+    """Return the first strip of the connected part to which each strip belongs; int64 (S,)."""
+    return _roots(len(strips.x), *_touching(strips))
 
 
 def _touching(strips: Strips) -> tuple[Int64Array, Int64Array]:

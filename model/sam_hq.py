@@ -64,6 +64,10 @@ class SamHQ(nn.Module):
     # Marked when calls are compiled; as decorators the marks bring the compiler (1.2 s) to every import.
     compile_constants: ClassVar[tuple[Callable[..., Any], ...]] = (window_rows,)
     """Functions of the parts whose results are constants for torch.compile."""
+    masks_of_a_point: Multimask = "best"
+    """Which masks of a point "segment everything" looks at, as the family's own generator."""
+    lowest_iou_of_a_point: float = 0.88
+    """The predicted IoU over which it keeps them, by default."""
 
     def __init__(self, config: SamHQConfig) -> None:
         super().__init__()

@@ -13,9 +13,9 @@ from __future__ import annotations
 import gc
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,7 @@ from hqlabel.model.sam_hq import SamHQ
 
 UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
+T = TypeVar("T")
 
 REDUCED_CALL_SHAPE = "reduced_call_shape"
 """Flag of an image that was segmented at `reduced_shape` because memory ran out at the configured one."""
@@ -200,16 +201,7 @@ class Segmenter:
         self, images: Sequence[PreparedImage], shape: CallShape, flags: tuple[str, ...]
     ) -> list[Instances | SegmentFailure] | None:
         """Return one result an image, or None if memory ran out."""
-        try:
-            return self._segment_call(images, shape, flags)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-        # Only here, past the handler, does nothing refer to the tensors of the frames that failed.
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
+        return none_without_memory(lambda: self._segment_call(images, shape, flags), self.device)
 
     @torch.no_grad()
     def _segment_call(
@@ -286,6 +278,20 @@ def _instances(traced: TracedMasks, predicted_iou: Float32Array) -> Instances:
         predicted_iou=predicted_iou,
         stability_score=traced.stability_score,
     )
+
+
+def none_without_memory(work: Callable[[], T], device: torch.device) -> T | None:
+    """Return what `work` returns, or None if memory ran out; what it held is freed then."""
+    try:
+        return work()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Only here, past the handler, does nothing refer to the tensors of the frames that failed.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
 
 
 def reduced_shape(shape: CallShape) -> CallShape:

@@ -34,6 +34,9 @@ STABILITY_OFFSET, STABILITY_THRESHOLD = 0.05, 0.98
 class HQSam2(SamHQ):
     """The whole model, for images: nothing of its memory for videos is here."""
 
+    masks_of_a_point: Multimask = "three"
+    lowest_iou_of_a_point: float = 0.8
+
     def make_parts(self, config: SamHQConfig) -> tuple[nn.Module, PromptEncoder, MaskDecoder]:
         """Return the image encoder, the prompt encoder and the mask decoder, with fresh weights."""
         prompt_encoder = PromptEncoder(config.prompt_encoder, pad_boxes=True)

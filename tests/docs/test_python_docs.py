@@ -15,6 +15,8 @@ from tests.docs.markdown import blocks, section
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "python.md").read_text()
 ONE_IMAGE = blocks(section(PAGE, "One image"), "python")
+(EVERYTHING,) = blocks(section(PAGE, "Everything in an image"), "python")
+(PARTS,) = blocks(section(PAGE, "Parts of the model"), "python")
 (RAY_DATA,) = blocks(section(PAGE, "A stage of Ray Data"), "python")
 (JOB,) = blocks(section(PAGE, "A whole job"), "python")
 
@@ -31,7 +33,7 @@ def run(code: str) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("code", ONE_IMAGE)
+@pytest.mark.parametrize("code", [*ONE_IMAGE, PARTS])
 def test_an_example_of_one_image_runs(code: str) -> None:
     names = run(code)
     if "answer" in names:
@@ -42,9 +44,15 @@ def test_an_example_of_one_image_runs(code: str) -> None:
         assert all(str(answer.masks.shape) == shape for shape in shapes)
 
 
+def test_the_example_of_everything_finds_masks() -> None:
+    found = run(EVERYTHING)["found"]
+    assert found
+    assert all(mask["predicted_iou"] > 0.3 and mask["segmentation"]["size"] == [300, 451] for mask in found)
+
+
 def test_there_is_an_example_of_each_kind_and_none_is_long() -> None:
-    assert len(ONE_IMAGE) == 6
-    for code in (*ONE_IMAGE, RAY_DATA, JOB):
+    assert len(ONE_IMAGE) == 5
+    for code in (*ONE_IMAGE, EVERYTHING, PARTS, RAY_DATA, JOB):
         assert sum(not re.match(r"import |from |$", line) for line in code.splitlines()) <= 7
 
 

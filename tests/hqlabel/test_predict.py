@@ -156,3 +156,19 @@ def test_hq_sam_2_is_a_model_like_any_other(pixels: np.ndarray, tmp_path: Path) 
     assert three.masks.shape == (1, 3, *pixels.shape[:2])
     best = model.predict(pixels, points=[[220, 150]], multimask="best")
     assert best.rle[0] == three.rle[0][0]
+
+
+def test_everything_comes_as_runs_with_what_each_was_made_of(model: SamHQ, pixels: np.ndarray) -> None:
+    settings = {"pred_iou": 0.2, "stability": 0.2, "stability_offset": 0.1, "crop_layers": 1}
+    found = model.generate(PHOTO, 2, **settings)
+    assert found
+    for mask in found:
+        assert coco.area(mask["segmentation"]) == mask["area"]
+        assert coco.toBbox(mask["segmentation"]).tolist() == mask["bbox"]
+        (x, y), (left, top, width, height) = mask["point_coords"][0], mask["crop_box"]
+        assert left < x < left + width <= pixels.shape[1]
+        assert top < y < top + height <= pixels.shape[0]
+        assert mask["predicted_iou"] > 0.2
+        assert mask["stability_score"] >= np.float32(0.2)
+    whole = model.generate(pixels, 2, pred_iou=0.0, stability=0.0)
+    assert model.generate(PHOTO, 2, pred_iou=0.0, stability=0.0) == whole

@@ -1,8 +1,8 @@
 """Small stand-ins for torchvision and timm, so that `segment-anything-hq` imports without either.
 
-The package needs only a few names of them. Of these, `resize` and `to_pil_image` are on the road that the
-tests compare; torchvision does with Pillow images just what is written here. The others are never called,
-or only build modules that do nothing at inference.
+The package needs only a few names of them. Of these, `resize`, `to_pil_image`, `batched_nms`, `box_area` and
+OpenCV's `connectedComponentsWithStats` are on the road that the tests compare, and are written here by their
+definitions. The others only build modules that do nothing at inference.
 """
 
 import sys
@@ -36,14 +36,46 @@ def resize(picture, size_hw):
     return picture.resize((size_hw[1], size_hw[0]), Image.Resampling.BILINEAR)
 
 
-def not_called(*args, **kwargs):
-    raise AssertionError("the parity tests are not meant to come here")
+def box_area(boxes):
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def batched_nms(boxes, scores, idxs, iou_threshold):
+    """By the definition, box after box; of one category, which is all that the generator has."""
+    assert not idxs.any()
+    areas, kept = box_area(boxes), []
+    for i in scores.argsort(descending=True, stable=True).tolist():
+        rivals = torch.tensor(kept, dtype=torch.long)
+        low, high = boxes[rivals, :2].maximum(boxes[i, :2]), boxes[rivals, 2:].minimum(boxes[i, 2:])
+        common = (high - low).clamp(min=0).prod(1)
+        if not (common / (areas[i] + areas[rivals] - common) > iou_threshold).any():
+            kept.append(i)
+    return torch.tensor(kept, dtype=torch.long)
+
+
+def connected_components_with_stats(mask, connectivity):
+    """OpenCV's answer: labels, and the area of each as the last column; pixel after pixel."""
+    assert connectivity == 8
+    labels, areas = np.zeros(mask.shape, np.int32), [int((mask == 0).sum())]
+    waiting = set(zip(*map(list, np.nonzero(mask)), strict=True))
+    for start in sorted(waiting):
+        if start not in waiting:
+            continue
+        waiting.remove(start)
+        part = [start]
+        for y, x in part:
+            near = {(y + b, x + a) for b in (-1, 0, 1) for a in (-1, 0, 1)} & waiting
+            waiting -= near
+            part += near
+        labels[tuple(np.array(part).T)] = len(areas)
+        areas.append(len(part))
+    return len(areas), labels, np.array(areas)[:, None], None
 
 
 MODULES = {
     "torchvision": {},
     "torchvision.ops": {},
-    "torchvision.ops.boxes": {"batched_nms": not_called, "box_area": not_called},
+    "torchvision.ops.boxes": {"batched_nms": batched_nms, "box_area": box_area},
     "torchvision.transforms": {},
     "torchvision.transforms.functional": {"resize": resize, "to_pil_image": to_pil_image},
     "timm": {},
