@@ -12,7 +12,7 @@ import inspect
 import os
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -67,7 +67,12 @@ def command(*flags: Flag) -> Callable[[Callable[..., int]], Callable[..., None]]
     """
 
     def decorate(function: Callable[..., int]) -> Callable[..., None]:
-        own = [_evaluated(one, function) for one in list(inspect.signature(function).parameters.values())[2:]]
+        # The class of `given` is imported for type checkers alone: it brings what --help does not need.
+        kinds = get_type_hints(function, localns={"ConfigSources": object}, include_extras=True)
+        own = [
+            one.replace(annotation=kinds[one.name])
+            for one in list(inspect.signature(function).parameters.values())[2:]
+        ]
         parameters = [
             *(flag.parameter for flag in flags),
             *own,
@@ -96,12 +101,6 @@ def command(*flags: Flag) -> Callable[[Callable[..., int]], Callable[..., None]]
         return run
 
     return decorate
-
-
-def _evaluated(parameter: inspect.Parameter, function: Callable[..., int]) -> inspect.Parameter:
-    """Return the parameter with its annotation evaluated; that of `given` is for type checkers alone."""
-    kind = parameter.annotation
-    return parameter.replace(annotation=eval(kind, function.__globals__) if isinstance(kind, str) else kind)
 
 
 def _given(flags: Sequence[Flag], values: dict[str, Any]) -> ConfigSources:
