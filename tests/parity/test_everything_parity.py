@@ -125,21 +125,6 @@ def test_crops_give_the_originals_masks(demo, opencv):
     compare(answer, originals(demo, image, grid))
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("crop_layers", [0, 1])
-@pytest.mark.parametrize("name", PHOTOS)
-def test_full_photographs_and_grids_give_the_originals_masks(lively_model, demo, name, crop_layers):
-    image = picture(name)
-    for model, settings in (
-        (lively_model, {"box_nms": 1.0, "crop_nms": 1.0, "stability_offset": 0.1, "stability": 0.8}),
-        (demo, {"stability": 0.3}),
-    ):
-        grid = PointGrid(crop_layers=crop_layers, points_downscale=2, pred_iou=0.3, **settings)
-        (answer,) = ours(model, [image], grid, boxes_per_call=16)
-        assert answer.instances.counts
-        compare(answer, originals(model, image, grid))
-
-
 def test_pictures_that_share_calls_give_the_masks_they_give_alone(lively_model):
     grid = PointGrid(points_per_side=3, crop_layers=1, pred_iou=0.0, stability=0.0, box_nms=1.0)
     images = [picture(name, 90) for name in PHOTOS]
