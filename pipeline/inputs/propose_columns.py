@@ -158,10 +158,11 @@ def known_names(
     if "category_id" not in mapping and "label" in names and _holds_numbers(uri, mapping, access):
         known = replace(known, mapping={ours: theirs for ours, theirs in found.items() if theirs != numbers})
     elif is_guess and _first_rows(uri, mapping, {"category_id": numbers}, access) is None:
-        either = " or ".join(repr(clean_text(name)) for name in (numbers, found["label"]))
-        kept = {ours: theirs for ours, theirs in found.items() if ours != "category_id"}
-        doubt = Unclear(text=f"{either} could be label", choice={"label": found["label"]})
-        known = replace(known, mapping=kept, unclear=(*known.unclear, doubt))
+        known = replace(known, mapping={ours: one for ours, one in found.items() if ours != "category_id"})
+        if found["label"]:  # else the user has said that neither is read
+            either = " or ".join(repr(clean_text(name)) for name in (numbers, found["label"]))
+            doubt = Unclear(text=f"{either} could be label", choice={"label": found["label"]})
+            known = replace(known, unclear=(*known.unclear, doubt))
     if not known.unclear:
         _refuse_two_kinds_of_boxes(file, mapping, known.mapping, access, box_format)
     return known

@@ -194,7 +194,7 @@ def test_10_area_is_the_masks_not_the_boxs(coco: dict) -> None:
         assert one["area"] == coco_mask.area(one["segmentation"]) < one["bbox"][2] * one["bbox"][3]
 
 
-def test_11_boxes_that_cannot_be_prompts_are_named_and_normalised_ones_guessed(
+def test_11_boxes_that_cannot_be_prompts_are_named_and_normalised_ones_are_to_be_stated(
     output: str, tmp_path: Path
 ) -> None:
     bad = [row for row in instances(output) if row["image_id"] == "d/bad.jpg"]
@@ -203,15 +203,17 @@ def test_11_boxes_that_cannot_be_prompts_are_named_and_normalised_ones_guessed(
     Image.new("RGB", (80, 60)).save(photos / "a.jpg")
     (tmp_path / "boxes.csv").write_text("image_id,x1,y1,x2,y2\n" + "a.jpg,0.1,0.2,0.6,0.9\n" * 20)
 
-    code, out, _ = run("plan", "--images", str(photos), "--boxes", str(tmp_path / "boxes.csv"))
+    places = ("--images", str(photos), "--boxes", str(tmp_path / "boxes.csv"))
+    code, _, error = run("plan", *places)
 
     assert [row["reject_reason"] for row in bad[:4]] == [
         "box_outside", "box_empty", "box_inverted", "box_not_finite",
     ]  # fmt: skip
     assert all(row["segmentation"] is None for row in bad[:4])
     assert bad[4]["segmentation"] is not None
-    assert code == 0
-    assert "normalised" in out
+    assert code == 4
+    assert "--box-format xyxy-normalised" in error
+    assert run("plan", *places, "--box-format", "xyxy-normalised")[0] == 0
 
 
 def test_12_bbox_is_whole_pixels_and_ends_exclusive(output: str) -> None:

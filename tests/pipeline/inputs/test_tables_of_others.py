@@ -863,8 +863,12 @@ def test_one_column_of_classes_is_enough_and_words_are_no_ids(tmp_path: Path) ->
     assert ("class",) == planned(path).summary.unused_columns
 
     written(path, "image,xmin,ymin,xmax,ymax,name,class\na.jpg,1,2,3,4,x,cat\n")
-    columns = pasted(path, refusal(path)).columns
-    assert {"a.jpg": [([1.0, 2.0, 3.0, 4.0], 1, "x", None)]} == found(path, columns=columns)
+    said = refusal(path)
+    chosen = re.search(r"input\.columns\.label=(\w+)", said)[1]
+    label = {"name": "x", "class": "cat"}[chosen]
+    assert {"a.jpg": [([1.0, 2.0, 3.0, 4.0], 1, label, None)]} == found(path, columns={"label": chosen})
+    assert """to read none of them: --set 'input.columns={label: ""}'""" in said
+    assert {"a.jpg": [([1.0, 2.0, 3.0, 4.0], None, None, None)]} == found(path, columns={"label": ""})
 
 
 def test_of_one_file_for_images_and_boxes_what_neither_reads_is_said(tmp_path: Path) -> None:
