@@ -235,7 +235,7 @@ class SamHQ:
             min_region_area: removes separate parts and holes of fewer pixels.
 
         Raises:
-            ValueError: a setting out of its range, or so many points that one image could have 20,000 masks.
+            ValueError: a setting out of its range, or more than 20,000 points for the image.
             ImageError: a picture that cannot be decoded.
             RuntimeError: memory ran out, or the model's numbers are not finite.
         """
