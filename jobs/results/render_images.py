@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, cast, get_args
@@ -42,6 +43,9 @@ from hqlabel.pipeline.worker.image_guard import charge
 CONTACT_SHEET_KEY = "report/contact_sheet.png"
 _TILES = 12
 _TILE_PX = 480
+SHEET_S = 60.0
+"""A store that has become slow or silent holds up the end of a job no longer than this, and one image."""
+
 _MOST_DRAWN, _LEAST_DRAWN, _MOST_DECODED_PIXELS = 500, 50, 2**32
 _LEGEND = (
     "thin line: the prompt box · edge and fill: the mask · number: predicted IoU · "
@@ -92,7 +96,12 @@ def picture_decoder(context: JobContext, side: int) -> Iterator[DecodeChild]:
 
 def _tiles(context: JobContext, sample: Sequence[ImageRows], child: DecodeChild) -> Iterator[Tile]:
     missed: list[tuple[Row, HqlabelError]] = []
-    for rows in sample:
+    began_s = time.monotonic()
+    for place, rows in enumerate(sample):
+        if time.monotonic() - began_s > SHEET_S:
+            rest = count(len(sample) - place, "more image")
+            console.say(f"note: {rest} could be on the contact sheet, but {SHEET_S:g} s are over")
+            break
         try:
             picture = upright_picture(context, rows.image, child)
         except HqlabelError as error:

@@ -57,7 +57,7 @@ def test_a_run_says_what_it_understood_and_what_came_out(
     assert f"new job in {output}" in before
     assert "14 images; from" in before
     assert f"{data_set.num_boxes} boxes; from" in before
-    assert "xyxy, in the upright picture" in before
+    assert "xyxy (COCO's is --box-format xywh), in the upright picture" in before
     assert "2 images without boxes" in before
     assert "core_worker" not in said, "Ray's C++ has something to say"
     assert "vit_64x2, input side 128" in before

@@ -108,11 +108,11 @@ def test_a_merge_wants_two_outputs_and_an_empty_place(tmp_path: Path, number: in
     assert ["two outputs or more", "is not empty"][number] in err
 
 
-def test_an_output_named_without_merge_is_wrong_usage(tmp_path: Path) -> None:
-    code, _, err = run("publish", str(tmp_path / "out"))
+def test_outputs_named_without_merge_are_wrong_usage(tmp_path: Path) -> None:
+    code, _, err = run("publish", str(tmp_path / "out"), str(tmp_path / "monday"))
 
     assert code == 2
-    assert "wanted --output OUTPUT" in err
+    assert "--merge" in err
 
 
 def test_merged_tables_without_a_manifest_get_one_from_their_parts(tmp_path: Path) -> None:

@@ -397,3 +397,20 @@ def test_the_rate_of_a_run_that_is_mostly_the_start_of_ray_is_not_stated() -> No
 
     assert end_summary.describe_run(short) == "8 images in this run, 16.3 s"
     assert end_summary.describe_run(long) == "8 images in this run, 2 min 40 s (0.05 images/s, 0.33 boxes/s)"
+
+
+def test_a_slow_store_does_not_hold_up_the_end_of_a_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 1.0, 61.0])
+    monkeypatch.setattr(render_images, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(render_images, "upright_picture", lambda *_: None)
+    monkeypatch.setattr(render_images, "_tile", lambda rows, *_: rows)
+
+    rows = [SimpleNamespace(image=name) for name in ("first", "second", "third")]
+
+    context = SimpleNamespace(access=None)
+
+    assert list(render_images._tiles(context, rows, None)) == rows[:1]
+    said = capsys.readouterr().err
+    assert "2 more images could be on the contact sheet, but 60 s are over" in said
