@@ -74,7 +74,10 @@ def meet(
     # Until the owner's heart beats there is nobody to wait for; once all is published there is nothing to do.
     unguarded = ("owner.created", "owner.taken", "owner.releasing", "publish.done")
     if pause == "wait" and reached and step not in unguarded:
-        assert codes == {"second": 4, "first": 0}, what
+        # Another label finds a job that was published once as done as it was, and waits for nobody.
+        idle = second == "label" and START[first] == "labelled"
+        assert codes["first"] == 0, what
+        assert codes["second"] in ((0, 4) if idle else (4,)), what
     retried = (first, codes["first"]) == ("retry", 0) or (second, codes["second"], reached) == (
         "retry",
         0,
