@@ -136,19 +136,19 @@ def _classes_and_scores(table: pa.Table) -> dict[str, Any]:
         n: pa.chunked_array([pc.struct_field(b, n) for b in boxes], PLAN_BOX.field(n).type) for n in names
     }
     score = columns.pop("score")
-    score = pc.if_else(pc.is_nan(score), pa.scalar(None, score.type), score)
+    scores = pc.if_else(pc.is_finite(score), score, pa.scalar(None, score.type))
     grouped = pa.table(columns).group_by(list(columns)).aggregate([([], "count_all")])
     rows = [
         {"id": row["category_id"], "name": row["category_name"], "boxes": row["count_all"]}
         for row in grouped.sort_by([("count_all", "descending"), ("category_id", "ascending")]).to_pylist()
     ]
     classes = [row for row in rows if row["id"] is not None or row["name"] is not None]
-    ends = pc.min_max(score).as_py()
+    ends = pc.min_max(scores).as_py()  # of finite ones: JSON has no others
     return {
         "classes": tuple(classes[:MOST_CLASSES]),
         "class_count": len(classes),
         "boxes_without_class": sum(row["boxes"] for row in rows) - sum(row["boxes"] for row in classes),
-        "boxes_without_score": score.null_count,
+        "boxes_without_score": scores.null_count,
         "lowest_score": ends["min"],
         "highest_score": ends["max"],
     }

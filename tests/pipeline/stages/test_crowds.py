@@ -59,6 +59,11 @@ def coco_text(flags: list[str]) -> str:
     return f'{{"images":{images},"annotations":[{annotations}],"categories":[{{"id":0,"name":"zero"}}]}}'
 
 
+def lengths_of(plan: Plan) -> list[int]:
+    """How many numbers each box of the plan has."""
+    return [len(box["given"]) for row in plan.table.to_pylist() for box in row["boxes"]]
+
+
 def plan_coco(tmp_path, flags: list[str]) -> Plan:
     (tmp_path / "boxes.json").write_text(coco_text(flags))
     return make_plan(InputSettings(boxes=str(tmp_path / "boxes.json")))
@@ -89,22 +94,28 @@ def test_ways_may_differ_between_the_blocks_of_a_large_file(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("flag", ["2", "-1", "0.5", '"yes"', "[1]"])
-def test_a_flag_that_could_mean_either_is_refused(flag, tmp_path):
-    with pytest.raises(JobRefused, match=r"iscrowd.*wanted 0, 1, true or false"):
-        plan_coco(tmp_path, ["0", flag])
+def test_a_flag_that_could_mean_either_costs_its_box_and_is_named(flag, tmp_path):
+    plan = plan_coco(tmp_path, ["0", flag])
+
+    assert any("iscrowd" in line and "wanted 0, 1, true or false" in line for line in plan.summary.warnings)
+    assert lengths_of(plan) == [4, 1]  # one number is no box: box_malformed
+    with pytest.raises(JobRefused, match=r"iscrowd"):
+        plan_coco(tmp_path, ["0", flag, flag])  # most of them: another column
 
 
 def test_a_fault_of_another_key_is_still_said(tmp_path):
     text = coco_text(["0", "true"]).replace('"category_id":0', '"category_id":"person"', 1)
     (tmp_path / "boxes.json").write_text(text)
 
-    with pytest.raises(JobRefused, match="category_id"):
-        make_plan(InputSettings(boxes=str(tmp_path / "boxes.json")))
+    plan = make_plan(InputSettings(boxes=str(tmp_path / "boxes.json")))
+
+    assert any("category_id" in line for line in plan.summary.warnings)
+    assert sorted(lengths_of(plan)) == [1, 4]
 
 
 def test_coco_results_may_have_the_flag_too(tmp_path):
     (tmp_path / "results.json").write_text(
-        '[{"image_id":0,"bbox":[0,0,1,1],"score":0,"iscrowd":1},{"image_id":0,"bbox":[0,0,1,1],"iscrowd":0}]'
+        '[{"image_id":0,"bbox":[0,0,9,9],"score":0,"iscrowd":1},{"image_id":0,"bbox":[0,0,9,9],"iscrowd":0}]'
     )
     (tmp_path / "images.csv").write_text("image_id,image_uri\n0,0.jpg\n")
 
@@ -198,11 +209,13 @@ def test_tables_of_flags_that_are_none_are_refused_by_name(tmp_path):
         make_plan(InputSettings(boxes=str(tmp_path / "b.parquet")))
 
 
-def test_a_word_in_a_csv_that_is_no_flag_is_refused_by_name(tmp_path):
+def test_a_word_in_a_csv_that_is_no_flag_costs_its_box_and_is_named(tmp_path):
     (tmp_path / "b.csv").write_text("image_uri,x1,y1,x2,y2,iscrowd\na.jpg,0,0,4,5,0\nb.jpg,0,0,4,5,yes\n")
 
-    with pytest.raises(JobRefused, match=r"b\.csv: iscrowd holds 'yes'; wanted 0, 1, true or false"):
-        make_plan(InputSettings(boxes=str(tmp_path / "b.csv")))
+    plan = make_plan(InputSettings(boxes=str(tmp_path / "b.csv")))
+
+    assert any("iscrowd holds 'yes'; wanted 0, 1, true or false" in line for line in plan.summary.warnings)
+    assert lengths_of(plan) == [4, 1]
 
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.bool_(), pa.int8()])
