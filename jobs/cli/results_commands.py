@@ -146,7 +146,7 @@ def report(
 
 
 @app.command(rich_help_panel="Results")
-@command(OUTPUT)
+@command(OUTPUT, *ROOTS)
 def export(
     given: ConfigSources,
     json: bool,
@@ -192,6 +192,16 @@ def export(
             help="coco: number the categories anew from 1, for tools that take 0 for no label (CVAT).",
         ),
     ] = False,
+    images: Annotated[
+        str | None,
+        typer.Option("--images", metavar="link|copy", help="yolo-seg: put the pictures beside their labels."),
+    ] = None,
+    val: Annotated[
+        float,
+        typer.Option(
+            "--val", metavar="SHARE", help="yolo-seg: hold back this share of the images, such as 0.1."
+        ),
+    ] = 0.0,
 ) -> int:
     """Write the masks for a trainer or an annotation tool.
 
@@ -211,6 +221,8 @@ def export(
         tolerance_px=tolerance,
         image_prefix=image_prefix,
         categories_from_1=categories_from_1,
+        images=images,
+        val=val,
         json=json,
     )
     return run(given, chosen)

@@ -6,15 +6,15 @@ import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from hqlabel.jobs.export.coco import category_numbers, write_coco
 from hqlabel.jobs.export.export_source import ExportSource, open_source
 from hqlabel.jobs.export.hf_dataset import write_hf
 from hqlabel.jobs.export.label_studio import write_label_studio
-from hqlabel.jobs.export.yolo import ENDINGS, PASSED_OVER, Loss, write_yolo
+from hqlabel.jobs.export.yolo import ENDINGS, IN_VALIDATION, PASSED_OVER, Loss, write_yolo
 from hqlabel.jobs.job_setup import resolve_settings
-from hqlabel.jobs.job_setup.saved_job import STORE, open_saved
+from hqlabel.jobs.job_setup.saved_job import PICTURES, STORE, open_saved
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.results.read_tables import require_published
 from hqlabel.jobs.results.select_rows import Selection
@@ -23,6 +23,9 @@ from hqlabel.pipeline.errors import UsageError, count
 from hqlabel.pipeline.job_context import Place
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.storage.uri_rules import split_scheme
+
+if TYPE_CHECKING:
+    from hqlabel.jobs.export.image_files import ImageFiles
 
 Format = Literal["coco", "yolo-seg", "label-studio", "hf"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -46,14 +49,15 @@ _COUNTED_NOTES = {
     ),
 }
 """What is counted and not skipped: subject and verb for one and for many, and the rest of the sentence."""
-_NOT_SKIPPED = ("images", "masks", "masks without a class", PASSED_OVER, *_COUNTED_NOTES)
+_NOT_SKIPPED = ("images", "masks", "masks without a class", PASSED_OVER, IN_VALIDATION, *_COUNTED_NOTES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """The call's choices. `per_file`: masks (tasks for Label Studio) a file; None: the format's own number.
 
-    `categories_from_1`: COCO's categories are numbered anew.
+    `categories_from_1`: COCO's categories are numbered anew. `images`: how pictures get into it, None: not
+    at all. `val`: the share of images held back for validation.
     """
 
     format: str
@@ -63,6 +67,8 @@ class ExportOptions:
     tolerance_px: float = 0.5
     image_prefix: str | None = None
     categories_from_1: bool = False
+    images: str | None = None
+    val: float = 0.0
     json: bool = False
 
 
@@ -70,7 +76,8 @@ def run(given: ConfigSources, options: ExportOptions) -> int:
     """Write the files into an empty folder or prefix, report what was skipped and lost, and return 0."""
     if options.format not in FORMATS:
         raise UsageError(f"export {options.format!r}: wanted one of {', '.join(FORMATS)}")
-    saved = open_saved(given, "export", STORE)
+    _refuse_what_others_have(options)
+    saved = open_saved(given, "export", PICTURES if options.images else STORE)
     uri = resolve_settings.absolute(options.to)
     if os.path.lexists(uri) and not os.path.isdir(uri):
         raise UsageError(f"--to {options.to}: this is a file; wanted a new folder or prefix")
@@ -81,18 +88,47 @@ def run(given: ConfigSources, options: ExportOptions) -> int:
         )
     selection = replace(options.selection, with_crowds=options.format == "coco")
     source = open_source(saved.store, saved.job, require_published(saved.store), selection)
-    loss = Loss()
-    keys = list(_write(source, place, loss, options))
+    loss, pictures = Loss(), None
+    if options.images is not None:
+        from hqlabel.jobs.export.image_files import (
+            ImageFiles,
+            Way,
+        )  # Pillow and the decoder: for pictures alone
+
+        pictures = ImageFiles(way=cast(Way, options.images), place=place, context=saved.pictures)
+    keys = list(_write(source, place, loss, options, pictures))
+    if pictures is not None:
+        pictures.say()
     _report(options, source, loss, keys)
     return 0
 
 
-def _write(source: ExportSource, place: Store, loss: Loss, options: ExportOptions) -> Iterator[str]:
+def _refuse_what_others_have(options: ExportOptions) -> None:
+    """Raise UsageError for an option that this format would pass over in silence."""
+    if options.images not in (None, "link", "copy"):
+        raise UsageError(f"--images {options.images}: wanted link or copy")
+    if not 0 <= options.val < 1:
+        raise UsageError(
+            f"--val {options.val:g}: wanted a share of the images from 0 to below 1, such as 0.1"
+        )
+    for flag, given in (("--images", options.images is not None), ("--val", options.val > 0)):
+        if given and options.format not in _ONLY_FOR[flag]:
+            raise UsageError(f"{flag}: export {options.format} has no use for it; {_ONLY_FOR[flag][0]} has")
+
+
+_ONLY_FOR = {"--images": ("yolo-seg",), "--val": ("yolo-seg",)}
+
+
+def _write(
+    source: ExportSource, place: Store, loss: Loss, options: ExportOptions, pictures: ImageFiles | None
+) -> Iterator[str]:
     per_file = options.per_file or _PER_FILE.get(options.format, 0)
     if options.format == "coco":
         return write_coco(source, place, per_file=per_file, categories_from_1=options.categories_from_1)
     if options.format == "yolo-seg":
-        return write_yolo(source, place, loss, tolerance_px=options.tolerance_px)
+        return write_yolo(
+            source, place, loss, tolerance_px=options.tolerance_px, val=options.val, pictures=pictures
+        )
     if options.format == "hf":
         return write_hf(source, place, per_file=per_file)
     return write_label_studio(source, place, per_file=per_file, image_prefix=options.image_prefix)
@@ -219,6 +255,11 @@ def _yolo_steps(options: ExportOptions, source: ExportSource) -> Iterator[tuple[
     if not source.tally["images"]:
         return
     to = resolve_settings.absolute(options.to).rstrip("/")
+    if options.val:
+        yield from _split_notes(options, source)
+    if options.images is not None:
+        yield "next", f"yolo segment train data={shlex.quote(f'{to}/data.yaml')} model=yolo11n-seg.pt"
+        return
     yield "next", f"the pictures alone go into {to}/images/, under their names in images.txt"
     root = next(iter(source.roots)) if len(source.roots) == 1 else None
     if root is not None and root.startswith("/") and to.startswith("/"):
@@ -228,3 +269,12 @@ def _yolo_steps(options: ExportOptions, source: ExportSource) -> Iterator[tuple[
             f"mkdir -p {to}/images && cd {here} && sed 's|^./images/||' {to}/images.txt | "
             f"xargs -r -d '\\n' cp --parents -t {to}/images --",
         )
+
+
+def _split_notes(options: ExportOptions, source: ExportSource) -> Iterator[tuple[str, str]]:
+    """Yield how many images were held back."""
+    held, images = source.tally[IN_VALIDATION], count(source.tally["images"], "image")
+    if held:
+        yield "val", f"{held:,} of {images}, by their ids: the same ones in every export"
+    else:
+        yield "note", f"--val {options.val:g} leaves train or val empty ({images}): both lists are images.txt"

@@ -33,6 +33,7 @@ INSTANCE_COLUMNS = (
     "reject_reason",
 )
 _NO_CLASS_NAME = "object"
+UNREADABLE = "images that could not be read"
 
 
 @dataclass(frozen=True, kw_only=True)

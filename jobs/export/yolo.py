@@ -4,24 +4,30 @@ Ultralytics finds a label file by the picture's path alone: the last `/images/` 
 follows the last dot becomes `txt`; where there is no such file, it trains on the picture as background and
 does not warn. Pictures are in `images/` under their names here, each label file where that rule finds it.
 
-The format has one polygon an object and no scores. Parts and holes are bridged into it, so most of a mask
-survives; how much is measured on every line as it is written, and reported.
+The format has one polygon an object and no scores. Parts and holes are bridged into it. It runs through the
+centres of the outermost pixels, because Ultralytics draws it with OpenCV's `fillPoly`, edges too; how much of
+a mask that gives back is measured on every line as it is written, and reported.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hqlabel.jobs.export.export_source import ExportSource, mask_of
-from hqlabel.jobs.export.polygons import kept_iou, polygon_of
+from hqlabel.jobs.export.export_source import UNREADABLE, ExportSource, mask_of
+from hqlabel.jobs.export.polygons import filled_iou, filled_polygon_of
 from hqlabel.jobs.results.read_tables import Row
 from hqlabel.pipeline.errors import UsageError, count
 from hqlabel.pipeline.storage.output_store import Store
+
+if TYPE_CHECKING:
+    from hqlabel.jobs.export.image_files import ImageFiles
 
 _LOW = 0.95
 # What Ultralytics opens: by the end of the name, and by the shorter side in pixels.
@@ -33,6 +39,7 @@ _UNFIT_NAMES = (
     "end, more than 255 bytes)"
 )
 PASSED_OVER = "images that Ultralytics passes over"
+IN_VALIDATION = "images held back for validation"
 
 
 @dataclass(kw_only=True)
@@ -66,13 +73,22 @@ class Loss:
         )
 
 
-def write_yolo(source: ExportSource, place: Store, loss: Loss, *, tolerance_px: float) -> Iterator[str]:
+def write_yolo(
+    source: ExportSource,
+    place: Store,
+    loss: Loss,
+    *,
+    tolerance_px: float,
+    val: float = 0.0,
+    pictures: ImageFiles | None = None,
+) -> Iterator[str]:
     """Write the label files, data.yaml, images.txt and classes.json; yields their keys.
 
     Classes count from 0 without gaps, in the order of their ids; classes.json has the ids. An image
     without objects has an empty file. Images whose name no line of images.txt or no disk can hold are
     skipped.
-    `tolerance_px`: how far an outline may move to save points.
+    `tolerance_px`: how far an outline may move to save points. `val`: the share of images, chosen by their
+    ids, that is listed in val.txt and not in train.txt. `pictures`: they are put into images/ too.
 
     Raises:
         UsageError: two images would share one label file, because they differ in their ending alone (or in
@@ -80,27 +96,46 @@ def write_yolo(source: ExportSource, place: Store, loss: Loss, *, tolerance_px: 
     """
     _refuse_shared_labels(source)
     places = source.classes.places()
-    lines: list[str] = []
+    lists: dict[bool, list[str]] = {False: [], True: []}
     for rows in source.images():
         name = source.file_name(rows.image)
         line, key = f"./images/{name}", label_key(name)
         if not _fits(name):
             source.skip(rows, _UNFIT_NAMES)
             continue
-        lines.append(line)
+        if pictures is not None and not pictures.bring(rows.image, line.removeprefix("./")):
+            source.skip(rows, UNREADABLE)
+            continue
+        lists[is_validation(str(rows.image["image_id"]), val)].append(line)
         source.tally[PASSED_OVER] += _is_passed_over(name, rows.image)
         text = [_line(row, places[source.classes.id_of(row)], loss, tolerance_px) for row in rows.instances]
         if not place.put_if_absent(key, "".join(text).encode()):
             raise UsageError(_shared("an image before it", name, key))
         yield key
-    names = [source.classes.names[number] for number in places]
-    listing = "".join(f"  {place_}: {yaml_text(name)}\n" for place_, name in enumerate(names))
-    place.put("images.txt", "".join(f"{line}\n" for line in lines).encode())
-    # Without `path` the list is expected next to data.yaml; `path: .` would be the current folder.
-    named = f"names:\n{listing}" if listing else "names: {}\n"
-    place.put("data.yaml", f"train: images.txt\nval: images.txt\n{named}".encode())
+    both = bool(lists[True] and lists[False])
+    source.tally[IN_VALIDATION] += len(lists[True]) if both else 0
+    files = {"images.txt": [*lists[False], *lists[True]]}
+    if both:
+        files |= {"train.txt": lists[False], "val.txt": lists[True]}
+    for key, lines in files.items():
+        place.put(key, "".join(f"{line}\n" for line in lines).encode())
+    place.put("data.yaml", _data_yaml(source, split=both).encode())
     place.put("classes.json", json.dumps(_class_map(source), ensure_ascii=False, indent=1).encode())
-    yield from ("images.txt", "data.yaml", "classes.json")
+    yield from (*files, "data.yaml", "classes.json")
+
+
+def is_validation(image_id: str, share: float) -> bool:
+    """Return whether an image is held back, of which `share` of all are: by the sha256 of its id alone."""
+    return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8]) < share * 2**64
+
+
+def _data_yaml(source: ExportSource, *, split: bool) -> str:
+    names = [source.classes.names[number] for number in source.classes.places()]
+    listing = "".join(f"  {place}: {yaml_text(name)}\n" for place, name in enumerate(names))
+    named = f"names:\n{listing}" if listing else "names: {}\n"
+    train, val = ("train.txt", "val.txt") if split else ("images.txt", "images.txt")
+    # Without `path` the lists are expected next to data.yaml; `path: .` would be the current folder.
+    return f"train: {train}\nval: {val}\n{named}"
 
 
 def _refuse_shared_labels(source: ExportSource) -> None:
@@ -181,10 +216,12 @@ def yaml_text(text: str) -> str:
 
 def _line(row: Row, place: int, loss: Loss, tolerance_px: float) -> str:
     height, width = row["segmentation"]["size"]
-    polygon = polygon_of(mask_of(row), tolerance_px)
+    mask = mask_of(row)
+    polygon = filled_polygon_of(mask, tolerance_px)
     text = " ".join(f"{value:.6f}".rstrip("0").rstrip(".") for value in (polygon / [width, height]).ravel())
-    as_written = np.array(text.split(" "), dtype=np.float64).reshape(-1, 2) * [width, height]
-    loss.add(kept_iou(as_written, row["segmentation"]["counts"], (height, width)))
+    as_read = np.array(text.split(" "), dtype=np.float32).reshape(-1, 2)
+    as_read *= np.array([width, height], dtype=np.float32)
+    loss.add(filled_iou(as_read.astype(np.float64), mask))
     return f"{place} {text}\n"
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from hqlabel.jobs.export.fill_polygon import fill_polygon
 from hqlabel.pipeline.job_context import BoxRules
 from hqlabel.pipeline.settings import FilterSettings
 from tests.jobs.cli.test_cli import run
@@ -85,8 +86,8 @@ def test_coco_is_cut_into_files_between_images_with_ids_that_go_on(output: str, 
     assert len(ids) == len(set(ids)) == 4
 
 
-@pytest.mark.parametrize(("tolerance", "least", "most"), [("0.5", 0.97, 1), ("4", 0.5, 0.9)])
-def test_yolo_polygons_rasterise_to_the_masks_and_the_loss_said_is_the_loss(
+@pytest.mark.parametrize(("tolerance", "least", "most"), [("0.5", 0.98, 1), ("4", 0.5, 0.9)])
+def test_yolo_polygons_are_drawn_as_the_masks_and_the_loss_said_is_the_loss(
     output: str, tmp_path: Path, tolerance: str, least: float, most: float
 ) -> None:
     said = export("yolo-seg", "--output", output, "--to", str(tmp_path / "yolo"), "--tolerance", tolerance)
@@ -101,8 +102,7 @@ def test_yolo_polygons_rasterise_to_the_masks_and_the_loss_said_is_the_loss(
             points = np.array(values, float).reshape(-1, 2)
             assert points.min() >= 0
             assert points.max() <= 1
-            polygon = (points * [SIZE[1], SIZE[0]]).ravel().tolist()
-            drawn = coco_mask.decode(coco_mask.frPyObjects([polygon], *SIZE))[..., 0]
+            drawn = fill_polygon(points * [SIZE[1], SIZE[0]], SIZE)
             ious.append((drawn & mask).sum() / (drawn | mask).sum())
     assert said["loss"]["mean_iou"] == pytest.approx(np.mean(ious))
     assert said["loss"]["least_iou"] == pytest.approx(np.min(ious))
@@ -110,6 +110,105 @@ def test_yolo_polygons_rasterise_to_the_masks_and_the_loss_said_is_the_loss(
     classes = json.loads((tmp_path / "yolo" / "classes.json").read_text())
     assert classes[2] == {"class": 2, "category_id": 90, "name": "traffic light"}
     assert "./images/street/04.jpg" in (tmp_path / "yolo" / "images.txt").read_text().splitlines()
+
+
+def ultralytics_mask(line: str, size_hw: tuple[int, int], resampled: int) -> np.ndarray:
+    """A label as Ultralytics draws it: float32, points added between those given, whole pixels, fillPoly."""
+    cv2 = pytest.importorskip("cv2", reason="opencv-python-headless is not installed")
+    points = np.array(line.split(" ")[1:], np.float32).reshape(-1, 2)
+    closed = np.concatenate([points, points[:1]])
+    at = np.arange(len(closed))
+    added = np.linspace(0, len(closed) - 1, max(2, resampled - len(closed)))
+    places = np.insert(added, np.searchsorted(added, at), at)
+    segment = np.stack([np.interp(places, at, closed[:, axis]) for axis in (0, 1)], axis=1).astype(np.float32)
+    segment *= np.array(size_hw[::-1], np.float32)
+    drawn = np.zeros(size_hw, np.uint8)
+    cv2.fillPoly(drawn, np.asarray([segment], np.int32), color=1)
+    return drawn
+
+
+@pytest.mark.parametrize("resampled", [2, 1000])
+def test_ultralytics_way_of_drawing_gives_the_masks_back(resampled: int, output: str, tmp_path: Path) -> None:
+    export("yolo-seg", "--output", output, "--to", str(tmp_path / "yolo"))
+    ious = []
+    for made in made_images()[1:]:
+        lines = (tmp_path / "yolo" / "labels" / made.image_id).with_suffix(".txt").read_text().splitlines()
+        drawn = [ultralytics_mask(line, SIZE, resampled) for line in lines]
+        ious += [(one & mask).sum() / (one | mask).sum() for one, mask in zip(drawn, made.masks, strict=True)]
+    assert min(ious) > 0.97
+    assert np.mean(ious) > 0.99
+
+
+def photos_of(folder: Path, images: list[MadeImage]) -> list[MadeImage]:
+    """The images with pictures of their own in a folder."""
+    for made in images:
+        (folder / made.image_id).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (SIZE[1], SIZE[0]), (9, 9, 9)).save(folder / made.image_id)
+    return [MadeImage(**{**vars(made), "uri": str(folder / made.image_id)}) for made in images]
+
+
+@pytest.mark.parametrize("way", ["link", "copy"])
+def test_yolo_pictures_are_put_beside_their_labels_and_one_out_of_reach_is_left_out(
+    way: str, tmp_path: Path
+) -> None:
+    images = photos_of(tmp_path / "photos", made_images())
+    images[1] = photos_of(tmp_path / "elsewhere", made_images())[1]
+    output, to = make_output(tmp_path / "out", images), tmp_path / "yolo"
+
+    said = export(
+        "yolo-seg", "--output", output, "--to", str(to), "--images", way,
+        "--allow-root", str(tmp_path / "photos"),
+    )  # fmt: skip
+
+    listed = (to / "images.txt").read_text().splitlines()
+    assert listed == [f"./images/street/{n:02d}.jpg" for n in (2, 3, 4)]
+    assert [(to / line).is_symlink() for line in listed] == [way == "link"] * 3
+    for line in listed:
+        assert (to / line).read_bytes() == (tmp_path / "photos" / line.removeprefix("./images/")).read_bytes()
+    assert not (to / "labels/street/01.txt").exists()
+    assert said["left_out"]["images that could not be read"] == 1
+    assert (said["images"], said["masks"]) == (3, 9)
+
+
+def test_without_the_right_to_read_no_picture_is_linked(tmp_path: Path) -> None:
+    """The uris come from the tables: what the call does not allow is not touched."""
+    output = make_output(tmp_path / "out", photos_of(tmp_path / "photos", made_images()))
+    said = export("yolo-seg", "--output", output, "--to", str(tmp_path / "yolo"), "--images", "link")
+    assert said["images"] == 0
+    assert said["left_out"]["images that could not be read"] == 4
+    assert not list((tmp_path / "yolo").rglob("*.jpg"))
+
+
+def test_images_held_back_are_chosen_by_their_ids_alone(tmp_path: Path) -> None:
+    images = [MadeImage(image_id=f"{n:03d}.jpg", masks=[blob(1)]) for n in range(60)]
+    lists = []
+    for number, some in enumerate([images, images[20:]]):
+        output, to = make_output(tmp_path / f"out{number}", some), tmp_path / f"yolo{number}"
+        export("yolo-seg", "--output", output, "--to", str(to), "--val", "0.2")
+        lists.append([(to / f"{name}.txt").read_text().splitlines() for name in ("train", "val", "images")])
+        assert "train: train.txt\nval: val.txt\n" in (to / "data.yaml").read_text()
+    (train, val, both), (_, val_of_fewer, _) = lists
+    assert sorted([*train, *val]) == sorted(both)
+    assert 4 <= len(val) <= 20
+    assert set(val_of_fewer) == {line for line in val if int(line[-7:-4]) >= 20}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["coco", "--val", "0.1"], "--val: export coco has no use for it"),
+        (["coco", "--images", "copy"], "--images: export coco has no use for it"),
+        (["yolo-seg", "--images", "move"], "wanted link or copy"),
+        (["yolo-seg", "--val", "1"], "wanted a share"),
+        (["yolo-seg", "--val", "nan"], "wanted a share"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    more: list[str], said: str, output: str, tmp_path
+) -> None:
+    code, _, err = run("export", more[0], output, str(tmp_path / "to"), *more[1:])
+    assert code == 2
+    assert said in err
 
 
 def test_label_studio_brushes_decode_to_the_masks(output: str, tmp_path: Path) -> None:
