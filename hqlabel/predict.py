@@ -218,8 +218,9 @@ class SamHQ:
     ) -> list[FoundMask]:
         """Return a mask of everything: of each point of a grid, the good and different ones.
 
-        The masks, the settings and their defaults are those of the original's `SamAutomaticMaskGenerator`;
-        with HQ-SAM 2 those of `SAM2AutomaticMaskGenerator`: three masks a point. Masks are never pictures.
+        The settings, their defaults and the rules are those of the original's `SamAutomaticMaskGenerator`;
+        with HQ-SAM 2 those of `SAM2AutomaticMaskGenerator`: three masks a point. Equal masks were shown on
+        small pictures, not yet on whole photographs. Masks are never pictures.
 
         Args:
             image: as of `predict`.

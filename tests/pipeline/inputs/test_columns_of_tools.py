@@ -214,6 +214,10 @@ def test_classes_and_scores_are_counted_before_work(tmp_path: Path) -> None:
     assert shown["classes"].startswith("c00 3, c01 3, c02 3, c03 3, c04 3, c05 3, c06 2")
     assert shown["classes"].endswith("and 2 more classes; 1 box without a class")
     assert "0.1 to 0.39; 1 box without a score" == shown["scores"]
+    for odd in ("inf", "-inf", "1e999", "nan"):
+        path = written(tmp_path, f"file,x1,y1,x2,y2,conf\na.jpg,0,0,9,9,{odd}\na.jpg,0,0,9,8,0.5\n")
+        assert "0.5 to 0.5; 1 box without a score" == report(path, planned(path))["scores"], odd
+        json.dumps(asdict(planned(path).summary), allow_nan=False)  # job.json holds it
     bare = written(tmp_path, "file,x1,y1,x2,y2\na.jpg,0,0,9,9\n")
     assert ("none given", "none given") == tuple(
         report(bare, planned(bare))[n] for n in ("classes", "scores")
