@@ -95,6 +95,11 @@ def local_store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture
+def memory_store(tmp_path: Path, request: pytest.FixtureRequest) -> Store:
+    return Store(make_place("memory", tmp_path, request))
+
+
+@pytest.fixture
 def s3_store(moto_s3: MotoS3) -> Store:
     return Store(moto_s3.place())
 

@@ -8,6 +8,7 @@ everybody's: `SystemicFault`. Images and input files are read by `read_objects`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -93,11 +94,21 @@ class Store:
 
     def _fetch(self, key: str, most: int | None) -> FetchedObject:
         path = self._path(key)
+
+        def get(left: float) -> FetchedObject:
+            try:
+                return self._backend.get(path, max_bytes=most, timeout_s=left)
+            except ImageError as error:
+                if error.code != "changed":
+                    raise
+                # A writer was faster: what is there now is as good, so it is read anew.
+                raise OSError(errno.EAGAIN, "it was replaced while it was read", path) from error
+
         try:
-            return self._try(
-                f"read {key}", lambda left: self._backend.get(path, max_bytes=most, timeout_s=left)
-            )
+            return self._try(f"read {key}", get)
         except ImageError as error:
+            if most is None or error.code != "too_many_bytes":
+                raise SystemicFault("store", f"{self.place.uri}/{key}: {error.message}") from error
             raise DamageFound(
                 f"{self.place.uri}/{key}: over {most:,} bytes, which no such file of hqlabel has"
             ) from error
@@ -115,6 +126,8 @@ class Store:
         try:
             return self._try(f"read {key}", get)
         except ImageError as error:
+            if error.code != "changed":
+                raise SystemicFault("store", f"{self.place.uri}/{key}: {error.message}") from error
             raise Replaced(f"{self.place.uri}: {key} was replaced while it was read") from error
 
     def open_parquet(self, key: str) -> BinaryIO:

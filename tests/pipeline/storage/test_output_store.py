@@ -239,6 +239,31 @@ def test_a_reader_never_sees_a_part_of_an_object(store: Store):
     assert listed <= set(sizes)
 
 
+def test_an_object_that_is_replaced_while_it_is_read_is_read_anew(memory_store: Store, monkeypatch):
+    """Drivers of fsspec cannot request a version: they look before and after, and it was another."""
+    memory_store.put("a", b"first")
+    driver = buckets.backend_for(memory_store._scheme, memory_store.place.options)
+    really_get_range, others = driver.get_range, [b"second", b"third"]
+
+    def get_range(path: str, start: int, stop: int, *, timeout_s: float, version: str | None = None) -> bytes:
+        if others:
+            memory_store.put("a", others.pop())
+        return really_get_range(path, start, stop, timeout_s=timeout_s, version=version)
+
+    monkeypatch.setattr(driver, "get_range", get_range)
+    assert memory_store.read("a") == b"second"
+    assert not others
+
+
+def test_a_store_that_sends_more_than_was_asked_for_is_at_fault(memory_store: Store, monkeypatch):
+    memory_store.put("a", b"first")
+    driver = buckets.backend_for(memory_store._scheme, memory_store.place.options)
+    monkeypatch.setattr(driver._fs, "cat_file", lambda *_a, **_k: b"first and more")
+    for read in (lambda: memory_store.read("a"), lambda: memory_store.read_range("a", 0, 5)):
+        with pytest.raises(SystemicFault, match="14 bytes came for a range of 5"):
+            read()
+
+
 def test_a_lost_reply_on_create_is_resolved_by_reading_back(store: Store, monkeypatch):
     """The create is done, its reply is lost; the second try meets our own object."""
     driver = buckets.backend_for(store._scheme, store.place.options)
