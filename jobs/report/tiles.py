@@ -31,6 +31,7 @@ from hqlabel.pipeline.errors import HqlabelError
 from hqlabel.pipeline.job_context import JobContext
 
 _DECODED_PX, _SHOWN_PX = 1600, 360
+_WHOLE_SCALE, _CLOSE_SCALE = 4, 8  # how far a small picture is enlarged
 _MARGIN = 0.25  # of the object's extent, around the close-up
 _LEAST_PX = 24
 _QUALITY = 80
@@ -67,21 +68,30 @@ def draw_tiles(
                 missed.append((image, error))
                 found.update(dict.fromkeys(mine, Pictures(whole=None, close=None, why=str(error))))
                 continue
+            size_hw = size_in_tables(image, picture)
+            small = _shrunk(picture, size_hw)  # once, for all its instances
             for key in mine:
                 row = rows[image_id].instance(key[1])
-                found[key] = _pictures(picture, size_in_tables(image, picture), row, context)
+                found[key] = _pictures(picture, small, size_hw, row, context)
                 made += sum(len(text or "") for text in (found[key].whole, found[key].close))
     say_missed(missed, context.access)
     return found
 
 
-def _pictures(picture: Image.Image, size_hw: tuple[int, int], row: Row, context: JobContext) -> Pictures:
+def _shrunk(picture: Image.Image, size_hw: tuple[int, int]) -> Image.Image:
+    bare = Tile(picture=picture, size_hw=size_hw, instances=(), caption="")
+    return draw_overlay(bare, longest_side=_SHOWN_PX, max_scale=_WHOLE_SCALE)
+
+
+def _pictures(
+    picture: Image.Image, small: Image.Image, size_hw: tuple[int, int], row: Row, context: JobContext
+) -> Pictures:
     drawn = replace(drawn_instance(row, context.box_rules.box_format), text="")
-    whole = Tile(picture=picture, size_hw=size_hw, instances=(drawn,), caption="")
+    whole = Tile(picture=small, size_hw=size_hw, instances=(drawn,), caption="")
     close = _close_up(picture, size_hw, drawn, row)
     return Pictures(
-        whole=_drawn_jpeg(whole, max_scale=4),
-        close=None if close is None else _drawn_jpeg(close, max_scale=8),
+        whole=_drawn_jpeg(whole, max_scale=_WHOLE_SCALE),
+        close=None if close is None else _drawn_jpeg(close, max_scale=_CLOSE_SCALE),
     )
 
 

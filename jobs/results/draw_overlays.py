@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 
 from hqlabel.pipeline.errors import clean_text
@@ -152,12 +152,17 @@ def _shrunk_mask(instance: DrawnInstance, drawn_wh: tuple[int, int]) -> Image.Im
 def _draw_mask(canvas: Image.Image, mask: Image.Image, colour: Colour, edge_px: int) -> None:
     paint = Image.new("RGB", canvas.size, colour)
     canvas.paste(paint, mask=mask.point([round(_FILL * level) for level in range(256)]))
-    # a border of zeros, so that a mask that leaves the picture has an edge there as well
-    framed = Image.new("L", (mask.width + 2 * edge_px, mask.height + 2 * edge_px))
-    framed.paste(mask, (edge_px, edge_px))
-    inner = framed.filter(ImageFilter.MinFilter(2 * edge_px + 1))
-    inner = inner.crop((edge_px, edge_px, mask.width + edge_px, mask.height + edge_px))
-    canvas.paste(paint, mask=ImageChops.subtract(mask, inner))
+    canvas.paste(paint, mask=_edge(mask, edge_px))
+
+
+def _edge(mask: Image.Image, edge_px: int) -> Image.Image:
+    """Return what of a mask of 0 and 255 lies within `edge_px` of its outside, corner to corner."""
+    inside = np.pad(np.asarray(mask) > 0, edge_px)  # what leaves the picture has an edge there as well
+    # A square is a column of rows. A minimum filter over it took 40 times as long, most of a report.
+    side, (width, height) = range(2 * edge_px + 1), mask.size
+    rows = np.logical_and.reduce([inside[at : at + height] for at in side])
+    inner = np.logical_and.reduce([rows[:, at : at + width] for at in side])
+    return Image.fromarray((inside[edge_px:-edge_px, edge_px:-edge_px] & ~inner) * np.uint8(255))
 
 
 def _draw_box(canvas: Image.Image, instance: DrawnInstance, colour: Colour, sx: float, sy: float) -> None:

@@ -57,6 +57,20 @@ def test_an_edge_can_be_wider_and_grows_inwards_alone() -> None:
     assert (difference == difference[20, 40]).sum() == 20 * 20 - 14 * 14
 
 
+def test_an_edge_is_every_pixel_whose_square_neighbourhood_leaves_the_mask() -> None:
+    """Counted pixel by pixel, on a ragged mask that reaches all four borders."""
+    mask = (np.random.default_rng(3).random((23, 31)) > 0.06).astype(np.uint8)
+    ringed = np.pad(mask, 2)
+    expected = [(y, x) for y, x in np.argwhere(mask) if not ringed[y : y + 5, x : x + 5].all()]
+
+    given = tile(DrawnInstance(box_xyxy=None, **rle(mask)), size=(31, 23))
+    drawn = np.asarray(draw_overlay(given, longest_side=31, edge_px=2)).astype(int)
+
+    difference = np.abs(drawn - 100).sum(axis=2)
+    assert np.argwhere(difference == difference.max()).tolist() == [[int(y), int(x)] for y, x in expected]
+    assert 0 < len(expected) < mask.sum()
+
+
 def test_a_hole_stays_open() -> None:
     mask = square()
     mask[28:32, 38:42] = False
