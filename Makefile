@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt requirements.lock
 demo: $(STAMP)  ## labels three photographs: a table here, a page with the masks in demo-out/
 	$(BIN)/python examples/demo.py
 
-check: $(STAMP)  ## ruff, mypy --strict, import contracts; under a minute
+check: $(STAMP)  ## ruff, mypy --strict, import contracts; about half a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
