@@ -106,6 +106,12 @@ def _without_effect(config: Config) -> list[str]:
             [name for name in given["input"] if name in _OF_BOX_FILES],
             "there are no --boxes",
         ),
+        (
+            config.input.boxes is None and config.detector.name is None,
+            "boxes",
+            [name for name in _changed(config.boxes) if name != "nms_iou"],
+            "there are neither --boxes nor a --detector",
+        ),
         *(
             (
                 one.nms_mode == "none",

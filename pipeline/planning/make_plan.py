@@ -118,10 +118,15 @@ def _read_and_join(settings: InputSettings, access: AccessRules, images_per_unit
 
 
 def _rules(settings: InputSettings, boxes: BoxList | None) -> BoxRules:
-    """Return the user's setting first, except for an earlier output, which states how its boxes are read."""
-    own = "xyxy" if boxes is None else boxes.box_format
-    own_frame = None if boxes is None else boxes.box_frame
-    return BoxRules(box_format=settings.box_format or own, box_frame=own_frame or settings.box_frame)
+    """Return the user's setting first, except for an earlier output, which states how its boxes are read.
+
+    Without a box file there are a detector's boxes or none, and those are read as a detector gives them.
+    """
+    if boxes is None:
+        return BoxRules()
+    return BoxRules(
+        box_format=settings.box_format or boxes.box_format, box_frame=boxes.box_frame or settings.box_frame
+    )
 
 
 def _numbered(inputs: JoinedInputs) -> tuple[BoxList | None, Categories]:

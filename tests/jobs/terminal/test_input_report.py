@@ -25,6 +25,11 @@ BOXES = {"images": "a", "boxes": "b.csv"}
             },
             ["input.box_format", "there are no --boxes"],
         ),
+        (
+            {"input": {"images": "a"}, "boxes": {"min_score": 0.5, "nms_mode": "all", "expand": 0.1}},
+            ["boxes.min_score, boxes.nms_mode, boxes.expand: without effect", "nor a --detector"],
+        ),
+        ({"input": {"images": "a"}, "detector": {"name": "x:Y"}, "boxes": {"min_score": 0.5}}, []),
         ({"input": BOXES | {"box_format": "xywh"}, "boxes": {"nms_mode": "class", "nms_iou": 0.5}}, []),
     ],
 )

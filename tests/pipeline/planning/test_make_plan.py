@@ -227,6 +227,12 @@ def test_nothing_at_all_is_a_usage_error():
         planned()
 
 
+def test_a_detectors_boxes_are_read_as_it_gives_them_whatever_is_said_of_files(pictures):
+    plan = planned(images=pictures, box_format="cxcywh-normalised", box_frame="stored")
+
+    assert ("xyxy", "upright") == (plan.summary.box_format, plan.summary.box_frame)
+
+
 # --- joins ----------------------------------------------------------------------------------
 
 

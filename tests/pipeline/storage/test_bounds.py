@@ -275,6 +275,50 @@ def test_pages_without_objects_among_others_are_no_fault(aws_environment):
     ]
 
 
+HUB_PAGES = {
+    "the same file": lambda at: [0],
+    "new files for ever": lambda at: [at],
+    "nothing": lambda at: [],
+}
+
+
+@pytest.mark.parametrize("kind", HUB_PAGES)
+def test_a_listing_of_the_hub_that_has_no_end_refuses_the_job(kind, monkeypatch):
+    monkeypatch.setattr(cloud_buckets, "_EMPTY_PAGES", 20)
+    monkeypatch.setattr(cloud_buckets, "MOST_OBJECTS", 30)
+    pages = hub_pages(lambda at: (HUB_PAGES[kind](at), True))
+    with hostile(pages) as (place, asked), pytest.raises((SystemicFault, JobRefused), match="to an end"):
+        list_inputs("hf://datasets/owner/photos/in", {"endpoint": place})
+    assert len(asked) <= 40
+
+
+def test_pages_of_the_hub_without_files_among_others_are_no_fault():
+    found = [[0], [], [], [1], []]
+    with hostile(hub_pages(lambda at: (found[at], at + 1 < len(found)))) as (place, _):
+        listed = list_inputs("hf://datasets/owner/photos/in", {"endpoint": place})
+    assert [entry.key for entry in listed.entries] == [
+        f"hf://datasets/owner/photos/in/{at}.png" for at in (0, 1)
+    ]
+
+
+def hub_pages(page: Callable[[int], tuple[list[int], bool]]) -> Callable[[str, dict[str, str]], Answer]:
+    """Answers of a hub: `page(n)` gives the numbers of the files on page n, and whether one follows."""
+
+    def answer(asked: str, headers: dict[str, str]) -> Answer:
+        path, api = asked.split()[1], "/api/datasets/owner/photos"
+        if not path.startswith(f"{api}/tree/"):
+            facts = {"_id": "1", "id": "owner/photos", "sha": "a" * 40, "private": False, "gated": False}
+            facts |= {"siblings": [], "tags": [], "disabled": False, "downloads": 0, "likes": 0}
+            return 200, {"Content-Type": "application/json"}, json.dumps(facts).encode()
+        at = int(path.partition("cursor=")[2] or 0)
+        numbers, more = page(at)
+        files = [{"type": "file", "path": f"in/{n}.png", "size": 1, "oid": "a"} for n in numbers]
+        url = f"http://{headers['host']}{api}/tree/main/in?recursive=true&cursor={at + 1}"
+        return 200, {"Link": f'<{url}>; rel="next"'} if more else {}, json.dumps(files).encode()
+
+    return answer
+
+
 # ---------------------------------------------------------------------------------------------
 # Parquet
 # ---------------------------------------------------------------------------------------------

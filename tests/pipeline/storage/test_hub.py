@@ -9,12 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from hqlabel.pipeline.errors import ImageError, JobRefused, SystemicFault
+from hqlabel.pipeline.errors import ImageError, JobRefused
 from hqlabel.pipeline.images.fetch import fetch_object
 from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.planning.make_plan import Plan, make_plan
 from hqlabel.pipeline.settings import InputSettings, Limits
-from hqlabel.pipeline.storage import cloud_buckets
 from hqlabel.pipeline.storage import read_objects as objects
 from hqlabel.pipeline.storage.read_objects import fingerprint, head_object, open_input
 from hqlabel.pipeline.storage.request_retries import classify
@@ -100,22 +99,3 @@ def test_what_the_hub_answers_is_told_by_its_status(status, kind, code):
     verdict = classify(HfHubHTTPError("refused", response=answer))
 
     assert (verdict.kind, verdict.code) == (kind, code)
-
-
-@pytest.mark.parametrize("kind", ["again", "new for ever"])
-def test_a_listing_without_an_end_refuses_the_job(kind, hub, monkeypatch):
-    monkeypatch.setattr(cloud_buckets, "MOST_OBJECTS", 30)
-    backend = cloud_buckets.backend_for("hf", hub.options)
-    asked = []
-
-    def endless(*_, **__):
-        while True:
-            asked.append(len(asked))
-            yield SimpleNamespace(
-                path=f"photos/{0 if kind == 'again' else len(asked)}.png", size=1, blob_id="a"
-            )
-
-    monkeypatch.setattr(backend._fs._api, "list_repo_tree", endless)
-    with pytest.raises(SystemicFault, match="does not come to an end"):
-        backend.walk(f"{hub.uri.removeprefix('hf://')}/photos/", timeout_s=10, limit=None)
-    assert len(asked) == (2 if kind == "again" else 31)
