@@ -2,8 +2,8 @@
 
 The driver starts this file as a process of its own, before Ray: `end_session.py FOLDER`, with a
 pipe as its input. The pipe closes however the driver ends, also by SIGKILL. Ray's own processes follow a
-driver by themselves, but its agents wait a minute for the dead coordinator first, and nobody removes the
-objects that were spilled. Standard library alone: it has to be up within milliseconds, and stays small.
+driver by themselves, but some wait a minute for the dead coordinator first, and nobody removes the objects
+that were spilled. Standard library alone: it has to be up within milliseconds, and stays small.
 """
 
 from __future__ import annotations

@@ -105,6 +105,9 @@ def running_ray(
             # coordinator then drops what is left below a whole core: of 2.0 cores 1.95 stayed, and one of
             # two decode tasks. There is nothing to scale here.
             environ.setdefault("RAY_DATA_CLUSTER_AUTOSCALER", "V2")
+            # Its processes work in this one's environment, and no agent is there that could make another.
+            environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+            environ.pop(_JOB_VARIABLE, None)
             with _private_folder() as folder, _token_in(folder / "auth_token", environ):
                 ray = _import_ray(environ)
                 _silence_ray()
@@ -215,6 +218,7 @@ def _start_private(
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level="ERROR",
+                    _skip_env_hook=True,
                     _temp_dir=str(folder / name),  # Ray opens this folder to all; the one above stays closed
                 )
             return _info(ray, "local", private=True), watch
@@ -227,21 +231,51 @@ def _start_private(
 
 @contextlib.contextmanager
 def _without_side_processes() -> Iterator[None]:
-    """Start Ray meanwhile without the processes of its dashboard and of its autoscaler.
+    """Start Ray meanwhile without its dashboard, autoscaler, log monitor and agents.
 
-    A private Ray needs neither, and no option disables them (Ray 2.60). `include_dashboard=False` only
-    empties the first: the rest of it asks the cloud's metadata service (169.254.169.254) what cloud this is,
-    though usage reports are off. The second offers its figures to every network with ray[default] installed.
+    A private Ray needs none of them, and no option disables them (Ray 2.60). The dashboard asks the cloud's
+    metadata service (169.254.169.254) what cloud this is, though usage reports are off; the autoscaler offers
+    its figures to every network with ray[default] installed. The raylet takes nothing on before its agents,
+    for metrics and runtime environments, have told their ports: seconds, of which nothing is used here.
     """
     services: Any = importlib.import_module("ray._private.services")
     node: Any = importlib.import_module("ray._private.node").Node
-    kept = services.start_api_server, node.start_monitor
-    services.start_api_server = lambda *_, **__: ("", None)  # no address, no process
-    node.start_monitor = lambda _: None
+    start_process = services.start_ray_process
+
+    def start_without_agents(command: list[str], kind: str, *args: Any, **kwargs: Any) -> Any:
+        own = _without_agents(command) if kind == "raylet" else command
+        return start_process(own, kind, *args, **kwargs)
+
+    replaced = [
+        (services, "start_api_server", lambda *_, **__: ("", None)),  # no address, no process
+        (services, "start_ray_process", start_without_agents),
+        (node, "start_monitor", lambda _: None),
+        (node, "start_log_monitor", lambda _: None),
+    ]
+    kept = [(holder, name, getattr(holder, name)) for holder, name, _ in replaced]
+    for holder, name, value in replaced:
+        setattr(holder, name, value)
     try:
         yield
     finally:
-        services.start_api_server, node.start_monitor = kept
+        for holder, name, value in kept:
+            setattr(holder, name, value)
+
+
+def _without_agents(command: list[str]) -> list[str]:
+    """Return the raylet's command with a process in the place of each agent that waits for its end.
+
+    The raylet ends with an agent, so there must be one. -1 for a port means a service that is not offered.
+    """
+    raylet: Any = importlib.import_module("ray._raylet")
+    values = dict(word.removeprefix("--").split("=", 1) for word in command if "=" in word)
+    for service in ("METRICS_AGENT", "METRICS_EXPORT", "DASHBOARD_AGENT_LISTEN", "RUNTIME_ENV_AGENT"):
+        raylet.persist_port(
+            values["session_dir"], values["node_id"], getattr(raylet, f"{service}_PORT_NAME"), -1
+        )
+    waiting = subprocess.list2cmdline([sys.executable, "-I", "-S", "-c", "import sys; sys.stdin.read()"])
+    agents = ("--dashboard_agent_command=", "--runtime_env_agent_command=")
+    return [f"{word.partition('=')[0]}={waiting}" if word.startswith(agents) else word for word in command]
 
 
 def _silence_ray() -> None:

@@ -33,6 +33,7 @@ from hqlabel.pipeline.images.decode_process import DecodeChild
 from hqlabel.pipeline.job_context import JobContext, UnitOutcome
 from hqlabel.pipeline.ray_execution import live_counts, metrics, node_watch
 from hqlabel.pipeline.ray_execution.placement import Requests
+from hqlabel.pipeline.ray_execution.private_ray_data import without_side_actors
 from hqlabel.pipeline.ray_execution.ray_errors import raise_original
 from hqlabel.pipeline.settings import ClusterSettings, Limits
 from hqlabel.pipeline.stages.commit import commit_unit, read_outcome
@@ -126,7 +127,9 @@ def _outcomes(
         wave = [_first_row(unit_id, context, retry) for unit_id in pending[:UNITS_PER_WAVE]]
         finished: set[int] = set()
         try:
-            yield from _run_wave(wave, context, requests.for_units(len(wave)), epoch, patience_s, finished)
+            fitting = requests.for_units(len(wave))
+            with _ray_data_changed(shared):
+                yield from _run_wave(wave, context, fitting, epoch, patience_s, finished)
             pending = pending[len(wave) :]
         except node_watch.NodesLost:
             pending = [unit_id for unit_id in pending if unit_id not in finished]
@@ -317,8 +320,7 @@ def _data_context_overrides(context: JobContext, watch: type[node_watch.NodeWatc
             setattr(ctx, name, value)
         ctx.execution_options.preserve_order = False
         logger.setLevel(logging.CRITICAL)  # what goes wrong is raised; Ray's own message would repeat it
-        with _actors_by_value():
-            yield
+        yield
     finally:
         for name, value in before.items():
             setattr(ctx, name, value)
@@ -329,6 +331,13 @@ def _data_context_overrides(context: JobContext, watch: type[node_watch.NodeWatc
 def _no_progress_s(context: JobContext) -> float:
     """Return how long nothing may finish: two hours, or twice what one unit may take within its limits."""
     return max(NO_PROGRESS_AT_LEAST_S, 2 * context.images_per_unit * context.limits.segment_timeout_s)
+
+
+@contextlib.contextmanager
+def _ray_data_changed(shared: bool) -> Iterator[None]:
+    """Change in what Ray Data starts, for the block, what no option of it changes."""
+    with _actors_by_value(), contextlib.nullcontext() if shared else without_side_actors():
+        yield
 
 
 @contextlib.contextmanager
@@ -344,8 +353,11 @@ def _actors_by_value() -> Iterator[None]:
     pool, tracker = operators.ActorPoolMapOperator, operators.get_or_create_actor_location_tracker
     start = pool._start_actor
 
-    def start_by_value(self: Any, *args: Any) -> Any:
+    def tracked() -> _ActorLocations:
         tracker()  # there is one, so that it has a name to be found by
+        return _ActorLocations()
+
+    def start_by_value(self: Any, *args: Any) -> Any:
         values = {"_map_transformer_ref": self._map_transformer, "_data_context_ref": self.data_context}
         kept = {name: vars(self).pop(name) for name in values if name in vars(self)}
         vars(self).update(values)
@@ -356,7 +368,7 @@ def _actors_by_value() -> Iterator[None]:
                 del vars(self)[name]
             vars(self).update(kept)
 
-    operators.get_or_create_actor_location_tracker = _ActorLocations
+    operators.get_or_create_actor_location_tracker = tracked
     pool._start_actor = start_by_value
     try:
         yield

@@ -26,9 +26,7 @@ TARGETS = {
     "raylet": "raylet/raylet ",
     "gcs": "gcs/gcs_server ",
     "driver": "",
-    "dashboard agent": "ray::DashboardAgent",
-    "runtime env agent": "ray::RuntimeEnvAgent",
-    "log monitor": "/log_monitor.py ",
+    "process in an agent's place": "-I -S -c import sys; sys.stdin.read() ",
 }
 """What the command line of each process has in it."""
 MOMENTS = ("start", "work", "end")

@@ -470,9 +470,7 @@ SECRETS = {
     "HF_TOKEN": "canaryhubtoken0123456789",
 }
 IN_URIS = "canaryuripassword0123456789"
-KNOWN_LISTENERS = re.compile(
-    r"gcs_server|raylet|ray::|default_worker|dashboard/agent|runtime_env/agent|ray_cluster\.shutil"
-)
+KNOWN_LISTENERS = re.compile(r"gcs_server|raylet|ray::|default_worker|ray_cluster\.shutil")
 
 # The command, but the private Ray's files stay, so that they can be searched.
 KEEPING = """

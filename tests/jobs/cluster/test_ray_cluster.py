@@ -149,7 +149,7 @@ def test_a_folder_that_others_may_write_is_refused(private_tmp: Path) -> None:
 
 
 RAY_SCRIPT = """
-    import json, os, stat, time
+    import json, os, psutil, stat, time
     from hqlabel.jobs.terminal import console
     from hqlabel.jobs.cluster.ray_cluster import running_ray
     from hqlabel.pipeline.settings import ClusterSettings
@@ -168,6 +168,10 @@ RAY_SCRIPT = """
             "answer": ray.get(ray.remote(num_cpus=0.1)(lambda: 7).remote()),
             "usage": os.environ["RAY_USAGE_STATS_ENABLED"],
             "autoscaler": os.environ["RAY_DATA_CLUSTER_AUTOSCALER"],
+            "processes": sorted(
+                (one.cmdline() or [""])[0].rpartition("/")[2].split(":")[0]
+                for one in psutil.Process().children(recursive=True)
+            ),
             "workers": len(workers) > 1, "lost": sum(not os.path.exists(f"/proc/{pid}") for pid in workers),
         }))
     with running_ray(ClusterSettings(cpus=1), os.environ) as info:  # again in one process, as benchmarks do
@@ -198,6 +202,8 @@ def test_a_private_ray_is_closed_and_leaves_nothing(private_tmp: Path) -> None:
         "answer": 7,
         "usage": "0",
         "autoscaler": "V2",  # the one that does not round shares of cores off
+        # of the interpreters one ends the session, and two stand for agents
+        "processes": ["gcs_server", "python", "python", "python", "ray", "ray", "ray", "raylet"],
         "workers": True,  # more than a core's
         "lost": 0,
     }

@@ -391,13 +391,20 @@ def test_the_rest_is_begun_anew_when_nodes_are_gone_and_nothing_finishes(tmp_pat
     assert rows(job)["04.png"]["attempts"] == 2
 
 
-def test_many_units_go_in_waves(tmp_path, monkeypatch):
+def test_many_units_go_in_waves_and_on_a_private_ray_no_actor_starts_but_the_models(tmp_path, monkeypatch):
     monkeypatch.setattr("hqlabel.pipeline.ray_execution.chain.UNITS_PER_WAVE", 2)
     job = make_job(tmp_path, {f"{i}.png": png(noise(i)) for i in range(3)}, images_per_unit=1)
+    start, started = ray.actor.ActorClass._remote, []
 
-    outcomes = run(job)
+    def listed(self, *args, **kwargs):
+        started.append(self.__ray_metadata__.class_name)
+        return start(self, *args, **kwargs)
+
+    monkeypatch.setattr(ray.actor.ActorClass, "_remote", listed)
+    outcomes = run(job, shared=False)
 
     assert [{o.unit_id for o in outcomes[at : at + 2]} for at in (0, 2)] == [{0, 1}, {2}]
+    assert started == ["MapWorker(MapBatches(Segment))"] * 2  # each process of another costs a second
 
 
 def test_what_cannot_be_placed_is_refused_before_any_work(tmp_path):
