@@ -152,7 +152,11 @@ def export(
     json: bool,
     *,
     format_: Annotated[
-        str, typer.Argument(metavar="FORMAT", help="coco, yolo-seg, label-studio or hf (Hugging Face).")
+        str,
+        typer.Argument(
+            metavar="FORMAT",
+            help="coco, yolo-seg, cvat, label-studio, labelme, png (VOC), webdataset or hf.",
+        ),
     ],
     words: Annotated[
         list[str] | None,
@@ -174,7 +178,7 @@ def export(
     tolerance: Annotated[
         float,
         typer.Option(
-            "--tolerance", min=0, help="yolo-seg: pixels by which outlines may move to save points."
+            "--tolerance", min=0, help="Of polygons: pixels by which outlines may move to save points."
         ),
     ] = 0.5,
     image_prefix: Annotated[
@@ -194,7 +198,18 @@ def export(
     ] = False,
     images: Annotated[
         str | None,
-        typer.Option("--images", metavar="link|copy", help="yolo-seg: put the pictures beside their labels."),
+        typer.Option("--images", metavar="link|copy", help="Put the pictures beside their labels too."),
+    ] = None,
+    polygons: Annotated[
+        bool, typer.Option("--polygons", help="cvat, labelme: polygons to edit instead of whole masks.")
+    ] = False,
+    subset: Annotated[
+        str | None,
+        typer.Option(
+            "--subset",
+            metavar="NAME",
+            help="coco: annotations/instances_NAME.json, as Datumaro and CVAT import it.",
+        ),
     ] = None,
     val: Annotated[
         float,
@@ -207,7 +222,7 @@ def export(
 
     Example:  hqlabel export coco out out-coco --accepted-only
 
-    Every format reports what it skips and what it loses: coco, label-studio and hf keep each mask whole.
+    Every format reports what it skips and loses: yolo-seg, png and --polygons some pixels, the others none.
     """
     given, to = _output_and_place(given, words or [], to)
     from hqlabel.jobs.export.export import ExportOptions, run
@@ -222,6 +237,8 @@ def export(
         image_prefix=image_prefix,
         categories_from_1=categories_from_1,
         images=images,
+        polygons=polygons,
+        subset=subset,
         val=val,
         json=json,
     )

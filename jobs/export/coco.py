@@ -3,7 +3,8 @@
 Ids of annotations count from 1 through all files, because COCO's own evaluation takes 0 for "no match".
 `iscrowd` of a mask is 0: runs do not mark crowds, and trainers skip what is marked so. Boxes that came
 with `iscrowd` 1 have no mask; they are written with it, their box filled, as the region that readers ignore.
-`area` is the mask's, `bbox` the mask's tight box.
+`area` is the mask's, `bbox` the mask's tight box. `score` is what ranks masks for AP by default:
+`predicted_iou`, times `detector_score` where there is one; crowds have none.
 """
 
 from __future__ import annotations
@@ -12,15 +13,20 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from pycocotools import mask as coco_mask
 
+from hqlabel.jobs.export.export_names import NO_FILE, can_be_a_file
 from hqlabel.jobs.export.export_source import Classes, ExportSource, is_crowd
 from hqlabel.jobs.results.read_tables import ImageRows, Row, row_groups
 from hqlabel.pipeline import schema
 from hqlabel.pipeline.storage import checksummed_parquet
 from hqlabel.pipeline.storage.output_store import Store
+
+if TYPE_CHECKING:
+    from hqlabel.jobs.export.image_files import ImageFiles
 
 _EXACT = 2**53  # above it, JavaScript and float64 readers round
 _IDS_KEY = "image_ids.parquet"
@@ -34,11 +40,19 @@ def category_numbers(classes: Classes, *, from_1: bool) -> dict[int, int]:
 
 
 def write_coco(
-    source: ExportSource, place: Store, *, per_file: int, categories_from_1: bool = False
+    source: ExportSource,
+    place: Store,
+    *,
+    per_file: int,
+    categories_from_1: bool = False,
+    subset: str | None = None,
+    pictures: ImageFiles | None = None,
 ) -> Iterator[str]:
     """Write the files, at most `per_file` annotations each (an image is never cut); yields their keys.
 
-    One file is `instances.json`, several are `instances-00001.json` and so on. Where ids of images had to
+    One file is `instances.json`, several are `instances-00001.json` and so on; of a `subset` they are
+    `annotations/instances_<subset>.json`, as Datumaro and CVAT import it, and `pictures` go into
+    `images/<subset>/`. Where ids of images had to
     be numbered, `image_ids.parquet` maps them; where categories were to be, `category_ids.json`
     does. Memory: one file.
     """
@@ -46,11 +60,14 @@ def write_coco(
     numbers = category_numbers(source.classes, from_1=categories_from_1)
     counts = source.manifest.counts
     annotations = counts.masks + counts.rejected.get("crowd", 0)
-    name = "instances-{:05d}.json" if max(annotations, counts.images) > per_file else "instances.json"
+    cut = "-{:05d}" if max(annotations, counts.images) > per_file else ""
+    name = f"instances{cut}.json" if subset is None else f"annotations/instances_{subset}{cut}.json"
     categories = [{"id": new, "name": source.classes.names[number]} for number, new in numbers.items()]
     file, ids = _InstancesFile(_info(source, keep_ids, numbers), categories), _Ids()
     written = annotation_id = 0
     for place_, rows in enumerate(source.images(), start=1):
+        if pictures is not None and not _has_picture(source, rows, pictures, f"images/{subset}"):
+            continue
         if file.is_full(len(rows.instances), per_file):
             written += 1
             place.put(name.format(written), file.body())
@@ -73,6 +90,15 @@ def write_coco(
     if categories_from_1:
         place.put(_CATEGORIES_KEY, json.dumps(_category_map(source, numbers), ensure_ascii=False).encode())
         yield _CATEGORIES_KEY
+
+
+def _has_picture(source: ExportSource, rows: ImageRows, pictures: ImageFiles, folder: str) -> bool:
+    """Return whether the picture is below the folder now; an image without it is counted as left out."""
+    name = source.file_name(rows.image)
+    if not can_be_a_file(name):
+        source.skip(rows, NO_FILE)
+        return False
+    return pictures.beside(source, rows, f"{folder}/{name}")
 
 
 def _category_map(source: ExportSource, numbers: Mapping[int, int]) -> list[dict[str, object]]:
@@ -210,8 +236,15 @@ def _annotation(row: Row, number: int, image: int, category: int) -> str:
         f'"instance_index":{row["instance_index"]},"box_id":{box_id},'
         f'"detector_score":{_number(row["detector_score"])},'
         f'"predicted_iou":{_number(row["predicted_iou"])},'
-        f'"stability_score":{_number(row["stability_score"])}}}'
+        f'"stability_score":{_number(row["stability_score"])}{_score(row)}}}'
     )
+
+
+def _score(row: Row) -> str:
+    if row["predicted_iou"] is None:
+        return ""
+    detected = 1.0 if row["detector_score"] is None else row["detector_score"]
+    return f',"score":{_number(row["predicted_iou"] * detected)}'
 
 
 def _number(value: float | None) -> str:

@@ -1,18 +1,25 @@
-"""`hqlabel export`: published tables in the formats of trainers and annotation tools, and what that loses."""
+"""`hqlabel export`: published tables in the formats of trainers and annotation tools, and what that loses.
+
+A format's module that needs Pillow is imported when it is asked for.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from hqlabel.jobs.export.coco import category_numbers, write_coco
-from hqlabel.jobs.export.export_source import ExportSource, open_source
+from hqlabel.jobs.export.cvat_xml import write_cvat
+from hqlabel.jobs.export.export_names import can_be_a_file, refuse_shared_files
+from hqlabel.jobs.export.export_source import ExportSource, Loss, open_source
 from hqlabel.jobs.export.hf_dataset import write_hf
 from hqlabel.jobs.export.label_studio import write_label_studio
-from hqlabel.jobs.export.yolo import ENDINGS, IN_VALIDATION, PASSED_OVER, Loss, write_yolo
+from hqlabel.jobs.export.webdataset_shards import write_webdataset
+from hqlabel.jobs.export.yolo import ENDINGS, IN_VALIDATION, PASSED_OVER, write_yolo
 from hqlabel.jobs.job_setup import resolve_settings
 from hqlabel.jobs.job_setup.saved_job import PICTURES, STORE, open_saved
 from hqlabel.jobs.load_config import ConfigSources
@@ -27,9 +34,9 @@ from hqlabel.pipeline.storage.uri_rules import split_scheme
 if TYPE_CHECKING:
     from hqlabel.jobs.export.image_files import ImageFiles
 
-Format = Literal["coco", "yolo-seg", "label-studio", "hf"]
+Format = Literal["coco", "yolo-seg", "cvat", "label-studio", "labelme", "png", "webdataset", "hf"]
 FORMATS: tuple[str, ...] = get_args(Format)
-_PER_FILE = {"coco": 250_000, "label-studio": 1000, "hf": 500_000}
+_PER_FILE = {"coco": 250_000, "cvat": 50_000, "label-studio": 1000, "hf": 500_000, "webdataset": 50_000}
 _COUNTED_NOTES = {
     "masks that the filters did not accept": (
         *("mask is", "masks are"),
@@ -56,8 +63,9 @@ _NOT_SKIPPED = ("images", "masks", "masks without a class", PASSED_OVER, IN_VALI
 class ExportOptions:
     """The call's choices. `per_file`: masks (tasks for Label Studio) a file; None: the format's own number.
 
-    `categories_from_1`: COCO's categories are numbered anew. `images`: how pictures get into it, None: not
-    at all. `val`: the share of images held back for validation.
+    `categories_from_1`: COCO's categories are numbered anew. `polygons`: instead of masks. `subset`: of COCO,
+    as Datumaro and CVAT import it. `images`: how pictures get into it, None: not at all. `val`: the share of
+    images held back for validation.
     """
 
     format: str
@@ -67,6 +75,8 @@ class ExportOptions:
     tolerance_px: float = 0.5
     image_prefix: str | None = None
     categories_from_1: bool = False
+    polygons: bool = False
+    subset: str | None = None
     images: str | None = None
     val: float = 0.0
     json: bool = False
@@ -88,7 +98,8 @@ def run(given: ConfigSources, options: ExportOptions) -> int:
         )
     selection = replace(options.selection, with_crowds=options.format == "coco")
     source = open_source(saved.store, saved.job, require_published(saved.store), selection)
-    loss, pictures = Loss(), None
+    loss = Loss(what="indexed masks show") if options.format == "png" else Loss()
+    pictures = None
     if options.images is not None:
         from hqlabel.jobs.export.image_files import (
             ImageFiles,
@@ -96,6 +107,8 @@ def run(given: ConfigSources, options: ExportOptions) -> int:
         )  # Pillow and the decoder: for pictures alone
 
         pictures = ImageFiles(way=cast(Way, options.images), place=place, context=saved.pictures)
+        if options.format != "webdataset":
+            refuse_shared_files(source, lambda name: name if can_be_a_file(name) else None)
     keys = list(_write(source, place, loss, options, pictures))
     if pictures is not None:
         pictures.say()
@@ -104,19 +117,36 @@ def run(given: ConfigSources, options: ExportOptions) -> int:
 
 
 def _refuse_what_others_have(options: ExportOptions) -> None:
-    """Raise UsageError for an option that this format would pass over in silence."""
+    """Raise UsageError for an option that is wrong, or that this format would pass over in silence."""
     if options.images not in (None, "link", "copy"):
         raise UsageError(f"--images {options.images}: wanted link or copy")
     if not 0 <= options.val < 1:
         raise UsageError(
             f"--val {options.val:g}: wanted a share of the images from 0 to below 1, such as 0.1"
         )
-    for flag, given in (("--images", options.images is not None), ("--val", options.val > 0)):
-        if given and options.format not in _ONLY_FOR[flag]:
-            raise UsageError(f"{flag}: export {options.format} has no use for it; {_ONLY_FOR[flag][0]} has")
+    if options.subset is not None and not re.fullmatch("[A-Za-z0-9-]{1,64}", options.subset):
+        raise UsageError(f"--subset {options.subset}: wanted letters, digits and -, such as default or train")
+    given = {
+        "--images": options.images is not None,
+        "--val": options.val > 0,
+        "--polygons": options.polygons,
+        "--subset": options.subset is not None,
+    }
+    for flag, formats in _ONLY_FOR.items():
+        if given[flag] and options.format not in formats:
+            raise UsageError(f"{flag}: export {options.format} has no use for it; {', '.join(formats)} would")
+    if options.format == "coco" and options.images and not options.subset:
+        raise UsageError("--images: export coco puts pictures beside a subset; add --subset default")
+    if options.format == "webdataset" and options.images == "link":
+        raise UsageError("--images link: a tar holds no links to pictures; wanted --images copy")
 
 
-_ONLY_FOR = {"--images": ("yolo-seg",), "--val": ("yolo-seg",)}
+_ONLY_FOR = {
+    "--images": ("yolo-seg", "coco", "cvat", "labelme", "png", "webdataset"),
+    "--val": ("yolo-seg",),
+    "--polygons": ("cvat", "labelme"),
+    "--subset": ("coco",),
+}
 
 
 def _write(
@@ -124,21 +154,46 @@ def _write(
 ) -> Iterator[str]:
     per_file = options.per_file or _PER_FILE.get(options.format, 0)
     if options.format == "coco":
-        return write_coco(source, place, per_file=per_file, categories_from_1=options.categories_from_1)
+        return write_coco(
+            source,
+            place,
+            per_file=per_file,
+            categories_from_1=options.categories_from_1,
+            subset=options.subset,
+            pictures=pictures,
+        )
     if options.format == "yolo-seg":
         return write_yolo(
             source, place, loss, tolerance_px=options.tolerance_px, val=options.val, pictures=pictures
         )
     if options.format == "hf":
         return write_hf(source, place, per_file=per_file)
-    return write_label_studio(source, place, per_file=per_file, image_prefix=options.image_prefix)
+    if options.format == "label-studio":
+        return write_label_studio(source, place, per_file=per_file, image_prefix=options.image_prefix)
+    if options.format == "webdataset":
+        return write_webdataset(source, place, per_file=per_file, pictures=pictures)
+    if options.format == "png":
+        from hqlabel.jobs.export.voc_masks import write_png
+
+        return write_png(source, place, loss, pictures=pictures)
+    tolerance_px = options.tolerance_px if options.polygons else None
+    if options.format == "cvat":
+        return write_cvat(
+            source, place, loss, per_file=per_file, tolerance_px=tolerance_px, pictures=pictures
+        )
+    from hqlabel.jobs.export.labelme import write_labelme
+
+    return write_labelme(source, place, loss, tolerance_px=tolerance_px, pictures=pictures)
 
 
 def _numbers(options: ExportOptions, source: ExportSource) -> dict[int, int] | None:
     """Return the number of each class in the files, by its id; None where classes are names alone."""
     if options.format == "coco":
         return category_numbers(source.classes, from_1=options.categories_from_1)
-    return None if options.format == "label-studio" else source.classes.places()
+    if options.format in ("label-studio", "labelme", "cvat"):
+        return None
+    first = 1 if options.format == "png" else 0
+    return {number: place + first for number, place in source.classes.places().items()}
 
 
 def _report(options: ExportOptions, source: ExportSource, loss: Loss, keys: list[str]) -> None:
@@ -146,7 +201,7 @@ def _report(options: ExportOptions, source: ExportSource, loss: Loss, keys: list
     left_out = {what: number for what, number in tally.items() if number and what not in _NOT_SKIPPED}
     notes = list(_notes(options, source, loss))
     if options.json:
-        lost = None if options.format != "yolo-seg" else {"mean_iou": loss.mean, "least_iou": loss.least}
+        lost = {"mean_iou": loss.mean, "least_iou": loss.least} if _is_lossy(options) else None
         console.data_json(
             {
                 "to": options.to,
@@ -173,6 +228,10 @@ def _report(options: ExportOptions, source: ExportSource, loss: Loss, keys: list
         console.say(console.pairs(lines))
 
 
+def _is_lossy(options: ExportOptions) -> bool:
+    return options.format in ("yolo-seg", "png") or options.polygons
+
+
 def _notes(options: ExportOptions, source: ExportSource, loss: Loss) -> Iterator[tuple[str, str]]:
     tally = source.tally
     for name, (one, many, rest) in _COUNTED_NOTES.items():
@@ -184,8 +243,10 @@ def _notes(options: ExportOptions, source: ExportSource, loss: Loss) -> Iterator
         yield "note", "images may show objects that were not selected: they are no full annotation"
     if options.format == "label-studio":
         yield from (("note", sentence) for sentence in _prefix_notes(options.image_prefix, source.folder))
+    if _is_lossy(options):
+        scores = "; scores are lost" if options.format in ("yolo-seg", "png") else ""
+        yield "loss", loss.sentence() + scores
     if options.format == "yolo-seg":
-        yield "loss", loss.sentence()
         yield from _yolo_steps(options, source)
 
 
@@ -240,6 +301,10 @@ _DOUBLED = {
     "coco": "; tools that know categories by their names mix them up",
     "yolo-seg": "; the numbers tell them apart",
     "label-studio": "; each is one label there",
+    "labelme": "; each is one label there",
+    "cvat": "; each is one label there",
+    "png": "; their ids are put behind in labelmap.txt",
+    "webdataset": "; the numbers tell them apart",
     "hf": "; their ids are put behind",
 }
 

@@ -21,7 +21,7 @@ from pycocotools import mask as coco_mask
 from hqlabel.jobs.results.read_tables import ImageRows, Row, row_groups
 from hqlabel.jobs.results.select_rows import Selection, selected_images
 from hqlabel.pipeline import schema
-from hqlabel.pipeline.errors import UsageError
+from hqlabel.pipeline.errors import UsageError, count
 from hqlabel.pipeline.job_state.job_file import Job
 from hqlabel.pipeline.storage.archive_uris import parse_archive_uri
 from hqlabel.pipeline.storage.output_store import Store
@@ -34,6 +34,7 @@ INSTANCE_COLUMNS = (
 )
 _NO_CLASS_NAME = "object"
 UNREADABLE = "images that could not be read"
+_LOW = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +176,39 @@ class ExportSource:
             return str(image["image_id"])
         uri = str(image["image_uri"])
         return uri.removeprefix(self.folder).replace("://", "/").lstrip("/")
+
+
+@dataclass(kw_only=True)
+class Loss:
+    """The IoU of every mask with what was written of it: their sum, least, and how many are low.
+
+    `what`: the beginning of the sentence about it.
+    """
+
+    what: str = "polygons keep"
+    number: int = 0
+    total: float = 0.0
+    least: float = 1.0
+    low: int = 0
+
+    def add(self, iou: float) -> None:
+        """Count one mask."""
+        self.number += 1
+        self.total += iou
+        self.least = min(self.least, iou)
+        self.low += iou < _LOW
+
+    @property
+    def mean(self) -> float | None:
+        """Return the mean IoU, None for no mask."""
+        return self.total / self.number if self.number else None
+
+    def sentence(self) -> str:
+        """Return what the format costs, as text."""
+        if self.mean is None:
+            return "no mask was written"
+        low = f"{count(self.low, 'mask')} below {_LOW:g}"
+        return f"{self.what} IoU {self.mean:.4f} on average, {self.least:.3f} at worst, {low}"
 
 
 def open_source(store: Store, job: Job, manifest: Manifest, selection: Selection) -> ExportSource:

@@ -7,21 +7,19 @@ score of each region and the least of them the score of the task, so that doubtf
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
 from hqlabel.jobs.export.brush_rle import encode_brush
+from hqlabel.jobs.export.export_names import labels_of
 from hqlabel.jobs.export.export_source import ExportSource, mask_of
 from hqlabel.jobs.results.read_tables import ImageRows, Row
-from hqlabel.pipeline.errors import UsageError
 from hqlabel.pipeline.storage.output_store import Store
 
 FROM_NAME, TO_NAME = "mask", "image"
 _BUCKETS = ("s3://", "gs://", "azure-blob://")
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def write_label_studio(
@@ -32,18 +30,18 @@ def write_label_studio(
     `image_prefix`: where Label Studio finds the images, put before their relative names, which are encoded as
     in its own urls; a bucket's uri is no url to it, and stays unencoded. By default the uris as they are.
     """
-    _refuse_equal_labels(source)
+    labels = labels_of(source.classes)
     tasks: list[dict[str, Any]] = []
     written = 0
     for rows in source.images():
-        tasks.append(_task(source, rows, image_prefix))
+        tasks.append(_task(source, rows, labels, image_prefix))
         if len(tasks) == per_file:
             written += 1
             yield _put(place, written, tasks)
             tasks = []
     if tasks or not written:
         yield _put(place, written + 1, tasks)
-    place.put("config.xml", _config(source).encode())
+    place.put("config.xml", _config(labels).encode())
     yield "config.xml"
 
 
@@ -53,14 +51,16 @@ def _put(place: Store, number: int, tasks: list[dict[str, Any]]) -> str:
     return key
 
 
-def _task(source: ExportSource, rows: ImageRows, image_prefix: str | None) -> dict[str, Any]:
+def _task(
+    source: ExportSource, rows: ImageRows, labels: Mapping[int, str], image_prefix: str | None
+) -> dict[str, Any]:
     image = rows.image
     uri = image["image_uri"] if image_prefix is None else image_prefix + _encoded(image_prefix, source, image)
     scores = [row["predicted_iou"] for row in rows.instances]
     prediction = {
         "model_version": source.manifest.run_id,
         "score": min(scores, default=0.0),
-        "result": [_region(source, row) for row in rows.instances],
+        "result": [_region(row, labels[source.classes.id_of(row)]) for row in rows.instances],
     }
     return {"data": {TO_NAME: uri, "image_id": image["image_id"]}, "predictions": [prediction]}
 
@@ -70,24 +70,7 @@ def _encoded(image_prefix: str, source: ExportSource, image: Row) -> str:
     return name if image_prefix.startswith(_BUCKETS) else quote(name)
 
 
-def _label(name: str) -> str:
-    """Return the name with what XML cannot hold escaped."""
-    return _NOT_XML.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), name)
-
-
-def _refuse_equal_labels(source: ExportSource) -> None:
-    """Raise UsageError, before anything is written, where two names of classes become one label."""
-    names: dict[str, str] = {}
-    for name in source.classes.names.values():
-        other = names.setdefault(_label(name), name)
-        if other != name:
-            raise UsageError(
-                f"the classes {other!a} and {name!a} would be one label: XML cannot "
-                "hold a sign of one of them; rename it in the boxes, or export each alone (--where)"
-            )
-
-
-def _region(source: ExportSource, row: Row) -> dict[str, Any]:
+def _region(row: Row, label: str) -> dict[str, Any]:
     height, width = row["segmentation"]["size"]
     return {
         "id": f"i{row['instance_index']}",
@@ -101,15 +84,15 @@ def _region(source: ExportSource, row: Row) -> dict[str, Any]:
         "value": {
             "format": "rle",
             "rle": encode_brush(mask_of(row)),
-            "brushlabels": [_label(source.classes.names[source.classes.id_of(row)])],
+            "brushlabels": [label],
         },
     }
 
 
-def _config(source: ExportSource) -> str:
-    names = dict.fromkeys(_label(name) for name in source.classes.names.values())  # a label is its name
-    labels = "\n".join(f"    <Label value={quoteattr(name)}/>" for name in names)
+def _config(labels: Mapping[int, str]) -> str:
+    names = dict.fromkeys(labels.values())  # a label is its name
+    listed = "\n".join(f"    <Label value={quoteattr(name)}/>" for name in names)
     return (
         f'<View>\n  <Image name="{TO_NAME}" value="${TO_NAME}" zoom="true"/>\n'
-        f'  <BrushLabels name="{FROM_NAME}" toName="{TO_NAME}">\n{labels}\n  </BrushLabels>\n</View>\n'
+        f'  <BrushLabels name="{FROM_NAME}" toName="{TO_NAME}">\n{listed}\n  </BrushLabels>\n</View>\n'
     )

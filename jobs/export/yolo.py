@@ -13,64 +13,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hqlabel.jobs.export.export_source import UNREADABLE, ExportSource, mask_of
+from hqlabel.jobs.export.export_names import can_be_a_file, refuse_shared_files, shared_file, without_ending
+from hqlabel.jobs.export.export_source import ExportSource, Loss, mask_of
 from hqlabel.jobs.export.polygons import filled_iou, filled_polygon_of
 from hqlabel.jobs.results.read_tables import Row
-from hqlabel.pipeline.errors import UsageError, count
+from hqlabel.pipeline.errors import UsageError
 from hqlabel.pipeline.storage.output_store import Store
 
 if TYPE_CHECKING:
     from hqlabel.jobs.export.image_files import ImageFiles
 
-_LOW = 0.95
 # What Ultralytics opens: by the end of the name, and by the shorter side in pixels.
 ENDINGS = ("bmp", "dng", "jpeg", "jpg", "mpo", "png", "tif", "tiff", "webp", "pfm", "heic")
 _LEAST_SIDE = 10
-_LONGEST_NAME, _LONGEST_PATH = 255, 1000  # bytes: of a name on disks, and of a key in S3 but for its prefix
 _UNFIT_NAMES = (
     "images whose names a list of Ultralytics or a disk cannot hold (line ends, ./, ../, //, a space at the "
     "end, more than 255 bytes)"
 )
 PASSED_OVER = "images that Ultralytics passes over"
 IN_VALIDATION = "images held back for validation"
-
-
-@dataclass(kw_only=True)
-class Loss:
-    """The IoU of every polygon with its mask, as written: their sum, least, and how many are low."""
-
-    number: int = 0
-    total: float = 0.0
-    least: float = 1.0
-    low: int = 0
-
-    def add(self, iou: float) -> None:
-        """Count one polygon."""
-        self.number += 1
-        self.total += iou
-        self.least = min(self.least, iou)
-        self.low += iou < _LOW
-
-    @property
-    def mean(self) -> float | None:
-        """Return the mean IoU, None for no polygon."""
-        return self.total / self.number if self.number else None
-
-    def sentence(self) -> str:
-        """Return what the polygons cost, as text."""
-        if self.mean is None:
-            return "no mask was written"
-        low = f"{count(self.low, 'mask')} below {_LOW:g}"
-        return (
-            f"polygons keep IoU {self.mean:.4f} on average, {self.least:.3f} at worst, {low}; scores are lost"
-        )
 
 
 def write_yolo(
@@ -94,7 +60,7 @@ def write_yolo(
         UsageError: two images would share one label file, because they differ in their ending alone (or in
             what the file system there takes for equal), or one's would be a folder of the other's.
     """
-    _refuse_shared_labels(source)
+    refuse_shared_files(source, lambda name: label_key(name) if _fits(name) else None)
     places = source.classes.places()
     lists: dict[bool, list[str]] = {False: [], True: []}
     for rows in source.images():
@@ -103,14 +69,13 @@ def write_yolo(
         if not _fits(name):
             source.skip(rows, _UNFIT_NAMES)
             continue
-        if pictures is not None and not pictures.bring(rows.image, line.removeprefix("./")):
-            source.skip(rows, UNREADABLE)
+        if pictures is not None and not pictures.beside(source, rows, line.removeprefix("./")):
             continue
         lists[is_validation(str(rows.image["image_id"]), val)].append(line)
         source.tally[PASSED_OVER] += _is_passed_over(name, rows.image)
         text = [_line(row, places[source.classes.id_of(row)], loss, tolerance_px) for row in rows.instances]
         if not place.put_if_absent(key, "".join(text).encode()):
-            raise UsageError(_shared("an image before it", name, key))
+            raise UsageError(shared_file(None, name, key))
         yield key
     both = bool(lists[True] and lists[False])
     source.tally[IN_VALIDATION] += len(lists[True]) if both else 0
@@ -138,69 +103,21 @@ def _data_yaml(source: ExportSource, *, split: bool) -> str:
     return f"train: {train}\nval: {val}\n{named}"
 
 
-def _refuse_shared_labels(source: ExportSource) -> None:
-    """Raise UsageError, before anything is written, where two images would share a label file.
-
-    The rows are read once more for it, and no mask is decoded.
-    """
-    seen: dict[str, str] = {}
-    folders: dict[str, str] = {}
-    for rows in replace(source, tally=Counter(), roots=set()).images():
-        name = source.file_name(rows.image)
-        if not _fits(name):
-            continue
-        key = label_key(name)
-        above = [folder for folder in _folders(key) if folder in seen]
-        other = seen.get(key) or folders.get(key) or (seen[above[0]] if above else None)
-        if other is not None:
-            raise UsageError(_shared(other, name, key))
-        seen[key] = name
-        folders.update(dict.fromkeys(_folders(key), name))
-
-
 def _fits(name: str) -> bool:
     """Return whether a list of Ultralytics, and a disk, can hold the name of an image."""
     line = f"./images/{name}"
-    return (
-        _can_be_listed(line) and _can_be_a_file(line.removeprefix("./")) and _can_be_a_file(label_key(name))
-    )
+    return _can_be_listed(line) and can_be_a_file(line.removeprefix("./")) and can_be_a_file(label_key(name))
 
 
 def label_key(name: str) -> str:
     """Return where the label file of the picture `images/<name>` is expected, below the export's folder."""
     before, _, after = f"/images/{name}".rpartition("/images/")
-    folder, slash, last = f"{before}/labels/{after}".rpartition("/")
-    stem = last.rpartition(".")[0] if "." in last else last
-    return f"{folder}{slash}{stem}.txt".removeprefix("/")
+    return f"{without_ending(f'{before}/labels/{after}')}.txt".removeprefix("/")
 
 
 def _can_be_listed(line: str) -> bool:
     """Return whether a reader that cuts by `splitlines` and replaces every "./" reads the line as meant."""
     return line.splitlines() == [line] and line.strip() == line and "./" not in line[1:]
-
-
-def _can_be_a_file(path: str) -> bool:
-    """Return whether disks and buckets can hold a file at this relative path."""
-    parts = path.split("/")
-    plain = "\0" not in path and not {"", ".", ".."} & set(parts)
-    return (
-        plain
-        and len(path.encode()) <= _LONGEST_PATH
-        and max(map(len, map(str.encode, parts))) <= _LONGEST_NAME
-    )
-
-
-def _folders(key: str) -> Iterator[str]:
-    parts = key.split("/")
-    return ("/".join(parts[:number]) for number in range(1, len(parts)))
-
-
-def _shared(other: str, name: str, key: str) -> str:
-    other = f"{other!a}" if other != "an image before it" else other
-    return (
-        f"{other} and {name!a} would share the label file {key!a}: YOLO knows no ending, a file system "
-        "perhaps no case; export them apart (--where) or rename one"
-    )
 
 
 def _is_passed_over(name: str, image: Row) -> bool:

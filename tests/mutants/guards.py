@@ -203,9 +203,13 @@ MUTANTS: list[Mutant] = [
         "jobs/export/yolo.py",
         "tests/jobs/export/test_hostile_names.py tests/jobs/export/test_export.py",
         ('line.splitlines() == [line] and ', ""),
+        ("        if not place.put_if_absent(key, \"\".join(text).encode()):", "        place.put(key, \"\".join(text).encode())\n        if False:"),
+    ),
+    *of(
+        "jobs/export/export_names.py",
+        "tests/jobs/export/test_hostile_names.py tests/jobs/export/test_export.py",
         ('"\\0" not in path and not {"", ".", ".."} & set(parts)', '"\\0" not in path'),
         ("        if other is not None:", "        if False:"),
-        ("        if not place.put_if_absent(key, \"\".join(text).encode()):", "        place.put(key, \"\".join(text).encode())\n        if False:"),
     ),
     *of(
         "jobs/results/render_images.py",
