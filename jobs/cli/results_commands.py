@@ -18,6 +18,16 @@ from hqlabel.pipeline.errors import UsageError
 if TYPE_CHECKING:
     from hqlabel.jobs.load_config import ConfigSources
 
+_FORMATS = """\b
+coco          RLE, for most trainers
+yolo-seg      polygons, for Ultralytics
+cvat          CVAT for images 1.1
+labelme       a JSON for each image
+png           indexed, as Pascal VOC
+webdataset    tars for streaming
+label-studio  tasks with brushes
+hf            Hugging Face datasets"""
+
 
 @app.command(rich_help_panel="Results")
 @command(OUTPUT, *FILTERS, RAY_ADDRESS)
@@ -155,7 +165,7 @@ def export(
         str,
         typer.Argument(
             metavar="FORMAT",
-            help="coco, yolo-seg, cvat, label-studio, labelme, png (VOC), webdataset or hf.",
+            help=_FORMATS,
         ),
     ],
     words: Annotated[
@@ -176,11 +186,14 @@ def export(
         ),
     ] = None,
     tolerance: Annotated[
-        float,
+        float | None,
         typer.Option(
-            "--tolerance", min=0, help="Of polygons: pixels by which outlines may move to save points."
+            "--tolerance",
+            min=0,
+            metavar="PIXELS",
+            help="Of polygons: how far outlines may move to save points. Default: 0.5.",
         ),
-    ] = 0.5,
+    ] = None,
     image_prefix: Annotated[
         str | None,
         typer.Option(
@@ -198,7 +211,11 @@ def export(
     ] = False,
     images: Annotated[
         str | None,
-        typer.Option("--images", metavar="link|copy", help="Put the pictures beside their labels too."),
+        typer.Option(
+            "--images",
+            metavar="link|copy",
+            help="Put the pictures beside their labels too; --allow-root names their folder.",
+        ),
     ] = None,
     polygons: Annotated[
         bool, typer.Option("--polygons", help="cvat, labelme: polygons to edit instead of whole masks.")
@@ -208,7 +225,7 @@ def export(
         typer.Option(
             "--subset",
             metavar="NAME",
-            help="coco: annotations/instances_NAME.json, as Datumaro and CVAT import it.",
+            help="coco: in folders as Datumaro and CVAT import them, under this name, such as default.",
         ),
     ] = None,
     val: Annotated[
@@ -222,7 +239,9 @@ def export(
 
     Example:  hqlabel export coco out out-coco --accepted-only
 
-    Every format reports what it skips and loses: yolo-seg, png and --polygons some pixels, the others none.
+    Example:  hqlabel export png out voc --images link --allow-root photos
+
+    Every format says what it skips and loses: yolo-seg, png and --polygons some pixels, the others none.
     """
     given, to = _output_and_place(given, words or [], to)
     from hqlabel.jobs.export.export import ExportOptions, run

@@ -50,11 +50,11 @@ def write_coco(
 ) -> Iterator[str]:
     """Write the files, at most `per_file` annotations each (an image is never cut); yields their keys.
 
-    One file is `instances.json`, several are `instances-00001.json` and so on; of a `subset` they are
+    One file is `instances.json`, several are `instances-00001.json` and so on. A `subset` is one file,
     `annotations/instances_<subset>.json`, as Datumaro and CVAT import it, and `pictures` go into
-    `images/<subset>/`. Where ids of images had to
-    be numbered, `image_ids.parquet` maps them; where categories were to be, `category_ids.json`
-    does. Memory: one file.
+    `images/<subset>/`; several are subsets of their own, `<subset>-00001` and so on. Where ids of images had
+    to be numbered, `image_ids.parquet` maps them; where categories were to be, `category_ids.json` does.
+    Memory: one file.
     """
     keep_ids = _ids_are_numbers(source)
     numbers = category_numbers(source.classes, from_1=categories_from_1)
@@ -66,13 +66,14 @@ def write_coco(
     file, ids = _InstancesFile(_info(source, keep_ids, numbers), categories), _Ids()
     written = annotation_id = 0
     for place_, rows in enumerate(source.images(), start=1):
-        if pictures is not None and not _has_picture(source, rows, pictures, f"images/{subset}"):
-            continue
         if file.is_full(len(rows.instances), per_file):
             written += 1
             place.put(name.format(written), file.body())
             yield name.format(written)
             file.clear()
+        folder = f"images/{subset}{cut}".format(written + 1)
+        if pictures is not None and not _has_picture(source, rows, pictures, folder):
+            continue
         image_id = int(rows.image["image_id"]) if keep_ids else place_
         file_name = source.file_name(rows.image)
         file.images.add(_image(rows, image_id, file_name))

@@ -6,7 +6,6 @@ task finds its frames by their names. Written image by image; memory: one file.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape, quoteattr
@@ -49,22 +48,21 @@ def write_cvat(
     labels = labels_of(source.classes)
     counts = source.manifest.counts
     name = "annotations-{:05d}.xml" if max(counts.masks, counts.images) > per_file else "annotations.xml"
-    head = _head(labels)
-    text, shapes, images, written = io.StringIO(head), 0, 0, 0
-    text.seek(0, io.SEEK_END)
+    head = _head(labels).encode()
+    body, shapes, images, written = bytearray(head), 0, 0, 0
     for number, rows in enumerate(_held(source, pictures)):
         if images and (shapes + len(rows.instances) > per_file or images >= per_file):
             written += 1
-            yield _put(place, name.format(written), text)
-            text, shapes, images = io.StringIO(head), 0, 0
-            text.seek(0, io.SEEK_END)
-        text.write(_image(source, rows, number, labels, loss, tolerance_px))
+            yield _put(place, name.format(written), body)
+            body, shapes, images = bytearray(head), 0, 0
+        body += _image(source, rows, number, labels, loss, tolerance_px).encode()
         shapes, images = shapes + len(rows.instances), images + 1
-    yield _put(place, name.format(written + 1), text)
+    yield _put(place, name.format(written + 1), body)
 
 
-def _put(place: Store, key: str, text: io.StringIO) -> str:
-    place.put(key, (text.getvalue() + "</annotations>\n").encode())
+def _put(place: Store, key: str, body: bytearray) -> str:
+    body += b"</annotations>\n"
+    place.put(key, bytes(body))
     return key
 
 
@@ -116,7 +114,7 @@ def _image(
 
 def _shape(row: Row, label: str, loss: Loss, tolerance_px: float | None) -> str:
     scores = "".join(
-        f'<attribute name="{name}">{row[name]:.6g}</attribute>' for name in _SCORES if row[name] is not None
+        f'<attribute name="{name}">{row[name]:.9g}</attribute>' for name in _SCORES if row[name] is not None
     )
     common = f'label={quoteattr(label)} source="auto" occluded="0" z_order="0"'
     if tolerance_px is None:

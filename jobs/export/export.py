@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from hqlabel.jobs.export.coco import category_numbers, write_coco
 from hqlabel.jobs.export.cvat_xml import write_cvat
 from hqlabel.jobs.export.export_names import can_be_a_file, refuse_shared_files
-from hqlabel.jobs.export.export_source import ExportSource, Loss, open_source
+from hqlabel.jobs.export.export_source import INSIDE_OTHERS, ExportSource, Loss, open_source
 from hqlabel.jobs.export.hf_dataset import write_hf
 from hqlabel.jobs.export.label_studio import write_label_studio
 from hqlabel.jobs.export.webdataset_shards import write_webdataset
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Format = Literal["coco", "yolo-seg", "cvat", "label-studio", "labelme", "png", "webdataset", "hf"]
 FORMATS: tuple[str, ...] = get_args(Format)
-_PER_FILE = {"coco": 250_000, "cvat": 50_000, "label-studio": 1000, "hf": 500_000, "webdataset": 50_000}
+_PER_FILE = {"coco": 250_000, "cvat": 20_000, "label-studio": 1000, "hf": 500_000, "webdataset": 50_000}
 _COUNTED_NOTES = {
     "masks that the filters did not accept": (
         *("mask is", "masks are"),
@@ -50,7 +50,7 @@ _COUNTED_NOTES = {
         *("image is", "images are"),
         "stored turned: readers must apply EXIF, boxes and masks are upright",
     ),
-    "images inside other files": (
+    INSIDE_OTHERS: (
         *("image lies", "images lie"),
         "inside tars or Parquet files, which readers of pictures do not open: unpack them",
     ),
@@ -63,16 +63,16 @@ _NOT_SKIPPED = ("images", "masks", "masks without a class", PASSED_OVER, IN_VALI
 class ExportOptions:
     """The call's choices. `per_file`: masks (tasks for Label Studio) a file; None: the format's own number.
 
-    `categories_from_1`: COCO's categories are numbered anew. `polygons`: instead of masks. `subset`: of COCO,
-    as Datumaro and CVAT import it. `images`: how pictures get into it, None: not at all. `val`: the share of
-    images held back for validation.
+    `tolerance_px`: of polygons, None: half a pixel. `categories_from_1`: COCO's categories are numbered anew.
+    `polygons`: instead of masks. `subset`: of COCO, as Datumaro and CVAT import it. `images`: how pictures
+    get into it, None: not at all. `val`: the share of images held back for validation.
     """
 
     format: str
     to: str
     selection: Selection
     per_file: int | None = None
-    tolerance_px: float = 0.5
+    tolerance_px: float | None = None
     image_prefix: str | None = None
     categories_from_1: bool = False
     polygons: bool = False
@@ -112,8 +112,19 @@ def run(given: ConfigSources, options: ExportOptions) -> int:
     keys = list(_write(source, place, loss, options, pictures))
     if pictures is not None:
         pictures.say()
-    _report(options, source, loss, keys)
+    _report(options, source, loss, keys, _idle_rights(given, options))
     return 0
+
+
+def _idle_rights(given: ConfigSources, options: ExportOptions) -> list[str]:
+    """Return a sentence about rights to read pictures that this call gives for nothing."""
+    named = {"input.allow_roots": "--allow-root", "input.allow_schemes": "--allow-scheme"}
+    flags = [flag for setting, flag in named.items() if given.flags.get(setting)]
+    if options.images is not None or not flags:
+        return []
+    only = "no picture is opened without --images"
+    why = only if options.format in _ONLY_FOR["--images"] else f"export {options.format} opens no picture"
+    return [f"{', '.join(flags)}: without effect, because {why}"]
 
 
 def _refuse_what_others_have(options: ExportOptions) -> None:
@@ -131,10 +142,16 @@ def _refuse_what_others_have(options: ExportOptions) -> None:
         "--val": options.val > 0,
         "--polygons": options.polygons,
         "--subset": options.subset is not None,
+        "--per-file": options.per_file is not None,
+        "--tolerance": options.tolerance_px is not None,
+        "--image-prefix": options.image_prefix is not None,
+        "--categories-from-1": options.categories_from_1,
     }
     for flag, formats in _ONLY_FOR.items():
         if given[flag] and options.format not in formats:
             raise UsageError(f"{flag}: export {options.format} has no use for it; {', '.join(formats)} would")
+    if options.tolerance_px is not None and options.format in ("cvat", "labelme") and not options.polygons:
+        raise UsageError(f"--tolerance: export {options.format} writes whole masks; add --polygons")
     if options.format == "coco" and options.images and not options.subset:
         raise UsageError("--images: export coco puts pictures beside a subset; add --subset default")
     if options.format == "webdataset" and options.images == "link":
@@ -146,13 +163,19 @@ _ONLY_FOR = {
     "--val": ("yolo-seg",),
     "--polygons": ("cvat", "labelme"),
     "--subset": ("coco",),
+    "--per-file": tuple(_PER_FILE),
+    "--tolerance": ("yolo-seg", "cvat", "labelme"),
+    "--image-prefix": ("label-studio",),
+    "--categories-from-1": ("coco",),
 }
+_TOLERANCE_PX = 0.5
 
 
 def _write(
     source: ExportSource, place: Store, loss: Loss, options: ExportOptions, pictures: ImageFiles | None
 ) -> Iterator[str]:
     per_file = options.per_file or _PER_FILE.get(options.format, 0)
+    tolerance_px = _TOLERANCE_PX if options.tolerance_px is None else options.tolerance_px
     if options.format == "coco":
         return write_coco(
             source,
@@ -163,9 +186,7 @@ def _write(
             pictures=pictures,
         )
     if options.format == "yolo-seg":
-        return write_yolo(
-            source, place, loss, tolerance_px=options.tolerance_px, val=options.val, pictures=pictures
-        )
+        return write_yolo(source, place, loss, tolerance_px=tolerance_px, val=options.val, pictures=pictures)
     if options.format == "hf":
         return write_hf(source, place, per_file=per_file)
     if options.format == "label-studio":
@@ -176,14 +197,12 @@ def _write(
         from hqlabel.jobs.export.voc_masks import write_png
 
         return write_png(source, place, loss, pictures=pictures)
-    tolerance_px = options.tolerance_px if options.polygons else None
+    of_polygons = tolerance_px if options.polygons else None
     if options.format == "cvat":
-        return write_cvat(
-            source, place, loss, per_file=per_file, tolerance_px=tolerance_px, pictures=pictures
-        )
+        return write_cvat(source, place, loss, per_file=per_file, tolerance_px=of_polygons, pictures=pictures)
     from hqlabel.jobs.export.labelme import write_labelme
 
-    return write_labelme(source, place, loss, tolerance_px=tolerance_px, pictures=pictures)
+    return write_labelme(source, place, loss, tolerance_px=of_polygons, pictures=pictures)
 
 
 def _numbers(options: ExportOptions, source: ExportSource) -> dict[int, int] | None:
@@ -196,10 +215,12 @@ def _numbers(options: ExportOptions, source: ExportSource) -> dict[int, int] | N
     return {number: place + first for number, place in source.classes.places().items()}
 
 
-def _report(options: ExportOptions, source: ExportSource, loss: Loss, keys: list[str]) -> None:
+def _report(
+    options: ExportOptions, source: ExportSource, loss: Loss, keys: list[str], idle: Sequence[str]
+) -> None:
     tally, files = source.tally, len(keys)
     left_out = {what: number for what, number in tally.items() if number and what not in _NOT_SKIPPED}
-    notes = list(_notes(options, source, loss))
+    notes = [*(("note", sentence) for sentence in idle), *_notes(options, source, loss)]
     if options.json:
         lost = {"mean_iou": loss.mean, "least_iou": loss.least} if _is_lossy(options) else None
         console.data_json(
@@ -235,7 +256,8 @@ def _is_lossy(options: ExportOptions) -> bool:
 def _notes(options: ExportOptions, source: ExportSource, loss: Loss) -> Iterator[tuple[str, str]]:
     tally = source.tally
     for name, (one, many, rest) in _COUNTED_NOTES.items():
-        if tally[name]:
+        unpacked = name == INSIDE_OTHERS and options.images is not None
+        if tally[name] and not unpacked:
             yield "note", f"{count(tally[name], one, many)} {rest}"
     for sentence in _class_notes(options, source):
         yield "note", sentence
@@ -245,7 +267,10 @@ def _notes(options: ExportOptions, source: ExportSource, loss: Loss) -> Iterator
         yield from (("note", sentence) for sentence in _prefix_notes(options.image_prefix, source.folder))
     if _is_lossy(options):
         scores = "; scores are lost" if options.format in ("yolo-seg", "png") else ""
-        yield "loss", loss.sentence() + scores
+        order = "; the smaller of two masks lies on top" if options.format == "png" else ""
+        yield "loss", loss.sentence() + order + scores
+    if options.format == "labelme" and options.images is None and tally["images"]:
+        yield "next", "labelme looks for each picture beside its file; --images link or copy puts it there"
     if options.format == "yolo-seg":
         yield from _yolo_steps(options, source)
 

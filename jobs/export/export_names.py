@@ -15,6 +15,8 @@ from hqlabel.jobs.export.export_source import Classes, ExportSource
 from hqlabel.pipeline.errors import UsageError
 
 NO_FILE = "images whose names no disk can hold (./, ../, //, more than 255 bytes)"
+_OF_IMAGES = ("area", "prompt_bbox", "category_id", "category_name")
+"""What decides, beside what is always read, whether an image is exported."""
 _LONGEST_NAME, _LONGEST_PATH = 255, 1000  # bytes: of a name on disks, and of a key in S3 but for its prefix
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -40,11 +42,11 @@ def refuse_shared_files(source: ExportSource, file_of: Callable[[str], str | Non
     """Raise UsageError, before anything is written, where two images would share a file.
 
     `file_of`: from an image's name to its file, None where it is left out. The rows are read once more for
-    it, and no mask is decoded.
+    it, without their masks.
     """
     seen: dict[str, str] = {}
     folders: dict[str, str] = {}
-    for rows in replace(source, tally=Counter(), roots=set()).images():
+    for rows in replace(source, columns=_OF_IMAGES, tally=Counter(), roots=set()).images():
         name = source.file_name(rows.image)
         key = file_of(name)
         if key is None:
@@ -96,6 +98,6 @@ def labels_of(classes: Classes, bad: re.Pattern[str] = NOT_XML, *, distinct: boo
         if other != name:
             raise UsageError(
                 f"the classes {other!a} and {name!a} would be one label: the format cannot "
-                "hold a sign of one of them; rename it in the boxes, or export each alone (--where)"
+                "hold a sign of one of them; rename it in the boxes, or choose another format"
             )
     return {number: escaped(name, bad) for number, name in names.items()}

@@ -34,6 +34,7 @@ INSTANCE_COLUMNS = (
 )
 _NO_CLASS_NAME = "object"
 UNREADABLE = "images that could not be read"
+INSIDE_OTHERS = "images inside other files"
 _LOW = 0.95
 
 
@@ -87,13 +88,17 @@ class Classes:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSource:
-    """The tables of a job as an export reads them. `tally`: what was counted while it was read."""
+    """The tables of a job as an export reads them.
+
+    `columns`: of instances. `tally`: what was counted while it was read.
+    """
 
     store: Store
     job: Job
     manifest: Manifest
     selection: Selection
     classes: Classes
+    columns: Sequence[str] = INSTANCE_COLUMNS
     folder: str
     """What all image uris begin with, ending in "/", or ""."""
     named_by_id: bool
@@ -112,7 +117,7 @@ class ExportSource:
         Under a filter, an image whose instances all fell to it is skipped: it is no picture without
         objects. One without boxes stays, unless an SQL condition chose.
         """
-        for rows in selected_images(self.store, self.manifest, self.selection, INSTANCE_COLUMNS):
+        for rows in selected_images(self.store, self.manifest, self.selection, self.columns):
             crowds = sum(is_crowd(row) for row in rows.instances)
             chosen = tuple(row for row in rows.instances if row["area"] or self._is_region(row))
             if not self._belongs(rows.image, chosen):
@@ -141,7 +146,7 @@ class ExportSource:
         self.tally["masks without a class"] += sign * nameless
         self.tally["images turned by EXIF"] += sign * (rows.image["exif_orientation"] not in (None, 1))
         uri = str(rows.image["image_uri"])
-        self.tally["images inside other files"] += sign * (parse_archive_uri(uri) is not None)
+        self.tally[INSIDE_OTHERS] += sign * (parse_archive_uri(uri) is not None)
         if sign > 0 and len(self.roots) < 2:
             self.roots.add(self._root(rows.image))
 

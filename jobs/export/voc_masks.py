@@ -53,7 +53,8 @@ def write_png(
     numbers = {number: place_ + 1 for number, place_ in source.classes.places().items()}
     if len(numbers) > _MOST:
         raise UsageError(
-            f"export png: {len(numbers)} classes; a PNG tells {_MOST} apart: choose some with --where"
+            f"export png: {len(numbers)} classes; a PNG of one byte a pixel tells {_MOST} apart; wanted "
+            "another format, such as coco, or boxes with fewer classes"
         )
     labels = labels_of(source.classes, _NOT_IN_LABELMAP, distinct=True)
     refuse_shared_files(source, _stem)

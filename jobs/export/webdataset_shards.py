@@ -1,7 +1,9 @@
 """Tables -> WebDataset: tars of samples, each the JSON of an image with its masks, and its picture if asked.
 
 A sample's files have its number as their name, not the image's: WebDataset cuts a name at its first dot, and
-a tar's reader may write where a name points. The image's id and uri stand in the JSON, masks as COCO's runs.
+a tar's reader may write where a name points. By the ending it chooses a decoder, and those of `pyd` and `pth`
+run code, so a picture has a picture's ending or `img`, which none decodes. The image's id and uri stand in
+the JSON, masks as COCO's runs.
 """
 
 from __future__ import annotations
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
     from hqlabel.jobs.export.image_files import ImageFiles
 
 _MOST_BYTES = 256 * 2**20
+_PICTURES = frozenset(
+    (
+        *("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jpeg", "jpg", "mpo"),
+        *("pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"),
+    )
+)
 _OF_IMAGE = ("image_id", "image_uri", "width", "height")
 _OF_MASK = (
     *(
@@ -115,7 +123,6 @@ def _sample(source: ExportSource, rows: ImageRows) -> dict[str, Any]:
 
 
 def _ending(name: str) -> str:
-    """Return what a picture's name ends in, by which WebDataset decodes it; `img` where that is none."""
+    """Return what a picture's name ends in, in small letters; `img` where that is no picture's ending."""
     ending = name.rpartition(".")[2].lower()
-    plain = "." in name and ending.isascii() and ending.isalnum() and len(ending) <= 5
-    return ending if plain and ending != "json" else "img"
+    return ending if ending in _PICTURES else "img"

@@ -31,7 +31,8 @@ from tests.pipeline.made_units import make_context, planned_box, planned_image, 
 class MadeImage:
     """One image of an output. `masks`: uint8 (H, W) each, one a box; `boxes`: xyxy, default tight ones.
 
-    `error`: a code, for an image that failed. `exif`: its orientation. `rules`: which boxes get no mask.
+    `error`: a code, for an image that failed. `exif`: its orientation. `etag`: of its file.
+    `rules`: which boxes get no mask.
     `crowds`: whether each box has iscrowd 1.
     """
 
@@ -46,6 +47,7 @@ class MadeImage:
     uri: str | None = None
     error: str | None = None
     exif: int = 1
+    etag: str = "tag"
     crowds: Sequence[bool] | None = None
     rules: BoxRules = dataclasses.field(default_factory=BoxRules)
 
@@ -135,7 +137,7 @@ def _result(one: MadeImage, row: dict) -> ImageResult:
     return ImageResult(
         planned=row, size_hw=one.size_hw, stored_size_hw=stored, exif_orientation=one.exif,
         boxes=resolved, instances=segment(masks, **fields) if masks else None,
-        source_bytes=1000, source_etag="tag",
+        source_bytes=1000, source_etag=one.etag,
         fetch_ms=3.0, decode_ms=4.0, segment_ms=30.0 * len(masks),
     )  # fmt: skip
 

@@ -197,7 +197,7 @@ def test_images_held_back_are_chosen_by_their_ids_alone(tmp_path: Path) -> None:
     ("more", "said"),
     [
         (["coco", "--val", "0.1"], "--val: export coco has no use for it"),
-        (["coco", "--images", "copy"], "--images: export coco has no use for it"),
+        (["hf", "--images", "copy"], "--images: export hf has no use for it"),
         (["yolo-seg", "--images", "move"], "wanted link or copy"),
         (["yolo-seg", "--val", "1"], "wanted a share"),
         (["yolo-seg", "--val", "nan"], "wanted a share"),

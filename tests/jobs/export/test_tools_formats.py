@@ -21,6 +21,7 @@ from pycocotools import mask as coco_mask
 
 from hqlabel.jobs.export.fill_polygon import fill_polygon
 from hqlabel.jobs.export.voc_masks import palette
+from hqlabel.pipeline.storage.backend import local_tag
 from tests.jobs.cli.test_cli import run
 from tests.jobs.export.test_export import SIZE, export, made_images, photos_of
 from tests.jobs.export.test_hostile_names import FIT, UNFIT_FOR_YOLO, files_below, output_of
@@ -39,6 +40,26 @@ def exported(kind: str, images: list[MadeImage], tmp_path: Path, *more: str) -> 
     output, to = make_output(tmp_path / "out", images), tmp_path / kind
     root = ("--allow-root", str(tmp_path / "photos")) if "--images" in more else ()
     return to, export(kind, "--output", output, "--to", str(to), *more, *root)
+
+
+def photos_named(folder: Path, ids: list[str]) -> list[MadeImage]:
+    """JPEGs of these names, whatever their endings say, with a mask each."""
+    for one in ids:
+        (folder / one).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (SIZE[1], SIZE[0]), (9, 9, 9)).save(folder / one, "JPEG")
+    return [MadeImage(image_id=one, masks=[blob(1)], uri=str(folder / one)) for one in ids]
+
+
+def odd_masks() -> list[np.ndarray]:
+    """One pixel in each corner, the whole picture, its last row, parts that touch by a corner, a ring."""
+    masks = [np.zeros(SIZE, np.uint8) for _ in range(8)]
+    for mask, (y, x) in zip(masks, [(0, 0), (0, -1), (-1, 0), (-1, -1)], strict=False):
+        mask[y, x] = 1
+    masks[4][:] = masks[5][-1] = masks[6][2:5, 2:5] = masks[6][5:9, 5:9] = 1
+    masks[7][10:30, 10:30] = 1
+    masks[7][15:25, 15:25] = 0
+    masks[7][40, 70] = 1
+    return masks
 
 
 def labelled(images: list[MadeImage]) -> list[MadeImage]:
@@ -303,6 +324,14 @@ def test_shards_of_equal_tables_are_equal_bytes(tmp_path: Path) -> None:
     assert (one / "shard-000000.tar").read_bytes() == (tmp_path / "again/shard-000000.tar").read_bytes()
 
 
+def test_no_picture_in_a_shard_has_an_ending_whose_decoder_runs_code(tmp_path: Path) -> None:
+    ids = ["a.pyd", "b.PTH", "c.json", "d.npy", "e", "f.JPG", "g.tar.webp"]
+    images = photos_named(tmp_path / "photos", ids)
+    to, _ = exported("webdataset", images, tmp_path, "--images", "copy")
+    endings = [(set(one) - {"__key__", "json"}).pop() for one in samples_of(to)]
+    assert endings == ["img", "img", "img", "img", "img", "jpg", "webp"]
+
+
 # ---------------------------------------------------------------------------------------------
 # COCO's subsets and scores
 # ---------------------------------------------------------------------------------------------
@@ -319,9 +348,36 @@ def test_a_subset_of_coco_has_its_place_its_pictures_and_scores(
         assert one["score"] == pytest.approx(one["predicted_iou"] * one["detector_score"])
 
 
+def test_each_file_of_a_cut_subset_is_a_subset_with_its_own_pictures(
+    photos: list[MadeImage], tmp_path: Path
+) -> None:
+    to, _ = exported("coco", photos, tmp_path, "--subset", "train", "--images", "link", "--per-file", "4")
+    found = {}
+    for path in (to / "annotations").iterdir():
+        names = {image["file_name"] for image in json.loads(path.read_text())["images"]}
+        pictures = to / "images" / path.stem.removeprefix("instances_")
+        assert {str(one.relative_to(pictures)) for one in files_below(pictures)} == names
+        found[path.stem] = len(names)
+    assert found == {"instances_train-00001": 2, "instances_train-00002": 1, "instances_train-00003": 1}
+
+
+@pytest.mark.parametrize("kind", ["coco", "hf", "cvat"])
+def test_rights_to_read_pictures_that_no_picture_needs_are_named(kind: str, tmp_path: Path) -> None:
+    output, rights = make_output(tmp_path / "out", made_images()), ("--allow-root", str(tmp_path))
+    said = export(kind, output, str(tmp_path / "to"), *rights, "--allow-scheme", "https")
+    [note] = [one for one in said["notes"] if "--allow" in one]
+    assert note.startswith("note: --allow-root, --allow-scheme: without effect, because ")
+    assert not any("--allow" in one for one in export(kind, output, str(tmp_path / "again"))["notes"])
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (["png", "--per-file", "3"], "--per-file: export png has no use"),
+        (["coco", "--tolerance", "1"], "--tolerance: export coco has no use"),
+        (["labelme", "--tolerance", "0.5"], "add --polygons"),
+        (["cvat", "--image-prefix", "https://x/"], "--image-prefix: export cvat has no use"),
+        (["hf", "--categories-from-1"], "--categories-from-1: export hf has no use"),
         (["coco", "--subset", "../x"], "wanted letters, digits"),
         (["png", "--subset", "a"], "--subset: export png has no use"),
         (["coco", "--images", "copy"], "add --subset"),
@@ -340,6 +396,51 @@ def test_options_that_do_not_fit_are_refused(more: list[str], said: str, tmp_pat
 # ---------------------------------------------------------------------------------------------
 # All of them
 # ---------------------------------------------------------------------------------------------
+
+
+def test_odd_masks_are_whole_in_every_format_that_keeps_masks_and_empty_ones_are_counted(
+    tmp_path: Path,
+) -> None:
+    masks, empty = odd_masks(), np.zeros(SIZE, np.uint8)
+    kinds = [(n, f"k{n}") for n in range(9)]
+    boxes = [*map(tight_box, masks), [1.0, 1.0, 5.0, 5.0]]
+    made = MadeImage(image_id="o.jpg", masks=[*masks, empty], boxes=boxes, categories=kinds)
+    output = make_output(tmp_path / "out", [made])
+    for kind in (*NEW, "yolo-seg"):
+        said = export(kind, output, str(tmp_path / kind))
+        assert (said["masks"], said["left_out"]) == (8, {"rows without a mask": 1})
+    shapes = ET.parse(tmp_path / "cvat/annotations.xml").iter("mask")
+    found = {"cvat": [cvat_mask(shape, SIZE) for shape in shapes]}
+    found["labelme"] = [mask for _, mask in labelme_shapes(tmp_path / "labelme/o.json")]
+    [sample] = samples_of(tmp_path / "webdataset")
+    records = json.loads(sample["json"])["masks"]
+    found["webdataset"] = [coco_mask.decode(one["segmentation"]) for one in records]
+    for kind, all_ in found.items():
+        assert [np.array_equal(one, mask) for one, mask in zip(all_, masks, strict=True)] == [True] * 8, kind
+    with Image.open(tmp_path / "png/SegmentationObject/o.png") as picture:
+        assert np.array_equal(np.array(picture), by_the_rule(masks, list(range(1, 9))))
+
+
+def test_pictures_in_a_tar_are_unpacked_beside_their_labels(tmp_path: Path) -> None:
+    ids = ["x/a.jpg", "b c&<é>.jpg"]
+    images = photos_named(tmp_path / "loose", ids)
+    (tmp_path / "photos").mkdir()
+    with tarfile.open(tmp_path / "photos/0.tar", "w") as tar:
+        for one in ids:
+            tar.add(tmp_path / "loose" / one, one)
+    with tarfile.open(tmp_path / "photos/0.tar") as tar:
+        places = {one.name: f"{tar.name}#{one.offset_data}:{one.size}/{one.name}" for one in tar}
+    etag = local_tag((tmp_path / "photos/0.tar").stat())
+    images = [MadeImage(**{**vars(one), "uri": places[one.image_id], "etag": etag}) for one in images]
+    for kind, folder in (("cvat", "images"), ("labelme", "."), ("png", "JPEGImages")):
+        to, said = exported(kind, images, tmp_path, "--images", "copy")
+        assert said["images"] == 2
+        assert not any("unpack" in note for note in said["notes"])
+        for one in ids:
+            assert (to / folder / one).read_bytes() == (tmp_path / "loose" / one).read_bytes()
+    linked = ("--images", "link", "--allow-root", str(tmp_path / "photos"))
+    said = export("cvat", str(tmp_path / "out"), str(tmp_path / "linked"), *linked)
+    assert said["left_out"] == {"images that could not be read": 2}
 
 
 @pytest.mark.parametrize("kind", NEW)
