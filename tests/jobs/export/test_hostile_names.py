@@ -60,7 +60,7 @@ def test_yolo_leaves_out_and_counts_what_no_list_and_no_disk_holds(output: str, 
     assert files_below(tmp_path) == files_below(to)
 
 
-@pytest.mark.parametrize("names", [["a", "a.txt/b.jpg"], ["x/y.jpg", "x/y.png"]])
+@pytest.mark.parametrize("names", [["a", "a.txt/b.jpg"], ["b.txt/y.jpg", "b.zz"], ["x/y.jpg", "x/y.png"]])
 def test_two_names_that_want_one_place_are_refused_by_name(names: list[str], tmp_path: Path) -> None:
     output = output_of(tmp_path / "out", names)
     code, _, err = run("export", "yolo-seg", "--output", output, "--to", str(tmp_path / "yolo"))
