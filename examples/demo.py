@@ -58,14 +58,14 @@ def print_table(labels: Path) -> None:
     """One line a photograph, read from the published Parquet as any reader would."""
     columns = ["image_id", "area", "predicted_iou", "accepted", "category_name"]
     boxes = pq.read_table(labels / "instances", columns=columns)
-    print(f"\n{'image':<12}{'boxes':>6}{'masks':>6}{'IoU*':>7}  under {LEAST_IOU}, so marked accepted=false")
+    head = f"{'image':<12}{'boxes':>6}{'masks':>6}{'mean of predicted_iou':>23}"
+    print(f"{head}  under {LEAST_IOU}, so accepted=false")
     for image in sorted(set(boxes["image_id"].to_pylist())):
         own = boxes.filter(pc.equal(boxes["image_id"], image))
         masks = own.filter(pc.is_valid(own["area"]))
         mean = pc.mean(masks["predicted_iou"]).as_py()
         marked = masks.filter(pc.invert(masks["accepted"]))["category_name"].to_pylist()
-        print(f"{image:<12}{len(own):>6}{len(masks):>6}{mean or 0:>7.3f}  {', '.join(marked) or '-'}")
-    print("* the model's own estimate of its masks' IoU, averaged")
+        print(f"{image:<12}{len(own):>6}{len(masks):>6}{mean or 0:>23.3f}  {', '.join(marked) or '-'}")
 
 
 def main() -> int:
@@ -85,7 +85,7 @@ def main() -> int:
     if not page.is_file():
         hqlabel("report", "--output", str(labels), "--allow-root", str(PHOTOS))
     print_table(labels)
-    print(f"\nLook at {page}. Your own images:")
+    print(f"Look at {page}. Your own images:")
     print("  .venv/bin/hqlabel label --images photos/ --boxes boxes.json --checkpoint demo --output out")
     return 0
 

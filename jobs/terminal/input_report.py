@@ -20,18 +20,24 @@ def describe_inputs(config: Config, plan: Mapping[str, Any]) -> list[tuple[str, 
     images = count(plan["images"], "image") + (
         f", the first of {plan['listed_images']:,} (--limit)" if limited else ""
     )
-    rows = [("images", f"{images}; {_place(config.input.images or config.input.boxes)}")]
+    rows = [("images", f"{images}; {_place(config.input.images)}")] if config.input.images else []
     if config.input.boxes:
         boxes = count(plan["boxes"], "box", "boxes")
         around = " around masks" if config.input.boxes_from == "masks" else ""
-        rows.append(("boxes", f"{boxes}{around}; {_place(config.input.boxes)}"))
+        of_images = "" if config.input.images else f" of {images}"
+        rows.append(("boxes", f"{boxes}{around}{of_images}; {_place(config.input.boxes)}"))
         lists = {"boxes", "bbox"} & set(plan.get("used_columns") or ())
         own = "" if config.input.box_format or not lists else " (COCO's is --box-format xywh)"
         rows.append(("box format", f"{plan['box_format']}{own}, in the {_frame(plan['box_frame'])}"))
     rows.append(("ids", plan["id_rule"]))
     rows += _columns(plan)
     if config.input.boxes and "class_count" in plan:  # a job of an earlier version does not say
-        rows += [("classes", _classes(plan)), ("scores", _scores(plan))]
+        scores = _scores(plan)
+        rows += (
+            [("classes", _classes(plan)), ("scores", scores)]
+            if scores
+            else [("classes", f"{_classes(plan)}; no scores given")]
+        )
     rows += [("", line) for line in _odd_images(plan, detected=config.detector.name is not None)]
     return rows
 
@@ -213,9 +219,9 @@ def _classes(plan: Mapping[str, Any]) -> str:
 
 
 def _scores(plan: Mapping[str, Any]) -> str:
-    """Return the range of the scores, and how many boxes have none."""
+    """Return the range of the scores, and how many boxes have none; "" where no box has one."""
     if plan["lowest_score"] is None:
-        return "none given"
+        return ""
     without = plan["boxes_without_score"]
     lacking = f"; {count(without, 'box', 'boxes')} without a score" if without else ""
     return f"{plan['lowest_score']:.4g} to {plan['highest_score']:.4g}{lacking}"

@@ -225,10 +225,12 @@ def _common_generations(
 ) -> dict[int, int] | None:
     """Return the generations that both files of a part have; None when they are no part."""
     two = [one for one in of_both if one is not None]
-    if len(two) < len(of_both):
+    if not two:
         return {unit: newest[unit] for unit in ids if newest.get(unit)}
     if any((one.index, one.first_unit, one.stop_unit) != (index, ids.start, ids.stop) for one in two):
         return None
+    if len(two) < len(of_both):  # the other may hold older rows: units that are there are published again
+        return {unit: one for unit, one in two[0].generations.items() if newest.get(unit, -1) < one}
     pairs = {unit: sorted(one.generations.get(unit, 0) for one in two) for unit in ids}
     if any(low != high and newest.get(unit, -1) < high for unit, (low, high) in pairs.items()):
         return None

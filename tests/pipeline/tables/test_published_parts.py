@@ -356,6 +356,22 @@ def test_a_part_of_generations_before_the_plans_first_one_is_no_part_of_it(made:
     assert read_part(made.store, later, 0, {}) is None
 
 
+def test_a_part_of_another_plan_is_no_part_of_this_one(made: MadeJob) -> None:
+    other = dataclasses.replace(made.job, context=dataclasses.replace(made.context, plan_sha256="0" * 64))
+
+    assert read_part(made.store, made.job, 0, {}) is not None
+    assert read_part(made.store, other, 0, {}) is None
+
+
+def test_after_clean_the_units_of_a_cut_file_are_not_finished(made: MadeJob) -> None:
+    clean(made.store, require_owner=no_check)
+    manifest = read_manifest(made.store)
+    assert finished_units(made.store, [], manifest) == set(range(6))
+    made.store.put("images/part-00000.parquet", made.store.read("images/part-00000.parquet")[:-1])
+
+    assert finished_units(made.store, [], manifest) == set(range(2, 6))
+
+
 def test_files_of_another_part_are_not_taken_for_this_one(made: MadeJob) -> None:
     for table_name in ("images", "instances"):
         other = made.store.read(f"{table_name}/part-00001.parquet")
@@ -375,6 +391,25 @@ def test_files_of_two_generations_are_a_part_while_the_newer_unit_is_there(made:
     assert found is not None
     assert found.part.generation_of(0) == 0  # so that the newer one is published again
     assert read_part(made.store, made.job, 0, {}) is None
+
+
+def test_beside_a_file_of_an_earlier_version_the_newer_unit_is_published_again(
+    made: MadeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier version published a part; a later publish was cut short between its two files."""
+    by_an_earlier_version(made, monkeypatch)
+    before = made.store.read("instances/part-00000.parquet")
+    commit_late(made, 0)
+    run(made)
+    made.store.put("instances/part-00000.parquet", before)
+
+    found = read_part(made.store, made.job, 0, {0: 1, 1: 0})
+
+    assert found is not None
+    assert found.part.generation_of(0) == 0
+    alone = read_part(made.store, made.job, 0, {})
+    assert alone is not None
+    assert alone.part.generation_of(0) == 1
 
 
 def test_a_manifest_made_again_is_unlike_all_before(made: MadeJob) -> None:
