@@ -280,15 +280,15 @@ def _lists(texts: pa.Array, name: str, kind: Kind) -> pa.Array:
         fields = [_masks_field(text, kind.depth, name) if text else None for text in texts.to_pylist()]
         return _read_fields(pa.array(fields, pa.string()), name, kind)
     texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, texts.type), texts)
-    try:
-        return _read_fields(texts, name, kind)
-    except (pa.ArrowInvalid, TextDamage):
-        # Not all of it is JSON: it is read as Python or numpy write lists, which Arrow cannot.
-        lists = [None if text is None else _read_field(text, name, kind) for text in texts.to_pylist()]
-        if kind.leaf != "number":
-            lists = [_without_nan(one) for one in lists]
-        values = [None if one is None else json.dumps(one) for one in lists]
-        return _read_fields(pa.array(values, pa.string()), name, kind)
+    if len(texts) > 1:  # a field alone was refused with others: reading it once more costs Arrow 0.3 ms
+        with contextlib.suppress(pa.ArrowInvalid, TextDamage):
+            return _read_fields(texts, name, kind)
+    # Not all of it is JSON: it is read as Python or numpy write lists, which Arrow cannot.
+    lists = [None if text is None else _read_field(text, name, kind) for text in texts.to_pylist()]
+    if kind.leaf != "number":
+        lists = [_without_nan(one) for one in lists]
+    values = [None if one is None else json.dumps(one) for one in lists]
+    return _read_fields(pa.array(values, pa.string()), name, kind)
 
 
 def _read_field(text: str, name: str, kind: Kind) -> list[Any] | None:

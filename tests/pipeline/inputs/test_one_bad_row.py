@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hqlabel.pipeline.errors import JobRefused
-from hqlabel.pipeline.inputs import read_table
+from hqlabel.pipeline.inputs import json_records, read_table
 from hqlabel.pipeline.planning.make_plan import make_plan
 from hqlabel.pipeline.settings import InputSettings
 
@@ -220,6 +220,37 @@ def test_a_line_that_is_no_row_is_left_out_and_named(tmp_path, name, body, said)
     assert "1 of 9 rows" in told
     assert "row 7: " in told
     assert said in told
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.csv"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda at: {"bbox": "none"},
+        lambda at: {"bbox": f"[1, 2, {at}"},
+        lambda at: {"bbox": {"x": at}},
+        lambda at: {"score": f"high {at}"},
+        lambda at: {"label": f"{SURROGATE}{at}"},
+    ],
+)
+def test_many_bad_rows_cost_a_few_calls_of_arrows_reader_and_not_some_each(
+    tmp_path, monkeypatch, name, change
+):
+    """A call takes 0.3 ms: with nine for each bad row, 100,000 rows of which a third are bad took 32 s."""
+    rows = [one_box(at) | (change(at) if at % 3 == 1 else {}) for at in range(900)]
+    (tmp_path / name).write_bytes(WRITERS[name](rows))
+    calls, read = [], json_records.pa_json.read_json
+    monkeypatch.setattr(
+        json_records.pa_json,
+        "read_json",
+        lambda *given, **options: calls.append(1) or read(*given, **options),
+    )
+
+    plan = make_plan(InputSettings(boxes=str(tmp_path / name)))
+
+    assert plan.table.num_rows == 900
+    assert any("300 of 900 rows" in text for text in plan.summary.warnings)
+    assert len(calls) < 90
 
 
 @pytest.mark.parametrize("name", WRITERS)
