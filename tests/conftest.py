@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,18 @@ from tests.s3_proxy import FaultProxy, fault_proxy
 # A busy machine is no finding: only tests that say so bound the time of an example.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Let PyTorch compute with one thread: tensors of tests are small, and cores are shared with other tests.
+
+    With two threads on two busy cores the same tests take ten times as long: each operation waits for both.
+    A job's model has one too, and the last bits of float32 sums follow their number.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from hqlabel.predict import SamHQ
 from tests.docs.markdown import blocks, section
@@ -58,22 +56,13 @@ def test_there_is_an_example_of_each_kind_and_none_is_long() -> None:
         assert sum(not re.match(r"import |from |$", line) for line in code.splitlines()) <= 7
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """A job's model has one, and the last bits of float32 sums follow their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_the_ray_data_example_runs(local_ray: None, one_thread: None) -> None:
+def test_the_ray_data_example_runs(local_ray: None) -> None:
     (row,) = run(RAY_DATA)["answer"]
     expected = SamHQ.from_pretrained("demo").predict("examples/photos/cat.jpg", boxes=[[50, 20, 400, 290]])
     assert row["masks"][0]["counts"] == expected.rle[0]["counts"]
 
 
-def test_the_job_of_the_example_has_the_masks_that_predict_returns(one_thread: None) -> None:
+def test_the_job_of_the_example_has_the_masks_that_predict_returns() -> None:
     answer = run(JOB)["answer"]
     model = SamHQ.from_pretrained("demo")
     assert (answer.images.num_rows, answer.over_budget) == (8, False)
