@@ -95,13 +95,15 @@ class ReportData:
     """All numbers of a report, and the keys (image_id, instance_index) of what it shows.
 
     `chosen`: of each section's rows. `overlapping`: pairs of instances of unlike classes whose boxes overlap
-    most. `times`: p50 and p95 of each stage, in ms. `model_s`: the model's seconds summed over all images.
+    most. `whole`: the images shown with all of their boxes. `times`: p50 and p95 of each stage, in ms.
+    `model_s`: the model's seconds summed over all images.
     """
 
     histograms: Sequence[Histogram]
     classes: Sequence[ClassRow]
     chosen: Mapping[str, Sequence[Key]]
     overlapping: Sequence[tuple[Key, Key]]
+    whole: Sequence[str]
     times: Mapping[str, tuple[float, float] | None]
     pace: Pace | None
     source_bytes: int
@@ -122,6 +124,7 @@ def gather(store: Store, manifest: Manifest, sections: Sequence[ReportSection]) 
                 ((image, one), (image, other))
                 for image, one, other, *_ in tables.sql(ask["pairs"]).fetchall()
             ],
+            whole=[image_id for (image_id,) in tables.sql(ask["whole"]).fetchall()],
             times=_times(tables),
             pace=_pace(tables.sql(ask["pace"]).fetchall()),
             source_bytes=sum(row[-1] or 0 for row in totals),

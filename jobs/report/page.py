@@ -5,25 +5,30 @@ tables -> DuckDB (numbers) -> the chosen rows' masks and pictures (tiles) -> the
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
+import hashlib
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 from pycocotools import mask as coco_mask
 
-from hqlabel.jobs.job_setup.printed_flags import retry_command
+from hqlabel.jobs.job_setup.printed_flags import retry_command, storage_flags
 from hqlabel.jobs.job_setup.saved_job import PICTURES, SavedJob, open_saved
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.jobs.report.charts import bars, histogram
 from hqlabel.jobs.report.numbers import Key, ReportData, gather
 from hqlabel.jobs.report.queries import SAMPLE_ROWS, SCORES, STEPS, published, queries
 from hqlabel.jobs.report.sections import ReportSection, sections
-from hqlabel.jobs.report.tiles import Pictures, draw_tiles
+from hqlabel.jobs.report.tile_facts import CSV_COLUMNS, boxes_json, class_choices, class_name, state_choices
+from hqlabel.jobs.report.tiles import PictureKey, Pictures, draw_tiles
 from hqlabel.jobs.results.read_tables import ImageRows, Row, failed_examples, find_images, require_published
 from hqlabel.jobs.terminal import console
 from hqlabel.jobs.terminal.input_report import describe_detector
@@ -37,7 +42,9 @@ REPORT_KEY = "report/index.html"
 EVALUATION_KEY = "report/evaluation.json"
 _MOST_BYTES = 14_000_000  # of base64; the page stays under 20 MB
 _MOST_CLASSES = 200
-_PICTURE = re.compile(r'(src="data:image/jpeg;base64,[A-Za-z0-9+/=]+")')
+_NO_SECRET = re.compile(r'((?:src="data:image/jpeg;base64,[A-Za-z0-9+/=]+|data-boxes="[^"]*)")')
+"""Nearly all of a page: pictures, and what was written without credentials (`boxes_json`)."""
+_TEMPLATES = Path(__file__).parent / "templates"
 _PAIR_IOU = 0.8
 _MOST_PAIRS = 6
 _LEAST_SECONDS = 10  # a run's first unit has no beginning in the tables: short runs have no honest rate
@@ -54,8 +61,7 @@ class ShownTile:
     @property
     def name(self) -> str:
         """Its class, as text."""
-        category = self.row["category_id"]
-        return str(self.row["category_name"] or ("object" if category is None else f"class {category}"))
+        return class_name(self.row)
 
     @property
     def alt(self) -> str:
@@ -63,6 +69,30 @@ class ShownTile:
         score = self.row["predicted_iou"]
         what = "no mask" if score is None else f"mask with predicted IoU {score:.2f}"
         return f"{self.name}, {what}, in {self.image['image_id']}"
+
+    @property
+    def boxes(self) -> str:
+        """What the page's script knows of it."""
+        return boxes_json([self.row])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownPicture:
+    """One image with all of its instances as the page shows it."""
+
+    rows: ImageRows
+    pictures: Pictures
+
+    @property
+    def contents(self) -> str:
+        """How many boxes of each class it has, the commonest first."""
+        found = Counter(class_name(row) for row in self.rows.instances)
+        return ", ".join(f"{number:,} {name}" for name, number in found.most_common())
+
+    @property
+    def boxes(self) -> str:
+        """What the page's script knows of its boxes."""
+        return boxes_json(self.rows.instances)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +122,8 @@ def run(given: ConfigSources, *, to: str | None, as_json: bool) -> int:
 
 
 def _masked(text: str) -> str:
-    """Return the page without credentials; pictures, nearly all of it, are not searched for them."""
-    parts = _PICTURE.split(text)
+    """Return the page without credentials; they are not looked for where none can be."""
+    parts = _NO_SECRET.split(text)
     parts[::2] = map(masked, parts[::2])
     return "".join(parts)
 
@@ -104,10 +134,12 @@ def page(saved: SavedJob, manifest: Manifest) -> str:
     data = gather(saved.store, manifest, chosen)
     keys = [key for section in chosen for key in data.chosen[section.key]]
     pair_keys = [key for pair in data.overlapping for key in pair]
-    rows = find_images(saved.store, manifest, {image_id for image_id, _ in [*keys, *pair_keys]})
+    shown_ids = {*data.whole, *(image_id for image_id, _ in [*keys, *pair_keys])}
+    rows = find_images(saved.store, manifest, shown_ids)
     pairs = _disagreements(data.overlapping, rows)
     keys += [key for pair in pairs for key in pair]
-    pictures = draw_tiles(saved.pictures, rows, keys, most_bytes=_MOST_BYTES)
+    wanted: list[PictureKey] = [*((image_id, None) for image_id in data.whole), *keys]
+    pictures = draw_tiles(saved.pictures, rows, wanted, most_bytes=_MOST_BYTES)
     instances = published(saved.store.place.uri.rstrip("/"), "instances")
     shown = [
         ShownSection(
@@ -117,11 +149,17 @@ def page(saved: SavedJob, manifest: Manifest) -> str:
         )
         for section in chosen
     ]
-    pair_tiles = [tuple(_tile(key, rows, pictures) for key in pair) for pair in pairs]
-    return _render(saved, manifest, data, shown, pair_tiles)
+    return _render(
+        saved,
+        manifest,
+        data,
+        shown=shown,
+        pairs=[tuple(_tile(key, rows, pictures) for key in pair) for pair in pairs],
+        whole=[ShownPicture(rows=rows[one], pictures=pictures[one, None]) for one in data.whole],
+    )
 
 
-def _tile(key: Key, rows: Mapping[str, ImageRows], pictures: Mapping[Key, Pictures]) -> ShownTile:
+def _tile(key: Key, rows: Mapping[str, ImageRows], pictures: Mapping[PictureKey, Pictures]) -> ShownTile:
     image_id, index = key
     return ShownTile(row=rows[image_id].instance(index), image=rows[image_id].image, pictures=pictures[key])
 
@@ -140,11 +178,13 @@ def _render(
     saved: SavedJob,
     manifest: Manifest,
     data: ReportData,
+    *,
     shown: Sequence[ShownSection],
     pairs: Sequence[tuple[ShownTile, ...]],
+    whole: Sequence[ShownPicture],
 ) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -155,6 +195,8 @@ def _render(
     for one in shown:
         if one.tiles:
             groups.setdefault(one.section.group, []).append(one)
+    boxes = _shown_boxes(shown, pairs, whole)
+    script = (_TEMPLATES / "report.js").read_text("utf-8")
     output = saved.store.place.uri.rstrip("/")
     return environment.get_template("report.html.j2").render(
         output=output,
@@ -164,10 +206,19 @@ def _render(
         data=data,
         groups=groups,
         pairs=pairs,
+        whole=whole,
+        classes=class_choices(boxes),
+        states=state_choices(boxes),
+        csv_columns=CSV_COLUMNS,
+        script=Markup(script),
+        script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         facts=_facts(saved, manifest),
         totals=_totals(saved, manifest, data),
         failures=_failures(saved, manifest),
         retry=retry_command(output, saved.config, saved.job),
+        export_command=shlex.join(
+            ["hqlabel", "export", "coco", output, "picked-coco", *storage_flags(saved.config)]
+        ),
         charts=[
             {"name": h.name, "svg": histogram(h, _line(manifest, h.name)), "most": max(h.counts)}
             for h in data.histograms
@@ -185,6 +236,15 @@ def _render(
         made_at=dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         number=_number,
     )
+
+
+def _shown_boxes(
+    shown: Sequence[ShownSection], pairs: Sequence[tuple[ShownTile, ...]], whole: Sequence[ShownPicture]
+) -> list[Row]:
+    """Return every box of the page once, however often it is shown."""
+    tiles = [tile for section in shown for tile in section.tiles] + [tile for pair in pairs for tile in pair]
+    rows = [tile.row for tile in tiles] + [row for picture in whole for row in picture.rows.instances]
+    return list({(row["image_id"], row["instance_index"]): row for row in rows}.values())
 
 
 def _number(value: Any, digits: int = 2) -> str:

@@ -14,6 +14,8 @@ BINS, BINS_PER_DECADE = 40, 5
 MOST_PARTS = 10
 STEPS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 """The lines whose share of kept masks a report shows."""
+WHOLE_BOXES = 200
+"""A picture with more boxes is not shown with all of them: nobody could tell them apart."""
 SPANS = 60
 """The bars of the chart of images finished over time."""
 
@@ -25,6 +27,7 @@ MEDIANS = ", ".join(f"median(CAST({name} AS DOUBLE)) AS {name}" for name in (*SC
 _PAIR_REACH = 16  # boxes after a box that are compared with it for overlap
 _PAIR_BOX_IOU = 0.6
 _MOST_PAIRS = 40
+_WHOLE_PICTURES = 12
 
 
 def queries(instances: str, images: str) -> dict[str, str]:
@@ -56,6 +59,8 @@ def queries(instances: str, images: str) -> dict[str, str]:
         "pace": _pace_query(images),
         "times": f"SELECT {times}\nFROM {images};",
         "pairs": _pairs_query(instances),
+        "whole": f"SELECT image_id FROM {images}\nWHERE num_boxes BETWEEN 1 AND {WHOLE_BOXES}\n"
+        f"ORDER BY md5(image_id), image_id LIMIT {_WHOLE_PICTURES};",
     }
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a report: each instance in its whole picture and close by, as small JPEGs.
+"""The pictures of a report: each instance in its whole picture and close by, and whole pictures; small JPEGs.
 
 The picture is fetched and decoded anew, once an image, in the supervised decoder. An image that cannot
 be read any more leaves its tiles without pictures, with the reason.
@@ -11,17 +11,18 @@ import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from hqlabel.jobs.report.numbers import Key
 from hqlabel.jobs.results.draw_overlays import Box, DrawnInstance, Tile, draw_overlay
 from hqlabel.jobs.results.read_tables import ImageRows, Row
 from hqlabel.jobs.results.render_images import (
     drawn_instance,
+    drawn_rows,
     picture_decoder,
     say_missed,
     size_in_tables,
@@ -30,31 +31,38 @@ from hqlabel.jobs.results.render_images import (
 from hqlabel.pipeline.errors import HqlabelError
 from hqlabel.pipeline.job_context import JobContext
 
-_DECODED_PX, _SHOWN_PX = 1600, 360
+_DECODED_PX, _SHOWN_PX, _PICTURE_PX = 1600, 360, 720
 _WHOLE_SCALE, _CLOSE_SCALE = 4, 8  # how far a small picture is enlarged
 _MARGIN = 0.25  # of the object's extent, around the close-up
 _LEAST_PX = 24
 _QUALITY = 80
-_EDGE_PX = 3  # the page shows tiles at about a third of their size, and enlarges them on demand
+_EDGE_PX, _PICTURE_EDGE_PX = (
+    3,
+    2,
+)  # the page shows tiles at about a third of their size, and enlarges them on demand
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """Two JPEGs of one instance as data uris; None, with `why`, when the image cannot be shown."""
+    """JPEGs of an instance, or of an image (`whole` alone), as data uris; None, with `why`, without one."""
 
     whole: str | None
     close: str | None
     why: str = ""
 
 
+PictureKey = tuple[str, int | None]
+"""An instance; None: the image with all of them."""
+
+
 def draw_tiles(
-    context: JobContext, rows: Mapping[str, ImageRows], keys: Sequence[Key], *, most_bytes: int
-) -> dict[Key, Pictures]:
-    """Return the pictures of these instances, in their order until `most_bytes` of JPEG are made."""
-    by_image: dict[str, list[Key]] = defaultdict(list)
+    context: JobContext, rows: Mapping[str, ImageRows], keys: Sequence[PictureKey], *, most_bytes: int
+) -> dict[PictureKey, Pictures]:
+    """Return these pictures, in their order until `most_bytes` of JPEG are made."""
+    by_image: dict[str, list[PictureKey]] = defaultdict(list)
     for key in dict.fromkeys(keys):
         by_image[key[0]].append(key)
-    found: dict[Key, Pictures] = {}
+    found: dict[PictureKey, Pictures] = {}
     made, missed = 0, list[tuple[Row, HqlabelError]]()
     with picture_decoder(context, _DECODED_PX) as child:
         for image_id, mine in by_image.items():
@@ -68,31 +76,52 @@ def draw_tiles(
                 missed.append((image, error))
                 found.update(dict.fromkeys(mine, Pictures(whole=None, close=None, why=str(error))))
                 continue
-            size_hw = size_in_tables(image, picture)
-            small = _shrunk(picture, size_hw)  # once, for all its instances
+            draw = _Drawing(picture=picture, rows=rows[image_id], context=context)
             for key in mine:
-                row = rows[image_id].instance(key[1])
-                found[key] = _pictures(picture, small, size_hw, row, context)
+                found[key] = draw.whole() if key[1] is None else draw.instance(key[1])
                 made += sum(len(text or "") for text in (found[key].whole, found[key].close))
     say_missed(missed, context.access)
     return found
 
 
-def _shrunk(picture: Image.Image, size_hw: tuple[int, int]) -> Image.Image:
-    bare = Tile(picture=picture, size_hw=size_hw, instances=(), caption="")
-    return draw_overlay(bare, longest_side=_SHOWN_PX, max_scale=_WHOLE_SCALE)
+@dataclass(frozen=True, kw_only=True)
+class _Drawing:
+    """The pictures of one image, which is `picture`."""
 
+    picture: Image.Image
+    rows: ImageRows
+    context: JobContext
 
-def _pictures(
-    picture: Image.Image, small: Image.Image, size_hw: tuple[int, int], row: Row, context: JobContext
-) -> Pictures:
-    drawn = replace(drawn_instance(row, context.box_rules.box_format), text="")
-    whole = Tile(picture=small, size_hw=size_hw, instances=(drawn,), caption="")
-    close = _close_up(picture, size_hw, drawn, row)
-    return Pictures(
-        whole=_drawn_jpeg(whole, max_scale=_WHOLE_SCALE),
-        close=None if close is None else _drawn_jpeg(close, max_scale=_CLOSE_SCALE),
-    )
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        return size_in_tables(self.rows.image, self.picture)
+
+    @cached_property
+    def small(self) -> Image.Image:
+        """Without masks, at the size of a tile: made once for all instances."""
+        bare = Tile(picture=self.picture, size_hw=self.size_hw, instances=(), caption="")
+        return draw_overlay(bare, longest_side=_SHOWN_PX, max_scale=_WHOLE_SCALE)
+
+    def whole(self) -> Pictures:
+        """Return the image with all its boxes and masks, larger."""
+        drawn = [replace(self._drawn(row), text="") for row in drawn_rows(self.rows)]
+        tile = Tile(picture=self.picture, size_hw=self.size_hw, instances=tuple(drawn), caption="")
+        shown = draw_overlay(tile, longest_side=_PICTURE_PX, max_scale=_WHOLE_SCALE, edge_px=_PICTURE_EDGE_PX)
+        return Pictures(whole=_jpeg(shown), close=None)
+
+    def instance(self, index: int) -> Pictures:
+        """Return one instance in its whole picture, and close by."""
+        row = self.rows.instance(index)
+        drawn = replace(self._drawn(row), text="")
+        whole = Tile(picture=self.small, size_hw=self.size_hw, instances=(drawn,), caption="")
+        close = _close_up(self.picture, self.size_hw, drawn, row)
+        return Pictures(
+            whole=_drawn_jpeg(whole, max_scale=_WHOLE_SCALE),
+            close=None if close is None else _drawn_jpeg(close, max_scale=_CLOSE_SCALE),
+        )
+
+    def _drawn(self, row: Row) -> DrawnInstance:
+        return drawn_instance(row, self.context.box_rules.box_format)
 
 
 def _drawn_jpeg(tile: Tile, *, max_scale: float) -> str:

@@ -346,15 +346,15 @@ LOOKS = """({
   wide: document.documentElement.scrollWidth > innerWidth,
   broken: [...document.images].filter((image) => image.complete && !image.naturalWidth).length,
 })"""
-REACHABLE = """[...document.querySelectorAll("a, button, summary")].filter(
-  (one) => !one.closest("dialog") && (!one.closest("details") || one.matches("summary"))).length"""
+REACHABLE = """[...document.querySelectorAll("a, button:enabled, summary, input, select")].filter(
+  (one) => !one.closest("dialog, [hidden]") && (!one.closest("details") || one.matches("summary"))).length"""
 FOCUSED = """(() => {
   const one = document.activeElement, box = one.getBoundingClientRect();
   const style = getComputedStyle(one);
   one.dataset.visited = (one.dataset.visited || 0) + 1;
   return { name: one.localName, visits: Number(one.dataset.visited),
     outline: `${style.outlineStyle} ${style.outlineWidth}`,
-    words: one.getAttribute("aria-label") || one.textContent.trim(),
+    words: one.getAttribute("aria-label") || (one.labels?.[0] ?? one).textContent.trim(),
     seen: box.bottom > 0 && box.top < innerHeight };
 })()"""
 needs_browser = pytest.mark.skipif(
@@ -397,19 +397,19 @@ def test_all_of_it_is_reached_and_worked_by_the_keyboard_alone(
 
         assert expected > 100
         assert {stop["visits"] for stop in stops} == {1}, "Tab comes to each thing once, in their order"
-        assert {stop["name"] for stop in stops} == {"a", "button", "summary"}
+        assert {stop["name"] for stop in stops} == {"a", "button", "summary", "input", "select"}
         assert all(stop["words"] for stop in stops)
         assert all(stop["seen"] for stop in stops), "what has the focus is in sight"
         assert {stop["outline"] for stop in stops} == {"solid 2px"}, "and shows that it has it"
 
-        shown.ask("document.querySelector('figure .pair').focus()")
+        shown.ask("document.querySelector('#g1 .pair').focus()")
         shown.press("Enter")
         assert shown.ask("document.querySelector('dialog').open")
         assert shown.ask("document.querySelectorAll('dialog img[alt]').length") == 2
         assert shown.ask("document.activeElement.textContent") == "Close"
         shown.press("Escape")
         assert not shown.ask("document.querySelector('dialog').open")
-        assert shown.ask("document.activeElement === document.querySelector('figure .pair')")
+        assert shown.ask("document.activeElement === document.querySelector('#g1 .pair')")
 
         shown.ask("document.querySelector('summary').focus()")
         shown.press("Enter")
