@@ -43,7 +43,7 @@ def _listing(files: Mapping[str, bytes], folder: str, *, recursive: bool) -> lis
     return found
 
 
-def _handler(files: dict[str, bytes]) -> type[http.server.BaseHTTPRequestHandler]:
+def _handler(files: dict[str, bytes], page_size: int) -> type[http.server.BaseHTTPRequestHandler]:
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -58,8 +58,8 @@ def _handler(files: dict[str, bytes]) -> type[http.server.BaseHTTPRequestHandler
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        def _json(self, value: object) -> None:
-            self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+        def _json(self, value: object, headers: Mapping[str, str] = {}) -> None:
+            self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **headers})
 
         def do_GET(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
@@ -76,8 +76,12 @@ def _handler(files: dict[str, bytes]) -> type[http.server.BaseHTTPRequestHandler
                 folder = path.removeprefix(f"{api}/tree/").partition("/")[2].strip("/")
                 recursive = parse_qs(url.query).get("recursive", ["false"])[0].lower() in ("true", "1")
                 found = _listing(files, folder, recursive=recursive)
+                start = int(parse_qs(url.query).get("cursor", ["0"])[0])
+                stop = start + page_size
+                link = f"<http://{self.headers['Host']}{url.path}?recursive={recursive}&cursor={stop}>"
+                more = {"Link": f'{link}; rel="next"'} if stop < len(found) else {}
                 if found:
-                    self._json(found)
+                    self._json(found[start:stop], more)
                 else:
                     self._missing("EntryNotFound")
             elif path.startswith(f"{api}/paths-info/"):
@@ -112,9 +116,9 @@ def _handler(files: dict[str, bytes]) -> type[http.server.BaseHTTPRequestHandler
 
 
 @contextlib.contextmanager
-def hub_server(files: dict[str, bytes]) -> Iterator[Hub]:
+def hub_server(files: dict[str, bytes], page_size: int = 1000) -> Iterator[Hub]:
     """The stand-in, serving `files` of REPOSITORY until the block ends."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(files))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(files, page_size))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -10,19 +10,21 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from hqlabel.pipeline.errors import ImageError
 from hqlabel.pipeline.storage.request_retries import ShortBody
+
+T = TypeVar("T")
 
 CHUNK = 4 * 2**20
 MOST_TAG = 256
 ODD_TAG = "sha256-of-tag-"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """One listed object: size in bytes, and a version tag where known.
 
@@ -44,6 +46,52 @@ class FetchedObject:
     etag: str | None
 
 
+class Listing(Protocol):
+    """A listing on its way. A page that failed is what the next call requests again, and it alone."""
+
+    done: bool
+
+    def page(self, *, timeout_s: float) -> list[Entry]: ...  # noqa: D102
+
+
+Each = Callable[[Callable[[float], T]], T]
+"""Returns `call(seconds_left)` with all its tries, or raises what its caller promises."""
+
+
+def pages(walk: Callable[[], Listing], each: Each[Any]) -> Iterator[list[Entry]]:
+    """Yield the objects of a listing page by page; `each` runs one request, with a time of its own.
+
+    So a listing of any length has time, as long as pages come, and one fault costs one page.
+    """
+    listing: Listing = each(lambda _: walk())  # makes a client, which can fail for what passes
+    while not listing.done:
+        yield each(lambda left: listing.page(timeout_s=left))
+
+
+class FolderListing:
+    """A listing of stores that answer folder by folder: a folder is a page."""
+
+    def __init__(
+        self, top: str, prefix: str, list_one: Callable[[str, float], tuple[list[Entry], list[str]]]
+    ) -> None:
+        """Take a folder, what the paths of its objects must begin with, and what lists one folder.
+
+        `list_one(folder, timeout_s)` returns the objects in it and the folders in it.
+        """
+        self._left = [top]
+        self._prefix = prefix
+        self._list_one = list_one
+        self.done = False
+
+    def page(self, *, timeout_s: float) -> list[Entry]:
+        """Return the objects of one folder more."""
+        entries, folders = self._list_one(self._left[-1], timeout_s)
+        self._left.pop()
+        self._left += [folder for folder in folders if f"{folder}/".startswith(self._prefix)]
+        self.done = not self._left
+        return [entry for entry in entries if entry.key.startswith(self._prefix)]
+
+
 class Backend(Protocol):
     """One kind of store. `path`: without scheme. `timeout_s`: for this one try.
 
@@ -51,7 +99,7 @@ class Backend(Protocol):
     `max_bytes`. `create` raises FileExistsError and then has changed nothing; so does `replace_if`, when what
     is there is not the version `seen`, by size and tag. `get_range` returns at most the bytes that were
     requested, and raises ImageError `changed` unless they are of the version `version`, the tag that `stat`
-    gave (None: any).
+    gave (None: any). `walk` lists every object whose path begins with `prefix`.
     """
 
     def get(self, path: str, *, max_bytes: int | None, timeout_s: float) -> FetchedObject: ...  # noqa: D102
@@ -62,7 +110,7 @@ class Backend(Protocol):
     def create(self, path: str, data: bytes, *, timeout_s: float) -> None: ...  # noqa: D102
     def replace(self, path: str, data: bytes, *, timeout_s: float) -> None: ...  # noqa: D102
     def replace_if(self, path: str, data: bytes, seen: Entry, *, timeout_s: float) -> None: ...  # noqa: D102
-    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]: ...  # noqa: D102
+    def walk(self, prefix: str) -> Listing: ...  # noqa: D102
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None: ...  # noqa: D102
     def abort_stale(self, prefix: str, *, timeout_s: float) -> int: ...  # noqa: D102
 

@@ -11,12 +11,13 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.spec import AbstractFileSystem
 
 from hqlabel.pipeline.errors import ImageError, SystemicFault, UsageError
 from hqlabel.pipeline.storage.backend import (
@@ -24,6 +25,8 @@ from hqlabel.pipeline.storage.backend import (
     Backend,
     Entry,
     FetchedObject,
+    FolderListing,
+    Listing,
     check_complete,
     check_range,
     check_version,
@@ -147,12 +150,34 @@ class FsspecBackend:
             raise FileExistsError(errno.EEXIST, "another version is there", path)
         self.replace(path, data, timeout_s=timeout_s)
 
-    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]:
-        """Return every object whose path begins with `prefix`."""
-        folder = prefix.rpartition("/")[0]
-        infos = self._call("find", folder, detail=True, timeout_s=timeout_s).values()
-        found = [_found(info) for info in infos if info["type"] != "directory"]
-        return [one for one in found if one.key.startswith(prefix)][:limit]
+    def walk(self, prefix: str) -> Listing:
+        """List folder by folder; or all at once by drivers that do so, with tries of their own for each page.
+
+        fsspec's own walk passes over a folder that cannot be listed, in silence.
+        """
+        driver = type(self._fs)
+        by_folder = (
+            driver._find is AsyncFileSystem._find
+            if issubclass(driver, AsyncFileSystem)
+            else driver.find is AbstractFileSystem.find
+        )
+        return FolderListing(
+            prefix.rpartition("/")[0], prefix, self._list_folder if by_folder else self._find
+        )
+
+    def _list_folder(self, folder: str, timeout_s: float) -> tuple[list[Entry], list[str]]:
+        try:
+            infos = self._call("ls", folder, detail=True, timeout_s=timeout_s)
+        except FileNotFoundError:
+            return [], []
+        folders = [str(info["name"]).strip("/") for info in infos if info["type"] == "directory"]
+        files = [_found(info) for info in infos if info["type"] != "directory"]
+        return files, [one for one in folders if one != folder.strip("/")]
+
+    def _find(self, folder: str, timeout_s: float) -> tuple[list[Entry], list[str]]:
+        allowed_s = max(timeout_s, _WHOLE_LISTING_S)
+        infos = self._call("find", folder, detail=True, timeout_s=allowed_s).values()
+        return [_found(info) for info in infos if info["type"] != "directory"], []
 
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:
         """Delete objects; one that is already gone is no error."""
@@ -169,58 +194,51 @@ class FsspecBackend:
 class HubBackend(FsspecBackend):
     """Hugging Face's hub."""
 
-    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]:
-        """Return every file whose path begins with `prefix`, counted page by page as it comes.
+    def walk(self, prefix: str) -> Listing:
+        """List the tree of a repository, 1,000 files and folders a request."""
+        return _HubListing(self._fs, prefix)
 
-        Raises:
-            SystemicFault: `store`, the listing does not come to an end.
-        """
-        del timeout_s  # of each request, which the client states itself
+
+class _HubListing:
+    """The hub's pages, each of which links to the next; its own client begins anew after a fault."""
+
+    def __init__(self, fs: Any, prefix: str) -> None:
         folder = prefix.rpartition("/")[0]
-        place = self._fs.resolve_path(folder)
-        root = folder.removesuffix(place.path_in_repo).rstrip("/")
-        found: dict[str, Entry] = {}
-        seen: set[str] = set()
-        try:
-            for one in self._tree(place):
-                if one["path"] in seen or len(seen) >= MOST_OBJECTS:
-                    raise SystemicFault("store", f"hf://{root}: {_ENDLESS.format(MOST_OBJECTS)}")
-                seen.add(one["path"])
-                name = f"{root}/{one['path']}"
-                if one["type"] == "file" and name.startswith(prefix):
-                    found[name] = _found({"name": name, "size": one["size"], "blob_id": one["oid"]})
-                if limit is not None and len(found) >= limit:
-                    break
-        except FileNotFoundError:
-            return []
-        return list(found.values())
+        place = fs.resolve_path(folder)
+        below = f"/{quote(place.path_in_repo, safe='')}" if place.path_in_repo else ""
+        self._api = fs._api
+        self._prefix = prefix
+        self._root = folder.removesuffix(place.path_in_repo).rstrip("/")
+        self._next: str | None = (
+            f"{self._api.endpoint}/api/{place.repo_type}s/{place.repo_id}/tree/"
+            f"{quote(place.revision, safe='')}{below}?recursive=true&expand=false"
+        )
+        self._progress = _ListingProgress(f"hf://{self._root}")
+        self.done = False
 
-    def _tree(self, place: Any) -> Iterator[Mapping[str, Any]]:
-        """Yield files and folders of a repository below a place, as the hub lists them.
-
-        The library's own iterator says nothing of pages that hold nothing, so it may never end.
-        """
+    def page(self, *, timeout_s: float) -> list[Entry]:
+        """Return the files of one page more."""
         import huggingface_hub.utils  # here, because it takes 0.3 s
 
         client: Any = huggingface_hub.utils
-        api = self._fs._api
-        revision, folder = (quote(part, safe="") for part in (place.revision, place.path_in_repo))
-        tree = f"{api.endpoint}/api/{place.repo_type}s/{place.repo_id}/tree/{revision}/{folder}"
-        url: str | None = f"{tree.rstrip('/')}?recursive=true"
-        headers, empty = client.build_hf_headers(token=api.token), 0
-        while url:
-            answer = client.http_backoff("GET", url, headers=headers)
-            client.hf_raise_for_status(answer)
-            page = answer.json()
-            empty = 0 if page else empty + 1
-            if empty > _EMPTY_PAGES:
-                raise SystemicFault("store", f"hf://{place.unresolve()}: {_EMPTY.format(_EMPTY_PAGES)}")
-            yield from page
-            url = answer.links.get("next", {}).get("url")
-
-
-_ENDLESS = "the listing does not come to an end: a file came again, or there are more than {:,}"
-_EMPTY = "the listing does not come to an end: {:,} pages in a row hold nothing"
+        answer = client.http_backoff(
+            "GET",
+            self._next,
+            headers=client.build_hf_headers(token=self._api.token),
+            timeout=min(timeout_s, _HUB_REQUEST_S),
+            max_retries=1,  # after as long as the hub's limit of requests says, which is known here alone
+        )
+        client.hf_raise_for_status(answer)
+        tree = answer.json()
+        following = answer.links.get("next", {}).get("url")
+        self._next = self._progress.token_after([one["path"] for one in tree], following)
+        self.done = self._next is None
+        named = ((f"{self._root}/{one['path']}", one) for one in tree if one["type"] == "file")
+        return [
+            _found({"name": name, "size": one["size"], "blob_id": one["oid"]})
+            for name, one in named
+            if name.startswith(self._prefix)
+        ]
 
 
 def _found(info: Mapping[str, Any]) -> Entry:
@@ -367,22 +385,9 @@ class S3Backend:
         _check_one_put(data)
         self._call("put_object", path, Body=data, timeout_s=timeout_s)
 
-    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]:
-        """Return every object whose path begins with `prefix`, 1,000 a request; S3 lists what was put."""
-        bucket, _, key = prefix.partition("/")
-        found: list[Entry] = []
-        progress = _ListingProgress(bucket)
-        more: dict[str, Any] = {}
-        while True:
-            page = self._call(
-                "list_objects_v2", bucket, Prefix=key, MaxKeys=self.page_size, timeout_s=timeout_s, **more
-            )
-            token = progress.token_after(page)
-            for one in page.get("Contents", []):
-                found.append(Entry(key=f"{bucket}/{one['Key']}", size=one["Size"], etag=_s3_tag(one)))
-            if token is None or (limit is not None and len(found) >= limit):
-                return found[:limit]
-            more = {"ContinuationToken": token}
+    def walk(self, prefix: str) -> Listing:
+        """List by 1,000 objects a request; S3 lists what was put."""
+        return _S3Listing(self, prefix)
 
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:
         """Delete objects, 1,000 keys a request; one that is already gone is no error."""
@@ -406,46 +411,76 @@ class S3Backend:
         return len(uploads)
 
 
+class _S3Listing:
+    """S3's pages, each requested with the token that came with the one before."""
+
+    def __init__(self, backend: S3Backend, prefix: str) -> None:
+        self._backend = backend
+        self._bucket, _, self._key = prefix.partition("/")
+        self._progress = _ListingProgress(f"s3://{self._bucket}")
+        self._more: dict[str, str] = {}
+        self.done = False
+
+    def page(self, *, timeout_s: float) -> list[Entry]:
+        """Return the objects of one page more."""
+        wanted = {"Prefix": self._key, "MaxKeys": self._backend.page_size, **self._more}
+        page = self._backend._call("list_objects_v2", self._bucket, timeout_s=timeout_s, **wanted)
+        if "IsTruncated" not in page:
+            raise self._progress.fault(
+                "the answer is no listing of S3 (a web page?): check endpoint and proxies"
+            )
+        objects, token = page.get("Contents", []), page.get("NextContinuationToken")
+        token = (token or "") if page["IsTruncated"] else None
+        token = self._progress.token_after([one["Key"] for one in objects], token)
+        self.done = token is None
+        self._more = {} if token is None else {"ContinuationToken": token}
+        return [
+            Entry(key=f"{self._bucket}/{one['Key']}", size=one["Size"], etag=_s3_tag(one)) for one in objects
+        ]
+
+
 MOST_OBJECTS = 20_000_000
 """In one listing: more would not fit in the memory of a plan."""
+_WHOLE_LISTING_S = 3600.0  # where a driver gives no pages: its requests have tries and times of their own
+_HUB_REQUEST_S = 30.0
 _EMPTY_PAGES = 1000  # in a row: S3 sends some where many versions were deleted
 
 
 class _ListingProgress:
     """What has been seen of a listing, so that one that does not come to an end is given up."""
 
-    def __init__(self, bucket: str) -> None:
-        self._bucket = bucket
+    def __init__(self, place: str) -> None:
+        self._place = place
         self._tokens: set[str] = set()
         self._first_keys: set[str] = set()
         self._objects = self._empty = 0
 
-    def token_after(self, page: Mapping[str, Any]) -> str | None:
-        """Return the token of the next page; None after the last one.
+    def token_after(self, keys: Sequence[str], token: str | None) -> str | None:
+        """Return the token of the page after one with these keys; None after the last one.
 
         Raises:
-            SystemicFault: `store`, the answer is no listing, or not one more page of it.
+            SystemicFault: `store`, this is not one more page of the listing.
         """
-        if "IsTruncated" not in page:
-            raise self._fault("the answer is no listing of S3 (a web page?): check endpoint and proxies")
-        objects = page.get("Contents", [])
-        self._objects += len(objects)
-        self._empty = 0 if objects else self._empty + 1
+        self._objects += len(keys)
+        self._empty = 0 if keys else self._empty + 1
         if self._objects > MOST_OBJECTS:
-            raise self._fault(f"more than {MOST_OBJECTS:,} objects: name them in a table, or list less")
-        if not page["IsTruncated"]:
+            raise self.fault(
+                f"more than {MOST_OBJECTS:,} objects, or it does not come to an end: name them in a table, "
+                "or list less"
+            )
+        if token is None:
             return None
-        token = page.get("NextContinuationToken")
-        first = objects[0]["Key"] if objects else None
+        first = keys[0] if keys else None
         if not token or token in self._tokens or first in self._first_keys or self._empty > _EMPTY_PAGES:
-            raise self._fault("the listing does not come to an end: a page came again, or none has objects")
+            raise self.fault("the listing does not come to an end: a page came again, or none has objects")
         self._tokens.add(token)
         if first is not None:
             self._first_keys.add(first)
-        return str(token)
+        return token
 
-    def _fault(self, reason: str) -> SystemicFault:
-        return SystemicFault("store", f"s3://{self._bucket}: {reason}")
+    def fault(self, reason: str) -> SystemicFault:
+        """Return the error of a listing that is none."""
+        return SystemicFault("store", f"{self._place}: {reason}")
 
 
 def _http_status(error: OSError) -> int | None:

@@ -22,6 +22,7 @@ from hqlabel.pipeline.storage.backend import (
     ODD_TAG,
     Entry,
     FetchedObject,
+    FolderListing,
     check_complete,
     check_range,
     check_version,
@@ -140,10 +141,9 @@ class HttpBackend:
         weakref.finalize(self, _close, self._loop, session)
         return session
 
-    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]:
-        """Return nothing: web servers have no listing."""
-        del prefix, timeout_s, limit
-        return []
+    def walk(self, prefix: str) -> FolderListing:
+        """List nothing: web servers have no listing."""
+        return FolderListing(prefix, prefix, lambda *_: ([], []))
 
     def _read_only(self, *_given: Any, **_named: Any) -> Any:
         """Raise UsageError."""

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hqlabel.pipeline.errors import clean_text, count
-from hqlabel.pipeline.storage.backend import Entry, local_tag
+from hqlabel.pipeline.storage.backend import Each, Entry, local_tag
 from hqlabel.pipeline.storage.uri_rules import is_inside
 
 SKIPPED = frozenset(
@@ -195,8 +195,11 @@ class _Folder:
 class _Walk:
     """One walk through a local folder and what its links lead to."""
 
-    def __init__(self, roots: Sequence[str], pattern: Pattern | None) -> None:
+    def __init__(
+        self, roots: Sequence[str], pattern: Pattern | None, each: Each[list[os.DirEntry[str]]]
+    ) -> None:
         self.listed = Listed()
+        self._each = each
         self._roots = roots
         self._pattern = pattern
         self._hides = pattern.hides if pattern else _hides
@@ -231,15 +234,19 @@ class _Walk:
 
     def _one(self, folder: _Folder, *, is_top: bool) -> list[_Folder]:
         """List one folder; return the sub-folders that are to be listed next."""
+        entries = self._each(lambda _: self._scan(folder.path, is_top=is_top))
+        return [sub for entry in entries if (sub := self._entry(entry, folder)) is not None]
+
+    def _scan(self, path: str, *, is_top: bool) -> list[os.DirEntry[str]]:
         try:
-            with os.scandir(folder.path) as entries:
-                return [sub for entry in entries if (sub := self._entry(entry, folder)) is not None]
+            with os.scandir(path) as entries:
+                return list(entries)
         except (FileNotFoundError, NotADirectoryError):
             return []
         except PermissionError as error:
             if is_top:
                 raise
-            self.listed.unreadable[folder.path] = error.strerror or str(error)
+            self.listed.unreadable[path] = error.strerror or str(error)
             return []
 
     def _entry(self, entry: os.DirEntry[str], folder: _Folder) -> _Folder | None:
@@ -288,13 +295,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def walk(top: str, roots: Sequence[str], pattern: Pattern | None) -> Listed:
+def walk(
+    top: str, roots: Sequence[str], pattern: Pattern | None, each: Each[list[os.DirEntry[str]]]
+) -> Listed:
     """List the files below a local folder, links to folders inside `roots` followed; sorted by path.
 
-    Raises:
-        OSError: the folder itself cannot be read.
+    `each` scans one folder, with all its tries; it raises for `top` itself when that cannot be read.
     """
-    walking = _Walk(roots, pattern)
+    walking = _Walk(roots, pattern, each)
     walking.run(top)
     walking.listed.entries.sort(key=lambda one: one.key)
     return walking.listed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import itertools
 import os
 import secrets
 import stat
@@ -19,6 +18,7 @@ from hqlabel.pipeline.storage.backend import (
     CHUNK,
     Entry,
     FetchedObject,
+    FolderListing,
     check_version,
     local_tag,
     too_many_bytes,
@@ -125,12 +125,10 @@ class LocalBackend:
                 os.unlink(temporary)
         _sync_folder(folder)
 
-    def walk(self, prefix: str, *, timeout_s: float, limit: int | None) -> list[Entry]:
-        """Return all files but temporary ones whose path begins with `prefix`; links to folders are files."""
-        del timeout_s
+    def walk(self, prefix: str) -> FolderListing:
+        """List all files but temporary ones whose path begins with `prefix`; links to folders are files."""
         folder = prefix if prefix.endswith("/") else os.path.dirname(prefix)
-        found = (one for one in _walk_folder(folder.rstrip("/") or "/") if one.key.startswith(prefix))
-        return list(itertools.islice(found, limit))
+        return FolderListing(folder.rstrip("/") or "/", prefix, _list_folder)
 
     def delete(self, paths: Sequence[str], *, timeout_s: float) -> None:
         """Delete files; one that is already gone is no error."""
@@ -234,20 +232,29 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _walk_folder(folder: str) -> Iterator[Entry]:
+def _list_folder(folder: str, _timeout_s: float) -> tuple[list[Entry], list[str]]:
+    files: list[Entry] = []
+    folders: list[str] = []
     try:
-        entries = list(os.scandir(folder))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif not _is_temporary(entry.name):
+                    files += _listed(entry)
     except (FileNotFoundError, NotADirectoryError):
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk_folder(entry.path)
-        elif not _is_temporary(entry.name):
-            try:
-                status = entry.stat()
-                yield Entry(key=entry.path, size=status.st_size, etag=local_tag(status))
-            except OSError:
-                if (
-                    entry.is_symlink()
-                ):  # dangling or looping: listed, so that its reader reports what is wrong
-                    yield Entry(key=entry.path, size=0)
+        return [], []
+    return files, folders
+
+
+def _listed(entry: os.DirEntry[str]) -> list[Entry]:
+    """Return the file as it is listed; nothing when it is gone by now."""
+    try:
+        status = entry.stat()
+    except OSError as error:
+        if entry.is_symlink():  # dangling, or a circle: listed, so that its reader can report what is wrong
+            return [Entry(key=entry.path, size=0)]
+        if isinstance(error, FileNotFoundError):
+            return []
+        raise
+    return [Entry(key=entry.path, size=status.st_size, etag=local_tag(status))]

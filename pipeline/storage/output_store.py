@@ -11,13 +11,14 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import BinaryIO, TypeVar
 
 from hqlabel.pipeline.errors import DamageFound, ImageError, JobRefused, SystemicFault, UsageError
 from hqlabel.pipeline.job_context import Place
-from hqlabel.pipeline.storage.backend import Backend, Entry, FetchedObject
+from hqlabel.pipeline.storage.backend import Backend, Entry, FetchedObject, pages
 from hqlabel.pipeline.storage.cloud_buckets import backend_for
 from hqlabel.pipeline.storage.read_objects import blockwise
 from hqlabel.pipeline.storage.request_retries import StorageFault, with_retries
@@ -27,6 +28,7 @@ T = TypeVar("T")
 
 STORE_BUDGET_S = 120.0
 SLOWEST_BYTES_PER_S = 2**20  # a large body gets this much longer
+_DELETED_AT_ONCE = 1000  # one request of S3; each has a budget of its own
 
 
 class NotFound(SystemicFault):
@@ -221,12 +223,18 @@ class Store:
 
         `limit`: that many at most, whichever come first, to check whether there is anything.
         """
-        start = self._base + prefix
-        found = self._try(
-            f"list {prefix}", lambda left: self._backend.walk(start, timeout_s=left, limit=limit)
-        )
-        entries = [replace(one, key=one.key.removeprefix(self._base)) for one in found]
-        return sorted(entries, key=lambda entry: entry.key)
+        found: list[Entry] = []
+        for page in self.pages(prefix):
+            found += page
+            if limit is not None and len(found) >= limit:
+                break
+        return sorted(found[:limit], key=lambda entry: entry.key)
+
+    def pages(self, prefix: str = "") -> Iterator[Sequence[Entry]]:
+        """Yield what `list` returns as it comes, in no order; each page has the budget of a call."""
+        start, cut = self._base + prefix, len(self._base)
+        for page in pages(lambda: self._backend.walk(start), lambda call: self._try(f"list {prefix}", call)):
+            yield [Entry(key=one.key[cut:], size=one.size, etag=one.etag) for one in page]
 
     def head(self, key: str) -> Entry | None:
         """Return size and tag of `key`, or None when it is absent."""
@@ -236,8 +244,12 @@ class Store:
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete the keys. Only `hqlabel clean` calls this: no other command needs the right."""
-        paths = [self._path(key) for key in keys]
-        self._try(f"delete {len(keys)} objects", lambda left: self._backend.delete(paths, timeout_s=left))
+        for start in range(0, len(keys), _DELETED_AT_ONCE):
+            paths = [self._path(key) for key in keys[start : start + _DELETED_AT_ONCE]]
+            self._try(f"delete {len(paths)} objects", partial(self._delete, paths))
+
+    def _delete(self, paths: Sequence[str], timeout_s: float) -> None:
+        self._backend.delete(paths, timeout_s=timeout_s)
 
     def abort_stale_uploads(self) -> int:
         """Drop unfinished writes of dead processes (S3 uploads, local temporary files); return how many."""

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any, BinaryIO, TypeVar
 
 from hqlabel.pipeline.errors import (
@@ -27,7 +29,7 @@ from hqlabel.pipeline.errors import (
     count,
 )
 from hqlabel.pipeline.storage import list_folders
-from hqlabel.pipeline.storage.backend import Backend, Entry, FetchedObject
+from hqlabel.pipeline.storage.backend import Backend, Each, Entry, FetchedObject, pages
 from hqlabel.pipeline.storage.cloud_buckets import backend_for
 from hqlabel.pipeline.storage.request_retries import StorageFault, describe, is_silence, with_retries
 from hqlabel.pipeline.storage.uri_rules import check_regular, split_scheme
@@ -242,11 +244,12 @@ def list_objects(uri: str, options: Mapping[str, Any]) -> list[Entry]:
     For the folder of a program, such as a checkpoint; what a user names is listed by `list_inputs`.
     """
     source = _folder(uri, options)
+    return _entries(_walked(source, partial(_call_for_input, uri, "list")), source)
 
-    def walk(left: float) -> list[Entry]:
-        return source.backend.walk(source.path, timeout_s=left, limit=None)
 
-    return _entries(_call_for_input(uri, "list", walk), source)
+def _walked(source: ObjectUri, each: Each[Any]) -> list[Entry]:
+    listing = pages(lambda: source.backend.walk(source.path), each)
+    return [entry for page in listing for entry in page]
 
 
 def _folder(uri: str, options: Mapping[str, Any]) -> ObjectUri:
@@ -261,7 +264,11 @@ def _entries(found: Sequence[Entry], source: ObjectUri) -> list[Entry]:
         for one in found
         if not one.key.endswith("/")  # the empty objects that S3 consoles make for folders
     ]
-    return sorted(entries, key=lambda entry: entry.key)
+    entries.sort(key=lambda entry: entry.key)
+    twice = next((one.key for one, other in pairwise(entries) if one.key == other.key), None)
+    if twice is not None:
+        raise JobRefused(f"list {source.uri}: {twice} came twice; start again when nobody writes there")
+    return entries
 
 
 def list_inputs(
@@ -282,13 +289,11 @@ def list_inputs(
     source = _folder(uri, options)
     names = None if pattern is None else list_folders.Pattern(pattern)
 
-    def listed_by(left: float) -> list_folders.Listed:
-        if split_scheme(uri)[0] == "file":
-            return list_folders.walk(source.path, (*roots, os.path.realpath(source.path)), names)
-        objects = source.backend.walk(source.path, timeout_s=left, limit=None)
-        return list_folders.visible_of(objects, source.path, names)
-
-    listed = _call_for_input(uri, "list", listed_by)
+    each: Each[Any] = partial(_call_for_input, uri, "list")
+    if split_scheme(uri)[0] == "file":
+        listed = list_folders.walk(source.path, (*roots, os.path.realpath(source.path)), names, each)
+    else:
+        listed = list_folders.visible_of(_walked(source, each), source.path, names)
     _refuse_lost(listed)
     unnameable = {one.key for one in listed.entries if not one.key.isprintable() and is_no_utf8(one.key)}
 

@@ -19,6 +19,7 @@ from hqlabel.pipeline.storage.read_objects import fingerprint, head_object, open
 from hqlabel.pipeline.storage.request_retries import classify
 from tests.hub_server import Hub, hub_server
 from tests.pipeline.made_formats import PICTURES, hf_rows, sample, tar_of
+from tests.s3_proxy import Fault, fault_proxy
 
 LIMITS = Limits(fetch_timeout_s=10)
 
@@ -99,3 +100,14 @@ def test_what_the_hub_answers_is_told_by_its_status(status, kind, code):
     verdict = classify(HfHubHTTPError("refused", response=answer))
 
     assert (verdict.kind, verdict.code) == (kind, code)
+
+
+def test_a_fault_of_the_hub_costs_a_listing_one_page(hub, monkeypatch):
+    with hub_server(hub.files, page_size=2) as small_pages, fault_proxy(small_pages.endpoint) as proxy:
+        reset = proxy.add(Fault(match="GET .*/tree/.*cursor=2", do="reset", times=3))
+        broken = proxy.add(Fault(match="GET .*/tree/.*cursor=4", do="status", status=500, times=1))
+        found = objects.list_objects(f"{hub.uri}/photos", {"endpoint": proxy.endpoint})
+    assert [entry.key for entry in found] == [f"{hub.uri}/photos/{name}.png" for name in sorted(PICTURES)]
+    assert (reset.landed, broken.landed) == (3, 1)
+    assert proxy.requests("/tree/.*cursor=2") == 4
+    assert proxy.requests("/tree/") - proxy.requests("/tree/.*cursor=") == 1
