@@ -6,7 +6,9 @@ files registers them.
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 
 from hqlabel.jobs.cli import labelling_commands, results_commands
 from hqlabel.jobs.cli.app import app, command, end_interrupted, interrupts
@@ -26,3 +28,15 @@ def main() -> None:
         app()
     except Interrupted:
         end_interrupted()
+    except SystemExit as ended:
+        _end_soon(ended)
+
+
+def _end_soon(ended: SystemExit) -> None:
+    """End this process once all is written, without taking Ray and torch apart, which takes seconds."""
+    if isinstance(ended.code, str):
+        raise ended
+    sys.stdout.flush()  # what cannot be written ends the process as Python does, with a word
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    os._exit(ended.code or 0)

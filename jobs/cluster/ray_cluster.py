@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -89,14 +90,26 @@ def running_ray(
     environ: MutableMapping[str, str],
     on_death: Callable[[SystemicFault], None] = lambda _: None,
 ) -> Iterator[ClusterInfo]:
-    """Yield a Ray to work on, until the block ends; `environ` is this process's, and gets Ray's switches.
+    """Yield what `starting_ray` does, once it runs."""
+    with starting_ray(section, environ, on_death) as ready:
+        yield ready()
 
-    `on_death` is called from a thread when Ray dies meanwhile, and is expected to end the process.
+
+@contextlib.contextmanager
+def starting_ray(
+    section: ClusterSettings,
+    environ: MutableMapping[str, str],
+    on_death: Callable[[SystemicFault], None] = lambda _: None,
+) -> Iterator[Callable[[], ClusterInfo]]:
+    """Yield a function that returns a Ray to work on, until the block ends.
+
+    A private one starts meanwhile, and the function waits for it. `environ` is this process's, and gets Ray's
+    switches. `on_death` is called from a thread when Ray dies, and is expected to end the process.
 
     Raises:
         UsageError: an address of a kind that cannot be joined.
         JobRefused: no cluster answers at the address.
-        SystemicFault: `resources`, when a private Ray does not start.
+        SystemicFault: `resources`, by the function, when a private Ray does not start.
     """
     address = address_to_join(section.ray_address, environ)
     with stdout_for_data_alone():
@@ -111,10 +124,9 @@ def running_ray(
             with _private_folder() as folder, _token_in(folder / "auth_token", environ):
                 ray = _import_ray(environ)
                 _silence_ray()
-                info, watch = _start_private(ray, section, folder, on_death)
-                end_ray, unwatch = _unless_interrupted(ray.shutdown), _unless_interrupted(watch.close)
-                with end_ray, unwatch, watch.first_to_tell():
-                    yield info
+                start = _Start(lambda: _start_private(ray, section, folder, on_death))
+                with _unless_interrupted(lambda: start.end(ray)), start.first_to_tell():
+                    yield start.result
         else:
             if _JOB_VARIABLE not in environ:  # a submitted job goes by what its cluster was started with
                 environ.setdefault("RAY_AUTH_MODE", "token")
@@ -123,7 +135,7 @@ def running_ray(
             watch = RayWatch(on_death)
             watch.start()
             with _unless_interrupted(watch.close), _unless_interrupted(ray.shutdown), watch.first_to_tell():
-                yield info
+                yield lambda: info
 
 
 def refuse_local_output(info: ClusterInfo, output_uri: str, *, is_local: bool, shared_paths: bool) -> None:
@@ -203,6 +215,55 @@ def _own_token() -> str:
     return secrets.token_hex(32)
 
 
+class _Start:
+    """A start of a private Ray in a thread, so that its seconds are not waited for before Ray is needed.
+
+    The thread lives until that Ray has ended: Linux ends Ray's processes with the thread that started them.
+    """
+
+    def __init__(self, start: Callable[[], tuple[ClusterInfo, RayWatch]]) -> None:
+        self._start = start
+        self._came: tuple[ClusterInfo, RayWatch] | None = None
+        self._error: BaseException | None = None
+        self._done, self._over = threading.Event(), threading.Event()
+        threading.Thread(target=self._run, name="ray-start", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._came = self._start()
+        except BaseException as error:  # raised where Ray is needed
+            self._error = error
+        self._done.set()
+        self._over.wait()
+
+    def result(self) -> ClusterInfo:
+        """Wait until Ray runs; raises what its start raised."""
+        self._done.wait()
+        if self._came is None:
+            assert self._error is not None, "it has ended one way or the other"
+            raise self._error
+        return self._came[0]
+
+    @contextlib.contextmanager
+    def first_to_tell(self) -> Iterator[None]:
+        """Let the watch of a Ray that runs tell of its death, rather than what then failed."""
+        try:
+            yield
+        except Exception:
+            if self._came is None:
+                raise
+            with self._came[1].first_to_tell():
+                raise
+
+    def end(self, ray: ModuleType) -> None:
+        """End Ray, once it has started: half started, its C++ would end this process with it."""
+        self._done.wait()
+        if self._came is not None:
+            self._came[1].close()
+            ray.shutdown()
+        self._over.set()
+
+
 def _start_private(
     ray: ModuleType, section: ClusterSettings, folder: Path, on_death: Callable[[SystemicFault], None]
 ) -> tuple[ClusterInfo, RayWatch]:
@@ -219,6 +280,8 @@ def _start_private(
                     log_to_driver=False,
                     logging_level="ERROR",
                     _skip_env_hook=True,
+                    # Its first workers import this while the job is made, and not when they get their tasks.
+                    _system_config={"preload_python_modules": ["ray.data"]},
                     _temp_dir=str(folder / name),  # Ray opens this folder to all; the one above stays closed
                 )
             return _info(ray, "local", private=True), watch

@@ -18,7 +18,7 @@ from hqlabel.jobs.cluster.ray_cluster import (
     ClusterInfo,
     address_to_join,
     refuse_local_output,
-    running_ray,
+    starting_ray,
     usable_cpus,
 )
 from hqlabel.jobs.job_setup import resolve_settings
@@ -63,6 +63,7 @@ class Machine:
         self._cpu_threads = config.model.cpu_threads
         self.joins = address_to_join(config.cluster.ray_address, os.environ) is not None
         self._stack = contextlib.ExitStack()
+        self._started: Callable[[], ClusterInfo] | None = None
         self._info: ClusterInfo | None = None
 
     def __enter__(self) -> Self:
@@ -107,7 +108,9 @@ class Machine:
         configured = self._config.model.dtype
         if configured == "float32":
             return configured
-        from hqlabel.pipeline.stages.load_model import resolve_dtype  # brings torch
+        if configured == "auto":  # never refuses, and takes seconds: torch
+            self.begin()
+        from hqlabel.pipeline.stages.load_model import resolve_dtype
 
         if not self.joins:
             return resolve_dtype(configured, self.device() == "cuda")
@@ -116,16 +119,28 @@ class Machine:
 
         return run_on_model_node(partial(resolve_dtype, configured), self._cluster, self._cpu_threads)
 
+    def begin(self) -> None:
+        """Let Ray start while other things are done, if it has not begun: soon `start` will be called.
+
+        Raises:
+            JobRefused: no cluster there.
+        """
+        if self._started is None:
+            ray = starting_ray(self._config.cluster, os.environ, on_death=self._interrupts.end_with)
+            self._started = self._stack.enter_context(ray)
+            self._interrupts.install()  # Ray has replaced our handler
+
     def start(self) -> ClusterInfo:
         """Return the running Ray, started or joined at the first call.
 
         Raises:
             JobRefused: no cluster there, or the output is a local path and there are several nodes.
+            SystemicFault: `resources`, when a private Ray does not start.
         """
         if self._info is None:
-            ray = running_ray(self._config.cluster, os.environ, on_death=self._interrupts.end_with)
-            info = self._stack.enter_context(ray)
-            self._interrupts.install()  # Ray has replaced our handler
+            self.begin()
+            assert self._started is not None, "it has begun"
+            info = self._started()
             self._info = info
             uri = self._config.output.uri or ""
             refuse_local_output(
@@ -148,7 +163,7 @@ class Machine:
     def map_parts(self, function: Callable[[PartTask], Part], tasks: Sequence[PartTask]) -> Iterable[Part]:
         """Yield `function` of every part, from Ray tasks in any order; do little work here, without Ray."""
         size = sum(unit.size for task in tasks for unit in task.part_units)
-        if self._info is None and size < SERIAL_BYTES:
+        if size < SERIAL_BYTES and (self._info is None or len(tasks) == 1):
             return map(function, tasks)
         self.start()
         from hqlabel.pipeline.ray_execution.ray_tasks import map_parts

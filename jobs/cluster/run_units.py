@@ -62,10 +62,12 @@ def run_pending(
         JobRefused: another driver has taken the job over.
         Interrupted: a signal came.
     """
-    work.machine.start()
-    from hqlabel.pipeline.ray_execution import live_counts  # imports Ray, which must be configured before
+    work.machine.begin()
+    # These import Ray, which must be configured before, and Ray Data, which takes as long as Ray's start.
+    from hqlabel.pipeline.ray_execution import live_counts
     from hqlabel.pipeline.ray_execution.chain import Retry
 
+    work.machine.start()
     retry = None if generations is None else Retry(generations=generations, codes=codes)
     earlier = _Devices(work.store, work.job)
     progress = _new_progress(

@@ -77,6 +77,8 @@ def _make_backend(scheme: str, options_json: str) -> Backend:
         if scheme in ("http", "https"):
             return HttpBackend(options)
         fs = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
+    except TypeError as error:  # an option that the driver does not take
+        raise UsageError(f"storage.{scheme}: its driver does not take an option of these ({error})") from None
     except (ImportError, ValueError) as error:
         extra = _EXTRAS.get(scheme)
         hint = f"install it: pip install 'hqlabel[{extra}]'" if extra else "install its fsspec driver"

@@ -11,15 +11,18 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hqlabel.jobs.cluster import ray_cluster as cluster
 from hqlabel.jobs.cluster.ray_cluster import ClusterInfo, address_to_join, refuse_local_output
-from hqlabel.pipeline.errors import JobRefused, UsageError
+from hqlabel.jobs.cluster.ray_watch import RayWatch
+from hqlabel.pipeline.errors import JobRefused, SystemicFault, UsageError
 
 ROOT = Path(__file__).parents[3]
 
@@ -149,7 +152,7 @@ def test_a_folder_that_others_may_write_is_refused(private_tmp: Path) -> None:
 
 
 RAY_SCRIPT = """
-    import json, os, psutil, stat, time
+    import json, os, psutil, re, stat, time
     from hqlabel.jobs.terminal import console
     from hqlabel.jobs.cluster.ray_cluster import running_ray
     from hqlabel.pipeline.settings import ClusterSettings
@@ -157,9 +160,11 @@ RAY_SCRIPT = """
         import ray
         token = os.environ["RAY_AUTH_TOKEN_PATH"]
         folder = os.path.dirname(token)
+        loaded = ray.get(ray.remote(num_cpus=0.1)(lambda: "ray.data" in __import__("sys").modules).remote())
         task = ray.remote(num_cpus=0.3)(lambda: (time.sleep(1), os.getpid())[1])
         workers = set(ray.get([task.remote() for _ in range(3)]))
         time.sleep(2.5)  # Ray looks every 200 ms for workers that had nothing to do for a second
+        lines = [" ".join(one.cmdline()) for one in psutil.Process().children(recursive=True)]
         console.data(json.dumps({
             "info": str(info), "mode": os.environ["RAY_AUTH_MODE"],
             "token": oct(stat.S_IMODE(os.stat(token).st_mode)),
@@ -168,10 +173,9 @@ RAY_SCRIPT = """
             "answer": ray.get(ray.remote(num_cpus=0.1)(lambda: 7).remote()),
             "usage": os.environ["RAY_USAGE_STATS_ENABLED"],
             "autoscaler": os.environ["RAY_DATA_CLUSTER_AUTOSCALER"],
-            "processes": sorted(
-                (one.cmdline() or [""])[0].rpartition("/")[2].split(":")[0]
-                for one in psutil.Process().children(recursive=True)
-            ),
+            "beside": [line for line in lines if re.search("ray::.*Agent|(agent|main|monitor)[.]py", line)],
+            "listed": any("raylet/raylet" in line for line in lines),
+            "loaded": loaded,
             "workers": len(workers) > 1, "lost": sum(not os.path.exists(f"/proc/{pid}") for pid in workers),
         }))
     with running_ray(ClusterSettings(cpus=1), os.environ) as info:  # again in one process, as benchmarks do
@@ -202,10 +206,57 @@ def test_a_private_ray_is_closed_and_leaves_nothing(private_tmp: Path) -> None:
         "answer": 7,
         "usage": "0",
         "autoscaler": "V2",  # the one that does not round shares of cores off
-        # of the interpreters one ends the session, and two stand for agents
-        "processes": ["gcs_server", "python", "python", "python", "ray", "ray", "ray", "raylet"],
+        "beside": [],  # none that takes seconds to start, and listens
+        "listed": True,
+        "loaded": True,
         "workers": True,  # more than a core's
         "lost": 0,
     }
     assert left == "False 8 None"
     assert done.stderr == ""
+
+
+class FakeRay:
+    """Its start takes until it is let go, and its processes are a thread's, as on Linux."""
+
+    def __init__(self, fault: Exception | None = None) -> None:
+        self.let_go, self.fault = threading.Event(), fault
+        self.thread: threading.Thread | None = None
+        self.did: list[str] = []
+
+    def start(self) -> tuple[ClusterInfo, RayWatch]:
+        self.thread = threading.current_thread()
+        self.let_go.wait(10)
+        if self.fault is not None:
+            raise self.fault
+        self.did.append("started")
+        info = ClusterInfo(address="local", private=True, nodes=1, cpus=2, gpus=0)
+        return info, SimpleNamespace(close=lambda: self.did.append("unwatched"))  # type: ignore[return-value]
+
+    def shutdown(self) -> None:
+        assert self.thread is not None
+        assert self.thread.is_alive(), "Linux has ended Ray's processes with the thread that started them"
+        self.did.append("ended")
+
+
+def test_ray_starts_while_other_things_are_done_and_ends_after_its_start() -> None:
+    ray = FakeRay()
+    start = cluster._Start(ray.start)
+    threading.Timer(0.2, ray.let_go.set).start()
+    assert ray.did == []
+    start.end(ray)  # type: ignore[arg-type]  # half started, it could not be ended
+    assert ray.did == ["started", "unwatched", "ended"]
+    assert start.result().cpus == 2
+    assert ray.thread is not None
+    ray.thread.join(10)
+    assert not ray.thread.is_alive()
+
+
+def test_what_kept_ray_from_starting_rises_where_it_is_needed_and_nowhere_else() -> None:
+    ray = FakeRay(SystemicFault("resources", "no room"))
+    start = cluster._Start(ray.start)
+    ray.let_go.set()
+    with pytest.raises(SystemicFault, match="no room"), start.first_to_tell():
+        start.result()
+    start.end(ray)  # type: ignore[arg-type]
+    assert ray.did == []

@@ -78,3 +78,8 @@ def test_a_driver_that_gives_more_than_a_range_is_not_believed() -> None:
 def test_a_place_that_names_no_folder_or_leads_out_of_it_is_refused(uri: str) -> None:
     with pytest.raises(UsageError, match="names no bucket and folder"):
         Store(Place(uri=uri))
+
+
+def test_an_option_that_no_driver_takes_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match=r"storage\.s3: .*an option of these.*endpoint_url:http://x"):
+        cloud_buckets.backend_for("s3", {"endpoint_url:http://x": None})
