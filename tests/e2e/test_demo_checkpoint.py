@@ -57,7 +57,7 @@ def ious_by_orientation(folder: Path) -> dict[int, list[float]]:
             rows.append({"image_id": name, "boxes": boxes.tolist()})
     schema = pa.schema([("image_id", pa.string()), ("boxes", pa.list_(pa.list_(pa.float32())))])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "boxes.parquet")
-    commands.run(
+    commands.label_here(
         "label", "--images", str(folder / "images"), "--boxes", str(folder / "boxes.parquet"),
         "--checkpoint", "demo", "--output", str(folder / "out"),
     )  # fmt: skip

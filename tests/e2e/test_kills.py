@@ -201,7 +201,7 @@ def test_broken_images_end_as_their_rows_say_and_retry_mends_only_them(
     (data.images / names[1]).write_bytes(good)
     before = {r["image_id"]: r for r in commands.lasting(images).to_pylist()}
     again = ("retry", "--output", str(output), "--code", "truncated", "--checkpoint", str(checkpoint))
-    commands.run(*again, "--allow-root", str(data.images), code=3)  # one is still missing
+    commands.label_here(*again, "--allow-root", str(data.images), code=3)  # one is still missing
     again, _ = commands.tables(output)
     changed = [r["image_id"] for r in commands.lasting(again).to_pylist() if r != before[r["image_id"]]]
     assert changed == [names[1]]

@@ -102,7 +102,7 @@ def test_points_and_masks_of_a_table_give_the_models_own_masks(weights: Path, tm
     inputs = ["--images", str(tmp_path / "shard.tar"), "--boxes", str(tmp_path / "prompts.parquet")]
     output = tmp_path / "out"
 
-    commands.run("label", *inputs, "--checkpoint", str(weights), "--output", str(output), *SETTINGS)
+    commands.label_here("label", *inputs, "--checkpoint", str(weights), "--output", str(output), *SETTINGS)
 
     set_cpu_threads(1)  # as the job's process does: the last bits of some sums follow their number
     segmenter = Segmenter(checkpoints.load(weights).model, call_shape=SHAPE, dtype="float32")
