@@ -21,7 +21,7 @@ from tests.e2e import commands
 from tools.demo_model.evaluate import evaluate, held_out_scene, mask_iou
 from tools.demo_model.scenes import Scene
 
-SCENES = 10
+SCENES = 5
 SIDE = 512
 AGREEMENT = 0.02
 # What was done to the upright picture before it was stored; EXIF says how to undo it.

@@ -14,7 +14,7 @@ from tools.demo_model.evaluate import evaluate, held_out_scene, mask_iou, predic
 
 FOLDER = Path(__file__).parents[2] / "model" / "weights" / "hqlabel-demo"
 MAX_BYTES = 20_000_000
-SCENES = 30
+SCENES = 12
 IOU_FLOOR = 0.84  # measured 0.86 on these scenes; a swapped axis or a bad resize costs far more
 
 
@@ -55,7 +55,7 @@ def test_its_scores_rank_its_masks(figures: dict[str, float]) -> None:
 def test_bfloat16_gives_nearly_the_same_masks() -> None:
     exact, rounded = demo().model, load(FOLDER).model.cast(torch.bfloat16)
     found = []
-    for index in range(6):
+    for index in range(3):
         scene, boxes = held_out_scene(index, exact.config.image_size)
         ours, theirs = (predict(model, scene.pixels_hwc, boxes)[0]["sum"] for model in (exact, rounded))
         found += [mask_iou(one, other) for one, other in zip(ours, theirs, strict=True)]
@@ -64,7 +64,7 @@ def test_bfloat16_gives_nearly_the_same_masks() -> None:
 
 def test_swapped_box_axes_show_as_a_low_iou() -> None:
     model, found = demo().model, []
-    for index in range(8):
+    for index in range(4):
         scene, boxes = held_out_scene(index, model.config.image_size)
         masks, _, _ = predict(model, scene.pixels_hwc, boxes[:, [1, 0, 3, 2]])
         found += [mask_iou(truth, mask) for truth, mask in zip(scene.masks(), masks["sum"], strict=True)]
