@@ -41,15 +41,22 @@ READ_TRIES = 8
 LOOK_UP_S = 20.0
 FINGERPRINT_THREADS = 16
 BLOCK = 4 * 2**20
+FIRST_RANGE, LARGEST_RANGE = 2**20, 64 * 2**20
+SLOW_RANGE_S = 0.5
 
 
 class _BlockReader(io.RawIOBase):
-    """A read-only file over a function that reads ranges."""
+    """A read-only file over a function that reads ranges, each with tries and a time of its own.
+
+    What is larger than a range is read in several, so that a slow link only takes longer. Ranges grow while
+    they come quickly, for their requests cost a fast link time.
+    """
 
     def __init__(self, read_range: Callable[[int, int], bytes], size: int) -> None:
         self._read_range = read_range
         self._size = size
         self._at = 0
+        self._range = FIRST_RANGE
 
     def readable(self) -> bool:
         return True
@@ -66,19 +73,29 @@ class _BlockReader(io.RawIOBase):
         return self._at
 
     def readall(self) -> bytes:  # the inherited one asks for 8 KiB at a time
-        data = self._read_range(self._at, self._size) if self._at < self._size else b""
-        self._at += len(data)
-        return data
+        whole = io.BytesIO()  # grows in place and gives its bytes away uncopied: there is one copy of weights
+        while data := self._read_on(self._size):
+            whole.write(data)
+        return whole.getvalue()
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        stop = min(self._at + len(view), self._size)
-        if stop <= self._at:
-            return 0
-        data = self._read_range(self._at, stop)
+        data = self._read_on(self._at + len(view))
         view[: len(data)] = data
-        self._at += len(data)
         return len(data)
+
+    def _read_on(self, stop: int) -> bytes:
+        stop = min(stop, self._size, self._at + self._range)
+        if stop <= self._at:
+            return b""
+        began = time.monotonic()
+        data = self._read_range(self._at, stop)
+        self._at += len(data)
+        if time.monotonic() - began > SLOW_RANGE_S:
+            self._range = max(self._range // 2, FIRST_RANGE)
+        elif len(data) == self._range:
+            self._range = min(self._range * 2, LARGEST_RANGE)
+        return data
 
 
 def blockwise(read_range: Callable[[int, int], bytes], size: int, *, block: int = BLOCK) -> BinaryIO:

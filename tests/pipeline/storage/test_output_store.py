@@ -22,6 +22,7 @@ import pytest
 from hqlabel.pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError
 from hqlabel.pipeline.job_context import AccessRules, Place
 from hqlabel.pipeline.storage import cloud_buckets as buckets
+from hqlabel.pipeline.storage import read_objects
 from hqlabel.pipeline.storage.backend import Entry, check_complete
 from hqlabel.pipeline.storage.local_disk import LocalBackend
 from hqlabel.pipeline.storage.output_store import NotFound, Store
@@ -804,6 +805,69 @@ def test_input_files_are_streamed_and_told_apart(tmp_path, s3_store: Store):
             open_input(uri + "x", options)
     os.utime(tmp_path / "boxes", (1, 1))
     assert fingerprint(str(tmp_path / "boxes"), {})["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def small_ranges(monkeypatch) -> list[tuple[int, int]]:
+    """Ranges of 64 KiB, later of 256 KiB at most; the list is of those that were requested."""
+    monkeypatch.setattr(read_objects, "FIRST_RANGE", 2**16)
+    monkeypatch.setattr(read_objects, "LARGEST_RANGE", 2**18)
+    asked: list[tuple[int, int]] = []
+    get_range = buckets.S3Backend.get_range
+
+    def noted(self, path, start, stop, **how):
+        asked.append((start, stop))
+        return get_range(self, path, start, stop, **how)
+
+    monkeypatch.setattr(buckets.S3Backend, "get_range", noted)
+    return asked
+
+
+def test_a_fault_in_a_large_file_costs_one_range(moto_s3, s3_faults, small_ranges):
+    data, place = os.urandom(2**20), moto_s3.place()
+    Store(place).put("weights.pth", data)
+    fault = s3_faults.add(Fault(match=r"GET .*weights", do="truncate", keep=10, skip=3, times=2))
+    with open_input(f"{place.uri}/weights.pth", {"endpoint_url": s3_faults.endpoint}) as file:
+        assert file.read() == data
+    assert fault.landed == 2
+    assert small_ranges[3] == small_ranges[4] == small_ranges[5]
+    once = [*small_ranges[:3], *small_ranges[5:]]
+    assert [start for start, _ in once] == [0, *(stop for _, stop in once[:-1])], "none twice, none left out"
+    assert max(stop - start for start, stop in once) == 2**18
+
+
+def test_a_large_file_may_take_longer_than_a_budget_while_its_bytes_come(
+    moto_s3, s3_faults, small_ranges, monkeypatch
+):
+    data, place = os.urandom(2**19), moto_s3.place()
+    Store(place).put("weights.pth", data)
+    monkeypatch.setattr(read_objects, "INPUT_BUDGET_S", 2.0)
+    monkeypatch.setattr(read_objects, "SLOW_RANGE_S", 0.1)
+    slow = s3_faults.add(Fault(match=r"GET .*weights", do="drip", rate=200_000.0))
+    began = time.monotonic()
+    with open_input(f"{place.uri}/weights.pth", {"endpoint_url": s3_faults.endpoint}) as file:
+        assert file.read() == data
+    assert slow.landed == len(small_ranges) == 8
+    assert time.monotonic() - began > read_objects.INPUT_BUDGET_S
+
+
+def test_a_large_file_is_held_once_while_it_is_read(tmp_path):
+    (tmp_path / "weights").write_bytes(bytes(300 * 2**20))
+    script = """
+import resource, sys
+from hqlabel.pipeline.storage.read_objects import open_input
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with open_input(sys.argv[1], {}) as file:
+    data = file.read()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10, len(data))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "weights")], capture_output=True, text=True, check=True
+    )
+    mib, size = ran.stdout.split()
+    assert int(size) == 300 * 2**20
+    assert float(mib) < 500
 
 
 @pytest.fixture
