@@ -222,7 +222,11 @@ def _report(
     left_out = {what: number for what, number in tally.items() if number and what not in _NOT_SKIPPED}
     notes = [*(("note", sentence) for sentence in idle), *_notes(options, source, loss)]
     if options.json:
-        lost = {"mean_iou": loss.mean, "least_iou": loss.least} if _is_lossy(options) else None
+        lost = (
+            {"mean_iou": loss.mean, "least_iou": loss.least, "masks_lost": loss.gone}
+            if _is_lossy(options)
+            else None
+        )
         console.data_json(
             {
                 "to": options.to,

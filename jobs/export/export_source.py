@@ -185,7 +185,7 @@ class ExportSource:
 
 @dataclass(kw_only=True)
 class Loss:
-    """The IoU of every mask with what was written of it: their sum, least, and how many are low.
+    """The IoU of every mask with what was written of it: their sum, least, how many are low, and how many 0.
 
     `what`: the beginning of the sentence about it.
     """
@@ -195,6 +195,7 @@ class Loss:
     total: float = 0.0
     least: float = 1.0
     low: int = 0
+    gone: int = 0
 
     def add(self, iou: float) -> None:
         """Count one mask."""
@@ -202,6 +203,7 @@ class Loss:
         self.total += iou
         self.least = min(self.least, iou)
         self.low += iou < _LOW
+        self.gone += iou == 0
 
     @property
     def mean(self) -> float | None:
@@ -213,7 +215,8 @@ class Loss:
         if self.mean is None:
             return "no mask was written"
         low = f"{count(self.low, 'mask')} below {_LOW:g}"
-        return f"{self.what} IoU {self.mean:.4f} on average, {self.least:.3f} at worst, {low}"
+        gone = f", {self.gone:,} of them lost wholly" if self.gone else ""
+        return f"{self.what} IoU {self.mean:.4f} on average, {self.least:.3f} at worst, {low}{gone}"
 
 
 def open_source(store: Store, job: Job, manifest: Manifest, selection: Selection) -> ExportSource:

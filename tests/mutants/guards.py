@@ -206,6 +206,11 @@ MUTANTS: list[Mutant] = [
         ("        if not place.put_if_absent(key, \"\".join(text).encode()):", "        place.put(key, \"\".join(text).encode())\n        if False:"),
     ),
     *of(
+        "jobs/export/webdataset_shards.py",
+        "tests/jobs/export/test_tools_formats.py",
+        ('return ending if ending in _PICTURES else "img"', "return ending"),
+    ),
+    *of(
         "jobs/export/export_names.py",
         "tests/jobs/export/test_hostile_names.py tests/jobs/export/test_export.py",
         ('"\\0" not in path and not {"", ".", ".."} & set(parts)', '"\\0" not in path'),

@@ -211,6 +211,14 @@ def test_indexed_masks_follow_the_rule_for_overlaps_and_what_is_hidden_is_said(t
     assert listed == ["o", "street/01", "street/02", "street/03", "street/04"]
 
 
+def test_a_mask_that_others_hide_wholly_is_counted(tmp_path: Path) -> None:
+    twice = MadeImage(image_id="o.jpg", masks=[blob(1), blob(1), blob(2)])
+    _, said = exported("png", [twice], tmp_path)
+    assert (said["loss"]["masks_lost"], said["loss"]["least_iou"]) == (1, 0)
+    [note] = [one for one in said["notes"] if "IoU" in one]
+    assert ", 1 of them lost wholly; the smaller of two masks lies on top; scores are lost" in note
+
+
 def test_more_than_a_byte_tells_apart_is_refused_or_left_out(tmp_path: Path) -> None:
     dot = np.zeros((16, 16), np.uint8)
     dot[3, 4] = 1
@@ -483,6 +491,28 @@ def test_only_what_was_selected_is_in_the_new_formats(kind: str, tmp_path: Path)
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def many(tmp_path: Path) -> list[MadeImage]:
+    """270 masks of 61 pictures, the odd ones among them, of five classes whose names need escaping."""
+    kinds = [
+        (2, "cat"),
+        (7, "traffic light"),
+        (8, "\u00e9\u65e5\U0001f697"),
+        (9, "a & b <c> 'd' \"e\""),
+        (90, "x"),
+    ]
+    images = [
+        MadeImage(
+            image_id=f"st reet/\u00e9 {n:02d}.jpg",
+            masks=[blob(100 * n + at) for at in range(n % 8 + 1)],
+            categories=[kinds[(n + at) % 5] for at in range(n % 8 + 1)],
+        )
+        for n in range(60)
+    ]
+    odd = MadeImage(image_id="odd.jpg", masks=odd_masks(), categories=[kinds[at % 5] for at in range(8)])
+    return photos_of(tmp_path / "photos", [odd, *images])
+
+
 def by_datumaro(folder: Path, kind: str) -> dict[str, list[tuple[str, np.ndarray]]]:
     """The masks of each item with their labels."""
     dm = pytest.importorskip("datumaro", reason="datumaro is not installed")
@@ -512,18 +542,18 @@ def as_bytes(found: dict[str, list[tuple[str, np.ndarray]]]) -> dict[str, list[t
     ("kind", "more", "as_"), [("coco", ["--subset", "default"], "coco"), ("cvat", [], "cvat")]
 )
 def test_datumaro_reads_the_same_masks(
-    kind: str, more: list[str], as_: str, photos: list[MadeImage], tmp_path: Path
+    kind: str, more: list[str], as_: str, many: list[MadeImage], tmp_path: Path
 ) -> None:
     pytest.importorskip("datumaro", reason="datumaro is not installed")
-    to, _ = exported(kind, photos, tmp_path, *more, "--images", "copy")
-    assert as_bytes(by_datumaro(to, as_)) == wanted(photos)
+    to, _ = exported(kind, many, tmp_path, *more, "--images", "copy")
+    assert as_bytes(by_datumaro(to, as_)) == wanted(many)
 
 
-def test_datumaro_reads_the_indexed_masks(photos: list[MadeImage], tmp_path: Path) -> None:
+def test_datumaro_reads_the_indexed_masks(many: list[MadeImage], tmp_path: Path) -> None:
     pytest.importorskip("datumaro", reason="datumaro is not installed")
-    to, _ = exported("png", photos, tmp_path, "--images", "copy")
+    to, _ = exported("png", many, tmp_path, "--images", "copy")
     seen = []
-    for made in photos:
+    for made in many:
         painted = by_the_rule(list(made.masks), list(range(1, 1 + len(made.masks)))) if made.masks else None
         masks = [(painted == at + 1).astype(np.uint8) for at in range(len(made.masks))]
         seen.append(MadeImage(**{**vars(made), "masks": masks, "boxes": [tight_box(m) for m in made.masks]}))
@@ -531,17 +561,17 @@ def test_datumaro_reads_the_indexed_masks(photos: list[MadeImage], tmp_path: Pat
     assert as_bytes(found) == wanted(seen)
 
 
-def test_labelmes_own_reader_reads_the_same_masks(photos: list[MadeImage], tmp_path: Path) -> None:
+def test_labelmes_own_reader_reads_the_same_masks(many: list[MadeImage], tmp_path: Path) -> None:
     label_file = pytest.importorskip("labelme._label_file", reason="labelme is not installed")
     from labelme.utils import shape_to_mask
 
-    masks, _ = exported("labelme", photos, tmp_path, "--images", "copy")
-    polygons = tmp_path / "polygons"
-    export(
+    masks, _ = exported("labelme", many, tmp_path, "--images", "copy")
+    polygons, ious = tmp_path / "polygons", []
+    said = export(
         *("labelme", "--output", str(tmp_path / "out"), "--to", str(polygons), "--polygons"),
         *("--images", "copy", "--allow-root", str(tmp_path / "photos")),
     )
-    for made in labelled(photos):
+    for made in many:
         read = label_file.read_label_file(str((masks / made.image_id).with_suffix(".json")))
         for shape, mask, kind in zip(read.shapes, made.masks, made.categories, strict=True):
             (x1, y1), (x2, y2) = shape["points"]
@@ -550,17 +580,18 @@ def test_labelmes_own_reader_reads_the_same_masks(photos: list[MadeImage], tmp_p
             assert mask.sum() == shape["mask"].sum()
         read = label_file.read_label_file(str((polygons / made.image_id).with_suffix(".json")))
         for shape, mask in zip(read.shapes, made.masks, strict=True):
-            drawn = shape_to_mask(SIZE, shape["points"], shape["shape_type"])
-            assert (drawn & (mask == 1)).sum() / (drawn | (mask == 1)).sum() > 0.97
+            drawn = shape_to_mask(made.size_hw, shape["points"], shape["shape_type"])
+            ious.append((drawn & (mask == 1)).sum() / (drawn | (mask == 1)).sum())
+    assert (np.mean(ious), min(ious)) == pytest.approx((said["loss"]["mean_iou"], said["loss"]["least_iou"]))
+    assert min(ious) > 0.95
 
 
-def test_webdatasets_own_reader_reads_the_same_masks(photos: list[MadeImage], tmp_path: Path) -> None:
+def test_webdatasets_own_reader_reads_the_same_masks(many: list[MadeImage], tmp_path: Path) -> None:
     wds = pytest.importorskip("webdataset", reason="webdataset is not installed")
-    to, _ = exported("webdataset", photos, tmp_path, "--images", "copy", "--per-file", "4")
+    to, _ = exported("webdataset", many, tmp_path, "--images", "copy", "--per-file", "40")
     urls = [str(path) for path in sorted(to.glob("*.tar"))]
     samples = list(wds.WebDataset(urls, shardshuffle=False).decode("rgb8"))
-    assert len(samples) == 4
-    for sample, made in zip(samples, labelled(photos), strict=True):
+    for sample, made in zip(samples, many, strict=True):
         assert sample["jpg"].shape == (*SIZE, 3)
         assert sample["json"]["image_id"] == made.image_id
         for one, mask in zip(sample["json"]["masks"], made.masks, strict=True):
