@@ -2,7 +2,7 @@
 # Knobs: PYTHON=python3.12, and LOCK=constraints.txt on a machine whose wheels requirements.lock does not name.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check fix test faults bench lock clean
+.PHONY: help setup demo check fix test faults bench gpu lock clean
 
 PYTHON ?= python3
 LOCK ?= requirements.lock
@@ -14,6 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 HASHES := $(if $(filter %.lock,$(LOCK)),--require-hashes)
 TEST_SECONDS ?= 2100
 FUZZ_EXAMPLES ?= 1000
+GPU_MINUTES ?= 9
 FAULTS = FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) FAULT_RESULTS=build/faults.jsonl $(BIN)/pytest -m "faults and not gpu and not network"
 
 help:  ## this list
@@ -75,6 +76,9 @@ bench: $(STAMP)  ## figures of this machine, written to docs/dev/measurements.md
 	$(RECORD) python -m benchmarks.labels_out --images 2858
 	$(RECORD) python -m benchmarks.store_requests 5000
 	rm -rf build/simulation && $(RECORD) python -m benchmarks.simulation build/simulation --images 20000 --seconds 3600
+
+gpu: $(STAMP)  ## all that a GPU must show, most valuable first, nine minutes a call; run it again to go on
+	$(BIN)/python -m benchmarks.gpu_day --minutes $(GPU_MINUTES)
 
 lock: $(STAMP)  ## resolves pyproject.toml again and writes the pins, versions kept (about eight minutes)
 	$(BIN)/python tools/lock_requirements.py

@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.arithmetic import flops, matrix_peak
 from benchmarks.made_inputs import boxes_of
 from hqlabel.jobs.job_setup.check_models import read_checkpoint
 from hqlabel.jobs.load_config import Config, ConfigSources
 from hqlabel.jobs.terminal import console
 from hqlabel.model.device import Dtype, multiplies_bfloat16, probe_dtype
 from hqlabel.model.records import CallShape, Instances, PreparedImage, Prompts
-from hqlabel.model.sam_config import PUBLISHED, SamHQConfig
+from hqlabel.model.sam_config import PUBLISHED
 from hqlabel.model.sam_hq import SamHQ
 from hqlabel.model.segmenter import Segmenter
 from hqlabel.pipeline.errors import UsageError
@@ -37,7 +37,6 @@ _HEAD = (
     *("ms an image", "images/s", "of the peak", "GPU memory MB"),
 )
 _ROUNDS = 3
-_PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
 def main() -> None:
@@ -110,43 +109,6 @@ def _model(config: Config, variant: str) -> tuple[str, SamHQ]:
         return f"{variant} (random)", SamHQ.from_config(PUBLISHED[variant], 0, position_std=0.02)
     weights = read_checkpoint(config)
     return weights.architecture, load_model(weights).model
-
-
-def flops(config: SamHQConfig, boxes: int) -> int:
-    """Floating-point operations of one picture and its boxes, counted on shapes alone; two a product's term.
-
-    The encoder's as it is defined, whatever path computes it; the decoder's as `MaskDecoder` shortens it.
-    """
-    with torch.device("meta"):
-        model = SamHQ(config)
-    side, decoder = config.image_size, model.mask_decoder
-    with torch.enable_grad(), FlopCounterMode(display=False) as image:  # with gradients: the definition
-        embedding, hq = model.embed(torch.empty(1, 3, side, side, device="meta"))
-        shared = decoder.share(
-            embedding_BCGG=embedding,
-            features=(hq,),
-            dense_BCGG=model.prompt_encoder.no_mask(),
-            image_pe_1CGG=model.prompt_encoder.image_pe(),
-        )
-    tokens = torch.empty(1, decoder.tokens_of_a_box, decoder.mask_tokens.embedding_dim, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as box:
-        decoder.decode_tokens(tokens, shared.first_layer, shared.terms, (), (0,))
-    return int(image.get_total_flops() + boxes * box.get_total_flops())
-
-
-def matrix_peak(dtype: Dtype, device: str) -> float:
-    """Floating-point operations a second of one large matrix product, the best of a few."""
-    side = _PRODUCT_SIDE[device]
-    a, b = (torch.randn(side, side, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    times = []
-    for _ in range(1 + 2 * _ROUNDS):
-        began = time.perf_counter()
-        product = a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    assert product.shape == (side, side)
-    return 2 * side**3 / min(times[1:])
 
 
 def _measured(segmenter: Segmenter, boxes: int) -> tuple[float, int]:

@@ -19,9 +19,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hqlabel.jobs.cluster.ray_cluster import usable_cpus
-from hqlabel.jobs.cluster.ray_session import memory_bytes
-
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "dev" / "measurements.md"
 HEADING = "\n# As printed\n\nWhat `python -m benchmarks.record COMMAND` wrote down, oldest first.\n"
@@ -52,6 +49,9 @@ def main(command: Sequence[str]) -> int:
 
 def section(command: Sequence[str], printed: str, *, load: float) -> str:
     """The Markdown of one run. `load`: of the machine, when it began."""
+    from hqlabel.jobs.cluster.ray_cluster import usable_cpus  # here: `commit` works without Ray
+    from hqlabel.jobs.cluster.ray_session import memory_bytes
+
     facts = [
         f"{dt.datetime.now(dt.UTC):%Y-%m-%d}, commit {commit()}",
         f"{cpu_name()}, {usable_cpus()} CPU cores, {memory_bytes() / 2**30:.0f} GiB, load {load:.1f} before",

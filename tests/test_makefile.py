@@ -17,7 +17,7 @@ def make(*arguments: str) -> str:
 def test_make_alone_explains_itself() -> None:
     lines = [line.split() for line in make().splitlines()]
 
-    assert {"setup", "demo", "check", "test", "faults", "bench"} <= {words[1] for words in lines}
+    assert {"setup", "demo", "check", "test", "faults", "bench", "gpu"} <= {words[1] for words in lines}
     assert all(len(words) > 3 for words in lines), "every target says what it is for"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import call_shapes, chain
+from benchmarks import arithmetic, call_shapes, chain
 from benchmarks.made_inputs import boxes_of, write_boxes, write_pictures
 from hqlabel.jobs.load_config import ConfigSources
 from hqlabel.model.sam_config import PUBLISHED
@@ -44,11 +44,11 @@ def test_operations_are_those_of_the_definition() -> None:
     neck = tokens * (width * 256 + 9 * 256 * 256)
     encoder = 2 * (patches + products + windows + attention + neck)
 
-    of_picture = call_shapes.flops(config, 0)
+    of_picture = arithmetic.flops(config, 0)
 
     assert encoder < of_picture < 1.04 * encoder, "the rest: position terms, HQ features, what prompts share"
-    assert call_shapes.flops(config, 10) == of_picture + 10 * (call_shapes.flops(config, 1) - of_picture)
-    assert 5.0e9 < call_shapes.flops(config, 1) - of_picture < 5.4e9, "8.5e9 before it was shortened"
+    assert arithmetic.flops(config, 10) == of_picture + 10 * (arithmetic.flops(config, 1) - of_picture)
+    assert 5.0e9 < arithmetic.flops(config, 1) - of_picture < 5.4e9, "8.5e9 before it was shortened"
 
 
 @pytest.mark.faults

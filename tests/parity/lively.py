@@ -32,11 +32,16 @@ SMALL_TINY = SamHQConfig.around(TinyVisionConfig(image_size=256))
 
 def lively(config: SamHQConfig, seed: int = 0) -> SamHQ:
     """A model whose logits spread over several units, with uneven tables, norms and statistics."""
-    model = family_of(config).from_config(config, seed)
-    generator = torch.Generator().manual_seed(seed)
+    return enliven(family_of(config).from_config(config, seed), seed)
+
+
+def enliven(model: SamHQ, seed: int) -> SamHQ:
+    """The model with such weights, drawn on its device."""
+    generator = torch.Generator(model.device).manual_seed(seed)
 
     def normal(tensor: torch.Tensor, std: float, mean: float = 0.0) -> None:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * std + mean)
+        drawn = torch.randn(tensor.shape, generator=generator, device=tensor.device)
+        tensor.copy_(drawn * std + mean)
 
     with torch.no_grad():
         for module in model.modules():
@@ -52,7 +57,8 @@ def lively(config: SamHQConfig, seed: int = 0) -> SamHQ:
                     normal(module.bias, 0.3)
             if isinstance(module, nn.BatchNorm2d):
                 normal(module.running_mean, 0.3)
-                module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+                spread = torch.rand(module.running_var.shape, generator=generator, device=model.device)
+                module.running_var.copy_(spread + 0.5)
         for name, parameter in model.named_parameters():
             if name.endswith((*TABLES, "pos_embed", "pos_embed_window", "no_mem_embed")):
                 normal(parameter, 0.5)
