@@ -16,7 +16,7 @@ from PIL import Image
 from tests.jobs.browser import browser
 
 WIDTH, SHOWN_WIDTH = 1280, 1000
-LIGHT_PX, DARK_PX = 950, 860
+LIGHT_PX, DARK_PX = 845, 1045
 _TOP = "document.querySelector({!r}).getBoundingClientRect().top + scrollY"
 
 
@@ -27,8 +27,14 @@ def part_of(page: Path, selector: str, height: int, *, dark: bool) -> Image.Imag
         shown.call("Emulation.setScrollbarsHidden", hidden=True)  # or the page is wider in the picture
         shown.ask("document.querySelectorAll('img').forEach((image) => { image.loading = 'eager'; })")
         shown.ask("Promise.all([...document.images].map((image) => image.decode()))")
-        shown.ask("document.querySelector('nav').style.position = 'static'")
-        clip = {"x": 0, "y": shown.ask(_TOP.format(selector)), "width": WIDTH, "height": height, "scale": 1}
+        shown.ask("document.querySelectorAll('nav, #filter').forEach((bar) => bar.style.position = 'static')")
+        clip = {
+            "x": 0,
+            "y": max(0, shown.ask(_TOP.format(selector)) - 24),
+            "width": WIDTH,
+            "height": height,
+            "scale": 1,
+        }
         said = shown.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
     return Image.open(io.BytesIO(base64.b64decode(said["data"]))).convert("RGB")
 
@@ -36,7 +42,7 @@ def part_of(page: Path, selector: str, height: int, *, dark: bool) -> Image.Imag
 def main() -> None:
     """None; writes the picture that the command line names."""
     page, to = Path(sys.argv[1]), Path(sys.argv[2])
-    parts = [part_of(page, "body", LIGHT_PX, dark=False), part_of(page, "#g1", DARK_PX, dark=True)]
+    parts = [part_of(page, "body", LIGHT_PX, dark=False), part_of(page, "#boxes", DARK_PX, dark=True)]
     sheet = Image.new("RGB", (WIDTH, LIGHT_PX + DARK_PX))
     sheet.paste(parts[0], (0, 0))
     sheet.paste(parts[1], (0, LIGHT_PX))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -51,6 +51,7 @@ class Pictures:
     why: str = ""
 
 
+_LEFT_OUT = Pictures(whole=None, close=None, why="left out for size")
 PictureKey = tuple[str, int | None]
 """An instance; None: the image with all of them."""
 
@@ -58,16 +59,17 @@ PictureKey = tuple[str, int | None]
 def draw_tiles(
     context: JobContext, rows: Mapping[str, ImageRows], keys: Sequence[PictureKey], *, most_bytes: int
 ) -> dict[PictureKey, Pictures]:
-    """Return these pictures, in their order until `most_bytes` of JPEG are made."""
+    """Return these pictures, image by image until a page that shows each as often has `most_bytes`."""
     by_image: dict[str, list[PictureKey]] = defaultdict(list)
-    for key in dict.fromkeys(keys):
+    shown = Counter(keys)
+    for key in shown:
         by_image[key[0]].append(key)
     found: dict[PictureKey, Pictures] = {}
     made, missed = 0, list[tuple[Row, HqlabelError]]()
     with picture_decoder(context, _DECODED_PX) as child:
         for image_id, mine in by_image.items():
             if made > most_bytes:
-                found.update(dict.fromkeys(mine, Pictures(whole=None, close=None, why="left out for size")))
+                found.update(dict.fromkeys(mine, _LEFT_OUT))
                 continue
             image = rows[image_id].image
             try:
@@ -78,8 +80,8 @@ def draw_tiles(
                 continue
             draw = _Drawing(picture=picture, rows=rows[image_id], context=context)
             for key in mine:
-                found[key] = draw.whole() if key[1] is None else draw.instance(key[1])
-                made += sum(len(text or "") for text in (found[key].whole, found[key].close))
+                found[key] = _LEFT_OUT if made > most_bytes else draw.pictures(key[1])
+                made += shown[key] * sum(len(text or "") for text in (found[key].whole, found[key].close))
     say_missed(missed, context.access)
     return found
 
@@ -102,14 +104,16 @@ class _Drawing:
         bare = Tile(picture=self.picture, size_hw=self.size_hw, instances=(), caption="")
         return draw_overlay(bare, longest_side=_SHOWN_PX, max_scale=_WHOLE_SCALE)
 
-    def whole(self) -> Pictures:
-        """Return the image with all its boxes and masks, larger."""
+    def pictures(self, index: int | None) -> Pictures:
+        """Return those of an instance; without one, the image with all its boxes and masks, larger."""
+        if index is not None:
+            return self._instance(index)
         drawn = [replace(self._drawn(row), text="") for row in drawn_rows(self.rows)]
         tile = Tile(picture=self.picture, size_hw=self.size_hw, instances=tuple(drawn), caption="")
         shown = draw_overlay(tile, longest_side=_PICTURE_PX, max_scale=_WHOLE_SCALE, edge_px=_PICTURE_EDGE_PX)
         return Pictures(whole=_jpeg(shown), close=None)
 
-    def instance(self, index: int) -> Pictures:
+    def _instance(self, index: int) -> Pictures:
         """Return one instance in its whole picture, and close by."""
         row = self.rows.instance(index)
         drawn = replace(self._drawn(row), text="")

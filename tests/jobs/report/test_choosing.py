@@ -45,8 +45,10 @@ SECRET = "https://user:pass@host/a.jpg?token=AbCdEf0123456789AbCdEf0123456789"
 NAMES = [
     "plain.jpg", "it's.jpg", '"q".jpg', "$(id) `id` \\ !x.jpg", "</script><img src=x onerror=alert(1)>",
     "=cmd|' /C calc'!A0", "@sum, 1", "-2", "line\u2028and\u2029more.jpg", "tab\tand\nline", "'); DROP--",
-    "\u202egpj.exe", "鳥 ü😀.jpg", "%s {{ 7*7 }}", SECRET, "x" * 400, "&amp;&quot;", " ", "data-boxes=\"[]\"",
+    "\u202egpj.exe", "鳥 ü😀.jpg", "%s {{ 7*7 }}", "$HOME", "`id`", "a\\\\b", SECRET,
+    "x" * 400, "&amp;&quot;", " ", "data-boxes=\"[]\"",
 ]  # fmt: skip
+LINES = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
 KINDS = [(1, "cat"), (2, "</script>"), (3, "=1+1"), (4, 'o\'clock \u2028 "x" $HOME'), (5, None), (None, None)]
 
 
@@ -63,13 +65,12 @@ def in_node(expression: str, **values: Any) -> Any:
 def output(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Images of bad names, with two masks and a box without one each; their scores lie on round lines."""
     rng = random.Random(4)
-    lines = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
     images = [
         MadeImage(
             image_id=name, uri=f"/photos/{n}.jpg", masks=[blob(3 * n + k) for k in range(3)],
             boxes=[[1, 1, 30, 30], [5, 5, 50, 40], [9, 9, 9, 9]], box_ids=[f"{n}", "=b", None],
             categories=[KINDS[(n + k) % len(KINDS)] for k in range(3)],
-            scores=[rng.choice(lines), None, 0.1], predicted_iou=[rng.choice(lines), rng.choice(lines)],
+            scores=[rng.choice(LINES), None, 0.1], predicted_iou=[rng.choice(LINES), rng.choice(LINES)],
         )
         for n, name in enumerate(NAMES)
     ]  # fmt: skip
@@ -148,8 +149,11 @@ def test_the_filter_shows_what_its_where_selects(table: pa.Table) -> None:
             "score": rng.choice(["predicted_iou", "detector_score", "mask_in_box"]),
             "low": rng.choice([None, 0.3, 0.6, 0.7, 0]), "high": rng.choice([None, 0.7, 0.8, 0.9, 1]),
         }
-        for _ in range(30)
+        for _ in range(24)
     ]  # fmt: skip
+    wanted += [
+        {"kind": "", "state": "", "score": "predicted_iou", "low": line, "high": line} for line in LINES
+    ]
 
     answers = in_node(
         "wanted.map((one) => [whereOfFilter(one, states[one.state]), "
@@ -173,8 +177,8 @@ def test_picked_boxes_come_through_a_shell_as_those_rows_and_no_others(output: s
     rows = chosen(table, None)
     boxes = json.loads(boxes_json(rows))
     rng = random.Random(2)
-    picks = [rng.sample(range(len(rows)), rng.randint(1, 9)) for _ in range(5)]
-    picks += [[at] for at in range(0, len(rows), 3 * 2 + 1)] + [list(range(len(rows)))]
+    picks = [rng.sample(range(len(rows)), rng.randint(1, 9)) for _ in range(3)]
+    picks += [[3 * n + n % 3] for n in range(len(NAMES))] + [list(range(len(rows)))]
 
     flags = in_node(
         "picks.map((places) => `--where ${shellQuoted(whereOfBoxes(places.map((at) => boxes[at])))}`)",
@@ -183,6 +187,7 @@ def test_picked_boxes_come_through_a_shell_as_those_rows_and_no_others(output: s
 
     for places, flag in zip(picks, flags, strict=True):
         assert keys(chosen(table, after_a_shell(flag))) == keys(rows[at] for at in places), flag
+    assert in_node("shellQuoted('!')") == "'!'", "a history is expanded in double quotes"
     one = picks[0]
     code, _, err = run(*("export", "coco", output, f"{output}-picked", "--where", after_a_shell(flags[0])))
     assert code == 0, err
