@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hqlabel
-from hqlabel.jobs.cluster.ray_watch import RayWatch
+from hqlabel.jobs.cluster.ray_messages import SUFFIX, messages_kept
+from hqlabel.jobs.cluster.ray_watch import RayWatch, ended_process
 from hqlabel.jobs.terminal.console import stdout_for_data_alone
 from hqlabel.jobs.terminal.signals import Interrupted
 from hqlabel.pipeline.errors import JobRefused, SystemicFault, UsageError, clean_text
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _LONGEST_ROOT = 31
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _IN_USE = "in-use"
-_UNMARKED_S = 3600.0
+_UNMARKED_S, _MESSAGES_S = 3600.0, 7 * 24 * 3600.0
 _END_SESSION = Path(__file__).with_name("end_session.py")
 _CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
 _PACKAGE = Path(hqlabel.__file__).parent
@@ -123,19 +124,21 @@ def starting_ray(
             environ.pop(_JOB_VARIABLE, None)
             with _private_folder() as folder, _token_in(folder / "auth_token", environ):
                 ray = _import_ray(environ)
-                _silence_ray()
-                start = _Start(lambda: _start_private(ray, section, folder, on_death))
-                with _unless_interrupted(lambda: start.end(ray)), start.first_to_tell():
-                    yield start.result
+                with messages_kept(_private_root):
+                    start = _Start(lambda: _start_private(ray, section, folder, on_death))
+                    with _unless_interrupted(lambda: start.end(ray)), start.first_to_tell():
+                        yield start.result
         else:
             if _JOB_VARIABLE not in environ:  # a submitted job goes by what its cluster was started with
                 environ.setdefault("RAY_AUTH_MODE", "token")
             ray = _import_ray(environ)
-            info = _join(ray, address, environ)
-            watch = RayWatch(on_death)
-            watch.start()
-            with _unless_interrupted(watch.close), _unless_interrupted(ray.shutdown), watch.first_to_tell():
-                yield lambda: info
+            with messages_kept(_private_root):
+                info = _join(ray, address, environ)
+                watch = RayWatch(on_death)
+                watch.start()
+                unwatch, end_ray = _unless_interrupted(watch.close), _unless_interrupted(ray.shutdown)
+                with unwatch, end_ray, watch.first_to_tell():
+                    yield lambda: info
 
 
 def refuse_local_output(info: ClusterInfo, output_uri: str, *, is_local: bool, shared_paths: bool) -> None:
@@ -303,13 +306,21 @@ def _without_side_processes() -> Iterator[None]:
     """
     services: Any = importlib.import_module("ray._private.services")
     node: Any = importlib.import_module("ray._private.node").Node
-    start_process = services.start_ray_process
+    worker: Any = importlib.import_module("ray._private.worker")
+    start_process, connect = services.start_ray_process, worker.connect
 
     def start_without_agents(command: list[str], kind: str, *args: Any, **kwargs: Any) -> Any:
         own = _without_agents(command) if kind == "raylet" else command
         return start_process(own, kind, *args, **kwargs)
 
+    def connect_to_living(started: Any, *args: Any, **kwargs: Any) -> Any:
+        ended = ended_process(started)
+        if ended is not None:  # connecting, Ray's C++ would end this process too, with code 1
+            raise RuntimeError(ended)
+        return connect(started, *args, **kwargs)
+
     replaced = [
+        (worker, "connect", connect_to_living),
         (services, "start_api_server", lambda *_, **__: ("", None)),  # no address, no process
         (services, "start_ray_process", start_without_agents),
         (node, "start_monitor", lambda _: None),
@@ -339,15 +350,6 @@ def _without_agents(command: list[str]) -> list[str]:
     waiting = subprocess.list2cmdline([sys.executable, "-I", "-S", "-c", "import sys; sys.stdin.read()"])
     agents = ("--dashboard_agent_command=", "--runtime_env_agent_command=")
     return [f"{word.partition('=')[0]}={waiting}" if word.startswith(agents) else word for word in command]
-
-
-def _silence_ray() -> None:
-    """Keep off stderr what a private Ray tells of itself: the last lines of its raylet's log, when that dies.
-
-    What concerns a job, its workers return as values.
-    """
-    worker: Any = importlib.import_module("ray._private.worker")
-    worker._worker_logs_enabled = False
 
 
 def _join(ray: ModuleType, address: str, environ: Mapping[str, str]) -> ClusterInfo:
@@ -444,7 +446,7 @@ def _remove_abandoned(root: Path) -> None:
     """Remove the sessions whose process was killed; their spilled objects may fill the disk.
 
     What has no mark is of a process killed within the milliseconds before it had one, or while it removed its
-    folder, unless it is new: then its process may be about to mark it.
+    folder, unless it is new: then its process may be about to mark it. Messages of Ray stay for a week.
     """
     for path in root.iterdir():
         mark = path / _IN_USE
@@ -453,5 +455,5 @@ def _remove_abandoned(root: Path) -> None:
                 with mark.open("r") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(path, ignore_errors=True)
-            elif time.time() - path.stat().st_mtime > _UNMARKED_S:
+            elif time.time() - path.stat().st_mtime > (_MESSAGES_S if path.suffix == SUFFIX else _UNMARKED_S):
                 path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)

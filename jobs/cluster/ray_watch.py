@@ -65,7 +65,7 @@ class RayWatch:
                 continue
             private = bool(node.all_processes)
             poll_s = _PRIVATE_POLL_S if private else _JOINED_POLL_S
-            what = _ended_process(node) if private else self._ended_cluster(node)
+            what = ended_process(node) if private else self._ended_cluster(node)
             if what and not self._closed.is_set():
                 self._on_death(SystemicFault("resources", what))
                 return
@@ -87,7 +87,7 @@ class RayWatch:
         )
 
 
-def _ended_process(node: Any) -> str | None:
+def ended_process(node: Any) -> str | None:
     """Return which of the processes of a private Ray has ended, that all others depend on."""
     for kind, name in _PARTS.items():
         for info in node.all_processes.get(kind, ()):

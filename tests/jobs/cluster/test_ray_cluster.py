@@ -161,8 +161,15 @@ RAY_SCRIPT = """
         token = os.environ["RAY_AUTH_TOKEN_PATH"]
         folder = os.path.dirname(token)
         loaded = ray.get(ray.remote(num_cpus=0.1)(lambda: "ray.data" in __import__("sys").modules).remote())
-        task = ray.remote(num_cpus=0.3)(lambda: (time.sleep(1), os.getpid())[1])
-        workers = set(ray.get([task.remote() for _ in range(3)]))
+
+        def with_another():  # a new worker may take long on a busy machine
+            open(f"{folder}/worker-{os.getpid()}", "w").close()
+            while sum(name.startswith("worker-") for name in os.listdir(folder)) < 2:
+                time.sleep(0.1)
+            return os.getpid()
+
+        task = ray.remote(num_cpus=0.3)(with_another)
+        workers = set(ray.get([task.remote() for _ in range(3)], timeout=60))
         time.sleep(2.5)  # Ray looks every 200 ms for workers that had nothing to do for a second
         lines = [" ".join(one.cmdline()) for one in psutil.Process().children(recursive=True)]
         console.data(json.dumps({
