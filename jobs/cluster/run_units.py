@@ -96,8 +96,9 @@ class _Devices:
     """
 
     def __init__(self, store: Store, job: Job) -> None:
-        committed = list(list_committed(store, job.context.first_generation).values())
-        some = [committed[at] for at in {0, len(committed) // 2, len(committed) - 1}] if committed else []
+        committed = list_committed(store, job.context.first_generation)
+        places = {0, len(committed) // 2, len(committed) - 1}
+        some = [committed.nth(place) for place in places] if committed else []
         self._known = {kind for unit in some for kind in devices_of(read_committed(store, unit))}
         self._said = not self._known
 

@@ -88,7 +88,7 @@ def _done(config: Config, plan: Plan) -> int:
             f"{count(job.plan['boxes'], 'box', 'boxes')}); these inputs need another output"
         )
     committed = list_committed(store, job.context.first_generation)
-    return len(finished_units(store, list(committed), read_manifest(store)))
+    return len(finished_units(store, committed.numbers, read_manifest(store)))
 
 
 def _rows(

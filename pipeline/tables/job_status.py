@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow.compute as pc
 
 from hqlabel.pipeline.job_state.driver_lock import Holder, current_holder
@@ -15,7 +16,13 @@ from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.count_masks import Counts, add_counts, count_unit
 from hqlabel.pipeline.tables.manifest import Manifest, read_manifest
 from hqlabel.pipeline.tables.published_parts import finished_units
-from hqlabel.pipeline.tables.unit_files import CommittedUnit, list_committed, read_committed
+from hqlabel.pipeline.tables.unit_files import (
+    CommittedUnit,
+    CommittedUnits,
+    Numbers,
+    list_committed,
+    read_committed,
+)
 
 READERS = 16
 RATE_WINDOW_S = 1200.0
@@ -65,18 +72,18 @@ def status(
     """
     committed = list_committed(store, job.context.first_generation)
     manifest = read_manifest(store)
-    finished = finished_units(store, list(committed), manifest)
-    known, unknown = _split(committed, manifest)
-    unread = unknown[-read_at_most:] if read_at_most else []
+    left = finished_units(store, committed.numbers, manifest).missing(range(job.units))
+    known, rest = _split(committed, manifest)
+    unread = [committed[int(unit_id)] for unit_id in rest[-read_at_most:]] if read_at_most else []
     counted = _count(store, unread, {} if seen is None else seen)
     rate, last = _rate(counted)
     images = int(job.plan["images"])
     per_unit = job.context.images_per_unit
-    unfinished = sum(min(per_unit, images - u * per_unit) for u in range(job.units) if u not in finished)
+    unfinished = int(np.minimum(per_unit, images - left * per_unit).sum())
     return JobStatus(
         images=images,
         units=job.units,
-        units_done=len(finished & set(range(job.units))),
+        units_done=job.units - len(left),
         units_counted=sum(units for units, _ in known) + len(counted),
         units_published=manifest.published_units if manifest else 0,
         counts=add_counts([*(counts for _, counts in known), *(counts for counts, _ in counted)]),
@@ -87,21 +94,17 @@ def status(
     )
 
 
-def _split(
-    committed: dict[int, CommittedUnit], manifest: Manifest | None
-) -> tuple[list[tuple[int, Counts]], list[CommittedUnit]]:
+def _split(committed: CommittedUnits, manifest: Manifest | None) -> tuple[list[tuple[int, Counts]], Numbers]:
     """Return (units, counts) of the parts that still hold, and the committed units outside them."""
     known: list[tuple[int, Counts]] = []
-    rest = dict(committed)
+    holding: list[range] = []
     for part in manifest.parts if manifest else ():
         ids = range(part.first_unit, part.stop_unit)
-        newer = [u for u in ids if u in committed and committed[u].generation != part.generation_of(u)]
-        if newer:
+        if any(generation != part.generation_of(u) for u, generation in committed.generations(ids).items()):
             continue  # a retry came after: its units are counted anew
         known.append((len(ids), part.counts))
-        for unit_id in ids:
-            rest.pop(unit_id, None)
-    return known, list(rest.values())
+        holding.append(ids)
+    return known, committed.numbers.outside(holding)
 
 
 def _count(store: Store, units: Sequence[CommittedUnit], seen: Seen) -> list[UnitCounts]:

@@ -58,7 +58,13 @@ from hqlabel.pipeline.tables.published_parts import (
     unfinished_change,
     units_of_part,
 )
-from hqlabel.pipeline.tables.unit_files import CommittedUnit, footer, list_committed, read_committed
+from hqlabel.pipeline.tables.unit_files import (
+    CommittedUnit,
+    CommittedUnits,
+    footer,
+    list_committed,
+    read_committed,
+)
 
 READERS = 8
 PUT_TRIES = 5
@@ -204,7 +210,7 @@ def _look(store: Store, job: Job, filters: FilterSettings) -> _Look:
     begun |= {file.key for part in (before.parts if before else ()) for file in (part.images, part.instances)}
     for index in range(count_parts(job)):
         ids = units_of_part(job, index)
-        units = tuple(committed[unit_id] for unit_id in ids if unit_id in committed)
+        units = committed.within(ids)
         task = PartTask(context=job.context, index=index, part_units=units, filters=filters)
         choice = _choose(store, task, held.get(index), whole=len(units) == len(ids), cleaned=cleaned)
         if isinstance(choice, Part):
@@ -228,7 +234,7 @@ def _look(store: Store, job: Job, filters: FilterSettings) -> _Look:
 def _held(
     store: Store,
     job: Job,
-    committed: Mapping[int, CommittedUnit],
+    committed: CommittedUnits,
     before: Manifest | None,
     *,
     known: bool,
@@ -239,11 +245,11 @@ def _held(
     held = held_parts(store, before) if before is not None else {}
     if not known:
         return held
-    newest = {unit.unit_id: unit.generation for unit in committed.values()}
     named = {part.index: part for part in before.parts} if before is not None else {}
     for index in range(count_parts(job)):
         ids = units_of_part(job, index)
-        if index in held or (ids and all(unit_id in newest for unit_id in ids)):
+        newest = committed.generations(ids)
+        if index in held or (ids and len(newest) == len(ids)):
             continue
         part = read_part(store, job, index, newest)
         wanted = named.get(index)
@@ -253,10 +259,10 @@ def _held(
     return held
 
 
-def _are_cleaned(job: Job, committed: Mapping[int, CommittedUnit], held: Mapping[int, HeldPart]) -> bool:
+def _are_cleaned(job: Job, committed: CommittedUnits, held: Mapping[int, HeldPart]) -> bool:
     """Return whether parts are the only truth: some unit of theirs has no file, or there are no units."""
-    units = (unit for one in held.values() for unit in range(one.part.first_unit, one.part.stop_unit))
-    return bool(held) and (not job.units or any(unit not in committed for unit in units))
+    units = (range(one.part.first_unit, one.part.stop_unit) for one in held.values())
+    return bool(held) and (not job.units or any(len(committed.numbers.missing(ids)) for ids in units))
 
 
 def _choose(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
@@ -27,7 +28,7 @@ from hqlabel.pipeline.storage import checksummed_parquet
 from hqlabel.pipeline.storage.output_store import NotFound, Replaced, Store
 from hqlabel.pipeline.tables.count_masks import Counts, counts_of
 from hqlabel.pipeline.tables.manifest import TABLES, Manifest, Part, PartFile, look_for_manifest, part_key
-from hqlabel.pipeline.tables.unit_files import list_committed
+from hqlabel.pipeline.tables.unit_files import UnitSet, list_committed
 
 READERS = 8
 KINDS = {"images": schema.IMAGES, "instances": schema.INSTANCES}
@@ -157,19 +158,22 @@ def _is_named(store: Store, part: Part) -> bool:
     return False
 
 
-def finished_units(store: Store, committed: Sequence[int], manifest: Manifest | None) -> set[int]:
+def finished_units(store: Store, committed: Iterable[int], manifest: Manifest | None) -> UnitSet:
     """Return the units that need no work: committed ones, and published ones whose files were cleaned.
 
     A cleaned part that is not there any more is work again: nothing else has its rows.
     """
-    finished = set(committed)
-    if manifest is not None and manifest.cleaned and manifest.parts:
-        sizes = _sizes(store)
-        for part in manifest.parts:
-            there = part.images.key in sizes and part.instances.key in sizes
-            if _has_sizes(part, sizes) or (there and manifest.state == "publishing"):
-                finished.update(range(part.first_unit, part.stop_unit))
-    return finished
+    finished = (
+        committed if isinstance(committed, UnitSet) else UnitSet(np.unique(np.fromiter(committed, np.int64)))
+    )
+    if manifest is None or not manifest.cleaned or not manifest.parts:
+        return finished
+    sizes, there = _sizes(store), list[range]()
+    for part in manifest.parts:
+        both = part.images.key in sizes and part.instances.key in sizes
+        if _has_sizes(part, sizes) or (both and manifest.state == "publishing"):
+            there.append(range(part.first_unit, part.stop_unit))
+    return finished.union(there)
 
 
 def is_merged(job: Job) -> bool:

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from hqlabel.pipeline import schema
@@ -20,10 +24,13 @@ from hqlabel.pipeline.storage import checksummed_parquet
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.count_masks import count_unit
 
-_KEY = re.compile(r"units/(\d{8,})\.g(\d+)\.parquet")
+_KEY = re.compile(r"units/(\d{8,18})\.g(\d{1,18})\.parquet")  # numbers of 64 bits
+_AT_A_TIME = 2**16
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CommittedUnit:
     """One unit's file in the store."""
 
@@ -31,7 +38,110 @@ class CommittedUnit:
     generation: int
     key: str
     size: int
-    etag: str | None = None
+
+
+class UnitSet(Set[int]):
+    """Numbers of units, ascending, at eight bytes each: a job has up to 20 million."""
+
+    def __init__(self, numbers: Numbers) -> None:
+        """Take ascending numbers, each of them once."""
+        self._numbers = numbers
+
+    def __contains__(self, number: object) -> bool:
+        """Return whether the number is one of these."""
+        return isinstance(number, (int, np.integer)) and self.place_of(int(number)) is not None
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the numbers."""
+        for start in range(0, len(self._numbers), _AT_A_TIME):  # as one list they would take 40 bytes each
+            yield from self._numbers[start : start + _AT_A_TIME].tolist()
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._numbers)
+
+    @classmethod
+    def _from_iterable(cls, numbers: Iterable[int]) -> set[int]:  # type: ignore[override]
+        return set(numbers)
+
+    def place_of(self, number: int) -> int | None:
+        """Return how many of these are below a number that is one of them; None when it is none."""
+        numbers = self._numbers
+        if 0 <= number < len(numbers) and numbers[number] == number:
+            return number  # in a job that has all units so far
+        place = int(np.searchsorted(numbers, number))
+        return place if place < len(numbers) and numbers[place] == number else None
+
+    def within(self, wanted: range) -> slice:
+        """Return the places of those that are in a range of step 1."""
+        first, stop = np.searchsorted(self._numbers, [wanted.start, wanted.stop])
+        return slice(int(first), int(stop))
+
+    def missing(self, wanted: range) -> Numbers:
+        """Return the numbers of a range of step 1 that are not among these."""
+        is_missing = np.ones(len(wanted), np.bool_)
+        is_missing[self._numbers[self.within(wanted)] - wanted.start] = False
+        return np.flatnonzero(is_missing) + wanted.start
+
+    def outside(self, ranges: Iterable[range]) -> Numbers:
+        """Return those that are in none of some ranges."""
+        is_outside = np.ones(len(self), np.bool_)
+        for one in ranges:
+            is_outside[self.within(one)] = False
+        return self._numbers[is_outside]
+
+    def union(self, ranges: Iterable[range]) -> UnitSet:
+        """Return these and the numbers of some ranges."""
+        parts = [np.arange(one.start, one.stop, dtype=np.int64) for one in ranges]
+        return UnitSet(np.unique(np.concatenate([self._numbers, *parts]))) if parts else self
+
+
+class CommittedUnits(Mapping[int, CommittedUnit]):
+    """The file of every committed unit, by its number, ascending; at 24 bytes each."""
+
+    def __init__(self, numbers: Numbers, generations: Numbers, sizes: Numbers) -> None:
+        """Take columns of equal length; the numbers are ascending, each of them once."""
+        self.numbers = UnitSet(numbers)
+        self._columns = (numbers, generations, sizes)
+
+    def __getitem__(self, unit_id: int) -> CommittedUnit:
+        """Return a unit's file; KeyError when it is not committed."""
+        place = self.numbers.place_of(unit_id)
+        if place is None:
+            raise KeyError(unit_id)
+        return self.nth(place)
+
+    def nth(self, place: int) -> CommittedUnit:
+        """Return the file of the unit at this place among them, from 0."""
+        return _committed(*(int(column[place]) for column in self._columns))
+
+    def __contains__(self, unit_id: object) -> bool:
+        """Return whether a unit is committed."""
+        return unit_id in self.numbers
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the numbers of the units."""
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        """Return how many units are committed."""
+        return len(self.numbers)
+
+    def within(self, wanted: range) -> tuple[CommittedUnit, ...]:
+        """Return the files of the units of a range of step 1."""
+        rows = (column[self.numbers.within(wanted)].tolist() for column in self._columns)
+        return tuple(_committed(*row) for row in zip(*rows, strict=True))
+
+    def generations(self, wanted: range) -> dict[int, int]:
+        """Return the generation of each unit of a range of step 1 that is committed."""
+        place = self.numbers.within(wanted)
+        numbers, generations, _ = self._columns
+        return dict(zip(numbers[place].tolist(), generations[place].tolist(), strict=True))
+
+
+def _committed(unit_id: int, generation: int, size: int) -> CommittedUnit:
+    key = unit_key(unit_id, generation)
+    return CommittedUnit(unit_id=unit_id, generation=generation, key=key, size=size)
 
 
 def unit_key(unit_id: int, generation: int) -> str:
@@ -48,24 +158,37 @@ def parse_key(key: str) -> tuple[int, int] | None:
     return (unit_id, generation) if unit_key(unit_id, generation) == key else None
 
 
-def list_committed(store: Store, first_generation: int = 0) -> dict[int, CommittedUnit]:
+def list_committed(store: Store, first_generation: int = 0) -> CommittedUnits:
     """Return the highest generation of every committed unit, by unit id, ascending; from one listing.
 
     `first_generation`: of the job's plan (`JobContext.first_generation`).
     """
-    generations = [unit for unit in list_generations(store) if unit.generation >= first_generation]
-    newest = {unit.unit_id: unit for unit in sorted(generations, key=lambda one: one.generation)}
-    return dict(sorted(newest.items()))
+    files = _files(store)
+    files = files[files[:, 1] >= first_generation]
+    numbers = files[:, 0]
+    is_newest = np.ones(len(numbers), np.bool_)
+    is_newest[:-1] = numbers[1:] != numbers[:-1]
+    return CommittedUnits(*(np.ascontiguousarray(column) for column in files[is_newest].T))
 
 
 def list_generations(store: Store) -> list[CommittedUnit]:
-    """Return every unit's file, older generations too, in order of their keys."""
-    parsed = [(entry, parse_key(entry.key)) for entry in store.list("units/")]
-    return [
-        CommittedUnit(unit_id=ids[0], generation=ids[1], key=entry.key, size=entry.size, etag=entry.etag)
-        for entry, ids in parsed
-        if ids is not None
-    ]
+    """Return every unit's file, older generations too, in order of units and generations."""
+    return [_committed(*row) for row in _files(store).tolist()]
+
+
+def _files(store: Store) -> Numbers:
+    """Return a row of unit, generation and size for every unit's file, in that order.
+
+    Each page of the listing is forgotten before the next one: as objects, they take 600 bytes a file.
+    """
+    found = array("q")
+    for page in store.pages("units/"):
+        for entry in page:
+            ids = parse_key(entry.key)
+            if ids is not None:
+                found.extend((*ids, entry.size))
+    files = np.frombuffer(found, np.int64).reshape(-1, 3)
+    return files[np.lexsort((files[:, 1], files[:, 0]))]
 
 
 def footer(context: JobContext, device: str = "") -> dict[str, str]:

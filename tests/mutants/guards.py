@@ -323,8 +323,8 @@ MUTANTS: list[Mutant] = [
     *of(
         "pipeline/tables/unit_files.py",
         "tests/pipeline/tables/test_unit_files.py",
-        ("if unit.generation >= first_generation]", "]"),
-        ("key=lambda one: one.generation)", "key=lambda one: -one.generation)"),
+        ("files = files[files[:, 1] >= first_generation]", "pass"),
+        ("np.lexsort((files[:, 1], files[:, 0]))", "np.lexsort((-files[:, 1], files[:, 0]))"),
         ("    if stored != body:\n", "    if False:\n"),
         ("(unit_id, generation) if unit_key(unit_id, generation) == key else None", "(unit_id, generation)"),
         ("    if unknown:\n", "    if False:\n"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import io
 import json
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +20,10 @@ from hqlabel.pipeline.errors import DamageFound
 from hqlabel.pipeline.image_result import ImageResult
 from hqlabel.pipeline.job_context import JobContext
 from hqlabel.pipeline.storage import checksummed_parquet
+from hqlabel.pipeline.storage.backend import Entry
 from hqlabel.pipeline.tables.unit_checks import check_against_plan, find_faults
 from hqlabel.pipeline.tables.unit_files import (
+    CommittedUnit,
     footer,
     list_committed,
     outcome_of,
@@ -467,3 +472,52 @@ def test_the_outcome_counts_statuses_and_codes():
     assert outcome.no_boxes == statuses.count("no_boxes") == 1
     assert outcome.failed_by_code["not_found"] == 1
     assert outcome.instances == sum(len(i) for i in table["instances"].to_pylist())
+
+
+@dataclass
+class Listed:
+    """A store that lists so many units, each page made when it is requested."""
+
+    units: int
+
+    def pages(self, prefix: str) -> Iterator[list[Entry]]:
+        for start in range(0, self.units, 1000):
+            stop = min(start + 1000, self.units)
+            yield [Entry(key=unit_key(n, n % 2), size=n, etag=f"{n:032x}") for n in range(start, stop)]
+
+
+def test_a_listing_of_units_takes_little_memory_and_is_a_mapping_of_their_files():
+    listed = Listed(60_000)
+    tracemalloc.start()
+    committed = list_committed(listed)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert held < 40 * listed.units
+    assert peak < 120 * listed.units
+    assert len(committed) == listed.units
+    assert committed[59_999] == CommittedUnit(
+        unit_id=59_999, generation=1, key=unit_key(59_999, 1), size=59_999
+    )
+    assert list(committed) == list(range(listed.units))
+    assert 60_000 not in committed
+    assert -1 not in committed
+    with pytest.raises(KeyError):
+        committed[60_000]
+
+
+def test_what_is_missing_of_a_plan_is_told_with_gaps_and_strangers(local_store):
+    for unit_id in (0, 2, 3, 7, 10**17):
+        local_store.put(unit_key(unit_id, 0), b"")
+    local_store.put("units/9999999999999999999999.g0.parquet", b"")
+    committed = list_committed(local_store)
+
+    assert list(committed) == [0, 2, 3, 7, 10**17]
+    assert committed.numbers.missing(range(9)).tolist() == [1, 4, 5, 6, 8]
+    assert committed.numbers.missing(range(2, 4)).tolist() == []
+    assert committed.numbers.outside([range(2, 8)]).tolist() == [0, 10**17]
+    assert [unit.unit_id for unit in committed.within(range(1, 5))] == [2, 3]
+    assert committed.generations(range(5)) == {0: 0, 2: 0, 3: 0}
+    assert committed.numbers.union([range(1, 3)]) == {0, 1, 2, 3, 7, 10**17}
+    assert set(range(4)) - committed.numbers == {1}
+    assert list_committed(local_store, 1) == {}
