@@ -80,11 +80,14 @@ def tell(day: DayFile, parts: list[Part]) -> int:
     """Print what failed and what is left. The exit status."""
     ended = day.ended()
     failed = [part.name for part in parts if ended.get(part.name, {}).get("error")]
-    left = [part.name for part in parts if part.name not in ended]
+    lacking = day.lacking()
+    left = [part.name for part in parts if part.name not in ended and part.name not in lacking]
+    done, without = (sum(part.name in known for part in parts) for known in (ended, lacking))
     for name in failed:
         print(f"FAILED {name}: {ended[name]['error'].splitlines()[0]}")
     waiting = f"; {len(left)} left, next {left[0]}: run the same command again" if left else ""
-    print(f"gpu day: {len(parts) - len(left)} of {len(parts)} parts done, {len(failed)} failed{waiting}")
+    lacked = f", {without} left out for want of modules" if without else ""
+    print(f"gpu day: {done} of {len(parts)} parts done, {len(failed)} failed{lacked}{waiting}")
     print(f"the tables: {day.folder / 'report.md'}")
     return 1 if failed else 0
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.attention_roads import Road, biased, flex, folded_narrow, made, no_terms
-from benchmarks.gpu_day.setting import Setting
+from benchmarks.gpu_day.setting import Setting, Wrong
 from benchmarks.gpu_day.subjects import config_of
 from hqlabel.model.kernels import fold_offsets, folded_attention, offset_tables, plain_attention
 from hqlabel.model.sam_config import VisionConfig
@@ -54,7 +54,7 @@ def compare(setting: Setting, *, variant: str, block: str, images: int) -> list[
     """One row a road and backend; a refused one says why.
 
     Raises:
-        ArithmeticError: a road is further from the definition than bfloat16 explains.
+        Wrong: a road is further from the definition than bfloat16 explains.
     """
     vision = config_of(setting, variant).vision
     assert isinstance(vision, VisionConfig)
@@ -82,7 +82,8 @@ def compare(setting: Setting, *, variant: str, block: str, images: int) -> list[
         row for row in rows if not row["road"].startswith("no terms") and row.get("error", 0) > LARGEST_ERROR
     ]
     if wrong:
-        raise ArithmeticError(f"these roads give other numbers: {wrong}; all: {rows}")
+        roads = {f"{row['road']}, {row['backend']}" for row in wrong}
+        raise Wrong(f"these give other numbers: {'; '.join(sorted(roads))}", rows)
     return rows
 
 

@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_day.setting import Setting
+from benchmarks.gpu_day.setting import Setting, Wrong
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests" / "model"
@@ -19,7 +19,7 @@ def run(setting: Setting) -> list[dict[str, Any]]:
     """One row a test.
 
     Raises:
-        RuntimeError: one failed, or none ran, although there is a GPU.
+        Wrong: one failed, or none ran, although there is a GPU.
     """
     files = [str(path) for path in sorted(FOLDER.glob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
     with tempfile.TemporaryDirectory() as folder:
@@ -41,10 +41,12 @@ def run(setting: Setting) -> list[dict[str, Any]]:
         status = subprocess.run(command, cwd=ROOT, check=False, timeout=220).returncode
         rows = [_row(case) for case in ET.parse(found).iter("testcase")]
     results = [row["result"] for row in rows]
-    if not rows or (status != 0 and "failed" not in results):
-        raise RuntimeError(f"pytest ended with status {status} and {len(rows)} results; see log.txt")
+    if not rows or status != 0:
+        raise Wrong(
+            f"pytest ended with status {status}, {results.count('failed')} of {len(rows)} failed", rows
+        )
     if setting.on_gpu and "passed" not in results:
-        raise RuntimeError(f"no test ran on the GPU: {rows}")
+        raise Wrong("no test ran on the GPU", rows)
     return rows
 
 

@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ def chain(setting: Setting, *, variant: str, megapixels: int, draft_jpeg: bool) 
     processes = max(1, setting.fewer(len(os.sched_getaffinity(0)), 2) - 1)
     count = setting.fewer(1024 if megapixels < 10 else 512, 24)
     size_hw = setting.size_hw(megapixels)
+    paths = _pictures(size_hw)
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_pictures(Path(folder), _DIFFERENT, size_hw)
         kilobytes = sum(path.stat().st_size for path in paths) / len(paths) / 1e3
         names = [str(paths[n % _DIFFERENT]) for n in range(count)]
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -57,6 +58,16 @@ def chain(setting: Setting, *, variant: str, megapixels: int, draft_jpeg: bool) 
             "cores_for_the_model": alone * processes / decoding,
         }
     ]  # fmt: skip
+
+
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@cache
+def _pictures(size_hw: tuple[int, int]) -> list[Path]:
+    """Files for all parts of this process: 12 megapixels take seconds each to make."""
+    _FOLDERS.append(tempfile.TemporaryDirectory())
+    return write_pictures(Path(_FOLDERS[-1].name), _DIFFERENT, size_hw)
 
 
 def _rate(setting: Setting, segmenter: Segmenter, pictures: Iterator[Decoded]) -> float:

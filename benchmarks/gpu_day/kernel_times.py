@@ -71,7 +71,8 @@ def kernel_times(
 
 def _is_kernel(event: Any, on_gpu: bool) -> bool:
     if on_gpu:
-        return bool(event.device_type == DeviceType.CUDA)
+        marked = getattr(event, "is_user_annotation", False) or event.name.endswith("Sync")
+        return bool(event.device_type == DeviceType.CUDA and not marked)
     return bool(event.name.startswith("aten::") and not event.cpu_children)
 
 

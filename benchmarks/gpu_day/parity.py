@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu_day.setting import Setting
+from benchmarks.gpu_day.setting import Setting, Wrong
 from benchmarks.gpu_day.subjects import fresh_model, instances, prepared, segmenter_of
 from hqlabel.model.device import Dtype, multiplies_bfloat16
 from hqlabel.model.records import CallShape, Instances, PreparedImage
@@ -29,7 +29,7 @@ def parity(setting: Setting, *, variant: str, dtype: Dtype) -> list[Row]:
     Where this CPU multiplies bfloat16, a row of its own bfloat16 stands beside the GPU's.
 
     Raises:
-        ArithmeticError: the numbers are further apart than rounding explains.
+        Wrong: the numbers are further apart than rounding explains.
     """
     reference = _on_cpu(setting, variant, "float32")
     found = _answers(setting, variant, dtype, setting.device)
@@ -39,7 +39,7 @@ def parity(setting: Setting, *, variant: str, dtype: Dtype) -> list[Row]:
         rows.append(_compared(own, reference, variant=variant, dtype=dtype, where="cpu"))
     error = rows[0]["logits_error"]
     if not error < LIMITS[dtype]:
-        raise ArithmeticError(f"the logits are off by {error:.2g}; wanted less than {LIMITS[dtype]}: {rows}")
+        raise Wrong(f"the logits are off by {error:.2g}; wanted less than {LIMITS[dtype]}", rows)
     return rows
 
 
@@ -100,7 +100,7 @@ def company(setting: Setting, *, variant: str, dtype: Dtype) -> list[Row]:
     """Whether an image has the same bytes alone, with others, in another order, and again.
 
     Raises:
-        ArithmeticError: it has not.
+        Wrong: it has not.
     """
     segmenter = segmenter_of(
         setting, variant, images_per_call=4, boxes_per_call=16, dtype=dtype, objects=False
@@ -118,7 +118,7 @@ def company(setting: Setting, *, variant: str, dtype: Dtype) -> list[Row]:
         for way, found in ways.items()
     ]  # fmt: skip
     if any(row["equal"] < len(images) for row in rows):
-        raise ArithmeticError(f"equal inputs gave other bytes: {rows}")
+        raise Wrong("equal inputs gave other bytes", rows)
     return rows
 
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.arithmetic import flops, matrix_peak
 from benchmarks.gpu_day.parity import mask_bytes, mask_iou
-from benchmarks.gpu_day.setting import Setting
+from benchmarks.gpu_day.setting import Setting, Wrong
 from benchmarks.gpu_day.subjects import give_objects, instances, original_model, prepared, segmenter_of
 from hqlabel.model.device import Dtype
 from hqlabel.model.records import PreparedImage
@@ -95,7 +95,7 @@ def compiled(
     """Two rows, plain and compiled; the second says how alike the masks are, and how long compiling took.
 
     Raises:
-        ArithmeticError: equal inputs gave other bytes.
+        Wrong: equal inputs gave other bytes.
     """
     if setting.rehearse:
         variant = "vit_tiny"  # a ViT's way on a CPU writes in place, as no compiler takes it
@@ -113,7 +113,7 @@ def compiled(
         once = mask_bytes(segmenter, images)
         compiling_s = setting.now() - began
         if mask_bytes(segmenter, images) != once:
-            raise ArithmeticError(f"compiled={on}: equal inputs gave other bytes")
+            raise Wrong(f"compiled={on}: equal inputs gave other bytes", rows)
         masks.append([text for image in once for text in image[0]])
         give_objects(segmenter.model)
         row = measure(setting, segmenter, boxes, held=held)

@@ -8,8 +8,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 _SIZES_HW = {1: (864, 1152), 3: (1536, 2048), 12: (3000, 4000), 48: (6000, 8000)}
+
+
+class Wrong(ArithmeticError):
+    """The device computes something else than it should; the rows that show it are kept."""
+
+    def __init__(self, message: str, rows: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.gpu_day.parts import Part
-from benchmarks.gpu_day.setting import Setting
+from benchmarks.gpu_day.setting import Setting, Wrong
 from benchmarks.gpu_day.supervise import RESTART
+from hqlabel.pipeline.worker.process_env import prepare_for_torch
 
 ERROR_LINES = 12
 
@@ -31,6 +32,7 @@ def main(descriptor: str, order: str) -> int:
     """The exit status: 0 when nothing more can be begun in time."""
     os.set_inheritable(int(descriptor), False)
     send = Connection(int(descriptor), readable=False)
+    prepare_for_torch(os.environ)  # as a job's model processes are
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     asked = json.loads(order)
     parts = [Part(**values) for values in asked["parts"]]
@@ -62,6 +64,7 @@ def _do(part: Part, setting: Setting, send: Connection, missing: dict[str, list[
         rows = measure(setting, **part.arguments)
     except Exception as raised:
         traceback.print_exc()
+        rows = raised.rows if isinstance(raised, Wrong) else []
         last = "".join(traceback.format_exception(raised)).splitlines()[-ERROR_LINES:]
         error = "\n".join([f"{type(raised).__name__}: {raised}".splitlines()[0], *last])
     send.send(("ended", part.name, time.time() - began, rows, error, None))

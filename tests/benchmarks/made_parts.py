@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_day.parts import Part
-from benchmarks.gpu_day.setting import Setting
+from benchmarks.gpu_day.setting import Setting, Wrong
 
 
 def made(name: str, function: str = "note", **values: Any) -> Part:
@@ -24,11 +24,15 @@ def note(setting: Setting, *, folder: str = "") -> list[dict[str, Any]]:
     if folder:
         with Path(folder, "noted").open("a") as file:
             file.write("once\n")
-    return [{"what": "noted on", "value": setting.device}]
+    return [{"what": f"noted on {setting.device}", "value": os.getpid()}]
 
 
 def fail(setting: Setting) -> list[dict[str, Any]]:
     raise ValueError("the logits are off by 3")
+
+
+def differ(setting: Setting) -> list[dict[str, Any]]:
+    raise Wrong("other bytes", [{"what": "equal images", "value": 3.0}])
 
 
 def die(setting: Setting) -> list[dict[str, Any]]:

@@ -49,7 +49,9 @@ def until(true: Any, what: str) -> None:
 
 def test_what_fails_dies_or_hangs_is_recorded_and_stops_nothing(tmp_path: Path) -> None:
     parts = [
+        made("a/begins"),
         made("a/fails", "fail"),
+        made("machine/differs", "differ"),
         made("a/dies", "die"),
         made("a/hangs", "wait", arguments={"folder": str(tmp_path)}, limit_s=0.5),
         made("a/works"),
@@ -62,12 +64,24 @@ def test_what_fails_dies_or_hangs_is_recorded_and_stops_nothing(tmp_path: Path) 
     assert "status -9" in found["a/dies"]["error"]
     assert "it had not ended after 0 s" in found["a/hangs"]["error"]
     assert found["a/works"]["error"] is None
-    assert found["a/works"]["rows"] == [{"what": "noted on", "value": "cpu"}]
+    assert found["a/works"]["rows"][0]["what"] == "noted on cpu"
     text = report(day, parts)
-    assert "4 of 4 parts" in text
-    assert "3 failed" in text
+    assert "6 of 6 parts" in text
+    assert "4 failed" in text
+    assert "| equal images | 3.00 |" in text, "what shows that something is wrong is kept"
+    assert "- `machine/differs`: **failed**: Wrong: other bytes" in text
     assert "- `a/fails`: **failed**: ValueError: the logits are off by 3" in text
     assert not do(tmp_path / "day", parts).unfinished(), "done: nothing is begun again"
+
+
+def test_after_a_failure_the_next_part_has_another_process(tmp_path: Path) -> None:
+    """A CUDA error stays with its process."""
+    parts = [made("a/one"), made("a/two"), made("a/fails", "fail"), made("a/three")]
+
+    found = do(tmp_path, parts).ended()
+
+    one, two, three = (found[f"a/{name}"]["rows"][0]["value"] for name in ("one", "two", "three"))
+    assert one == two != three
 
 
 def test_a_killed_call_is_taken_up_where_it_was(tmp_path: Path) -> None:
