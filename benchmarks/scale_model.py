@@ -42,7 +42,7 @@ class Prices:
     get: float = 0.4e-6
     put: float = 5e-6
     gb_month: float = 0.023
-    gpu_hour: float = 0.6
+    gpu_hour: float = 1.6  # of an A100, whose rate is the default
 
 
 DRIVER_BUSY = 0.7
