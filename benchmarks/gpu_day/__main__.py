@@ -19,6 +19,7 @@ transformers) is said at once; the parts that need it are left out, and done by 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from benchmarks.gpu_day.day_file import DayFile
 from benchmarks.gpu_day.parts import Part, plan
 from benchmarks.gpu_day.supervise import DayRefused, work_through
 from benchmarks.gpu_day.tables import report
+from benchmarks.record import commit
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--again", nargs="+", default=[], metavar="STEP", help="do these anew: steps, or parts"
     )
+    parser.add_argument("--commit", help="what the report names; for a copy without git")
     parser.add_argument("--list", action="store_true", help="print the parts, and do nothing")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small models")
     options = parser.parse_args(arguments)
@@ -60,12 +63,27 @@ def main(arguments: list[str] | None = None) -> int:
         (day.folder / "report.md").write_text(report(day, whole), encoding="utf-8")
 
     try:
-        work_through(day, parts, deadline=deadline, rehearse=options.rehearse, after_each=write_report)
+        work_through(
+            day,
+            parts,
+            deadline=deadline,
+            rehearse=options.rehearse,
+            after_each=write_report,
+            commit=options.commit or commit_here(),
+        )
     except DayRefused as refused:
         print(f"gpu day: {refused}", file=sys.stderr)
         return 2
     write_report()
     return tell(day, parts)
+
+
+def commit_here() -> str:
+    """The commit of the working tree, where it is one."""
+    try:
+        return commit()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def print_plan(parts: list[Part]) -> None:

@@ -79,7 +79,9 @@ def compare(setting: Setting, *, variant: str, block: str, images: int) -> list[
             rows.append({**told, "road": name, "backend": "-", **_measured(
                 setting, road, None, tensors, wanted, work)})  # fmt: skip
     wrong = [
-        row for row in rows if not row["road"].startswith("no terms") and row.get("error", 0) > LARGEST_ERROR
+        row
+        for row in rows
+        if not row["road"].startswith("no terms") and not row.get("error", 0) <= LARGEST_ERROR
     ]
     if wrong:
         roads = {f"{row['road']}, {row['backend']}" for row in wrong}

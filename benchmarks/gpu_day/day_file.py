@@ -39,7 +39,7 @@ class DayFile:
         """Write an event; it is on the disk when this returns."""
         record = {"event": event, "at": round(time.time(), 3), **values}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, default=float) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.events.append(record)

@@ -18,9 +18,9 @@ from hqlabel.model.segmenter import Segmenter
 
 Row = dict[str, Any]
 _BOXES = 6
-LIMITS = {"float32": 1e-3, "bfloat16": 0.15}
+LIMITS = {"float32": 1e-3, "bfloat16": 0.08}
 """Of the logits' error over their size. Expected with these weights: 1e-6 to 1e-4 in float32, from sums in
-another order, and 1e-2 with TF32; 0.01 to 0.1 in bfloat16, as on a CPU."""
+another order, and 1e-2 with TF32; 0.01 to 0.03 in bfloat16, as on a CPU (ViT-B: 0.016)."""
 
 
 def parity(setting: Setting, *, variant: str, dtype: Dtype) -> list[Row]:

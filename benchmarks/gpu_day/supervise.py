@@ -20,7 +20,6 @@ from pathlib import Path
 
 from benchmarks.gpu_day.day_file import DayFile
 from benchmarks.gpu_day.parts import Part
-from benchmarks.record import commit
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTEMPTS = 3
@@ -42,13 +41,14 @@ def work_through(
     deadline: float,
     rehearse: bool,
     after_each: Callable[[], object] = lambda: None,
+    commit: str = "unknown",
 ) -> None:
     """Do what is left of the parts until `deadline` (of `time.time`), and call `after_each`.
 
     Raises:
         DayRefused: there is no device, or not the one that the state is of.
     """
-    day.append("call", commit=_commit(), rehearse=rehearse, minutes=round((deadline - time.time()) / 60, 1))
+    day.append("call", commit=commit, rehearse=rehearse, minutes=round((deadline - time.time()) / 60, 1))
     for name, times in day.unfinished().items():
         if times >= ATTEMPTS:
             day.append(
@@ -179,11 +179,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _commit() -> str:
-    """The commit of the working tree, where it is one."""
-    try:
-        return commit()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

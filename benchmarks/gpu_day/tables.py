@@ -193,4 +193,7 @@ def _cell(value: Any, form: str) -> str:
         return "yes" if value else "no"
     if isinstance(value, str) or not form:
         return str(value).replace("|", "\\|").replace("\n", " ")
-    return f"{value:.0%}" if form == "%" else f"{value:{form}}"
+    try:
+        return f"{value:.0%}" if form == "%" else f"{value:{form}}"
+    except (TypeError, ValueError):  # rather a plain cell than no report
+        return str(value)

@@ -89,13 +89,16 @@ def test_a_killed_call_is_taken_up_where_it_was(tmp_path: Path) -> None:
     parts = [made("a/first", arguments=folder), made("a/second", "wait", arguments=folder)]
     order = json.dumps([asdict(part) for part in parts])
     call = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / "day"), order], cwd=ROOT)
-    until((tmp_path / "pid").exists, "the second part begins")
-    worker = int((tmp_path / "pid").read_text() or 0)
+    written, pid = tmp_path / "day" / "events.jsonl", tmp_path / "pid"
+    begun = '"begun", "at": '
+    until(lambda: written.exists() and written.read_text().count(begun) == 2, "the second part is begun")
+    until(lambda: pid.exists() and pid.read_text(), "its process says who it is")
+    worker = int(pid.read_text())
 
     call.kill()
     call.wait()
     until(lambda: not Path(f"/proc/{worker}").exists(), "the process of the parts ends with its parent")
-    with (tmp_path / "day" / "events.jsonl").open("a") as file:
+    with written.open("a") as file:
         file.write('{"event": "ended", "part": "a/sec')  # as a kill in the middle of a write leaves it
     (tmp_path / "go").touch()
     day = do(tmp_path / "day", parts)
@@ -151,11 +154,12 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(
 def test_the_cheap_parts_are_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["machine", "parity/hiera_l-bfloat16", "attention/vit_b-windows", "profile/vit_l-1x16"]
 
-    assert main(["--rehearse", "--state", str(tmp_path), "--only", *names]) == 0
+    assert main(["--rehearse", "--state", str(tmp_path), "--commit", "abc1234", "--only", *names]) == 0
 
     told = capsys.readouterr().out
     assert "5 of 5 parts done, 0 failed" in told
     text = (tmp_path / "report.md").read_text()
+    assert "commit abc1234; 1 calls, 5 of" in text
     assert "**A rehearsal: small models on a CPU" in text
     for cell in (
         "| float32 product of side 256 |",
