@@ -21,6 +21,8 @@ from hqlabel.pipeline.tables.unit_files import list_committed, unit_key
 class Listed:
     """A store that lists so many units, 1,000 a page, and holds nothing else."""
 
+    lists_by_prefix = False
+
     def __init__(self, units: int) -> None:
         self._units = units
 

@@ -96,7 +96,7 @@ class _Devices:
     """
 
     def __init__(self, store: Store, job: Job) -> None:
-        committed = list_committed(store, job.context.first_generation)
+        committed = list_committed(store, job.context.first_generation, units=job.units)
         places = {0, len(committed) // 2, len(committed) - 1}
         some = [committed.nth(place) for place in places] if committed else []
         self._known = {kind for unit in some for kind in devices_of(read_committed(store, unit))}

@@ -106,7 +106,7 @@ def run(config: Config, options: LabelOptions, interrupts: Interrupts) -> int:
 
 def pending_units(store: Store, job: Job, part: Slice) -> list[int]:
     """Return the units of this slice that are not committed, by what the store lists now."""
-    committed = list_committed(store, job.context.first_generation)
+    committed = list_committed(store, job.context.first_generation, units=job.units)
     done = finished_units(store, committed.numbers, read_manifest(store))
     return [int(unit) for unit in done.missing(part.units(job.units))]
 

@@ -87,7 +87,7 @@ def _done(config: Config, plan: Plan) -> int:
             f"({count(job.plan['images'], 'image')}, "
             f"{count(job.plan['boxes'], 'box', 'boxes')}); these inputs need another output"
         )
-    committed = list_committed(store, job.context.first_generation)
+    committed = list_committed(store, job.context.first_generation, units=job.units)
     return len(finished_units(store, committed.numbers, read_manifest(store)))
 
 

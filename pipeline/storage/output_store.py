@@ -218,6 +218,11 @@ class Store:
                 "version of it, or another"
             )
 
+    @property
+    def lists_by_prefix(self) -> bool:
+        """Whether a listing of a prefix that ends within a name costs only what it returns."""
+        return self._scheme in ("s3", "s3a")
+
     def list(self, prefix: str = "", *, limit: int | None = None) -> list[Entry]:
         """Return the objects whose keys begin with `prefix`, at any depth, sorted; never from a cache.
 

@@ -70,7 +70,7 @@ def status(
     Raises:
         DamageFound: a unit or the manifest does not verify.
     """
-    committed = list_committed(store, job.context.first_generation)
+    committed = list_committed(store, job.context.first_generation, units=job.units)
     manifest = read_manifest(store)
     left = finished_units(store, committed.numbers, manifest).missing(range(job.units))
     known, rest = _split(committed, manifest)

@@ -196,7 +196,7 @@ def _is_current(look: _Look, job: Job, filters: FilterSettings) -> bool:
 
 def _look(store: Store, job: Job, filters: FilterSettings) -> _Look:
     """Return what is there and what is to be done; raises what `publish` does."""
-    committed = list_committed(store, job.context.first_generation)
+    committed = list_committed(store, job.context.first_generation, units=job.units)
     found = look_for_manifest(store)
     before = found.manifest
     if before is not None and before.plan_sha256 != job.context.plan_sha256:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from hqlabel.pipeline.tables.count_masks import count_unit
 
 _KEY = re.compile(r"units/(\d{8,18})\.g(\d{1,18})\.parquet")  # numbers of 64 bits
 _AT_A_TIME = 2**16
+LISTED_AS_ONE = 10_000
+LISTERS = 8
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -158,12 +161,13 @@ def parse_key(key: str) -> tuple[int, int] | None:
     return (unit_id, generation) if unit_key(unit_id, generation) == key else None
 
 
-def list_committed(store: Store, first_generation: int = 0) -> CommittedUnits:
+def list_committed(store: Store, first_generation: int = 0, *, units: int = 0) -> CommittedUnits:
     """Return the highest generation of every committed unit, by unit id, ascending; from one listing.
 
-    `first_generation`: of the job's plan (`JobContext.first_generation`).
+    `first_generation`: of the job's plan (`JobContext.first_generation`). `units`: of the plan, of which a
+    store that lists by prefix is then asked in parallel.
     """
-    files = _files(store)
+    files = _files(store, _prefixes(units if store.lists_by_prefix else 0))
     files = files[files[:, 1] >= first_generation]
     numbers = files[:, 0]
     is_newest = np.ones(len(numbers), np.bool_)
@@ -173,22 +177,37 @@ def list_committed(store: Store, first_generation: int = 0) -> CommittedUnits:
 
 def list_generations(store: Store) -> list[CommittedUnit]:
     """Return every unit's file, older generations too, in order of units and generations."""
-    return [_committed(*row) for row in _files(store).tolist()]
+    return [_committed(*row) for row in _files(store, _prefixes(0)).tolist()]
 
 
-def _files(store: Store) -> Numbers:
-    """Return a row of unit, generation and size for every unit's file, in that order.
+def _prefixes(units: int) -> list[str]:
+    """Return prefixes of the keys of so many units, at most 100 for a like number of units each."""
+    if units < LISTED_AS_ONE:
+        return ["units/"]
+    unsaid = len(str(units - 1)) - 2  # digits behind the two that differ first
+    return [unit_key(first, 0)[: len("units/") + 8 - unsaid] for first in range(0, units, 10**unsaid)]
+
+
+def _files(store: Store, prefixes: Sequence[str]) -> Numbers:
+    """Return a row of unit, generation and size for every unit's file, in that order."""
+    with ThreadPoolExecutor(LISTERS) as pool:
+        found = list(pool.map(lambda prefix: _below(store, prefix), prefixes))
+    files = np.concatenate(found)
+    return files[np.lexsort((files[:, 1], files[:, 0]))]
+
+
+def _below(store: Store, prefix: str) -> Numbers:
+    """Return such rows for the files below a prefix, in any order.
 
     Each page of the listing is forgotten before the next one: as objects, they take 600 bytes a file.
     """
     found = array("q")
-    for page in store.pages("units/"):
+    for page in store.pages(prefix):
         for entry in page:
             ids = parse_key(entry.key)
             if ids is not None:
                 found.extend((*ids, entry.size))
-    files = np.frombuffer(found, np.int64).reshape(-1, 3)
-    return files[np.lexsort((files[:, 1], files[:, 0]))]
+    return np.frombuffer(found, np.int64).reshape(-1, 3)
 
 
 def footer(context: JobContext, device: str = "") -> dict[str, str]:

@@ -18,9 +18,11 @@ from pycocotools import mask as coco_mask
 from hqlabel.pipeline import schema
 from hqlabel.pipeline.errors import DamageFound
 from hqlabel.pipeline.image_result import ImageResult
-from hqlabel.pipeline.job_context import JobContext
+from hqlabel.pipeline.job_context import JobContext, Place
 from hqlabel.pipeline.storage import checksummed_parquet
 from hqlabel.pipeline.storage.backend import Entry
+from hqlabel.pipeline.storage.output_store import Store
+from hqlabel.pipeline.tables import unit_files
 from hqlabel.pipeline.tables.unit_checks import check_against_plan, find_faults
 from hqlabel.pipeline.tables.unit_files import (
     CommittedUnit,
@@ -51,6 +53,7 @@ from tests.pipeline.made_units import (
     segment,
     unit_of,
 )
+from tests.s3_proxy import Fault
 from tests.table_digest import mask_columns_digest
 
 CONTEXT = make_context()
@@ -479,6 +482,7 @@ class Listed:
     """A store that lists so many units, each page made when it is requested."""
 
     units: int
+    lists_by_prefix: bool = False
 
     def pages(self, prefix: str) -> Iterator[list[Entry]]:
         for start in range(0, self.units, 1000):
@@ -521,3 +525,30 @@ def test_what_is_missing_of_a_plan_is_told_with_gaps_and_strangers(local_store):
     assert committed.numbers.union([range(1, 3)]) == {0, 1, 2, 3, 7, 10**17}
     assert set(range(4)) - committed.numbers == {1}
     assert list_committed(local_store, 1) == {}
+
+
+def test_units_of_a_store_that_lists_by_prefix_are_listed_in_parts(moto_s3, s3_faults, monkeypatch):
+    monkeypatch.setattr(unit_files, "LISTED_AS_ONE", 100)
+    place = moto_s3.place()
+    store = Store(Place(uri=place.uri, options={"endpoint_url": s3_faults.endpoint}))
+    numbers = [0, 9, 10, 57, 99, 100, 119]
+    for number in numbers:
+        store.put(unit_key(number, number % 2), b"1")
+    store.put(unit_key(57, 3), b"12")
+    fault = s3_faults.add(Fault(match="list-type=2.*prefix=[^&]*0000005&", do="status", times=2))
+
+    found = list_committed(store, units=120)
+
+    assert dict(found) == dict(list_committed(store))
+    assert list(found) == numbers
+    assert found[57].generation == 3
+    assert fault.landed == 2
+    assert s3_faults.requests("list-type=2") == 12 + 2 + 1
+
+
+def test_the_prefixes_of_many_units_are_those_of_each_of_their_keys_once():
+    for units in (10_000, 10_001, 99_999, 1_000_000, 15_625_000, 20_000_000):
+        prefixes = unit_files._prefixes(units)
+        assert 2 <= len(prefixes) <= 100
+        for number in (0, 1, units // 3, units // 2, units - 1):
+            assert sum(unit_key(number, 0).startswith(prefix) for prefix in prefixes) == 1
