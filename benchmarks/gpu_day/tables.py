@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.gpu_day.day_file import DayFile, Event
 from benchmarks.gpu_day.parts import Part
+from hqlabel.pipeline.errors import count
 
 Row = dict[str, Any]
 Column = tuple[str, str, str]
@@ -156,7 +157,7 @@ def _head(day: DayFile, parts: Sequence[Part], ended: dict[str, Event]) -> str:
         else ""
     )
     return (
-        f"{where}; commit {commits or 'none'}; {len(calls)} calls, {done} of {len(parts)} parts in "
+        f"{where}; commit {commits or 'none'}; {count(len(calls), 'call')}, {done} of {len(parts)} parts in "
         f"{seconds / 60:.1f} minutes, {failed} failed.{note}\n"
     )
 

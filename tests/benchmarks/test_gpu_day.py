@@ -159,7 +159,7 @@ def test_the_cheap_parts_are_rehearsed(tmp_path: Path, capsys: pytest.CaptureFix
     told = capsys.readouterr().out
     assert "5 of 5 parts done, 0 failed" in told
     text = (tmp_path / "report.md").read_text()
-    assert "commit abc1234; 1 calls, 5 of" in text
+    assert "commit abc1234; 1 call, 5 of" in text
     assert "**A rehearsal: small models on a CPU" in text
     for cell in (
         "| float32 product of side 256 |",
