@@ -1,7 +1,7 @@
 """Whether the stores that a call names answer at all, asked before any work.
 
 Within a job a store has minutes to come back. Before it, silence means a wrong address or a missing endpoint
-far more often than an outage, and a person waits: one small request to each store decides in 8 s, so that a
+far more often than an outage, and a person waits: one small request to each store decides in 7 s, so that a
 command ends within 15 s, its imports on a busy machine included.
 """
 
@@ -19,7 +19,7 @@ from hqlabel.pipeline.errors import JobRefused
 from hqlabel.pipeline.job_context import Place
 from hqlabel.pipeline.storage.read_objects import ask_store
 
-FIRST_ANSWER_S = 8.0
+FIRST_ANSWER_S = 7.0
 _HUB_ID = re.compile(r"(hf:|hf-zero-shot:)?[\w.-]+/[\w./-]+")
 
 
