@@ -114,7 +114,7 @@ def test_work_that_is_reported_done_and_is_not_in_the_store_is_a_fault(
     left = iter([[0, 1, 2], [1, 2], [1, 2]])
     work = Work(
         config=ConfigSources().load(), store=made.store, job=made.job, show_progress=False,
-        machine=SimpleNamespace(start=lambda: None), owner=SimpleNamespace(number=1), interrupts=None,
+        machine=SimpleNamespace(begin=list, start=list), owner=SimpleNamespace(number=1), interrupts=None,
     )  # fmt: skip
     monkeypatch.setattr(run_units, "_new_progress", lambda *_, **__: Quiet())
 
