@@ -558,10 +558,12 @@ class RowFaults:
     """The rows of a table that hold what cannot be used: counted, and the first few told.
 
     A row costs only itself. A column that most rows of are bad in is a mistake of the whole table.
+
+    `noun`: what a row is; those of another name than "row" have no numbers, their reasons say where they are.
     """
 
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
+    def __init__(self, uri: str, noun: str = "row") -> None:
+        self._uri, self._noun = uri, noun
         self._rows = self._count = self._blank = 0
         self._told: list[str] = []
         self._bad: Counter[str] = Counter()
@@ -624,13 +626,20 @@ class RowFaults:
         self._judge(RECORD, skipped, 0)
         self._tell(skipped)
 
+    def tell(self, name: str, bad: Sequence[str], rows: int) -> None:
+        """Count what is bad among some rows that have no numbers; `bad`: its reasons."""
+        self._rows += rows
+        self._judge(name, dict(enumerate(bad)), rows - len(bad))
+        self._tell(dict(enumerate(bad)))
+
     def refuse_bad_columns(self) -> None:
         """Raise JobRefused where a column is bad in most rows."""
         for name, bad in self._bad.items():
             if bad > self._good[name]:
                 every = bad + self._good[name]
                 share = f", and so it is in {bad:,} of {every:,}" if every > 1 else ""
-                raise JobRefused(f"{self._uri}: {clean_text(self._first[name])} (rows from 0){share}")
+                start = " (rows from 0)" if self._noun == "row" else ""
+                raise JobRefused(f"{self._uri}: {clean_text(self._first[name])}{start}{share}")
 
     def notes(self, cost: str) -> tuple[str, ...]:
         """Return a sentence on the rows, none where all are well; `cost`: what becomes of them."""
@@ -641,8 +650,9 @@ class RowFaults:
         if self._count:
             more = self._count - len(self._told)
             some = "; ".join([*self._told, *([f"and {more:,} more"] if more > 0 else [])])
-            rows = f"{self._count:,} of {count(self._rows, 'row')}"
-            notes.append(f"{self._uri}: {rows} cannot be used as given: {cost}. Counted from 0, {some}")
+            rows = f"{self._count:,} of {count(self._rows, self._noun)}"
+            start = "Counted from 0, " if self._noun == "row" else ""
+            notes.append(f"{self._uri}: {rows} cannot be used as given: {cost}. {start}{some}")
         return tuple(notes)
 
     def _judge(self, name: str, bad: Mapping[int, str], good: int) -> None:
@@ -659,6 +669,8 @@ class RowFaults:
             self._told.append(clean_text(self._place(row, reasons[row])))
 
     def _place(self, row: int, text: str) -> str:
+        if self._noun != "row":
+            return text
         number = self._first_row + row
         for other in sorted(self._skipped):
             number += other <= number

@@ -11,6 +11,7 @@ set's own description in the file.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,13 +24,23 @@ import pyarrow.compute as pc
 from hqlabel.pipeline.arrow_lists import list_lengths, null_mask, to_lists
 from hqlabel.pipeline.errors import JobRefused, clean_text
 from hqlabel.pipeline.inputs.box_tables import boxes_of_rows
-from hqlabel.pipeline.inputs.columns import Kind, RowFaults, check_type, is_bytes, is_text, plain
+from hqlabel.pipeline.inputs.columns import (
+    Found,
+    Kind,
+    RowFaults,
+    check_type,
+    is_bytes,
+    is_text,
+    plain,
+    readable,
+)
 from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList
 from hqlabel.pipeline.inputs.read_table import naming_values, open_named
 from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.storage.archive_uris import check_column
 from hqlabel.pipeline.storage.checksummed_parquet import open_closed
 from hqlabel.pipeline.storage.parquet_pages import rows_at_once
+from hqlabel.pipeline.storage.read_objects import is_no_utf8
 
 IMAGE, OBJECTS = "image", "objects"
 HF_COLUMNS = (IMAGE, OBJECTS, "objects.bbox", "objects.category", "objects.score", "objects.iscrowd")
@@ -109,10 +120,11 @@ def read_hf_boxes(
                 f"{', '.join(file.schema.names)}; --set input.columns.objects=NAME if it is another"
             )
     ours = [_OURS[name] for name in _FIELDS if name in files[0].fields]
+    faults = RowFaults(files[0].uri)
     found = boxes_of_rows(
-        (pair for file in files for pair in _rows(file, root, access)),
+        (pair for file in files for pair in _rows(file, root, access, faults)),
         ("image_uri", "image_id", *ours),
-        RowFaults(files[0].uri),
+        faults,
         folder=root,
         box_format="xywh",
     )
@@ -197,18 +209,23 @@ def _as_struct(kind: pa.DataType) -> pa.StructType | None:
     return None
 
 
-def _rows(file: _HfFile, root: str, access: AccessRules) -> Iterator[tuple[str, pa.Table]]:
-    """Yield the rows of a file as a table with one row an image."""
+def _rows(file: _HfFile, root: str, access: AccessRules, faults: RowFaults) -> Iterator[tuple[str, pa.Table]]:
+    """Yield the rows of a file as a table with one row an image; `faults` gets lists that cannot be read."""
     assert file.objects is not None, "the caller has checked"
+    first = 0
     for batch, uris, ids in _batches(file, root, access, [file.objects]):
-        columns = {"image_uri": uris, "image_id": ids}
+        found: Found = {}
         with naming_values(f"{file.uri}: column {file.objects!r}"):
-            columns |= _lists(batch.column(file.objects), file)
-        yield file.uri, pa.table(columns)
+            columns = {"image_uri": uris, "image_id": ids} | _lists(batch.column(file.objects), file, found)
+        yield file.uri, faults.add(pa.table(columns), found, first_row=first)
+        first += batch.num_rows
 
 
-def _lists(objects: pa.Array, file: _HfFile) -> dict[str, pa.Array]:
-    """Return the lists of the objects by our names, plain; null where a row has no objects at all."""
+def _lists(objects: pa.Array, file: _HfFile, found: Found) -> dict[str, pa.Array]:
+    """Return the lists of the objects by our names, plain; null where a row has no objects at all.
+
+    A list that cannot be read is null too, and in `found`.
+    """
     kind, columns = _as_struct(objects.type), {}
     assert kind is not None, "the file was inspected"
     null = null_mask(objects)
@@ -221,7 +238,9 @@ def _lists(objects: pa.Array, file: _HfFile) -> dict[str, pa.Array]:
             lists = to_lists(list_lengths(objects), values, kind=pa.list_(values.type), null=null)
         leaf = check_type(pa.field(name, lists.type), _FIELDS[word], uri=file.uri, ours=word)
         leaf = replace(leaf, leaf="integer") if leaf.leaf in ("key", "null") and word == "category" else leaf
-        columns[_OURS[word]] = plain(lists, replace(leaf, leaf="number") if leaf.leaf == "null" else leaf)
+        leaf = replace(leaf, leaf="number") if leaf.leaf == "null" else leaf
+        rows = found.setdefault(f"{file.objects}.{name}", {})
+        columns[_OURS[word]] = readable(lists, functools.partial(plain, kind=leaf), rows)
     return columns
 
 
@@ -245,13 +264,20 @@ def _batches(
             row = 0
             for batch in parquet.iter_batches(rows, row_groups=[group], columns=wanted):
                 count = batch.num_rows
-                paths = batch.column(file.image).flatten()[0].to_pylist() if path else [None] * count
-                uris = [
-                    f"{file.uri}#{file.image}:{group}:{row + at}/{paths[at] or ''}" for at in range(count)
-                ]
+                paths = _paths(batch.column(file.image).flatten()[0]) if path else [""] * count
+                uris = [f"{file.uri}#{file.image}:{group}:{row + at}/{paths[at]}" for at in range(count)]
                 ids = [f"{name}/{number + at:09d}" for at in range(count)]
                 yield batch, pa.array(uris, TEXT), pa.array(ids, TEXT)
                 row, number = row + count, number + count
+
+
+def _paths(paths: pa.Array) -> list[str]:
+    """Return the names that a data set states; "" for none, and where the bytes are no text."""
+    if pa.types.is_dictionary(paths.type):
+        paths = paths.dictionary_decode()
+    raw = pc.cast(paths, pa.large_binary()).to_pylist()
+    texts = ("" if one is None else one.decode(errors="surrogateescape") for one in raw)
+    return ["" if is_no_utf8(text) else text for text in texts]
 
 
 def _category_names(file: _HfFile) -> dict[int, str]:

@@ -2,7 +2,7 @@
 
 A box is x, y, width, height as shares of the upright picture; `conf` is its score; `category` a number as
 text, named by `detection_categories`. An image with a `failure` has no detections: its boxes are missing, not
-none. Streamed, like COCO files.
+none. Streamed, like COCO files; an entry that cannot be read costs its image alone.
 """
 
 from __future__ import annotations
@@ -12,15 +12,22 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hqlabel.pipeline.arrow_lists import first_null, list_lengths, null_mask, to_lists
+from hqlabel.pipeline.arrow_lists import list_lengths, null_mask, to_lists
 from hqlabel.pipeline.errors import JobRefused, clean_text
 from hqlabel.pipeline.inputs.box_tables import boxes_of_rows
-from hqlabel.pipeline.inputs.columns import RowFaults
-from hqlabel.pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList
-from hqlabel.pipeline.inputs.json_records import CUT_BYTES, first_byte, read_lines, split_arrays
+from hqlabel.pipeline.inputs.columns import Found, RowFaults
+from hqlabel.pipeline.inputs.image_box_lists import NUMBERS, TEXT, BoxList, examples
+from hqlabel.pipeline.inputs.json_records import (
+    CUT_BYTES,
+    TextDamage,
+    first_byte,
+    readable_lines,
+    split_arrays,
+)
 from hqlabel.pipeline.inputs.read_table import open_named
 from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.storage.read_objects import open_input
@@ -53,63 +60,77 @@ def read_megadetector(uri: str, access: AccessRules, *, folder: str) -> BoxList:
     Raises:
         JobRefused: not a sound file of this kind.
     """
+    faults = RowFaults(uri)
     boxes = boxes_of_rows(
-        ((uri, batch) for batch in _batches(uri, access)),
+        ((uri, batch) for batch in _batches(uri, access, faults)),
         _COLUMNS,
-        RowFaults(uri),
+        faults,
         folder=folder,
         box_format="xywh-normalised",
     )
-    return replace(boxes, categories=_categories(uri, access), files=(uri,))
+    categories, notes = _categories(uri, access)
+    return replace(boxes, categories=categories, files=(uri,), notes=(*boxes.notes, *notes))
 
 
-def _batches(uri: str, access: AccessRules) -> Iterator[pa.Table]:
+def _batches(uri: str, access: AccessRules, faults: RowFaults) -> Iterator[pa.Table]:
     with open_named(uri, "JSON", access) as stream:
-        at = 0
+        at = counted = 0
         for lines in split_arrays(stream, {"images"}):
-            yield _image_rows(read_lines(lines.text, lines.count, _IMAGES), uri, at)
-            at += lines.count
+            for images, found in readable_lines(lines.text, _IMAGES) if lines.count else ():
+                yield faults.add(_image_rows(images, found), found, first_row=at)
+                at += images.num_rows
+            counted += lines.count
+            if at != counted:
+                raise TextDamage(f"{counted} records were counted, {at} can be read")
 
 
-def _image_rows(images: pa.Table, uri: str, first: int) -> pa.Table:
-    """Return records of `images` as a table, one row an image; `first`: the number of the first record."""
-    found = images.column("detections").combine_chunks()
+def _image_rows(images: pa.Table, found: Found) -> pa.Table:
+    """Return records of `images` as a table, one row an image; `found` gets those that cannot be used."""
+    detections = images.column("detections").combine_chunks()
     file = images.column("file").combine_chunks()
-    if file.null_count:
-        raise JobRefused(f"{uri}: image {first + first_null(file)} (from 0) has no file; {_SHAPE}")
     failed = images.column("failure").combine_chunks().is_valid().to_numpy(zero_copy_only=False)
-    silent = null_mask(found) & ~failed
-    if silent.any():
-        at = first + int(silent.nonzero()[0][0])
-        raise JobRefused(f"{uri}: image {at} (from 0) has neither detections nor a failure; {_SHAPE}")
-    category, conf, bbox = found.flatten().flatten()
-    values = dict(zip(_COLUMNS[1:], (bbox, _category_ids(category, uri), conf), strict=True))
-    lengths, null = list_lengths(found), null_mask(found)
+    read = np.ones(len(file), dtype=np.bool_)
+    read[[row for rows in found.values() for row in rows]] = False
+    lacking = np.flatnonzero(null_mask(file) & read).tolist()
+    silent = np.flatnonzero(null_mask(detections) & ~null_mask(file) & ~failed & read).tolist()
+    found["file"] = found.get("file", {}) | dict.fromkeys(lacking, f"it has no file; {_SHAPE}")
+    silence = f"it has neither detections nor a failure; {_SHAPE}"
+    found["detections"] = found.get("detections", {}) | dict.fromkeys(silent, silence)
+    lengths, null = list_lengths(detections), null_mask(detections)
+    category, conf, bbox = detections.flatten().flatten()
+    ids, odd = _category_ids(category)
+    ends = np.cumsum(lengths)
+    found["category"] = {int(np.searchsorted(ends, at, side="right")): text for at, text in odd.items()}
+    values = dict(zip(_COLUMNS[1:], (bbox, ids, conf), strict=True))
     columns = {n: to_lists(lengths, v, kind=pa.list_(v.type), null=null) for n, v in values.items()}
     return pa.table({"image_uri": file, **columns})
 
 
-def _category_ids(category: pa.Array, uri: str) -> pa.Array:
+def _category_ids(category: pa.Array) -> tuple[pa.Array, dict[int, str]]:
+    """Return the numbers of the categories, null for text that is none, and which are so and why."""
     whole = pc.match_substring_regex(category, r"\A[0-9]{1,9}\z")
-    wrong = pc.and_(category.is_valid(), pc.invert(whole)).to_numpy(zero_copy_only=False)
-    if wrong.any():
-        found = category[int(wrong.nonzero()[0][0])].as_py()
-        raise JobRefused(
-            f'{uri}: category {clean_text(found)!r} of a detection; wanted a number as text, such as "1"'
-        )
-    return pc.cast(category, pa.int64())
+    wrong = pc.fill_null(pc.invert(whole), False).to_numpy(zero_copy_only=False)
+    odd = {
+        at: f'category {category[at].as_py()!r} of a detection; wanted a number as text, such as "1"'
+        for at in np.flatnonzero(wrong).tolist()
+    }
+    return pc.cast(pc.if_else(whole, category, pa.scalar(None, category.type)), pa.int64()), odd
 
 
-def _categories(uri: str, access: AccessRules) -> dict[int, str]:
-    """Return number -> name from `detection_categories`, wherever it is; empty where there is none."""
+def _categories(uri: str, access: AccessRules) -> tuple[dict[int, str], tuple[str, ...]]:
+    """Return number -> name from `detection_categories`, wherever it is, and a sentence on other keys."""
     before, match = b"", None
     with open_input(uri, options_for(uri, access)) as stream:
         while match is None and (block := stream.read(CUT_BYTES)):
             match = _CATEGORIES.search(before + block)
             before = block[-(2**17) :]
+    what = f"{uri}: detection_categories is not a map of numbers to names"
     try:
-        return {int(key): str(name) for key, name in json.loads(match[1]).items()} if match else {}
-    except (ValueError, AttributeError) as error:
-        raise JobRefused(
-            f"{uri}: detection_categories is not a map of numbers to names ({clean_text(str(error))})"
-        ) from None
+        pairs = json.loads(match[1]) if match else {}
+    except ValueError as error:
+        raise JobRefused(f"{what} ({clean_text(str(error))})") from None
+    odd = [key for key in pairs if not re.fullmatch("[0-9]{1,9}", key)]
+    if 2 * len(odd) > len(pairs):
+        raise JobRefused(f"{what}: {examples(odd)}")
+    names = {int(key): str(name) for key, name in pairs.items() if key not in odd}
+    return names, (f"{what}, so these are left out: {examples(odd)}",) if odd else ()

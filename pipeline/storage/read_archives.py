@@ -158,7 +158,7 @@ def _row_bytes(archive: _Archive, member: ParquetRow, max_bytes: int) -> bytes:
     row = rows.slice(member.row, 1)
     value = row.column("bytes")[0].as_buffer()
     too_many_bytes(0 if value is None else value.size, max_bytes)
-    path = row.column("path")[0].as_py() if "path" in row.column_names else None
+    path = _stated_path(row) if member.name else None
     if member.name and path != member.name:
         raise ImageError(
             "changed",
@@ -168,6 +168,14 @@ def _row_bytes(archive: _Archive, member: ParquetRow, max_bytes: int) -> bytes:
     if value is None:
         raise ImageError("not_found", f"{member.column}.bytes is null in this row")
     return value.to_pybytes()  # type: ignore[no-any-return]
+
+
+def _stated_path(row: pa.Table) -> str | None:
+    """Return the name that a row states; None for none, and for bytes that are no text."""
+    try:
+        return row.column("path")[0].as_py() if "path" in row.column_names else None
+    except UnicodeDecodeError:
+        return None
 
 
 class _RowGroups:

@@ -164,8 +164,8 @@ def test_yolo_polygons_become_boxes_and_a_score_behind_them_is_kept(tmp_path: Pa
     with pytest.raises(JobRefused, match=r"input\.boxes_from=masks"):
         make_plan(InputSettings(boxes=str(tmp_path / "labels"), images=images))
     (tmp_path / "labels" / "a.txt").write_text(f"0 {text}\n0 0.5 0.5 0.1 0.1\n")
-    with pytest.raises(JobRefused, match="line 2 has 5 numbers; wanted polygons"):
-        planned(tmp_path / "labels", images=images)
+    said = " ".join(planned(tmp_path / "labels", images=images).summary.warnings)
+    assert "line 2 has 5 numbers; wanted polygons" in said
 
 
 def test_other_inputs_have_no_masks_to_take_boxes_from(tmp_path: Path) -> None:

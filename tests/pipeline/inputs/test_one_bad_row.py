@@ -1,8 +1,10 @@
 """One bad row of a table costs itself: it fails by a code, or is named; every other row is planned."""
 
 import gzip
+import io
 import json
 import math
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -193,6 +195,177 @@ def test_one_bad_record_of_coco_costs_itself_and_is_named(tmp_path, array, chang
     assert found["boxes"] == [] if wanted == LOST else wanted == outcome(found)
     told = " ".join(plan.summary.warnings)
     assert wanted == KEPT or isinstance(change.get("bbox"), list) or f"row {BAD}" in told
+
+
+def in_megadetector(change: dict, detection: dict) -> bytes:
+    one = {"category": "1", "conf": 0.5, "bbox": [0.1, 0.1, 0.2, 0.2]}
+    rows = [{"file": f"{at:02}.jpg", "detections": [dict(one)]} for at in range(ROWS)]
+    rows[BAD] |= change
+    if detection:
+        rows[BAD]["detections"][0] |= detection
+    return json.dumps({"images": rows, "detection_categories": {"1": "cat"}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "detection", "wanted"),
+    [
+        ({"file": None}, {}, LOST),
+        ({"file": 5}, {}, LOST),
+        ({"detections": None}, {}, FAILED),
+        ({"detections": "none"}, {}, FAILED),
+        ({}, {"bbox": "none"}, FAILED),
+        ({}, {"category": "animal"}, FAILED),
+        ({}, {"conf": "high"}, FAILED),
+        ({}, {"bbox": [0.1]}, BOX_LOST),
+    ],
+)
+def test_one_bad_entry_of_megadetector_costs_itself_and_is_named(tmp_path, change, detection, wanted):
+    (tmp_path / "md.json").write_bytes(in_megadetector(change, detection))
+
+    plan = make_plan(InputSettings(boxes=str(tmp_path / "md.json")))
+
+    rows = {row["image_uri"].rpartition("/")[2]: row for row in plan.table.to_pylist()}
+    assert {f"{at:02}.jpg" for at in range(ROWS) if at != BAD} <= rows.keys()
+    assert wanted == outcome(rows.get(f"{BAD:02}.jpg"))
+    assert wanted == BOX_LOST or f"row {BAD}: " in " ".join(plan.summary.warnings)
+
+
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
+        (b"0 0.5 0.5 0.1\n", BOX_LOST),
+        (b"cat 0.5 0.5 0.1 0.1\n", BOX_LOST),
+        (b"1.5 0.5 0.5 0.1 0.1\n", BOX_LOST),
+        (b"0 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2\n", BOX_LOST),
+        (b"0 0.5 0.5 \xff 0.1\n", FAILED),
+    ],
+)
+def test_one_bad_line_or_file_of_yolo_labels_costs_itself_and_is_named(tmp_path, body, wanted):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for at in range(ROWS):
+        (tmp_path / "images" / f"{at:02}.jpg").touch()
+        (tmp_path / "labels" / f"{at:02}.txt").write_bytes(body if at == BAD else b"0 0.5 0.5 0.1 0.1\n")
+
+    plan = make_plan(InputSettings(images=str(tmp_path / "images"), boxes=str(tmp_path / "labels")))
+
+    rows = plan.table.to_pylist()
+    assert [KEPT] * BAD + [wanted] + [KEPT] * (ROWS - BAD - 1) == [outcome(row) for row in rows]
+    what = "file" if wanted == FAILED else "line"
+    told = " ".join(plan.summary.warnings)
+    assert f"1 of {ROWS} {what}s" in told
+    assert f"{BAD:02}.txt: " in told
+
+
+def header(name: str, size: int = 3, **fields: object) -> tarfile.TarInfo:
+    one = tarfile.TarInfo(name)
+    one.size = size
+    for key, value in fields.items():
+        setattr(one, key, value)
+    return one
+
+
+def with_size(field: bytes) -> bytes:
+    """A header with other bytes as its size and a sum that is right."""
+    block = bytearray(header(f"{BAD:02}.png").tobuf(tarfile.GNU_FORMAT))
+    block[124:136], block[148:156] = field, b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def torn(block: bytes) -> bytes:
+    return block[:50] + b"\xff" + block[51:]
+
+
+SOUND = header(f"{BAD:02}.png").tobuf(tarfile.GNU_FORMAT)
+# the header of one member, what becomes of it, and of which word it is told
+TAR_FAULTS = [
+    (header("\udcff.png").tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"), LOST, "not UTF-8"),
+    (header(f"{BAD:02}.png", 0, type=tarfile.SYMTYPE, linkname="00.png").tobuf(), LOST, "is a link to"),
+    (header("00.png").tobuf(tarfile.GNU_FORMAT), LOST, "'00.png' is there again"),
+    (with_size(b"77777777777\0"), LOST, "which is wrong"),
+    (with_size(b"00000001001\0"), LOST, "which is wrong"),
+    (with_size(b"\xff" * 12), LOST, "is damaged"),
+    (with_size(b"zzzzzzzzzzz\0"), LOST, "is damaged"),
+    (torn(SOUND), LOST, "is damaged"),
+    (bytes(512), LOST, "is damaged"),
+]
+
+
+@pytest.mark.parametrize(("bad", "wanted", "said"), TAR_FAULTS)
+def test_one_bad_member_of_a_tar_costs_itself_and_is_named(tmp_path, bad, wanted, said):
+    blocks = [header(f"{at:02}.png").tobuf(tarfile.GNU_FORMAT) for at in range(ROWS)]
+    blocks[BAD] = bad
+    data = b"" if b"2" == bad[156:157] else b"abc".ljust(512, b"\0")
+    body = b"".join(block + (data if block is bad else b"abc".ljust(512, b"\0")) for block in blocks)
+    (tmp_path / "t.tar").write_bytes(body + bytes(1024))
+
+    plan = make_plan(InputSettings(images=str(tmp_path / "t.tar")))
+
+    names = [f"{at:02}.png" for at in range(ROWS) if at != BAD or wanted != LOST]
+    assert names == plan.table.column("image_id").to_pylist()
+    told = " ".join(plan.summary.warnings)
+    assert "1 of 20 members" in told
+    assert said in told
+
+
+@pytest.mark.parametrize("cut", [600, 900, 1200])
+def test_a_tar_that_ends_early_is_refused(tmp_path, cut):
+    body = b"".join(header(f"{at}.png").tobuf() + b"abc".ljust(512, b"\0") for at in range(3))
+    (tmp_path / "t.tar").write_bytes(body[: 1024 + cut])
+
+    if cut == 600:
+        (tmp_path / "t.tar").write_bytes(body[: 1024 + 100])  # amid a header, which looked like the end
+    with pytest.raises(JobRefused, match="unexpected end of data"):
+        make_plan(InputSettings(images=str(tmp_path / "t.tar")))
+
+
+@pytest.mark.parametrize(
+    "text", [b"{", b"[1]", b'{"boxes": "none"}', b'{"boxes": [[1, "b", 3, 4]]}', b"\xff"]
+)
+def test_one_bad_json_of_a_tar_fails_its_picture_and_is_named(tmp_path, text):
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for at in range(ROWS):
+            own = text if at == BAD else b'{"boxes": [[1, 2, 3, 4]]}'
+            for name, data in ((f"{at:02}.png", b"abc"), (f"{at:02}.json", own)):
+                tar.addfile(header(name, len(data)), io.BytesIO(data))
+
+    plan = make_plan(InputSettings(boxes=str(tmp_path / "t.tar")))
+
+    rows = plan.table.to_pylist()
+    assert [KEPT] * BAD + [FAILED] + [KEPT] * (ROWS - BAD - 1) == [outcome(row) for row in rows]
+    assert f"t.tar: {BAD:02}.json: " in " ".join(plan.summary.warnings)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"path": b"\xff.png"}, KEPT),
+        ({"path": None, "bytes": None}, KEPT),  # a worker finds no bytes: not_found
+        ({"category": [b"\xff"]}, FAILED),
+        ({"category": None}, KEPT),
+    ],
+)
+def test_one_bad_row_of_a_hugging_face_table_costs_itself(tmp_path, change, wanted):
+    rows = [{"path": b"a.png", "bytes": b"x", "category": [b"cat"]} for _ in range(ROWS)]
+    rows[BAD] |= change
+    paths = pa.array([row["path"] for row in rows])
+    words = pa.array([row["category"] for row in rows])
+    text = pa.Array.from_buffers(pa.string(), len(words.values), words.values.buffers())
+    image = pa.StructArray.from_arrays(
+        [pa.array([row["bytes"] for row in rows]), pa.Array.from_buffers(pa.string(), ROWS, paths.buffers())],
+        ["bytes", "path"],
+    )
+    category = pa.ListArray.from_arrays(words.offsets, text, mask=words.is_null())
+    boxes = pa.array([[BOX]] * ROWS, pa.list_(pa.list_(pa.float64())))
+    objects = pa.StructArray.from_arrays([boxes, category], ["bbox", "category"])
+    pq.write_table(pa.table({"image": image, "objects": objects}), tmp_path / "t.parquet")
+
+    plan = make_plan(InputSettings(boxes=str(tmp_path / "t.parquet")))
+
+    found = [outcome(row) for row in plan.table.to_pylist()]
+    assert [KEPT] * BAD + [wanted] + [KEPT] * (ROWS - BAD - 1) == found
+    assert wanted == KEPT or f"row {BAD}: " in " ".join(plan.summary.warnings)
 
 
 JSON = '{{"image_uri": "{}.jpg"}}\n'
