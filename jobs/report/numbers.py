@@ -158,7 +158,8 @@ def _load(
     shuffle: str,
 ) -> None:
     """Make the table `name` of these columns and `name`_sample, of SAMPLE_ROWS rows at most."""
-    tables.register("read", kind.empty_table().select(columns))
+    wanted = pa.schema([kind.field(column) for column in columns])
+    tables.register("read", pa.Table.from_batches([], wanted))  # `empty_table` would import pandas
     tables.execute(f"CREATE TABLE {name} AS SELECT * FROM read")
     for file in files:
         for rows in row_groups(store, file, kind, columns):

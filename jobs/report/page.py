@@ -42,6 +42,7 @@ REPORT_KEY = "report/index.html"
 EVALUATION_KEY = "report/evaluation.json"
 _MOST_BYTES = 14_000_000  # of base64; the page stays under 20 MB
 _MOST_CLASSES = 200
+_IMAGE_COLUMNS = ("image_id", "image_uri", "height", "width", "source_etag")  # times would import pandas
 _NO_SECRET = re.compile(r'((?:src="data:image/jpeg;base64,[A-Za-z0-9+/=]+|data-boxes="[^"]*)")')
 """Nearly all of a page: pictures, and what was written without credentials (`boxes_json`)."""
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -135,7 +136,7 @@ def page(saved: SavedJob, manifest: Manifest) -> str:
     keys = [key for section in chosen for key in data.chosen[section.key]]
     pair_keys = [key for pair in data.overlapping for key in pair]
     shown_ids = {*data.whole, *(image_id for image_id, _ in [*keys, *pair_keys])}
-    rows = find_images(saved.store, manifest, shown_ids)
+    rows = find_images(saved.store, manifest, shown_ids, _IMAGE_COLUMNS)
     pairs = _disagreements(data.overlapping, rows)
     keys += [key for pair in pairs for key in pair]
     wanted: list[PictureKey] = [*((image_id, None) for image_id in data.whole), *keys]

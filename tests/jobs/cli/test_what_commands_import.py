@@ -13,8 +13,8 @@ from PIL import Image
 from tests.jobs.made_outputs import MadeImage, make_output
 
 ROOT = Path(__file__).parents[3]
-SLOW = {"torch", "torch._dynamo", "transformers", "ray", "duckdb", "pyarrow", "numpy", "yaml"}
-FOR_TABLES = {"pyarrow", "numpy", "yaml"}
+SLOW = {"torch", "torch._dynamo", "transformers", "ray", "duckdb", "pandas", "pyarrow", "numpy", "yaml"}
+FOR_TABLES = {"pyarrow", "pandas", "numpy", "yaml"}
 COMMAND = """
 import sys
 from hqlabel.jobs.cli.main import app, interrupts
@@ -62,7 +62,7 @@ def test_commands_without_a_model_load_no_torch_and_no_ray(output: tuple[str, st
     assert loaded_by("export", "coco", "--output", out, "--to", coco) <= FOR_TABLES | {"duckdb"}
     assert loaded_by("inspect", "a.png", "--output", out, *root, "--picture", picture) <= FOR_TABLES
     assert loaded_by(*plan) <= FOR_TABLES
-    assert loaded_by("report", "--output", out, *root) <= FOR_TABLES | {"duckdb"}
+    assert loaded_by("report", "--output", out, *root) <= FOR_TABLES - {"pandas"} | {"duckdb"}
 
 
 def test_the_model_is_imported_and_loaded_without_the_compiler() -> None:
