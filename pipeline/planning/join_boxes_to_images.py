@@ -7,8 +7,8 @@ no case, Unicode or percent folding. What does not fit is refused with examples 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from urllib.parse import unquote
 
 import numpy as np
@@ -39,7 +39,9 @@ class Joined:
 
     `image_id`, `image_uri`: large_string (n,). `mention`: int64 (n,), the image's place in `BoxList`, -1
     where no box file names it. `id_rule`: how ids and joins came about, as text. `hint`: a sentence on why
-    boxes of `unmatched` found no image, or "".
+    boxes of `unmatched` found no image, or "". `again`: rows that say what an earlier one of the same id
+    says, bool (n,), or None for none. `errors`: row -> why its id, or its uri, names no one image. `notes`:
+    sentences for the summary.
     """
 
     image_id: pa.Array
@@ -48,6 +50,14 @@ class Joined:
     unmatched: Unmatched
     id_rule: str
     hint: str = ""
+    again: BoolArray | None = None
+    errors: Mapping[int, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def listed(self) -> pa.Array:
+        """Return the places of the images by the bytes of their ids, each once."""
+        order = pc.sort_indices(self.image_id)
+        return order if self.again is None else order.filter(pa.array(~self.again).take(order))
 
 
 def images_of(boxes: BoxList) -> ImageList:
@@ -74,9 +84,11 @@ def images_of(boxes: BoxList) -> ImageList:
 def join(images: ImageList, boxes: BoxList | None, *, allow_unmatched: bool) -> Joined:
     """Return every image with its boxes' place.
 
+    Rows that are there twice count once; an id of two images, and an image of two ids, have `errors`.
+
     Raises:
-        JobRefused: an image named twice, one id for two images, or boxes whose image is not listed (unless
-            they may be skipped).
+        JobRefused: most ids name several images, an image with two lists of boxes, or boxes whose image is
+            not listed (unless they may be skipped).
     """
     if boxes is None:
         ids, rule = _ids(images)
@@ -89,10 +101,11 @@ def join(images: ImageList, boxes: BoxList | None, *, allow_unmatched: bool) -> 
         )
     else:
         joined = _match(images, boxes, allow_unmatched)
-    _refuse_doubles(
+    if pc.any(pc.equal(joined.image_id, "")).as_py():
+        raise JobRefused("an image has the empty string as its image_id; every image needs an id of its own")
+    return _told_apart(
         joined, is_box_file=boxes is not None and bool(images.files) and images.files == boxes.files
     )
-    return joined
 
 
 def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool) -> Joined:
@@ -237,14 +250,47 @@ def _refusal(unmatched: Unmatched, keys: pa.Array, boxes: BoxList, hint: str) ->
     )
 
 
-def _refuse_doubles(joined: Joined, *, is_box_file: bool) -> None:
-    """Raise JobRefused for an id or uri there twice. `is_box_file`: the box file lists the images."""
-    for name, keys in (("image_id", joined.image_id), ("image_uri", _comparable(joined.image_uri))):
-        filled = keys.filter(pc.not_equal(keys, "")) if name == "image_uri" else keys
-        if len(twice := repeated(filled)):
-            raise _doubled(joined, keys, twice, name, is_box_file)
-    if pc.any(pc.equal(joined.image_id, "")).as_py():
-        raise JobRefused("an image has the empty string as its image_id; every image needs an id of its own")
+def _told_apart(joined: Joined, *, is_box_file: bool) -> Joined:
+    """Return the same, with what is there twice in `again`, and what is not told apart in `errors`.
+
+    `is_box_file`: the box file lists the images.
+    """
+    ids, uris = joined.image_id, _comparable(joined.image_uri)
+    is_named = pc.not_equal(uris, NO_URI).to_numpy(zero_copy_only=False)
+    if not len(repeated(ids)) and not len(repeated(uris.filter(pa.array(is_named)))):
+        return joined
+    codes_N2 = np.stack([one.dictionary_encode().indices.to_numpy() for one in (ids, uris)], axis=1)
+    again = np.ones(len(ids), dtype=np.bool_)
+    again[np.unique(codes_N2, axis=0, return_index=True)[1]] = False
+    per_id, per_uri = (np.bincount(codes[~again], minlength=len(ids)) for codes in codes_N2.T)
+    by_id = per_id[codes_N2[:, 0]] > 1
+    by_uri = (per_uri[codes_N2[:, 1]] > 1) & is_named
+    bad = np.flatnonzero((by_id | by_uri) & ~again)
+    if 2 * len(bad) > np.count_nonzero(~again):
+        each = pa.array(~again & (by_id if by_id.any() else by_uri))
+        keys, name = (ids, "image_id") if by_id.any() else (uris, "image_uri")
+        some = replace(joined, image_id=ids.filter(each), image_uri=joined.image_uri.filter(each))
+        raise _doubled(some, keys.filter(each), repeated(keys.filter(each)), name, is_box_file)
+    number, twice = int(again.sum()), examples(pc.unique(uris.filter(pa.array(again))))
+    notes = (f"{count(number, 'row')} of images listed before, such as {twice}: counted once",)
+    rows: dict[str, list[int]] = {}
+    for row in bad.tolist():
+        rows.setdefault(ids[row].as_py(), []).append(row)
+    errors: dict[int, str] = {}
+    for name, own in rows.items():
+        own.sort(key=lambda row: str(joined.image_uri[row].as_py()))
+        again[own[1:]] = True  # one row an id is left to say so
+        errors[own[0]] = _why_not_told_apart(name, joined.image_uri.take(pa.array(own)))
+    return replace(joined, again=again, errors=errors, notes=notes if number else ())
+
+
+def _why_not_told_apart(name: str, uris: pa.Array) -> str:
+    if len(uris) > 1:
+        more = f" and {len(uris) - 2:,} more" if len(uris) > 2 else ""
+        return (
+            f"image_id {name!r} stands for {examples(uris.slice(0, 1))} and for {examples(uris[1:2])}{more}"
+        )
+    return f"{examples(uris)} has another image_id than {name!r} too; name each image once"
 
 
 def _doubled(joined: Joined, keys: pa.Array, twice: pa.Array, name: str, is_box_file: bool) -> JobRefused:

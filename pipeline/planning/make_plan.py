@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from hqlabel.pipeline.arrow_lists import table_sha256
 from hqlabel.pipeline.errors import UsageError
@@ -77,7 +76,7 @@ def _make_plan(settings: InputSettings, access: AccessRules, images_per_unit: in
     boxes, categories = _numbered(inputs)
     inputs = replace(inputs, boxes=boxes)
     joined = inputs.joined
-    order = pc.sort_indices(joined.image_id)[: settings.limit]
+    order = joined.listed()[: settings.limit]
     table = plan_table(
         joined, order, boxes, access, doubted=inputs.images.doubted, images_per_unit=images_per_unit
     )

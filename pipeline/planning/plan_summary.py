@@ -97,7 +97,7 @@ def summarise(inputs: JoinedInputs, table: pa.Table, mention: Int64Array) -> Pla
         images=table.num_rows,
         boxes=int(lengths.sum()),
         units=-(-table.num_rows // inputs.images_per_unit),
-        listed_images=len(inputs.joined.image_id),
+        listed_images=len(inputs.joined.listed()),
         without_boxes=int(((lengths == 0) & ~null).sum()),
         listed_without_boxes=int((mention < 0).sum()),
         null_boxes=int(null.sum()),
@@ -240,7 +240,7 @@ def _named(table: pa.Table, box: int) -> str:
 
 
 def _notes(inputs: JoinedInputs) -> list[str]:
-    notes = [*inputs.images.notes, *(inputs.boxes.notes if inputs.boxes else ())]
+    notes = [*inputs.images.notes, *(inputs.boxes.notes if inputs.boxes else ()), *inputs.joined.notes]
     lost = inputs.joined.unmatched
     if lost.boxes:
         boxes = count(lost.boxes, "box", "boxes")

@@ -61,6 +61,9 @@ def plan_table(
         uris = joined.image_uri.take(places)
         units = (np.arange(len(places)) + start) // images_per_unit
         refused = refused_uris(uris, access, trusted, links)
+        if joined.errors:
+            numbered = enumerate(places.to_pylist())
+            refused |= {row: joined.errors[place] for row, place in numbered if place in joined.errors}
         columns = [
             pa.array(units.astype(np.int32)),
             pc.cast(joined.image_id.take(places), pa.string()),

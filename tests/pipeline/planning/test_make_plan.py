@@ -207,7 +207,6 @@ def test_local_files_outside_the_roots_are_rows_with_a_reason(tmp_path, pictures
         (lambda p: p / "notes.txt", "no known kind"),
         (lambda p: table(p / "t.parquet", {"path": ["a"], "file": ["b"]}), "input.columns.image_uri=path"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", None, ""]}), "row 1: image_uri is null"),
-        (lambda p: table(p / "t.parquet", {"image_uri": ["a", "b", "a"]}), "not distinguished by image_id"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", "b"], "image_id": [1, 1]}), "'1' stands for"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", "a"], "image_id": [1, 2]}), "is there twice"),
         (lambda p: table(p / "t.parquet", {"image_uri": ["a", "./a"], "image_id": [1, 2]}), "is there twice"),
@@ -220,6 +219,31 @@ def test_local_files_outside_the_roots_are_rows_with_a_reason(tmp_path, pictures
 )
 def test_images_that_cannot_be_listed_are_refused(pictures, make, reason):
     assert reason in refusal(images=make(pictures))
+
+
+@pytest.mark.parametrize(
+    ("rows", "ids", "failed"),
+    [
+        ([("a", "a"), ("a", "a"), ("a", "a")], ["a", "b", "c", "d", "e"], {}),
+        ([("a", "1"), ("a", "1")], ["1", "b", "c", "d", "e"], {}),
+        ([("a", "1"), ("x", "1"), ("x", "1")], ["1", "b", "c", "d", "e"], {"1": "stands for"}),
+        ([("a", "1"), ("./a", "2")], ["1", "2", "b", "c", "d", "e"], {"1": "another", "2": "another"}),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_image_or_id_that_is_listed_twice_costs_itself(pictures, rows, ids, failed, turned):
+    listed = [*rows, *((one, one) for one in "bcde")]
+    uris, names = zip(*(listed[::-1] if turned else listed), strict=True)
+
+    plan = planned(images=table(pictures / "t.parquet", {"image_uri": uris, "image_id": names}))
+
+    assert ids_of(plan) == ids
+    rows_of = {row["image_id"]: row for row in plan.table.to_pylist()}
+    assert {name for name, row in rows_of.items() if row["error_code"] == "uri_refused"} == failed.keys()
+    assert all(text in rows_of[name]["error_message"] for name, text in failed.items())
+    told = " ".join(plan.summary.warnings)
+    assert failed.keys() or "listed before" in told
+    assert plan.summary.listed_images == len(ids)
 
 
 def test_nothing_at_all_is_a_usage_error():
