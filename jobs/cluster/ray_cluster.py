@@ -283,7 +283,7 @@ def _start_private(
                     log_to_driver=False,
                     logging_level="ERROR",
                     _skip_env_hook=True,
-                    # Its first workers import this while the job is made, and not when they get their tasks.
+                    # A worker imports this while others are busy, before it takes its first task.
                     _system_config={"preload_python_modules": ["ray.data"]},
                     _temp_dir=str(folder / name),  # Ray opens this folder to all; the one above stays closed
                 )
@@ -349,7 +349,11 @@ def _without_agents(command: list[str]) -> list[str]:
         )
     waiting = subprocess.list2cmdline([sys.executable, "-I", "-S", "-c", "import sys; sys.stdin.read()"])
     agents = ("--dashboard_agent_command=", "--runtime_env_agent_command=")
-    return [f"{word.partition('=')[0]}={waiting}" if word.startswith(agents) else word for word in command]
+    changed = [f"{word.partition('=')[0]}={waiting}" if word.startswith(agents) else word for word in command]
+    # With first workers the raylet answers a driver only when they have come: seconds in which Ray's C++
+    # keeps all of Python waiting, and ends this process with code 1 if the raylet dies.
+    first = "--num_prestart_python_workers="
+    return [f"{first}0" if word.startswith(first) else word for word in changed]
 
 
 def _join(ray: ModuleType, address: str, environ: Mapping[str, str]) -> ClusterInfo:
