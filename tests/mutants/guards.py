@@ -312,6 +312,20 @@ MUTANTS: list[Mutant] = [
         ("older = part and wanted and any(", "older = False and any("),
     ),
     *of(
+        "pipeline/tables/clean_output.py",
+        "tests/pipeline/tables/test_published_parts.py",
+        ("    visit(\"clean.listed\")\n    require_owner(\"clean\")\n", "    visit(\"clean.listed\")\n"),
+        ("    visit(\"clean.marked\")\n    require_owner(\"clean\")\n", "    visit(\"clean.marked\")\n"),
+        ("if unit.generation > published.get(unit.unit_id, -1):", "if False:"),
+        ("if said is not None and dict(said.generations) != dict(part.generations):", "if False:"),
+    ),
+    *of(
+        "pipeline/tables/clean_output.py",
+        "tests/pipeline/tables/test_publish_tables.py",
+        ("if hashlib.sha256(body).hexdigest() != file.sha256:", "if False:"),
+        ("if found.manifest is None or found.manifest.state != \"complete\":", "if found.manifest is None:"),
+    ),
+    *of(
         "pipeline/tables/published_parts.py",
         "tests/pipeline/tables/test_published_parts.py",
         ("if stream.seek(0, 2) != file.bytes or file.seal not in (\"\", seal):", "if False:"),

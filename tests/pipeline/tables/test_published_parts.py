@@ -15,7 +15,7 @@ from hqlabel.pipeline.failpoints import FailPointReached
 from hqlabel.pipeline.settings import FilterSettings
 from hqlabel.pipeline.storage import checksummed_parquet, read_objects
 from hqlabel.pipeline.storage.output_store import Store
-from hqlabel.pipeline.tables import publish_tables
+from hqlabel.pipeline.tables import clean_output, publish_tables
 from hqlabel.pipeline.tables.clean_output import clean
 from hqlabel.pipeline.tables.job_status import status
 from hqlabel.pipeline.tables.manifest import MANIFEST_KEY, look_for_manifest, read_manifest, write_manifest
@@ -199,6 +199,26 @@ def test_a_part_that_is_lost_after_clean_costs_only_its_units_which_are_named(
         run(made)
         assert tables(made.store) == before
         assert findings(made) == []
+
+
+@pytest.mark.parametrize("place", ["", "clean.listed", "clean.marked"])
+def test_clean_does_nothing_more_once_another_driver_has_the_job(
+    place: str, made: MadeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overtaken = [place == ""]
+    monkeypatch.setattr(clean_output, "visit", lambda name: overtaken.append(name == place))
+
+    def require_owner(_: str) -> None:
+        if any(overtaken):
+            raise JobRefused("another driver has this job")
+
+    before = {key: made.store.read(key) for key in (entry.key for entry in made.store.list())}
+    with pytest.raises(JobRefused, match="another driver"):
+        clean(made.store, require_owner=require_owner)
+
+    after = {key: made.store.read(key) for key in (entry.key for entry in made.store.list())}
+    assert sorted(after) == sorted(before), "nothing is deleted"
+    assert (after[MANIFEST_KEY] == before[MANIFEST_KEY]) == (place != "clean.marked")
 
 
 def test_clean_looks_into_the_parts_themselves(made: MadeJob) -> None:
