@@ -115,22 +115,24 @@ class BoxList:
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Rows that name images, grouped: fields as in `BoxList`."""
+    """Rows that name images, grouped: fields as in `BoxList`; `error`: None where none has one."""
 
     image_id: pa.Array | None
     image_uri: pa.Array | None
     lengths: Int64Array
     rows: Int64Array | None
+    error: pa.Array | None = None
 
 
 def group_rows(image_id: pa.ChunkedArray | None, image_uri: pa.ChunkedArray | None) -> Groups:
     """Return rows that name their image, grouped by id where there is one, else by uri; their order is kept.
 
     Both arguments are dictionary-encoded chunks, one entry a row. A uri may be null next to an id; that of a
-    group is null where all are.
+    group is null where all are. A group of rows that name different uris has the first of them by its text,
+    and an error.
 
     Raises:
-        JobRefused: rows of one id that name different uris.
+        JobRefused: most groups are such.
     """
     key = image_id if image_id is not None else image_uri
     assert key is not None, "the caller has found at least one of the two"
@@ -146,14 +148,22 @@ def group_rows(image_id: pa.ChunkedArray | None, image_uri: pa.ChunkedArray | No
     if (first < 0).any():
         first = np.where(first < 0, np.maximum.reduceat(ordered, starts_of(lengths)), first)
     torn = np.flatnonzero((ordered >= 0) & (ordered != np.repeat(first, lengths)))
-    if len(torn):
-        at = int(np.searchsorted(np.cumsum(lengths), torn[0], side="right"))
-        raise JobRefused(
-            f"image_id {names[at].as_py()!r} names two images: {uri_names[int(first[at])].as_py()!r} "
-            f"and {uri_names[int(ordered[torn[0]])].as_py()!r}; one id names one image"
-        )
+    ends = np.cumsum(lengths)
+    errors: dict[int, str] = {}
+    for at in np.unique(np.searchsorted(ends, torn, side="right")).tolist():
+        own = np.unique(ordered[ends[at] - lengths[at] : ends[at]])
+        texts = sorted((uri_names[code].as_py(), code) for code in own[own >= 0].tolist())
+        first[at] = texts[0][1]
+        both = f"{texts[0][0]!r} and {texts[1][0]!r}"
+        errors[at] = f"image_id {names[at].as_py()!r} names two images: {both}; one id names one image"
+    if 2 * len(errors) > len(names):
+        raise JobRefused(clean_text(next(iter(errors.values()))))
     return Groups(
-        image_id=names, image_uri=uri_names.take(pa.array(first, mask=first < 0)), lengths=lengths, rows=rows
+        image_id=names,
+        image_uri=uri_names.take(pa.array(first, mask=first < 0)),
+        lengths=lengths,
+        rows=rows,
+        error=pa.array([errors.get(at) for at in range(len(names))], TEXT) if errors else None,
     )
 
 
@@ -167,14 +177,14 @@ def grouped_boxes(
     box_frame: BoxFrame | None = None,
     categories: Mapping[int, str] | None = None,
 ) -> BoxList:
-    """Return the boxes of rows that were grouped: no list is null, none has an error."""
+    """Return the boxes of rows that were grouped: no list is null."""
     count = len(groups.lengths)
     return BoxList(
         image_id=groups.image_id,
         image_uri=groups.image_uri,
         lengths=groups.lengths,
         is_null=np.zeros(count, dtype=np.bool_),
-        error=pa.nulls(count, TEXT),
+        error=pa.nulls(count, TEXT) if groups.error is None else groups.error,
         boxes=boxes,
         rows=groups.rows,
         folder=folder,

@@ -355,7 +355,7 @@ def test_a_table_without_rows_has_no_images(tmp_path):
         ({"image_id": [1], "bbox": [A], "label": [2], "category_id": [2]}, ["both given"]),
         ({"image_id": [1], "bbox": [A], "prompt_bbox": [A], "prompt_bbox_given": [A]}, ["output folder"]),
         (
-            {"image_id": ["i", "j", "i"], "image_uri": ["a", "b", "c"], "bbox": [A, A, A]},
+            {"image_id": ["i", "i", "i"], "image_uri": ["a", "c", "a"], "bbox": [A, A, A]},
             ["'i' names two images: 'a' and 'c'"],
         ),
     ],

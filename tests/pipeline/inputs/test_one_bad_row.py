@@ -197,6 +197,20 @@ def test_one_bad_record_of_coco_costs_itself_and_is_named(tmp_path, array, chang
     assert wanted == KEPT or isinstance(change.get("bbox"), list) or f"row {BAD}" in told
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_id_of_two_uris_in_a_table_of_boxes_fails_alone(tmp_path, turned):
+    rows = [one_box(at) for at in range(ROWS)]
+    rows.append(one_box(BAD) | {"image_uri": "other.jpg"})
+    (tmp_path / "t.jsonl").write_bytes(as_jsonl(rows[::-1] if turned else rows))
+
+    plan = make_plan(InputSettings(boxes=str(tmp_path / "t.jsonl")))
+
+    found = plan.table.to_pylist()
+    assert [KEPT] * BAD + [FAILED] + [KEPT] * (ROWS - BAD - 1) == [outcome(row) for row in found]
+    assert found[BAD]["image_uri"].endswith(f"{BAD:02}.jpg")
+    assert f"'i{BAD:02}' names two images: '{BAD:02}.jpg' and 'other.jpg'" in found[BAD]["error_message"]
+
+
 def in_megadetector(change: dict, detection: dict) -> bytes:
     one = {"category": "1", "conf": 0.5, "bbox": [0.1, 0.1, 0.2, 0.2]}
     rows = [{"file": f"{at:02}.jpg", "detections": [dict(one)]} for at in range(ROWS)]
