@@ -12,14 +12,15 @@ import pytest
 
 from hqlabel.jobs.results.read_tables import require_published
 from hqlabel.pipeline.errors import JobRefused
-from hqlabel.pipeline.job_context import Place
+from hqlabel.pipeline.job_context import EarlierPlan, Place
 from hqlabel.pipeline.job_state.driver_lock import Owner
 from hqlabel.pipeline.job_state.job_file import JOB_KEY, Job, open_job, require_job
+from hqlabel.pipeline.job_state.plan_files import iter_plan
 from hqlabel.pipeline.planning.make_plan import write_plan
 from hqlabel.pipeline.settings import FilterSettings, Limits
 from hqlabel.pipeline.stages.rows_between_stages import UnitRow
 from hqlabel.pipeline.storage.output_store import Store
-from hqlabel.pipeline.tables.changed_inputs import Changes, compare, going_on, take_over
+from hqlabel.pipeline.tables.changed_inputs import Changes, _overlapping, compare, going_on, take_over
 from hqlabel.pipeline.tables.clean_output import clean
 from hqlabel.pipeline.tables.job_status import status
 from hqlabel.pipeline.tables.manifest import read_manifest
@@ -164,6 +165,21 @@ def test_a_job_in_the_middle_keeps_what_it_has_done_and_may_change_again(tmp_pat
     assert masks_of(made.store) == fresh(tmp_path / "fresh", BEFORE, ("07.png",))
     assert len(list((tmp_path / "out" / "previous").iterdir())) == 2
     assert verify(made.store, require_job(made.store)).findings == []
+
+
+def test_an_image_that_begins_a_unit_of_the_plan_before_is_looked_for_there(tmp_path) -> None:
+    made = make(tmp_path, BEFORE)
+    write_plan(made.store, made.plan)
+    plan = EarlierPlan(
+        plan_sha256=made.plan.sha256, units=made.job.units, first_generation=0, stop_generation=1
+    )
+    first = [table["image_id"].to_pylist() for table in iter_plan(made.store, made.plan.sha256)]
+
+    assert len(first) > 1
+    for unit_id, ids in enumerate(first):
+        assert list(_overlapping(made.store, plan, ids[:1])) == [unit_id]
+        assert list(_overlapping(made.store, plan, ids)) == [unit_id]
+    assert list(_overlapping(made.store, plan, [first[0][-1], first[1][0]])) == [0, 1]
 
 
 @pytest.mark.parametrize("units", [0, 1])
