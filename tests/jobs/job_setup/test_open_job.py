@@ -35,6 +35,7 @@ def begin(config: Config, cpu: set[str], monkeypatch: pytest.MonkeyPatch) -> dic
     """The masks' settings in job.json, after the job was opened on a machine with such a CPU."""
     monkeypatch.setattr("hqlabel.model.device._cpu_features", lambda: cpu)
     monkeypatch.setattr("hqlabel.model.device._bfloat16_gain", lambda: 2.0)
+    monkeypatch.setattr(Machine, "begin", lambda self: None)  # no Ray is needed here
     with Machine(config, Interrupts()) as machine:
         open_or_create(config, check_inputs=False, dtype=machine.dtype, device=machine.device)
     stored = json.loads((Path(str(config.output.uri)) / "job.json").read_text())
