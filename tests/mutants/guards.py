@@ -87,6 +87,14 @@ MUTANTS: list[Mutant] = [
     ),
     *of(
         "pipeline/storage/local_disk.py",
+        "tests/pipeline/storage/test_output_store.py",
+        ("            check_version(local_tag(os.fstat(descriptor)), version)\n", ""),
+        ("if os.stat(temporary).st_nlink < 2:", "if True:"),
+        ("            _lock_within(there.fileno(), deadline)\n", ""),
+        ("if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):", "if False:"),
+    ),
+    *of(
+        "pipeline/storage/local_disk.py",
         "tests/pipeline/storage/test_output_store.py -k local",
         ("                os.link(temporary, path)\n", "                os.replace(temporary, path)\n"),
         ("            os.fsync(descriptor)\n", "            pass\n"),

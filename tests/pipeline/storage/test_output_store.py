@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import http.server
 import multiprocessing
@@ -22,7 +23,7 @@ import pytest
 from hqlabel.pipeline.errors import ImageError, JobRefused, SystemicFault, UsageError
 from hqlabel.pipeline.job_context import AccessRules, Place
 from hqlabel.pipeline.storage import cloud_buckets as buckets
-from hqlabel.pipeline.storage import read_objects
+from hqlabel.pipeline.storage import local_disk, read_objects
 from hqlabel.pipeline.storage.backend import Entry, check_complete
 from hqlabel.pipeline.storage.local_disk import LocalBackend
 from hqlabel.pipeline.storage.output_store import NotFound, Store
@@ -238,6 +239,49 @@ def test_a_reader_never_sees_a_part_of_an_object(store: Store):
     store.read("a")
     assert set(seen) <= whole
     assert listed <= set(sizes)
+
+
+def test_a_file_is_created_once_though_the_reply_of_its_link_is_lost(tmp_path, monkeypatch):
+    really_link = os.link
+
+    def link(source: str, target: str) -> None:  # as over NFS, where the client sends it again
+        really_link(source, target)
+        raise FileExistsError(errno.EEXIST, "there already", target)
+
+    monkeypatch.setattr(os, "link", link)
+    LocalBackend().create(str(tmp_path / "a"), b"ours", timeout_s=1)
+    assert (tmp_path / "a").read_bytes() == b"ours"
+    with pytest.raises(FileExistsError):
+        LocalBackend().create(str(tmp_path / "a"), b"other", timeout_s=1)
+
+
+def test_a_file_that_another_process_holds_is_not_replaced(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"theirs")
+    seen = LocalBackend().stat(str(path), timeout_s=1)
+    with path.open("r+b") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(TimeoutError, match="another process holds the file's lock"):
+            LocalBackend().replace_if(str(path), b"ours", seen, timeout_s=0.05)
+    assert path.read_bytes() == b"theirs"
+    LocalBackend().replace_if(str(path), b"ours", seen, timeout_s=1)
+    assert path.read_bytes() == b"ours"
+
+
+def test_a_range_of_a_file_that_is_written_to_meanwhile_is_said_to_have_changed(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(100))
+    seen = LocalBackend().stat(str(path), timeout_s=1)
+    really_read = local_disk._read_up_to
+
+    def read(descriptor: int, size: int) -> bytes:
+        with path.open("ab") as file:
+            file.write(b"more")
+        return really_read(descriptor, size)
+
+    monkeypatch.setattr(local_disk, "_read_up_to", read)
+    with pytest.raises(ImageError, match="not the version"):
+        LocalBackend().get_range(str(path), 0, 10, timeout_s=1, version=seen.etag)
 
 
 def test_an_object_that_is_replaced_while_it_is_read_is_read_anew(memory_store: Store, monkeypatch):
