@@ -639,7 +639,8 @@ class RowFaults:
                 every = bad + self._good[name]
                 share = f", and so it is in {bad:,} of {every:,}" if every > 1 else ""
                 start = " (rows from 0)" if self._noun == "row" else ""
-                raise JobRefused(f"{self._uri}: {clean_text(self._first[name])}{start}{share}")
+                first = clean_text(self._first[name].removeprefix(f"{self._uri}: "))
+                raise JobRefused(f"{self._uri}: {first}{start}{share}")
 
     def notes(self, cost: str) -> tuple[str, ...]:
         """Return a sentence on the rows, none where all are well; `cost`: what becomes of them."""
@@ -649,7 +650,8 @@ class RowFaults:
             notes.append(f"{self._uri}: {rows}: left out")
         if self._count:
             more = self._count - len(self._told)
-            some = "; ".join([*self._told, *([f"and {more:,} more"] if more > 0 else [])])
+            told = [one.removeprefix(f"{self._uri}: ") for one in self._told]
+            some = "; ".join([*told, *([f"and {more:,} more"] if more > 0 else [])])
             rows = f"{self._count:,} of {count(self._rows, self._noun)}"
             start = "Counted from 0, " if self._noun == "row" else ""
             notes.append(f"{self._uri}: {rows} cannot be used as given: {cost}. {start}{some}")

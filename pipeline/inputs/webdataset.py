@@ -250,7 +250,7 @@ def _columns(
     for name, value in ((name, value) for row in rows for name, value in row.values.items()):
         values.setdefault(name, []).append(value)
     if rows and all(row.reason for row in rows):
-        raise JobRefused(f"{uri}: {clean_text(f'{some[0].called()}: {rows[0].reason}')}")
+        raise JobRefused(clean_text(f"{some[0].called()}: {rows[0].reason}"))
     given = {**mapping, **{name: name for name in KEYS}}
     known = names_known(list(values), given, uri=uri, box_format=None)
     if known.unclear:

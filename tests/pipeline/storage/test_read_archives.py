@@ -114,13 +114,16 @@ def test_links_devices_and_folders_of_a_tar_are_never_pictures(tmp_path):
             one = tarfile.TarInfo(name)
             one.type, one.linkname = kind, str(tmp_path / "secret.png")
             tar.addfile(one)
-        one = tarfile.TarInfo("../../real.png")
-        one.size = len(PICTURES["a/1"])
-        tar.addfile(one, io.BytesIO(PICTURES["a/1"]))
+        for name in ("../../real.png", "m.png", "n.png", "o.png"):
+            one = tarfile.TarInfo(name)
+            one.size = len(PICTURES["a/1"])
+            tar.addfile(one, io.BytesIO(PICTURES["a/1"]))
 
     plan = make_plan(InputSettings(images=str(tmp_path / "a.tar")))
 
-    assert plan.table["image_id"].to_pylist() == ["../../real.png"], "a name, never a path"
+    ids = plan.table["image_id"].to_pylist()
+    assert ids == ["../../real.png", "m.png", "n.png", "o.png"], "a name, never a path"
+    assert "4 of 8 members cannot be used as given: left out" in " ".join(plan.summary.warnings)
     assert fetch_object(plan.table["image_uri"][0].as_py(), plan.access, LIMITS).data == PICTURES["a/1"]
 
 
