@@ -12,8 +12,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -56,6 +56,21 @@ from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.settings import BoxFormat
 
 
+@dataclass(frozen=True, kw_only=True)
+class BoxTables:
+    """The checked files of one table of boxes. `one_row_per_image`: a row holds the lists of an image.
+
+    `box_format`: of the numbers, by their columns; None where these do not say. `unused`, `notes`: for the
+    summary.
+    """
+
+    files: tuple[TableFile, ...]
+    one_row_per_image: bool
+    box_format: BoxFormat | None
+    unused: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
 def read_box_tables(
     uris: Sequence[str],
     mapping: Mapping[str, str],
@@ -73,6 +88,34 @@ def read_box_tables(
         JobRefused: unreadable, a missing column or a wrong type, two columns that could be meant, an image
             without a name.
     """
+    tables = inspect_box_tables(
+        uris, mapping, access, folder=folder, box_format=box_format, needs_uri=needs_uri
+    )
+    read = _read_image_rows if tables.one_row_per_image else _read_box_rows
+    boxes = read(tables.files, access, folder)
+    return replace(
+        boxes,
+        used=tables.files[0].names,
+        box_format=tables.box_format or boxes.box_format,
+        unused=tables.unused,
+        notes=(*boxes.notes, *tables.notes),
+    )
+
+
+def inspect_box_tables(
+    uris: Sequence[str],
+    mapping: Mapping[str, str],
+    access: AccessRules,
+    *,
+    folder: str,
+    box_format: BoxFormat | None = None,
+    needs_uri: bool = True,
+) -> BoxTables:
+    """Return the files of a table of boxes, their columns found and checked; arguments as `read_box_tables`.
+
+    Raises:
+        JobRefused: as `read_box_tables`, but for what a row holds.
+    """
     given, first = mapping, inspect_tables(uris[:1], {}, mapping, access)[0]
     names = first.all_names
     known = known_names(first, mapping, access, box_format=box_format, needs_uri=needs_uri)
@@ -86,11 +129,14 @@ def read_box_tables(
     for file in files:
         if not {"image_uri", "image_id"} & file.names.keys():
             raise missing_column(file.uri, "image_uri or image_id", file.all_names, mapping)
-    boxes = (_read_image_rows if wanted is IMAGE_ROWS else _read_box_rows)(files, access, folder)
-    boxes = replace(boxes, used=files[0].names, box_format=known.box_format or boxes.box_format)
     unused = unused_columns(files[0])
-    notes = (*_partition_note(files[0], folder), *unread_note(files[0], unused, mapping))
-    return replace(boxes, unused=unused, notes=(*boxes.notes, *notes))
+    return BoxTables(
+        files=files,
+        one_row_per_image=wanted is IMAGE_ROWS,
+        box_format=known.box_format,
+        unused=unused,
+        notes=(*_partition_note(files[0], folder), *unread_note(files[0], unused, mapping)),
+    )
 
 
 def _shape(names: Sequence[str], mapping: Mapping[str, str], *, uri: str) -> dict[str, Kind] | None:
@@ -244,8 +290,11 @@ def boxes_of_rows(
         folder=folder,
         box_format=box_format,
         one_row_per_image=True,
-        notes=faults.notes("images fail (labels_mismatch, uri_refused), rows without an image are left out"),
+        notes=faults.notes(COST_OF_LISTS),
     )
+
+
+COST_OF_LISTS = "images fail (labels_mismatch, uri_refused), rows without an image are left out"
 
 
 def _entry_columns(
@@ -337,31 +386,52 @@ def _read_box_rows(files: Sequence[TableFile], access: AccessRules, folder: str)
     keys: dict[str, list[pa.Array]] = {"image_id": [], "image_uri": []}
     boxes: list[pa.Table] = []
     faults = RowFaults(files[0].uri)
-    for file in files:
-        for batch in read_batches(file, access, faults):
-            with naming_values(file.uri):
-                named_by, rows = named_rows(batch, faults)
-                for name, column in named_by.items():
-                    keys[name].append(column.dictionary_encode())
-                boxes.append(pa.table(_single_boxes(rows, faults)))
+    for named_by, part in box_rows(files, access, faults):
+        for name, column in named_by.items():
+            keys[name].append(column.dictionary_encode())
+        boxes.append(part)
     faults.refuse_bad_columns()
     encoded = pa.dictionary(pa.int32(), TEXT)
     named = {n: pa.chunked_array(parts, encoded) for n, parts in keys.items() if n in files[0].names}
     table = _settled(boxes, files)
-    groups = with_boxes_alone(_grouped(**named), table)
+    groups = with_boxes_alone(grouped_rows(**named), table)
     uris = [file.uri for file in files]
     grouped = grouped_boxes(groups, table, folder=folder, box_format="xyxy", files=uris)
-    cost = "boxes get no mask (box_malformed), images without a uri fail, rows without an image are left out"
-    notes = (*faults.notes(cost), *_spaced_names(table, files))
+    notes = (*faults.notes(COST_OF_ROWS), *spaced_names(table, files[0].uri))
     return replace(grouped, columns=files[0].all_names, notes=notes)
 
 
-def _grouped(image_id: pa.ChunkedArray | None = None, image_uri: pa.ChunkedArray | None = None) -> Groups:
-    """Return rows grouped by their image; where a row lacks one of two names, by the other."""
+COST_OF_ROWS = (
+    "boxes get no mask (box_malformed), images without a uri fail, rows without an image are left out"
+)
+
+
+def box_rows(
+    files: Sequence[TableFile], access: AccessRules, faults: RowFaults
+) -> Iterator[tuple[dict[str, pa.Array], pa.Table]]:
+    """Yield rows that are one box each, in order: the columns that name their image, and BOX_COLUMNS."""
+    for file in files:
+        for batch in read_batches(file, access, faults):
+            with naming_values(file.uri):
+                named_by, rows = named_rows(batch, faults)
+                boxes = pa.table(_single_boxes(rows, faults))
+            yield named_by, boxes
+
+
+def grouped_rows(
+    image_id: pa.ChunkedArray | None = None,
+    image_uri: pa.ChunkedArray | None = None,
+    *,
+    is_part: bool = False,
+) -> Groups:
+    """Return rows grouped by their image; where a row lacks one of two names, by the other.
+
+    Both are dictionary-encoded. `is_part`: as in `group_rows`.
+    """
     if image_id is not None and image_uri is not None and image_id.null_count:
         decoded = (single(pc.cast(names, TEXT)) for names in (image_id, image_uri))
         image_id = pa.chunked_array([completed_ids(*decoded).dictionary_encode()])
-    groups = group_rows(image_id, image_uri)
+    groups = group_rows(image_id, image_uri, is_part=is_part)
     return replace(
         groups, image_uri=None if groups.image_uri is None else pc.fill_null(groups.image_uri, NO_URI)
     )
@@ -405,7 +475,7 @@ def _no_number(given: pa.Array) -> BoolArray:
     return np.asarray(np.bincount(there, minlength=len(given)) == 0)
 
 
-def _spaced_names(table: pa.Table, files: Sequence[TableFile]) -> tuple[str, ...]:
+def spaced_names(table: pa.Table, uri: str) -> tuple[str, ...]:
     """Return a sentence where names of categories begin or end with white space, as in a CSV of `a, b`."""
     if "category_name" not in table.column_names:
         return ()
@@ -413,7 +483,7 @@ def _spaced_names(table: pa.Table, files: Sequence[TableFile]) -> tuple[str, ...
     odd = names.filter(pc.match_substring_regex(names, r"\A\s|\s\z"))
     if not len(odd):
         return ()
-    return (f"{files[0].uri}: labels begin or end with white space, such as {examples(odd, 1)}; it is kept",)
+    return (f"{uri}: labels begin or end with white space, such as {examples(odd, 1)}; it is kept",)
 
 
 def _single_boxes(batch: pa.Table, faults: RowFaults) -> dict[str, pa.Array]:

@@ -560,10 +560,11 @@ class RowFaults:
     A row costs only itself. A column that most rows of are bad in is a mistake of the whole table.
 
     `noun`: what a row is; those of another name than "row" have no numbers, their reasons say where they are.
+    `is_part`: of a table that several processes read, so that nothing is judged before `merged`.
     """
 
-    def __init__(self, uri: str, noun: str = "row") -> None:
-        self._uri, self._noun = uri, noun
+    def __init__(self, uri: str, noun: str = "row", *, is_part: bool = False) -> None:
+        self._uri, self._noun, self._is_part = uri, noun, is_part
         self._rows = self._count = self._blank = 0
         self._told: list[str] = []
         self._bad: Counter[str] = Counter()
@@ -632,10 +633,28 @@ class RowFaults:
         self._judge(name, dict(enumerate(bad)), rows - len(bad))
         self._tell(dict(enumerate(bad)))
 
+    @classmethod
+    def merged(cls, parts: Sequence[RowFaults]) -> RowFaults:
+        """Return the faults of a whole table from those of its parts, in their order; none is changed."""
+        whole = cls(parts[0]._uri, parts[0]._noun)
+        for part in parts:
+            whole._rows += part._rows
+            whole._count += part._count
+            whole._blank += part._blank
+            whole._told += part._told[: max(0, _TOLD - len(whole._told))]
+            whole._bad.update(part._bad)
+            whole._good.update(part._good)
+            whole._first = part._first | whole._first
+        return whole
+
+    def bad(self, name: str) -> int:
+        """Return how many rows a column, or what lacks (`no image_id`), was bad in."""
+        return self._bad[name]
+
     def refuse_bad_columns(self) -> None:
         """Raise JobRefused where a column is bad in most rows."""
         for name, bad in self._bad.items():
-            if bad > self._good[name]:
+            if bad > self._good[name] and not self._is_part:
                 every = bad + self._good[name]
                 share = f", and so it is in {bad:,} of {every:,}" if every > 1 else ""
                 start = " (rows from 0)" if self._noun == "row" else ""

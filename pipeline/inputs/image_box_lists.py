@@ -124,12 +124,14 @@ class Groups:
     error: pa.Array | None = None
 
 
-def group_rows(image_id: pa.ChunkedArray | None, image_uri: pa.ChunkedArray | None) -> Groups:
+def group_rows(
+    image_id: pa.ChunkedArray | None, image_uri: pa.ChunkedArray | None, *, is_part: bool = False
+) -> Groups:
     """Return rows that name their image, grouped by id where there is one, else by uri; their order is kept.
 
     Both arguments are dictionary-encoded chunks, one entry a row. A uri may be null next to an id; that of a
     group is null where all are. A group of rows that name different uris has the first of them by its text,
-    and an error.
+    and an error. `is_part`: some of the rows, of which most groups may be such.
 
     Raises:
         JobRefused: most groups are such.
@@ -156,7 +158,7 @@ def group_rows(image_id: pa.ChunkedArray | None, image_uri: pa.ChunkedArray | No
         first[at] = texts[0][1]
         both = f"{texts[0][0]!r} and {texts[1][0]!r}"
         errors[at] = f"image_id {names[at].as_py()!r} names two images: {both}; one id names one image"
-    if 2 * len(errors) > len(names):
+    if 2 * len(errors) > len(names) and not is_part:
         raise JobRefused(clean_text(next(iter(errors.values()))))
     return Groups(
         image_id=names,

@@ -52,7 +52,7 @@ from hqlabel.pipeline.inputs.propose_columns import (
     missing_column,
     unclear_columns,
 )
-from hqlabel.pipeline.inputs.read_table import inspect_tables, read_batches
+from hqlabel.pipeline.inputs.read_table import TableFile, inspect_tables, read_batches
 from hqlabel.pipeline.inputs.webdataset import read_tar_boxes, read_tar_images
 from hqlabel.pipeline.inputs.yolo_boxes import read_yolo
 from hqlabel.pipeline.job_context import AccessRules
@@ -264,22 +264,10 @@ def _read_image_tables(
     uris: Sequence[str], settings: InputSettings, access: AccessRules, folder: str
 ) -> ImageList:
     """Return the images that tables name; `image_uri` as written."""
-    wanted = {name: BOX_ROWS[name] for name in ("image_uri", "image_id")}
-    first = inspect_tables(uris[:1], {}, settings.columns, access)[0]
-    known = known_image_names(first.all_names, settings.columns, uri=first.uri)
-    if known.unclear:
-        raise unclear_columns(first.uri, settings.columns, known.unclear)
-    files = inspect_tables(uris, wanted, known.mapping, access)
-    batches: list[pa.Table] = []
+    files = inspect_image_tables(uris, settings, access)
     faults = RowFaults(files[0].uri)
-    for file in files:
-        if "image_uri" not in file.names:
-            raise missing_column(file.uri, "image_uri", file.all_names, settings.columns)
-        for batch in read_batches(file, access, faults):
-            batches.append(pa.table(named_rows(batch, faults)[0]))
+    table = image_rows(files, access, faults)
     faults.refuse_bad_columns()
-    nothing = pa.table({name: pa.array([], TEXT) for name in files[0].names})
-    table = pa.concat_tables([nothing, *(batch.select(nothing.column_names) for batch in batches)])
     found, has_ids = single(table.column("image_uri")), "image_id" in files[0].names
     return ImageList(
         image_uri=pc.fill_null(found, NO_URI),
@@ -289,8 +277,42 @@ def _read_image_tables(
         columns=files[0].all_names,
         used=files[0].names,
         unused=unused_columns(files[0]),
-        notes=faults.notes("images without a uri fail, rows without an image are left out"),
+        notes=faults.notes(COST_OF_IMAGES),
     )
+
+
+COST_OF_IMAGES = "images without a uri fail, rows without an image are left out"
+
+
+def inspect_image_tables(
+    uris: Sequence[str], settings: InputSettings, access: AccessRules
+) -> tuple[TableFile, ...]:
+    """Return the files of a table of images, their columns found and checked.
+
+    Raises:
+        JobRefused: unreadable, a missing column or a wrong type, two columns that could be meant.
+    """
+    wanted = {name: BOX_ROWS[name] for name in ("image_uri", "image_id")}
+    first = inspect_tables(uris[:1], {}, settings.columns, access)[0]
+    known = known_image_names(first.all_names, settings.columns, uri=first.uri)
+    if known.unclear:
+        raise unclear_columns(first.uri, settings.columns, known.unclear)
+    files = inspect_tables(uris, wanted, known.mapping, access)
+    for file in files:
+        if "image_uri" not in file.names:
+            raise missing_column(file.uri, "image_uri", file.all_names, settings.columns)
+    return files
+
+
+def image_rows(files: Sequence[TableFile], access: AccessRules, faults: RowFaults) -> pa.Table:
+    """Return the rows that name an image, as written: `image_uri` and, where given, `image_id`."""
+    nothing = pa.table({name: pa.array([], TEXT) for name in files[0].names})
+    batches = [
+        pa.table(named_rows(batch, faults)[0]).select(nothing.column_names)
+        for file in files
+        for batch in read_batches(file, access, faults)
+    ]
+    return pa.concat_tables([nothing, *batches])
 
 
 def _resolved(images: ImageList, settings: InputSettings) -> ImageList:

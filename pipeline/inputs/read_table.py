@@ -63,7 +63,8 @@ class TableFile:
     """One checked file: `names` our name -> its name, `kinds` our name -> what the column holds.
 
     `all_names`: every column of the file, for messages. `corners`: columns whose boxes are objects, or
-    structs, of four corners, by the first rows.
+    structs, of four corners, by the first rows. `groups`: the row groups of a Parquet file that are read,
+    None for all; `first_row`: the number of the first row that is read.
     """
 
     uri: str
@@ -72,6 +73,8 @@ class TableFile:
     kinds: Mapping[str, Kind]
     all_names: tuple[str, ...]
     corners: tuple[str, ...] = ()
+    groups: tuple[int, ...] | None = None
+    first_row: int = 0
 
 
 def table_format(uri: str) -> TableFormat | None:
@@ -170,7 +173,7 @@ def read_batches(file: TableFile, access: AccessRules, faults: RowFaults | None 
         JobRefused: unreadable; without `faults`, a value that cannot be used.
     """
     skipped: dict[int, str] = {}
-    first = 0
+    first = file.first_row
     with naming(file.uri, file.file_format):
         for batch, unread in _batches(file, access, skipped):
             columns: dict[str, pa.Array] = {}
@@ -214,19 +217,21 @@ def _batches(
         if file.file_format == "jsonl":
             yield from jsonl_batches(stream, columns, file.corners)
         else:
-            yield from ((batch, {}) for batch in _parquet_batches(stream, list(columns)))
+            yield from ((batch, {}) for batch in _parquet_batches(stream, list(columns), file.groups))
 
 
-def _parquet_batches(stream: BinaryIO, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(
+    stream: BinaryIO, columns: list[str], groups: Sequence[int] | None = None
+) -> Iterator[pa.RecordBatch]:
     """Return batches of about BATCH_BYTES, unpacked to four times their size: some rows have 10,000 boxes."""
     size = stream.seek(0, io.SEEK_END)
-    most = rows_at_once(stream, columns)
+    most = rows_at_once(stream, columns, groups)
     parquet = open_closed(stream, page_checksum_verification=True)
     if parquet.metadata.num_rows > 16 * size:
         raise TextDamage(f"it states {parquet.metadata.num_rows:,} rows in {size:,} bytes")
     bytes_per_row = max(1.0, size / max(1, parquet.metadata.num_rows))
     rows = max(1, min(BATCH_ROWS, most, int(BATCH_BYTES / (4 * bytes_per_row))))
-    batches: Iterator[pa.RecordBatch] = parquet.iter_batches(rows, columns=columns)
+    batches: Iterator[pa.RecordBatch] = parquet.iter_batches(rows, columns=columns, row_groups=groups)
     return batches
 
 

@@ -34,12 +34,24 @@ class Unmatched:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartOf:
+    """Images and boxes are some of all there are, with all that have a key of theirs: a partition.
+
+    `uris_below`: the folder that relative uris of boxes start from. What must be judged over all (doubles,
+    boxes without an image, why they have none) is left to who joins the parts.
+    """
+
+    uris_below: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Joined:
     """Every image, in the order of the input, with its id and its place in the box list.
 
     `image_id`, `image_uri`: large_string (n,). `mention`: int64 (n,), the image's place in `BoxList`, -1
     where no box file names it. `id_rule`: how ids and joins came about, as text. `hint`: a sentence on why
-    boxes of `unmatched` found no image, or "". `again`: rows that say what an earlier one of the same id
+    boxes of `unmatched` found no image, or "". `repeated`: images that a box file has twice, in a part, where
+    they are not refused. `again`: rows that say what an earlier one of the same id
     says, bool (n,), or None for none. `errors`: row -> why its id, or its uri, names no one image. `notes`:
     sentences for the summary.
     """
@@ -50,6 +62,7 @@ class Joined:
     unmatched: Unmatched
     id_rule: str
     hint: str = ""
+    repeated: tuple[str, ...] = ()
     again: BoolArray | None = None
     errors: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -81,10 +94,13 @@ def images_of(boxes: BoxList) -> ImageList:
     )
 
 
-def join(images: ImageList, boxes: BoxList | None, *, allow_unmatched: bool) -> Joined:
+def join(
+    images: ImageList, boxes: BoxList | None, *, allow_unmatched: bool, part: PartOf | None = None
+) -> Joined:
     """Return every image with its boxes' place.
 
-    Rows that are there twice count once; an id of two images, and an image of two ids, have `errors`.
+    Rows that are there twice count once; an id of two images, and an image of two ids, have `errors`. `part`:
+    what else is known, where these are some of the images; `told_apart` is then called for all of them.
 
     Raises:
         JobRefused: most ids name several images, an image with two lists of boxes, or boxes whose image is
@@ -100,19 +116,28 @@ def join(images: ImageList, boxes: BoxList | None, *, allow_unmatched: bool) -> 
             id_rule=rule,
         )
     else:
-        joined = _match(images, boxes, allow_unmatched)
+        joined = _match(images, boxes, allow_unmatched, part)
     if pc.any(pc.equal(joined.image_id, "")).as_py():
         raise JobRefused("an image has the empty string as its image_id; every image needs an id of its own")
+    if part is not None:
+        return joined
     return _told_apart(
         joined, is_box_file=boxes is not None and bool(images.files) and images.files == boxes.files
     )
 
 
-def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool) -> Joined:
+def is_by_uri(images: ImageList, boxes: BoxList) -> bool:
+    """Return whether boxes find their images by uri."""
+    return boxes.image_uri is not None and (images.image_id is None or boxes.image_id is None)
+
+
+def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool, part: PartOf | None) -> Joined:
     ids, rule = _ids(images)
-    by_uri = boxes.image_uri is not None and (images.image_id is None or boxes.image_id is None)
+    by_uri = is_by_uri(images, boxes)
     if boxes.by_stem:
         keys, wanted, how = _stem_keys(images, boxes)
+    elif by_uri and part is not None:
+        keys, wanted, how = _uri_keys_below(part.uris_below, images, boxes)
     elif by_uri:
         keys, wanted, how = _uri_keys(images, boxes)
     else:
@@ -120,14 +145,20 @@ def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool) -> Joined:
         keys, wanted, how = ids, boxes.image_id, "joined by image_id"
         if boxes.image_uri is not None and images.files:
             how += " (the uris of the box file are not used)"
-    _refuse_repeated(wanted, boxes)
+    twice = repeated(wanted.filter(pc.not_equal(wanted, NO_URI)))
+    if part is None and len(twice):
+        raise rows_repeated(len(twice), examples(twice), boxes)
     mention = positions(keys, wanted)
     unmatched = _unmatched(wanted, boxes, mention)
+    if part is not None:
+        allow_unmatched = True
     hint = (
-        why(keys, _as_compared(images, boxes, wanted, keys) if by_uri else wanted) if unmatched.boxes else ""
+        why(keys, _as_compared(images, boxes, wanted, keys) if by_uri else wanted)
+        if unmatched.boxes and part is None
+        else ""
     )
     if unmatched.boxes and not allow_unmatched:
-        raise _refusal(unmatched, keys, boxes, hint)
+        raise not_listed(unmatched, len(boxes.lengths), examples(keys), boxes.files[0], hint)
     if by_uri and boxes.image_id is not None:
         ids = pc.coalesce(boxes.image_id.take(pa.array(mention, mask=mention < 0)), ids)
         rule = f"ids of {boxes.files[0]}, for images it does not name: {rule}"
@@ -138,6 +169,7 @@ def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool) -> Joined:
         unmatched=unmatched,
         id_rule=f"{rule}; {how}",
         hint=hint,
+        repeated=tuple(twice.to_pylist()),
     )
 
 
@@ -145,10 +177,11 @@ def _ids(images: ImageList) -> tuple[pa.Array, str]:
     """Return the id of each image, and the rule as text."""
     if images.image_id is not None:
         return images.image_id, images.id_rule
-    return _ids_of_uris(images)
+    return ids_of_uris(images)
 
 
-def _ids_of_uris(images: ImageList) -> tuple[pa.Array, str]:
+def ids_of_uris(images: ImageList) -> tuple[pa.Array, str]:
+    """Return the ids that follow from the uris, and the rule as text."""
     below = pc.starts_with(images.image_uri, f"{images.root.rstrip('/')}/")
     names = pc.utf8_slice_codeunits(images.image_uri, start=len(images.root.rstrip("/")) + 1)
     return pc.if_else(below, names, images.image_uri), f"ids are the uris below {images.root}"
@@ -161,14 +194,20 @@ def _uri_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, st
     listed from a folder, they are read as names below that folder: all of them or none.
     """
     assert boxes.image_uri is not None, "the caller has checked"
-    keys = _comparable(images.image_uri)
-    wanted = _comparable(resolve_uris(boxes.image_uri, boxes.folder))
+    keys = comparable(images.image_uri)
+    wanted = comparable(resolve_uris(boxes.image_uri, boxes.folder))
     if boxes.folder == images.root or (positions(wanted, keys) >= 0).any():
         return keys, wanted, "joined by image_uri"
-    below_root = _comparable(resolve_uris(boxes.image_uri, images.root))
-    if (positions(below_root, keys) >= 0).any():
-        return keys, below_root, f"joined by image_uri, relative ones below {images.root}"
-    return keys, wanted, "joined by image_uri"
+    below_root = _uri_keys_below(images.root, images, boxes)
+    return (
+        below_root if (positions(below_root[1], keys) >= 0).any() else (keys, wanted, "joined by image_uri")
+    )
+
+
+def _uri_keys_below(folder: str, images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, str]:
+    assert boxes.image_uri is not None, "the caller has checked"
+    how = "joined by image_uri" + (f", relative ones below {folder}" if folder != boxes.folder else "")
+    return comparable(images.image_uri), comparable(resolve_uris(boxes.image_uri, folder)), how
 
 
 def _as_compared(images: ImageList, boxes: BoxList, wanted: pa.Array, keys: pa.Array) -> pa.Array:
@@ -178,7 +217,7 @@ def _as_compared(images: ImageList, boxes: BoxList, wanted: pa.Array, keys: pa.A
     """
     if (positions(wanted, keys) >= 0).any():
         return wanted
-    return _comparable(resolve_uris(boxes.image_uri, images.root))
+    return comparable(resolve_uris(boxes.image_uri, images.root))
 
 
 def _stem_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, str]:
@@ -188,7 +227,7 @@ def _stem_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, s
         JobRefused: the labels of one file could be those of two images.
     """
     assert boxes.image_id is not None, "label files are named"
-    names = images.image_id if images.listed and images.image_id is not None else _ids_of_uris(images)[0]
+    names = images.image_id if images.listed and images.image_id is not None else ids_of_uris(images)[0]
     keys = _stem(names)
     labelled = keys.filter(pc.is_in(keys, boxes.image_id))
     if len(twice := repeated(labelled)):
@@ -201,8 +240,8 @@ def _stem_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, s
     return keys, boxes.image_id, "joined by name without ending"
 
 
-def _comparable(uris: pa.Array) -> pa.Array:
-    """Return the uris without `file://`: `file:///a` and `/a` are one file."""
+def comparable(uris: pa.Array) -> pa.Array:
+    """Return uris as they are compared: without `file://`: `file:///a` and `/a` are one file."""
     return pc.replace_substring_regex(uris, r"\Afile://(localhost)?/", "/")
 
 
@@ -225,27 +264,25 @@ def _names(wanted: pa.Array, boxes: BoxList, where: BoolArray) -> pa.Array:
     return keys if boxes.image_id is None else pc.coalesce(keys, boxes.image_id.filter(pa.array(where)))
 
 
-def _refuse_repeated(wanted: pa.Array, boxes: BoxList) -> None:
-    twice = repeated(wanted.filter(pc.not_equal(wanted, NO_URI)))
-    if not len(twice):
-        return
+def rows_repeated(number: int, names: str, boxes: BoxList) -> JobRefused:
+    """Return the refusal of a box file that has so many images twice; `names`: examples as text."""
     if boxes.one_row_per_image:
         reason = "more than one row; join their lists, or give a table with one row a box"
     else:
         reason = "more than one id or spelling of the uri; give each image one"
-    raise JobRefused(f"{boxes.files[0]}: {len(twice)} images, such as {examples(twice)}, have {reason}")
+    return JobRefused(f"{boxes.files[0]}: {number} images, such as {names}, have {reason}")
 
 
-def _refusal(unmatched: Unmatched, keys: pa.Array, boxes: BoxList, hint: str) -> JobRefused:
-    file = boxes.files[0]
-    none_joined = unmatched.images == len(boxes.lengths)
+def not_listed(unmatched: Unmatched, mentions: int, keys: str, file: str, hint: str) -> JobRefused:
+    """Return the refusal of boxes without an image; `mentions`: images of the box file, `keys`: examples."""
+    none_joined = unmatched.images == mentions
     are_numbers = all(name.isascii() and name.isdecimal() for name in unmatched.examples)
     if not hint and none_joined and file.lower().endswith(".json") and are_numbers:
         hint = "For COCO results give the instances JSON, which names whose these numbers are, as --images. "
     return JobRefused(
         f"{file}: {count(unmatched.boxes, 'box', 'boxes')} of {count(unmatched.images, 'image')} "
-        f"(of {len(boxes.lengths):,}) have no image: "
-        f"it names {examples(unmatched.examples)}; the images are {examples(keys) or 'none'}. "
+        f"(of {mentions:,}) have no image: "
+        f"it names {examples(unmatched.examples)}; the images are {keys or 'none'}. "
         f"{hint}Fix --images or --boxes, or skip these boxes with --allow-unmatched"
     )
 
@@ -255,7 +292,7 @@ def _told_apart(joined: Joined, *, is_box_file: bool) -> Joined:
 
     `is_box_file`: the box file lists the images.
     """
-    ids, uris = joined.image_id, _comparable(joined.image_uri)
+    ids, uris = joined.image_id, comparable(joined.image_uri)
     is_named = pc.not_equal(uris, NO_URI).to_numpy(zero_copy_only=False)
     if not len(repeated(ids)) and not len(repeated(uris.filter(pa.array(is_named)))):
         return joined
@@ -266,22 +303,33 @@ def _told_apart(joined: Joined, *, is_box_file: bool) -> Joined:
     by_id = per_id[codes_N2[:, 0]] > 1
     by_uri = (per_uri[codes_N2[:, 1]] > 1) & is_named
     bad = np.flatnonzero((by_id | by_uri) & ~again)
-    if 2 * len(bad) > np.count_nonzero(~again):
-        each = pa.array(~again & (by_id if by_id.any() else by_uri))
-        keys, name = (ids, "image_id") if by_id.any() else (uris, "image_uri")
-        some = replace(joined, image_id=ids.filter(each), image_uri=joined.image_uri.filter(each))
-        raise _doubled(some, keys.filter(each), repeated(keys.filter(each)), name, is_box_file)
-    number, twice = int(again.sum()), examples(pc.unique(uris.filter(pa.array(again))))
-    notes = (f"{count(number, 'row')} of images listed before, such as {twice}: counted once",)
+    refuse_most_doubled(
+        joined, bad, int(np.count_nonzero(~again)), by_id=bool(by_id.any()), is_box_file=is_box_file
+    )
+    number = int(again.sum())
+    notes = (counted_once(number, examples(pc.unique(uris.filter(pa.array(again))))),) if number else ()
+    errors, others = not_told_apart(joined, bad)
+    again[others] = True  # one row an id is left to say so
+    return replace(joined, again=again, errors=errors, notes=notes)
+
+
+def counted_once(rows: int, uris: str) -> str:
+    """Return the note on rows that say what earlier ones say; `uris`: examples as text."""
+    return f"{count(rows, 'row')} of images listed before, such as {uris}: counted once"
+
+
+def not_told_apart(joined: Joined, bad: Int64Array) -> tuple[dict[int, str], list[int]]:
+    """Return row -> why its id or uri names no one image, one row an id, and the other ones of `bad`."""
     rows: dict[str, list[int]] = {}
     for row in bad.tolist():
-        rows.setdefault(ids[row].as_py(), []).append(row)
+        rows.setdefault(joined.image_id[row].as_py(), []).append(row)
     errors: dict[int, str] = {}
+    others: list[int] = []
     for name, own in rows.items():
         own.sort(key=lambda row: str(joined.image_uri[row].as_py()))
-        again[own[1:]] = True  # one row an id is left to say so
+        others += own[1:]
         errors[own[0]] = _why_not_told_apart(name, joined.image_uri.take(pa.array(own)))
-    return replace(joined, again=again, errors=errors, notes=notes if number else ())
+    return errors, others
 
 
 def _why_not_told_apart(name: str, uris: pa.Array) -> str:
@@ -293,9 +341,23 @@ def _why_not_told_apart(name: str, uris: pa.Array) -> str:
     return f"{examples(uris)} has another image_id than {name!r} too; name each image once"
 
 
-def _doubled(joined: Joined, keys: pa.Array, twice: pa.Array, name: str, is_box_file: bool) -> JobRefused:
+def refuse_most_doubled(joined: Joined, bad: Int64Array, of: int, *, by_id: bool, is_box_file: bool) -> None:
+    """Refuse images most of which are not told apart. `bad`: their rows, of `of`; `by_id`: ids name several.
+
+    Raises:
+        JobRefused: with two of the rows.
+    """
+    if 2 * len(bad) <= of:
+        return
+    some = replace(
+        joined,
+        image_id=joined.image_id.take(pa.array(bad)),
+        image_uri=joined.image_uri.take(pa.array(bad)),
+    )
+    keys, name = (some.image_id, "image_id") if by_id else (comparable(some.image_uri), "image_uri")
+    twice = repeated(keys)
     rows = pc.indices_nonzero(pc.equal(keys, twice[0])).slice(0, 2)
-    ids, uris = joined.image_id.take(rows).to_pylist(), joined.image_uri.take(rows).to_pylist()
+    ids, uris = some.image_id.take(rows).to_pylist(), some.image_uri.take(rows).to_pylist()
     if name == "image_id" and uris[0] != uris[1]:
         what = f"image_id {ids[0]!r} stands for {uris[0]!r} and for {uris[1]!r}"
     else:
@@ -303,7 +365,7 @@ def _doubled(joined: Joined, keys: pa.Array, twice: pa.Array, name: str, is_box_
     fix = (
         "leave --images out, the box file names its images itself" if is_box_file else "name each image once"
     )
-    return JobRefused(f"{len(twice)} images are not distinguished by {name}: {clean_text(what)}; {fix}")
+    raise JobRefused(f"{len(twice)} images are not distinguished by {name}: {clean_text(what)}; {fix}")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -22,9 +22,16 @@ from hqlabel.pipeline.inputs.open_inputs import allowed_access, check_columns, r
 from hqlabel.pipeline.job_context import AccessRules, BoxRules
 from hqlabel.pipeline.job_state.plan_files import UNITS_PER_FILE, plan_key
 from hqlabel.pipeline.planning.join_boxes_to_images import images_of, join
-from hqlabel.pipeline.planning.plan_summary import JoinedInputs, PlanSummary, summarise
+from hqlabel.pipeline.planning.plan_summary import (
+    JoinedInputs,
+    PlanSummary,
+    checked_boxes,
+    count_rows,
+    summarise,
+)
 from hqlabel.pipeline.planning.plan_table import (
     Categories,
+    RefusedUris,
     number_categories,
     plan_table,
     refuse_if_a_flag_is_missing,
@@ -80,10 +87,12 @@ def _make_plan(settings: InputSettings, access: AccessRules, images_per_unit: in
     table = plan_table(
         joined, order, boxes, access, doubted=inputs.images.doubted, images_per_unit=images_per_unit
     )
-    refuse_if_a_flag_is_missing(table, access)
+    refuse_if_a_flag_is_missing(RefusedUris.among(table, access))
+    columns = boxes.boxes.column_names if boxes else ()
+    counts = count_rows(table, joined.mention[order.to_numpy()] >= 0, columns)
     return Plan(
         table=table,
-        summary=summarise(inputs, table, joined.mention[order.to_numpy()]),
+        summary=summarise(inputs, counts, checked_boxes(inputs), listed=len(joined.listed())),
         categories=categories,
         sha256=_sha256(table),
         images_per_unit=images_per_unit,

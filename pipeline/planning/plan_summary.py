@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hqlabel.pipeline.arrow_lists import Int64Array, list_lengths, null_mask, single
+from hqlabel.pipeline.arrow_lists import BoolArray, Int64Array, list_lengths, null_mask, single
 from hqlabel.pipeline.errors import clean_text, count
 from hqlabel.pipeline.inputs.image_box_lists import BoxList, ImageList
 from hqlabel.pipeline.job_context import AccessRules, BoxRules
@@ -25,7 +26,7 @@ from hqlabel.pipeline.storage.uri_rules import options_for, without_credentials
 
 _PROMPTS_AT_ONCE = 4096
 MOST_CLASSES = 10
-_BOXES_CHECKED = 200_000  # boxes checked for likely mistakes, spread evenly over all
+BOXES_CHECKED = 200_000  # boxes checked for likely mistakes, spread evenly over all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,23 +88,101 @@ class JoinedInputs:
     format_stated: bool
 
 
-def summarise(inputs: JoinedInputs, table: pa.Table, mention: Int64Array) -> PlanSummary:
-    """Return the summary of a plan; `table` its rows, `mention` the place of each in the box list."""
+@dataclass(frozen=True, kw_only=True)
+class RowCounts:
+    """What is counted of some rows of a plan. `merged` adds those of rows that follow each other.
+
+    `images` to `crowd_boxes`: as in `PlanSummary`. `classes`: (id, name) -> boxes. `first`: error code ->
+    uri and reason of the first such row; `first_invalid`: the first prompt that cannot be used, as text.
+    """
+
+    images: int = 0
+    boxes: int = 0
+    without_boxes: int = 0
+    listed_without_boxes: int = 0
+    null_boxes: int = 0
+    mismatched_labels: int = 0
+    refused_uris: int = 0
+    invalid_prompts: int = 0
+    crowd_boxes: int = 0
+    boxes_without_score: int = 0
+    lowest_score: float | None = None
+    highest_score: float | None = None
+    classes: Mapping[tuple[int | None, str | None], int] = field(default_factory=dict)
+    first: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    first_invalid: str = ""
+
+    @classmethod
+    def merged(cls, parts: Sequence[RowCounts]) -> RowCounts:
+        """Return the counts of all rows."""
+        classes: Counter[tuple[int | None, str | None]] = Counter()
+        first: dict[str, tuple[str, str]] = {}
+        for part in parts:
+            classes.update(part.classes)
+            first = dict(part.first) | first
+        ends = [part.lowest_score for part in parts], [part.highest_score for part in parts]
+        lowest, highest = ([end for end in some if end is not None] for some in ends)
+        return cls(
+            **{name: sum(getattr(part, name) for part in parts) for name in _ADDED},
+            lowest_score=min(lowest, default=None),
+            highest_score=max(highest, default=None),
+            classes=classes,
+            first=first,
+            first_invalid=next((part.first_invalid for part in parts if part.first_invalid), ""),
+        )
+
+
+_ADDED = (
+    *("images", "boxes", "without_boxes", "listed_without_boxes", "null_boxes", "mismatched_labels"),
+    *("refused_uris", "invalid_prompts", "crowd_boxes", "boxes_without_score"),
+)
+
+
+def count_rows(table: pa.Table, is_mentioned: BoolArray, columns: Collection[str]) -> RowCounts:
+    """Return the counts of rows of a plan. `is_mentioned`: by a box file; `columns`: that the boxes have."""
     lengths, null = _box_counts(table)
-    files = dict.fromkeys((*inputs.images.files, *(inputs.boxes.files if inputs.boxes else ())))
-    access = inputs.access
-    invalid, why = _invalid_prompts(inputs, table)
-    return PlanSummary(
+    invalid, first_invalid = _invalid_prompts(table, columns)
+    return RowCounts(
         images=table.num_rows,
         boxes=int(lengths.sum()),
-        units=-(-table.num_rows // inputs.images_per_unit),
-        listed_images=len(inputs.joined.listed()),
         without_boxes=int(((lengths == 0) & ~null).sum()),
-        listed_without_boxes=int((mention < 0).sum()),
+        listed_without_boxes=int((~is_mentioned).sum()),
         null_boxes=int(null.sum()),
         mismatched_labels=_count(table, "labels_mismatch"),
         refused_uris=_count(table, "uri_refused"),
         invalid_prompts=invalid,
+        crowd_boxes=pc.sum(pc.struct_field(pc.list_flatten(table.column("boxes")), "iscrowd")).as_py() or 0,
+        **_classes_and_scores(table),
+        first=_first_failures(table),
+        first_invalid=first_invalid,
+    )
+
+
+def summarise(inputs: JoinedInputs, rows: RowCounts, checked: CheckedBoxes, *, listed: int) -> PlanSummary:
+    """Return the summary of a plan; `rows`: of the plan, `checked`: of the box list, `listed`: its images.
+
+    Raises:
+        JobRefused: the boxes are of another format than is assumed.
+    """
+    files = dict.fromkeys((*inputs.images.files, *(inputs.boxes.files if inputs.boxes else ())))
+    access = inputs.access
+    order = sorted(rows.classes.items(), key=_most_first)
+    classes = [
+        {"id": number, "name": name, "boxes": boxes}
+        for (number, name), boxes in order
+        if (number, name) != (None, None)
+    ]
+    return PlanSummary(
+        images=rows.images,
+        boxes=rows.boxes,
+        units=-(-rows.images // inputs.images_per_unit),
+        listed_images=listed,
+        without_boxes=rows.without_boxes,
+        listed_without_boxes=rows.listed_without_boxes,
+        null_boxes=rows.null_boxes,
+        mismatched_labels=rows.mismatched_labels,
+        refused_uris=rows.refused_uris,
+        invalid_prompts=rows.invalid_prompts,
         unmatched_boxes=inputs.joined.unmatched,
         skipped_files=inputs.images.skipped_files,
         left_out=inputs.images.left_out,
@@ -112,11 +191,22 @@ def summarise(inputs: JoinedInputs, table: pa.Table, mention: Int64Array) -> Pla
         id_rule=inputs.joined.id_rule,
         unused_columns=_unused_columns(inputs),
         used_columns=dict(inputs.images.used) | (dict(inputs.boxes.used) if inputs.boxes else {}),
-        **_classes_and_scores(table),
-        warnings=(*_box_warnings(inputs), *_row_warnings(table), *why, *_notes(inputs)),
+        classes=tuple(classes[:MOST_CLASSES]),
+        class_count=len(classes),
+        boxes_without_class=rows.classes.get((None, None), 0),
+        boxes_without_score=rows.boxes_without_score,
+        lowest_score=rows.lowest_score,
+        highest_score=rows.highest_score,
+        warnings=(*_box_warnings(inputs, checked), *_row_warnings(rows), *_notes(inputs)),
         input_files=tuple(fingerprint(uri, options_for(uri, access), roots=access.roots) for uri in files),
-        crowd_boxes=pc.sum(pc.struct_field(pc.list_flatten(table.column("boxes")), "iscrowd")).as_py() or 0,
+        crowd_boxes=rows.crowd_boxes,
     )
+
+
+def _most_first(one: tuple[tuple[int | None, str | None], int]) -> tuple[int, bool, int, bool, bytes]:
+    """Return what sorts classes: by their boxes, most first, then by id and name, those without one last."""
+    (number, name), boxes = one
+    return -boxes, number is None, number or 0, name is None, (name or "").encode()
 
 
 def _unused_columns(inputs: JoinedInputs) -> tuple[str, ...]:
@@ -129,7 +219,7 @@ def _unused_columns(inputs: JoinedInputs) -> tuple[str, ...]:
 
 
 def _classes_and_scores(table: pa.Table) -> dict[str, Any]:
-    """Return the fields of a summary on the classes and scores of the plan's boxes."""
+    """Return the fields of `RowCounts` on the classes and scores of the plan's boxes."""
     boxes = [chunk.flatten() for chunk in table.column("boxes").chunks]
     names = ("category_id", "category_name", "score")
     columns = {
@@ -138,23 +228,18 @@ def _classes_and_scores(table: pa.Table) -> dict[str, Any]:
     score = columns.pop("score")
     scores = pc.if_else(pc.is_finite(score), score, pa.scalar(None, score.type))
     grouped = pa.table(columns).group_by(list(columns)).aggregate([([], "count_all")])
-    rows = [
-        {"id": row["category_id"], "name": row["category_name"], "boxes": row["count_all"]}
-        for row in grouped.sort_by([("count_all", "descending"), ("category_id", "ascending")]).to_pylist()
-    ]
-    classes = [row for row in rows if row["id"] is not None or row["name"] is not None]
     ends = pc.min_max(scores).as_py()  # of finite ones: JSON has no others
     return {
-        "classes": tuple(classes[:MOST_CLASSES]),
-        "class_count": len(classes),
-        "boxes_without_class": sum(row["boxes"] for row in rows) - sum(row["boxes"] for row in classes),
+        "classes": {
+            (row["category_id"], row["category_name"]): row["count_all"] for row in grouped.to_pylist()
+        },
         "boxes_without_score": scores.null_count,
         "lowest_score": ends["min"],
         "highest_score": ends["max"],
     }
 
 
-def _box_counts(table: pa.Table) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+def _box_counts(table: pa.Table) -> tuple[Int64Array, BoolArray]:
     """Return boxes of each image, and whether its list is null."""
     chunks = table.column("boxes").chunks
     lengths = [list_lengths(chunk) for chunk in chunks]
@@ -166,27 +251,45 @@ def _count(table: pa.Table, code: str) -> int:
     return int(pc.sum(pc.equal(table.column("error_code"), code)).as_py() or 0)
 
 
-def _row_warnings(table: pa.Table) -> list[str]:
+def _first_failures(table: pa.Table) -> dict[str, tuple[str, str]]:
+    """Return uri and reason of the first row of each kind that fails by the plan alone."""
+    first = {}
+    for code in ("uri_refused", "labels_mismatch"):
+        rows = table.filter(pc.equal(table.column("error_code"), code)).slice(0, 1).to_pylist()
+        if rows:
+            first[code] = (rows[0]["image_uri"], rows[0]["error_message"])
+    return first
+
+
+def _row_warnings(rows: RowCounts) -> list[str]:
     """Return a sentence for each kind of row that fails by the plan alone, with the first reason."""
     sentences = []
     starts = {
-        "uri_refused": ("uris is refused", "uris are refused"),
-        "labels_mismatch": ("images has lists that do not fit", "images have lists that do not fit"),
+        "uri_refused": (rows.refused_uris, "uris is refused", "uris are refused"),
+        "labels_mismatch": (
+            rows.mismatched_labels,
+            "images has lists that do not fit",
+            "images have lists that do not fit",
+        ),
     }
-    for code, start in starts.items():
-        rows = table.filter(pc.equal(table.column("error_code"), code))
-        if rows.num_rows:
-            first = rows.slice(0, 1).to_pylist()[0]
-            sentences.append(
-                f"{rows.num_rows:,} of {table.num_rows:,} {start[rows.num_rows > 1]} and will fail: "
-                f"{clean_text(without_credentials(first['image_uri']))}: {first['error_message']}"
-            )
+    for code, (number, one, several) in starts.items():
+        if code not in rows.first:
+            continue
+        uri, reason = rows.first[code]
+        sentences.append(
+            f"{number:,} of {rows.images:,} {several if number > 1 else one} and will fail: "
+            f"{clean_text(without_credentials(uri))}: {reason}"
+        )
+    if rows.invalid_prompts:
+        sentences.append(
+            f"{rows.invalid_prompts} of {rows.boxes} boxes have points or a mask that cannot be used, and "
+            f"will have no mask (prompt_invalid); the first is {rows.first_invalid}"
+        )
     return sentences
 
 
-def _invalid_prompts(inputs: JoinedInputs, table: pa.Table) -> tuple[int, list[str]]:
-    """Return how many prompts of the plan cannot be used, and a sentence on them with the first reason."""
-    columns = () if inputs.boxes is None else inputs.boxes.boxes.column_names
+def _invalid_prompts(table: pa.Table, columns: Collection[str]) -> tuple[int, str]:
+    """Return how many prompts of some rows cannot be used, and the first of them with the reason."""
     names = [name for name in PROMPT_COLUMNS if name in columns]
     prompts = invalid = 0
     first = ""
@@ -206,12 +309,7 @@ def _invalid_prompts(inputs: JoinedInputs, table: pa.Table) -> tuple[int, list[s
                 first = f"{_named(table, prompts + start + wrong[0][0])}: {wrong[0][1]}"
             invalid += len(wrong)
         prompts += len(values)
-    if not invalid:
-        return 0, []
-    return invalid, [
-        f"{invalid} of {prompts} boxes have points or a mask that cannot be used, and will have no mask "
-        f"(prompt_invalid); the first is {first}"
-    ]
+    return invalid, first
 
 
 def _doubtful(prompts: pa.Table) -> npt.NDArray[np.bool_]:
@@ -249,32 +347,72 @@ def _notes(inputs: JoinedInputs) -> list[str]:
     return notes
 
 
-def _box_warnings(inputs: JoinedInputs) -> tuple[str, ...]:
-    """Return warnings on the boxes, judged by up to _BOXES_CHECKED of them."""
+@dataclass(frozen=True, kw_only=True)
+class CheckedBoxes:
+    """Boxes of a box list, spread evenly over it, which are judged together.
+
+    `values_N4`: those of four numbers, float64; `sizes_hw`: int64 (N, 2), of their pictures (0 where not
+    known), or None. `lengths`: numbers of each box checked, int64; `is_null`: bool; `lacks`: of these, how
+    many are null with no other prompt. `total`: boxes of the list.
+    """
+
+    values_N4: npt.NDArray[np.float64]
+    sizes_hw: Int64Array | None
+    lengths: Int64Array
+    is_null: BoolArray
+    lacks: int
+    total: int
+
+    @classmethod
+    def merged(cls, parts: Sequence[CheckedBoxes]) -> CheckedBoxes:
+        """Return the boxes of several lists without sizes."""
+        return cls(
+            values_N4=np.concatenate([np.zeros((0, 4)), *(part.values_N4 for part in parts)]),
+            sizes_hw=None,
+            lengths=np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in parts)]),
+            is_null=np.concatenate([np.zeros(0, np.bool_), *(part.is_null for part in parts)]),
+            lacks=sum(part.lacks for part in parts),
+            total=sum(part.total for part in parts),
+        )
+
+
+def checked_boxes(inputs: JoinedInputs, most: int = BOXES_CHECKED) -> CheckedBoxes:
+    """Return up to `most` boxes of the list; none of one that states its frame."""
     boxes = inputs.boxes
     total = 0 if boxes is None else int(boxes.lengths.sum())
     if boxes is None or not total or boxes.box_frame is not None:  # an earlier output is no guess
-        return ()
-    flat = np.arange(0, total, max(1, total // _BOXES_CHECKED), dtype=np.int64)
+        return CheckedBoxes.merged(())
+    flat = np.arange(0, total, max(1, total // most), dtype=np.int64)
     mention = np.searchsorted(np.cumsum(boxes.lengths), flat, side="right")
     rows = flat if boxes.rows is None else boxes.rows[flat]
     given = single(boxes.boxes.column("given")).take(pa.array(rows))
     counts = list_lengths(given)
     whole = counts == 4
-    values = given.filter(pa.array(whole)).flatten().to_numpy(zero_copy_only=False)
     sizes = _sizes(inputs)
-    if not inputs.format_stated:
-        refuse_other_format(values.reshape(-1, 4), inputs.rules, (*boxes.files, boxes.folder)[0])
-    found = suspicions(
-        values.reshape(-1, 4),
-        inputs.rules,
-        upright_size_hw=None if sizes is None else sizes[mention[whole]],
-    )
     null = null_mask(given)
     for name in {"points_xy", "prompt_mask"} & set(boxes.boxes.column_names):
         null &= null_mask(single(boxes.boxes.column(name)).take(pa.array(rows)))
-    lacking = int(null.sum()) + int((~np.isfinite(values.reshape(-1, 4)).all(axis=1)).sum())
-    return (*_other_lengths(counts[~null_mask(given)], total), *_lacking(lacking, len(given)), *found)
+    return CheckedBoxes(
+        values_N4=given.filter(pa.array(whole)).flatten().to_numpy(zero_copy_only=False).reshape(-1, 4),
+        sizes_hw=None if sizes is None else sizes[mention[whole]],
+        lengths=counts,
+        is_null=null_mask(given),
+        lacks=int(null.sum()),
+        total=total,
+    )
+
+
+def _box_warnings(inputs: JoinedInputs, checked: CheckedBoxes) -> tuple[str, ...]:
+    """Return warnings on the boxes, judged by those that were checked."""
+    boxes, values_N4 = inputs.boxes, checked.values_N4
+    if boxes is None or not len(checked.lengths):
+        return ()
+    if not inputs.format_stated:
+        refuse_other_format(values_N4, inputs.rules, (*boxes.files, boxes.folder)[0])
+    found = suspicions(values_N4, inputs.rules, upright_size_hw=checked.sizes_hw)
+    lacking = checked.lacks + int((~np.isfinite(values_N4).all(axis=1)).sum())
+    lengths = checked.lengths[~checked.is_null]
+    return (*_other_lengths(lengths, checked.total), *_lacking(lacking, len(checked.lengths)), *found)
 
 
 def _lacking(lacking: int, checked: int) -> tuple[str, ...]:

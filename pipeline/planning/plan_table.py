@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -195,7 +195,58 @@ def _source_versions(
     return tags.take(pa.array(place, mask=place < 0))
 
 
-def refuse_if_a_flag_is_missing(plan: pa.Table, access: AccessRules) -> None:
+@dataclass(frozen=True, kw_only=True)
+class RefusedUris:
+    """The refused uris of some rows of a plan: how many a flag each would allow.
+
+    `outside`: local files outside the roots, and `folders`, which have them; `outside_first`: uri and real
+    path of one. `unknown`: uris of `schemes` that are not allowed; `unknown_first`: one.
+    """
+
+    rows: int = 0
+    refused: int = 0
+    outside: int = 0
+    outside_first: tuple[str, str] | None = None
+    folders: frozenset[str] = frozenset()
+    unknown: int = 0
+    unknown_first: str | None = None
+    schemes: frozenset[str] = frozenset()
+
+    @classmethod
+    def among(cls, plan: pa.Table, access: AccessRules, *, is_part: bool = False) -> RefusedUris:
+        """Return those of a plan (schema.PLAN), looked up only where they are most; of a part, always."""
+        is_refused = pc.equal(plan.column("error_code"), "uri_refused")
+        refused = plan.filter(is_refused).column("image_uri").to_pylist()
+        if not is_part and 2 * len(refused) <= plan.num_rows:
+            return cls(rows=plan.num_rows, refused=len(refused))
+        outside = {uri: real for uri in refused if (real := _outside(uri, access)) is not None}
+        schemes = {uri: split_scheme(uri)[0] for uri in refused}
+        unknown = {uri: name for uri, name in schemes.items() if name not in ("file", *access.schemes)}
+        return cls(
+            rows=plan.num_rows,
+            refused=len(refused),
+            outside=len(outside),
+            outside_first=next(iter(outside.items()), None),
+            folders=frozenset(map(os.path.dirname, outside.values())),
+            unknown=len(unknown),
+            unknown_first=next(iter(unknown), None),
+            schemes=frozenset(unknown.values()),
+        )
+
+    @classmethod
+    def merged(cls, parts: Sequence[RefusedUris]) -> RefusedUris:
+        """Return those of all rows."""
+        return cls(
+            **{name: sum(getattr(part, name) for part in parts) for name in ("rows", "refused")},
+            **{name: sum(getattr(part, name) for part in parts) for name in ("outside", "unknown")},
+            outside_first=next((part.outside_first for part in parts if part.outside_first), None),
+            folders=frozenset().union(*(part.folders for part in parts)),
+            unknown_first=next((part.unknown_first for part in parts if part.unknown_first), None),
+            schemes=frozenset().union(*(part.schemes for part in parts)),
+        )
+
+
+def refuse_if_a_flag_is_missing(found: RefusedUris) -> None:
     """Refuse a plan of which most images may not be read, though one flag would allow it.
 
     A few are rows that fail; most of them are a mistake that would cost the whole job.
@@ -203,24 +254,18 @@ def refuse_if_a_flag_is_missing(plan: pa.Table, access: AccessRules) -> None:
     Raises:
         JobRefused: `--allow-root` or `--allow-scheme` is missing; the message names folder or scheme.
     """
-    refused = plan.filter(pc.equal(plan.column("error_code"), "uri_refused")).column("image_uri").to_pylist()
-    if 2 * len(refused) <= plan.num_rows:
-        return
-    leading = {uri: real for uri in refused if (real := _outside(uri, access)) is not None}
-    if 2 * len(leading) > plan.num_rows:
-        uri, real = next(iter(leading.items()))
+    if 2 * found.outside > found.rows and found.outside_first is not None:
+        uri, real = found.outside_first
         link = "" if uri.endswith(real) else f", which is {clean_text(real)}"
         raise JobRefused(
-            f"{len(leading)} of {plan.num_rows} images lie outside what may be read, such as "
-            f"{clean_text(uri)}{link}: allow them with {allow_root(map(os.path.dirname, leading.values()))}"
+            f"{found.outside} of {found.rows} images lie outside what may be read, such as "
+            f"{clean_text(uri)}{link}: allow them with {allow_root(sorted(found.folders))}"
         )
-    schemes = {uri: split_scheme(uri)[0] for uri in refused}
-    unknown = {uri: name for uri, name in schemes.items() if name not in ("file", *access.schemes)}
-    if 2 * len(unknown) > plan.num_rows:
-        flags = " ".join(f"--allow-scheme {clean_text(name)}" for name in sorted(set(unknown.values())))
+    if 2 * found.unknown > found.rows and found.unknown_first is not None:
+        flags = " ".join(f"--allow-scheme {clean_text(name)}" for name in sorted(found.schemes))
         raise JobRefused(
-            f"{len(unknown)} of {plan.num_rows} images have a scheme that is not allowed, such as "
-            f"{clean_text(without_credentials(next(iter(unknown))))}: allow them with {flags}"
+            f"{found.unknown} of {found.rows} images have a scheme that is not allowed, such as "
+            f"{clean_text(without_credentials(found.unknown_first))}: allow them with {flags}"
         )
 
 

@@ -135,10 +135,10 @@ def _cast(values: pa.Array, kind: pa.DataType) -> pa.Array:
 # ---------------------------------------------------------------------------------------------
 
 
-def rows_at_once(stream: BinaryIO, columns: Sequence[str]) -> int:
+def rows_at_once(stream: BinaryIO, columns: Sequence[str], groups: Collection[int] | None = None) -> int:
     """Return how many rows of some columns may be read together, by the largest value that may repeat.
 
-    `stream`: the file, rewound after. `columns`: as Arrow takes them.
+    `stream`: the file, rewound after. `columns`: as Arrow takes them. `groups`: row groups, None for all.
 
     Raises:
         UnsoundPages: a page, or what its values come to, is larger than any table's; or more rows than bytes.
@@ -151,7 +151,8 @@ def rows_at_once(stream: BinaryIO, columns: Sequence[str]) -> int:
 
     wanted = [
         chunk
-        for group in _footer(read, size)
+        for number, group in enumerate(_footer(read, size))
+        if groups is None or number in groups
         for chunk in group
         if any(chunk.path == one or chunk.path.startswith(f"{one}.") for one in columns)
     ]
