@@ -59,9 +59,10 @@ class LayerNorm2d(nn.LayerNorm):
 
 # The MLP of a block
 
-STRIP_TOKENS = 512
-"""Tokens that go through an MLP together on a CPU: their hidden values, 3 MiB in bfloat16 for ViT-B, stay
-in a core's share of the caches; those of a whole image go out to memory and back twice."""
+SHORT_STRIP, LONG_STRIP = 512, 2048
+"""Tokens that go through an MLP together on a CPU, in bfloat16 and in float32. In bfloat16 the hidden values
+of 512, 3 MiB for ViT-B, stay in a core's share of the caches; those of a whole image go out to memory and
+back twice. A float32 product packs its weights anew in each call, which costs more than the caches give."""
 
 
 def mlp(x: torch.Tensor, lin1: nn.Linear, lin2: nn.Linear) -> torch.Tensor:
@@ -71,7 +72,8 @@ def mlp(x: torch.Tensor, lin1: nn.Linear, lin2: nn.Linear) -> torch.Tensor:
         return whole
     rows_RC = x.flatten(0, -2)
     out_RC = torch.empty_like(rows_RC)
-    parts = zip(*(torch.split(x, STRIP_TOKENS) for x in (rows_RC, out_RC)), strict=True)
+    tokens = SHORT_STRIP if x.dtype == torch.bfloat16 else LONG_STRIP
+    parts = zip(*(torch.split(rows, tokens) for rows in (rows_RC, out_RC)), strict=True)
     for part_RC, out in parts:
         torch.addmm(lin2.bias, F.gelu(lin1(part_RC)), lin2.weight.t(), out=out)
     return out_RC.view(x.shape)
@@ -79,9 +81,9 @@ def mlp(x: torch.Tensor, lin1: nn.Linear, lin2: nn.Linear) -> torch.Tensor:
 
 # Attention with relative position
 
-STRIP_LOGITS = 1 << 21
-"""Logits held at a time by `blocked_attention`: 4 MiB in bfloat16, so that a strip and its weights stay in
-a core's share of the last cache. Smaller strips repeat the packing of the keys too often."""
+STRIP_BYTES = 1 << 22
+"""Bytes of logits, or of their terms, held at a time by `blocked_attention`: 4 MiB stay in a core's share of
+the last cache. Smaller strips repeat the packing of the keys too often."""
 
 
 def plain_attention(
@@ -119,15 +121,17 @@ def blocked_attention(
 ) -> torch.Tensor:
     """Return `plain_attention` as (n, L, h * d), without gradients: head by head, a strip of rows at a time.
 
-    It is for CPUs: a strip of logits stays in the cache. q, k and v are contiguous. In bfloat16 the logits
-    are rounded twice, in `plain_attention` four times.
+    It is for CPUs: a strip of logits stays in the cache. q, k and v are contiguous. In
+    bfloat16 the logits are rounded twice, in `plain_attention` four times.
     """
     h, n, length, d = q_hnLd.shape
     side = (table_h.shape[0] + 1) // 2
     tables_dT = offset_tables(table_h, table_w)
     out_nLhd = q_hnLd.new_empty(n, length, h, d)
-    attend = _attend_folded if 2 * side < d else _attend_in_strips
-    squares = max(1, min(n, STRIP_LOGITS // length**2))
+    attend = _attend_masked
+    if q_hnLd.dtype == torch.bfloat16:
+        attend = _attend_folded if 2 * side < d else _attend_in_strips
+    squares = max(1, min(n, STRIP_BYTES // (length**2 * q_hnLd.element_size())))
     for head in range(h):
         for start in range(0, n, squares):
             part = slice(start, start + squares)
@@ -148,6 +152,39 @@ def attend_squares(
         return blocked_attention(q_hnLd, k_hnLd, v_hnLd, table_h, table_w)
     q, k, v = (x.transpose(0, 1) for x in (q_hnLd, k_hnLd, v_hnLd))
     return folded_attention(q, k, v, table_h, table_w).transpose(1, 2).flatten(2)
+
+
+def _attend_masked(
+    q_mLd: torch.Tensor,
+    k_mLd: torch.Tensor,
+    v_mLd: torch.Tensor,
+    tables_dT: torch.Tensor,
+    out_mLd: torch.Tensor,
+) -> None:
+    """Attend by PyTorch's fused kernel, which adds the terms as a mask: in float32 the fastest of all.
+
+    In bfloat16 its products are several times slower than `_attend_in_strips`.
+    """
+    m, length, _ = q_mLd.shape
+    side = (tables_dT.shape[1] // 2 + 1) // 2
+    rel_h, rel_w = offset_terms(q_mLd, tables_dT)
+    step = _strip_rows(q_mLd, side)
+    terms = q_mLd.new_empty(m * step * side * length)
+    k, v = k_mLd[:, None], v_mLd[:, None]
+    for row in range(0, side, step):
+        rows = slice(row, min(row + step, side))
+        tokens = slice(rows.start * side, rows.stop * side)
+        shape = (m, 1, tokens.stop - tokens.start, length)
+        strip = terms[: m * shape[2] * length].view(shape)
+        grid = strip.view(m, -1, side, side, side)
+        torch.add(rel_h[:, rows, :, :, None], rel_w[:, rows, :, None, :], out=grid)
+        attended = F.scaled_dot_product_attention(q_mLd[:, None, tokens], k, v, attn_mask=strip)
+        out_mLd[:, tokens] = attended[:, 0]
+
+
+def _strip_rows(q_mLd: torch.Tensor, side: int) -> int:
+    """Return how many rows of queries are one strip."""
+    return max(1, min(side, STRIP_BYTES // (len(q_mLd) * side**3 * q_mLd.element_size())))
 
 
 def _attend_folded(
@@ -174,7 +211,7 @@ def _attend_in_strips(
     m, length, d = q_mLd.shape
     side = (tables_dT.shape[1] // 2 + 1) // 2
     rel_h, rel_w = offset_terms(q_mLd, tables_dT)
-    step = max(1, min(side, STRIP_LOGITS // (m * side * length)))
+    step = _strip_rows(q_mLd, side)
     logits, weights = (q_mLd.new_empty(m * step * side * length) for _ in range(2))
     k_mdL = k_mLd.transpose(1, 2)
     for row in range(0, side, step):

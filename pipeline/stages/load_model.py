@@ -18,6 +18,7 @@ from hqlabel.pipeline.job_context import JobContext, Weights
 from hqlabel.pipeline.settings import DEMO, ModelSettings
 from hqlabel.pipeline.storage.read_objects import list_objects, open_input
 from hqlabel.pipeline.storage.uri_rules import split_scheme
+from hqlabel.pipeline.worker.process_env import keep_freed_memory
 
 
 def open_weights(source: str, options: Mapping[str, Any]) -> Source:
@@ -74,6 +75,7 @@ def load_segmenter(context: JobContext, use_gpu: bool) -> Segmenter:
     assert settings.dtype != "auto", "resolved when the job begins"
     if not use_gpu:
         set_cpu_threads(settings.cpu_threads)
+        keep_freed_memory()
     try:
         _check_device(settings, device)
         segmenter = Segmenter(

@@ -7,6 +7,7 @@ anything.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Mapping, MutableMapping
 
@@ -72,3 +73,21 @@ def prepare_for_torch(environ: MutableMapping[str, str]) -> None:
     if not any(name in environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         environ["OMP_WAIT_POLICY"] = "passive"
     environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+KEPT_BYTES = 64 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Let this process reuse what its tensors free, where its C library is glibc; return whether it does.
+
+    glibc returns blocks of more than 32 MiB to the system at once, and takes them anew, page by page, for the
+    next tensor: 4 to 12 % of a model process's CPU time with ViT-B. Larger blocks than KEPT_BYTES, such as
+    the whole frames of a 12-megapixel image, are still returned, so a process holds some 0.2 GiB more.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library: its own rule holds
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, 2 * KEPT_BYTES))

@@ -43,10 +43,12 @@ def test_every_path_gives_the_plain_definition(path, shape):
     assert torch.allclose(path(*given), plain_attention(*given), atol=2e-5)
 
 
-@pytest.mark.parametrize("logits", [1, 3000, 100_000])
+@pytest.mark.parametrize("strip_bytes", [1, 12_000, 400_000])
+@pytest.mark.parametrize("attend", ["_attend_masked", "_attend_in_strips", "_attend_folded"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_strips_of_any_size_give_the_plain_definition(monkeypatch, logits, shape):
-    monkeypatch.setattr(kernels, "STRIP_LOGITS", logits)
+def test_strips_of_any_size_give_the_plain_definition(monkeypatch, strip_bytes, attend, shape):
+    monkeypatch.setattr(kernels, "STRIP_BYTES", strip_bytes)
+    monkeypatch.setattr(kernels, "_attend_masked", getattr(kernels, attend))  # what float32 takes
     given = squares(shape)
 
     assert torch.allclose(blocked(*given), plain_attention(*given), atol=2e-5)

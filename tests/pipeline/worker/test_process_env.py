@@ -153,3 +153,23 @@ def test_a_command_starts_with_a_switch_that_is_off(value: str) -> None:
 
 def test_what_a_test_or_an_attacker_would_set_is_on_the_list() -> None:
     assert {"HQLABEL_FAILPOINT", "PYTHONSTARTUP", *process_env.LOOSENING} <= set(process_env.REFUSED)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_model_process_takes_memory_from_the_system_once(kept):
+    """A block of 45 MiB, as the tokens of ViT-B's windows take, made and freed twenty times."""
+    program = (
+        "import resource\n"
+        "from hqlabel.pipeline.worker.process_env import keep_freed_memory\n"
+        f"assert {not kept} or keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "del_me = bytearray(45 << 20); del del_me\n"
+        "before = faults()\n"
+        "for _ in range(20):\n"
+        "    block = bytearray(45 << 20)\n"
+        "    del block\n"
+        "print(faults() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert (int(done.stdout) < 2_000) is kept  # 230,400 pages of 4 KiB
