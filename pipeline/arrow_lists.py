@@ -7,6 +7,7 @@ length 0 and contributes no values; who needs the difference keeps the null mask
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,15 +81,35 @@ def table_sha256(table: pa.Table) -> str:
 
     Nulls, lengths and values are hashed column by column over slices of HASH_ROWS rows.
     """
+    return rows_sha256(table.column_names, table.num_rows, [table])
+
+
+def rows_sha256(names: Sequence[str], rows: int, tables: Iterable[pa.Table]) -> str:
+    """Return `table_sha256` of tables that follow each other; `names`: of the columns, `rows`: of all."""
     digest = hashlib.sha256()
-    for field in table.schema:
-        digest.update(field.name.encode() + b"\0")
-    digest.update(str(table.num_rows).encode())
-    for start in range(0, table.num_rows, HASH_ROWS):
-        rows = table.slice(start, HASH_ROWS)
-        for column in rows.columns:
-            _hash_array(digest, single(column.combine_chunks()))
+    for name in names:
+        digest.update(name.encode() + b"\0")
+    digest.update(str(rows).encode())
+    for some in _cut(tables, HASH_ROWS):
+        for name in names:
+            _hash_array(digest, single(some.column(name).combine_chunks()))
     return digest.hexdigest()
+
+
+def _cut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """Yield the rows of tables that follow each other, so many at a time; the last ones may be fewer."""
+    kept: list[pa.Table] = []
+    missing = rows
+    for table in tables:
+        start = 0
+        while table.num_rows - start >= missing:
+            yield pa.concat_tables([*kept, table.slice(start, missing)])
+            start, missing, kept = start + missing, rows, []
+        if start < table.num_rows:
+            kept.append(table.slice(start))
+            missing -= table.num_rows - start
+    if kept:
+        yield pa.concat_tables(kept)
 
 
 def _hash_array(digest: Any, array: pa.Array) -> None:

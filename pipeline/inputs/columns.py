@@ -552,6 +552,8 @@ def _parted(
 _SURE = 1000
 """Rows after which a column is judged; those of a table of fewer are judged at its end."""
 _TOLD = 3
+_BOX = "box "
+"""What the names of columns begin with that are judged by box; none of the input's has a blank after it."""
 
 
 class RowFaults:
@@ -565,7 +567,7 @@ class RowFaults:
 
     def __init__(self, uri: str, noun: str = "row", *, is_part: bool = False) -> None:
         self._uri, self._noun, self._is_part = uri, noun, is_part
-        self._rows = self._count = self._blank = 0
+        self._rows = self._count = self._blank = self._boxes = 0
         self._told: list[str] = []
         self._bad: Counter[str] = Counter()
         self._good: Counter[str] = Counter()
@@ -615,9 +617,10 @@ class RowFaults:
     def unlike(self, boxes: Mapping[int, str], number: int) -> None:
         """Count boxes of which a value does not fit its column in the tables: box -> reason, of `number`."""
         texts = {at: f"{text} (box {at} of those read with it)" for at, text in boxes.items()}
+        self._boxes += number
         for name in {text.partition(":")[0] for text in boxes.values()}:
             own = {at: text for at, text in texts.items() if text.startswith(f"{name}:")}
-            self._judge(f"box {name}", own, number - len(own))
+            self._judge(f"{_BOX}{name}", own, 0)
         self._tell(texts)
 
     def skip(self, skipped: Mapping[int, str]) -> None:
@@ -641,6 +644,7 @@ class RowFaults:
             whole._rows += part._rows
             whole._count += part._count
             whole._blank += part._blank
+            whole._boxes += part._boxes
             whole._told += part._told[: max(0, _TOLD - len(whole._told))]
             whole._bad.update(part._bad)
             whole._good.update(part._good)
@@ -654,8 +658,9 @@ class RowFaults:
     def refuse_bad_columns(self) -> None:
         """Raise JobRefused where a column is bad in most rows."""
         for name, bad in self._bad.items():
-            if bad > self._good[name] and not self._is_part:
-                every = bad + self._good[name]
+            good = self._boxes - bad if name.startswith(_BOX) else self._good[name]
+            if bad > good and not self._is_part:
+                every = bad + good
                 share = f", and so it is in {bad:,} of {every:,}" if every > 1 else ""
                 start = " (rows from 0)" if self._noun == "row" else ""
                 first = clean_text(self._first[name].removeprefix(f"{self._uri}: "))

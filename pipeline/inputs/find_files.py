@@ -6,9 +6,11 @@ are checked.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +46,19 @@ def absolute(uri: str) -> str:
     return os.path.abspath(rest) if scheme == "file" else uri.rstrip("/")
 
 
+_kept: ContextVar[dict[str, InputFiles] | None] = ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def listings_kept() -> Iterator[None]:
+    """Let what is listed within the block be listed once: a folder of millions takes minutes."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputFiles:
     """What a user names, as files: one, those of a folder, or those that match a pattern.
@@ -67,9 +82,21 @@ class InputFiles:
     def at(cls, uri: str, access: AccessRules) -> InputFiles:
         """Return the files at `uri`; a name with a known ending may yet be a folder, as Spark writes them.
 
+        Within `listings_kept` the second call gives what the first one found.
+
         Raises:
             JobRefused: The place cannot be listed, or holds what could not be named in a table.
         """
+        kept = _kept.get()
+        if kept is None:
+            return cls._at(uri, access)
+        if uri not in kept:
+            kept[uri] = cls._at(uri, access)
+            return kept[uri]
+        return kept.pop(uri)
+
+    @classmethod
+    def _at(cls, uri: str, access: AccessRules) -> InputFiles:
         if is_pattern(uri):
             return cls._below(uri, pattern_root(uri), access, "pattern")
         known = table_format(uri) is not None or is_tar(uri)

@@ -292,16 +292,11 @@ def _told_apart(joined: Joined, *, is_box_file: bool) -> Joined:
 
     `is_box_file`: the box file lists the images.
     """
-    ids, uris = joined.image_id, comparable(joined.image_uri)
-    is_named = pc.not_equal(uris, NO_URI).to_numpy(zero_copy_only=False)
-    if not len(repeated(ids)) and not len(repeated(uris.filter(pa.array(is_named)))):
+    uris = comparable(joined.image_uri)
+    named = uris.filter(pc.not_equal(uris, NO_URI))
+    if not len(repeated(joined.image_id)) and not len(repeated(named)):
         return joined
-    codes_N2 = np.stack([one.dictionary_encode().indices.to_numpy() for one in (ids, uris)], axis=1)
-    again = np.ones(len(ids), dtype=np.bool_)
-    again[np.unique(codes_N2, axis=0, return_index=True)[1]] = False
-    per_id, per_uri = (np.bincount(codes[~again], minlength=len(ids)) for codes in codes_N2.T)
-    by_id = per_id[codes_N2[:, 0]] > 1
-    by_uri = (per_uri[codes_N2[:, 1]] > 1) & is_named
+    again, by_id, by_uri = doubled_rows(joined)
     bad = np.flatnonzero((by_id | by_uri) & ~again)
     refuse_most_doubled(
         joined, bad, int(np.count_nonzero(~again)), by_id=bool(by_id.any()), is_box_file=is_box_file
@@ -311,6 +306,21 @@ def _told_apart(joined: Joined, *, is_box_file: bool) -> Joined:
     errors, others = not_told_apart(joined, bad)
     again[others] = True  # one row an id is left to say so
     return replace(joined, again=again, errors=errors, notes=notes)
+
+
+def doubled_rows(joined: Joined) -> tuple[BoolArray, BoolArray, BoolArray]:
+    """Return three masks of rows: those that say what earlier ones say, of an id with several uris, of a uri
+    with several ids.
+    """
+    ids, uris = joined.image_id, comparable(joined.image_uri)
+    is_named = pc.not_equal(uris, NO_URI).to_numpy(zero_copy_only=False)
+    codes_N2 = np.stack([one.dictionary_encode().indices.to_numpy() for one in (ids, uris)], axis=1)
+    again = np.ones(len(ids), dtype=np.bool_)
+    again[np.unique(codes_N2, axis=0, return_index=True)[1]] = False
+    per_id, per_uri = (np.bincount(codes[~again], minlength=len(ids)) for codes in codes_N2.T)
+    by_id = per_id[codes_N2[:, 0]] > 1
+    by_uri = (per_uri[codes_N2[:, 1]] > 1) & is_named
+    return again, by_id, by_uri
 
 
 def counted_once(rows: int, uris: str) -> str:
@@ -460,6 +470,14 @@ def why(keys: pa.Array, wanted: pa.Array) -> str:
         or _one([_STEMS, _NUMBERS] if is_numbers else [_STEMS], keys, sample)
         or _several(_DIFFERENCES, keys, sample)
     )
+
+
+def likely(keys: pa.Array, sample: pa.Array) -> pa.Array:
+    """Return the keys that `why` could find for names that are missing: all that it has to be given."""
+    found = np.zeros(len(keys), dtype=np.bool_)
+    for differences in (_DIFFERENCES, *((one,) for one in (*_GUESSES, _STEMS, _NUMBERS))):
+        found |= positions(_spelled(keys, differences), _spelled(sample, differences)) >= 0
+    return keys.filter(pa.array(found))
 
 
 def _one(guesses: Sequence[Guess], keys: pa.Array, sample: pa.Array) -> str:

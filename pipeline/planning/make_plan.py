@@ -9,6 +9,7 @@ One million images with three boxes each take about 7 s and 1 GB (docs/dev/measu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -120,12 +121,12 @@ def _read_and_join(settings: InputSettings, access: AccessRules, images_per_unit
         images=images,
         boxes=boxes,
         joined=join(images, boxes, allow_unmatched=settings.allow_unmatched),
-        rules=_rules(settings, boxes),
+        rules=rules_of(settings, boxes),
         format_stated=settings.box_format is not None,
     )
 
 
-def _rules(settings: InputSettings, boxes: BoxList | None) -> BoxRules:
+def rules_of(settings: InputSettings, boxes: BoxList | None) -> BoxRules:
     """Return the user's setting first, except for an earlier output, which states how its boxes are read.
 
     Without a box file there are a detector's boxes or none, and those are read as a detector gives them.
@@ -150,21 +151,39 @@ def _numbered(inputs: JoinedInputs) -> tuple[BoxList | None, Categories]:
 
 def write_plan(store: Store, plan: Plan) -> None:
     """Write every file of the plan that the store does not have yet."""
-    there = {entry.key for entry in store.list(f"plan/{plan.sha256[:16]}/")}
-    footer = {"schema_version": str(SCHEMA_VERSION), "plan_sha256": plan.sha256}
-    rows_per_file = UNITS_PER_FILE * plan.images_per_unit
-    files = range(-(-plan.table.num_rows // rows_per_file))
+    write_files(
+        store,
+        plan.sha256,
+        plan.images_per_unit,
+        plan.table,
+        0,
+        missing_files(store, plan.sha256, plan.table.num_rows, plan.images_per_unit),
+    )
+    visit("plan.written")
+
+
+def missing_files(store: Store, sha256: str, images: int, images_per_unit: int) -> list[int]:
+    """Return the numbers of the files of a plan that the store does not have."""
+    there = {entry.key for entry in store.list(f"plan/{sha256[:16]}/")}
+    files = range(-(-images // (UNITS_PER_FILE * images_per_unit)))
+    return [index for index in files if plan_key(sha256, index) not in there]
+
+
+def write_files(
+    store: Store, sha256: str, images_per_unit: int, table: pa.Table, first: int, files: Sequence[int]
+) -> None:
+    """Write some files of a plan. `table`: its rows from file number `first` on, to the last of these."""
+    footer = {"schema_version": str(SCHEMA_VERSION), "plan_sha256": sha256}
+    rows_per_file = UNITS_PER_FILE * images_per_unit
 
     def write(index: int) -> None:
-        rows = plan.table.slice(index * rows_per_file, rows_per_file)
-        sink = checksummed_parquet.ParquetSink(PLAN, footer, row_group_rows=plan.images_per_unit)
-        for start in range(0, rows.num_rows, plan.images_per_unit):
-            sink.write(rows.slice(start, plan.images_per_unit))
-        store.put_if_absent(plan_key(plan.sha256, index), sink.finish())
+        rows = table.slice((index - first) * rows_per_file, rows_per_file)
+        sink = checksummed_parquet.ParquetSink(PLAN, footer, row_group_rows=images_per_unit)
+        for start in range(0, rows.num_rows, images_per_unit):
+            sink.write(rows.slice(start, images_per_unit))
+        store.put_if_absent(plan_key(sha256, index), sink.finish())
         visit("plan.file")
 
     with ThreadPoolExecutor(max_workers=WRITERS) as pool:
-        missing = [index for index in files if plan_key(plan.sha256, index) not in there]
-        for _ in pool.map(write, missing):
+        for _ in pool.map(write, files):
             pass
-    visit("plan.written")

@@ -219,18 +219,19 @@ class RefusedUris:
         refused = plan.filter(is_refused).column("image_uri").to_pylist()
         if not is_part and 2 * len(refused) <= plan.num_rows:
             return cls(rows=plan.num_rows, refused=len(refused))
-        outside = {uri: real for uri in refused if (real := _outside(uri, access)) is not None}
-        schemes = {uri: split_scheme(uri)[0] for uri in refused}
-        unknown = {uri: name for uri, name in schemes.items() if name not in ("file", *access.schemes)}
+        places = {uri: _outside(uri, access) for uri in dict.fromkeys(refused)}
+        outside = [(uri, real) for uri in refused if (real := places[uri]) is not None]
+        schemes = [(uri, split_scheme(uri)[0]) for uri in refused]
+        unknown = [(uri, name) for uri, name in schemes if name not in ("file", *access.schemes)]
         return cls(
             rows=plan.num_rows,
             refused=len(refused),
             outside=len(outside),
-            outside_first=next(iter(outside.items()), None),
-            folders=frozenset(map(os.path.dirname, outside.values())),
+            outside_first=outside[0] if outside else None,
+            folders=frozenset(os.path.dirname(real) for _, real in outside),
             unknown=len(unknown),
-            unknown_first=next(iter(unknown), None),
-            schemes=frozenset(unknown.values()),
+            unknown_first=unknown[0][0] if unknown else None,
+            schemes=frozenset(name for _, name in unknown),
         )
 
     @classmethod

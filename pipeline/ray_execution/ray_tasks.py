@@ -56,6 +56,43 @@ def run_on_model_node(function: Callable[[bool], T], cluster: ClusterSettings, c
     return result
 
 
+class RayTasks:
+    """Calls of functions as Ray tasks of one core each, with their results in Ray's object store.
+
+    Ray calls again where a process or a result is lost, and writes results that do not fit into its memory
+    to a disk.
+    """
+
+    def start(self, function: Callable[..., Any], *arguments: Any, returns: int = 1) -> Any:
+        """Begin a call; return a reference, or `returns` of them for a function that returns a list.
+
+        References among the arguments are given to the function as what they stand for.
+        """
+        task: Any = ray.remote(num_cpus=1, max_retries=_RETRIES, num_returns=returns)(_check_env_and_apply)
+        return task.options(name=function.__name__).remote(function, *arguments)
+
+    def fold(self, function: Callable[..., Any], *arguments: Any, over: Sequence[Any]) -> Any:
+        """Begin a call with an iterator of what references stand for as last argument."""
+        return self.start(_apply_over, function, arguments, list(over))
+
+    def result(self, handle: Any) -> Any:
+        """Return what a reference stands for, waiting for it; raises what its function raised."""
+        with raise_original():
+            return ray.get(handle)
+
+
+_RETRIES = 5
+
+
+def _apply_over(function: Callable[..., Any], arguments: Sequence[Any], references: Sequence[Any]) -> Any:
+    return function(*arguments, (ray.get(one) for one in references))
+
+
+def _check_env_and_apply(function: Callable[..., Any], *arguments: Any) -> Any:
+    refuse_unsafe_env()
+    return function(*arguments)
+
+
 def _check_env_and_call(function: Callable[[A], T], argument: A) -> T:
     refuse_unsafe_env()
     return function(argument)
