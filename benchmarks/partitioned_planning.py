@@ -1,20 +1,22 @@
 """Time and memory of planning in partitions, on a private Ray: two tables, many Parquet files, no order.
 
-    python -m benchmarks.partitioned_planning STATE --images 30000000     lists: one row an image in both tables
+    python -m benchmarks.partitioned_planning STATE --images 30000000     one row an image in both tables
     python -m benchmarks.partitioned_planning STATE --images 1000000 --boxes rows     one row a box
     ... --whole                the planner of one process, without Ray
     ... --cpus 1               with one core
     ... --other-order          the same files under other names, so that they are read in another order
 
 Makes the inputs below STATE when they are not there, plans and writes the plan to an output that is removed
-at the end. Prints the clock, the CPU of this process and of Ray's, and the most memory of the driver and of any
-worker: its own (USS), and with the pages of Ray's object store that it has touched (RSS).
+at the end. Prints the clock, the CPU of this process and of Ray's, and the most memory of the driver and of
+the workers, by what they did: their own, and with the pages of Ray's object store that they have touched.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -98,10 +100,15 @@ def measure(arguments: argparse.Namespace, inputs: Path, scratch: Path) -> None:
 
 def start_ray(cpus: int, store_mb: int) -> str:
     """Start a private Ray; return what it has, as text."""
+    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # a socket's path has at most 107 bytes
+    token = Path(folder) / "token"
+    token.write_text(secrets.token_hex(32))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     import ray
 
-    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # a socket's path has at most 107 bytes
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(ray.shutdown)
     ray.init(
         address="local",
         num_cpus=cpus,
@@ -110,19 +117,15 @@ def start_ray(cpus: int, store_mb: int) -> str:
         log_to_driver=False,
         _temp_dir=folder,
     )
-    import atexit
-
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    atexit.register(ray.shutdown)
     return f"Ray with {cpus} cores and {store_mb} MB of object store"
 
 
 class Watch(threading.Thread):
-    """Looks at this process and those that it started, twice a second."""
+    """Looks at this process and those that it started, once a second: cheaply, or it would be what costs."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self._cpu: dict[tuple[int, float], float] = {}
+        self._cpu: dict[int, float] = {}
         self._peak: dict[str, tuple[int, int]] = {}
         self._began = time.monotonic()
         self._before = 0.0
@@ -132,33 +135,33 @@ class Watch(threading.Thread):
         """Look until the process ends."""
         while True:
             self.look()
-            time.sleep(0.5)
+            time.sleep(1)
 
     def look(self) -> None:
         """Look once."""
         for process in [self._own, *self._own.children(recursive=True)]:
             try:
-                times, memory = process.cpu_times(), process.memory_full_info()
-                self._cpu[process.pid, process.create_time()] = times.user + times.system
+                times, memory = process.cpu_times(), process.memory_info()
                 name = "driver" if process == self._own else process.name()
             except psutil.Error:
                 continue
-            kind = name if name == "driver" else "worker" if name.startswith("ray::") else "of Ray"
+            self._cpu[process.pid] = times.user + times.system
+            kind = name if name == "driver" else name[5:] if name.startswith("ray::") else "of Ray"
             before = self._peak.get(kind, (0, 0))
-            self._peak[kind] = max(before[0], memory.uss >> 20), max(before[1], memory.rss >> 20)
+            own = memory.rss - memory.shared
+            self._peak[kind] = max(before[0], own >> 20), max(before[1], memory.rss >> 20)
 
     def say(self, step: str, what: str) -> None:
         """Print the figures since the last time, and the peaks so far."""
         self.look()
         wall, cpu = time.monotonic() - self._began, sum(self._cpu.values())
-        peaks = ", ".join(f"{kind} {uss}/{rss}" for kind, (uss, rss) in self._peak.items())
-        load = os.getloadavg()[0]
         print(
             f"{step}: {what}: {wall:.0f} s, CPU {cpu - self._before:.0f} s (driver "
-            f"{sum(os.times()[:2]):.0f} so far); most MB, USS/RSS: {peaks}; load {load:.1f}",
-            flush=True,
+            f"{sum(os.times()[:2]):.0f} so far), load {os.getloadavg()[0]:.1f}"
         )
-        self._began, self._before = time.monotonic(), cpu
+        for kind, (own, rss) in sorted(self._peak.items(), key=lambda one: -one[1][0])[:6]:
+            print(f"    {kind}: at most {own} MB of its own, {rss} MB with what it shares", flush=True)
+        self._began, self._before, self._peak = time.monotonic(), cpu, {}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from hqlabel.jobs.job_setup import resolve_settings
 from hqlabel.jobs.load_config import Config
 from hqlabel.jobs.terminal.signals import Interrupts
 from hqlabel.pipeline.errors import JobRefused, SystemicFault, count
+from hqlabel.pipeline.planning.partitioned_plan import Tasks
 from hqlabel.pipeline.ray_execution.placement import Node, Requests, fit
 from hqlabel.pipeline.tables.manifest import Part
 from hqlabel.pipeline.tables.publish_tables import PartTask
@@ -150,6 +151,22 @@ class Machine:
                 shared_paths=self._config.cluster.shared_paths,
             )
         return self._info
+
+    def planning_tasks(self, uris: Sequence[str]) -> Tasks | None:
+        """Return what runs the tasks of a plan in partitions, on a Ray that is started for it.
+
+        None where other nodes would look for tables of this one on a disk of their own.
+
+        Raises:
+            JobRefused, SystemicFault: as `start`.
+        """
+        info = self.start()
+        local = any(map(resolve_settings.is_local, uris))
+        if local and info.nodes > 1 and not self._cluster.shared_paths:
+            return None
+        from hqlabel.pipeline.ray_execution.ray_tasks import RayTasks
+
+        return RayTasks()
 
     def describe(self, units: int) -> str:
         """Return the machine as text, also before a private Ray starts; `units`: how many are to be done."""

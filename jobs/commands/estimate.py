@@ -26,6 +26,7 @@ from hqlabel.pipeline.errors import JobRefused, count
 from hqlabel.pipeline.job_context import JobContext, JobDetector, Place, UnitOutcome, Weights
 from hqlabel.pipeline.job_state.job_file import units_per_part
 from hqlabel.pipeline.planning.make_plan import Plan, write_plan
+from hqlabel.pipeline.planning.partitioned_plan import AnyPlan
 from hqlabel.pipeline.ray_execution.placement import Requests
 from hqlabel.pipeline.settings import FilterSettings
 from hqlabel.pipeline.storage.checksummed_parquet import compressed_bytes
@@ -79,7 +80,7 @@ class Estimate:
 
 def measure(
     config: Config,
-    plan: Plan,
+    plan: AnyPlan,
     weights: Weights,
     interrupts: Interrupts,
     *,
@@ -136,7 +137,7 @@ def measure(
             return clock.measured(*rows_and_parts, requests, machine.device(), ray_s=started - began)
 
 
-def sampled_plan(plan: Plan, sample: int, *, actors: int) -> Plan:
+def sampled_plan(plan: AnyPlan, sample: int, *, actors: int) -> Plan:
     """Return `sample` rows of the plan, evenly spread, in units small enough that each actor gets several."""
     rows = plan.table.num_rows
     if rows == 0:
@@ -147,7 +148,14 @@ def sampled_plan(plan: Plan, sample: int, *, actors: int) -> Plan:
     at = table.schema.get_field_index("unit_id")
     unit_ids = pa.array(np.arange(len(places)) // per_unit, pa.int32())
     table = table.set_column(at, table.schema.field(at), unit_ids)
-    return replace(plan, table=table, sha256=table_sha256(table), images_per_unit=per_unit)
+    return Plan(
+        table=table,
+        summary=plan.summary,
+        categories=plan.categories,
+        sha256=table_sha256(table),
+        images_per_unit=per_unit,
+        access=plan.access,
+    )
 
 
 def _published(context: JobContext, filters: FilterSettings) -> tuple[int, int, Counts]:
@@ -205,7 +213,7 @@ class _Clock:
         )
 
 
-def carry_over(measured: Measured, plan: Plan, *, left: int, usd_per_gpu_hour: float | None) -> Estimate:
+def carry_over(measured: Measured, plan: AnyPlan, *, left: int, usd_per_gpu_hour: float | None) -> Estimate:
     """Return the estimate for `left` images of the plan."""
     summary = plan.summary
     hours = (measured.start_s + left / measured.images_per_s) / 3600

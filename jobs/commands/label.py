@@ -29,7 +29,7 @@ from hqlabel.jobs.terminal.progress import CallCounts
 from hqlabel.jobs.terminal.signals import Interrupts
 from hqlabel.pipeline.errors import JobRefused, UsageError
 from hqlabel.pipeline.job_state.job_file import Job, read_job, require_job
-from hqlabel.pipeline.planning.make_plan import Plan, write_plan
+from hqlabel.pipeline.planning.partitioned_plan import AnyPlan, write_any_plan
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.changed_inputs import take_over
 from hqlabel.pipeline.tables.manifest import read_manifest
@@ -62,6 +62,7 @@ def run(config: Config, options: LabelOptions, interrupts: Interrupts) -> int:
             dtype=machine.dtype,
             device=machine.device,
             accept_changed_inputs=options.accept_changed_inputs,
+            tasks=machine.planning_tasks,
         )
         store, job = opened.store, opened.job
         pending = pending_units(store, job, options.part)
@@ -164,7 +165,7 @@ def _take_over(opened: Opened, lock: JobLock) -> None:
     before, now = opened.taken_over.before, require_job(opened.store)
     if (now.identity, now.context.run_id) != (before.identity, before.context.run_id):
         raise JobRefused(f"{opened.store.place.uri}: the job there was changed meanwhile; start again")
-    write_plan(opened.store, opened.plan)
+    write_any_plan(opened.store, opened.plan)
     lock.require("the change of inputs")
     take_over(opened.store, before, opened.job)
 
@@ -175,14 +176,14 @@ def _kept_images(opened: Opened) -> int:
 
 
 def _label_pending(
-    work: Work, plan: Plan | None, part: Slice, pending: list[int], kept_images: int
+    work: Work, plan: AnyPlan | None, part: Slice, pending: list[int], kept_images: int
 ) -> CallCounts:
     """Run the pending units of this slice until none is left; return what this process did.
 
     `plan`: of a new job, written first. `kept_images`: of the pending units, known to keep their rows.
     """
     if plan is not None:
-        write_plan(work.store, plan)
+        write_any_plan(work.store, plan)
     save_config(work.store, work.config)
     total = images_in(work.job, part.units(work.job.units))
     return run_pending(

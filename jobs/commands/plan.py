@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from hqlabel.jobs.cluster.ray_session import Machine
 from hqlabel.jobs.job_setup import resolve_settings
 from hqlabel.jobs.job_setup.answering_stores import require_answers
 from hqlabel.jobs.job_setup.check_models import CheckedDetector, read_checkpoint, read_detector
@@ -21,7 +22,7 @@ from hqlabel.jobs.terminal.signals import Interrupts
 from hqlabel.pipeline.errors import JobRefused, UsageError, count
 from hqlabel.pipeline.job_context import Weights
 from hqlabel.pipeline.job_state.job_file import read_job
-from hqlabel.pipeline.planning.make_plan import Plan
+from hqlabel.pipeline.planning.partitioned_plan import AnyPlan
 from hqlabel.pipeline.planning.preview import with_preview_warnings
 from hqlabel.pipeline.storage.output_store import Store
 from hqlabel.pipeline.tables.manifest import read_manifest
@@ -38,8 +39,10 @@ def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> i
         UsageError: a sample is wanted and no checkpoint is named.
     """
     require_answers(config)
-    with before_work():
-        made, detected = plan_inputs(config), config.detector.name is not None
+    # A large plan is made on Ray, of which only the rows for a sample outlive this block.
+    with before_work(), Machine(config, interrupts) as machine:
+        made = plan_inputs(config, machine.planning_tasks, some_rows=sample)
+        detected = config.detector.name is not None
         plan = with_preview_warnings(made, config.limits, detected=detected)
         weights = read_checkpoint(config) if config.model.checkpoint else None
         detector = read_detector(config)
@@ -70,7 +73,7 @@ def run(config: Config, interrupts: Interrupts, *, sample: int, json: bool) -> i
     return 0
 
 
-def _done(config: Config, plan: Plan) -> int:
+def _done(config: Config, plan: AnyPlan) -> int:
     """Return how many units of this plan the output holds; raises `JobRefused` when it holds another plan."""
     store = Store(resolve_settings.output_place(config))
     job = read_job(store)
@@ -92,7 +95,7 @@ def _done(config: Config, plan: Plan) -> int:
 
 
 def _rows(
-    config: Config, plan: Plan, weights: Weights | None, done: int | None, detector: CheckedDetector | None
+    config: Config, plan: AnyPlan, weights: Weights | None, done: int | None, detector: CheckedDetector | None
 ) -> list[tuple[str, str]]:
     rows = input_report.describe_inputs(config, asdict(plan.summary))
     if detector is not None:
@@ -110,7 +113,7 @@ def _rows(
     return rows
 
 
-def _as_json(config: Config, plan: Plan, weights: Weights | None, done: int | None) -> dict[str, Any]:
+def _as_json(config: Config, plan: AnyPlan, weights: Weights | None, done: int | None) -> dict[str, Any]:
     return {
         **input_report.as_json(config, asdict(plan.summary)),
         "plan_sha256": plan.sha256,

@@ -36,6 +36,7 @@ from hqlabel.pipeline.job_state.job_file import (
 )
 from hqlabel.pipeline.job_state.plan_files import UNITS_PER_FILE
 from hqlabel.pipeline.planning.make_plan import Plan, make_plan
+from hqlabel.pipeline.planning.partitioned_plan import SOME_ROWS, AnyPlan, TasksFor, plan_of_any_size
 from hqlabel.pipeline.planning.preview import with_preview_warnings
 from hqlabel.pipeline.settings import InputSettings
 from hqlabel.pipeline.storage.output_store import Store
@@ -66,7 +67,7 @@ class Opened:
     config: Config
     store: Store
     job: Job
-    plan: Plan | None
+    plan: AnyPlan | None
     resumed: bool
     taken_over: TakenOver | None = None
 
@@ -78,19 +79,20 @@ def open_or_create(
     dtype: Callable[[], str],
     device: Callable[[], str],
     accept_changed_inputs: bool = False,
+    tasks: TasksFor | None = None,
 ) -> Opened:
     """Open the job that `config` describes in its output, or create it there.
 
     `dtype`: the number format that `model.dtype` means; `device`: the kind that the call shape is chosen
     for. Each is called at most once, for a new job. `accept_changed_inputs`: a job of which only the inputs
-    changed may be taken over.
+    changed may be taken over. `tasks`: as in `plan_inputs`.
 
     Raises:
         UsageError: a setting that is needed is missing.
         JobRefused: inputs or weights that cannot be used, or an output that belongs to something else.
     """
     with before_work():
-        return _open_or_create(config, check_inputs, dtype, device, accept_changed_inputs)
+        return _open_or_create(config, check_inputs, dtype, device, accept_changed_inputs, tasks)
 
 
 @contextlib.contextmanager
@@ -108,6 +110,7 @@ def _open_or_create(
     dtype: Callable[[], str],
     device: Callable[[], str],
     accept_changed_inputs: bool,
+    tasks: TasksFor | None,
 ) -> Opened:
     output = settings.output_place(config)
     access = allowed_access(config.input, settings.check_inputs(config))
@@ -119,9 +122,10 @@ def _open_or_create(
     _refuse_compiling_for_a_cpu(config, device)
     plan = None
     if stored is None:
-        plan = with_preview_warnings(plan_inputs(config), config.limits, detected=detector is not None)
+        made = plan_inputs(config, tasks)
+        plan = with_preview_warnings(made, config.limits, detected=detector is not None)
     elif check_inputs or not _plan_holds(store, stored, config.input):
-        plan = plan_inputs(config)
+        plan = plan_inputs(config, tasks)
     make_context = partial(
         new_context,
         config,
@@ -137,10 +141,12 @@ def _open_or_create(
         job = _stored_job(stored, make_context, config, access)
     recorded = {} if stored is None else _kept_elsewhere(store, stored, config.input)
     if stored is not None and _only_inputs_differ(unlike_stored(store, job, recorded)):
-        plan = plan or plan_inputs(config)
+        plan = plan or plan_inputs(config, tasks)
         job = _planned_job(plan, make_context, config, detector)
         unlike = unlike_stored(store, job, recorded)
         if _only_inputs_differ(unlike):
+            if not isinstance(plan, Plan):
+                raise JobRefused(_too_large(store, unlike))
             changes = compare(store, stored, plan.table)
             if not accept_changed_inputs:
                 raise JobRefused(_refusal(store, changes, unlike))
@@ -165,6 +171,15 @@ def _only_inputs_differ(unlike: Sequence[Difference]) -> bool:
         if not one.name.startswith(rights)
     ]
     return len(inputs) == len(unlike) > 0 and all(inputs)
+
+
+def _too_large(store: Store, unlike: Sequence[Difference]) -> str:
+    names = ", ".join(one.name[:100] for one in unlike[:5])
+    return (
+        f"{store.place.uri}: the inputs are not those that the job there began with, and a job of so many "
+        "rows cannot go on with other inputs; nothing was changed. Choose another output folder. "
+        f"Unlike: {names}"
+    )
 
 
 def _refusal(store: Store, changes: Changes, unlike: Sequence[Difference]) -> str:
@@ -201,10 +216,23 @@ def _kept_elsewhere(store: Store, stored: Job, now: InputSettings) -> dict[str, 
     return found
 
 
-def plan_inputs(config: Config) -> Plan:
-    """Return the plan of the configured inputs; see `make_plan`."""
-    access = settings.check_inputs(config)
-    return make_plan(config.input, access, images_per_unit=config.output.images_per_unit)
+def plan_inputs(config: Config, tasks: TasksFor | None = None, *, some_rows: int = 0) -> AnyPlan:
+    """Return the plan of the configured inputs; see `make_plan`.
+
+    `tasks`: for large inputs, which are then planned in partitions; without it one process holds all.
+    `some_rows`: how many rows of it are wanted as such.
+    """
+    access, images_per_unit = settings.check_inputs(config), config.output.images_per_unit
+    if tasks is None:
+        return make_plan(config.input, access, images_per_unit=images_per_unit)
+    return plan_of_any_size(
+        config.input,
+        access,
+        images_per_unit=images_per_unit,
+        tasks=tasks,
+        tell=console.say,
+        some_rows=max(SOME_ROWS, some_rows),
+    )
 
 
 def _refuse_compiling_for_a_cpu(config: Config, device: Callable[[], str]) -> None:
@@ -243,7 +271,7 @@ def _plan_holds(store: Store, stored: Job, inputs: InputSettings) -> bool:
 
 
 def _planned_job(
-    plan: Plan, make_context: Callable[..., JobContext], config: Config, detector: CheckedDetector | None
+    plan: AnyPlan, make_context: Callable[..., JobContext], config: Config, detector: CheckedDetector | None
 ) -> Job:
     """Return the job that a plan made just now describes."""
     summary = plan.summary

@@ -38,7 +38,7 @@ from hqlabel.pipeline.planning.join_boxes_to_images import (
     rows_repeated,
     why,
 )
-from hqlabel.pipeline.planning.make_plan import Plan, make_plan, missing_files, rules_of
+from hqlabel.pipeline.planning.make_plan import Plan, make_plan, missing_files, rules_of, write_plan
 from hqlabel.pipeline.planning.partition_inputs import Source, TableInputs, inspect_inputs, read_piece, split
 from hqlabel.pipeline.planning.plan_summary import (
     BOXES_CHECKED,
@@ -61,7 +61,7 @@ from hqlabel.pipeline.storage.read_objects import one_version_each
 
 LARGE_ROWS = 5_000_000
 """Rows of images and boxes above which a plan is made in partitions: some 1.5 GB in one process."""
-_SOME_ROWS = 1024
+SOME_ROWS = 1024
 
 
 class Tasks(Protocol):
@@ -91,6 +91,9 @@ class Sizes:
     piece: int = 2_000_000
     partition: int = 2_000_000
     bucket: int = 16_000_000
+
+
+SIZES = Sizes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +155,8 @@ class _Range:
 
 
 AnyPlan = Plan | PlanInPartitions
+TasksFor = Callable[[Sequence[str]], Tasks | None]
+"""Given the uris of all tables, returns what runs tasks; None where not every process could read them."""
 
 
 def plan_of_any_size(
@@ -159,44 +164,66 @@ def plan_of_any_size(
     access: AccessRules | None = None,
     *,
     images_per_unit: int = 64,
-    tasks: Callable[[TableInputs], Tasks | None],
+    tasks: TasksFor,
     tell: Callable[[str], None] = lambda _: None,
-    sizes: Sizes = Sizes(),
-    large_rows: int = LARGE_ROWS,
+    some_rows: int = SOME_ROWS,
+    sizes: Sizes | None = None,
+    large_rows: int | None = None,
 ) -> AnyPlan:
     """Return the plan of the inputs, in partitions where they are large tables; else as `make_plan`.
 
-    `tasks`: called for large ones, returns what runs tasks, or None where none can reach the inputs. `tell`
-    is given a sentence when the work begins.
+    `tasks`: called for large ones. `tell` is given a sentence when the work begins. `some_rows`: how many
+    rows `PlanInPartitions.table` holds. `sizes`, `large_rows`: for tests.
 
     Raises:
-        As `make_plan`.
+        UsageError, JobRefused: as `make_plan`.
     """
     rules = allowed_access(settings, access)
     with one_version_each(), listings_kept():
         inputs = inspect_inputs(settings, rules)
-        runs = tasks(inputs) if inputs is not None and inputs.rows > large_rows else None
-        if inputs is not None and runs is not None:
-            parts = -(-inputs.rows // sizes.partition)
-            tell(f"planning {inputs.rows:,} rows of images and boxes in {count(parts, 'partition')}")
-            planner = _Planner(settings, inputs, runs, sizes, images_per_unit)
-            if (plan := planner.plan()) is not None:
-                return plan
-        return make_plan(settings, access, images_per_unit=images_per_unit)
+        if inputs is None or inputs.rows <= (LARGE_ROWS if large_rows is None else large_rows):
+            return make_plan(settings, access, images_per_unit=images_per_unit)
+        runs = tasks([file.uri for table in inputs.tables for file in table.files])
+        plan = None
+        if runs is not None:
+            planner = _Planner(settings, inputs, runs, sizes or SIZES, images_per_unit, some_rows)
+            tell(planner.about)
+            plan = planner.plan()
+        return plan or make_plan(settings, access, images_per_unit=images_per_unit)
+
+
+def write_any_plan(store: Store, plan: AnyPlan) -> None:
+    """Write every file of a plan that the store does not have yet."""
+    if isinstance(plan, PlanInPartitions):
+        plan.write(store)
+    else:
+        write_plan(store, plan)
 
 
 class _Planner:
     """The steps of one plan, each begun for all partitions at once."""
 
     def __init__(
-        self, settings: InputSettings, inputs: TableInputs, tasks: Tasks, sizes: Sizes, images_per_unit: int
+        self,
+        settings: InputSettings,
+        inputs: TableInputs,
+        tasks: Tasks,
+        sizes: Sizes,
+        images_per_unit: int,
+        some_rows: int,
     ) -> None:
         assert inputs.boxes is not None, "inputs in pieces have boxes"
         self._settings, self._inputs, self._tasks, self._sizes = settings, inputs, tasks, sizes
-        self._images_per_unit = images_per_unit
+        self._images_per_unit, self._some_rows = images_per_unit, some_rows
         self._boxes = inputs.boxes
         self._images = inputs.images if inputs.images is not None else images_of(inputs.boxes)
         self._parts = max(1, -(-inputs.rows // sizes.partition))
+
+    @property
+    def about(self) -> str:
+        """What there is to do, as a sentence."""
+        parts = count(self._parts, "partition")
+        return f"planning {self._inputs.rows:,} rows of images and boxes in {parts}"
 
     def plan(self) -> PlanInPartitions | None:
         """Return the plan; None where rows lack an id that only other partitions could give them."""
@@ -390,7 +417,7 @@ class _Planner:
         firsts = np.minimum(np.cumsum(counts) - counts, images)
         stops = np.minimum(firsts + counts, images)
         columns = tuple(dict.fromkeys(name for one in facts for name in one.columns))
-        places = np.unique(np.linspace(0, images - 1, min(images, _SOME_ROWS)).round().astype(np.int64))
+        places = np.unique(np.linspace(0, images - 1, min(images, self._some_rows)).round().astype(np.int64))
         cut = []
         for at, (first, stop) in enumerate(zip(firsts.tolist(), stops.tolist(), strict=True)):
             spec = steps.RangeStep(

@@ -24,7 +24,7 @@ from hqlabel.pipeline.images.fetch import fetch_ahead
 from hqlabel.pipeline.inputs.image_box_lists import examples
 from hqlabel.pipeline.inputs.propose_columns import LARGEST_SHARE
 from hqlabel.pipeline.job_context import AccessRules, BoxRules
-from hqlabel.pipeline.planning.make_plan import Plan
+from hqlabel.pipeline.planning.partitioned_plan import AnyPlan
 from hqlabel.pipeline.planning.suspicious_boxes import suspicions_of_place
 from hqlabel.pipeline.settings import Limits
 from hqlabel.pipeline.worker.image_guard import charge
@@ -45,7 +45,7 @@ class _Seen:
     error: ImageError | None
 
 
-def with_preview_warnings(plan: Plan, limits: Limits, *, detected: bool = False) -> Plan:
+def with_preview_warnings(plan: AnyPlan, limits: Limits, *, detected: bool = False) -> AnyPlan:
     """Return the plan with the warnings of `preview_pictures` whose flag no warning of the plan names.
 
     `detected`: a detector finds the boxes.
