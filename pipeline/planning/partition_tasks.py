@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from hqlabel.pipeline.arrow_lists import BoolArray, Int64Array, rows_sha256, single, starts_of
 from hqlabel.pipeline.inputs.box_tables import NO_URI, grouped_rows, with_boxes_alone
-from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, grouped_boxes
+from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, grouped_boxes, repeated
 from hqlabel.pipeline.inputs.open_inputs import resolve_uris
 from hqlabel.pipeline.job_context import AccessRules, BoxRules, Place
 from hqlabel.pipeline.job_state.plan_files import UNITS_PER_FILE
@@ -120,8 +120,10 @@ def join_partition(step: JoinStep, *pieces: Piece) -> list[Any]:
     boxes, torn = _box_list(inputs, pieces[step.image_pieces :])
     images = _image_list(inputs, pieces[: step.image_pieces]) if inputs.images else images_of(boxes)
     joined = join(images, boxes, allow_unmatched=True, part=step.part)
-    again, _, _ = doubled_rows(joined)
-    joined = replace(joined, again=again if again.any() else None)
+    again = np.zeros(len(joined.image_id), dtype=np.bool_)
+    if len(repeated(joined.image_id)):
+        again = doubled_rows(joined)[0]
+        joined = replace(joined, again=again if again.any() else None)
     by_uri = is_by_uri(images, boxes)
     keys = comparable(joined.image_uri) if by_uri else joined.image_id
     facts = _facts(step, images, boxes, joined, keys, torn)

@@ -90,7 +90,7 @@ class Sizes:
 
     piece: int = 2_000_000
     partition: int = 2_000_000
-    bucket: int = 16_000_000
+    bucket: int = 4_000_000
 
 
 SIZES = Sizes()

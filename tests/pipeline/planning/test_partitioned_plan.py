@@ -216,6 +216,20 @@ def test_one_in_a_hundred_boxes_without_an_image_are_counted_exactly(tmp_path: P
     assert [one["name"] for one in plan.categories] == ["cat", "dog", "person"]
 
 
+@pytest.mark.parametrize("empty", ["images", "boxes"])
+def test_a_table_without_rows_is_one(tmp_path: Path, empty: str) -> None:
+    for name, table in (("images", image_rows()), ("boxes", box_rows())):
+        write(tmp_path / name, table)
+        if name == empty:
+            for path in (tmp_path / name).iterdir():
+                pq.write_table(pq.read_table(path).slice(0, 0), path)
+
+    if empty == "images":
+        assert "have no image" in assert_both_refuse(settings_of(tmp_path))
+    else:
+        assert assert_equal(settings_of(tmp_path), tmp_path).summary.boxes == 0
+
+
 def test_it_is_told_why_boxes_find_no_image(tmp_path: Path) -> None:
     boxes = box_rows()
     boxes["image_id"] = [name.upper() for name in boxes["image_id"]]

@@ -24,7 +24,7 @@ from hqlabel.pipeline.ray_execution import live_counts, node_watch
 from hqlabel.pipeline.ray_execution.chain import Retry, chain, run_units
 from hqlabel.pipeline.ray_execution.node_watch import check_resources
 from hqlabel.pipeline.ray_execution.placement import Node, Requests, fit
-from hqlabel.pipeline.ray_execution.ray_tasks import map_parts, run_on_model_node
+from hqlabel.pipeline.ray_execution.ray_tasks import RayTasks, map_parts, run_on_model_node
 from hqlabel.pipeline.settings import ClusterSettings, Limits
 from hqlabel.pipeline.stages.rows_between_stages import UnitRow
 from hqlabel.pipeline.storage.output_store import Store
@@ -473,6 +473,16 @@ def test_parts_are_mapped_over_tasks_and_their_errors_rise_as_themselves():
         list(map_parts(_fill_disk, [1]))
 
 
+def test_tasks_take_each_others_results_and_their_errors_rise_as_themselves():
+    tasks = RayTasks()
+    three, six = tasks.start(_with_its_double, 3, returns=2)
+
+    assert tasks.result(tasks.start(_add, three, six)) == 9
+    assert tasks.result(tasks.fold(_sum_from, 100, over=[three, six])) == 109
+    with pytest.raises(SystemicFault, match="disk: full"):
+        tasks.result(tasks.start(_double, tasks.start(_fill_disk, 1)))
+
+
 def test_a_probe_runs_where_the_model_would():
     use_gpu, pid = run_on_model_node(_where, ClusterSettings())
 
@@ -482,6 +492,18 @@ def test_a_probe_runs_where_the_model_would():
 
 def _double(value):
     return 2 * value
+
+
+def _with_its_double(value):
+    return [value, 2 * value]
+
+
+def _add(one, other):
+    return one + other
+
+
+def _sum_from(start, values):
+    return start + sum(values)
 
 
 def _fill_disk(value):
