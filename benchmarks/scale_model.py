@@ -103,8 +103,8 @@ GPU_HEAD = (
     "PUT/s", "days for 10 M", "100 M", "1 B",
 )  # fmt: skip
 IMAGE_HEAD = (
-    "images", "units", "plan in one process, GB", "plan, CPU hours", "LIST to resume", "output, GB", "requests, $",
-    "output, $ a month", "GPU-hours", "GPUs, $",
+    "images", "units", "plan in one process, GB", "plan, CPU hours", "LIST to resume", "output, GB",
+    "requests, $", "output, $ a month", "GPU-hours", "GPUs, $",
 )  # fmt: skip
 
 
