@@ -41,9 +41,17 @@ class Page:
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Page.navigate", url=url)
+        self._wait_for("document.readyState === 'complete' && location.href !== 'about:blank'", url)
+
+    def reload(self) -> None:
+        self.ask("window.isOld = true")
+        self.call("Page.reload")
+        self._wait_for("document.readyState === 'complete' && !window.isOld", "the page")
+
+    def _wait_for(self, condition: str, what: str) -> None:
         until = time.monotonic() + TIMEOUT_S
-        while self.ask("document.readyState") != "complete" or self.ask("location.href") == "about:blank":
-            assert time.monotonic() < until, f"{url} did not load"
+        while not self.ask(condition):
+            assert time.monotonic() < until, f"{what} did not load"
             time.sleep(0.05)
 
     def ask(self, script: str) -> Any:

@@ -101,6 +101,25 @@ function copied(button) {
   done.then(() => say("copied"), () => say("not allowed"));
 }
 
+// What is picked outlives a reload of this tab. A browser that stores nothing for files says so by throwing.
+const KEPT = `hqlabel picked ${typeof location === "undefined" ? "" : location.pathname}`;
+
+function keptNames() {
+  try {
+    return JSON.parse(sessionStorage.getItem(KEPT) ?? "[]");
+  } catch {
+    return [];
+  }
+}
+
+function keepNames(names) {
+  try {
+    sessionStorage.setItem(KEPT, JSON.stringify(names));
+  } catch {
+    // Then they are gone with the page.
+  }
+}
+
 function beginChoosing(region) {
   const form = region.querySelector("#filter"), tray = region.querySelector("#picked");
   const columns = form.dataset.columns.split(" ");
@@ -110,6 +129,8 @@ function beginChoosing(region) {
   const picked = new Map();
   let shown = new Map();
   const pick = (boxes) => { for (const box of boxes) picked.set(nameOf(box), box); };
+  const known = new Map(tiles.flatMap((tile) => tile.boxes).map((box) => [nameOf(box), box]));
+  pick(keptNames().filter((name) => known.has(name)).map((name) => known.get(name)));
   const drop = (boxes) => { for (const box of boxes) picked.delete(nameOf(box)); };
 
   function filter() {
@@ -144,6 +165,7 @@ function beginChoosing(region) {
       tile.mark.indeterminate = number > 0 && !tile.mark.checked;
       tile.figure.classList.toggle("picked", tile.mark.checked);
     }
+    keepNames([...picked.keys()]);
     const boxes = [...picked.values()], images = new Set(boxes.map((box) => box.image)).size;
     const text = boxes.length ? `--where ${shellQuoted(whereOfBoxes(boxes))}` : "";
     tray.hidden = boxes.length === 0;

@@ -292,6 +292,9 @@ def test_a_person_filters_picks_and_hands_on(
             time.sleep(0.05)
         _, *rows = csv.reader((saved / "picked.csv").open(encoding="utf-8", newline=""))
         assert len(rows) == number
+
+        shown.reload()
+        assert shown.ask("document.querySelector('#picked .copy').dataset.text") == flag
         shown.ask("document.querySelector('#filter').reset()")
         shown.ask("document.querySelector('[data-does=clear]').click()")
         assert shown.ask("document.querySelector('#picked').hidden")
