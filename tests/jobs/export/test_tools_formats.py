@@ -1,6 +1,6 @@
 """cvat, png, labelme, webdataset and coco's subsets, by their documented rules and by tools that read them.
 
-The tools are not pinned: where one is missing, its test is skipped and says so (versions: docs/dev/export-readers.md).
+The tools are not pinned: where one is missing, its test is skipped and says so (docs/dev/export-readers.md).
 """
 
 from __future__ import annotations
