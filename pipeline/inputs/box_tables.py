@@ -624,16 +624,27 @@ _WHOLE = r"\A(0|-?[1-9][0-9]{0,9})(\.0)?\z"
 def _settled(boxes: Sequence[pa.Table], files: Sequence[TableFile]) -> pa.Table:
     """Return the parts as one table; labels of a CSV that are all integers become category ids."""
     table = _joined(boxes)
-    if files[0].file_format != "csv" or "category_name" not in table.column_names:
+    if files[0].file_format != "csv" or not are_labels_ids(table):
         return table
+    return labels_as_ids(table, files[0].uri)
+
+
+def are_labels_ids(table: pa.Table) -> bool:
+    """Return whether all labels of a CSV are integers."""
+    if "category_name" not in table.column_names:
+        return False
     names = table.column("category_name")
-    whole = pc.match_substring_regex(names, _WHOLE)
-    if names.null_count == len(names) or not pc.all(whole).as_py():
-        return table
+    return names.null_count < len(names) and bool(pc.all(pc.match_substring_regex(names, _WHOLE)).as_py())
+
+
+def labels_as_ids(table: pa.Table, uri: str) -> pa.Table:
+    """Return the boxes of a CSV with its labels, all integers, as category ids.
+
+    Raises:
+        JobRefused: it has category ids too, or a label is too large for one.
+    """
     if "category_id" in table.column_names:
-        raise JobRefused(
-            f"{files[0].uri}: integer labels and category_id are both given; leave one of them out"
-        )
-    with naming_values(files[0].uri):
-        ids = pc.cast(pc.replace_substring_regex(names, r"\.0\z", ""), pa.int32())
+        raise JobRefused(f"{uri}: integer labels and category_id are both given; leave one of them out")
+    with naming_values(uri):
+        ids = pc.cast(pc.replace_substring_regex(table.column("category_name"), r"\.0\z", ""), pa.int32())
     return table.drop_columns(["category_name"]).append_column("category_id", ids)

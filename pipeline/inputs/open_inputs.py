@@ -7,7 +7,7 @@ Parquet by their first bytes. The content is checked by the reader. No image is 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -266,7 +266,8 @@ def _read_image_tables(
     """Return the images that tables name; `image_uri` as written."""
     files = inspect_image_tables(uris, settings, access)
     faults = RowFaults(files[0].uri)
-    table = image_rows(files, access, faults)
+    nothing = pa.table({name: pa.array([], TEXT) for name in files[0].names})
+    table = pa.concat_tables([nothing, *image_rows(files, access, faults)])
     faults.refuse_bad_columns()
     found, has_ids = single(table.column("image_uri")), "image_id" in files[0].names
     return ImageList(
@@ -304,15 +305,11 @@ def inspect_image_tables(
     return files
 
 
-def image_rows(files: Sequence[TableFile], access: AccessRules, faults: RowFaults) -> pa.Table:
-    """Return the rows that name an image, as written: `image_uri` and, where given, `image_id`."""
-    nothing = pa.table({name: pa.array([], TEXT) for name in files[0].names})
-    batches = [
-        pa.table(named_rows(batch, faults)[0]).select(nothing.column_names)
-        for file in files
-        for batch in read_batches(file, access, faults)
-    ]
-    return pa.concat_tables([nothing, *batches])
+def image_rows(files: Sequence[TableFile], access: AccessRules, faults: RowFaults) -> Iterator[pa.Table]:
+    """Yield the rows that name an image, as written: `image_uri` and, where given, `image_id`."""
+    for file in files:
+        for batch in read_batches(file, access, faults):
+            yield pa.table(named_rows(batch, faults)[0]).select(list(files[0].names))
 
 
 def _resolved(images: ImageList, settings: InputSettings) -> ImageList:

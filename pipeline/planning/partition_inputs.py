@@ -6,8 +6,10 @@ of one process would, and gives each partition its rows; an image's rows all go 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +36,7 @@ from hqlabel.pipeline.inputs.open_inputs import (
     resolve_uris,
 )
 from hqlabel.pipeline.inputs.previous_output import find_parts
-from hqlabel.pipeline.inputs.read_table import TableFile, read_batches, table_format
+from hqlabel.pipeline.inputs.read_table import TableFile, read_batches
 from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.planning.join_boxes_to_images import comparable, ids_of_uris
 from hqlabel.pipeline.planning.key_hashes import hash64
@@ -46,8 +48,10 @@ from hqlabel.pipeline.storage.uri_rules import options_for
 Content = Literal["images", "box rows", "box lists"]
 Key = Literal["id", "uri", "id of uri"]
 
-Piece = tuple[Any, ...]
-"""What one reader has for one partition: Arrow streams as buffers, one or two."""
+Streams = tuple[pa.Buffer, ...]
+"""Rows as Arrow streams: one, or, of images with lists, a second one with the boxes in these."""
+Piece = list[Streams]
+"""What one reader has for one partition, in the order of the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +89,10 @@ class TableInputs:
         return replace(self, tables=tables)
 
 
-def inspect_inputs(settings: InputSettings, access: AccessRules) -> TableInputs | None:
-    """Return the inputs when all of them are Parquet tables with plain columns, else None.
+def inspect_inputs(
+    settings: InputSettings, access: AccessRules, *, least_bytes: int = 0
+) -> TableInputs | None:
+    """Return the inputs when all of them are tables, of so many bytes together; else None.
 
     Raises:
         JobRefused: unreadable, a missing column or a wrong type.
@@ -95,7 +101,8 @@ def inspect_inputs(settings: InputSettings, access: AccessRules) -> TableInputs 
     box_files = None if settings.boxes is None else _tables_at(settings.boxes, settings, access)
     if settings.images is not None and (image_files is None or settings.boxes is None):
         return None
-    if box_files is None:
+    places = [place for place in (image_files, box_files) if place is not None]
+    if box_files is None or sum(one.size for place in places for one in place.entries) < least_bytes:
         return None
     images = None if image_files is None else _images(image_files, settings, access)
     boxes, tables = _boxes(box_files, settings, access)
@@ -119,7 +126,7 @@ def inspect_inputs(settings: InputSettings, access: AccessRules) -> TableInputs 
 
 
 def _tables_at(uri: str, settings: InputSettings, access: AccessRules) -> InputFiles | None:
-    """Return what a user names when it is a Parquet table without pictures in it, by its names."""
+    """Return what a user names when it is a table without pictures in it."""
     uri = absolute(uri)
     if settings.boxes_from == "masks" or (is_json(uri) and not is_pattern(uri)):
         return None
@@ -129,9 +136,7 @@ def _tables_at(uri: str, settings: InputSettings, access: AccessRules) -> InputF
     if place.label_files():
         return None
     tables = place.tables()
-    if table_format(tables[0]) != "parquet" or holds_pictures(tables[0], settings.columns, access):
-        return None
-    return place
+    return None if holds_pictures(tables[0], settings.columns, access) else place
 
 
 def _images(
@@ -201,8 +206,15 @@ def _count_rows(source: Source, access: AccessRules) -> int:
 
 
 def _groups(file: TableFile, access: AccessRules) -> Iterator[tuple[int, int, int]]:
-    """Yield number, rows with the boxes in their lists, and rows alone of each row group."""
+    """Yield number, rows with the boxes in their lists, and rows alone of each row group.
+
+    A file of text is one group, and what its rows are is guessed from its size.
+    """
     with open_input(file.uri, options_for(file.uri, access)) as stream:
+        if file.file_format != "parquet":
+            unpacked = stream.seek(0, io.SEEK_END) * (_PACKED_TEXT if file.uri.lower().endswith(".gz") else 1)
+            yield 0, unpacked // _BYTES_OF_A_BOX, 0
+            return
         metadata = open_closed(stream).metadata
     lists = file.names.get("boxes")
     for number in range(metadata.num_row_groups):
@@ -215,29 +227,35 @@ def _groups(file: TableFile, access: AccessRules) -> Iterator[tuple[int, int, in
         yield number, weight, group.num_rows
 
 
+_PACKED_TEXT = 6  # times, by gzip
+_BYTES_OF_A_BOX = 60  # in a file of text, with the names next to it
+
+
 def split(source: Source, access: AccessRules, rows: int) -> list[Source]:
     """Return the source in pieces of about so many rows, in the order of its files."""
     pieces: list[list[TableFile]] = [[]]
     weight = 0
     for file in source.files:
-        first = 0
+        first = start = 0
         numbers: list[int] = []
-        start = 0
         for number, more, own in _groups(file, access):
             if weight and weight + more > rows:
-                if numbers:
-                    pieces[-1].append(replace(file, groups=tuple(numbers), first_row=start))
+                pieces[-1] += _with_groups(file, numbers, start)
                 pieces.append([])
                 weight, numbers, start = 0, [], first
             numbers.append(number)
             weight += more
             first += own
-        if numbers:
-            pieces[-1].append(replace(file, groups=tuple(numbers), first_row=start))
-    nothing = tuple(replace(file, groups=()) for file in source.files)
-    return [replace(source, files=tuple(files)) for files in pieces if files] or [
-        replace(source, files=nothing)
-    ]
+        pieces[-1] += _with_groups(file, numbers, start)
+    if not any(pieces):
+        pieces = [[replace(file, groups=()) for file in source.files]]
+    return [replace(source, files=tuple(files)) for files in pieces if files]
+
+
+def _with_groups(file: TableFile, numbers: Sequence[int], first_row: int) -> list[TableFile]:
+    if not numbers or file.file_format != "parquet":
+        return [file] if numbers else []
+    return [replace(file, groups=tuple(numbers), first_row=first_row)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -252,31 +270,75 @@ def read_piece(source: Source, access: AccessRules, parts: int) -> list[Any]:
         JobRefused: a file that cannot be read.
     """
     faults = RowFaults(source.files[0].uri, is_part=True)
-    if source.content == "images":
-        rows = image_rows(source.files, access, faults)
-        return [faults, *_parted(_whole_images(rows, source), source, parts)]
-    if source.content == "box rows":
-        tables = [
-            pa.table({**keys, **_columns(boxes)}) for keys, boxes in box_rows(source.files, access, faults)
-        ]
-        rows = pa.concat_tables(tables) if tables else pa.table(_no_box(source))
-        return [faults, *_parted(rows, source, parts)]
-    return [faults, *_parted_lists(source, access, faults, parts)]
+    chunks = [list(chunk) for chunk in _PARTED[source.content](source, access, faults, parts)]
+    return [faults, *([chunk[part] for chunk in chunks] for part in range(parts))]
 
 
-def _columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:
-    return dict(zip(table.column_names, table.columns, strict=True))
+def _parted_images(
+    source: Source, access: AccessRules, faults: RowFaults, parts: int
+) -> Iterator[Iterator[Streams]]:
+    """Yield rows of images, with uris that can be opened, for each partition."""
+    nothing = pa.table({name: pa.array([], TEXT) for name in source.files[0].names})
+    for chunk in _chunks(image_rows(source.files, access, faults)):
+        rows = pa.concat_tables([nothing, *chunk])
+        uris = resolve_uris(pc.fill_null(single(rows.column("image_uri")), NO_URI), source.folder)
+        rows = rows.set_column(rows.column_names.index("image_uri"), "image_uri", uris)
+        yield _parted(rows, source, parts)
 
 
-def _no_box(source: Source) -> dict[str, pa.Array]:
+def _parted_rows(
+    source: Source, access: AccessRules, faults: RowFaults, parts: int
+) -> Iterator[Iterator[Streams]]:
+    """Yield rows of boxes, with the names of their images, for each partition."""
     names = [name for name in ("image_id", "image_uri") if name in source.files[0].names]
-    return {name: pa.array([], TEXT) for name in names} | {"given": pa.array([], NUMBERS)}
+    nothing = pa.table({name: pa.array([], TEXT) for name in names} | {"given": pa.array([], NUMBERS)})
+    batches = (
+        pa.table(keys | dict(zip(boxes.column_names, boxes.columns, strict=True)))
+        for keys, boxes in box_rows(source.files, access, faults)
+    )
+    for chunk in _chunks(batches):
+        tables = list(chunk) or [nothing]
+        yield _parted(pa.concat_tables(tables), source, parts)
 
 
-def _whole_images(rows: pa.Table, source: Source) -> pa.Table:
-    """Return rows of images with uris that can be opened."""
-    uris = resolve_uris(pc.fill_null(single(rows.column("image_uri")), NO_URI), source.folder)
-    return rows.set_column(rows.column_names.index("image_uri"), "image_uri", uris)
+def _parted_lists(
+    source: Source, access: AccessRules, faults: RowFaults, parts: int
+) -> Iterator[Iterator[Streams]]:
+    """Yield images with the lengths of their lists, and their boxes, for each partition."""
+    batches = (batch for file in source.files for batch in read_batches(file, access, faults))
+    for chunk in _chunks(batches):
+        named = ((source.files[0].uri, batch) for batch in chunk)
+        boxes = boxes_of_rows(
+            named, tuple(source.files[0].names), faults, folder=source.folder, box_format="xyxy"
+        )
+        yield _parted_list(boxes, source, parts)
+
+
+_PARTED = {"images": _parted_images, "box rows": _parted_rows, "box lists": _parted_lists}
+_CHUNK_ROWS = 500_000
+"""Rows that are parted together: a file of text is read by one task, however long it is."""
+
+
+def _chunks(batches: Iterator[pa.Table]) -> Iterator[Iterator[pa.Table]]:
+    """Yield tables that follow each other in runs of about _CHUNK_ROWS rows, at least one run.
+
+    Each run is to be taken to its end before the next: what is counted of a batch belongs to the last read.
+    """
+    ended = False
+
+    def run() -> Iterator[pa.Table]:
+        nonlocal ended
+        rows = 0
+        while rows < _CHUNK_ROWS:
+            batch = next(batches, None)
+            if batch is None:
+                ended = True
+                return
+            rows += batch.num_rows
+            yield batch
+
+    while not ended:
+        yield run()
 
 
 def _codes(rows: pa.Table, source: Source, parts: int) -> Int64Array:
@@ -293,20 +355,15 @@ def _codes(rows: pa.Table, source: Source, parts: int) -> Int64Array:
     return (hash64(pc.fill_null(key, "")) % np.uint64(parts)).astype(np.int64)
 
 
-def _parted(rows: pa.Table, source: Source, parts: int) -> Iterator[Piece]:
+def _parted(rows: pa.Table, source: Source, parts: int) -> Iterator[Streams]:
     codes = _codes(rows, source, parts)
     taken = rows.take(pa.array(np.argsort(codes, kind="stable")))
     edges = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=parts))])
-    for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+    for start, stop in pairwise(edges.tolist()):
         yield (to_stream(taken.slice(start, stop - start)),)
 
 
-def _parted_lists(source: Source, access: AccessRules, faults: RowFaults, parts: int) -> Iterator[Piece]:
-    """Yield for each partition its images with the lengths of their lists, and their boxes."""
-    batches = ((file.uri, batch) for file in source.files for batch in read_batches(file, access, faults))
-    boxes = boxes_of_rows(
-        batches, tuple(source.files[0].names), faults, folder=source.folder, box_format="xyxy"
-    )
+def _parted_list(boxes: BoxList, source: Source, parts: int) -> Iterator[Streams]:
     names = {"image_id": boxes.image_id, "image_uri": boxes.image_uri}
     columns = {name: column for name, column in names.items() if column is not None}
     columns |= {"length": pa.array(boxes.lengths), "is_null": pa.array(boxes.is_null), "error": boxes.error}
@@ -316,7 +373,7 @@ def _parted_lists(source: Source, access: AccessRules, faults: RowFaults, parts:
     taken, flat = images.take(pa.array(order)), boxes.boxes.take(pa.array(boxes.rows_of(order)))
     edges = np.concatenate([[0], np.cumsum(np.bincount(codes, minlength=parts))])
     ends = np.concatenate([[0], np.cumsum(boxes.lengths[order])])
-    for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+    for start, stop in pairwise(edges.tolist()):
         own = flat.slice(int(ends[start]), int(ends[stop] - ends[start]))
         yield to_stream(taken.slice(start, stop - start)), to_stream(own)
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hqlabel.pipeline.arrow_lists import BoolArray, Int64Array, rows_sha256, single, starts_of
-from hqlabel.pipeline.inputs.box_tables import NO_URI, grouped_rows, with_boxes_alone
+from hqlabel.pipeline.inputs.box_tables import NO_URI, grouped_rows, labels_as_ids, with_boxes_alone
 from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, grouped_boxes, repeated
 from hqlabel.pipeline.inputs.open_inputs import resolve_uris
 from hqlabel.pipeline.job_context import AccessRules, BoxRules, Place
@@ -135,7 +135,7 @@ def join_partition(step: JoinStep, *pieces: Piece) -> list[Any]:
 
 
 def _image_list(inputs: TableInputs, pieces: Sequence[Piece]) -> ImageList:
-    rows = from_streams([piece[0] for piece in pieces])
+    rows = from_streams([streams[0] for piece in pieces for streams in piece])
     images = inputs.images
     assert images is not None, "the caller has checked"
     ids = single(rows.column("image_id")) if images.image_id is not None else None
@@ -147,7 +147,7 @@ def _box_list(inputs: TableInputs, pieces: Sequence[Piece]) -> tuple[BoxList, tu
     whole = inputs.boxes
     assert whole is not None, "these inputs have boxes"
     names = [name for name in ("image_id", "image_uri") if getattr(whole, name) is not None]
-    rows = from_streams([piece[0] for piece in pieces])
+    rows = from_streams([streams[0] for piece in pieces for streams in piece])
     if whole.one_row_per_image:
         columns = {name: single(rows.column(name)) for name in names}
         return replace(
@@ -156,7 +156,7 @@ def _box_list(inputs: TableInputs, pieces: Sequence[Piece]) -> tuple[BoxList, tu
             lengths=rows.column("length").to_numpy(),
             is_null=rows.column("is_null").to_numpy(),
             error=single(rows.column("error")),
-            boxes=from_streams([piece[1] for piece in pieces]).combine_chunks(),
+            boxes=from_streams([streams[1] for piece in pieces for streams in piece]).combine_chunks(),
         ), (0, "")
     table = rows.drop_columns(names).combine_chunks()
     keys = {name: rows.column(name).combine_chunks() for name in names}
@@ -337,12 +337,14 @@ def _as_judged(joined: Joined, verdict: pa.Table | None) -> Joined:
 class RowsStep:
     """What `rows_of_partition` is told. `classes`: all there are; `used_alone`: of boxes with an image.
 
+    `labels_are_ids`: of a CSV, of which all labels are integers.
     `edges`: the first image ids of all ranges but the first, sorted by their bytes.
     """
 
     access: AccessRules
     classes: pa.Table
     used_alone: bool
+    labels_are_ids: bool
     edges: tuple[bytes, ...]
 
 
@@ -369,7 +371,10 @@ def _with_classes(boxes: BoxList, joined: Joined, step: RowsStep) -> BoxList:
 
     Every class there is becomes a row behind those of the boxes, which no image has.
     """
-    more = pa.concat_tables([boxes.boxes, step.classes], promote_options="default").combine_chunks()
+    own = boxes.boxes
+    if step.labels_are_ids and "category_name" in own.column_names:
+        own = labels_as_ids(own, boxes.files[0])
+    more = pa.concat_tables([own, step.classes], promote_options="default").combine_chunks()
     used = None
     if step.used_alone:
         behind = np.arange(boxes.boxes.num_rows, more.num_rows)

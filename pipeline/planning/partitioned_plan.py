@@ -19,7 +19,13 @@ import pyarrow.compute as pc
 from hqlabel.pipeline.arrow_lists import Int64Array
 from hqlabel.pipeline.errors import JobRefused, clean_text, count
 from hqlabel.pipeline.failpoints import visit
-from hqlabel.pipeline.inputs.box_tables import COST_OF_LISTS, COST_OF_ROWS, spaced_names
+from hqlabel.pipeline.inputs.box_tables import (
+    COST_OF_LISTS,
+    COST_OF_ROWS,
+    are_labels_ids,
+    labels_as_ids,
+    spaced_names,
+)
 from hqlabel.pipeline.inputs.columns import RowFaults
 from hqlabel.pipeline.inputs.find_files import listings_kept
 from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, examples
@@ -61,6 +67,8 @@ from hqlabel.pipeline.storage.read_objects import one_version_each
 
 LARGE_ROWS = 5_000_000
 """Rows of images and boxes above which a plan is made in partitions: some 1.5 GB in one process."""
+_LEAST_BYTES = 2
+"""Of a row: files that are smaller are not opened to count their rows."""
 SOME_ROWS = 1024
 
 
@@ -179,9 +187,10 @@ def plan_of_any_size(
         UsageError, JobRefused: as `make_plan`.
     """
     rules = allowed_access(settings, access)
+    large_rows = LARGE_ROWS if large_rows is None else large_rows
     with one_version_each(), listings_kept():
-        inputs = inspect_inputs(settings, rules)
-        if inputs is None or inputs.rows <= (LARGE_ROWS if large_rows is None else large_rows):
+        inputs = inspect_inputs(settings, rules, least_bytes=_LEAST_BYTES * large_rows)
+        if inputs is None or inputs.rows <= large_rows:
             return make_plan(settings, access, images_per_unit=images_per_unit)
         runs = tasks([file.uri for table in inputs.tables for file in table.files])
         plan = None
@@ -235,17 +244,21 @@ class _Planner:
             again = self._joined(self._inputs.below(self._images.root), self._images.root)
             if again is not None and any(one.matched for one in again[1]):
                 partitions, facts, buckets, faults = again
-        self._with_notes(faults, facts)
+        labels_are_ids = self._are_labels_ids(facts)
+        self._with_notes(faults, facts, labels_are_ids=labels_are_ids)
         joined = self._judged(partitions, facts)
         used_alone = joined.unmatched.boxes > 0
-        categories, classes = self._numbered(
-            [one.used_classes if used_alone else one.classes for one in facts]
-        )
+        found_classes = pa.concat_tables([one.used_classes if used_alone else one.classes for one in facts])
+        if labels_are_ids:
+            names = labels_as_ids(found_classes.drop_columns(["category_id"]), self._boxes.files[0])
+            found_classes = names.append_column("category_name", pa.nulls(names.num_rows, TEXT))
+        categories, classes = self._numbered(found_classes)
         verdict = self._doubles(partitions, buckets, facts)
         step = steps.RowsStep(
             access=self._inputs.access,
             classes=classes,
             used_alone=used_alone,
+            labels_are_ids=labels_are_ids,
             edges=_edges([one.ids for one in facts], self._parts),
         )
         del buckets
@@ -304,12 +317,28 @@ class _Planner:
             and not any(one.matched for one in facts)
         )
 
-    def _with_notes(self, faults: Sequence[RowFaults], facts: Sequence[steps.PartFacts]) -> None:
+    def _are_labels_ids(self, facts: Sequence[steps.PartFacts]) -> bool:
+        """Return whether the boxes are a CSV's whose labels are all integers.
+
+        Raises:
+            JobRefused: it has category ids as well.
+        """
+        file = self._inputs.tables[-1].files[0]
+        classes = pa.concat_tables([one.classes for one in facts])
+        if file.file_format != "csv" or not are_labels_ids(classes):
+            return False
+        given = any("category_id" in one.columns for one in facts)
+        labels_as_ids(classes if given else classes.drop_columns(["category_id"]), file.uri)
+        return True
+
+    def _with_notes(
+        self, faults: Sequence[RowFaults], facts: Sequence[steps.PartFacts], *, labels_are_ids: bool
+    ) -> None:
         """Add to images and boxes what their rows are told of."""
         if self._inputs.images is not None:
             self._images = replace(self._images, notes=faults[0].notes(COST_OF_IMAGES))
         notes = list(faults[-1].notes(COST_OF_LISTS if self._boxes.one_row_per_image else COST_OF_ROWS))
-        if not self._boxes.one_row_per_image:
+        if not self._boxes.one_row_per_image and not labels_are_ids:
             notes += spaced_names(pa.concat_tables([one.classes for one in facts]), self._boxes.files[0])
         self._boxes = replace(self._boxes, notes=(*notes, *self._boxes.notes))
 
@@ -357,14 +386,14 @@ class _Planner:
         handles = [self._tasks.start(steps.likely_keys, one, missing) for one in partitions]
         return why(pa.concat_arrays([self._tasks.result(handle) for handle in handles]), missing)
 
-    def _numbered(self, tables: Sequence[pa.Table]) -> tuple[Categories, pa.Table]:
+    def _numbered(self, found: pa.Table) -> tuple[Categories, pa.Table]:
         """Return the categories of all partitions, and each pair of id and name that a box has.
 
         Raises:
             JobRefused: as `number_categories`.
         """
         first: dict[tuple[Any, Any], tuple[str, int]] = {}
-        for row in pa.concat_tables(tables).to_pylist():
+        for row in found.to_pylist():
             first.setdefault((row["category_id"], row["category_name"]), (row["image"], row["place"]))
         ids, names = ([pair[at] for pair in first] for at in (0, 1))
         classes = pa.table([pa.array(ids, pa.int32()), pa.array(names, TEXT)], list(steps.CLASS_COLUMNS))

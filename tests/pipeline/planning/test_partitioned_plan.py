@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from hqlabel.pipeline.errors import JobRefused, UsageError
 from hqlabel.pipeline.job_context import AccessRules, Place
 from hqlabel.pipeline.job_state.plan_files import iter_plan
+from hqlabel.pipeline.planning import partition_inputs
 from hqlabel.pipeline.planning.make_plan import Plan, make_plan, write_plan
 from hqlabel.pipeline.planning.partitioned_plan import PlanInPartitions, Sizes, plan_of_any_size
 from hqlabel.pipeline.settings import InputSettings
@@ -421,23 +423,98 @@ def test_ids_that_only_other_rows_know_are_left_to_one_process(tmp_path: Path) -
     assert plan.sha256 == make_plan(settings).sha256
 
 
+def as_text(folder: Path, ending: str) -> None:
+    """Put the Parquet files of a folder into files of text."""
+    for path in sorted(folder.glob("*.parquet")):
+        rows = pq.read_table(path).to_pylist()
+        names = rows[0] if rows else []
+        if ending == "jsonl":
+            lines = [json.dumps(row) for row in rows]
+        else:
+            lines = [",".join(names), *(",".join(map(str, row.values())) for row in rows)]
+        path.with_suffix(f".{ending}").write_text("".join(f"{line}\n" for line in lines))
+        path.unlink()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+@pytest.mark.parametrize("shape", [box_rows, box_lists])
+def test_tables_of_text_give_the_plan_of_one_process(tmp_path: Path, ending: str, shape: Any) -> None:
+    if ending == "csv" and shape is box_lists:
+        pytest.skip("its lists have commas")
+    write(tmp_path / "images", image_rows())
+    write(tmp_path / "boxes", shape())
+    for name in ("images", "boxes"):
+        as_text(tmp_path / name, ending)
+
+    assert assert_equal(settings_of(tmp_path), tmp_path).summary.boxes == 90
+
+
+@pytest.mark.parametrize("late", [None, "cat", "2147483648"])
+def test_labels_of_a_csv_are_ids_where_all_are_integers(tmp_path: Path, late: str | None) -> None:
+    boxes = box_rows()
+    boxes["label"] = [str(at % 7 + 3) for at in range(90)]
+    if late is not None:
+        boxes["label"][70] = late
+    write(tmp_path / "images", image_rows())
+    write(tmp_path / "boxes", boxes)
+    as_text(tmp_path / "boxes", "csv")
+
+    if late == "2147483648":
+        assert_both_refuse(settings_of(tmp_path))
+        return
+    plan = assert_equal(settings_of(tmp_path), tmp_path)
+
+    assert (plan.categories[0]["name"] is None) == (late is None)
+
+
+def test_integer_labels_next_to_category_ids_of_a_csv_are_refused(tmp_path: Path) -> None:
+    boxes = box_rows()
+    boxes["label"] = [str(at % 7 + 3) for at in range(90)]
+    boxes["category_id"] = [1] * 90
+    write(tmp_path / "images", image_rows())
+    write(tmp_path / "boxes", boxes)
+    as_text(tmp_path / "boxes", "csv")
+
+    assert "both given" in assert_both_refuse(settings_of(tmp_path))
+
+
+def test_bad_lines_of_text_are_counted_and_told(tmp_path: Path) -> None:
+    write(tmp_path / "images", image_rows())
+    write(tmp_path / "boxes", box_rows())
+    as_text(tmp_path / "boxes", "jsonl")
+    path = sorted((tmp_path / "boxes").iterdir())[1]
+    lines = path.read_text().splitlines()
+    lines[3], lines[5] = "{not JSON", lines[5].replace('"x1": ', '"x1": "a", "was": ')
+    path.write_text("\n".join(lines) + "\n")
+
+    plan = assert_equal(settings_of(tmp_path), tmp_path)
+
+    assert any("2 of 90 rows cannot be used as given" in one for one in plan.summary.warnings)
+
+
+def test_rows_are_parted_in_runs_of_bounded_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition_inputs, "_CHUNK_ROWS", 3)
+    for name, shape in (("lists", box_lists), ("rows", box_rows)):
+        write(tmp_path / name / "images", image_rows())
+        write(tmp_path / name / "boxes", shape())
+
+        assert_equal(settings_of(tmp_path / name), tmp_path / name)
+
+
 def test_small_inputs_and_other_kinds_are_planned_in_this_process(tmp_path: Path) -> None:
     write(tmp_path / "images", image_rows())
     write(tmp_path / "boxes", box_rows())
-    (tmp_path / "csv").mkdir()
-    text = "image_uri,x1,y1,x2,y2\ns3://b/a.jpg,1,2,30,40\n"
-    (tmp_path / "csv" / "boxes.csv").write_text(text)
+    coco = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": []}
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
 
     def no_tasks(_: Any) -> Any:
         raise AssertionError("nothing is large")
 
     small = plan_of_any_size(settings_of(tmp_path), tasks=no_tasks, large_rows=130)
-    of_csv = plan_of_any_size(
-        InputSettings(boxes=str(tmp_path / "csv" / "boxes.csv")), tasks=no_tasks, large_rows=0
-    )
+    of_coco = plan_of_any_size(InputSettings(boxes=str(tmp_path / "coco.json")), tasks=no_tasks, large_rows=0)
 
     assert isinstance(small, Plan)
-    assert isinstance(of_csv, Plan)
+    assert isinstance(of_coco, Plan)
 
 
 def test_a_plan_that_was_half_written_is_completed(tmp_path: Path) -> None:
