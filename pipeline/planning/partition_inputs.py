@@ -97,30 +97,36 @@ def inspect_inputs(
     Raises:
         JobRefused: unreadable, a missing column or a wrong type.
     """
-    image_files = None if settings.images is None else _tables_at(settings.images, settings, access)
-    box_files = None if settings.boxes is None else _tables_at(settings.boxes, settings, access)
-    if settings.images is not None and (image_files is None or settings.boxes is None):
+    named = {"images": settings.images, "boxes": settings.boxes}
+    found = {name: _tables_at(uri, settings, access) for name, uri in named.items() if uri is not None}
+    places = [place for place in found.values() if place is not None]
+    if len(places) < len(found) or not places:
         return None
-    places = [place for place in (image_files, box_files) if place is not None]
-    if box_files is None or sum(one.size for place in places for one in place.entries) < least_bytes:
+    if sum(one.size for place in places for one in place.entries) < least_bytes:
         return None
-    images = None if image_files is None else _images(image_files, settings, access)
-    boxes, tables = _boxes(box_files, settings, access)
-    check_columns(settings, [*(images[0].columns if images else ()), *boxes.columns])
-    key_of_images, key_of_boxes = _keys(images[0] if images else None, boxes)
-    content: Content = "box lists" if tables.one_row_per_image else "box rows"
-    sources = [Source(content=content, files=tables.files, key=key_of_boxes, folder=boxes.folder)]
+    of_images, of_boxes = found.get("images"), found.get("boxes")
+    images = _images(of_images, settings, access) if of_images else None
+    boxes = _boxes(of_boxes, settings, access) if of_boxes else None
+    check_columns(settings, [*(images[0].columns if images else ()), *(boxes[0].columns if boxes else ())])
+    key_of_images, key_of_boxes = _keys(images[0] if images else None, boxes[0] if boxes else None)
+    sources = []
     if images:
         root = images[0].root
-        of_images = Source(content="images", files=images[1], key=key_of_images, folder=root, ids_below=root)
-        sources.insert(0, of_images)
+        sources.append(
+            Source(content="images", files=images[1], key=key_of_images, folder=root, ids_below=root)
+        )
+    if boxes:
+        content: Content = "box lists" if boxes[0].one_row_per_image else "box rows"
+        sources.append(
+            Source(content=content, files=boxes[1].files, key=key_of_boxes, folder=boxes[0].folder)
+        )
     counts = [_count_rows(one, access) for one in sources]
     return TableInputs(
         images=images[0] if images else None,
-        boxes=boxes,
+        boxes=boxes[0] if boxes else None,
         tables=tuple(sources),
         rows=sum(counts),
-        image_rows=sum(counts[:-1]) or counts[-1],
+        image_rows=counts[0],
         access=access,
     )
 
@@ -191,10 +197,14 @@ def _boxes(place: InputFiles, settings: InputSettings, access: AccessRules) -> t
     return boxes, tables
 
 
-def _keys(images: ImageList | None, boxes: BoxList) -> tuple[Key, Key]:
+def _keys(images: ImageList | None, boxes: BoxList | None) -> tuple[Key, Key]:
     """Return by what rows of images, and those of boxes, are parted: as `join` finds one for the other."""
-    if images is None:
-        return "id", "id" if boxes.image_id is not None else "uri"
+    one = images if boxes is None else boxes if images is None else None
+    if one is not None:
+        key: Key = "id" if one.image_id is not None else "uri"
+        return key, key
+    assert images is not None, "there is one of them, or both"
+    assert boxes is not None, "there is one of them, or both"
     if boxes.image_uri is not None and (images.image_id is None or boxes.image_id is None):
         return "uri", "uri"
     return "id" if images.image_id is not None else "id of uri", "id"

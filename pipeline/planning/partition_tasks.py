@@ -56,6 +56,7 @@ _SAMPLED_KEYS = 2000
 _MENTIONED = "mentioned by a box file"
 """A column next to those of the plan, while its ranges are made."""
 CLASS_COLUMNS = {"category_id": pa.int32(), "category_name": TEXT}
+_WHERE = (("image", TEXT), ("place", pa.int64()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ class PartFacts:
 class Partition:
     """The images and boxes of one partition, joined. `keys`: of its images, as they were compared."""
 
-    boxes: BoxList
+    boxes: BoxList | None
     joined: Joined
     keys: pa.Array
 
@@ -117,14 +118,18 @@ def join_partition(step: JoinStep, *pieces: Piece) -> list[Any]:
         JobRefused: an image whose id is empty.
     """
     inputs = step.inputs
-    boxes, torn = _box_list(inputs, pieces[step.image_pieces :])
-    images = _image_list(inputs, pieces[: step.image_pieces]) if inputs.images else images_of(boxes)
+    boxes, torn = (None, (0, "")) if inputs.boxes is None else _box_list(inputs, pieces[step.image_pieces :])
+    if inputs.images is not None:
+        images = _image_list(inputs, pieces[: step.image_pieces])
+    else:
+        assert boxes is not None, "there are images, or boxes that name them"
+        images = images_of(boxes)
     joined = join(images, boxes, allow_unmatched=True, part=step.part)
     again = np.zeros(len(joined.image_id), dtype=np.bool_)
     if len(repeated(joined.image_id)):
         again = doubled_rows(joined)[0]
         joined = replace(joined, again=again if again.any() else None)
-    by_uri = is_by_uri(images, boxes)
+    by_uri = boxes is not None and is_by_uri(images, boxes)
     keys = comparable(joined.image_uri) if by_uri else joined.image_id
     facts = _facts(step, images, boxes, joined, keys, torn)
     return [
@@ -170,9 +175,14 @@ def _box_list(inputs: TableInputs, pieces: Sequence[Piece]) -> tuple[BoxList, tu
 
 
 def _facts(
-    step: JoinStep, images: ImageList, boxes: BoxList, joined: Joined, keys: pa.Array, torn: tuple[int, str]
+    step: JoinStep,
+    images: ImageList,
+    boxes: BoxList | None,
+    joined: Joined,
+    keys: pa.Array,
+    torn: tuple[int, str],
 ) -> PartFacts:
-    has_image = np.zeros(len(boxes.lengths), dtype=np.bool_)
+    has_image = np.zeros(0 if boxes is None else len(boxes.lengths), dtype=np.bool_)
     has_image[joined.mention[joined.mention >= 0]] = True
     uris = joined.image_uri if joined.again is None else joined.image_uri.filter(pa.array(joined.again))
     sampled = JoinedInputs(
@@ -187,18 +197,18 @@ def _facts(
     return PartFacts(
         rows=len(joined.image_id),
         again=0 if joined.again is None else int(joined.again.sum()),
-        again_uris=() if joined.again is None else tuple(comparable(uris).slice(0, 3).to_pylist()),
-        mentions=len(boxes.lengths),
+        again_uris=() if joined.again is None else tuple(pc.unique(comparable(uris)).slice(0, 3).to_pylist()),
+        mentions=len(has_image),
         matched=int(has_image.sum()),
         unmatched=joined.unmatched,
         repeated=joined.repeated,
         torn=torn,
         classes=_classes(boxes, np.ones(len(has_image), dtype=np.bool_)),
         used_classes=_classes(boxes, has_image),
-        columns=tuple(boxes.boxes.column_names),
+        columns=() if boxes is None else tuple(boxes.boxes.column_names),
         checked=checked_boxes(sampled, step.most_checked),
         keys=tuple(keys.slice(0, 3).to_pylist()),
-        missing=_missing(step, images, boxes, has_image),
+        missing=pa.array([], TEXT) if boxes is None else _missing(step, images, boxes, has_image),
         ids=_spread(joined.image_id, _SAMPLED_IDS),
         id_rule=joined.id_rule,
     )
@@ -221,8 +231,10 @@ def _spread(values: pa.Array, most: int) -> pa.Array:
     )
 
 
-def _classes(boxes: BoxList, has_image: BoolArray) -> pa.Table:
+def _classes(boxes: BoxList | None, has_image: BoolArray) -> pa.Table:
     """Return the distinct ids and names of the categories of some images' boxes, and where one first is."""
+    if boxes is None:
+        return pa.table({name: pa.array([], kind) for name, kind in (*CLASS_COLUMNS.items(), *_WHERE)})
     flat = np.flatnonzero(np.repeat(has_image, boxes.lengths))
     rows = pa.array(flat if boxes.rows is None else boxes.rows[flat])
     columns = {
@@ -351,7 +363,7 @@ class RowsStep:
 def rows_of_partition(step: RowsStep, partition: Partition, verdict: pa.Table | None) -> list[Any]:
     """Return how many images are in each range of ids, and then the rows of each range."""
     joined = _as_judged(partition.joined, verdict)
-    boxes = _with_classes(partition.boxes, joined, step)
+    boxes = None if partition.boxes is None else _with_classes(partition.boxes, joined, step)
     order = joined.listed()
     table = plan_table(joined, order, boxes, step.access, images_per_unit=1)
     mentioned = pa.array(joined.mention[order.to_numpy()] >= 0)

@@ -221,11 +221,14 @@ class _Planner:
         images_per_unit: int,
         some_rows: int,
     ) -> None:
-        assert inputs.boxes is not None, "inputs in pieces have boxes"
         self._settings, self._inputs, self._tasks, self._sizes = settings, inputs, tasks, sizes
         self._images_per_unit, self._some_rows = images_per_unit, some_rows
         self._boxes = inputs.boxes
-        self._images = inputs.images if inputs.images is not None else images_of(inputs.boxes)
+        if inputs.images is not None:
+            self._images = inputs.images
+        else:
+            assert inputs.boxes is not None, "there are images, or boxes that name them"
+            self._images = images_of(inputs.boxes)
         self._parts = max(1, -(-inputs.rows // sizes.partition))
 
     @property
@@ -236,7 +239,7 @@ class _Planner:
 
     def plan(self) -> PlanInPartitions | None:
         """Return the plan; None where rows lack an id that only other partitions could give them."""
-        found = self._joined(self._inputs, self._boxes.folder)
+        found = self._joined(self._inputs, "" if self._boxes is None else self._boxes.folder)
         if found is None:
             return None
         partitions, facts, buckets, faults = found
@@ -250,7 +253,8 @@ class _Planner:
         used_alone = joined.unmatched.boxes > 0
         found_classes = pa.concat_tables([one.used_classes if used_alone else one.classes for one in facts])
         if labels_are_ids:
-            names = labels_as_ids(found_classes.drop_columns(["category_id"]), self._boxes.files[0])
+            uri = self._inputs.tables[-1].files[0].uri
+            names = labels_as_ids(found_classes.drop_columns(["category_id"]), uri)
             found_classes = names.append_column("category_name", pa.nulls(names.num_rows, TEXT))
         categories, classes = self._numbered(found_classes)
         verdict = self._doubles(partitions, buckets, facts)
@@ -312,6 +316,7 @@ class _Planner:
         """Return whether no uri of a box is found below its table's folder, but might be below another."""
         return (
             self._inputs.images is not None
+            and self._boxes is not None
             and is_by_uri(self._images, self._boxes)
             and self._boxes.folder != self._images.root
             and not any(one.matched for one in facts)
@@ -325,7 +330,7 @@ class _Planner:
         """
         file = self._inputs.tables[-1].files[0]
         classes = pa.concat_tables([one.classes for one in facts])
-        if file.file_format != "csv" or not are_labels_ids(classes):
+        if self._boxes is None or file.file_format != "csv" or not are_labels_ids(classes):
             return False
         given = any("category_id" in one.columns for one in facts)
         labels_as_ids(classes if given else classes.drop_columns(["category_id"]), file.uri)
@@ -337,6 +342,8 @@ class _Planner:
         """Add to images and boxes what their rows are told of."""
         if self._inputs.images is not None:
             self._images = replace(self._images, notes=faults[0].notes(COST_OF_IMAGES))
+        if self._boxes is None:
+            return
         notes = list(faults[-1].notes(COST_OF_LISTS if self._boxes.one_row_per_image else COST_OF_ROWS))
         if not self._boxes.one_row_per_image and not labels_are_ids:
             notes += spaced_names(pa.concat_tables([one.classes for one in facts]), self._boxes.files[0])
@@ -356,7 +363,7 @@ class _Planner:
         if 2 * torn > mentions:
             raise JobRefused(clean_text(next(one.torn[1] for one in facts if one.torn[0])))
         twice = [name for one in facts for name in one.repeated]
-        if twice:
+        if twice and self._boxes is not None:
             raise rows_repeated(len(twice), examples(twice), self._boxes)
         unmatched = Unmatched(
             boxes=sum(one.unmatched.boxes for one in facts),
@@ -364,7 +371,7 @@ class _Planner:
             examples=tuple(name for one in facts for name in one.unmatched.examples)[:5],
         )
         hint = self._hint(partitions, facts) if unmatched.boxes else ""
-        if unmatched.boxes and not self._settings.allow_unmatched:
+        if unmatched.boxes and not self._settings.allow_unmatched and self._boxes is not None:
             keys = examples([key for one in facts for key in one.keys])
             raise not_listed(unmatched, mentions, keys, self._boxes.files[0], hint)
         again = sum(one.again for one in facts)
@@ -397,6 +404,8 @@ class _Planner:
             first.setdefault((row["category_id"], row["category_name"]), (row["image"], row["place"]))
         ids, names = ([pair[at] for pair in first] for at in (0, 1))
         classes = pa.table([pa.array(ids, pa.int32()), pa.array(names, TEXT)], list(steps.CLASS_COLUMNS))
+        if self._boxes is None:
+            return (), classes
         boxes, categories = number_categories(_one_box_each(self._boxes, classes, list(first.values())), None)
         self._boxes = replace(self._boxes, notes=boxes.notes)
         return categories, classes
@@ -415,7 +424,8 @@ class _Planner:
             return None
         rows = [self._tasks.start(steps.doubtful_rows, one, ids, uris) for one in partitions]
         of = sum(one.rows - one.again for one in facts)
-        is_box_file = bool(self._images.files) and self._images.files == self._boxes.files
+        boxes = self._boxes
+        is_box_file = boxes is not None and bool(self._images.files) and self._images.files == boxes.files
         verdict = self._tasks.start(steps.judge_doubles, of, is_box_file, *rows)
         self._tasks.result(self._tasks.start(len, verdict))  # refused before anything else is
         return verdict
@@ -507,10 +517,10 @@ class _Planner:
 def _without_files(inputs: TableInputs) -> TableInputs:
     """Return inputs as small as a task needs them."""
     images, boxes = inputs.images, inputs.boxes
-    assert boxes is not None, "inputs in pieces have boxes"
     images = None if images is None else replace(images, files=images.files[:1])
+    boxes = None if boxes is None else replace(boxes, files=boxes.files[:1])
     tables = tuple(replace(one, files=one.files[:1]) for one in inputs.tables)
-    return replace(inputs, images=images, boxes=replace(boxes, files=boxes.files[:1]), tables=tables)
+    return replace(inputs, images=images, boxes=boxes, tables=tables)
 
 
 def _edges(ids: Sequence[pa.Array], ranges: int) -> tuple[bytes, ...]:

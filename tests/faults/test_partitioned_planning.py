@@ -93,6 +93,14 @@ def test_plan_says_the_same_and_writes_nothing(folder: Path, tmp_path: Path) -> 
     assert not out.exists()
 
 
+def test_a_sample_of_a_plan_in_partitions_is_measured(folder: Path, tmp_path: Path) -> None:
+    more = ("--allow-root", str(folder / "pictures"), "--checkpoint", "demo", "--sample", "6")
+
+    said = json.loads(run("plan", folder, tmp_path / "out", *more))
+
+    assert said["estimate"]["measured"]["images"] == 6
+
+
 def test_a_damaged_file_among_many_is_named_before_there_is_an_output(folder: Path, tmp_path: Path) -> None:
     for table in ("images", "boxes"):
         (tmp_path / table).mkdir()

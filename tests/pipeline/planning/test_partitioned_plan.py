@@ -155,6 +155,20 @@ def test_one_table_gives_the_plan_of_one_process(tmp_path: Path, shape: Any, by:
     assert_equal(settings_of(tmp_path), tmp_path)
 
 
+@pytest.mark.parametrize("ids", [True, False])
+def test_images_without_boxes_give_the_plan_of_one_process(tmp_path: Path, ids: bool) -> None:
+    images = image_rows(ids=ids)
+    for name in images:
+        images[name] += images[name][3:9]
+    images["image_uri"][0] = images["image_uri"][30]  # with ids, another one's
+    write(tmp_path / "images", images)
+
+    plan = assert_equal(settings_of(tmp_path), tmp_path)
+
+    assert plan.summary.boxes == 0
+    assert plan.summary.refused_uris == (2 if ids else 0)
+
+
 def test_ids_of_the_box_file_are_those_of_the_plan_where_images_have_none(tmp_path: Path) -> None:
     boxes = box_rows(by="image_uri")
     boxes["image_id"] = [f"z{999 - int(name[-7:-4])}" for name in boxes["image_uri"]]
@@ -557,9 +571,11 @@ def test_any_small_tables_give_the_same_plan_or_the_same_refusal(tmp_path: Path,
     table["label"] = rng.choice(["a", "b", "c", ""], boxes).tolist()
     if rng.random() < 0.3:
         table["category_id"] = rng.integers(1, 4, boxes).tolist()
-    if rng.random() < 0.7:
+    which = rng.random()
+    if which < 0.75:
         write(tmp_path / "images", some)
-    write(tmp_path / "boxes", table)
+    if which > 0.1:
+        write(tmp_path / "boxes", table)
     settings = settings_of(tmp_path, allow_unmatched=bool(rng.random() < 0.7))
 
     try:
