@@ -268,6 +268,7 @@ class Meter:
     def restart(self) -> None:
         """Count from now on."""
         self._began, self._cpu = time.monotonic(), time.process_time()
+        self._own = 0.0  # of the notes, which walk through all processes
 
     def seconds(self) -> float:
         """Seconds since the counting began."""
@@ -276,7 +277,9 @@ class Meter:
     def note(self, *, done: bool) -> None:
         """Write down what there is; a reader never sees half of it."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        own = {"s": self.seconds(), "CPU s": time.process_time() - self._cpu, "peak MiB": peak}
+        began = time.thread_time()
+        cpu = time.process_time() - self._cpu - self._own
+        own = {"s": self.seconds(), "CPU s": cpu, "peak MiB": peak}
         family = psutil.Process().children(recursive=True)
         others = 0.0
         for process in family:
@@ -286,6 +289,7 @@ class Meter:
         new = self._file.with_suffix(".new")
         new.write_text(json.dumps(line))
         new.rename(self._file)
+        self._own += time.thread_time() - began
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:

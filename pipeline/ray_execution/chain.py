@@ -156,11 +156,13 @@ def _run_wave(
     watch = node_watch.new_watch(requests, patience_s, context.run_id)
     with _data_context_overrides(context, watch), raise_original():
         dataset = chain(units, context, requests, epoch=epoch)  # takes the overrides with it from here
-        for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
-            outcome = read_outcome(batch)
-            finished.add(outcome.unit_id)
-            watch.state.last_outcome = time.monotonic()
-            yield outcome
+        # Not `iter_batches`, which sends the figures of all blocks so far to an actor with every batch.
+        for bundle in dataset.iter_internal_ref_bundles():
+            for table in ray.get([block.ref for block in bundle.blocks]):
+                outcome = read_outcome(table)
+                finished.add(outcome.unit_id)
+                watch.state.last_outcome = time.monotonic()
+                yield outcome
 
 
 def _first_row(unit_id: int, context: JobContext, retry: Retry | None) -> UnitRow:
