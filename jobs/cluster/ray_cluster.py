@@ -13,6 +13,7 @@ import importlib
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -287,6 +288,7 @@ def _start_private(
                     _system_config={"preload_python_modules": ["ray.data"]},
                     _temp_dir=str(folder / name),  # Ray opens this folder to all; the one above stays closed
                 )
+            _end_by_sigkill()
             return _info(ray, "local", private=True), watch
         except Exception as error:
             watch.close()
@@ -311,7 +313,8 @@ def _without_side_processes() -> Iterator[None]:
 
     def start_without_agents(command: list[str], kind: str, *args: Any, **kwargs: Any) -> Any:
         own = _without_agents(command) if kind == "raylet" else command
-        return start_process(own, kind, *args, **kwargs)
+        with _sigterm_blocked():
+            return start_process(own, kind, *args, **kwargs)
 
     def connect_to_living(started: Any, *args: Any, **kwargs: Any) -> Any:
         ended = ended_process(started)
@@ -334,6 +337,28 @@ def _without_side_processes() -> Iterator[None]:
     finally:
         for holder, name, value in kept:
             setattr(holder, name, value)
+
+
+@contextlib.contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Let processes that start meanwhile never receive SIGTERM, as Ray does with SIGINT.
+
+    A raylet that receives one leaves its cluster in good order, and Ray's C++ then ends the driver with 1
+    before any Python code sees it. So SIGTERM is for the driver alone, and ends everything.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_by_sigkill() -> None:
+    """Let `ray.shutdown` not wait for answers to SIGTERM, which this Ray's processes do not receive."""
+    worker: Any = importlib.import_module("ray._private.worker")
+    node = worker._global_node
+    end = node.kill_all_processes
+    node.kill_all_processes = lambda **_: end(check_alive=False, allow_graceful=False)
 
 
 def _without_agents(command: list[str]) -> list[str]:

@@ -170,6 +170,9 @@ RAY_SCRIPT = """
 
         task = ray.remote(num_cpus=0.3)(with_another)
         workers = set(ray.get([task.remote() for _ in range(3)], timeout=60))
+        servers = [one for one in psutil.Process().children() if one.name() in ("raylet", "gcs_server")]
+        for one in servers:
+            one.terminate()  # it goes on: a SIGTERM is for the driver
         time.sleep(2.5)  # Ray looks every 200 ms for workers that had nothing to do for a second
         lines = [" ".join(one.cmdline()) for one in psutil.Process().children(recursive=True)]
         console.data(json.dumps({
@@ -182,7 +185,7 @@ RAY_SCRIPT = """
             "autoscaler": os.environ["RAY_DATA_CLUSTER_AUTOSCALER"],
             "beside": [line for line in lines if re.search("ray::.*Agent|(agent|main|monitor)[.]py", line)],
             "listed": any("raylet/raylet" in line for line in lines),
-            "loaded": loaded,
+            "loaded": loaded, "terminated": [one.is_running() for one in servers],
             "workers": len(workers) > 1, "lost": sum(not os.path.exists(f"/proc/{pid}") for pid in workers),
         }))
     with running_ray(ClusterSettings(cpus=1), os.environ) as info:  # again in one process, as benchmarks do
@@ -216,6 +219,7 @@ def test_a_private_ray_is_closed_and_leaves_nothing(private_tmp: Path) -> None:
         "beside": [],  # none that takes seconds to start, and listens
         "listed": True,
         "loaded": True,
+        "terminated": [True, True],
         "workers": True,  # more than a core's
         "lost": 0,
     }
