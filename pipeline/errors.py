@@ -82,7 +82,8 @@ IMAGE_CODES: dict[str, tuple[str, str]] = {
     "boxes_missing": ("plan", "the box list of this image is null"),
     "labels_mismatch": (
         "plan",
-        "labels, scores or ids have another length than the boxes, or a list cannot be read",
+        "labels, scores or ids have another length than the boxes, a list cannot be read, or rows of the "
+        "image contradict each other",
     ),
     "too_many_boxes": ("plan", "more boxes than limits.max_boxes_per_image"),
     "no_usable_box": ("decode", "boxes were given, none of them can be used"),

@@ -317,6 +317,9 @@ def _class_notes(options: ExportOptions, source: ExportSource) -> Iterator[str]:
     new = [number for number in classes.lone.values() if classes.given_id(number) is None]
     if new:
         yield f"names without a category_id are numbered behind the others: {'; '.join(map(named, new[:3]))}"
+    if several := sorted(classes.several_names):
+        ids = count(len(several), "category_id has", "category_ids have")
+        yield f"{ids} several names, the first by its bytes is taken: {'; '.join(map(named, several[:3]))}"
     if doubled := classes.doubled():
         shown = ", ".join(f"`{console.shown(name, 40)}`" for name in doubled[:3])
         names = count(len(doubled), "name stands", "names stand")

@@ -21,7 +21,7 @@ from pycocotools import mask as coco_mask
 from hqlabel.jobs.results.read_tables import ImageRows, Row, row_groups
 from hqlabel.jobs.results.select_rows import Selection, selected_images
 from hqlabel.pipeline import schema
-from hqlabel.pipeline.errors import UsageError, count
+from hqlabel.pipeline.errors import count
 from hqlabel.pipeline.job_state.job_file import Job
 from hqlabel.pipeline.storage.archive_uris import parse_archive_uri
 from hqlabel.pipeline.storage.output_store import Store
@@ -44,12 +44,14 @@ class Classes:
 
     `lone`: the ids of names that some rows have without an id. `of_unnamed`: the id that instances without
     any class are given, None when there are none. `numbered_here`: ids that the tables do not have.
+    `several_names`: ids that have other names in some rows than in `names`.
     """
 
     names: Mapping[int, str]
     lone: Mapping[str, int] = field(default_factory=dict)
     of_unnamed: int | None = None
     numbered_here: frozenset[int] = frozenset()
+    several_names: frozenset[int] = frozenset()
 
     def id_of(self, instance: Row) -> int:
         """Return the class of a row of `instances`."""
@@ -240,9 +242,7 @@ def find_classes(store: Store, manifest: Manifest) -> Classes:
 
     An id that some rows name and others do not has that name; a name without an id has the id that other
     rows give it, if they give it one alone, else a new one behind all others.
-
-    Raises:
-        UsageError: one id has two names.
+    Of several names of one id the first by its bytes is taken.
     """
     pairs: set[tuple[int | None, str | None]] = set()
     for part in manifest.parts:
@@ -250,12 +250,11 @@ def find_classes(store: Store, manifest: Manifest) -> Classes:
             for row in group.group_by(["category_id", "category_name"]).aggregate([]).to_pylist():
                 pairs.add((row["category_id"], row["category_name"] or None))
     names: dict[int, str] = {}
-    for number, name in sorted(pairs, key=str):
-        if number is not None and name is not None and names.setdefault(number, name) != name:
-            raise UsageError(
-                f"category_id {number} has two names: {names[number]!a} and {name!a}; "
-                "label anew from boxes in which an id has one name"
-            )
+    several: set[int] = set()
+    both = [(number, name) for number, name in pairs if number is not None and name is not None]
+    for number, name in sorted(both, key=lambda pair: (pair[0], pair[1].encode())):
+        if names.setdefault(number, name) != name:
+            several.add(number)
     names |= {number: str(number) for number, _ in pairs if number is not None and number not in names}
     by_name = {name: number for number, name in names.items()}
     ambiguous = {name for name, times in Counter(names.values()).items() if times > 1}
@@ -272,6 +271,7 @@ def find_classes(store: Store, manifest: Manifest) -> Classes:
         lone=lone,
         of_unnamed=of_unnamed,
         numbered_here=frozenset(names) - {number for number, _ in pairs if number is not None},
+        several_names=frozenset(several),
     )
 
 

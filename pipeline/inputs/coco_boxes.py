@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from hqlabel.model.rle import tight_boxes_xywh
 from hqlabel.pipeline.arrow_lists import Int64Array, first_null, null_mask, positions, single
 from hqlabel.pipeline.box_geometry import box_around
-from hqlabel.pipeline.errors import JobRefused, clean_text
+from hqlabel.pipeline.errors import JobRefused, clean_text, count
 from hqlabel.pipeline.inputs.box_tables import NO_URI, as_names, crowds, usable_boxes
 from hqlabel.pipeline.inputs.columns import (
     UNUSABLE,
@@ -39,9 +39,10 @@ from hqlabel.pipeline.inputs.image_box_lists import (
     TEXT,
     BoxList,
     ImageList,
+    examples,
     group_rows,
     grouped_boxes,
-    refuse_repeated,
+    repeated,
     with_all_images,
 )
 from hqlabel.pipeline.inputs.json_records import (
@@ -121,7 +122,7 @@ def read_instances(uri: str, access: AccessRules, *, folder: str, from_masks: bo
     found = _read(uri, {"images", "annotations", "categories"}, access, from_masks=from_masks)
     if "annotations" not in found:
         raise JobRefused(f"{uri}: {_without(uri, 'annotations', access)}; {_SHAPE}")
-    images = _images(uri, found, access, folder)
+    images, error = _one_file_each(_images(uri, found, access, folder), uri)
     annotations, notes = found["annotations"].table(), tuple[str, ...]()
     if from_masks:
         annotations, notes = _of_their_picture(uri, annotations, images)
@@ -131,7 +132,8 @@ def read_instances(uri: str, access: AccessRules, *, folder: str, from_masks: bo
     size_hw = np.zeros((len(listed.lengths), 2), dtype=np.int64)
     size_hw[: len(images.size_hw)] = images.size_hw
     notes = (*images.notes, *listed.notes, *notes)
-    return replace(listed, categories=images.categories, size_hw=size_hw, notes=notes)
+    error = pa.concat_arrays([error, pa.nulls(len(listed.lengths) - len(error), TEXT)])
+    return replace(listed, categories=images.categories, size_hw=size_hw, error=error, notes=notes)
 
 
 class _Records:
@@ -405,12 +407,15 @@ def _images(uri: str, found: Mapping[str, _Records], access: AccessRules, folder
     table = table.set_column(table.column_names.index("file_name"), "file_name", files)
     table = _named(table, "id", records.faults)
     ids = pc.cast(single(table.column("id")), TEXT)
-    refuse_repeated(ids, uri)
+    ids, table, repeats = _ids_once(ids, table, uri)
     names: dict[int, str] = {}
     notes: tuple[str, ...] = ()
     if "categories" in found:
-        names = _categories(uri, found["categories"].table())
-        notes = found["categories"].faults.notes("such a category has no name")
+        names, doubtful = _categories(found["categories"].table())
+        notes = (
+            *found["categories"].faults.notes("such a category has no name"),
+            *(f"{uri}: {told}" for told in doubtful),
+        )
     return ImageList(
         image_uri=pc.fill_null(single(table.column("file_name")), NO_URI),
         image_id=ids,
@@ -418,8 +423,73 @@ def _images(uri: str, found: Mapping[str, _Records], access: AccessRules, folder
         size_hw=_sizes(table),
         categories=names,
         files=(uri,),
-        notes=(*records.faults.notes("images without a file fail, those without an id are left out"), *notes),
+        notes=(
+            *records.faults.notes("images without a file fail, those without an id are left out"),
+            *repeats,
+            *notes,
+        ),
     )
+
+
+def _ids_once(ids: pa.Array, table: pa.Table, uri: str) -> tuple[pa.Array, pa.Table, tuple[str, ...]]:
+    """Return the images without those that say what an earlier one of the same id says, and a sentence."""
+    if not len(repeated(ids)):
+        return ids, table, ()
+    names = single(table.column("file_name"))
+    codes_N2 = np.stack([_codes(ids), _codes(names)], axis=1)
+    first = np.sort(np.unique(codes_N2, axis=0, return_index=True)[1])
+    again = np.ones(len(ids), dtype=np.bool_)
+    again[first] = False
+    number = int(again.sum())
+    note = f"{uri}: {count(number, 'image')} with the id and file of another, such as id "
+    notes = (f"{note}{examples(ids.filter(pa.array(again)))}: counted once",) if number else ()
+    return ids.take(pa.array(first)), table.take(pa.array(first)), notes
+
+
+def _one_file_each(images: ImageList, uri: str) -> tuple[ImageList, pa.Array]:
+    """Return the images with one row an id, and why those of several files cannot be labelled, else null.
+
+    Raises:
+        JobRefused: most ids are such.
+    """
+    assert images.image_id is not None, "an instances file has ids"
+    assert images.size_hw is not None, "zeros where the file states no size"
+    twice = repeated(images.image_id)
+    if not len(twice):
+        return images, pa.nulls(len(images.image_id), TEXT)
+    codes = _codes(images.image_id)
+    first = np.sort(np.unique(codes, return_index=True)[1])
+    ids = images.image_id.take(pa.array(first))
+    own = pc.is_in(images.image_id, twice)
+    files: dict[str, list[str]] = {}
+    for name, file in zip(
+        *(one.filter(own).to_pylist() for one in (images.image_id, images.image_uri)), strict=True
+    ):
+        files.setdefault(name, []).append(file)
+    reasons = {
+        name: f"image id {name!r} stands for several files: {examples(sorted(some))}; give each its own id"
+        for name, some in files.items()
+    }
+    example = clean_text(reasons[min(reasons)])
+    if 2 * len(reasons) > len(ids):
+        raise JobRefused(f"{uri}: {len(reasons):,} of {len(ids):,} ids are not of one file: {example}")
+    note = (
+        f"{uri}: {count(len(reasons), 'image id')} of several files, which fail (labels_mismatch): {example}"
+    )
+    least = [min(files[name]) if name in files else None for name in ids.to_pylist()]
+    one_each = replace(
+        images,
+        image_id=ids,
+        image_uri=pc.coalesce(pa.array(least, TEXT), images.image_uri.take(pa.array(first))),
+        size_hw=images.size_hw[first],
+        notes=(*images.notes, note),
+    )
+    return one_each, pa.array([reasons.get(name) for name in ids.to_pylist()], TEXT)
+
+
+def _codes(texts: pa.Array) -> Int64Array:
+    codes: Int64Array = pc.fill_null(texts.dictionary_encode().indices, -1).to_numpy().astype(np.int64)
+    return codes
 
 
 def _sizes(table: pa.Table) -> Int64Array:
@@ -434,14 +504,19 @@ def _sizes(table: pa.Table) -> Int64Array:
     return size_hw
 
 
-def _categories(uri: str, table: pa.Table) -> dict[int, str]:
-    """Return category id -> name, for those that have a name."""
-    names: dict[int, str] = {}
+def _categories(table: pa.Table) -> tuple[dict[int, str], list[str]]:
+    """Return category id -> name, for those that have a name, and a sentence on ids that have several.
+
+    Of several names it is the first by its bytes, whatever their order in the file.
+    """
+    names: dict[int, set[str]] = {}
     for row in table.to_pylist():
-        if row["id"] is None or row["name"] is None:
-            continue
-        if names.setdefault(row["id"], row["name"]) != row["name"]:
-            raise JobRefused(
-                f"{uri}: category {row['id']} has two names: {names[row['id']]!r} and {row['name']!r}"
-            )
-    return names
+        if row["id"] is not None and row["name"] is not None:
+            names.setdefault(row["id"], set()).add(row["name"])
+    ordered = {number: sorted(own, key=str.encode) for number, own in names.items()}
+    several = sorted(number for number, own in ordered.items() if len(own) > 1)
+    told = [
+        f"{count(len(several), 'category', 'categories')} with several names, such as {several[0]}: "
+        f"{examples(ordered[several[0]])}; the first of these is taken"
+    ] if several else []  # fmt: skip
+    return {number: own[0] for number, own in ordered.items()}, told

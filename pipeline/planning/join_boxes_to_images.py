@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hqlabel.pipeline.arrow_lists import BoolArray, Int64Array, positions
+from hqlabel.pipeline.arrow_lists import BoolArray, Int64Array, null_mask, positions
 from hqlabel.pipeline.errors import JobRefused, clean_text, count
 from hqlabel.pipeline.inputs.box_tables import NO_URI
-from hqlabel.pipeline.inputs.image_box_lists import BoxList, ImageList, examples, repeated
+from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, examples, repeated
 from hqlabel.pipeline.inputs.open_inputs import resolve_uris
+from hqlabel.pipeline.planning.images_named_twice import NamedTwice, boxes_once
 
 _MOST_CHECKED = 20_000  # ids checked to find out why nothing matches
 
@@ -50,10 +51,10 @@ class Joined:
 
     `image_id`, `image_uri`: large_string (n,). `mention`: int64 (n,), the image's place in `BoxList`, -1
     where no box file names it. `id_rule`: how ids and joins came about, as text. `hint`: a sentence on why
-    boxes of `unmatched` found no image, or "". `repeated`: images that a box file has twice, in a part, where
-    they are not refused. `again`: rows that say what an earlier one of the same id
-    says, bool (n,), or None for none. `errors`: row -> why its id, or its uri, names no one image. `notes`:
-    sentences for the summary.
+    boxes of `unmatched` found no image, or "". `twice`: images that a box file has more than once. `again`:
+    rows that say what an earlier one of the same id says, bool (n,), or None for none. `errors`: row -> why
+    its id, or its uri, names no one image. `notes`: sentences for the summary. `boxes`: those that `mention`
+    counts in, each image's at one place.
     """
 
     image_id: pa.Array
@@ -62,10 +63,11 @@ class Joined:
     unmatched: Unmatched
     id_rule: str
     hint: str = ""
-    repeated: tuple[str, ...] = ()
+    twice: NamedTwice = field(default_factory=NamedTwice)
     again: BoolArray | None = None
     errors: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    boxes: BoxList | None = None
 
     def listed(self) -> pa.Array:
         """Return the places of the images by the bytes of their ids, each once."""
@@ -103,8 +105,8 @@ def join(
     what else is known, where these are some of the images; `told_apart` is then called for all of them.
 
     Raises:
-        JobRefused: most ids name several images, an image with two lists of boxes, or boxes whose image is
-            not listed (unless they may be skipped).
+        JobRefused: most ids name several images, most images have several lists of boxes, or boxes whose
+            image is not listed (unless they may be skipped).
     """
     if boxes is None:
         ids, rule = _ids(images)
@@ -135,7 +137,7 @@ def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool, part: PartO
     ids, rule = _ids(images)
     by_uri = is_by_uri(images, boxes)
     if boxes.by_stem:
-        keys, wanted, how = _stem_keys(images, boxes)
+        keys, wanted, how, boxes = _stem_keys(images, boxes, part)
     elif by_uri and part is not None:
         keys, wanted, how = _uri_keys_below(part.uris_below, images, boxes)
     elif by_uri:
@@ -145,9 +147,9 @@ def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool, part: PartO
         keys, wanted, how = ids, boxes.image_id, "joined by image_id"
         if boxes.image_uri is not None and images.files:
             how += " (the uris of the box file are not used)"
-    twice = repeated(wanted.filter(pc.not_equal(wanted, NO_URI)))
-    if part is None and len(twice):
-        raise rows_repeated(len(twice), examples(twice), boxes)
+    boxes, twice = boxes_once(boxes, wanted, boxes.image_id if by_uri else None)
+    if part is None and twice.is_most():
+        raise rows_repeated(twice, boxes)
     mention = positions(keys, wanted)
     unmatched = _unmatched(wanted, boxes, mention)
     if part is not None:
@@ -157,7 +159,7 @@ def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool, part: PartO
         if unmatched.boxes and part is None
         else ""
     )
-    if unmatched.boxes and not allow_unmatched:
+    if not allow_unmatched and unmatched.boxes and not _are_few_of_no_file(boxes, unmatched, mention):
         raise not_listed(unmatched, len(boxes.lengths), examples(keys), boxes.files[0], hint)
     if by_uri and boxes.image_id is not None:
         ids = pc.coalesce(boxes.image_id.take(pa.array(mention, mask=mention < 0)), ids)
@@ -169,7 +171,9 @@ def _match(images: ImageList, boxes: BoxList, allow_unmatched: bool, part: PartO
         unmatched=unmatched,
         id_rule=f"{rule}; {how}",
         hint=hint,
-        repeated=tuple(twice.to_pylist()),
+        twice=twice,
+        notes=twice.notes(boxes),
+        boxes=boxes,
     )
 
 
@@ -184,6 +188,7 @@ def ids_of_uris(images: ImageList) -> tuple[pa.Array, str]:
     """Return the ids that follow from the uris, and the rule as text."""
     below = pc.starts_with(images.image_uri, f"{images.root.rstrip('/')}/")
     names = pc.utf8_slice_codeunits(images.image_uri, start=len(images.root.rstrip("/")) + 1)
+    below = pc.and_(below, pc.not_equal(names, ""))  # the root itself keeps its whole uri
     return pc.if_else(below, names, images.image_uri), f"ids are the uris below {images.root}"
 
 
@@ -220,24 +225,42 @@ def _as_compared(images: ImageList, boxes: BoxList, wanted: pa.Array, keys: pa.A
     return comparable(resolve_uris(boxes.image_uri, images.root))
 
 
-def _stem_keys(images: ImageList, boxes: BoxList) -> tuple[pa.Array, pa.Array, str]:
+def _stem_keys(
+    images: ImageList, boxes: BoxList, part: PartOf | None
+) -> tuple[pa.Array, pa.Array, str, BoxList]:
     """Return both sides' names below their folders without ending: `a/1` for `a/1.jpg` and `a/1.txt`.
 
+    A label file that could be of several images is of none: its list has an error, which fails those.
+
     Raises:
-        JobRefused: the labels of one file could be those of two images.
+        JobRefused: most of the label files could be of several images.
     """
     assert boxes.image_id is not None, "label files are named"
     names = images.image_id if images.listed and images.image_id is not None else ids_of_uris(images)[0]
     keys = _stem(names)
-    labelled = keys.filter(pc.is_in(keys, boxes.image_id))
-    if len(twice := repeated(labelled)):
-        stem = twice[0].as_py()
-        both = names.filter(pc.equal(keys, stem))
-        raise JobRefused(
-            f"{boxes.folder}/{clean_text(stem)}.txt could hold the boxes of {examples(both)}; give the "
-            "pictures names that differ before their ending"
-        )
-    return keys, boxes.image_id, "joined by name without ending"
+    twice = repeated(keys.filter(pc.is_in(keys, boxes.image_id)))
+    if len(twice):
+        some = keys.filter(pc.is_in(keys, twice))
+        reasons = _of_several(boxes, twice, some, names.filter(pc.is_in(keys, twice)))
+        if part is None and 2 * len(twice) > len(boxes.image_id):
+            raise JobRefused(reasons[0])
+        error = pa.array(reasons, TEXT).take(pc.index_in(boxes.image_id, twice))
+        first = clean_text(reasons[0])
+        note = f"{count(len(twice), 'label file')} could be of several images, which fail: {first}"
+        boxes = replace(boxes, error=pc.coalesce(error, boxes.error), notes=(*boxes.notes, note))
+    return keys, boxes.image_id, "joined by name without ending", boxes
+
+
+def _of_several(boxes: BoxList, twice: pa.Array, stems: pa.Array, names: pa.Array) -> list[str]:
+    """Return which images each stem of `twice` could be of; `stems` and `names`: of all such images."""
+    by_stem: dict[str, list[str]] = {}
+    for stem, name in zip(stems.to_pylist(), names.to_pylist(), strict=True):
+        by_stem.setdefault(stem, []).append(name)
+    return [
+        f"{boxes.folder}/{clean_text(stem)}.txt could hold the boxes of {examples(sorted(by_stem[stem]))}; "
+        "give the pictures names that differ before their ending"
+        for stem in twice.to_pylist()
+    ]
 
 
 def comparable(uris: pa.Array) -> pa.Array:
@@ -258,19 +281,34 @@ def _unmatched(wanted: pa.Array, boxes: BoxList, mention: Int64Array) -> Unmatch
     )
 
 
+def _are_few_of_no_file(boxes: BoxList, unmatched: Unmatched, mention: Int64Array) -> bool:
+    """Return whether boxes without an image are a few whose own file does not list it: nobody has that image.
+
+    So it is with an annotation of COCO whose `image_id` is wrong. Another list may lack an image by mistake.
+    """
+    if boxes.image_uri is None or 2 * unmatched.images >= len(boxes.lengths):
+        return False
+    of_no_file = null_mask(boxes.image_uri) & (boxes.lengths > 0)
+    of_no_file[mention[mention >= 0]] = False
+    return int(np.count_nonzero(of_no_file)) == unmatched.images
+
+
 def _names(wanted: pa.Array, boxes: BoxList, where: BoolArray) -> pa.Array:
     """Return the keys of some mentions; where there is no uri, the id."""
     keys = wanted.filter(pa.array(where))
     return keys if boxes.image_id is None else pc.coalesce(keys, boxes.image_id.filter(pa.array(where)))
 
 
-def rows_repeated(number: int, names: str, boxes: BoxList) -> JobRefused:
-    """Return the refusal of a box file that has so many images twice; `names`: examples as text."""
+def rows_repeated(twice: NamedTwice, boxes: BoxList) -> JobRefused:
+    """Return the refusal of a box file of which most images are there twice, and not alike."""
     if boxes.one_row_per_image:
         reason = "more than one row; join their lists, or give a table with one row a box"
     else:
-        reason = "more than one id or spelling of the uri; give each image one"
-    return JobRefused(f"{boxes.files[0]}: {number} images, such as {names}, have {reason}")
+        reason = "more than one id; give each image one"
+    names = examples(twice.failed_names)
+    return JobRefused(
+        f"{boxes.files[0]}: {twice.failed:,} of {count(twice.of, 'image')}, such as {names}, have {reason}"
+    )
 
 
 def not_listed(unmatched: Unmatched, mentions: int, keys: str, file: str, hint: str) -> JobRefused:
@@ -302,7 +340,9 @@ def _told_apart(joined: Joined, *, is_box_file: bool) -> Joined:
         joined, bad, int(np.count_nonzero(~again)), by_id=bool(by_id.any()), is_box_file=is_box_file
     )
     number = int(again.sum())
-    notes = (counted_once(number, examples(pc.unique(uris.filter(pa.array(again))))),) if number else ()
+    notes = joined.notes
+    if number:
+        notes = (*notes, counted_once(number, examples(pc.unique(uris.filter(pa.array(again))))))
     errors, others = not_told_apart(joined, bad)
     again[others] = True  # one row an id is left to say so
     return replace(joined, again=again, errors=errors, notes=notes)

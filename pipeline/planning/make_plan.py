@@ -115,12 +115,13 @@ def _read_and_join(settings: InputSettings, access: AccessRules, images_per_unit
         assert boxes is not None, "images or boxes were given"
         images = images_of(boxes)
     check_columns(settings, [*images.columns, *(boxes.columns if boxes else ())])
+    joined = join(images, boxes, allow_unmatched=settings.allow_unmatched)
     return JoinedInputs(
         access=access,
         images_per_unit=images_per_unit,
         images=images,
-        boxes=boxes,
-        joined=join(images, boxes, allow_unmatched=settings.allow_unmatched),
+        boxes=joined.boxes,
+        joined=joined,
         rules=rules_of(settings, boxes),
         format_stated=settings.box_format is not None,
     )

@@ -16,12 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hqlabel.pipeline.arrow_lists import BoolArray, Int64Array, rows_sha256, single, starts_of
+from hqlabel.pipeline.arrow_lists import BoolArray, Int64Array, rows_sha256, single
 from hqlabel.pipeline.inputs.box_tables import NO_URI, grouped_rows, labels_as_ids, with_boxes_alone
 from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, ImageList, grouped_boxes, repeated
 from hqlabel.pipeline.inputs.open_inputs import resolve_uris
 from hqlabel.pipeline.job_context import AccessRules, BoxRules, Place
 from hqlabel.pipeline.job_state.plan_files import UNITS_PER_FILE
+from hqlabel.pipeline.planning.images_named_twice import NamedTwice
 from hqlabel.pipeline.planning.join_boxes_to_images import (
     Joined,
     PartOf,
@@ -56,7 +57,6 @@ _SAMPLED_KEYS = 2000
 _MENTIONED = "mentioned by a box file"
 """A column next to those of the plan, while its ranges are made."""
 CLASS_COLUMNS = {"category_id": pa.int32(), "category_name": TEXT}
-_WHERE = (("image", TEXT), ("place", pa.int64()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ class PartFacts:
 
     `rows`: of images, `again`: of these, such as say what others say, and the uris of some. `mentions`:
     images of the box file; `matched`: those with an image. `torn`: ids of the box file that name two images,
-    and why the first does. `classes`: distinct ids and names of categories, with `image` and `place` of a
-    box; `used_classes`: of boxes with an image alone. `columns`: of the boxes. `keys`, `missing`: some of
+    and why the first does. `classes`: distinct ids and names of categories; `used_classes`: of boxes with
+    an image alone. `columns`: of the boxes. `keys`, `missing`: some of
     the names by which images, and boxes without one, are known. `ids`: some image ids.
     """
 
@@ -76,7 +76,7 @@ class PartFacts:
     mentions: int
     matched: int
     unmatched: Unmatched
-    repeated: tuple[str, ...]
+    twice: NamedTwice
     torn: tuple[int, str]
     classes: pa.Table
     used_classes: pa.Table
@@ -125,6 +125,7 @@ def join_partition(step: JoinStep, *pieces: Piece) -> list[Any]:
         assert boxes is not None, "there are images, or boxes that name them"
         images = images_of(boxes)
     joined = join(images, boxes, allow_unmatched=True, part=step.part)
+    boxes = joined.boxes
     again = np.zeros(len(joined.image_id), dtype=np.bool_)
     if len(repeated(joined.image_id)):
         again = doubled_rows(joined)[0]
@@ -201,7 +202,7 @@ def _facts(
         mentions=len(has_image),
         matched=int(has_image.sum()),
         unmatched=joined.unmatched,
-        repeated=joined.repeated,
+        twice=joined.twice,
         torn=torn,
         classes=_classes(boxes, np.ones(len(has_image), dtype=np.bool_)),
         used_classes=_classes(boxes, has_image),
@@ -232,9 +233,9 @@ def _spread(values: pa.Array, most: int) -> pa.Array:
 
 
 def _classes(boxes: BoxList | None, has_image: BoolArray) -> pa.Table:
-    """Return the distinct ids and names of the categories of some images' boxes, and where one first is."""
+    """Return the distinct ids and names of the categories of some images' boxes."""
     if boxes is None:
-        return pa.table({name: pa.array([], kind) for name, kind in (*CLASS_COLUMNS.items(), *_WHERE)})
+        return pa.table({name: pa.array([], kind) for name, kind in CLASS_COLUMNS.items()})
     flat = np.flatnonzero(np.repeat(has_image, boxes.lengths))
     rows = pa.array(flat if boxes.rows is None else boxes.rows[flat])
     columns = {
@@ -243,18 +244,7 @@ def _classes(boxes: BoxList | None, has_image: BoolArray) -> pa.Table:
         else pa.nulls(len(rows), kind)
         for name, kind in CLASS_COLUMNS.items()
     }
-    found = pa.table({**columns, "at": pa.array(flat)})
-    found = found.group_by(list(CLASS_COLUMNS)).aggregate([("at", "min")])
-    at = found.column("at_min").to_numpy().astype(np.int64)
-    image = np.searchsorted(np.cumsum(boxes.lengths), at, side="right")
-    names = boxes.image_id if boxes.image_id is not None else boxes.image_uri
-    assert names is not None, "boxes are grouped by one of the two"
-    place = pa.array(at - starts_of(boxes.lengths)[image] if len(at) else at)
-    return (
-        found.drop_columns(["at_min"])
-        .append_column("image", [names.take(pa.array(image))])
-        .append_column("place", [place])
-    )
+    return pa.table(columns).group_by(list(CLASS_COLUMNS)).aggregate([])
 
 
 def likely_keys(partition: Partition, missing: pa.Array) -> pa.Array:

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hqlabel.pipeline.arrow_lists import Int64Array
 from hqlabel.pipeline.errors import JobRefused, clean_text, count
 from hqlabel.pipeline.failpoints import visit
 from hqlabel.pipeline.inputs.box_tables import (
@@ -28,11 +27,12 @@ from hqlabel.pipeline.inputs.box_tables import (
 )
 from hqlabel.pipeline.inputs.columns import RowFaults
 from hqlabel.pipeline.inputs.find_files import listings_kept
-from hqlabel.pipeline.inputs.image_box_lists import TEXT, BoxList, examples
+from hqlabel.pipeline.inputs.image_box_lists import TEXT, examples
 from hqlabel.pipeline.inputs.open_inputs import COST_OF_IMAGES, allowed_access
 from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.job_state.plan_files import UNITS_PER_FILE
 from hqlabel.pipeline.planning import partition_tasks as steps
+from hqlabel.pipeline.planning.images_named_twice import NamedTwice
 from hqlabel.pipeline.planning.join_boxes_to_images import (
     Joined,
     PartOf,
@@ -362,9 +362,9 @@ class _Planner:
         mentions, torn = sum(one.mentions for one in facts), sum(one.torn[0] for one in facts)
         if 2 * torn > mentions:
             raise JobRefused(clean_text(next(one.torn[1] for one in facts if one.torn[0])))
-        twice = [name for one in facts for name in one.repeated]
-        if twice and self._boxes is not None:
-            raise rows_repeated(len(twice), examples(twice), self._boxes)
+        twice = NamedTwice.merged([one.twice for one in facts])
+        if twice.is_most() and self._boxes is not None:
+            raise rows_repeated(twice, self._boxes)
         unmatched = Unmatched(
             boxes=sum(one.unmatched.boxes for one in facts),
             images=sum(one.unmatched.images for one in facts),
@@ -384,7 +384,10 @@ class _Planner:
             unmatched=unmatched,
             id_rule=facts[0].id_rule,
             hint=hint,
-            notes=(counted_once(again, uris),) if again else (),
+            notes=(
+                *(twice.notes(self._boxes) if self._boxes is not None else ()),
+                *([counted_once(again, uris)] if again else []),
+            ),
         )
 
     def _hint(self, partitions: Sequence[Any], facts: Sequence[steps.PartFacts]) -> str:
@@ -394,19 +397,11 @@ class _Planner:
         return why(pa.concat_arrays([self._tasks.result(handle) for handle in handles]), missing)
 
     def _numbered(self, found: pa.Table) -> tuple[Categories, pa.Table]:
-        """Return the categories of all partitions, and each pair of id and name that a box has.
-
-        Raises:
-            JobRefused: as `number_categories`.
-        """
-        first: dict[tuple[Any, Any], tuple[str, int]] = {}
-        for row in found.to_pylist():
-            first.setdefault((row["category_id"], row["category_name"]), (row["image"], row["place"]))
-        ids, names = ([pair[at] for pair in first] for at in (0, 1))
-        classes = pa.table([pa.array(ids, pa.int32()), pa.array(names, TEXT)], list(steps.CLASS_COLUMNS))
+        """Return the categories of all partitions, and each pair of id and name that a box has."""
+        classes = found.group_by(list(steps.CLASS_COLUMNS)).aggregate([])
         if self._boxes is None:
             return (), classes
-        boxes, categories = number_categories(_one_box_each(self._boxes, classes, list(first.values())), None)
+        boxes, categories = number_categories(replace(self._boxes, boxes=classes), None)
         self._boxes = replace(self._boxes, notes=boxes.notes)
         return categories, classes
 
@@ -529,20 +524,3 @@ def _edges(ids: Sequence[pa.Array], ranges: int) -> tuple[bytes, ...]:
     some = some.take(pc.sort_indices(some))
     places = np.linspace(0, len(some), ranges + 1).astype(np.int64)[1:-1]
     return tuple(sorted({some[place].as_py() for place in places.tolist() if place < len(some)}))
-
-
-def _one_box_each(boxes: BoxList, classes: pa.Table, first: Sequence[tuple[str, int]]) -> BoxList:
-    """Return a box of each class, at the place that it has in the image that it is of."""
-    lengths = np.array([place + 1 for _, place in first], dtype=np.int64)
-    last: Int64Array = np.cumsum(lengths) - 1
-    at = np.full(int(lengths.sum()), -1, dtype=np.int64)
-    at[last] = np.arange(len(first))
-    names = pa.array([name for name, _ in first], TEXT)
-    return replace(
-        boxes,
-        image_id=names,
-        image_uri=None,
-        lengths=lengths,
-        boxes=classes.take(pa.array(at, mask=at < 0)),
-        rows=None,
-    )

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from hqlabel.pipeline.arrow_lists import BoolArray, Int64Array, list_lengths, null_mask, single
 from hqlabel.pipeline.errors import clean_text, count
-from hqlabel.pipeline.inputs.image_box_lists import BoxList, ImageList
+from hqlabel.pipeline.inputs.image_box_lists import BoxList, ImageList, examples
 from hqlabel.pipeline.job_context import AccessRules, BoxRules
 from hqlabel.pipeline.planning.join_boxes_to_images import Joined, Unmatched
 from hqlabel.pipeline.planning.suspicious_boxes import SUSPICIOUS_SHARE, refuse_other_format, suspicions
@@ -343,7 +343,8 @@ def _notes(inputs: JoinedInputs) -> list[str]:
     if lost.boxes:
         boxes = count(lost.boxes, "box", "boxes")
         hint = f". {inputs.joined.hint.rstrip('. ')}" if inputs.joined.hint else ""
-        notes.append(f"{boxes} of {count(lost.images, 'unlisted image')}: left out{hint}")
+        first = f", such as {examples(lost.examples[:1])}" if lost.examples else ""
+        notes.append(f"{boxes} of {count(lost.images, 'unlisted image')}{first}: left out{hint}")
     return notes
 
 

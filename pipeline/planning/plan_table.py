@@ -337,34 +337,40 @@ def _completed(boxes: BoxList, table: pa.Table, used: Int64Array | None) -> tupl
     pairs = pa.table({name: _used(table, name, used) for name in ("category_id", "category_name")})
     pairs = pairs.group_by(["category_id", "category_name"]).aggregate([])
     ids, names = (set(column.drop_null().to_pylist()) for column in pairs.columns)
-    own = _names_by_id(pairs, boxes)
-    listed, conflict = _agreeing(boxes, own)
+    own, doubtful = _names_by_id(pairs)
+    listed, conflict = _agreeing(boxes, {key: name for key, name in own.items() if key not in doubtful})
     names_by_id = listed | own
-    table = _filled(table, "category_name", "category_id", names_by_id)
-    table = _filled(table, "category_id", "category_name", _ids_by_name(pairs, names_by_id, boxes))
-    lone = sorted(names - set(names_by_id.values()), key=str.encode)
+    sure = {number: name for number, name in names_by_id.items() if number not in doubtful}
+    table = _filled(table, "category_name", "category_id", sure)
+    numbers, of_several = _ids_by_name(pairs, sure)
+    table = _filled(table, "category_id", "category_name", numbers)
+    told = {name for several in doubtful.values() for name in several}
+    lone = sorted(names - set(names_by_id.values()) - told, key=str.encode)
     unnamed = sorted(ids - set(names_by_id)) if names_by_id and not conflict else []
-    notes = [*conflict, *([_no_ids(lone)] if lone else []), *([_no_names(unnamed)] if unnamed else [])]
+    notes = [
+        *conflict,
+        *([_several_names(doubtful, names_by_id)] if doubtful else []),
+        *([_several_ids(of_several)] if of_several else []),
+        *([_no_ids(lone)] if lone else []),
+        *([_no_names(unnamed)] if unnamed else []),
+    ]
     known: dict[int, str | None] = dict.fromkeys(ids) | names_by_id
     categories = tuple({"id": key, "name": known[key]} for key in sorted(known))
     return replace(boxes, boxes=table, notes=(*boxes.notes, *notes)), categories
 
 
-def _names_by_id(pairs: pa.Table, boxes: BoxList) -> dict[int, str]:
-    """Return the name that boxes give each id; raise JobRefused for two."""
-    names: dict[int, str] = {}
+def _names_by_id(pairs: pa.Table) -> tuple[dict[int, str], dict[int, list[str]]]:
+    """Return the name of each id that boxes name, and all names of those that have several.
+
+    Of several it is the first by its bytes, whatever the order of the rows; exports take the same.
+    """
+    names: dict[int, list[str]] = {}
     for row in pairs.to_pylist():
-        number, name = row["category_id"], row["category_name"]
-        if number is None or name is None or names.setdefault(number, name) == name:
-            continue
-        one, other = (
-            _first_box(boxes, {"category_id": number, "category_name": n}) for n in (names[number], name)
-        )
-        raise JobRefused(
-            f"category_id {number} has several names: {examples([names[number]])} ({one}) and "
-            f"{examples([name])} ({other}); one id names one category"
-        )
-    return names
+        if row["category_id"] is not None and row["category_name"] is not None:
+            names.setdefault(row["category_id"], []).append(row["category_name"])
+    ordered = {number: sorted(own, key=str.encode) for number, own in sorted(names.items())}
+    several = {number: own for number, own in ordered.items() if len(own) > 1}
+    return {number: own[0] for number, own in ordered.items()}, several
 
 
 def _agreeing(boxes: BoxList, own: Mapping[int, str]) -> tuple[dict[int, str], list[str]]:
@@ -380,43 +386,17 @@ def _agreeing(boxes: BoxList, own: Mapping[int, str]) -> tuple[dict[int, str], l
     ]
 
 
-def _ids_by_name(pairs: pa.Table, names: Mapping[int, str], boxes: BoxList) -> dict[str, int]:
-    """Return the ids of names that some boxes have alone; raise JobRefused where a name has two."""
-    found: dict[str, int] = {}
+def _ids_by_name(pairs: pa.Table, names: Mapping[int, str]) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """Return the ids of names that some boxes have alone, and the ids of those names that have several."""
     ids: dict[str, list[int]] = {}
     for number, name in sorted(names.items()):
         ids.setdefault(name, []).append(number)
-    for row in pairs.to_pylist():
-        name = row["category_name"]
-        if row["category_id"] is not None or name is None:
-            continue
-        numbers = ids.get(name, [])
-        if len(numbers) > 1:
-            where = _first_box(boxes, {"category_id": None, "category_name": name})
-            raise JobRefused(
-                f"{where} has the category {examples([name])} and no category_id, and the name has the ids "
-                f"{numbers[0]} and {numbers[1]}; give the box the one that is meant"
-            )
-        if numbers:
-            found[name] = numbers[0]
-    return found
-
-
-def _first_box(boxes: BoxList, wanted: Mapping[str, Any]) -> str:
-    """Return the place of the first box with these values: `box 3 of image 'a.jpg'`, counted from 0."""
-    table = boxes.boxes
-    hit = np.ones(table.num_rows, dtype=np.bool_)
-    for name, value in wanted.items():
-        column = single(table.column(name))
-        same = column.is_null() if value is None else pc.fill_null(pc.equal(column, value), False)
-        hit &= same.to_numpy(zero_copy_only=False)
-    ordered = hit if boxes.rows is None else hit[boxes.rows]
-    at = int(np.flatnonzero(ordered)[0])
-    ends = np.cumsum(boxes.lengths)
-    image = int(np.searchsorted(ends, at, side="right"))
-    ids = boxes.image_id if boxes.image_id is not None else boxes.image_uri
-    assert ids is not None, "boxes are grouped by one of the two"
-    return f"box {at - int(ends[image] - boxes.lengths[image])} of image {examples([ids[image].as_py()])}"
+    lone = [row["category_name"] for row in pairs.to_pylist() if row["category_id"] is None]
+    numbers = {name: ids[name] for name in lone if name in ids}
+    return (
+        {name: own[0] for name, own in numbers.items() if len(own) == 1},
+        {name: own for name, own in numbers.items() if len(own) > 1},
+    )
 
 
 def _filled(table: pa.Table, column: str, by: str, values: Mapping[Any, Any]) -> pa.Table:
@@ -427,6 +407,23 @@ def _filled(table: pa.Table, column: str, by: str, values: Mapping[Any, Any]) ->
     known = pa.array(list(values.values()), mine.type)
     found = known.take(pc.index_in(keys, pa.array(list(values), keys.type), skip_nulls=True))
     return table.set_column(table.column_names.index(column), column, pc.coalesce(mine, found))
+
+
+def _several_names(doubtful: Mapping[int, Sequence[str]], chosen: Mapping[int, str]) -> str:
+    number = min(doubtful)
+    return (
+        f"{count(len(doubtful), 'category id')} with several names, such as {number}: "
+        f"{examples(doubtful[number])}. Boxes keep what they say; the list of categories and exports call it "
+        f"{examples([chosen[number]])}"
+    )
+
+
+def _several_ids(of_several: Mapping[str, Sequence[int]]) -> str:
+    name = min(of_several)
+    return (
+        f"{count(len(of_several), 'category name')} with several ids stands in boxes without an id, such as "
+        f"{examples([name])}: {', '.join(map(str, of_several[name][:3]))}. Those boxes keep the name alone"
+    )
 
 
 def _no_ids(names: list[str]) -> str:

@@ -620,14 +620,18 @@ def test_a_name_without_an_id_that_rows_number_is_that_id_and_another_is_said(tm
     assert "names without a category_id are numbered behind the others: category 1, `bus`" in notes(said)
 
 
-def test_one_id_with_two_names_is_refused(tmp_path: Path) -> None:
+def test_one_id_with_two_names_has_one_of_them_and_is_said(tmp_path: Path) -> None:
     images = [made("a.jpg", categories=[(0, "car")]), made("b.jpg", categories=[(0, "bus")])]
     output = make_output(tmp_path / "job", images)
 
-    code, _, err = run("export", "coco", "--output", output, "--to", str(tmp_path / "coco"))
+    said = export("coco", output, tmp_path / "coco")
 
-    assert code == 2
-    assert "category_id 0 has two names: 'bus' and 'car'" in err
+    assert "1 category_id has several names, the first by its bytes is taken: category 0, `bus`" in notes(
+        said
+    )
+    written = json.loads((tmp_path / "coco/instances.json").read_text())
+    assert [(one["id"], one["name"]) for one in written["categories"]] == [(0, "bus")]
+    assert [one["category_id"] for one in written["annotations"]] == [0, 0]
 
 
 def test_hf_labels_are_distinct_as_datasets_wants_them_and_its_card_is_a_table(tmp_path: Path) -> None:

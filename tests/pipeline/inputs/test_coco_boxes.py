@@ -181,11 +181,7 @@ def test_results_that_are_not_sound_are_refused(tmp_path, tree, reason):
         ({"images": [{"id": 1, "file_name": 5}], "annotations": []}, "file_name"),
         (
             {"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []},
-            "1 image ids are given more than once, such as '1'",
-        ),
-        (
-            {"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]},
-            "category 1 has two names",
+            "1 of 1 ids are not of one file: image id '1' stands for several files: 'a', 'b'",
         ),
         ({"images": {}, "annotations": []}, "no list `images`"),
     ],

@@ -257,11 +257,8 @@ def test_broken_yolo_folders_are_refused(tmp_path):
             (folder / "labels" / "dataset.yaml").write_text("nc: 3"),
         ],
     )
-    assert "could hold the boxes of 'b/3.jpg', 'b/3.png'" in broken(
-        "yolo", tmp_path / "2", lambda folder: (folder / "images" / "b" / "3.jpg").write_bytes(b"x")
-    )
     with pytest.raises(JobRefused, match="state with --images where they are"):
-        make_plan(InputSettings(boxes=str(tmp_path / "2" / "labels")))
+        make_plan(InputSettings(boxes=str(tmp_path / "1" / "labels")))
 
 
 @pytest.mark.parametrize(

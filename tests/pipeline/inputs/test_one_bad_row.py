@@ -197,6 +197,69 @@ def test_one_bad_record_of_coco_costs_itself_and_is_named(tmp_path, array, chang
     assert wanted == KEPT or isinstance(change.get("bbox"), list) or f"row {BAD}" in told
 
 
+def coco_plan(tmp_path, **changed: list[dict]) -> tuple[list[dict], str]:
+    """Return the rows of the plan of a sound file with more records, and what is told of it."""
+    tree = {
+        "images": [{"id": at, "file_name": f"{at:02}.jpg"} for at in range(ROWS)],
+        "annotations": [{"id": at, "image_id": at, "category_id": 1, "bbox": BOX} for at in range(ROWS)],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    for name, more in changed.items():
+        tree[name] += more
+    (tmp_path / "c.json").write_text(json.dumps(tree))
+    plan = make_plan(InputSettings(boxes=str(tmp_path / "c.json")))
+    return plan.table.to_pylist(), " ".join(plan.summary.warnings)
+
+
+def test_an_image_of_coco_twice_counts_once(tmp_path):
+    rows, told = coco_plan(tmp_path, images=[{"id": BAD, "file_name": f"{BAD:02}.jpg"}])
+
+    assert rows == coco_plan(tmp_path)[0]
+    assert f"1 image with the id and file of another, such as id '{BAD}': counted once" in told
+
+
+def test_an_id_of_coco_with_two_files_fails_alone(tmp_path):
+    rows, told = coco_plan(tmp_path, images=[{"id": BAD, "file_name": "other.jpg"}])
+
+    (failed,) = [row for row in rows if row["error_code"]]
+    assert (failed["image_id"], failed["error_code"]) == (str(BAD), "labels_mismatch")
+    message = f"image id '{BAD}' stands for several files: '{BAD:02}.jpg', 'other.jpg'"
+    assert message in failed["error_message"]
+    assert message in told
+    assert len(failed["boxes"]) == 1
+    sound = [row for row in coco_plan(tmp_path)[0] if row["image_id"] != str(BAD)]
+    assert [row for row in rows if row is not failed] == sound
+
+
+def test_annotations_of_no_image_are_left_out_and_told(tmp_path):
+    more = [{"id": ROWS, "image_id": 4711, "category_id": 1, "bbox": BOX}]
+    rows, told = coco_plan(tmp_path, annotations=more)
+
+    assert rows == coco_plan(tmp_path)[0]
+    assert "1 box of 1 unlisted image, such as '4711': left out" in told
+
+
+def test_annotations_most_of_which_are_of_no_image_are_refused(tmp_path):
+    more = [{"id": at, "image_id": at, "bbox": BOX} for at in range(100, 100 + 2 * ROWS)]
+
+    with pytest.raises(JobRefused, match="have no image"):
+        coco_plan(tmp_path, annotations=more)
+
+
+def test_annotation_ids_twice_are_two_boxes(tmp_path):
+    rows, _ = coco_plan(tmp_path, annotations=[{"id": BAD, "image_id": 3, "category_id": 1, "bbox": OTHER}])
+
+    assert sum(len(row["boxes"]) for row in rows) == ROWS + 1
+    assert not any(row["error_code"] for row in rows)
+
+
+def test_a_category_of_coco_with_two_names_has_one_of_them(tmp_path):
+    rows, told = coco_plan(tmp_path, categories=[{"id": 1, "name": "Bus"}])
+
+    assert {box["category_name"] for row in rows for box in row["boxes"]} == {"Bus"}
+    assert "1 category with several names, such as 1: 'Bus', 'cat'; the first of these is taken" in told
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_an_id_of_two_uris_in_a_table_of_boxes_fails_alone(tmp_path, turned):
     rows = [one_box(at) for at in range(ROWS)]
@@ -209,6 +272,100 @@ def test_an_id_of_two_uris_in_a_table_of_boxes_fails_alone(tmp_path, turned):
     assert [KEPT] * BAD + [FAILED] + [KEPT] * (ROWS - BAD - 1) == [outcome(row) for row in found]
     assert found[BAD]["image_uri"].endswith(f"{BAD:02}.jpg")
     assert f"'i{BAD:02}' names two images: '{BAD:02}.jpg' and 'other.jpg'" in found[BAD]["error_message"]
+
+
+OTHER = [5.0, 6.0, 7.0, 8.0]
+
+
+def planned(tmp_path, make, more: list[dict], images: list[str] = ()) -> tuple[list[dict], str, list[dict]]:
+    """Return the rows of a plan with `more` rows of its table, what is told, and the rows without these."""
+    rows = [make(at) for at in range(ROWS)]
+    found = []
+    for name, table in (("without", rows), ("with", rows[:3] + more + rows[3:])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_bytes(as_jsonl(table))
+        (tmp_path / "i.csv").write_text("image_uri\n" + "".join(f"{one}\n" for one in images))
+        listed = str(tmp_path / "i.csv") if images else None
+        plan = make_plan(InputSettings(images=listed, boxes=str(path)))
+        found.append((plan.table.to_pylist(), " ".join(plan.summary.warnings)))
+    (without, _), (rows, told) = found
+    return rows, told, without
+
+
+LISTED = [f"{at:02}.jpg" for at in range(ROWS)]
+
+
+@pytest.mark.parametrize("images", [(), LISTED])
+def test_an_image_in_two_rows_that_say_the_same_counts_once(tmp_path, images):
+    rows, told, without = planned(tmp_path, lists, [lists(BAD)], images)
+
+    assert rows == without
+    assert f"1 image in several rows that say the same, such as '{tmp_path}/{BAD:02}.jpg'" in told
+
+
+@pytest.mark.parametrize("images", [(), LISTED])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"boxes": [OTHER]},
+        {"boxes": [BOX, OTHER], "labels": ["cat"] * 2, "scores": [0.5] * 2},
+        {"boxes": None},
+        {"scores": [0.25]},
+        {"labels": ["dog"]},
+    ],
+)
+def test_an_image_in_two_rows_that_differ_fails_alone(tmp_path, images, change):
+    rows, told, without = planned(tmp_path, lists, [lists(BAD) | change], images)
+
+    assert rows[:BAD] + rows[BAD + 1 :] == without[:BAD] + without[BAD + 1 :]
+    assert rows[BAD]["error_code"] == "labels_mismatch"
+    assert "has 2 rows that differ" in rows[BAD]["error_message"]
+    assert len(rows[BAD]["boxes"]) == 1 + len(change.get("boxes", [BOX]) or ())
+    assert "1 image in rows that do not agree" in told
+
+
+def test_boxes_of_a_uri_in_two_spellings_are_of_one_image(tmp_path):
+    def by_uri(at: int) -> dict:
+        return {"image_uri": f"{at:02}.jpg", "bbox": BOX}
+
+    more = [{"image_uri": f"./{BAD:02}.jpg", "bbox": OTHER}]
+    rows, told, without = planned(tmp_path, by_uri, more, LISTED)
+
+    assert [OTHER, BOX] == [box["given"] for box in rows[BAD]["boxes"]]
+    assert rows[BAD]["error_code"] is None
+    assert rows[:BAD] + rows[BAD + 1 :] == without[:BAD] + without[BAD + 1 :]
+    assert "1 image in several spellings" in told
+
+
+def test_boxes_of_a_uri_with_two_ids_fail_that_image(tmp_path):
+    rows, told, without = planned(tmp_path, one_box, [one_box(BAD) | {"image_id": "a"}], LISTED)
+
+    (failed,) = [row for row in rows if row["error_code"]]
+    assert failed["error_code"] == "labels_mismatch"
+    assert f"has several ids in the box file: 'a', 'i{BAD:02}'" in failed["error_message"]
+    assert len(failed["boxes"]) == 2
+    others = [[row["image_id"], row["boxes"]] for row in rows if not row["error_code"]]
+    assert others == [[row["image_id"], row["boxes"]] for row in without[:BAD] + without[BAD + 1 :]]
+    assert "1 image in rows that do not agree" in told
+
+
+def test_a_label_file_that_could_be_of_two_pictures_fails_those(tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for at in range(ROWS):
+        (tmp_path / "images" / f"{at:02}.jpg").touch()
+        (tmp_path / "labels" / f"{at:02}.txt").write_bytes(b"0 0.5 0.5 0.1 0.1\n")
+    (tmp_path / "images" / f"{BAD:02}.png").touch()
+
+    plan = make_plan(InputSettings(images=str(tmp_path / "images"), boxes=str(tmp_path / "labels")))
+
+    rows = {row["image_id"]: row for row in plan.table.to_pylist()}
+    failed = {name for name, row in rows.items() if outcome(row) == FAILED}
+    assert failed == {f"{BAD:02}.jpg", f"{BAD:02}.png"}
+    assert len(rows) == ROWS + 1
+    message = f"{BAD:02}.txt could hold the boxes of '{BAD:02}.jpg', '{BAD:02}.png'"
+    assert all(message in rows[name]["error_message"] for name in failed)
+    assert message in " ".join(plan.summary.warnings)
 
 
 def in_megadetector(change: dict, detection: dict) -> bytes:

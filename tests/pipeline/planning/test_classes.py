@@ -6,7 +6,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hqlabel.pipeline.errors import JobRefused
 from hqlabel.pipeline.planning.make_plan import Plan, make_plan
 from hqlabel.pipeline.settings import InputSettings
 from tests.pipeline.made_formats import tar_of
@@ -83,22 +82,27 @@ def test_names_of_which_no_box_has_an_id_are_numbered_though_the_column_is_there
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_one_id_with_two_names_is_refused_naming_a_box_of_each(write, tmp_path):
-    with pytest.raises(JobRefused) as caught:
-        make_plan(write(tmp_path, [(3, "car"), (0, "x"), (3, "bus")]))
+@pytest.mark.parametrize("turn", [1, -1])
+def test_one_id_with_two_names_keeps_both_in_its_boxes_and_is_told(write, turn, tmp_path):
+    given = [(3, "car"), (0, "x"), (3, "bus"), (3, None), (None, "car"), (0, None)]
+    plan = make_plan(write(tmp_path, given[::turn]))
 
-    message = str(caught.value)
-    assert "category_id 3 has several names" in message
-    assert "'car' (box 0 of image '000.jpg')" in message
-    assert "'bus' (box 0 of image '002.jpg')" in message
+    settled = [(3, "car"), (0, "x"), (3, "bus"), (3, None), (None, "car"), (0, "x")]
+    assert classes_of(plan) == settled[::turn]
+    assert plan.categories == ({"id": 0, "name": "x"}, {"id": 3, "name": "bus"})
+    told = " ".join(plan.summary.warnings)
+    assert "1 category id with several names, such as 3: 'bus', 'car'" in told
+    assert "exports call it 'bus'" in told
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_name_alone_that_has_two_ids_is_refused_naming_its_box(write, tmp_path):
-    with pytest.raises(
-        JobRefused, match=r"box 0 of image '002\.jpg' has the category 'car' and no category_id.* 0 and 5"
-    ):
-        make_plan(write(tmp_path, [(0, "car"), (5, "car"), (None, "car")]))
+def test_a_name_alone_that_has_two_ids_stays_alone_and_is_told(write, tmp_path):
+    plan = make_plan(write(tmp_path, [(0, "car"), (5, "car"), (None, "car"), (7, "bus"), (None, "bus")]))
+
+    assert classes_of(plan) == [(0, "car"), (5, "car"), (None, "car"), (7, "bus"), (7, "bus")]
+    assert "1 category name with several ids stands in boxes without an id, such as 'car': 0, 5" in " ".join(
+        plan.summary.warnings
+    )
 
 
 def test_a_name_that_nobody_numbers_is_said(tmp_path):
@@ -112,20 +116,6 @@ def test_a_blank_name_beside_ids_is_none(tmp_path):
     plan = make_plan(write_parquet(tmp_path, [(3, ""), (3, "car"), (None, "")]))
 
     assert classes_of(plan) == [(3, "car"), (3, "car"), (None, None)]
-
-
-def test_the_box_that_is_named_is_counted_within_its_image(tmp_path):
-    columns = {
-        "image_id": ["b", "a", "b", "a", "b"],
-        "image_uri": ["b.jpg", "a.jpg", "b.jpg", "a.jpg", "b.jpg"],
-        "bbox": [[0.0, 0.0, 4.0, 5.0]] * 5,
-        "category_id": [1, 1, 1, 1, 1],
-        "label": [None, "x", None, "x", "y"],
-    }
-    pq.write_table(pa.table(columns), tmp_path / "boxes.parquet")
-
-    with pytest.raises(JobRefused, match=r"'x' \(box 0 of image 'a'\) and 'y' \(box 2 of image 'b'\)"):
-        make_plan(InputSettings(boxes=str(tmp_path / "boxes.parquet")))
 
 
 def coco(folder, *, categories, annotations) -> InputSettings:
@@ -154,17 +144,6 @@ def test_coco_categories_may_lack_names_and_annotations_categories(tmp_path):
     )
 
     assert classes_of(plan) == [(0, "zero"), (4, None), (7, None), (None, None), (None, None)]
-
-
-def test_a_coco_id_with_two_names_is_refused(tmp_path):
-    with pytest.raises(JobRefused, match="category 3 has two names"):
-        make_plan(
-            coco(
-                tmp_path,
-                categories=[{"id": 3, "name": "car"}, {"id": 3, "name": "bus"}],
-                annotations=[{"category_id": 3}],
-            )
-        )
 
 
 def test_the_list_of_a_coco_file_of_images_names_the_ids_of_a_table(tmp_path):

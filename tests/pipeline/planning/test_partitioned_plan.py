@@ -314,14 +314,39 @@ def test_ids_of_boxes_that_name_two_images_fail_alone_or_refuse_all(tmp_path: Pa
     assert "names two images" in assert_both_refuse(settings_of(tmp_path / "most"))
 
 
-def test_an_image_with_two_lists_of_boxes_is_refused(tmp_path: Path) -> None:
-    boxes = box_lists()
-    for name in boxes:
-        boxes[name] += boxes[name][:3]
-    write(tmp_path / "images", image_rows())
+def test_rows_of_an_image_with_two_of_them_count_once_fail_or_refuse_all(tmp_path: Path) -> None:
+    lists = box_lists()
+    few = {name: lists[name] + lists[name][:3] for name in lists}
+    few["scores"][-1] = [0.125] * len(few["scores"][-1])
+    few["scores"][-2] = None
+    most = {name: lists[name] * 2 for name in lists}
+    most["scores"] = lists["scores"] + [None] * len(lists["scores"])
+    for name, boxes in (("few", few), ("most", most)):
+        write(tmp_path / name / "images", image_rows())
+        write(tmp_path / name / "boxes", boxes)
+
+    plan = assert_equal(settings_of(tmp_path / "few"), tmp_path)
+
+    assert plan.table.column("error_code").to_pylist().count("labels_mismatch") == 2
+    told = " ".join(plan.summary.warnings)
+    assert "1 image in several rows that say the same" in told
+    assert "2 images in rows that do not agree" in told
+    assert f"{len(lists['boxes'])} of {len(lists['boxes'])} images, such as" in assert_both_refuse(
+        settings_of(tmp_path / "most")
+    )
+
+
+def test_spellings_of_a_uri_and_ids_of_one_are_settled_as_in_one_process(tmp_path: Path) -> None:
+    boxes = box_rows(by="image_uri")
+    boxes["image_id"] = list(boxes["image_uri"])
+    for at in range(0, 30, 3):
+        boxes["image_id"][at] = f"other-{boxes['image_uri'][at]}"
+    write(tmp_path / "images", image_rows(ids=False))
     write(tmp_path / "boxes", boxes)
 
-    assert "3 images, such as" in assert_both_refuse(settings_of(tmp_path))
+    plan = assert_equal(settings_of(tmp_path), tmp_path)
+
+    assert "has several ids in the box file" in str(plan.table.column("error_message").drop_null()[0])
 
 
 def test_classes_are_numbered_over_all_partitions(tmp_path: Path) -> None:
@@ -348,11 +373,9 @@ def test_ids_and_names_of_classes_complete_each_other_across_partitions(
     write(tmp_path / "images", image_rows())
     write(tmp_path / "boxes", boxes)
 
-    if conflict:
-        refused = assert_both_refuse(settings_of(tmp_path))
-        assert "has several names" in refused
-    else:
-        assert_equal(settings_of(tmp_path), tmp_path)
+    plan = assert_equal(settings_of(tmp_path), tmp_path)
+
+    assert conflict == any("with several names" in told for told in plan.summary.warnings)
 
 
 def test_rows_that_cannot_be_used_are_counted_and_told_as_by_one_process(tmp_path: Path) -> None:
