@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
-from hqlabel.pipeline.errors import JobRefused, clean_text
+from hqlabel.pipeline.errors import JobRefused, clean_text, count
 from hqlabel.pipeline.images.picture_formats import SIGNATURE_BYTES, signature
 from hqlabel.pipeline.inputs.image_box_lists import examples, has_picture_name, is_picture
 from hqlabel.pipeline.inputs.read_table import TABLE_SUFFIXES, TableFormat, instead_of, table_format
@@ -118,7 +118,7 @@ class InputFiles:
         roots = (*map(os.path.realpath, access.roots), *pointed_at(uri))
         pattern = uri.removeprefix(f"{root}/") if kind == "pattern" else None
         listed = list_inputs(root, options_for(uri, access), roots=roots, pattern=pattern)
-        listed.notes += _on_names(listed.unnameable)
+        listed.notes += _on_names(listed.unnameable, pictures=sum(is_picture(e.key) for e in listed.entries))
         _skip_outputs(root, listed)
         return cls(uri=uri, listed=listed, root=root, kind=kind, roots=roots)
 
@@ -219,21 +219,29 @@ def _skip_outputs(root: str, listed: Listed) -> None:
         listed.notes.append(f"outputs of hqlabel among the files: {len(outputs)}, such as {first}: left out")
 
 
-def _on_names(names: Sequence[str]) -> list[str]:
-    """Return a sentence on files whose names no table can hold.
+def _on_names(names: Sequence[str], *, pictures: int) -> list[str]:
+    """Return sentences on files whose names no table can hold. `pictures`: of names that one can.
 
     Raises:
-        JobRefused: One of them is called like what could be wanted.
+        JobRefused: One of them is called like a table, a tar or labels, of which nobody knows the rows;
+            or most pictures are such.
     """
-    wanted = [
-        name for name in names if is_picture(name) or table_format(name) or is_tar(name) or _is_label(name)
-    ]
+    lost = [name for name in names if is_picture(name)]
+    wanted = [name for name in names if table_format(name) or is_tar(name) or _is_label(name)]
+    if len(lost) > pictures:
+        wanted += lost
     if wanted:
         raise JobRefused(
             f"{len(wanted)} names are not UTF-8, such as '{wanted[0]}', and no table can hold them: rename "
             "these files (convmv does it for whole folders)"
         )
-    return [f"{len(names)} other files with names that are not UTF-8: left out"] if names else []
+    others = len(names) - len(lost)
+    failed = (
+        f"{count(len(lost), 'picture')} with a name that is not UTF-8, such as '{lost[0]}': a row that fails "
+        "(uri_refused), under that spelling of the name; convmv renames whole folders"
+    ) if lost else ""  # fmt: skip
+    left_out = f"{others} other files with names that are not UTF-8: left out" if others else ""
+    return [text for text in (failed, left_out) if text]
 
 
 def _is_label(name: str) -> bool:

@@ -49,7 +49,8 @@ class ImageList:
     gives ids; `id_rule`: where they come from, as text. `root`: the folder or prefix that relative names
     start from, without a "/" at its end.
     `listed`: found by listing a folder, not named by a file. `doubted`: uris of links and of what is no file,
-    each to be checked by itself. `left_out`: sentences on files of the folder that are not taken.
+    each to be checked by itself. `unnameable`: uris of pictures whose real name is not UTF-8, escaped, which
+    fail. `left_out`: sentences on files of the folder that are not taken.
     `size_hw`: int64 (n, 2) as the input states it (0 where it does not), unchecked. `categories`: id to name.
     `files`: uris of the tables that were read, `columns`: all of their columns' names, `used`: our name to
     the table's for those that are read, `unused`: the others. `notes`: sentences for the summary.
@@ -60,6 +61,7 @@ class ImageList:
     root: str
     id_rule: str = "ids as given"
     listed: bool = False
+    unnameable: tuple[str, ...] = ()
     doubted: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     size_hw: Int64Array | None = None

@@ -209,6 +209,8 @@ def _from_listing(place: InputFiles, access: AccessRules) -> ImageList:
     keys = [entry.key for entry in place.entries if every or is_picture(entry.key)]
     if not keys:
         raise nothing_in(place, "pictures")
+    unnameable = tuple(name for name in place.listed.unnameable if is_picture(name))
+    keys += [name for name in unnameable if name not in set(keys)]
     there = set(keys)
     others = [entry.key for entry in place.entries if entry.key not in there]
     targets = set(place.listed.links.values())  # named by their links already
@@ -225,6 +227,7 @@ def _from_listing(place: InputFiles, access: AccessRules) -> ImageList:
         listed=True,
         doubted=tuple(key for key in (*place.listed.links, *place.listed.odd) if key in there),
         skipped_files=len(others),
+        unnameable=unnameable,
         left_out=tuple(place.listed.notes),
         notes=(*by_content, *_without_ending(unnamed, access)),
     )

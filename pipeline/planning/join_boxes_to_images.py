@@ -123,9 +123,14 @@ def join(
         raise JobRefused("an image has the empty string as its image_id; every image needs an id of its own")
     if part is not None:
         return joined
-    return _told_apart(
+    joined = _told_apart(
         joined, is_box_file=boxes is not None and bool(images.files) and images.files == boxes.files
     )
+    if not images.unnameable:
+        return joined
+    rows = pc.indices_nonzero(pc.is_in(joined.image_uri, pa.array(images.unnameable, TEXT))).to_pylist()
+    reason = "the file's name is not UTF-8, and no table can hold it: rename the file"
+    return replace(joined, errors={**joined.errors, **dict.fromkeys(rows, reason)})
 
 
 def is_by_uri(images: ImageList, boxes: BoxList) -> bool:

@@ -617,6 +617,14 @@ def test_names_that_are_not_utf8_are_said(tmp_path):
     assert "1 other files with names that are not UTF-8: left out" in plan.summary.left_out
 
     put(tmp_path, os.fsdecode(b"caf\xe9/b.jpg"))
+    plan = planned(tmp_path)
+    assert {"a.jpg": None, r"caf\udce9/b.jpg": "uri_refused"} == dict(
+        zip(ids(plan), plan.table.column("error_code").to_pylist(), strict=True)
+    )
+    assert "not UTF-8" in plan.table.column("error_message")[1].as_py()
+    assert any(r"caf\udce9/b.jpg': a row that fails" in told for told in plan.summary.left_out)
+
+    put(tmp_path, os.fsdecode(b"caf\xe9/c.jpg"))
     text = refusal(tmp_path)
     assert "not UTF-8" in text
     assert r"caf\udce9/b.jpg" in text
