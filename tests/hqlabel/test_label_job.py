@@ -14,10 +14,8 @@ from hqlabel.pipeline.errors import UsageError
 def test_a_refused_job_raises_with_the_words_of_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: bool
 ) -> None:
-    with pytest.raises(hqlabel.JobEnded, match=r"none\.json: there is no such file") as caught:
-        hqlabel.label(
-            images=tmp_path / "missing", boxes=tmp_path / "none.json", output=tmp_path / "out", quiet=quiet
-        )
+    with pytest.raises(hqlabel.JobEnded, match=r"missing: there is no such file") as caught:
+        hqlabel.label(images=tmp_path / "missing", output=tmp_path / "out", quiet=quiet)
     assert caught.value.exit_code == 4
     assert ("no such file" in capsys.readouterr().err) is not quiet
     assert not (tmp_path / "out").exists()
