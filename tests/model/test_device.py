@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from hqlabel.model import device
 from hqlabel.model.device import MAX_PENDING, HostThread
@@ -73,13 +74,13 @@ def test_the_gain_is_that_of_larger_products_on_this_machine() -> None:
     times_s = []
     for dtype in (torch.float32, torch.bfloat16):
         x, y = a.to(dtype), b.to(dtype)
-        x @ y
+        linear(x, y)
         began_s = time.process_time()
         for _ in range(5):
-            x @ y
+            linear(x, y)  # with weights as a layer has them: emulated, `x @ y` is ten times slower
         times_s.append(time.process_time() - began_s)
     larger = times_s[0] / times_s[1]
-    assert larger / 2.5 < gain < larger * 2.5  # Zen 4: 2.3, a Xeon without AMX: 0.6, emulated: 0.01
+    assert larger / 2.5 < gain < larger * 2.5  # Zen 4: 2.3, a Xeon without AMX: 0.6, emulated: 0.13
 
 
 def test_this_machine_has_the_instructions_that_torch_sees() -> None:
