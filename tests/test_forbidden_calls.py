@@ -114,7 +114,8 @@ def bad_yaml(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 OPENS_PARQUET = re.compile(
-    r"(pq\.(ParquetFile|ParquetDataset|read_\w+)|parquet\.read_\w+|pa\.ipc\.\w+|ipc\.open_\w+|.*\.read_parquet)\Z"
+    r"(pq\.(ParquetFile|ParquetDataset|read_\w+)|parquet\.read_\w+|pa\.ipc\.(open_|read_|RecordBatch|Message)\w*"
+    r"|ipc\.open_\w+|.*\.read_parquet)\Z"
 )
 
 
@@ -206,8 +207,8 @@ def test_the_lint_sees_a_parquet_file_being_opened(source: str) -> None:
     assert opened_elsewhere("open_closed(stream)\npq.ParquetWriter(sink)") == []
 
 
-def test_parquet_files_are_opened_by_one_function_alone() -> None:
-    """Opening a file makes registered extension types; `checksummed_parquet.open_closed` prevents it."""
+def test_parquet_files_and_arrow_streams_are_opened_by_one_function_each_alone() -> None:
+    """Opening one makes registered extension types; `open_closed` and `read_closed_stream` prevent it."""
     found = {
         str(path.relative_to(ROOT)): calls
         for tree in ("hqlabel", "model", "pipeline", "jobs")
@@ -216,4 +217,5 @@ def test_parquet_files_are_opened_by_one_function_alone() -> None:
     }
 
     assert list(found) == ["pipeline/storage/checksummed_parquet.py"]
-    assert len(found["pipeline/storage/checksummed_parquet.py"]) == 1
+    calls = [call.partition(": ")[2] for call in found["pipeline/storage/checksummed_parquet.py"]]
+    assert calls == ["pq.ParquetFile", "pa.ipc.open_stream"]

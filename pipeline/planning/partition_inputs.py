@@ -41,7 +41,7 @@ from hqlabel.pipeline.job_context import AccessRules
 from hqlabel.pipeline.planning.join_boxes_to_images import comparable, ids_of_uris
 from hqlabel.pipeline.planning.key_hashes import hash64
 from hqlabel.pipeline.settings import InputSettings
-from hqlabel.pipeline.storage.checksummed_parquet import open_closed
+from hqlabel.pipeline.storage.checksummed_parquet import open_closed, read_closed_stream
 from hqlabel.pipeline.storage.read_objects import open_input
 from hqlabel.pipeline.storage.uri_rules import options_for
 
@@ -402,5 +402,5 @@ def to_stream(table: pa.Table) -> pa.Buffer:
 
 def from_streams(streams: Sequence[pa.Buffer]) -> pa.Table:
     """Return the rows of several streams as one table; a column that one of them lacks is null there."""
-    tables = [pa.ipc.open_stream(stream).read_all() for stream in streams]
+    tables = [read_closed_stream(stream) for stream in streams]
     return pa.concat_tables(tables, promote_options="default")

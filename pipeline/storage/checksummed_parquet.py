@@ -158,11 +158,21 @@ def open_closed(source: Any, **options: Any) -> pq.ParquetFile:
     pyarrow makes a registered type while it opens a file, before anything can be refused. The types are
     taken off its register for good: no table of ours has one.
     """
+    _forget_types_with_code()
+    _check_footer(source)
+    return pq.ParquetFile(source, **options)
+
+
+def read_closed_stream(stream: Any) -> pa.Table:
+    """Return the table of an Arrow stream, its extension types as `open_closed` leaves them."""
+    _forget_types_with_code()
+    return pa.ipc.open_stream(stream).read_all()
+
+
+def _forget_types_with_code() -> None:
     for name in _TYPES_WITH_CODE:
         with contextlib.suppress(pa.ArrowKeyError):  # not registered
             pa.unregister_extension_type(name)
-    _check_footer(source)
-    return pq.ParquetFile(source, **options)
 
 
 def _check_footer(source: Any) -> None:
