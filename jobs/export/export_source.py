@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
-from pycocotools import mask as coco_mask
 
 from hqlabel.jobs.results.read_tables import ImageRows, Row, row_groups
 from hqlabel.jobs.results.select_rows import Selection, selected_images
+from hqlabel.model.rle import rle_to_mask
 from hqlabel.pipeline import schema
-from hqlabel.pipeline.errors import count
+from hqlabel.pipeline.errors import DamageFound, count
 from hqlabel.pipeline.job_state.job_file import Job
 from hqlabel.pipeline.storage.archive_uris import parse_archive_uri
 from hqlabel.pipeline.storage.output_store import Store
@@ -306,5 +306,17 @@ def is_crowd(instance: Row) -> bool:
 
 
 def mask_of(instance: Row) -> npt.NDArray[np.uint8]:
-    """Return the mask of a row, uint8 (H, W), 1 inside."""
-    return np.asarray(coco_mask.decode(instance["segmentation"]))
+    """Return the mask of a row, uint8 (H, W), 1 inside.
+
+    Raises:
+        DamageFound: its runs are none.
+    """
+    rle = instance["segmentation"]
+    try:
+        # Not pycocotools, which reads memory that it has not written where the runs end early.
+        return rle_to_mask(rle["counts"], (rle["size"][0], rle["size"][1])).view(np.uint8)
+    except ValueError as error:
+        raise DamageFound(
+            f"the stored runs of instance {instance['instance_index']} of an image cannot be decoded "
+            f"({error}); `hqlabel validate` names all such, then publish again"
+        ) from error

@@ -15,7 +15,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from hqlabel.jobs.export.export_source import mask_of
 from hqlabel.jobs.export.fill_polygon import fill_polygon
+from hqlabel.pipeline.errors import DamageFound
 from hqlabel.pipeline.job_context import BoxRules
 from hqlabel.pipeline.settings import FilterSettings
 from tests.jobs.cli.test_cli import run
@@ -392,3 +394,9 @@ def test_an_image_whose_boxes_the_rules_left_out_is_no_picture_without_objects(t
         "reject_reason"
     ]
     assert reason.as_py() == "box_score"
+
+
+@pytest.mark.parametrize("counts", ["o" * 13 + "0", "\x7f", "ooo", "0"])
+def test_runs_that_cannot_be_decoded_are_damage_and_not_a_bug(counts: str) -> None:
+    with pytest.raises(DamageFound, match=r"instance 3 of an image.*hqlabel validate"):
+        mask_of({"instance_index": 3, "segmentation": {"size": [30, 50], "counts": counts}})
